@@ -1,0 +1,233 @@
+//! The Batchlog: a broker's ring of batch entries of one topic, which the sequencer polls.
+
+use super::fabric::{Fabric, RegionOffset, Site};
+use super::layout::{BatchEntry, BrokerHalf, SequencerHalf};
+use super::region::Region;
+use std::mem::offset_of;
+
+const HEAD: u64 = offset_of!(BrokerHalf, batchlog_head) as u64;
+
+fn ring<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> RegionOffset {
+    let geometry = region.geometry();
+    let index = u64::from(topic) * u64::from(geometry.max_brokers) + u64::from(broker);
+    RegionOffset(region.layout().batchlogs + index * u64::from(geometry.batchlog_slots) * 64)
+}
+
+/// Counters that a broker publishes beside the head.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Written {
+    /// Bytes ever reserved in the Blog.
+    pub log_offset: u64,
+    /// Messages ever published.
+    pub messages: u64,
+    /// End of the newest published batch.
+    pub end: u64,
+}
+
+/// The broker's side of a Batchlog.
+///
+/// [[DEVIATION_002]] Entries are written without flushing; [`BatchlogWriter::publish`] flushes and fences a group at
+/// once. The paper flushes and fences each write.
+pub struct BatchlogWriter<F> {
+    region: Region<F>,
+    ring: RegionOffset,
+    half: RegionOffset,
+    consumed_at: RegionOffset,
+    slots: u64,
+    head: u64,
+    published: u64,
+    consumed: u64,
+}
+
+impl<F: Fabric> BatchlogWriter<F> {
+    /// Goes on where the region says that this broker stopped.
+    pub fn new(region: Region<F>, topic: u32, broker: u32) -> Self {
+        let half = region.layout().offset_entry(topic, broker);
+        let consumed_at =
+            region.layout().sequencer_half(topic, broker).add(offset_of!(SequencerHalf, consumed_through) as u64);
+        let head = region.fabric().observe(half.add(HEAD), Site::BatchlogHeadRead);
+        let consumed = region.fabric().observe(consumed_at, Site::ConsumedRead);
+        let ring = ring(&region, topic, broker);
+        let slots = u64::from(region.geometry().batchlog_slots);
+        Self { region, ring, half, consumed_at, slots, head, published: head, consumed }
+    }
+
+    /// Index that the next entry gets. Indexes count the broker's batches of this topic slot, and never go back.
+    #[inline]
+    pub fn head(&self) -> u64 {
+        self.head
+    }
+
+    /// Entries written but not yet published.
+    #[inline]
+    pub fn unpublished(&self) -> u64 {
+        self.head - self.published
+    }
+
+    /// True when a slot is free: the sequencer consumed what was in it.
+    #[inline]
+    pub fn has_room(&mut self) -> bool {
+        if self.head - self.consumed < self.slots {
+            return true;
+        }
+        // SYNC: pairs with the flush of the sequencer half; a stale value is only too small.
+        self.consumed = self.region.fabric().observe(self.consumed_at, Site::ConsumedRead);
+        assert!(self.consumed <= self.head, "consumed_through {} passed the head {}", self.consumed, self.head);
+        self.head - self.consumed < self.slots
+    }
+
+    /// Writes an entry into the next slot. Call only after [`BatchlogWriter::has_room`] said yes.
+    #[inline]
+    pub fn append(&mut self, mut entry: BatchEntry) -> u64 {
+        assert!(self.head - self.consumed < self.slots, "the Batchlog is full");
+        entry.lap = self.head / self.slots + 1;
+        self.region.fabric().store_line(self.ring.add(self.head % self.slots * 64), &entry);
+        self.head += 1;
+        self.head - 1
+    }
+
+    /// Makes everything that was appended visible to the sequencer. The payload must be flushed already (the fence
+    /// here covers it).
+    #[inline]
+    pub fn publish(&mut self, written: Written) {
+        if self.published == self.head {
+            return;
+        }
+        let fabric = self.region.fabric();
+        let (from, to) = (self.published % self.slots, self.head % self.slots);
+        if from < to {
+            fabric.flush(self.ring.add(from * 64), (to - from) * 64, Site::BatchEntryFlush);
+        } else {
+            fabric.flush(self.ring.add(from * 64), (self.slots - from) * 64, Site::BatchEntryFlush);
+            fabric.flush(self.ring, to * 64, Site::BatchEntryFlush);
+        }
+        // SYNC: entries and payload reach memory before the head that covers them; pairs with `BatchlogReader::poll`.
+        fabric.fence(Site::BatchEntryFence);
+        fabric.store(self.half.add(offset_of!(BrokerHalf, log_offset) as u64), written.log_offset);
+        fabric.store(self.half.add(offset_of!(BrokerHalf, written) as u64), written.messages);
+        fabric.store(self.half.add(offset_of!(BrokerHalf, written_addr) as u64), written.end);
+        fabric.store(self.half.add(HEAD), self.head);
+        fabric.flush(self.half, 64, Site::BatchlogHeadFlush);
+        fabric.fence(Site::BatchlogHeadFlush);
+        self.published = self.head;
+    }
+}
+
+/// The sequencer's side of a Batchlog.
+pub struct BatchlogReader<F> {
+    region: Region<F>,
+    ring: RegionOffset,
+    head_at: RegionOffset,
+    slots: u64,
+    next: u64,
+    head: u64,
+}
+
+impl<F: Fabric> BatchlogReader<F> {
+    /// Reads on from `next`, the consumed_through of the sequencer half.
+    pub fn new(region: Region<F>, topic: u32, broker: u32, next: u64) -> Self {
+        let head_at = region.layout().offset_entry(topic, broker).add(HEAD);
+        let ring = ring(&region, topic, broker);
+        let slots = u64::from(region.geometry().batchlog_slots);
+        Self { region, ring, head_at, slots, next, head: next }
+    }
+
+    /// Index of the next entry to read.
+    #[inline]
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// How many entries can be read now, at most `limit`; looks at the head only when it knows of none.
+    #[inline]
+    pub fn available(&mut self, limit: u64) -> u64 {
+        if self.head == self.next {
+            // SYNC: pairs with `BatchlogWriter::publish`.
+            let head = self.region.fabric().observe(self.head_at, Site::BatchlogHeadRead);
+            assert!(
+                head >= self.next && head - self.next <= self.slots,
+                "Batchlog head {head} does not follow {} in a ring of {}",
+                self.next,
+                self.slots
+            );
+            self.head = head;
+            // Lines of the ring hold the lap before this one, or worse.
+            self.invalidate(self.next, head);
+        }
+        (self.head - self.next).min(limit)
+    }
+
+    fn invalidate(&self, from: u64, to: u64) {
+        if from == to {
+            return;
+        }
+        let fabric = self.region.fabric();
+        let (start, end) = (from % self.slots, to % self.slots);
+        if start < end {
+            fabric.invalidate(self.ring.add(start * 64), (end - start) * 64, Site::BatchEntryRead);
+        } else {
+            fabric.invalidate(self.ring.add(start * 64), (self.slots - start) * 64, Site::BatchEntryRead);
+            fabric.invalidate(self.ring, end * 64, Site::BatchEntryRead);
+        }
+    }
+
+    /// Takes the next entry. Call only as often as [`BatchlogReader::available`] said.
+    ///
+    /// # Panics
+    /// When the entry is not of this lap: memory broke its promise, and ordering must stop rather than order garbage.
+    #[inline]
+    pub fn take(&mut self) -> BatchEntry {
+        assert!(self.next < self.head, "nothing to take");
+        let entry: BatchEntry = self.region.fabric().load_line(self.ring.add(self.next % self.slots * 64));
+        let lap = self.next / self.slots + 1;
+        assert!(entry.lap == lap, "Batchlog entry {} has lap {}, expected {lap}", self.next, entry.lap);
+        self.next += 1;
+        entry
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cxl::layout::{AllocatorKind, Geometry, Layout};
+    use crate::cxl::{Simulated, Turbulence, World};
+    use bytemuck::Zeroable;
+    use uuid::Uuid;
+
+    #[test]
+    fn entries_arrive_once_in_order_and_a_full_ring_waits() {
+        let geometry = Geometry {
+            max_brokers: 1,
+            max_topics: 1,
+            max_sessions: 1,
+            batchlog_slots: 16,
+            segment_bytes: 1 << 20,
+            segment_count: 1,
+            allocator: AllocatorKind::Partitioned,
+        };
+        let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::ROUGH, None);
+        let broker = Region::format(Simulated::join(&world, || {}), &geometry, Uuid::nil(), 0).unwrap();
+        let sequencer = Region::open(Simulated::join(&world, || {})).unwrap();
+        let mut writer = BatchlogWriter::new(broker, 0, 0);
+        let mut reader = BatchlogReader::new(sequencer.clone(), 0, 0, 0);
+        let consumed_at =
+            sequencer.layout().sequencer_half(0, 0).add(offset_of!(SequencerHalf, consumed_through) as u64);
+        let mut next = 0;
+        for round in 0..100u64 {
+            while writer.has_room() && writer.unpublished() < round % 23 {
+                writer.append(BatchEntry { sequence: writer.head(), ..BatchEntry::zeroed() });
+            }
+            writer.publish(Written::default());
+            for _ in 0..reader.available(round % 7 + 1) {
+                assert_eq!(reader.take().sequence, next);
+                next += 1;
+            }
+            assert!(writer.head() - next <= 16);
+            sequencer.fabric().store(consumed_at, next);
+            sequencer.fabric().flush(consumed_at, 8, Site::ConsumedFlush);
+            sequencer.fabric().fence(Site::ConsumedFlush);
+        }
+        assert!(next > 100);
+        assert_eq!(BatchlogWriter::new(Region::open(writer.region.fabric().clone()).unwrap(), 0, 0).head(), writer.head());
+    }
+}

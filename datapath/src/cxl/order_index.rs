@@ -1,0 +1,545 @@
+//! The order index: one 64-byte entry a batch, in the order that subscribers read.
+//!
+//! A topic with a global order has one, the global order index (GOI), written by the sequencer. With orders `none`
+//! and `broker` each broker writes its own. Entries live in segments of the pool; a directory finds them.
+//!
+//! [[DEVIATION_007]] Order is kept a batch at a time: the paper gives every message a 64-byte header that the
+//! sequencer touches.
+
+use super::fabric::{Fabric, RegionOffset, Site};
+use super::layout::{IndexEntry, Layout, PinLine, SequencerHalf, TINODE_HEADER_BYTES, TailLine};
+use super::region::Region;
+use super::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner};
+use std::collections::VecDeque;
+use std::mem::offset_of;
+use std::sync::Arc;
+
+/// Which index: the slot of its topic, and a broker id or [`StreamId::GLOBAL`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct StreamId {
+    /// Topic slot.
+    pub topic: u32,
+    /// Broker id, or [`StreamId::GLOBAL`].
+    pub stream: u32,
+}
+
+impl StreamId {
+    /// The stream of a topic's global order.
+    pub const GLOBAL: u32 = u32::MAX;
+
+    fn number<F: Fabric>(self, region: &Region<F>) -> u32 {
+        if self.stream == Self::GLOBAL { region.geometry().max_brokers } else { self.stream }
+    }
+
+    fn tail<F: Fabric>(self, region: &Region<F>) -> RegionOffset {
+        if self.stream == Self::GLOBAL {
+            region.layout().tinode(self.topic).add(TINODE_HEADER_BYTES / 2)
+        } else {
+            region.layout().offset_entry(self.topic, self.stream).add(128)
+        }
+    }
+
+    fn directory_entry<F: Fabric>(self, region: &Region<F>, ordinal: u64) -> RegionOffset {
+        let geometry = region.geometry();
+        let index = u64::from(self.topic) * u64::from(geometry.streams()) + u64::from(self.number(region));
+        let directory = region.layout().directories + index * Layout::directory_bytes(geometry);
+        RegionOffset(directory + ordinal % geometry.directory_slots() * 8)
+    }
+}
+
+const fn field(offset: usize) -> u64 {
+    offset as u64
+}
+const COMMITTED: u64 = field(offset_of!(TailLine, committed));
+const NEXT_OFFSET: u64 = field(offset_of!(TailLine, next_offset));
+const BASE: u64 = field(offset_of!(TailLine, base));
+const TRIMMED: u64 = field(offset_of!(TailLine, trimmed));
+const TRIMMED_OFFSET: u64 = field(offset_of!(TailLine, trimmed_offset));
+const EPOCH: u64 = field(offset_of!(TailLine, epoch));
+const BYTES: u64 = field(offset_of!(TailLine, bytes));
+
+fn entries_per_segment<F: Fabric>(region: &Region<F>) -> u64 {
+    region.geometry().segment_bytes / 64
+}
+
+/// The only writer of an order index.
+pub struct OrderIndexWriter<F> {
+    region: Region<F>,
+    id: StreamId,
+    pool: Arc<dyn SegmentAllocator>,
+    incarnation: u32,
+    tail_at: RegionOffset,
+    next: u64,
+    published: u64,
+    next_offset: u64,
+    bytes: u64,
+    trimmed: u64,
+    /// Segments in use, oldest first: (ordinal, segment).
+    segments: VecDeque<(u64, u32)>,
+}
+
+impl<F: Fabric> OrderIndexWriter<F> {
+    /// Goes on at the tail that the region shows.
+    pub fn recover(region: Region<F>, id: StreamId, incarnation: u32, pool: Arc<dyn SegmentAllocator>) -> Self {
+        let tail_at = id.tail(&region);
+        let tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
+        let per_segment = entries_per_segment(&region);
+        let mut segments = VecDeque::new();
+        if tail.committed > tail.base {
+            for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
+                if let Some(segment) = read_directory(&region, id, ordinal) {
+                    segments.push_back((ordinal, segment));
+                }
+            }
+        }
+        Self {
+            region,
+            id,
+            pool,
+            incarnation,
+            tail_at,
+            next: tail.committed,
+            published: tail.committed,
+            next_offset: tail.next_offset,
+            bytes: tail.bytes,
+            trimmed: tail.trimmed,
+            segments,
+        }
+    }
+
+    /// Starts the index of a new incarnation of its topic: offsets begin at 0, positions go on growing.
+    pub fn begin(region: Region<F>, id: StreamId, incarnation: u32, epoch: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
+        let tail_at = id.tail(&region);
+        let old: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
+        let base = old.committed.next_multiple_of(entries_per_segment(&region));
+        let fabric = region.fabric();
+        for (at, value) in
+            [(BASE, base), (TRIMMED, base), (TRIMMED_OFFSET, 0), (NEXT_OFFSET, 0), (BYTES, 0), (EPOCH, epoch), (COMMITTED, base)]
+        {
+            fabric.store(tail_at.add(at), value);
+        }
+        fabric.flush(tail_at, 64, Site::TailFlush);
+        fabric.fence(Site::TailFlush);
+        Self {
+            region,
+            id,
+            pool,
+            incarnation,
+            tail_at,
+            next: base,
+            published: base,
+            next_offset: 0,
+            bytes: 0,
+            trimmed: base,
+            segments: VecDeque::new(),
+        }
+    }
+
+    /// Position of the next entry.
+    #[inline]
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Offset of the next message.
+    #[inline]
+    pub fn next_offset(&self) -> u64 {
+        self.next_offset
+    }
+
+    /// Batch bytes ever indexed in this incarnation.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// First position that is kept.
+    pub fn trimmed(&self) -> u64 {
+        self.trimmed
+    }
+
+    /// Makes sure that one more entry fits.
+    ///
+    /// # Errors
+    /// [`PoolError`] when a further segment is needed and not to be had.
+    #[inline]
+    pub fn make_room(&mut self) -> Result<(), PoolError> {
+        let per_segment = entries_per_segment(&self.region);
+        let ordinal = self.next / per_segment;
+        match self.segments.back() {
+            Some((newest, _)) if *newest == ordinal => Ok(()),
+            _ => self.extend(ordinal),
+        }
+    }
+
+    #[cold]
+    fn extend(&mut self, ordinal: u64) -> Result<(), PoolError> {
+        let segment = self.pool.allocate()?;
+        let StreamId { topic, .. } = self.id;
+        publish_owner(
+            &self.region,
+            segment,
+            SegmentUse::Index { topic, incarnation: self.incarnation, stream: self.id.number(&self.region), ordinal },
+        );
+        let at = self.id.directory_entry(&self.region, ordinal);
+        let fabric = self.region.fabric();
+        // SYNC: in memory before the tail that lets readers look for it; pairs with `read_directory`.
+        fabric.store(at, (ordinal + 1) << 32 | u64::from(segment));
+        fabric.flush(at, 8, Site::DirectoryFlush);
+        fabric.fence(Site::DirectoryFlush);
+        self.segments.push_back((ordinal, segment));
+        Ok(())
+    }
+
+    /// Writes the next entry, filling in its offset and commit word. Call after [`OrderIndexWriter::make_room`].
+    /// Returns the offset of the batch's first message.
+    #[inline]
+    pub fn append(&mut self, mut entry: IndexEntry) -> u64 {
+        let per_segment = entries_per_segment(&self.region);
+        let (ordinal, segment) = *self.segments.back().unwrap_or(&(u64::MAX, 0));
+        assert!(ordinal == self.next / per_segment, "append without room");
+        entry.first_offset = self.next_offset;
+        entry.commit = commit_word(self.next);
+        let at = self.region.layout().segment(self.region.geometry(), segment).add(self.next % per_segment * 64);
+        self.region.fabric().store_line(at, &entry);
+        self.next += 1;
+        self.next_offset += u64::from(entry.message_count);
+        self.bytes += u64::from(entry.bytes);
+        entry.first_offset
+    }
+
+    /// Flushes and fences the entries since the last publication. They stay invisible until
+    /// [`OrderIndexWriter::publish_tail`].
+    #[inline]
+    pub fn write_back_entries(&mut self) {
+        let per_segment = entries_per_segment(&self.region);
+        let mut from = self.published;
+        while from < self.next {
+            let end = self.next.min((from / per_segment + 1) * per_segment);
+            if let Some((_, segment)) = self.segments.iter().rev().find(|(ordinal, _)| *ordinal == from / per_segment) {
+                let at = self.region.layout().segment(self.region.geometry(), *segment).add(from % per_segment * 64);
+                self.region.fabric().flush(at, (end - from) * 64, Site::IndexEntryFlush);
+            }
+            from = end;
+        }
+        // SYNC: entries reach memory before the tail; pairs with `OrderIndexReader::poll`.
+        self.region.fabric().fence(Site::IndexEntryFence);
+    }
+
+    /// Makes the entries visible. The caller fences (with whatever else it flushes) before it acts on that.
+    #[inline]
+    pub fn publish_tail(&mut self, epoch: u64) {
+        let fabric = self.region.fabric();
+        fabric.store(self.tail_at.add(NEXT_OFFSET), self.next_offset);
+        fabric.store(self.tail_at.add(BYTES), self.bytes);
+        fabric.store(self.tail_at.add(EPOCH), epoch);
+        fabric.store(self.tail_at.add(COMMITTED), self.next);
+        fabric.flush(self.tail_at, 64, Site::TailFlush);
+        self.published = self.next;
+    }
+
+    /// An entry that is still kept, as its writer sees it.
+    pub fn entry(&self, position: u64) -> Option<IndexEntry> {
+        if position < self.trimmed || position >= self.next {
+            return None;
+        }
+        let per_segment = entries_per_segment(&self.region);
+        let (_, segment) = self.segments.iter().find(|(ordinal, _)| *ordinal == position / per_segment)?;
+        let at = self.region.layout().segment(self.region.geometry(), *segment).add(position % per_segment * 64);
+        Some(self.region.fabric().load_line(at))
+    }
+
+    /// Lets go of the entries below `position`. Readers that come later are refused; segments return to the pool
+    /// by [`OrderIndexWriter::reclaim`], once nobody reads them.
+    pub fn trim(&mut self, position: u64) {
+        let position = position.min(self.published);
+        if position <= self.trimmed {
+            return;
+        }
+        let offset = self.entry(position).map_or(self.next_offset, |entry| entry.first_offset);
+        self.trimmed = position;
+        let fabric = self.region.fabric();
+        fabric.store(self.tail_at.add(TRIMMED_OFFSET), offset);
+        fabric.store(self.tail_at.add(TRIMMED), position);
+        fabric.flush(self.tail_at, 64, Site::TrimFlush);
+        // SYNC: in memory before any pin is looked at; pairs with `Pin::set`.
+        fabric.fence(Site::TrimFlush);
+    }
+
+    /// Returns index segments to the pool whose entries are all below both the trim point and `pinned`.
+    pub fn reclaim(&mut self, pinned: u64) {
+        let floor = self.trimmed.min(pinned);
+        let per_segment = entries_per_segment(&self.region);
+        while let Some((ordinal, segment)) = self.segments.front().copied() {
+            if (ordinal + 1) * per_segment > floor {
+                break;
+            }
+            self.segments.pop_front();
+            publish_owner(&self.region, segment, SegmentUse::Free);
+            let _ = self.pool.release(segment);
+        }
+    }
+
+    /// Gives every segment back: the topic is gone.
+    pub fn abandon(&mut self) {
+        self.trim(self.published);
+        for (_, segment) in std::mem::take(&mut self.segments) {
+            publish_owner(&self.region, segment, SegmentUse::Free);
+            let _ = self.pool.release(segment);
+        }
+    }
+}
+
+/// The lowest position that any of `brokers` pins in a stream; `u64::MAX` when none does.
+pub fn lowest_pin<F: Fabric>(region: &Region<F>, topic: u32, brokers: impl Iterator<Item = u32>) -> u64 {
+    brokers
+        .map(|broker| match region.fabric().observe(region.layout().pin(topic, broker), Site::PinRead) {
+            // Zero is a line never written; positions are stored plus one.
+            0 => u64::MAX,
+            stored => stored - 1,
+        })
+        .min()
+        .unwrap_or(u64::MAX)
+}
+
+/// What a broker's senders read right now, so that nobody reclaims it below them.
+pub struct Pin<F> {
+    region: Region<F>,
+    at: RegionOffset,
+    trim_at: RegionOffset,
+    position: u64,
+}
+
+impl<F: Fabric> Pin<F> {
+    /// The pin of `broker` on a stream; nothing is pinned yet.
+    pub fn new(region: Region<F>, id: StreamId, broker: u32) -> Self {
+        let at = region.layout().pin(id.topic, broker).add(field(offset_of!(PinLine, delivering_from)));
+        let trim_at = id.tail(&region).add(TRIMMED);
+        let mut pin = Self { region, at, trim_at, position: 0 };
+        pin.set(u64::MAX);
+        pin
+    }
+
+    /// Pins everything from `position` on (`u64::MAX` pins nothing) and returns the trim point seen afterwards:
+    /// what lies at or above it stays until the pin moves on.
+    #[inline]
+    pub fn set(&mut self, position: u64) -> u64 {
+        let fabric = self.region.fabric();
+        if position != self.position {
+            self.position = position;
+            fabric.store(self.at, position.saturating_add(1));
+            fabric.flush(self.at, 8, Site::PinFlush);
+            // SYNC: the pin reaches memory before the trim point is read; the trimmer stores its point before it
+            // reads pins (`OrderIndexWriter::trim`). So at least one of the two sees the other.
+            fabric.fence(Site::PinFlush);
+        }
+        fabric.observe(self.trim_at, Site::TrimRead)
+    }
+
+    /// What is pinned.
+    #[inline]
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+}
+
+/// What the tail line of a stream shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// First position of the incarnation.
+    pub base: u64,
+    /// First position kept.
+    pub trimmed: u64,
+    /// One past the last.
+    pub committed: u64,
+    /// Offset of the first message kept.
+    pub earliest_offset: u64,
+    /// Offset after the last message.
+    pub next_offset: u64,
+    /// Batch bytes ever indexed.
+    pub bytes: u64,
+}
+
+/// Reads the extent of a stream.
+pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Extent {
+    let tail: TailLine = region.fabric().observe_line(id.tail(region), Site::TailRead);
+    Extent {
+        base: tail.base,
+        trimmed: tail.trimmed,
+        committed: tail.committed,
+        earliest_offset: tail.trimmed_offset,
+        next_offset: tail.next_offset,
+        bytes: tail.bytes,
+    }
+}
+
+fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, ordinal: u64) -> Option<u32> {
+    let at = id.directory_entry(region, ordinal);
+    let word = region.fabric().observe(at, Site::DirectoryRead);
+    (word >> 32 == ordinal + 1).then_some(word as u32)
+}
+
+fn commit_word(position: u64) -> u32 {
+    (position + 1) as u32
+}
+
+/// Why an entry cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// Retention took it.
+    #[error("entry {position} is trimmed")]
+    Trimmed {
+        /// Which.
+        position: u64,
+    },
+    /// What is there is not that entry: memory broke its promise.
+    #[error("order index entry {position} holds commit word {found:#x}")]
+    Corrupt {
+        /// Which.
+        position: u64,
+        /// What it holds.
+        found: u32,
+    },
+}
+
+/// Reads an order index. Positions at or above the trim point that a [`Pin`] returned are safe to read.
+pub struct OrderIndexReader<F> {
+    region: Region<F>,
+    id: StreamId,
+    tail_at: RegionOffset,
+    committed: u64,
+    /// Entries from here on may be in this host's cache from an earlier life of their segment.
+    fresh_from: u64,
+    fresh_to: u64,
+    segment: Option<(u64, u32)>,
+}
+
+impl<F: Fabric> OrderIndexReader<F> {
+    /// A reader that has seen nothing.
+    pub fn new(region: Region<F>, id: StreamId) -> Self {
+        let tail_at = id.tail(&region);
+        Self { region, id, tail_at, committed: 0, fresh_from: 0, fresh_to: 0, segment: None }
+    }
+
+    /// One past the last complete entry, as memory says now.
+    #[inline]
+    pub fn poll(&mut self) -> u64 {
+        // SYNC: pairs with `OrderIndexWriter::publish_tail`.
+        self.committed = self.region.fabric().observe(self.tail_at.add(COMMITTED), Site::TailRead);
+        self.committed
+    }
+
+    /// One past the last complete entry, as last seen.
+    #[inline]
+    pub fn committed(&self) -> u64 {
+        self.committed
+    }
+
+    /// Reads an entry below [`OrderIndexReader::committed`].
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    #[inline]
+    pub fn read(&mut self, position: u64) -> Result<IndexEntry, ReadError> {
+        assert!(position < self.committed, "entry {position} is not committed");
+        let per_segment = entries_per_segment(&self.region);
+        let ordinal = position / per_segment;
+        let segment = match self.segment {
+            Some((known, segment)) if known == ordinal => segment,
+            _ => {
+                let segment =
+                    read_directory(&self.region, self.id, ordinal).ok_or(ReadError::Trimmed { position })?;
+                if segment >= self.region.geometry().segment_count {
+                    return Err(ReadError::Corrupt { position, found: segment });
+                }
+                self.segment = Some((ordinal, segment));
+                self.fresh_to = self.fresh_from;
+                segment
+            }
+        };
+        let base = self.region.layout().segment(self.region.geometry(), segment);
+        let at = base.add(position % per_segment * 64);
+        if !(self.fresh_from..self.fresh_to).contains(&position) {
+            let end = self.committed.min((ordinal + 1) * per_segment).min(position + 64);
+            self.region.fabric().invalidate(at, (end - position) * 64, Site::IndexEntryRead);
+            (self.fresh_from, self.fresh_to) = (position, end);
+        }
+        let entry: IndexEntry = self.region.fabric().load_line(at);
+        if entry.commit != commit_word(position) {
+            return Err(ReadError::Corrupt { position, found: entry.commit });
+        }
+        Ok(entry)
+    }
+
+    /// First position in `low..high` whose entry satisfies `after`; entries must be sorted by it.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn partition_point(
+        &mut self,
+        mut low: u64,
+        mut high: u64,
+        after: impl Fn(&IndexEntry) -> bool,
+    ) -> Result<u64, ReadError> {
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if after(&self.read(middle)?) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        Ok(low)
+    }
+}
+
+/// The sequencer half of an offset entry, as its writer keeps it.
+pub struct ConsumedWriter<F> {
+    region: Region<F>,
+    at: RegionOffset,
+    /// Batches of the broker that are ordered.
+    pub ordered: u64,
+    /// Offset after the newest of them.
+    pub ordered_offset: u64,
+    /// Batchlog slots below this may be reused.
+    pub consumed_through: u64,
+    /// Ordered batches that are trimmed.
+    pub trimmed: u64,
+}
+
+impl<F: Fabric> ConsumedWriter<F> {
+    /// Goes on from what the region shows.
+    pub fn recover(region: Region<F>, topic: u32, broker: u32) -> Self {
+        let at = region.layout().sequencer_half(topic, broker);
+        let half: SequencerHalf = region.fabric().observe_line(at, Site::TailRead);
+        Self {
+            region,
+            at,
+            ordered: half.ordered,
+            ordered_offset: half.ordered_offset,
+            consumed_through: half.consumed_through,
+            trimmed: half.trimmed,
+        }
+    }
+
+    /// Writes the half and starts its write-back; the caller fences.
+    #[inline]
+    pub fn store(&self) {
+        let fabric = self.region.fabric();
+        fabric.store(self.at.add(field(offset_of!(SequencerHalf, ordered))), self.ordered);
+        fabric.store(self.at.add(field(offset_of!(SequencerHalf, ordered_offset))), self.ordered_offset);
+        fabric.store(self.at.add(field(offset_of!(SequencerHalf, trimmed))), self.trimmed);
+        fabric.store(self.at.add(field(offset_of!(SequencerHalf, consumed_through))), self.consumed_through);
+        fabric.flush(self.at, 64, Site::ConsumedFlush);
+    }
+}
+
+/// How many of a broker's ordered batches are trimmed, as that broker sees it.
+pub fn read_trimmed_batches<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> u64 {
+    let at = region.layout().sequencer_half(topic, broker).add(field(offset_of!(SequencerHalf, trimmed)));
+    region.fabric().observe(at, Site::ConsumedRead)
+}
+
+/// How many of a broker's Batchlog entries the sequencer consumed, as anyone sees it.
+pub fn read_consumed<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> SequencerHalf {
+    region.fabric().observe_line(region.layout().sequencer_half(topic, broker), Site::ConsumedRead)
+}

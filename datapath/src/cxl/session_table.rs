@@ -1,0 +1,154 @@
+//! The session table: what is committed of each session, as everyone may read it.
+
+use super::fabric::{Fabric, RegionOffset, Site};
+use super::layout::{CommitRecord, SESSION_WINDOW, SessionLine};
+use super::region::Region;
+use bytemuck::Zeroable;
+use serde::Serialize;
+
+/// Life of a session slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SessionState {
+    /// Nobody's.
+    Free,
+    /// Batches commit.
+    Open,
+    /// Nothing commits any more under this epoch.
+    Fenced,
+    /// Its client left in order.
+    Closed,
+}
+
+/// Who a slot belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Session {
+    /// Row.
+    pub slot: u32,
+    /// Client, chosen by itself; never 0.
+    pub client_id: u64,
+    /// Grows with each session in this row.
+    pub epoch: u32,
+    /// State.
+    pub state: SessionState,
+    /// Topic slot.
+    pub topic: u32,
+    /// Incarnation of the topic.
+    pub topic_incarnation: u32,
+    /// Sequences below this were committed when the line was written.
+    pub committed: u64,
+    /// Acknowledgement level.
+    pub ack_level: u8,
+}
+
+/// Where a batch went.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Commit {
+    /// Not (yet) committed, as far as this host sees.
+    Unknown,
+    /// Committed, its first message at this offset.
+    At(CommitRecord),
+    /// Committed so long ago that its record is gone.
+    Forgotten,
+}
+
+/// Writes a slot's identity. Only the head may.
+pub fn publish_session<F: Fabric>(region: &Region<F>, session: &Session) {
+    let line = SessionLine {
+        client_id: session.client_id,
+        epoch: session.epoch,
+        state: session.state as u32,
+        topic: session.topic,
+        topic_incarnation: session.topic_incarnation,
+        committed: session.committed,
+        ack_level: session.ack_level.into(),
+        ..SessionLine::zeroed()
+    };
+    region.fabric().publish_versioned(region.layout().session(session.slot), &line, Site::SessionFlush);
+}
+
+/// Reads a slot's identity; `None` when it was never used or is being written.
+pub fn read_session<F: Fabric>(region: &Region<F>, slot: u32) -> Option<Session> {
+    if slot >= region.geometry().max_sessions {
+        return None;
+    }
+    let (line, ()) = region.fabric().observe_versioned::<SessionLine, ()>(
+        region.layout().session(slot),
+        Site::SessionRead,
+        |_| (),
+    )?;
+    let state = match line.state {
+        0 => SessionState::Free,
+        1 => SessionState::Open,
+        2 => SessionState::Fenced,
+        3 => SessionState::Closed,
+        _ => return None,
+    };
+    Some(Session {
+        slot,
+        client_id: line.client_id,
+        epoch: line.epoch,
+        state,
+        topic: line.topic,
+        topic_incarnation: line.topic_incarnation,
+        committed: line.committed,
+        ack_level: line.ack_level as u8,
+    })
+}
+
+#[inline]
+fn record_at<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) -> RegionOffset {
+    region.layout().session(slot).add(128 + sequence % SESSION_WINDOW * 32)
+}
+
+fn progress_at<F: Fabric>(region: &Region<F>, slot: u32) -> RegionOffset {
+    region.layout().session(slot).add(64)
+}
+
+/// Writes a commit record and the progress word, unflushed. Only the sequencer may.
+#[inline]
+pub fn store_commit<F: Fabric>(region: &Region<F>, slot: u32, record: &CommitRecord, expected: u64) {
+    let at = record_at(region, slot, record.tag - 1);
+    let words: [u64; 4] = bytemuck::cast(*record);
+    let fabric = region.fabric();
+    // SYNC: the tag is stored last; pairs with `read_commit`, which loads it first. On memory that is not coherent
+    // the record lies within one line and travels whole.
+    for (index, word) in words.iter().enumerate() {
+        fabric.store(at.add(index as u64 * 8), *word);
+    }
+    fabric.store(progress_at(region, slot), expected);
+}
+
+/// Starts the write-back of what [`store_commit`] wrote for one batch.
+#[inline]
+pub fn flush_commit<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) {
+    region.fabric().flush(record_at(region, slot, sequence), 32, Site::RecordFlush);
+    region.fabric().flush(progress_at(region, slot), 8, Site::RecordFlush);
+}
+
+/// What became of a batch. Sequence numbers never repeat within a slot, so an old record is never taken for a new.
+#[inline]
+pub fn read_commit<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) -> Commit {
+    let at = record_at(region, slot, sequence);
+    let fabric = region.fabric();
+    fabric.invalidate(at, 32, Site::RecordRead);
+    let tag = fabric.load(at.add(24));
+    if tag < sequence + 1 {
+        return Commit::Unknown;
+    }
+    if tag > sequence + 1 {
+        return Commit::Forgotten;
+    }
+    let words = [fabric.load(at), fabric.load(at.add(8)), fabric.load(at.add(16)), tag];
+    std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+    if fabric.load(at.add(24)) != tag {
+        return Commit::Forgotten;
+    }
+    Commit::At(bytemuck::cast(words))
+}
+
+/// Sequences below this are committed.
+#[inline]
+pub fn read_progress<F: Fabric>(region: &Region<F>, slot: u32) -> u64 {
+    region.fabric().observe(progress_at(region, slot), Site::RecordRead)
+}

@@ -1,0 +1,350 @@
+//! The control block, the broker table, and what a TInode says about its topic.
+
+use super::fabric::{Fabric, RegionOffset, Site};
+use super::layout::{BrokerLine, ControlLine, NameLine, PinLine, TOPIC_NAME_BYTES, TopicLine};
+use super::region::Region;
+use bytemuck::Zeroable;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::mem::offset_of;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+
+/// Order that a topic promises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Order {
+    /// No promise.
+    None,
+    /// Each broker's messages in the order in which it received them.
+    Broker,
+    /// One order that all subscribers read. The sequencer never waits.
+    Total,
+    /// Total, and each session's messages in submission order, without gaps or duplicates.
+    Strong,
+}
+
+impl Order {
+    /// True when the sequencer assigns one global order.
+    #[must_use]
+    pub const fn is_global(self) -> bool {
+        matches!(self, Self::Total | Self::Strong)
+    }
+
+    const fn code(self) -> u8 {
+        self as u8 + 1
+    }
+
+    const fn from_code(code: u8) -> Option<Self> {
+        match code {
+            1 => Some(Self::None),
+            2 => Some(Self::Broker),
+            3 => Some(Self::Total),
+            4 => Some(Self::Strong),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Order {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "none",
+            Self::Broker => "broker",
+            Self::Total => "total",
+            Self::Strong => "strong",
+        })
+    }
+}
+
+impl std::str::FromStr for Order {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "none" => Ok(Self::None),
+            "broker" => Ok(Self::Broker),
+            "total" | "weak" => Ok(Self::Total),
+            "strong" => Ok(Self::Strong),
+            _ => Err(format!("order is {text:?}; it must be none, broker, total or strong")),
+        }
+    }
+}
+
+/// Life of a topic slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TopicState {
+    /// Never used, or deleted and let go of by everyone.
+    Free,
+    /// In use.
+    Live,
+    /// Deleted; brokers are letting go.
+    Deleting,
+}
+
+/// A topic as its TInode describes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TopicConfig {
+    /// Slot.
+    pub id: u32,
+    /// Counts the topics that used this slot.
+    pub incarnation: u32,
+    /// State.
+    pub state: TopicState,
+    /// Name, 1 to 64 bytes.
+    pub name: String,
+    /// Order.
+    pub order: Order,
+    /// Highest acknowledgement level that a session may ask for.
+    pub ack_level: u8,
+    /// Copies including the one in CXL.
+    pub replication_factor: u8,
+    /// Bytes kept; 0 keeps everything.
+    pub retention_bytes: u64,
+    /// Milliseconds kept; 0 keeps everything.
+    pub retention_ms: u64,
+    /// When it was made.
+    pub created_ms: u64,
+}
+
+/// Checks a topic name.
+///
+/// # Errors
+/// A sentence that names the bound.
+pub fn check_topic_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > TOPIC_NAME_BYTES {
+        return Err(format!("topic name has {} bytes; it must have 1 to {TOPIC_NAME_BYTES}", name.len()));
+    }
+    if name.chars().any(|character| character.is_control() || character.is_whitespace()) {
+        return Err(format!("topic name {name:?} must not contain spaces or control characters"));
+    }
+    Ok(())
+}
+
+/// Writes a topic's configuration. Only the head may.
+pub fn publish_topic<F: Fabric>(region: &Region<F>, config: &TopicConfig) {
+    let at = region.layout().tinode(config.id);
+    let mut name = NameLine::zeroed();
+    let bytes = config.name.as_bytes();
+    name.name[..bytes.len().min(TOPIC_NAME_BYTES)].copy_from_slice(&bytes[..bytes.len().min(TOPIC_NAME_BYTES)]);
+    let line = TopicLine {
+        incarnation: config.incarnation,
+        state: config.state as u8,
+        order: config.order.code(),
+        ack_level: config.ack_level,
+        replication_factor: config.replication_factor,
+        retention_bytes: config.retention_bytes,
+        retention_ms: config.retention_ms,
+        created_ms: config.created_ms,
+        name_bytes: bytes.len() as u32,
+        ..TopicLine::zeroed()
+    };
+    let fabric = region.fabric();
+    fabric.publish_versioned_with(at, &line, Site::TopicFlush, || {
+        fabric.store_line(at.add(64), &name);
+        fabric.flush(at.add(64), 64, Site::TopicFlush);
+    });
+}
+
+/// Reads a topic slot; `None` when it was never used, is being written, or makes no sense.
+pub fn read_topic<F: Fabric>(region: &Region<F>, topic: u32) -> Option<TopicConfig> {
+    if topic >= region.geometry().max_topics {
+        return None;
+    }
+    let at = region.layout().tinode(topic);
+    let fabric = region.fabric();
+    let (line, name): (TopicLine, NameLine) =
+        fabric.observe_versioned(at, Site::TopicRead, |_| fabric.observe_line(at.add(64), Site::TopicRead))?;
+    let state = match line.state {
+        0 => TopicState::Free,
+        1 => TopicState::Live,
+        2 => TopicState::Deleting,
+        _ => return None,
+    };
+    let name = name.name.get(..line.name_bytes as usize)?;
+    Some(TopicConfig {
+        id: topic,
+        incarnation: line.incarnation,
+        state,
+        name: std::str::from_utf8(name).ok()?.to_owned(),
+        order: Order::from_code(line.order)?,
+        ack_level: line.ack_level,
+        replication_factor: line.replication_factor,
+        retention_bytes: line.retention_bytes,
+        retention_ms: line.retention_ms,
+        created_ms: line.created_ms,
+    })
+}
+
+/// The topics that are in use.
+pub fn live_topics<F: Fabric>(region: &Region<F>) -> Vec<TopicConfig> {
+    (0..region.geometry().max_topics)
+        .filter_map(|topic| read_topic(region, topic))
+        .filter(|topic| topic.state == TopicState::Live)
+        .collect()
+}
+
+/// Says that this broker holds nothing of the topic's incarnations up to `incarnation`.
+pub fn publish_released<F: Fabric>(region: &Region<F>, topic: u32, broker: u32, incarnation: u32) {
+    let at = region.layout().pin(topic, broker).add(offset_of!(PinLine, released) as u64);
+    let fabric = region.fabric();
+    fabric.store(at, incarnation.into());
+    fabric.flush(at, 8, Site::PinFlush);
+    fabric.fence(Site::PinFlush);
+}
+
+/// The highest incarnation that the broker let go of.
+pub fn read_released<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> u64 {
+    let at = region.layout().pin(topic, broker).add(offset_of!(PinLine, released) as u64);
+    region.fabric().observe(at, Site::PinRead)
+}
+
+/// A broker as the table shows it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BrokerInfo {
+    /// Slot.
+    pub id: u32,
+    /// Counts the processes that ran under this id.
+    pub incarnation: u32,
+    /// Where publishers and subscribers connect.
+    pub data: SocketAddr,
+    /// Where the control service listens.
+    pub control: SocketAddr,
+    /// Process id on its own host.
+    pub process_id: u32,
+    /// False once it left in order.
+    pub running: bool,
+}
+
+/// Writes this broker's slot.
+pub fn publish_broker<F: Fabric>(region: &Region<F>, info: &BrokerInfo) {
+    let line = BrokerLine {
+        data_address: octets(info.data.ip()),
+        control_address: octets(info.control.ip()),
+        data_port: info.data.port(),
+        control_port: info.control.port(),
+        incarnation: info.incarnation,
+        process_id: info.process_id,
+        state: u32::from(info.running),
+        ..BrokerLine::zeroed()
+    };
+    region.fabric().publish_versioned(region.layout().broker(info.id), &line, Site::BrokerSlotFlush);
+}
+
+/// Reads a broker slot; `None` when it was never used.
+pub fn read_broker<F: Fabric>(region: &Region<F>, broker: u32) -> Option<BrokerInfo> {
+    if broker >= region.geometry().max_brokers {
+        return None;
+    }
+    let (line, ()) = region.fabric().observe_versioned::<BrokerLine, ()>(
+        region.layout().broker(broker),
+        Site::BrokerSlotRead,
+        |_| (),
+    )?;
+    Some(BrokerInfo {
+        id: broker,
+        incarnation: line.incarnation,
+        data: SocketAddr::new(address(line.data_address), line.data_port),
+        control: SocketAddr::new(address(line.control_address), line.control_port),
+        process_id: line.process_id,
+        running: line.state == 1,
+    })
+}
+
+fn octets(address: IpAddr) -> [u8; 16] {
+    match address {
+        IpAddr::V4(four) => four.to_ipv6_mapped().octets(),
+        IpAddr::V6(six) => six.octets(),
+    }
+}
+
+fn address(octets: [u8; 16]) -> IpAddr {
+    Ipv6Addr::from(octets).to_canonical()
+}
+
+/// This broker's counters, through which others see that it lives and that there is something to order.
+pub struct Pulse<F> {
+    region: Region<F>,
+    at: RegionOffset,
+    heartbeat: u64,
+    published: u64,
+}
+
+impl<F: Fabric> Pulse<F> {
+    /// Goes on from what the slot says, so that the counters never shrink.
+    pub fn new(region: Region<F>, broker: u32) -> Self {
+        let at = region.layout().broker(broker).add(64);
+        let heartbeat = region.fabric().observe(at, Site::PulseRead);
+        let published = region.fabric().load(at.add(8));
+        Self { region, at, heartbeat, published }
+    }
+
+    /// Says "alive".
+    pub fn beat(&mut self) {
+        self.heartbeat += 1;
+        self.region.fabric().store(self.at, self.heartbeat);
+        self.write_back();
+    }
+
+    /// Says "there are `batches` more to order".
+    #[inline]
+    pub fn announce(&mut self, batches: u64) {
+        self.published += batches;
+        self.region.fabric().store(self.at.add(8), self.published);
+        self.write_back();
+    }
+
+    #[inline]
+    fn write_back(&self) {
+        self.region.fabric().flush(self.at, 16, Site::PulseFlush);
+        self.region.fabric().fence(Site::PulseFlush);
+    }
+}
+
+/// A broker's counters as another host sees them: (heartbeat, batches published).
+#[inline]
+pub fn read_pulse<F: Fabric>(region: &Region<F>, broker: u32) -> (u64, u64) {
+    let at = region.layout().broker(broker).add(64);
+    let heartbeat = region.fabric().observe(at, Site::PulseRead);
+    (heartbeat, region.fabric().load(at.add(8)))
+}
+
+/// Who orders, as the control block says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Headship {
+    /// Grows with each head.
+    pub epoch: u64,
+    /// The head's broker id.
+    pub broker: u32,
+    /// The head's incarnation.
+    pub incarnation: u32,
+    /// Bit per broker that the head takes for alive.
+    pub broker_mask: u64,
+}
+
+/// Writes the control block. Only the head may.
+pub fn publish_headship<F: Fabric>(region: &Region<F>, head: &Headship) {
+    let line = ControlLine {
+        epoch: head.epoch,
+        sequencer_broker: head.broker,
+        sequencer_incarnation: head.incarnation,
+        broker_mask: head.broker_mask,
+        ..ControlLine::zeroed()
+    };
+    region.fabric().publish_versioned(RegionOffset(region.layout().control), &line, Site::ControlFlush);
+}
+
+/// Reads the control block; `None` when no head was ever there.
+pub fn read_headship<F: Fabric>(region: &Region<F>) -> Option<Headship> {
+    let (line, ()) = region.fabric().observe_versioned::<ControlLine, ()>(
+        RegionOffset(region.layout().control),
+        Site::ControlRead,
+        |_| (),
+    )?;
+    Some(Headship {
+        epoch: line.epoch,
+        broker: line.sequencer_broker,
+        incarnation: line.sequencer_incarnation,
+        broker_mask: line.broker_mask,
+    })
+}

@@ -1,0 +1,9 @@
+//! The data path of Embarcadero: the shared CXL region and the rules for touching it ([`cxl`]), the bytes that
+//! travel between clients and brokers ([`wire`]), how they travel ([`transport`]), and how threads wait ([`poll`]).
+//!
+//! All `unsafe` code of the project lives here and in `sys/`.
+
+pub mod cxl;
+pub mod poll;
+pub mod transport;
+pub mod wire;
