@@ -1,1 +1,25 @@
-//! wip
+//! The broker: receive, order, acknowledge and deliver batches that lie in CXL memory.
+//!
+//! Modules follow the path of a batch: [`ingest`] receives it into the [`blog`], [`delegation`] puts it into the
+//! Batchlog, the [`sequencer`] gives it its place in the global order, [`ack`] tells its client, [`delivery`] sends it
+//! to subscribers. [`worker`] runs these stages; [`control`] is the gRPC side.
+#![forbid(unsafe_code)]
+
+pub mod ack;
+pub mod blog;
+mod broker;
+pub mod config;
+pub mod control;
+pub mod delegation;
+pub mod delivery;
+pub mod ingest;
+pub mod membership;
+pub mod pool;
+pub mod reclaim;
+pub mod sequencer;
+pub mod session;
+pub mod topics;
+pub mod worker;
+
+pub use broker::{Broker, BrokerError};
+pub use config::{BrokerConfig, ConfigError};

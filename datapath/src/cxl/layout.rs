@@ -120,7 +120,9 @@ lines! {
     pub struct PulseLine {
         pub heartbeat: u64 = 0,
         pub batches_published: u64 = 8,
-        pub reserved: [u64; 6] = 16,
+        /// Grows while the broker leaves batches unread for want of room.
+        pub stalls: u64 = 16,
+        pub reserved: [u64; 5] = 24,
     }
 
     /// What a topic is. Written by the head. Versioned; the version also guards the name line behind it.
@@ -160,7 +162,8 @@ lines! {
         pub epoch: u64 = 40,
         /// Batch bytes ever indexed.
         pub bytes: u64 = 48,
-        pub reserved: u64 = 56,
+        /// Incarnation of the topic that the other words speak of.
+        pub incarnation: u64 = 56,
     }
 
     /// Broker half of an offset entry: words, written by the broker.
@@ -193,8 +196,8 @@ lines! {
         pub ordered_offset: u64 = 8,
         /// Batchlog slots below this may be reused.
         pub consumed_through: u64 = 16,
-        /// Of the ordered batches, how many are trimmed.
-        pub trimmed: u64 = 24,
+        /// Batchlog entries below this are committed or dropped: none of them is held back any more.
+        pub decided_through: u64 = 24,
         pub reserved: [u64; 4] = 32,
     }
 

@@ -10,6 +10,8 @@ use super::fabric::{Fabric, RegionOffset, Site};
 use super::layout::{IndexEntry, Layout, PinLine, SequencerHalf, TINODE_HEADER_BYTES, TailLine};
 use super::region::Region;
 use super::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner};
+use bytemuck::Zeroable;
+use serde::Serialize;
 use std::collections::VecDeque;
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -57,6 +59,7 @@ const TRIMMED: u64 = field(offset_of!(TailLine, trimmed));
 const TRIMMED_OFFSET: u64 = field(offset_of!(TailLine, trimmed_offset));
 const EPOCH: u64 = field(offset_of!(TailLine, epoch));
 const BYTES: u64 = field(offset_of!(TailLine, bytes));
+const INCARNATION: u64 = field(offset_of!(TailLine, incarnation));
 
 fn entries_per_segment<F: Fabric>(region: &Region<F>) -> u64 {
     region.geometry().segment_bytes / 64
@@ -73,26 +76,43 @@ pub struct OrderIndexWriter<F> {
     published: u64,
     next_offset: u64,
     bytes: u64,
+    kept_bytes: u64,
     trimmed: u64,
     /// Segments in use, oldest first: (ordinal, segment).
     segments: VecDeque<(u64, u32)>,
 }
 
 impl<F: Fabric> OrderIndexWriter<F> {
-    /// Goes on at the tail that the region shows.
-    pub fn recover(region: Region<F>, id: StreamId, incarnation: u32, pool: Arc<dyn SegmentAllocator>) -> Self {
+    /// Goes on at the tail that the region shows, or starts the index of a new incarnation of its topic: offsets then
+    /// begin at 0, positions go on growing.
+    pub fn open(region: Region<F>, id: StreamId, incarnation: u32, epoch: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
         let tail_at = id.tail(&region);
-        let tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
+        let mut tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
         let per_segment = entries_per_segment(&region);
         let mut segments = VecDeque::new();
-        if tail.committed > tail.base {
-            for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
-                if let Some(segment) = read_directory(&region, id, ordinal) {
-                    segments.push_back((ordinal, segment));
+        if tail.incarnation == u64::from(incarnation) {
+            if tail.committed > tail.base {
+                for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
+                    if let Some(segment) = read_directory(&region, id, ordinal) {
+                        segments.push_back((ordinal, segment));
+                    }
                 }
             }
+        } else {
+            let base = tail.committed.next_multiple_of(per_segment);
+            tail = TailLine { base, trimmed: base, committed: base, epoch, incarnation: incarnation.into(), ..TailLine::zeroed() };
+            let fabric = region.fabric();
+            for (at, value) in [
+                (BASE, base), (TRIMMED, base), (TRIMMED_OFFSET, 0), (NEXT_OFFSET, 0), (BYTES, 0), (EPOCH, epoch),
+                (COMMITTED, base), (INCARNATION, tail.incarnation),
+            ] {
+                // SYNC: the incarnation last; pairs with `read_extent`.
+                fabric.store(tail_at.add(at), value);
+            }
+            fabric.flush(tail_at, 64, Site::TailFlush);
+            fabric.fence(Site::TailFlush);
         }
-        Self {
+        let mut writer = Self {
             region,
             id,
             pool,
@@ -102,37 +122,13 @@ impl<F: Fabric> OrderIndexWriter<F> {
             published: tail.committed,
             next_offset: tail.next_offset,
             bytes: tail.bytes,
+            kept_bytes: 0,
             trimmed: tail.trimmed,
             segments,
-        }
-    }
-
-    /// Starts the index of a new incarnation of its topic: offsets begin at 0, positions go on growing.
-    pub fn begin(region: Region<F>, id: StreamId, incarnation: u32, epoch: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
-        let tail_at = id.tail(&region);
-        let old: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
-        let base = old.committed.next_multiple_of(entries_per_segment(&region));
-        let fabric = region.fabric();
-        for (at, value) in
-            [(BASE, base), (TRIMMED, base), (TRIMMED_OFFSET, 0), (NEXT_OFFSET, 0), (BYTES, 0), (EPOCH, epoch), (COMMITTED, base)]
-        {
-            fabric.store(tail_at.add(at), value);
-        }
-        fabric.flush(tail_at, 64, Site::TailFlush);
-        fabric.fence(Site::TailFlush);
-        Self {
-            region,
-            id,
-            pool,
-            incarnation,
-            tail_at,
-            next: base,
-            published: base,
-            next_offset: 0,
-            bytes: 0,
-            trimmed: base,
-            segments: VecDeque::new(),
-        }
+        };
+        writer.kept_bytes =
+            (writer.trimmed..writer.next).filter_map(|at| writer.entry(at)).map(|entry| u64::from(entry.bytes)).sum();
+        writer
     }
 
     /// Position of the next entry.
@@ -204,6 +200,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         self.next += 1;
         self.next_offset += u64::from(entry.message_count);
         self.bytes += u64::from(entry.bytes);
+        self.kept_bytes += u64::from(entry.bytes);
         entry.first_offset
     }
 
@@ -243,15 +240,30 @@ impl<F: Fabric> OrderIndexWriter<F> {
             return None;
         }
         let per_segment = entries_per_segment(&self.region);
-        let (_, segment) = self.segments.iter().find(|(ordinal, _)| *ordinal == position / per_segment)?;
+        let (oldest, _) = self.segments.front()?;
+        let (_, segment) = self.segments.get((position / per_segment).checked_sub(*oldest)? as usize)?;
         let at = self.region.layout().segment(self.region.geometry(), *segment).add(position % per_segment * 64);
         Some(self.region.fabric().load_line(at))
     }
 
+    /// Trims what the topic's retention does not keep: `bytes` at most (0: all), nothing ordered before `since_us`.
+    pub fn enforce_retention(&mut self, bytes: u64, since_us: u64) {
+        let mut position = self.trimmed;
+        while position < self.published {
+            let Some(entry) = self.entry(position) else { break };
+            let too_much = bytes > 0 && self.kept_bytes > bytes;
+            if !too_much && entry.ordered_us >= since_us {
+                break;
+            }
+            self.kept_bytes -= u64::from(entry.bytes);
+            position += 1;
+        }
+        self.trim(position);
+    }
+
     /// Lets go of the entries below `position`. Readers that come later are refused; segments return to the pool
     /// by [`OrderIndexWriter::reclaim`], once nobody reads them.
-    pub fn trim(&mut self, position: u64) {
-        let position = position.min(self.published);
+    fn trim(&mut self, position: u64) {
         if position <= self.trimmed {
             return;
         }
@@ -343,8 +355,10 @@ impl<F: Fabric> Pin<F> {
 }
 
 /// What the tail line of a stream shows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Extent {
+    /// Incarnation of the topic that the rest speaks of.
+    pub incarnation: u64,
     /// First position of the incarnation.
     pub base: u64,
     /// First position kept.
@@ -363,6 +377,7 @@ pub struct Extent {
 pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Extent {
     let tail: TailLine = region.fabric().observe_line(id.tail(region), Site::TailRead);
     Extent {
+        incarnation: tail.incarnation,
         base: tail.base,
         trimmed: tail.trimmed,
         committed: tail.committed,
@@ -502,8 +517,8 @@ pub struct ConsumedWriter<F> {
     pub ordered_offset: u64,
     /// Batchlog slots below this may be reused.
     pub consumed_through: u64,
-    /// Ordered batches that are trimmed.
-    pub trimmed: u64,
+    /// Batchlog entries below this are committed or dropped.
+    pub decided_through: u64,
 }
 
 impl<F: Fabric> ConsumedWriter<F> {
@@ -517,7 +532,7 @@ impl<F: Fabric> ConsumedWriter<F> {
             ordered: half.ordered,
             ordered_offset: half.ordered_offset,
             consumed_through: half.consumed_through,
-            trimmed: half.trimmed,
+            decided_through: half.decided_through,
         }
     }
 
@@ -527,19 +542,13 @@ impl<F: Fabric> ConsumedWriter<F> {
         let fabric = self.region.fabric();
         fabric.store(self.at.add(field(offset_of!(SequencerHalf, ordered))), self.ordered);
         fabric.store(self.at.add(field(offset_of!(SequencerHalf, ordered_offset))), self.ordered_offset);
-        fabric.store(self.at.add(field(offset_of!(SequencerHalf, trimmed))), self.trimmed);
+        fabric.store(self.at.add(field(offset_of!(SequencerHalf, decided_through))), self.decided_through);
         fabric.store(self.at.add(field(offset_of!(SequencerHalf, consumed_through))), self.consumed_through);
         fabric.flush(self.at, 64, Site::ConsumedFlush);
     }
 }
 
-/// How many of a broker's ordered batches are trimmed, as that broker sees it.
-pub fn read_trimmed_batches<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> u64 {
-    let at = region.layout().sequencer_half(topic, broker).add(field(offset_of!(SequencerHalf, trimmed)));
-    region.fabric().observe(at, Site::ConsumedRead)
-}
-
-/// How many of a broker's Batchlog entries the sequencer consumed, as anyone sees it.
-pub fn read_consumed<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> SequencerHalf {
+/// How far the sequencer is with a broker's Batchlog.
+pub fn read_sequencer_half<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> SequencerHalf {
     region.fabric().observe_line(region.layout().sequencer_half(topic, broker), Site::ConsumedRead)
 }

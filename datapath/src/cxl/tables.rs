@@ -268,6 +268,7 @@ pub struct Pulse<F> {
     at: RegionOffset,
     heartbeat: u64,
     published: u64,
+    stalls: u64,
 }
 
 impl<F: Fabric> Pulse<F> {
@@ -276,7 +277,8 @@ impl<F: Fabric> Pulse<F> {
         let at = region.layout().broker(broker).add(64);
         let heartbeat = region.fabric().observe(at, Site::PulseRead);
         let published = region.fabric().load(at.add(8));
-        Self { region, at, heartbeat, published }
+        let stalls = region.fabric().load(at.add(16));
+        Self { region, at, heartbeat, published, stalls }
     }
 
     /// Says "alive".
@@ -294,9 +296,16 @@ impl<F: Fabric> Pulse<F> {
         self.write_back();
     }
 
+    /// Says "batches lie unread for want of room".
+    pub fn stall(&mut self) {
+        self.stalls += 1;
+        self.region.fabric().store(self.at.add(16), self.stalls);
+        self.write_back();
+    }
+
     #[inline]
     fn write_back(&self) {
-        self.region.fabric().flush(self.at, 16, Site::PulseFlush);
+        self.region.fabric().flush(self.at, 24, Site::PulseFlush);
         self.region.fabric().fence(Site::PulseFlush);
     }
 }
@@ -307,6 +316,11 @@ pub fn read_pulse<F: Fabric>(region: &Region<F>, broker: u32) -> (u64, u64) {
     let at = region.layout().broker(broker).add(64);
     let heartbeat = region.fabric().observe(at, Site::PulseRead);
     (heartbeat, region.fabric().load(at.add(8)))
+}
+
+/// A broker's count of stalls as another host sees it.
+pub fn read_stalls<F: Fabric>(region: &Region<F>, broker: u32) -> u64 {
+    region.fabric().observe(region.layout().broker(broker).add(64 + 16), Site::PulseRead)
 }
 
 /// Who orders, as the control block says.

@@ -182,6 +182,14 @@ impl Outbox {
         self.queue.truncate(usize::from(self.sent > 0));
     }
 
+    /// Drops every batch, so that the region need not be read any more; frames stay. False when a batch is half sent:
+    /// then nothing more can follow on this connection.
+    pub fn drop_batches(&mut self) -> bool {
+        let half_sent = self.sent > 0 && self.queue.front().is_some_and(|front| front.batch.is_some());
+        self.queue.retain(|outgoing| outgoing.batch.is_none());
+        !half_sent
+    }
+
     fn advance(&mut self, mut bytes: u64) {
         while let Some(front) = self.queue.front() {
             let left = front.len() - self.sent;

@@ -9,7 +9,7 @@ use crate::cxl::{Fabric, Native, RegionOffset};
 use crate::wire::{BatchHeader, FRAME_BYTES, Frame};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
@@ -122,6 +122,24 @@ impl TcpConnection {
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.stream.as_raw_fd()
+    }
+
+    /// Says that nothing more will be sent. The peer can still read what was.
+    pub fn finish(&self) {
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    /// Reads and forgets what the peer still sends; true when it has closed.
+    pub fn discard(&mut self) -> bool {
+        let mut scratch = [0u8; 4096];
+        for _ in 0..256 {
+            match self.stream.read(&mut scratch) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return !again(&error),
+            }
+        }
+        false
     }
 
     /// Receives more of the body that is under way; true when it is complete.

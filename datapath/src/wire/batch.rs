@@ -54,6 +54,22 @@ impl BatchHeader {
     }
 }
 
+impl BatchHeader {
+    /// Checks that the length table adds up to the payload.
+    ///
+    /// # Errors
+    /// [`BodyError::Lengths`].
+    pub fn check_table(&self, table: &[u8]) -> Result<(), BodyError> {
+        let lengths = table.as_chunks::<4>().0;
+        let found: u64 = lengths.iter().map(|length| u64::from(u32::from_le_bytes(*length))).sum();
+        if found == u64::from(self.payload_bytes) {
+            Ok(())
+        } else {
+            Err(BodyError::Lengths { found, expected: self.payload_bytes.into() })
+        }
+    }
+}
+
 /// Why a body does not belong to its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BodyError {
@@ -91,12 +107,7 @@ pub fn check_lengths(header: &BatchHeader, body: &[u8]) -> Result<(), BodyError>
     if body.len() as u64 != header.body_bytes() {
         return Err(BodyError::Length { found: body.len() as u64, expected: header.body_bytes() });
     }
-    let table = &body[header.table_at() as usize..];
-    let found: u64 = table.chunks_exact(4).map(|length| u64::from(u32::from_le_bytes([length[0], length[1], length[2], length[3]]))).sum();
-    if found != u64::from(header.payload_bytes) {
-        return Err(BodyError::Lengths { found, expected: header.payload_bytes.into() });
-    }
-    Ok(())
+    header.check_table(&body[header.table_at() as usize..])
 }
 
 /// Checks the body's checksum, if the batch carries one.

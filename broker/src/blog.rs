@@ -1,0 +1,225 @@
+//! The Blog: a broker's log of a topic, a chain of pool segments into which batches are received.
+
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
+use embarcadero_datapath::cxl::{Fabric, LINE_BYTES, RegionOffset};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// No segment yet: the first reservation overflows it.
+const NO_SEGMENT: u64 = pack(u32::MAX, u32::MAX >> 1);
+
+/// A segment number and a position in it, in lines, as one word.
+const fn pack(segment: u32, lines: u32) -> u64 {
+    (segment as u64) << 32 | lines as u64
+}
+
+/// A segment that batches were received into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retired {
+    /// Which.
+    pub segment: u32,
+    /// All its batches are below this index of the Batchlog (or of the broker's own index).
+    pub batches_below: u64,
+}
+
+struct Chain {
+    ordinal: u64,
+    /// Segments that receive no more, and until when they did (`None`: something is still being received).
+    retired: Vec<Retired>,
+    retiring: Vec<u32>,
+}
+
+/// One broker's log of one topic.
+///
+/// [[DEVIATION_003]] A reservation is one atomic addition, whatever the number of messages.
+pub struct Blog<F> {
+    region: Region<F>,
+    topic: u32,
+    incarnation: u32,
+    broker: u32,
+    pool: Arc<dyn SegmentAllocator>,
+    /// Current segment and the next free line in it.
+    cursor: AtomicU64,
+    /// Reservations a segment that are neither published nor given up.
+    in_flight: Box<[AtomicU32]>,
+    reserved_bytes: AtomicU64,
+    chain: Mutex<Chain>,
+}
+
+impl<F: Fabric> Blog<F> {
+    /// The log of `broker` in a topic. Segments that an earlier process of this broker left in it stay in it; their
+    /// batches are all below `batches`, the present head of the Batchlog.
+    pub fn new(
+        region: Region<F>,
+        topic: u32,
+        incarnation: u32,
+        broker: u32,
+        batches: u64,
+        pool: Arc<dyn SegmentAllocator>,
+    ) -> Self {
+        let mut ordinal = 0;
+        let mut retired = Vec::new();
+        for segment in 0..region.geometry().segment_count {
+            match read_owner(&region, segment) {
+                SegmentUse::Blog { topic: of, incarnation: life, broker: by, ordinal: place }
+                    if (of, life, by) == (topic, incarnation, broker) =>
+                {
+                    retired.push(Retired { segment, batches_below: batches });
+                    ordinal = ordinal.max(place + 1);
+                }
+                _ => {}
+            }
+        }
+        let in_flight = (0..region.geometry().segment_count).map(|_| AtomicU32::new(0)).collect();
+        Self {
+            region,
+            topic,
+            incarnation,
+            broker,
+            pool,
+            cursor: AtomicU64::new(NO_SEGMENT),
+            in_flight,
+            reserved_bytes: AtomicU64::new(0),
+            chain: Mutex::new(Chain { ordinal, retired, retiring: Vec::new() }),
+        }
+    }
+
+    /// Largest batch that fits into a segment.
+    pub fn max_batch_bytes(&self) -> u64 {
+        self.region.geometry().segment_bytes
+    }
+
+    /// Bytes ever reserved.
+    pub fn reserved_bytes(&self) -> u64 {
+        self.reserved_bytes.load(Ordering::Relaxed)
+    }
+
+    fn lines_per_segment(&self) -> u64 {
+        self.region.geometry().segment_bytes / LINE_BYTES
+    }
+
+    /// Reserves `bytes` (at most a segment) at the end of the log. [`Blog::settle`] must follow, whatever happens.
+    ///
+    /// # Errors
+    /// [`PoolError`] when a further segment is needed and not to be had; try again later.
+    #[inline]
+    pub fn reserve(&self, bytes: u64) -> Result<RegionOffset, PoolError> {
+        let lines = bytes.div_ceil(LINE_BYTES);
+        assert!(lines <= self.lines_per_segment(), "a batch of {bytes} bytes exceeds a segment");
+        loop {
+            let segment = (self.cursor.load(Ordering::Acquire) >> 32) as u32;
+            // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also
+            // sees the count; pairs with `Blog::retired`.
+            if let Some(count) = self.in_flight.get(segment as usize) {
+                count.fetch_add(1, Ordering::AcqRel);
+            }
+            let before = self.cursor.fetch_add(lines, Ordering::AcqRel);
+            let (current, position) = ((before >> 32) as u32, u64::from(before as u32));
+            if current == segment && position + lines <= self.lines_per_segment() {
+                self.reserved_bytes.fetch_add(lines * LINE_BYTES, Ordering::Relaxed);
+                let base = self.region.layout().segment(self.region.geometry(), segment);
+                return Ok(base.add(position * LINE_BYTES));
+            }
+            if let Some(count) = self.in_flight.get(segment as usize) {
+                count.fetch_sub(1, Ordering::AcqRel);
+            }
+            self.extend(lines)?;
+        }
+    }
+
+    /// Starts the next segment unless another thread has.
+    #[cold]
+    fn extend(&self, lines: u64) -> Result<(), PoolError> {
+        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let cursor = self.cursor.load(Ordering::Acquire);
+        let (segment, position) = ((cursor >> 32) as u32, u64::from(cursor as u32));
+        if segment != u32::MAX && position + lines <= self.lines_per_segment() {
+            return Ok(());
+        }
+        let next = match self.pool.allocate() {
+            Ok(next) => next,
+            Err(error) => {
+                // Failed attempts moved the position; bring it back before it can reach the segment number.
+                let full = self.lines_per_segment() as u32;
+                let end = if segment == u32::MAX { NO_SEGMENT } else { pack(segment, full) };
+                self.cursor.store(end, Ordering::Release);
+                return Err(error);
+            }
+        };
+        publish_owner(
+            &self.region,
+            next,
+            SegmentUse::Blog {
+                topic: self.topic,
+                incarnation: self.incarnation,
+                broker: self.broker,
+                ordinal: chain.ordinal,
+            },
+        );
+        chain.ordinal += 1;
+        if segment != u32::MAX {
+            chain.retiring.push(segment);
+        }
+        self.cursor.store(pack(next, 0), Ordering::Release);
+        Ok(())
+    }
+
+    /// The reservation at `at` is published or given up.
+    #[inline]
+    pub fn settle(&self, at: RegionOffset) {
+        if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
+            let before = count.fetch_sub(1, Ordering::AcqRel);
+            assert!(before > 0, "a reservation was settled twice");
+        }
+    }
+
+    /// The segment that a position lies in.
+    #[inline]
+    pub fn segment_of(&self, at: RegionOffset) -> u32 {
+        ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
+    }
+
+    /// Segments that receive no more. `head` is where the Batchlog stands now: whatever is settled is below it.
+    pub fn retired(&self, head: u64) -> Vec<Retired> {
+        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let Chain { retired, retiring, .. } = &mut *chain;
+        retiring.retain(|segment| {
+            // SYNC: pairs with the count in `Blog::reserve`.
+            let busy = self.in_flight.get(*segment as usize).is_some_and(|count| count.load(Ordering::Acquire) > 0);
+            if !busy {
+                retired.push(Retired { segment: *segment, batches_below: head });
+            }
+            busy
+        });
+        retired.clone()
+    }
+
+    /// Gives a retired segment back to the pool. Only when nothing in it will be read again.
+    pub fn release(&self, segment: u32) {
+        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = chain.retired.len();
+        chain.retired.retain(|retired| retired.segment != segment);
+        assert!(chain.retired.len() < before, "segment {segment} is not retired");
+        publish_owner(&self.region, segment, SegmentUse::Free);
+        if let Err(error) = self.pool.release(segment) {
+            tracing::error!(segment, %error, "a segment could not be returned");
+        }
+    }
+
+    /// Gives everything back: the topic is gone and nobody receives into it any more. False while something still is
+    /// being received.
+    pub fn abandon(&self) -> bool {
+        {
+            let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+            let segment = (self.cursor.swap(NO_SEGMENT, Ordering::AcqRel) >> 32) as u32;
+            if segment != u32::MAX {
+                chain.retiring.push(segment);
+            }
+        }
+        for retired in self.retired(u64::MAX) {
+            self.release(retired.segment);
+        }
+        self.chain.lock().unwrap_or_else(PoisonError::into_inner).retiring.is_empty()
+    }
+}

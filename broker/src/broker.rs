@@ -1,0 +1,367 @@
+//! Puts a broker together and takes it apart.
+
+use crate::config::{BrokerConfig, ConfigError, Role};
+use crate::control::{ControlService, HeadControl};
+use crate::delegation::{Delegation, Landed};
+use crate::ingest::IngestLimits;
+use crate::membership::Liveness;
+use crate::pool;
+use crate::sequencer::{Leases, Sequencer};
+use crate::topics::TopicTable;
+use crate::worker::{Shared, Worker, WorkerSetup, now_us};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use embarcadero_control::v1::control_server::ControlServer;
+use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
+use embarcadero_datapath::cxl::region::{RegionError, RegionFile, RoleLock};
+use embarcadero_datapath::cxl::tables::{
+    BrokerInfo, Headship, publish_broker, publish_headship, read_broker, read_headship,
+};
+use embarcadero_datapath::cxl::{Native, Region};
+use embarcadero_datapath::poll::{Idle, PollBounds};
+use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Why a broker does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BrokerError {
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its region.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// Its threads or sockets.
+    #[error("cannot {action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// No id is left.
+    #[error("all {0} broker ids of the region are taken")]
+    NoFreeId(u32),
+    /// Another is the head.
+    #[error("role is head, but another live broker is the head of this region")]
+    HeadTaken,
+}
+
+fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError {
+    let action = action.into();
+    move |source| BrokerError::Io { action, source }
+}
+
+/// A running broker; stops when dropped.
+pub struct Broker {
+    info: BrokerInfo,
+    region: Region<Native>,
+    head: bool,
+    stop: Arc<AtomicBool>,
+    control_stop: Option<tokio::sync::oneshot::Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
+    _locks: Vec<RoleLock>,
+}
+
+struct Start {
+    config: BrokerConfig,
+    region: Region<Native>,
+    info: BrokerInfo,
+    epoch: Option<u64>,
+}
+
+impl Broker {
+    /// Joins the region and starts serving.
+    ///
+    /// # Errors
+    /// [`BrokerError`]; nothing is left running when it fails.
+    pub fn start(config: BrokerConfig) -> Result<Self, BrokerError> {
+        config.validate()?;
+        let file = RegionFile::open(&config.cxl.path, config.cxl.flush_method()?)?;
+        let region = file.region().clone();
+        check_region(&config, &region)?;
+        if config.cxl.prefault {
+            region.fabric().mapping().prefault().map_err(io_error("map the region's pages"))?;
+        }
+        let (id, id_lock) = claim_id(&file, config.id)?;
+        let head_lock = match config.role {
+            Role::Follower => None,
+            Role::Auto => file.claim_head()?,
+            Role::Head => Some(file.claim_head()?.ok_or(BrokerError::HeadTaken)?),
+        };
+        let data = listen(config.data_listen).map_err(io_error(format!("listen on {}", config.data_listen)))?;
+        let control = listen(config.control_listen).map_err(io_error(format!("listen on {}", config.control_listen)))?;
+        let local = |socket: &TcpListener| socket.local_addr().map_err(io_error("read a socket's address"));
+        let info = BrokerInfo {
+            id,
+            incarnation: read_broker(&region, id).map_or(0, |old| old.incarnation) + 1,
+            data: config.data_advertise.unwrap_or(local(&data)?),
+            control: local(&control)?,
+            process_id: std::process::id(),
+            running: true,
+        };
+        let epoch = head_lock.is_some().then(|| read_headship(&region).map_or(0, |old| old.epoch) + 1);
+        let start = Start { config, region, info, epoch };
+        let mut broker = start.run(data, control)?;
+        broker._locks = std::iter::once(id_lock).chain(head_lock).collect();
+        Ok(broker)
+    }
+
+    /// Address and id.
+    pub fn info(&self) -> &BrokerInfo {
+        &self.info
+    }
+
+    /// True for the broker that orders.
+    pub fn is_head(&self) -> bool {
+        self.head
+    }
+
+    /// Stops all threads and marks the slot as left.
+    pub fn stop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(stop) = self.control_stop.take() {
+            let _ = stop.send(());
+        }
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        if !self.threads.is_empty() {
+            self.stop();
+        }
+    }
+}
+
+fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {
+    if let Some(text) = &config.cxl.uuid {
+        let expected = text.parse().map_err(|_| ConfigError {
+            key: "cxl.uuid",
+            value: text.clone(),
+            bound: "a UUID, as `region inspect` prints it".to_owned(),
+        })?;
+        region.require_uuid(expected)?;
+    }
+    if let Some(bytes) = config.cxl.segment_bytes {
+        region.require_segment_bytes(bytes)?;
+    }
+    Ok(())
+}
+
+fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, RoleLock), BrokerError> {
+    let max = file.region().geometry().max_brokers;
+    if let Some(id) = wanted {
+        if id >= max {
+            let bound = format!("0 to {}, the region's max_brokers - 1", max - 1);
+            return Err(ConfigError { key: "id", value: id.to_string(), bound }.into());
+        }
+        return Ok((id, file.claim_broker(id)?));
+    }
+    for id in 0..max {
+        match file.claim_broker(id) {
+            Ok(lock) => return Ok((id, lock)),
+            Err(RegionError::BrokerIdTaken { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(BrokerError::NoFreeId(max))
+}
+
+impl Start {
+    fn run(self, data: TcpListener, control: TcpListener) -> Result<Broker, BrokerError> {
+        let Self { config, region, info, epoch } = self;
+        let pool = pool::allocator(&region, info.id, epoch.is_some()).map_err(io_error("start the allocator"))?;
+        let topics = Arc::new(TopicTable::new(region.clone(), info.id, Arc::clone(&pool)));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (commands, command_queue) = unbounded();
+        let sequencer = epoch.map(|epoch| {
+            let head = Headship { epoch, broker: info.id, incarnation: info.incarnation, broker_mask: 1 << info.id };
+            publish_headship(&region, &head);
+            let leases = Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 };
+            Sequencer::recover(region.clone(), Arc::clone(&pool), epoch, leases, command_queue, now_us())
+        });
+        let mut threads = Vec::new();
+        let accepted = spawn_workers(&config, &topics, &stop, sequencer, &mut threads)?;
+        threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
+        let service = ControlService {
+            region: region.clone(),
+            max_batch_bytes: config.max_batch_bytes,
+            head: epoch.is_some().then(|| HeadControl { commands, topics: tokio::sync::Mutex::new(()) }),
+            pool,
+        };
+        publish_broker(&region, &info);
+        let (control_stop, stopped) = tokio::sync::oneshot::channel();
+        let lease = Duration::from_millis(config.broker_lease_ms);
+        threads.push(spawn_control(control, service, info.clone(), epoch, lease, stopped)?);
+        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = epoch.is_some(), "serving");
+        Ok(Broker {
+            info,
+            region,
+            head: epoch.is_some(),
+            stop,
+            control_stop: Some(control_stop),
+            threads,
+            _locks: Vec::new(),
+        })
+    }
+}
+
+fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, BrokerError> {
+    std::thread::Builder::new().name(name).spawn(run).map_err(io_error("start a thread"))
+}
+
+/// Threads that serve connections, where the configuration leaves it open: one where cores are few (all stages then
+/// run to completion in it), else up to four.
+fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
+    if config.threads.workers > 0 { config.threads.workers } else { (cores / 4).clamp(1, 4) }
+}
+
+fn spawn_workers(
+    config: &BrokerConfig,
+    topics: &Arc<TopicTable<Native>>,
+    stop: &Arc<AtomicBool>,
+    sequencer: Option<Sequencer<Native>>,
+    threads: &mut Vec<JoinHandle<()>>,
+) -> Result<Vec<Sender<std::net::TcpStream>>, BrokerError> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let workers = worker_count(config, cores);
+    let pollers = if config.threads.pollers_on_host > 0 { config.threads.pollers_on_host } else { workers };
+    let mut bounds = PollBounds::for_host(pollers, cores);
+    bounds.spin_us = config.threads.spin_us.unwrap_or(bounds.spin_us);
+    bounds.sleep_max_us = config.threads.sleep_max_us;
+    let (landed, landed_queue): (Sender<Landed<Native>>, Receiver<Landed<Native>>) = bounded(4096);
+    let sessions = topics.region().geometry().max_sessions as usize;
+    let shared = Shared {
+        topics: Arc::clone(topics),
+        landed,
+        limits: IngestLimits {
+            max_batch_bytes: config.max_batch_bytes,
+            exhausted_wait: Duration::from_millis(config.exhausted_wait_ms),
+            verify_body: config.verify_body,
+        },
+        delivery_patience: Duration::from_millis(config.delivery_patience_ms),
+        sockets: SocketOptions {
+            send_buffer_bytes: config.socket_buffer_bytes,
+            receive_buffer_bytes: config.socket_buffer_bytes,
+        },
+        stop: Arc::clone(stop),
+    };
+    // Every batch in flight can have an ack waiting here.
+    let ack_slots = (sessions * SESSION_WINDOW as usize).min(1 << 17);
+    let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
+    let mut delegation = Some(Delegation::new(Arc::clone(topics), landed_queue, acks, config.flush_group));
+    let mut sequencer = sequencer;
+    let mut accepted = Vec::new();
+    for (index, ordered) in ordered.into_iter().enumerate() {
+        let (sender, receiver) = unbounded();
+        accepted.push(sender);
+        let setup = WorkerSetup {
+            index,
+            accepted: receiver,
+            ordered,
+            idle: Idle::new(config.threads.poll, bounds),
+            core: config.threads.cores.get(index % config.threads.cores.len().max(1)).copied(),
+            delegation: delegation.take(),
+            sequencer: sequencer.take(),
+            heartbeat: Duration::from_millis(config.heartbeat_ms),
+        };
+        let worker = Worker::new(shared.clone(), setup).map_err(io_error("watch sockets"))?;
+        threads.push(spawn(format!("worker-{index}"), move || worker.run())?);
+    }
+    Ok(accepted)
+}
+
+fn spawn_acceptor(
+    listener: TcpListener,
+    workers: Vec<Sender<std::net::TcpStream>>,
+    stop: Arc<AtomicBool>,
+) -> Result<JoinHandle<()>, BrokerError> {
+    listener.set_nonblocking(true).map_err(io_error("prepare the data socket"))?;
+    let mut poller = embarcadero_datapath::transport::Poller::new().map_err(io_error("watch the data socket"))?;
+    let descriptor = std::os::fd::AsRawFd::as_raw_fd(&listener);
+    poller.add(descriptor, 0, false).map_err(io_error("watch the data socket"))?;
+    spawn("acceptor".to_owned(), move || {
+        let mut ready = Vec::new();
+        let mut next = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let _ = poller.wait(Duration::from_millis(100), &mut ready);
+            loop {
+                match listener.accept() {
+                    Ok((stream, _)) => {
+                        if let Some(worker) = workers.get(next % workers.len().max(1)) {
+                            let _ = worker.send(stream);
+                        }
+                        next += 1;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => {
+                        tracing::warn!(%error, "a connection could not be accepted");
+                        // Out of descriptors, most likely: give others time to close.
+                        std::thread::sleep(Duration::from_millis(10));
+                        break;
+                    }
+                }
+            }
+        }
+    })
+}
+
+fn spawn_control(
+    listener: TcpListener,
+    service: ControlService,
+    info: BrokerInfo,
+    epoch: Option<u64>,
+    lease: Duration,
+    stop: tokio::sync::oneshot::Receiver<()>,
+) -> Result<JoinHandle<()>, BrokerError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(io_error("start the control service"))?;
+    listener.set_nonblocking(true).map_err(io_error("prepare the control socket"))?;
+    let incoming = {
+        let _context = runtime.enter();
+        tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?
+    };
+    let region = service.region.clone();
+    spawn("control".to_owned(), move || {
+        runtime.block_on(async move {
+            if let Some(epoch) = epoch {
+                tokio::spawn(watch_brokers(region, info, epoch, lease));
+            }
+            let served = tonic::transport::Server::builder()
+                .add_service(ControlServer::new(service))
+                .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(incoming), async {
+                    let _ = stop.await;
+                });
+            if let Err(error) = served.await {
+                tracing::error!(%error, "the control service failed");
+            }
+        });
+    })
+}
+
+async fn watch_brokers(region: Region<Native>, info: BrokerInfo, epoch: u64, lease: Duration) {
+    let mut liveness = Liveness::new(&region, lease);
+    let mut ticks = tokio::time::interval(Duration::from_millis(20));
+    let mut shown = 1 << info.id;
+    loop {
+        ticks.tick().await;
+        let mask = liveness.poll(&region, Instant::now()) | 1 << info.id;
+        if mask != shown {
+            shown = mask;
+            tracing::info!(mask = format!("{mask:#b}"), "membership changed");
+            let head = Headship { epoch, broker: info.id, incarnation: info.incarnation, broker_mask: mask };
+            publish_headship(&region, &head);
+        }
+    }
+}

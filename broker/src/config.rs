@@ -1,0 +1,280 @@
+//! What a broker is told: parsed once, checked once.
+
+use crate::delegation::FlushGroup;
+use crate::ingest::MAX_WORKERS;
+use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
+use embarcadero_datapath::poll::PollPolicy;
+use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// A value that cannot be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key} is {value}; it must be {bound}")]
+pub struct ConfigError {
+    /// Which key.
+    pub key: &'static str,
+    /// Its value.
+    pub value: String,
+    /// What is allowed.
+    pub bound: String,
+}
+
+/// What the platform says about other hosts' caches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Coherence {
+    /// All brokers run on one host.
+    Host,
+    /// Hardware keeps hosts coherent.
+    Fabric,
+    /// Software must flush and invalidate.
+    None,
+}
+
+/// How lines are written back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlushChoice {
+    /// The best that this CPU has.
+    Auto,
+    /// `clwb`.
+    Clwb,
+    /// `clflushopt`.
+    Clflushopt,
+    /// `clflush`.
+    Clflush,
+    /// `movdir64b` for whole lines.
+    Movdir64b,
+}
+
+/// The region.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CxlConfig {
+    /// File on tmpfs or hugetlbfs, or a device-dax node.
+    pub path: PathBuf,
+    /// What the platform gives.
+    pub coherence: Coherence,
+    /// Flush instruction where coherence is `none`.
+    pub flush: FlushChoice,
+    /// Refuse any other region than this.
+    pub uuid: Option<String>,
+    /// Refuse a region with other segments.
+    pub segment_bytes: Option<u64>,
+    /// Map all pages at start.
+    pub prefault: bool,
+}
+
+impl Default for CxlConfig {
+    fn default() -> Self {
+        Self {
+            path: PathBuf::from("/dev/shm/embarcadero"),
+            coherence: Coherence::Host,
+            flush: FlushChoice::Auto,
+            uuid: None,
+            segment_bytes: None,
+            prefault: true,
+        }
+    }
+}
+
+impl CxlConfig {
+    /// The flush method that follows from coherence and choice.
+    ///
+    /// # Errors
+    /// The choice is not available on this CPU.
+    pub fn flush_method(&self) -> Result<FlushMethod, ConfigError> {
+        if self.coherence != Coherence::None {
+            return Ok(FlushMethod::None);
+        }
+        let support = FlushSupport::detect();
+        let error = |value: String| ConfigError {
+            key: "cxl.flush",
+            value,
+            bound: format!("one that this CPU has: {}", support.names()),
+        };
+        let method = match self.flush {
+            FlushChoice::Auto => support.best().ok_or_else(|| error("auto".to_owned()))?,
+            FlushChoice::Clwb => FlushMethod::Clwb,
+            FlushChoice::Clflushopt => FlushMethod::Clflushopt,
+            FlushChoice::Clflush => FlushMethod::Clflush,
+            FlushChoice::Movdir64b => FlushMethod::Movdir64b,
+        };
+        support.check(method).map_err(|unsupported| error(unsupported.wanted.to_string()))?;
+        Ok(method)
+    }
+}
+
+/// Which part a broker takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The head if there is none, else a follower.
+    Auto,
+    /// The head, or fail.
+    Head,
+    /// Never the head.
+    Follower,
+}
+
+/// Polling threads.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ThreadConfig {
+    /// Threads that serve connections; 0 chooses by the number of cores.
+    pub workers: usize,
+    /// Cores for them, in turn; empty leaves them to the scheduler.
+    pub cores: Vec<usize>,
+    /// What to do between polls that found nothing.
+    pub poll: PollPolicy,
+    /// Spin before yielding or sleeping, microseconds; unset chooses by the number of cores.
+    pub spin_us: Option<u64>,
+    /// Longest sleep of the adaptive policy, microseconds.
+    pub sleep_max_us: u64,
+    /// Polling threads on this host in all, to choose the spin by; 0 counts this broker's alone.
+    pub pollers_on_host: usize,
+}
+
+impl Default for ThreadConfig {
+    fn default() -> Self {
+        Self {
+            workers: 0,
+            cores: Vec::new(),
+            poll: PollPolicy::Adaptive,
+            spin_us: None,
+            sleep_max_us: 1000,
+            pollers_on_host: 0,
+        }
+    }
+}
+
+/// A broker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BrokerConfig {
+    /// Id, 0 to 31; unset takes the first that is free.
+    pub id: Option<u32>,
+    /// Part to take.
+    pub role: Role,
+    /// The region.
+    pub cxl: CxlConfig,
+    /// Where publishers and subscribers connect; port 0 takes a free one.
+    pub data_listen: SocketAddr,
+    /// Where the control service listens; port 0 takes a free one.
+    pub control_listen: SocketAddr,
+    /// Data address that clients are told, if another than the one listened on.
+    pub data_advertise: Option<SocketAddr>,
+    /// Threads.
+    pub threads: ThreadConfig,
+    /// Largest batch, header and body, bytes.
+    pub max_batch_bytes: u64,
+    /// How long a publisher waits for memory before it gets an error, milliseconds.
+    pub exhausted_wait_ms: u64,
+    /// Check body checksums on arrival.
+    pub verify_body: bool,
+    /// When the delegation writes back.
+    pub flush_group: FlushGroup,
+    /// How long a gap in a session may last before the session is fenced, milliseconds.
+    pub gap_lease_ms: u64,
+    /// After what idle time a session's row may go to another client, milliseconds.
+    pub session_idle_ms: u64,
+    /// Time between heartbeats (and retention, reclaim, topic discovery), milliseconds.
+    pub heartbeat_ms: u64,
+    /// After what silence the head takes a broker for dead, milliseconds.
+    pub broker_lease_ms: u64,
+    /// How long a subscriber may hold what retention wants, milliseconds.
+    pub delivery_patience_ms: u64,
+    /// SO_SNDBUF and SO_RCVBUF of data sockets, bytes; unset leaves them to the kernel.
+    pub socket_buffer_bytes: Option<usize>,
+}
+
+impl Default for BrokerConfig {
+    fn default() -> Self {
+        let loopback = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self {
+            id: None,
+            role: Role::Auto,
+            cxl: CxlConfig::default(),
+            data_listen: loopback,
+            control_listen: loopback,
+            data_advertise: None,
+            threads: ThreadConfig::default(),
+            max_batch_bytes: 8 << 20,
+            exhausted_wait_ms: 5000,
+            verify_body: false,
+            flush_group: FlushGroup::default(),
+            gap_lease_ms: 10_000,
+            session_idle_ms: 60_000,
+            heartbeat_ms: 10,
+            broker_lease_ms: 2000,
+            delivery_patience_ms: 5000,
+            socket_buffer_bytes: None,
+        }
+    }
+}
+
+impl BrokerConfig {
+    /// Checks every bound.
+    ///
+    /// # Errors
+    /// The first value that is out of bounds.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let within = |key, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(ConfigError { key, value: value.to_string(), bound: format!("{low} to {high}") })
+            }
+        };
+        within("id", self.id.unwrap_or(0).into(), 0, 31)?;
+        within("threads.workers", self.threads.workers as u64, 0, MAX_WORKERS as u64)?;
+        within("threads.sleep_max_us", self.threads.sleep_max_us, 20, 1_000_000)?;
+        within("threads.spin_us", self.threads.spin_us.unwrap_or(0), 0, 1_000_000)?;
+        within("max_batch_bytes", self.max_batch_bytes, 4096, MAX_BATCH_BYTES)?;
+        within("exhausted_wait_ms", self.exhausted_wait_ms, 0, 3_600_000)?;
+        within("flush_group.batches", self.flush_group.batches, 1, 1024)?;
+        within("flush_group.bytes", self.flush_group.bytes, 1, 1 << 30)?;
+        within("gap_lease_ms", self.gap_lease_ms, 10, 3_600_000)?;
+        within("session_idle_ms", self.session_idle_ms, 100, 86_400_000)?;
+        within("heartbeat_ms", self.heartbeat_ms, 1, 1000)?;
+        within("broker_lease_ms", self.broker_lease_ms, self.heartbeat_ms * 5, 600_000)?;
+        within("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000)?;
+        if let Some(bytes) = self.socket_buffer_bytes {
+            within("socket_buffer_bytes", bytes as u64, 4096, 1 << 30)?;
+        }
+        if self.cxl.coherence != Coherence::None && self.cxl.flush != FlushChoice::Auto {
+            return Err(ConfigError {
+                key: "cxl.flush",
+                value: format!("{:?}", self.cxl.flush).to_lowercase(),
+                bound: "auto, unless cxl.coherence is none (a coherent platform needs no flush)".to_owned(),
+            });
+        }
+        self.cxl.flush_method().map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_bounds_are_named() {
+        BrokerConfig::default().validate().unwrap();
+        let error = BrokerConfig { id: Some(32), ..BrokerConfig::default() }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "id is 32; it must be 0 to 31");
+        let error = BrokerConfig { max_batch_bytes: 1, ..BrokerConfig::default() }.validate().unwrap_err();
+        assert_eq!(error.key, "max_batch_bytes");
+        let cxl = CxlConfig { flush: FlushChoice::Clwb, ..CxlConfig::default() };
+        assert_eq!(BrokerConfig { cxl, ..BrokerConfig::default() }.validate().unwrap_err().key, "cxl.flush");
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        let error = serde_yaml::from_str::<BrokerConfig>("heartbeet_ms: 5").unwrap_err().to_string();
+        assert!(error.contains("heartbeet_ms"), "{error}");
+        let config: BrokerConfig = serde_yaml::from_str("cxl: { path: /tmp/x }\nheartbeat_ms: 5").unwrap();
+        assert_eq!((config.heartbeat_ms, config.cxl.coherence), (5, Coherence::Host));
+    }
+}

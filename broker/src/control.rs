@@ -1,0 +1,281 @@
+//! The control plane: topics, metadata, sessions and the leader allocator, over gRPC.
+
+use crate::membership::live_brokers;
+use crate::sequencer::{Command, SessionError};
+use crossbeam_channel::{Receiver, Sender, bounded};
+use embarcadero_control::v1::control_server::Control;
+use embarcadero_control::v1::{self as proto};
+use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
+use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
+use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
+use embarcadero_datapath::cxl::tables::{
+    Order, TopicConfig, TopicState, check_topic_name, live_topics, publish_topic, read_broker, read_headship, read_topic,
+};
+use embarcadero_datapath::cxl::{Native, Region};
+use std::sync::Arc;
+use std::time::Duration;
+use tonic::{Request, Response, Status};
+
+/// How long the sequencer may take to answer, and brokers to let go of a topic.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// What the head adds to a broker's control service.
+pub struct HeadControl {
+    /// To the sequencer.
+    pub commands: Sender<Command>,
+    /// One change of the topic table at a time.
+    pub topics: tokio::sync::Mutex<()>,
+}
+
+/// The service of one broker.
+pub struct ControlService {
+    /// The region.
+    pub region: Region<Native>,
+    /// Largest batch.
+    pub max_batch_bytes: u64,
+    /// Present at the head.
+    pub head: Option<HeadControl>,
+    /// This broker's allocator; at the head, with the leader allocator, everyone's.
+    pub pool: Arc<dyn SegmentAllocator>,
+}
+
+impl ControlService {
+    #[allow(clippy::result_large_err)] // tonic's own error type
+    fn head(&self) -> Result<&HeadControl, Status> {
+        self.head.as_ref().ok_or_else(|| {
+            let head = read_headship(&self.region).and_then(|head| read_broker(&self.region, head.broker));
+            Status::failed_precondition(match head {
+                Some(head) => format!("this broker is not the head; the head is at {}", head.control),
+                None => "this broker is not the head, and the region has none".to_owned(),
+            })
+        })
+    }
+
+    #[allow(clippy::result_large_err)]
+    fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
+        live_topics(&self.region)
+            .into_iter()
+            .find(|topic| topic.name == name)
+            .ok_or_else(|| Status::not_found(format!("topic {name:?} does not exist")))
+    }
+
+    async fn ask<R: Send + 'static>(
+        &self,
+        command: impl FnOnce(Sender<R>) -> Command,
+    ) -> Result<R, Status> {
+        let (reply, answer): (Sender<R>, Receiver<R>) = bounded(1);
+        let head = self.head()?;
+        head.commands.send(command(reply)).map_err(|_| Status::unavailable("the sequencer has stopped"))?;
+        tokio::task::spawn_blocking(move || answer.recv_timeout(ANSWER))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|_| Status::deadline_exceeded("the sequencer did not answer in time"))
+    }
+}
+
+fn order_to_proto(order: Order) -> proto::Order {
+    match order {
+        Order::None => proto::Order::None,
+        Order::Broker => proto::Order::Broker,
+        Order::Total => proto::Order::Total,
+        Order::Strong => proto::Order::Strong,
+    }
+}
+
+fn topic_to_proto(topic: &TopicConfig) -> proto::Topic {
+    proto::Topic {
+        id: topic.id,
+        incarnation: topic.incarnation,
+        name: topic.name.clone(),
+        order: order_to_proto(topic.order).into(),
+        ack_level: topic.ack_level.into(),
+        replication_factor: topic.replication_factor.into(),
+        retention_bytes: topic.retention_bytes,
+        retention_ms: topic.retention_ms,
+    }
+}
+
+#[allow(clippy::result_large_err)]
+fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, Status> {
+    check_topic_name(&request.name).map_err(Status::invalid_argument)?;
+    let order = match request.order() {
+        proto::Order::Unspecified => return Err(Status::invalid_argument("order is missing")),
+        proto::Order::None => Order::None,
+        proto::Order::Broker => Order::Broker,
+        proto::Order::Total => Order::Total,
+        proto::Order::Strong => Order::Strong,
+    };
+    let replicas = request.replication_factor;
+    if !(1..=32).contains(&replicas) {
+        return Err(Status::invalid_argument(format!("replication_factor is {replicas}; it must be 1 to 32")));
+    }
+    if request.ack_level > 2 {
+        return Err(Status::invalid_argument(format!("ack_level is {}; it must be 0, 1 or 2", request.ack_level)));
+    }
+    if request.ack_level == 2 && replicas < 2 {
+        return Err(Status::invalid_argument("ack_level 2 needs replication_factor >= 2"));
+    }
+    if replicas > 1 {
+        return Err(Status::unimplemented("replication to disk is not built yet: replication_factor must be 1"));
+    }
+    Ok(TopicConfig {
+        id: 0,
+        incarnation: 0,
+        state: TopicState::Live,
+        name: request.name.clone(),
+        order,
+        ack_level: request.ack_level as u8,
+        replication_factor: replicas as u8,
+        retention_bytes: request.retention_bytes,
+        retention_ms: request.retention_ms,
+        created_ms: crate::worker::now_us() / 1000,
+    })
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    async fn metadata(&self, _: Request<proto::MetadataRequest>) -> Result<Response<proto::MetadataResponse>, Status> {
+        let region = &self.region;
+        let (brokers, head) = live_brokers(region);
+        Ok(Response::new(proto::MetadataResponse {
+            region_uuid: region.uuid().to_string(),
+            brokers: brokers
+                .into_iter()
+                .map(|broker| proto::Broker {
+                    id: broker.id,
+                    incarnation: broker.incarnation,
+                    data_endpoint: broker.data.to_string(),
+                    control_endpoint: broker.control.to_string(),
+                    head: Some(broker.id) == head,
+                })
+                .collect(),
+            topics: live_topics(region).iter().map(topic_to_proto).collect(),
+            segment_bytes: region.geometry().segment_bytes,
+            segments_total: region.geometry().segment_count.into(),
+            segments_free: free_segments(region).into(),
+        }))
+    }
+
+    async fn create_topic(&self, request: Request<proto::CreateTopicRequest>) -> Result<Response<proto::Topic>, Status> {
+        let mut config = requested_topic(request.get_ref())?;
+        let _one_at_a_time = self.head()?.topics.lock().await;
+        if self.topic(&config.name).is_ok() {
+            return Err(Status::already_exists(format!("topic {:?} exists already", config.name)));
+        }
+        let slots = self.region.geometry().max_topics;
+        let free = (0..slots).find_map(|id| match read_topic(&self.region, id) {
+            None => Some((id, 1)),
+            Some(old) if old.state == TopicState::Free => Some((id, old.incarnation + 1)),
+            Some(_) => None,
+        });
+        let Some((id, incarnation)) = free else {
+            return Err(Status::resource_exhausted(format!("all {slots} topic slots are in use; delete a topic")));
+        };
+        (config.id, config.incarnation) = (id, incarnation);
+        let answer = topic_to_proto(&config);
+        // The sequencer opens the index before anyone can see the topic.
+        self.ask(|reply| Command::OpenTopic(config.clone(), reply)).await?;
+        publish_topic(&self.region, &config);
+        Ok(Response::new(answer))
+    }
+
+    async fn delete_topic(
+        &self,
+        request: Request<proto::DeleteTopicRequest>,
+    ) -> Result<Response<proto::DeleteTopicResponse>, Status> {
+        let _one_at_a_time = self.head()?.topics.lock().await;
+        let topic = self.topic(&request.get_ref().name)?;
+        self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?;
+        Ok(Response::new(proto::DeleteTopicResponse {}))
+    }
+
+    async fn describe_topic(
+        &self,
+        request: Request<proto::DescribeTopicRequest>,
+    ) -> Result<Response<proto::TopicDescription>, Status> {
+        let topic = self.topic(&request.get_ref().name)?;
+        let streams: Vec<u32> = if topic.order.is_global() {
+            vec![StreamId::GLOBAL]
+        } else {
+            (0..self.region.geometry().max_brokers).collect()
+        };
+        let streams = streams
+            .into_iter()
+            .map(|stream| (stream, read_extent(&self.region, StreamId { topic: topic.id, stream })))
+            .filter(|(_, extent)| extent.incarnation == u64::from(topic.incarnation))
+            .map(|(stream, extent)| proto::Stream {
+                broker: stream,
+                earliest_offset: extent.earliest_offset,
+                next_offset: extent.next_offset,
+                batches: extent.committed - extent.trimmed,
+            })
+            .collect();
+        Ok(Response::new(proto::TopicDescription { topic: Some(topic_to_proto(&topic)), streams }))
+    }
+
+    async fn open_session(
+        &self,
+        request: Request<proto::OpenSessionRequest>,
+    ) -> Result<Response<proto::OpenSessionResponse>, Status> {
+        let request = request.into_inner();
+        self.head()?;
+        let topic = self.topic(&request.topic)?;
+        if request.client_id == 0 {
+            return Err(Status::invalid_argument("client_id is 0; it must be at least 1"));
+        }
+        if request.ack_level > u32::from(topic.ack_level) {
+            return Err(Status::invalid_argument(format!(
+                "ack_level is {}; topic {:?} offers at most {}",
+                request.ack_level, topic.name, topic.ack_level
+            )));
+        }
+        let (client_id, ack_level) = (request.client_id, request.ack_level as u8);
+        let session = self
+            .ask(|reply| Command::OpenSession { topic: topic.id, client_id, ack_level, reply })
+            .await?
+            .map_err(|error| match error {
+                SessionError::UnknownTopic(_) => Status::not_found(error.to_string()),
+                SessionError::TableFull(_) => Status::resource_exhausted(error.to_string()),
+            })?;
+        Ok(Response::new(proto::OpenSessionResponse {
+            topic: Some(topic_to_proto(&topic)),
+            slot: session.slot,
+            epoch: session.epoch,
+            next_sequence: session.committed,
+            window_batches: SESSION_WINDOW as u32,
+            max_batch_bytes: self.max_batch_bytes.min(self.region.geometry().segment_bytes),
+        }))
+    }
+
+    async fn close_session(
+        &self,
+        request: Request<proto::CloseSessionRequest>,
+    ) -> Result<Response<proto::CloseSessionResponse>, Status> {
+        let proto::CloseSessionRequest { slot, client_id, epoch } = request.into_inner();
+        self.ask(|reply| Command::CloseSession { slot, client_id, epoch, reply }).await?;
+        Ok(Response::new(proto::CloseSessionResponse {}))
+    }
+
+    async fn allocate_segment(
+        &self,
+        _: Request<proto::AllocateSegmentRequest>,
+    ) -> Result<Response<proto::AllocateSegmentResponse>, Status> {
+        self.head()?;
+        match self.pool.allocate() {
+            Ok(segment) => Ok(Response::new(proto::AllocateSegmentResponse { segment })),
+            Err(error @ PoolError::Exhausted { .. }) => Err(Status::resource_exhausted(error.to_string())),
+            Err(error) => Err(Status::unavailable(error.to_string())),
+        }
+    }
+
+    async fn release_segment(
+        &self,
+        request: Request<proto::ReleaseSegmentRequest>,
+    ) -> Result<Response<proto::ReleaseSegmentResponse>, Status> {
+        self.head()?;
+        self.pool
+            .release(request.get_ref().segment)
+            .map(|()| Response::new(proto::ReleaseSegmentResponse {}))
+            .map_err(|error| Status::invalid_argument(error.to_string()))
+    }
+}

@@ -1,0 +1,326 @@
+//! Local order: one delegation a broker appends received batches to the Batchlog in arrival order. For topics
+//! without a global order it writes the broker's own order index instead.
+
+use crate::reclaim::Reclaimer;
+use crate::topics::{Topic, TopicTable};
+use bytemuck::Zeroable;
+use crossbeam_channel::{Receiver, Sender};
+use embarcadero_datapath::cxl::batchlog::{BatchlogWriter, Written};
+use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry};
+use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
+use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_headship, read_topic};
+use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
+use embarcadero_datapath::wire::BatchHeader;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+
+/// Which connection a batch came on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// I/O worker.
+    pub worker: usize,
+    /// Connection token within the worker.
+    pub token: u64,
+}
+
+/// A batch that lies complete in the Blog.
+pub struct Landed<F: Fabric> {
+    /// Its topic.
+    pub topic: Arc<Topic<F>>,
+    /// Its header.
+    pub header: BatchHeader,
+    /// Where it lies.
+    pub at: RegionOffset,
+    /// Where it came from.
+    pub origin: Origin,
+}
+
+/// A batch got its place in this broker's own order (topics without a global one).
+#[derive(Clone, Copy, Debug)]
+pub struct OrderedLocally {
+    /// Connection to acknowledge on.
+    pub token: u64,
+    /// Its sequence in the session.
+    pub sequence: u64,
+    /// Offset of its first message.
+    pub first_offset: u64,
+}
+
+/// When the delegation writes back and publishes.
+///
+/// [[DEVIATION_002]] The paper flushes and fences every write: `{ batches: 1, bytes: 1 }` comes closest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FlushGroup {
+    /// After this many batches.
+    pub batches: u64,
+    /// Or after this many bytes, whichever is first. At once when there is nothing more to do.
+    pub bytes: u64,
+}
+
+impl Default for FlushGroup {
+    fn default() -> Self {
+        Self { batches: 8, bytes: 64 << 10 }
+    }
+}
+
+enum Log<F: Fabric> {
+    /// Globally ordered: the sequencer reads this.
+    Batchlog(BatchlogWriter<F>),
+    /// Ordered by this broker alone.
+    Own(OrderIndexWriter<F>),
+}
+
+struct LocalLog<F: Fabric> {
+    topic: Arc<Topic<F>>,
+    log: Log<F>,
+    written: Written,
+    unpublished: u64,
+    unpublished_bytes: u64,
+    /// Acks of batches that are written but not yet published.
+    held_acks: Vec<(usize, OrderedLocally)>,
+    reclaimer: Reclaimer<F>,
+}
+
+/// Puts batches into local order.
+pub struct Delegation<F: Fabric> {
+    topics: Arc<TopicTable<F>>,
+    logs: Vec<Option<LocalLog<F>>>,
+    landed: Receiver<Landed<F>>,
+    stalled: Option<Landed<F>>,
+    acks: Vec<Sender<OrderedLocally>>,
+    pulse: Pulse<F>,
+    group: FlushGroup,
+}
+
+impl<F: Fabric> Delegation<F> {
+    /// A delegation fed through `landed`. `acks` leads to each worker.
+    pub fn new(
+        topics: Arc<TopicTable<F>>,
+        landed: Receiver<Landed<F>>,
+        acks: Vec<Sender<OrderedLocally>>,
+        group: FlushGroup,
+    ) -> Self {
+        let slots = topics.region().geometry().max_topics;
+        let pulse = Pulse::new(topics.region().clone(), topics.broker());
+        Self {
+            logs: (0..slots).map(|_| None).collect(),
+            topics,
+            landed,
+            stalled: None,
+            acks,
+            pulse,
+            group,
+        }
+    }
+
+    /// Takes up to `budget` batches; publishes groups, and what is left once nothing more is there. Returns how many
+    /// batches it took.
+    pub fn poll(&mut self, now_us: u64, budget: usize) -> usize {
+        let mut taken = 0;
+        while taken < budget {
+            let Some(landed) = self.stalled.take().or_else(|| self.landed.try_recv().ok()) else { break };
+            if let Err(landed) = self.append(landed, now_us) {
+                // The sequencer is behind or the pool is empty: keep it, and let the publishers wait.
+                self.stalled = Some(landed);
+                break;
+            }
+            taken += 1;
+        }
+        for slot in 0..self.logs.len() {
+            self.publish(slot);
+        }
+        taken
+    }
+
+    fn append(&mut self, landed: Landed<F>, now_us: u64) -> Result<(), Landed<F>> {
+        let slot = landed.topic.config.id as usize;
+        if landed.topic.is_deleted() {
+            landed.topic.blog.settle(landed.at);
+            return Ok(());
+        }
+        self.open(&landed.topic);
+        let broker = self.topics.broker();
+        let fabric = self.topics.region().fabric();
+        let Some(Some(local)) = self.logs.get_mut(slot) else { return Ok(()) };
+        let header = &landed.header;
+        let bytes = header.batch_bytes();
+        match &mut local.log {
+            Log::Batchlog(writer) => {
+                if !writer.has_room() {
+                    return Err(landed);
+                }
+                fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                writer.append(BatchEntry {
+                    location: landed.at.0,
+                    client_id: header.client_id,
+                    sequence: header.sequence,
+                    session_epoch: header.session_epoch,
+                    bytes: bytes as u32,
+                    message_count: header.message_count,
+                    session_slot: header.session_slot,
+                    topic_incarnation: header.topic_incarnation,
+                    ..BatchEntry::zeroed()
+                });
+            }
+            Log::Own(index) => {
+                if index.make_room().is_err() {
+                    return Err(landed);
+                }
+                fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                let first_offset = index.append(IndexEntry {
+                    location: landed.at.0,
+                    client_id: header.client_id,
+                    sequence: header.sequence,
+                    ordered_us: now_us,
+                    bytes: bytes as u32,
+                    message_count: header.message_count,
+                    session_epoch: header.session_epoch,
+                    broker: broker as u8,
+                    replicas: 1,
+                    ..IndexEntry::zeroed()
+                });
+                let Origin { worker, token } = landed.origin;
+                local.held_acks.push((worker, OrderedLocally { token, sequence: header.sequence, first_offset }));
+            }
+        }
+        landed.topic.blog.settle(landed.at);
+        local.written.log_offset = landed.topic.blog.reserved_bytes();
+        local.written.messages += u64::from(header.message_count);
+        local.written.end = landed.at.0 + bytes;
+        local.unpublished += 1;
+        local.unpublished_bytes += bytes;
+        if local.unpublished >= self.group.batches || local.unpublished_bytes >= self.group.bytes {
+            self.publish(slot);
+        }
+        Ok(())
+    }
+
+    fn open(&mut self, topic: &Arc<Topic<F>>) {
+        let region = self.topics.region();
+        let broker = self.topics.broker();
+        let config = &topic.config;
+        let Some(slot) = self.logs.get_mut(config.id as usize) else { return };
+        if slot.as_ref().is_some_and(|local| Arc::ptr_eq(&local.topic, topic)) {
+            return;
+        }
+        let log = if config.order.is_global() {
+            Log::Batchlog(BatchlogWriter::new(region.clone(), config.id, broker))
+        } else {
+            let id = StreamId { topic: config.id, stream: broker };
+            let pool = Arc::clone(self.topics.pool());
+            Log::Own(OrderIndexWriter::open(region.clone(), id, config.incarnation, 0, pool))
+        };
+        *slot = Some(LocalLog {
+            topic: Arc::clone(topic),
+            log,
+            written: Written::default(),
+            unpublished: 0,
+            unpublished_bytes: 0,
+            held_acks: Vec::with_capacity(64),
+            reclaimer: Reclaimer::new(region.clone(), topic, broker),
+        });
+    }
+
+    fn publish(&mut self, slot: usize) {
+        let Some(Some(local)) = self.logs.get_mut(slot) else { return };
+        if local.unpublished == 0 {
+            return;
+        }
+        match &mut local.log {
+            Log::Batchlog(writer) => {
+                writer.publish(local.written);
+                self.pulse.announce(local.unpublished);
+            }
+            Log::Own(index) => {
+                index.write_back_entries();
+                index.publish_tail(0);
+                self.topics.region().fabric().fence(Site::TailFlush);
+                for (worker, ack) in local.held_acks.drain(..) {
+                    // A full channel means that the worker died; its connections are gone with it.
+                    let _ = self.acks.get(worker).map(|sender| sender.try_send(ack));
+                }
+            }
+        }
+        local.unpublished = 0;
+        local.unpublished_bytes = 0;
+    }
+
+    /// Says that this broker lives. Every few milliseconds.
+    pub fn beat(&mut self) {
+        self.pulse.beat();
+    }
+
+    /// Retention, reclaim, and topics that came or went. Every few milliseconds.
+    pub fn maintain(&mut self, now_us: u64) {
+        let region = self.topics.region().clone();
+        let broker = self.topics.broker();
+        let live = read_headship(&region).map_or(u64::MAX, |head| head.broker_mask) | 1 << broker;
+        let brokers = move || (0..32u32).filter(move |id| live & (1 << id) != 0);
+        self.follow_topics();
+        for slot in 0..self.logs.len() {
+            let Some(Some(local)) = self.logs.get_mut(slot) else { continue };
+            if local.topic.is_deleted() {
+                self.let_go(slot);
+                continue;
+            }
+            let brokers = brokers().filter(|id| *id < region.geometry().max_brokers);
+            let config = &local.topic.config;
+            let head = match &mut local.log {
+                Log::Batchlog(writer) => writer.head(),
+                Log::Own(index) => {
+                    index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us));
+                    index.reclaim(lowest_pin(&region, config.id, std::iter::once(broker)));
+                    index.next()
+                }
+            };
+            local.reclaimer.poll(&local.topic, head, brokers);
+        }
+    }
+
+    /// Opens topics that came, marks those that go.
+    fn follow_topics(&mut self) {
+        let region = self.topics.region().clone();
+        for id in 0..region.geometry().max_topics {
+            let Some(config) = read_topic(&region, id) else { continue };
+            let live = config.state == TopicState::Live;
+            for topic in self.topics.opened() {
+                if topic.config.id == id && !(live && topic.config.incarnation == config.incarnation) {
+                    self.topics.mark_deleted(&topic);
+                }
+            }
+            if live && let Some(topic) = self.topics.get(id, config.incarnation) {
+                self.open(&topic);
+            } else if config.state == TopicState::Deleting && !self.topics.is_open(id) {
+                publish_released(&region, id, self.topics.broker(), config.incarnation);
+            }
+        }
+    }
+
+    /// Says that batches lie unread for want of room, so that no session is blamed for a gap.
+    pub fn stalled(&mut self) {
+        self.pulse.stall();
+    }
+
+    fn let_go(&mut self, slot: usize) {
+        let Some(place) = self.logs.get_mut(slot) else { return };
+        let Some(local) = place else { return };
+        // Connections hold the topic as well; only when they are gone is nothing received into it.
+        if Arc::strong_count(&local.topic) > 2 || !local.topic.blog.abandon() {
+            return;
+        }
+        if let Log::Own(index) = &mut local.log {
+            index.abandon();
+        }
+        let config = local.topic.config.clone();
+        *place = None;
+        self.topics.forget(config.id);
+        publish_released(self.topics.region(), config.id, self.topics.broker(), config.incarnation);
+    }
+}
+
+/// The time before which nothing is kept; 0 when `retention_ms` keeps everything.
+#[must_use]
+pub fn since(retention_ms: u64, now_us: u64) -> u64 {
+    if retention_ms == 0 { 0 } else { now_us.saturating_sub(retention_ms.saturating_mul(1000)) }
+}

@@ -1,0 +1,216 @@
+//! Receive: a publisher's connection, from its opening frame to batches that lie complete in the Blog.
+
+use crate::ack::AckQueue;
+use crate::delegation::{Landed, Origin};
+use crate::topics::{Topic, TopicTable};
+use crossbeam_channel::Sender;
+use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
+use embarcadero_datapath::cxl::session_table::{SessionState, read_progress, read_session};
+use embarcadero_datapath::cxl::{Native, RegionOffset};
+use embarcadero_datapath::transport::{Landing, Placement, TransportError};
+use embarcadero_datapath::wire::batch::{BodyError, check_body, check_lengths};
+use embarcadero_datapath::wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Most I/O workers of a broker.
+pub const MAX_WORKERS: usize = 64;
+
+/// Bounds on what publishers may do.
+#[derive(Clone, Copy, Debug)]
+pub struct IngestLimits {
+    /// Largest batch, header and body, bytes.
+    pub max_batch_bytes: u64,
+    /// How long a publisher waits for memory before it gets an error.
+    pub exhausted_wait: Duration,
+    /// Check the body's checksum on arrival, not only at the subscriber.
+    pub verify_body: bool,
+}
+
+/// A publisher's session on one connection.
+pub struct PublisherSession {
+    topic: Arc<Topic<Native>>,
+    open: OpenPublish,
+    /// What is to be acknowledged.
+    pub acks: AckQueue,
+    limits: IngestLimits,
+    landed: Sender<Landed<Native>>,
+    /// The reservation that a body is being received into.
+    reserved: Option<RegionOffset>,
+    progress: u64,
+    waiting_since: Option<Instant>,
+}
+
+impl PublisherSession {
+    /// Checks an opening frame against the topic and the session table.
+    ///
+    /// # Errors
+    /// A refusal that says what is wrong.
+    pub fn open(
+        topics: &TopicTable<Native>,
+        open: OpenPublish,
+        limits: IngestLimits,
+        landed: Sender<Landed<Native>>,
+    ) -> Result<(Self, PublishReady), TransportError> {
+        let refuse = |code, text: String| Err(TransportError::refused(code, text));
+        let Some(topic) = topics.get(open.topic, open.topic_incarnation) else {
+            let text = format!("topic slot {} incarnation {} is not live", open.topic, open.topic_incarnation);
+            return refuse(ErrorCode::UnknownTopic, text);
+        };
+        let region = topics.region();
+        let standing = read_session(region, open.session_slot).filter(|session| {
+            session.client_id == open.client_id
+                && session.epoch == open.session_epoch
+                && session.topic == open.topic
+                && session.topic_incarnation == open.topic_incarnation
+                && session.state == SessionState::Open
+        });
+        let Some(session) = standing else {
+            let text = format!(
+                "client {:#x} has no open session of epoch {} in slot {}",
+                open.client_id, open.session_epoch, open.session_slot
+            );
+            return refuse(ErrorCode::UnknownSession, text);
+        };
+        if open.ack_level != u32::from(session.ack_level) {
+            let text = format!("ack level is {}, the session was opened with {}", open.ack_level, session.ack_level);
+            return refuse(ErrorCode::AckLevel, text);
+        }
+        let acks = AckQueue::new(open.session_slot, open.client_id, open.session_epoch);
+        let global = topic.config.order.is_global();
+        let ready = PublishReady {
+            committed: if global { read_progress(region, open.session_slot) } else { 0 },
+            max_batch_bytes: limits.max_batch_bytes.min(topic.blog.max_batch_bytes()),
+            window_batches: SESSION_WINDOW as u32,
+            broker: topics.broker(),
+            ..PublishReady::blank()
+        };
+        let limits = IngestLimits { max_batch_bytes: ready.max_batch_bytes, ..limits };
+        let session =
+            Self { topic, open, acks, limits, landed, reserved: None, progress: ready.committed, waiting_since: None };
+        Ok((session, ready))
+    }
+
+    /// The topic.
+    pub fn topic(&self) -> &Arc<Topic<Native>> {
+        &self.topic
+    }
+
+    /// True when the client wants acks.
+    pub fn wants_acks(&self) -> bool {
+        self.open.ack_level > 0
+    }
+
+    /// First sequence of which the client wants to hear.
+    pub fn resume_from(&self) -> u64 {
+        self.open.resume_from
+    }
+
+    /// A batch is complete: checks its body and hands it to the delegation.
+    ///
+    /// # Errors
+    /// The body does not fit its header; the batch is given up.
+    pub fn complete(
+        &mut self,
+        memory: &Native,
+        header: BatchHeader,
+        at: RegionOffset,
+        origin: Origin,
+    ) -> Result<(), TransportError> {
+        self.check(memory, &header, at)?;
+        self.reserved = None;
+        if self.wants_acks() {
+            self.acks.expect(header.sequence);
+        }
+        let landed = Landed { topic: Arc::clone(&self.topic), header, at, origin };
+        self.landed.try_send(landed).map_err(|_| {
+            self.topic.blog.settle(at);
+            TransportError::refused(ErrorCode::Unavailable, "the broker is shutting down")
+        })
+    }
+
+    fn check(&self, memory: &Native, header: &BatchHeader, at: RegionOffset) -> Result<(), BodyError> {
+        let table_at = at.add(FRAME_BYTES as u64 + header.table_at());
+        let table_bytes = u64::from(header.message_count) * 4;
+        if self.limits.verify_body {
+            memory.with_bytes(at.add(FRAME_BYTES as u64), header.body_bytes(), |body| {
+                check_lengths(header, body)?;
+                check_body(header, body)
+            })
+        } else {
+            memory.with_bytes(table_at, table_bytes, |table| header.check_table(table))
+        }
+    }
+
+    /// Room for one more batch between here and the delegation.
+    pub fn can_hand_over(&self) -> bool {
+        // Other workers hand over too; each has at most one batch between this check and its hand-over.
+        self.landed.capacity().is_none_or(|capacity| self.landed.len() + MAX_WORKERS < capacity)
+    }
+}
+
+impl Drop for PublisherSession {
+    fn drop(&mut self) {
+        if let Some(at) = self.reserved.take() {
+            self.topic.blog.settle(at);
+        }
+    }
+}
+
+/// Where a publisher's next batch goes.
+pub struct Place<'a> {
+    /// All topics.
+    pub topics: &'a TopicTable<Native>,
+    /// The publisher; `None` before its opening frame.
+    pub session: Option<&'a mut PublisherSession>,
+}
+
+impl Landing for Place<'_> {
+    fn place(&mut self, header: &BatchHeader) -> Placement {
+        let Self { topics, session: Some(session) } = self else {
+            let text = "a batch came on a connection that was not opened for publishing";
+            return Placement::Refuse(TransportError::refused(ErrorCode::UnknownSession, text));
+        };
+        if let Err(error) = header.check(session.limits.max_batch_bytes) {
+            return Placement::Refuse(TransportError::refused(ErrorCode::BadBatch, error.to_string()));
+        }
+        let open = &session.open;
+        if header.client_id != open.client_id
+            || header.session_epoch != open.session_epoch
+            || header.session_slot != open.session_slot
+            || header.topic != open.topic
+            || header.topic_incarnation != open.topic_incarnation
+        {
+            let text = "the batch names another session or topic than the connection was opened for";
+            return Placement::Refuse(TransportError::refused(ErrorCode::BadBatch, text));
+        }
+        if session.topic.is_deleted() {
+            let text = format!("topic {} is deleted", session.topic.config.name);
+            return Placement::Refuse(TransportError::refused(ErrorCode::TopicDeleted, text));
+        }
+        if session.topic.config.order.is_global() && header.sequence >= session.progress + SESSION_WINDOW {
+            session.progress = read_progress(topics.region(), open.session_slot);
+            if header.sequence >= session.progress + SESSION_WINDOW {
+                return Placement::Wait;
+            }
+        }
+        if !session.can_hand_over() {
+            return Placement::Wait;
+        }
+        match session.topic.blog.reserve(header.batch_bytes()) {
+            Ok(at) => {
+                session.reserved = Some(at);
+                session.waiting_since = None;
+                Placement::At(at)
+            }
+            Err(error) => {
+                let since = *session.waiting_since.get_or_insert_with(Instant::now);
+                if since.elapsed() < session.limits.exhausted_wait {
+                    return Placement::Wait;
+                }
+                let text = format!("{error} (waited {} ms)", session.limits.exhausted_wait.as_millis());
+                Placement::Refuse(TransportError::refused(ErrorCode::PoolExhausted, text))
+            }
+        }
+    }
+}

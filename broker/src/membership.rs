@@ -1,0 +1,48 @@
+//! Who is alive, as the head sees it: heartbeats in the region, timed by the observer's own clock.
+
+use embarcadero_datapath::cxl::Fabric;
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_headship, read_pulse};
+use std::time::{Duration, Instant};
+
+/// The head's view of the other brokers.
+pub struct Liveness {
+    lease: Duration,
+    /// Last heartbeat of each broker, and when it was seen to move.
+    seen: Vec<(u64, Option<Instant>)>,
+}
+
+impl Liveness {
+    /// Nobody seen yet. A broker is alive while its heartbeat moves at least once a `lease`.
+    pub fn new<F: Fabric>(region: &Region<F>, lease: Duration) -> Self {
+        let seen = (0..region.geometry().max_brokers).map(|broker| (read_pulse(region, broker).0, None)).collect();
+        Self { lease, seen }
+    }
+
+    /// Looks at all heartbeats; a bit per broker that lives.
+    pub fn poll<F: Fabric>(&mut self, region: &Region<F>, now: Instant) -> u64 {
+        let mut mask = 0;
+        for (broker, (heartbeat, moved)) in (0u32..).zip(&mut self.seen) {
+            let (current, _) = read_pulse(region, broker);
+            if current != *heartbeat {
+                *heartbeat = current;
+                *moved = Some(now);
+            }
+            let fresh = moved.is_some_and(|moved| now.duration_since(moved) < self.lease);
+            if fresh && read_broker(region, broker).is_some_and(|info| info.running) {
+                mask |= 1 << broker;
+            }
+        }
+        mask
+    }
+}
+
+/// The brokers that the head takes for alive, and the head's id.
+pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<u32>) {
+    let Some(head) = read_headship(region) else { return (Vec::new(), None) };
+    let brokers = (0..region.geometry().max_brokers)
+        .filter(|broker| head.broker_mask & (1 << broker) != 0)
+        .filter_map(|broker| read_broker(region, broker))
+        .collect();
+    (brokers, Some(head.broker))
+}

@@ -1,0 +1,91 @@
+//! Which segment allocator a broker uses, and the caller's side of the leader allocator.
+
+use embarcadero_control::v1::control_client::ControlClient;
+use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
+use embarcadero_datapath::cxl::layout::AllocatorKind;
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_datapath::cxl::tables::{read_broker, read_headship};
+use embarcadero_datapath::cxl::{Fabric, Native};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tonic::Code;
+use tonic::transport::Channel;
+
+/// The allocator that the region's superblock names, for this broker.
+///
+/// # Errors
+/// No runtime for remote calls can be made.
+pub fn allocator(region: &Region<Native>, broker: u32, head: bool) -> io::Result<Arc<dyn SegmentAllocator>> {
+    Ok(match region.geometry().allocator {
+        AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
+        AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
+        AllocatorKind::Leader if head => Arc::new(PartitionAllocator::of_leader(region.clone())),
+        AllocatorKind::Leader => Arc::new(LeaderAllocator::new(region.clone(), broker)?),
+    })
+}
+
+/// How long a call to the leader may take.
+const CALL: Duration = Duration::from_secs(2);
+
+/// DEV-005 (B): asks the head for segments.
+pub struct LeaderAllocator<F> {
+    region: Region<F>,
+    broker: u32,
+    calls: Mutex<(tokio::runtime::Runtime, Option<(u64, ControlClient<Channel>)>)>,
+}
+
+impl<F: Fabric> LeaderAllocator<F> {
+    /// A caller that has not called yet.
+    ///
+    /// # Errors
+    /// No runtime can be made.
+    pub fn new(region: Region<F>, broker: u32) -> io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        Ok(Self { region, broker, calls: Mutex::new((runtime, None)) })
+    }
+
+    fn call<R>(
+        &self,
+        request: impl AsyncFnOnce(&mut ControlClient<Channel>) -> Result<R, tonic::Status>,
+    ) -> Result<R, PoolError> {
+        let unreachable = |error: &dyn std::fmt::Display| PoolError::Unreachable(error.to_string());
+        let head = read_headship(&self.region).ok_or_else(|| unreachable(&"the region has no head"))?;
+        let info = read_broker(&self.region, head.broker).ok_or_else(|| unreachable(&"the head has no address"))?;
+        let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        let (runtime, client) = &mut *calls;
+        runtime.block_on(async {
+            let mut connected = match client.take() {
+                Some((epoch, connected)) if epoch == head.epoch => connected,
+                _ => {
+                    let endpoint = tonic::transport::Endpoint::try_from(format!("http://{}", info.control))
+                        .map_err(|error| unreachable(&error))?
+                        .connect_timeout(CALL)
+                        .timeout(CALL);
+                    ControlClient::new(endpoint.connect().await.map_err(|error| unreachable(&error))?)
+                }
+            };
+            let result = request(&mut connected).await;
+            if result.as_ref().err().is_none_or(|status| status.code() == Code::ResourceExhausted) {
+                *client = Some((head.epoch, connected));
+            }
+            result.map_err(|status| match status.code() {
+                Code::ResourceExhausted => PoolError::Exhausted { segments: self.region.geometry().segment_count },
+                _ => unreachable(&status),
+            })
+        })
+    }
+}
+
+impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
+    fn allocate(&self) -> Result<u32, PoolError> {
+        let request = AllocateSegmentRequest { broker: self.broker };
+        self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))
+    }
+
+    fn release(&self, segment: u32) -> Result<(), PoolError> {
+        let request = ReleaseSegmentRequest { segment, broker: self.broker };
+        self.call(async |client| client.release_segment(request).await.map(drop))
+    }
+}

@@ -1,0 +1,150 @@
+//! When a segment may return to the pool: nobody reads it, and retention does not want it.
+
+use crate::topics::Topic;
+use embarcadero_datapath::cxl::order_index::{
+    OrderIndexReader, Pin, StreamId, lowest_pin, read_extent, read_sequencer_half,
+};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::tables::Order;
+use embarcadero_datapath::cxl::{Fabric, RegionOffset};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+/// The pins of one broker on a topic: one a reader within the broker, of which the lowest shows in the region.
+pub struct PinBoard<F: Fabric> {
+    inner: Mutex<(Vec<Option<u64>>, Pin<F>)>,
+}
+
+impl<F: Fabric> PinBoard<F> {
+    /// A board on which nothing is pinned.
+    pub fn new(region: &Region<F>, topic: u32, order: Order, broker: u32) -> Self {
+        let stream = if order.is_global() { StreamId::GLOBAL } else { broker };
+        Self { inner: Mutex::new((Vec::new(), Pin::new(region.clone(), StreamId { topic, stream }, broker))) }
+    }
+
+    /// Adds a reader, which pins nothing yet; its number serves [`PinBoard::set`] until [`PinBoard::unregister`].
+    pub fn register(&self) -> usize {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let pins = &mut inner.0;
+        let free = pins.iter().position(Option::is_none).unwrap_or(pins.len());
+        if free == pins.len() {
+            pins.push(None);
+        }
+        if let Some(pin) = pins.get_mut(free) {
+            *pin = Some(u64::MAX);
+        }
+        free
+    }
+
+    /// Removes a reader and its pin.
+    pub fn unregister(&self, reader: usize) {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pin) = inner.0.get_mut(reader) {
+            *pin = None;
+        }
+        Self::show(&mut inner);
+    }
+
+    /// Pins everything from `position` on for a reader (`u64::MAX`: nothing), and returns the trim point: what is at
+    /// or above both stays.
+    #[inline]
+    pub fn set(&self, reader: usize, position: u64) -> u64 {
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(pin) = inner.0.get_mut(reader) {
+            *pin = Some(position);
+        }
+        Self::show(&mut inner)
+    }
+
+    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> u64 {
+        pin.set(pins.iter().flatten().copied().min().unwrap_or(u64::MAX))
+    }
+}
+
+/// Index entries that one round looks at.
+const SCAN_ENTRIES: u64 = 4096;
+
+/// Finds out which of this broker's segments of a topic are not needed any more.
+///
+/// It reads the order index to learn how high each segment's batches are in the order; a segment returns to the pool
+/// when it receives no more, all its batches are decided, all that committed are trimmed, and no broker pins them.
+pub struct Reclaimer<F: Fabric> {
+    region: Region<F>,
+    broker: u32,
+    stream: StreamId,
+    reader: OrderIndexReader<F>,
+    pin: usize,
+    scanned: u64,
+    /// Highest position in the order of a batch in each segment.
+    highest: BTreeMap<u32, u64>,
+}
+
+impl<F: Fabric> Reclaimer<F> {
+    /// A reclaimer that has scanned nothing.
+    pub fn new(region: Region<F>, topic: &Topic<F>, broker: u32) -> Self {
+        let stream = topic.stream(broker);
+        let reader = OrderIndexReader::new(region.clone(), stream);
+        Self { region, broker, stream, reader, pin: topic.pins.register(), scanned: 0, highest: BTreeMap::new() }
+    }
+
+    /// One bounded round. `head` is where this broker's Batchlog (or own index) stands, `brokers` those whose pins
+    /// count. Returns the number of segments that came free.
+    pub fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = u32>) -> usize {
+        let retired = topic.blog.retired(head);
+        // What is decided is read before the index, so that every commit it covers is in the index we scan.
+        let decided = if topic.config.order.is_global() {
+            read_sequencer_half(&self.region, self.stream.topic, self.broker).decided_through
+        } else {
+            head
+        };
+        let extent = read_extent(&self.region, self.stream);
+        if extent.incarnation != u64::from(topic.config.incarnation) {
+            return 0;
+        }
+        let committed = self.reader.poll();
+        self.scan(topic, extent.trimmed, committed);
+        let trimmed = extent.trimmed;
+        let candidates: Vec<u32> = retired
+            .iter()
+            .filter(|retired| retired.batches_below <= decided && self.scanned >= committed)
+            .filter(|retired| self.highest.get(&retired.segment).is_none_or(|highest| *highest < trimmed))
+            .map(|retired| retired.segment)
+            .collect();
+        if candidates.is_empty() {
+            return 0;
+        }
+        // SYNC: the trim point was read before the pins; see `order_index::Pin`.
+        let pinned = lowest_pin(&self.region, self.stream.topic, brokers);
+        let mut freed = 0;
+        for segment in candidates {
+            if self.highest.get(&segment).is_none_or(|highest| *highest < pinned) {
+                self.highest.remove(&segment);
+                topic.blog.release(segment);
+                freed += 1;
+            }
+        }
+        freed
+    }
+
+    fn scan(&mut self, topic: &Topic<F>, trimmed: u64, committed: u64) {
+        let from = self.scanned.max(trimmed);
+        let to = committed.min(from + SCAN_ENTRIES);
+        if from >= to {
+            self.scanned = self.scanned.max(from.min(committed));
+            return;
+        }
+        let kept = topic.pins.set(self.pin, from);
+        self.scanned = from;
+        if kept <= from {
+            while self.scanned < to {
+                let Ok(entry) = self.reader.read(self.scanned) else { break };
+                if u32::from(entry.broker) == self.broker {
+                    let segment = topic.blog.segment_of(RegionOffset(entry.location));
+                    self.highest.insert(segment, self.scanned);
+                }
+                self.scanned += 1;
+            }
+        }
+        topic.pins.set(self.pin, u64::MAX);
+    }
+}

@@ -1,0 +1,625 @@
+//! Global order: the head's sequencer takes batches from every broker's Batchlog and gives each its place.
+
+use crate::delegation::since;
+use crate::session::{Arrival, SessionOrder, Verdict};
+use bytemuck::Zeroable;
+use crossbeam_channel::{Receiver, Sender};
+use embarcadero_datapath::cxl::batchlog::BatchlogReader;
+use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW};
+use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, lowest_pin};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::segment::{SegmentAllocator, free_segments};
+use embarcadero_datapath::cxl::session_table::{
+    Session, SessionState, flush_commit, publish_session, read_progress, read_session, store_commit,
+};
+use embarcadero_datapath::cxl::tables::{
+    TopicConfig, TopicState, live_topics, publish_topic, read_headship, read_pulse, read_released, read_stalls,
+};
+use embarcadero_datapath::cxl::{Fabric, Site};
+use std::sync::Arc;
+
+/// Most batches that are published in one group. Recovery re-reads as many.
+pub const GROUP_BATCHES: u64 = 1024;
+
+/// Why a session cannot be opened.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SessionError {
+    /// No such topic, or it is being deleted.
+    #[error("topic slot {0} is not live")]
+    UnknownTopic(u32),
+    /// All rows are taken.
+    #[error("all {0} sessions of the region are in use; close some, or create the region with a larger max_sessions")]
+    TableFull(u32),
+}
+
+/// What the control plane asks of the sequencer; answered in turn with ordering, so that nothing commits under an
+/// epoch after its end was reported.
+pub enum Command {
+    /// A topic came to be.
+    OpenTopic(TopicConfig, Sender<()>),
+    /// A topic goes.
+    CloseTopic(u32, Sender<()>),
+    /// Open the next epoch of a client's session on a topic.
+    OpenSession {
+        /// Topic slot.
+        topic: u32,
+        /// Client.
+        client_id: u64,
+        /// Acknowledgement level.
+        ack_level: u8,
+        /// Answer.
+        reply: Sender<Result<Session, SessionError>>,
+    },
+    /// End a session in order.
+    CloseSession {
+        /// Row.
+        slot: u32,
+        /// Client.
+        client_id: u64,
+        /// Epoch.
+        epoch: u32,
+        /// Answer.
+        reply: Sender<()>,
+    },
+}
+
+/// Times that the sequencer goes by, microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Leases {
+    /// How long a gap may last before the session is fenced.
+    pub gap_us: u64,
+    /// After what time without batches a session's row may go to another client.
+    pub idle_us: u64,
+}
+
+struct BrokerOrder<F: Fabric> {
+    reader: BatchlogReader<F>,
+    consumed: ConsumedWriter<F>,
+    dirty: bool,
+}
+
+struct TopicOrder<F: Fabric> {
+    config: TopicConfig,
+    index: OrderIndexWriter<F>,
+    brokers: Vec<BrokerOrder<F>>,
+    last_ordered_us: u64,
+}
+
+struct Closing<F: Fabric> {
+    config: TopicConfig,
+    order: Option<TopicOrder<F>>,
+    reply: Sender<()>,
+}
+
+/// Figures for the curious.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SequencerStats {
+    /// Batches ordered.
+    pub ordered: u64,
+    /// Batches that had been ordered before.
+    pub duplicates: u64,
+    /// Batches of sessions that were fenced, closed or never there.
+    pub rejected: u64,
+    /// Sessions fenced.
+    pub fenced: u64,
+}
+
+/// The only writer of global order, session table and sequencer halves.
+pub struct Sequencer<F: Fabric> {
+    region: Region<F>,
+    pool: Arc<dyn SegmentAllocator>,
+    epoch: u64,
+    leases: Leases,
+    commands: Receiver<Command>,
+    topics: Vec<Option<TopicOrder<F>>>,
+    sessions: Vec<Option<SessionOrder>>,
+    /// Batches published by each broker, as last seen and not yet fully taken.
+    pulses: Vec<u64>,
+    backlog: bool,
+    /// Batches that wait for a gap to close, over all sessions.
+    held: u32,
+    /// Held batches have their turn but found no room in the index.
+    starved: bool,
+    /// Topics that brokers are letting go of.
+    closing: Vec<Closing<F>>,
+    /// Every topic, with whatever order.
+    configs: Vec<Option<TopicConfig>>,
+    /// Stall counters of the brokers, as last seen.
+    stalls: Vec<u64>,
+    /// Commits of the present group, to be shown once the index is.
+    commits: Vec<(u32, CommitRecord, u64)>,
+    stats: SequencerStats,
+}
+
+impl<F: Fabric> Sequencer<F> {
+    /// Takes over the region's order under `epoch`, with everything that is committed.
+    pub fn recover(
+        region: Region<F>,
+        pool: Arc<dyn SegmentAllocator>,
+        epoch: u64,
+        leases: Leases,
+        commands: Receiver<Command>,
+        now_us: u64,
+    ) -> Self {
+        let topics = (0..region.geometry().max_topics).map(|_| None).collect();
+        let sessions = (0..region.geometry().max_sessions).map(|_| None).collect();
+        let pulses = vec![0; region.geometry().max_brokers as usize];
+        let commits = Vec::with_capacity(GROUP_BATCHES as usize + SESSION_WINDOW as usize);
+        let stats = SequencerStats::default();
+        let configs = (0..region.geometry().max_topics).map(|_| None).collect();
+        let stalls = pulses.clone();
+        let mut sequencer = Self {
+            region,
+            pool,
+            epoch,
+            leases,
+            commands,
+            topics,
+            sessions,
+            pulses,
+            backlog: true,
+            held: 0,
+            starved: false,
+            closing: Vec::new(),
+            configs,
+            stalls,
+            commits,
+            stats,
+        };
+        for config in live_topics(&sequencer.region) {
+            sequencer.open_topic(config);
+        }
+        sequencer.recover_sessions(now_us);
+        sequencer
+    }
+
+    /// Figures since the start.
+    pub fn stats(&self) -> SequencerStats {
+        self.stats
+    }
+
+    fn open_topic(&mut self, config: TopicConfig) {
+        if let Some(place) = self.configs.get_mut(config.id as usize) {
+            *place = Some(config.clone());
+        }
+        if !config.order.is_global() {
+            return;
+        }
+        let region = &self.region;
+        let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
+        let pool = Arc::clone(&self.pool);
+        let index = OrderIndexWriter::open(region.clone(), id, config.incarnation, self.epoch, pool);
+        let brokers = (0..region.geometry().max_brokers)
+            .map(|broker| {
+                let consumed = ConsumedWriter::recover(region.clone(), config.id, broker);
+                let reader = BatchlogReader::new(region.clone(), config.id, broker, consumed.consumed_through);
+                BrokerOrder { reader, consumed, dirty: false }
+            })
+            .collect();
+        let last_ordered_us = index.next().checked_sub(1).and_then(|at| index.entry(at)).map_or(0, |e| e.ordered_us);
+        let slot = config.id as usize;
+        if let Some(place) = self.topics.get_mut(slot) {
+            *place = Some(TopicOrder { config, index, brokers, last_ordered_us });
+        }
+        self.backlog = true;
+    }
+
+    /// Sessions as the table shows them, brought up to the index: an earlier head may have published a group in the
+    /// index and died before it told the sessions.
+    fn recover_sessions(&mut self, now_us: u64) {
+        for slot in 0..self.region.geometry().max_sessions {
+            let progress = read_progress(&self.region, slot);
+            let Some(session) = read_session(&self.region, slot) else { continue };
+            if session.state != SessionState::Open {
+                continue;
+            }
+            let Some(Some(config)) = self.configs.get(session.topic as usize) else { continue };
+            if config.incarnation == session.topic_incarnation {
+                let order = SessionOrder::new(session, config.order, progress, now_us);
+                self.sessions[slot as usize] = Some(order);
+            }
+        }
+        let mut missing = Vec::new();
+        for topic in self.topics.iter().flatten() {
+            let next = topic.index.next();
+            for at in next.saturating_sub(GROUP_BATCHES + SESSION_WINDOW).max(topic.index.trimmed())..next {
+                if let Some(entry) = topic.index.entry(at) {
+                    missing.push((topic.config.id, entry));
+                }
+            }
+        }
+        for (topic, entry) in missing {
+            let owner = self.sessions.iter_mut().flatten().find(|order| {
+                let session = &order.session;
+                (session.client_id, session.epoch, session.topic) == (entry.client_id, entry.session_epoch, topic)
+            });
+            let Some(order) = owner else { continue };
+            if entry.sequence < order.expected() {
+                continue;
+            }
+            order.committed(entry.sequence, now_us);
+            let record = CommitRecord {
+                first_offset: entry.first_offset,
+                broker_batch: 0,
+                broker: entry.broker.into(),
+                session_epoch: entry.session_epoch,
+                tag: entry.sequence + 1,
+            };
+            self.commits.push((order.session.slot, record, order.expected()));
+        }
+        self.show_commits();
+        self.region.fabric().fence(Site::RecordFlush);
+    }
+
+    /// Orders what is there, at most `budget` batches, and answers commands. Returns how many batches it took.
+    pub fn poll(&mut self, now_us: u64, budget: u64) -> u64 {
+        while let Ok(command) = self.commands.try_recv() {
+            self.execute(command, now_us);
+        }
+        let mut news = self.backlog;
+        for broker in 0..self.region.geometry().max_brokers {
+            let (_, published) = read_pulse(&self.region, broker);
+            if let Some(seen) = self.pulses.get_mut(broker as usize)
+                && *seen != published
+            {
+                *seen = published;
+                news = true;
+            }
+        }
+        if !news {
+            return 0;
+        }
+        self.backlog = false;
+        let mut taken = 0;
+        for slot in 0..self.topics.len() {
+            taken += self.order_topic(slot, now_us, budget.min(GROUP_BATCHES));
+        }
+        taken
+    }
+
+    fn order_topic(&mut self, slot: usize, now_us: u64, budget: u64) -> u64 {
+        let Some(place) = self.topics.get_mut(slot) else { return 0 };
+        let Some(mut topic) = place.take() else { return 0 };
+        topic.last_ordered_us = topic.last_ordered_us.max(now_us);
+        let mut taken = 0;
+        let before = topic.index.next();
+        if self.starved {
+            self.starved = false;
+            for session in 0..self.sessions.len() {
+                self.drain_held(&mut topic, session, now_us);
+            }
+        }
+        for broker in 0..topic.brokers.len() {
+            let Some(state) = topic.brokers.get_mut(broker) else { break };
+            let available = state.reader.available(budget - taken);
+            for _ in 0..available {
+                // One entry can release a whole window of held ones, which `order` checks room for itself.
+                if topic.index.make_room().is_err() {
+                    self.backlog = true;
+                    break;
+                }
+                let Some(state) = topic.brokers.get_mut(broker) else { break };
+                let index = state.reader.next();
+                let entry = state.reader.take();
+                state.dirty = true;
+                taken += 1;
+                self.order(&mut topic, Arrival { entry, broker: broker as u32, index }, now_us);
+            }
+        }
+        if taken > 0 || topic.index.next() > before {
+            self.backlog = true;
+            self.publish(&mut topic, before);
+        }
+        if let Some(place) = self.topics.get_mut(slot) {
+            *place = Some(topic);
+        }
+        taken
+    }
+
+    #[inline]
+    fn order(&mut self, topic: &mut TopicOrder<F>, arrival: Arrival, now_us: u64) {
+        let entry = &arrival.entry;
+        let Some(Some(order)) = self.sessions.get_mut(entry.session_slot as usize) else {
+            self.stats.rejected += 1;
+            return;
+        };
+        let session = &order.session;
+        if session.client_id != entry.client_id
+            || session.epoch != entry.session_epoch
+            || session.topic != topic.config.id
+            || session.topic_incarnation != entry.topic_incarnation
+        {
+            self.stats.rejected += 1;
+            return;
+        }
+        match order.judge(&arrival, now_us) {
+            Verdict::Commit => {}
+            Verdict::Held => {
+                self.held += 1;
+                return;
+            }
+            Verdict::Duplicate => {
+                self.stats.duplicates += 1;
+                return;
+            }
+            Verdict::OutOfWindow => {
+                self.stats.rejected += 1;
+                return;
+            }
+        }
+        Self::commit(&mut self.commits, &mut self.stats, self.epoch, topic, order, &arrival, now_us);
+        if self.held > 0 {
+            self.drain_held(topic, entry.session_slot as usize, now_us);
+        }
+    }
+
+    /// Commits what waited in a session of this topic and now has its turn.
+    fn drain_held(&mut self, topic: &mut TopicOrder<F>, slot: usize, now_us: u64) {
+        let Some(Some(order)) = self.sessions.get_mut(slot) else { return };
+        if order.session.topic != topic.config.id {
+            return;
+        }
+        while let Some(held) = order.next_held() {
+            if topic.index.make_room().is_err() {
+                order.hold_again(held);
+                self.starved = true;
+                self.backlog = true;
+                return;
+            }
+            self.held -= 1;
+            Self::commit(&mut self.commits, &mut self.stats, self.epoch, topic, order, &held, now_us);
+        }
+    }
+
+    #[inline]
+    fn commit(
+        commits: &mut Vec<(u32, CommitRecord, u64)>,
+        stats: &mut SequencerStats,
+        epoch: u64,
+        topic: &mut TopicOrder<F>,
+        order: &mut SessionOrder,
+        arrival: &Arrival,
+        now_us: u64,
+    ) {
+        let entry = &arrival.entry;
+        let first_offset = topic.index.append(IndexEntry {
+            location: entry.location,
+            client_id: entry.client_id,
+            sequence: entry.sequence,
+            ordered_us: topic.last_ordered_us,
+            bytes: entry.bytes,
+            message_count: entry.message_count,
+            session_epoch: entry.session_epoch,
+            sequencer_epoch: epoch as u32,
+            broker: arrival.broker as u8,
+            replicas: 1,
+            ..IndexEntry::zeroed()
+        });
+        if let Some(state) = topic.brokers.get_mut(arrival.broker as usize) {
+            state.consumed.ordered += 1;
+            state.consumed.ordered_offset = first_offset + u64::from(entry.message_count);
+            state.dirty = true;
+        }
+        order.committed(entry.sequence, now_us);
+        stats.ordered += 1;
+        let record = CommitRecord {
+            first_offset,
+            broker_batch: arrival.index,
+            broker: arrival.broker,
+            session_epoch: entry.session_epoch,
+            tag: entry.sequence + 1,
+        };
+        commits.push((order.session.slot, record, order.expected()));
+    }
+
+    /// Shows a group: first its index entries, then the tail, then the sessions and what brokers may reuse. An
+    /// acknowledgement is therefore never seen before the batch is.
+    fn publish(&mut self, topic: &mut TopicOrder<F>, before: u64) {
+        if topic.index.next() > before {
+            topic.index.write_back_entries();
+            topic.index.publish_tail(self.epoch);
+            // SYNC: the tail is in memory before any commit record; pairs with `read_commit` in the ack stage.
+            self.region.fabric().fence(Site::TailFlush);
+        }
+        self.show_commits();
+        for broker in 0..topic.brokers.len() {
+            let Some(state) = topic.brokers.get_mut(broker) else { break };
+            if !state.dirty {
+                continue;
+            }
+            state.dirty = false;
+            let next = state.reader.next();
+            state.consumed.consumed_through = next;
+            if self.held == 0 {
+                state.consumed.decided_through = next;
+            }
+            state.consumed.store();
+        }
+        self.region.fabric().fence(Site::ConsumedFlush);
+    }
+
+    fn show_commits(&mut self) {
+        for (slot, record, expected) in &self.commits {
+            store_commit(&self.region, *slot, record, *expected);
+        }
+        for (slot, record, _) in &self.commits {
+            flush_commit(&self.region, *slot, record.tag - 1);
+        }
+        self.commits.clear();
+    }
+    fn execute(&mut self, command: Command, now_us: u64) {
+        match command {
+            Command::OpenTopic(config, reply) => {
+                self.open_topic(config);
+                let _ = reply.send(());
+            }
+            Command::CloseTopic(id, reply) => self.close_topic(id, reply),
+            Command::OpenSession { topic, client_id, ack_level, reply } => {
+                let _ = reply.send(self.open_session(topic, client_id, ack_level, now_us));
+            }
+            Command::CloseSession { slot, client_id, epoch, reply } => {
+                let open = self.sessions.get(slot as usize).and_then(Option::as_ref);
+                if open.is_some_and(|order| order.session.client_id == client_id && order.session.epoch == epoch) {
+                    self.end_session(slot, SessionState::Closed);
+                }
+                let _ = reply.send(());
+            }
+        }
+    }
+
+    fn open_session(&mut self, topic: u32, client_id: u64, ack_level: u8, now_us: u64) -> Result<Session, SessionError> {
+        let config = self.configs.get(topic as usize).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
+        let slot = self.row_for(topic, config.incarnation, client_id, now_us)?;
+        self.end_session(slot, SessionState::Fenced);
+        let committed = read_progress(&self.region, slot);
+        let epoch = read_session(&self.region, slot).map_or(0, |session| session.epoch) + 1;
+        let session = Session {
+            slot,
+            client_id,
+            epoch,
+            state: SessionState::Open,
+            topic,
+            topic_incarnation: config.incarnation,
+            committed,
+            ack_level,
+        };
+        publish_session(&self.region, &session);
+        if let Some(place) = self.sessions.get_mut(slot as usize) {
+            *place = Some(SessionOrder::new(session, config.order, committed, now_us));
+        }
+        Ok(session)
+    }
+
+    /// The row that this client had, else a free one, else that of the session which has been idle longest.
+    fn row_for(&self, topic: u32, incarnation: u32, client_id: u64, now_us: u64) -> Result<u32, SessionError> {
+        let mut free = None;
+        let mut idle: Option<(u64, u32)> = None;
+        for slot in 0..self.region.geometry().max_sessions {
+            let row = read_session(&self.region, slot);
+            match row {
+                Some(row) if (row.topic, row.topic_incarnation, row.client_id) == (topic, incarnation, client_id) => {
+                    return Ok(slot);
+                }
+                Some(row) if row.state == SessionState::Open => {
+                    let active = self.sessions.get(slot as usize).and_then(Option::as_ref).map_or(0, |s| s.active_us);
+                    if now_us.saturating_sub(active) > self.leases.idle_us && idle.is_none_or(|(than, _)| active < than) {
+                        idle = Some((active, slot));
+                    }
+                }
+                // A fenced client comes back for its row: give it time.
+                Some(row) if row.state == SessionState::Fenced => idle = idle.or(Some((u64::MAX, slot))),
+                _ => free = free.or(Some(slot)),
+            }
+        }
+        free.or(idle.map(|(_, slot)| slot)).ok_or(SessionError::TableFull(self.region.geometry().max_sessions))
+    }
+
+    /// Ends a session: what is not committed now never will be, under this epoch.
+    fn end_session(&mut self, slot: u32, state: SessionState) {
+        let Some(order) = self.sessions.get_mut(slot as usize).and_then(Option::take) else { return };
+        self.held -= order.held_count();
+        if state == SessionState::Fenced {
+            self.stats.fenced += 1;
+        }
+        publish_session(&self.region, &Session { state, committed: order.expected(), ..order.session });
+    }
+
+    fn close_topic(&mut self, id: u32, reply: Sender<()>) {
+        let Some(config) = self.configs.get_mut(id as usize).and_then(Option::take) else {
+            let _ = reply.send(());
+            return;
+        };
+        publish_topic(&self.region, &TopicConfig { state: TopicState::Deleting, ..config.clone() });
+        for slot in 0..self.region.geometry().max_sessions {
+            let here = self.sessions.get(slot as usize).and_then(Option::as_ref);
+            if here.is_some_and(|order| order.session.topic == id) {
+                self.end_session(slot, SessionState::Closed);
+            }
+        }
+        let order = self.topics.get_mut(id as usize).and_then(Option::take);
+        self.closing.push(Closing { config, order, reply });
+    }
+
+    /// Leases, retention, reclaim and deletion. Every few milliseconds.
+    pub fn maintain(&mut self, now_us: u64) {
+        let live = read_headship(&self.region).map_or(u64::MAX, |head| head.broker_mask);
+        let brokers: Vec<u32> = (0..self.region.geometry().max_brokers).filter(|id| live & (1 << id) != 0).collect();
+        self.expire_gaps(now_us);
+        for slot in 0..self.topics.len() {
+            let Some(Some(topic)) = self.topics.get_mut(slot) else { continue };
+            let config = &topic.config;
+            topic.index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us));
+            topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
+        }
+        self.publish_decided();
+        self.finish_closing(&brokers);
+    }
+
+    fn expire_gaps(&mut self, now_us: u64) {
+        // A broker that has no room leaves batches unread, perhaps the one that is missing: nobody's lease runs.
+        let mut stalled = self.starved || free_segments(&self.region) == 0;
+        for (broker, seen) in self.stalls.iter_mut().enumerate() {
+            let stalls = read_stalls(&self.region, broker as u32);
+            stalled |= *seen != stalls;
+            *seen = stalls;
+        }
+        if self.held == 0 {
+            return;
+        }
+        let mut dead = Vec::new();
+        for (slot, order) in self.sessions.iter_mut().enumerate() {
+            let Some(order) = order else { continue };
+            if !order.has_gap() {
+                continue;
+            }
+            if stalled {
+                order.excuse_gap(now_us);
+            } else if now_us.saturating_sub(order.gap_since_us()) > self.leases.gap_us {
+                dead.push(slot as u32);
+            }
+        }
+        for slot in dead {
+            self.end_session(slot, SessionState::Fenced);
+        }
+    }
+
+    /// While batches are held, tells brokers which of theirs are.
+    fn publish_decided(&mut self) {
+        let mut changed = false;
+        for topic in self.topics.iter_mut().flatten() {
+            for (broker, state) in topic.brokers.iter_mut().enumerate() {
+                let next = state.reader.next();
+                if state.consumed.decided_through == next {
+                    continue;
+                }
+                let held = self.sessions.iter().flatten().filter(|order| order.session.topic == topic.config.id);
+                let decided = held.filter_map(|order| order.lowest_held(broker as u32)).min().unwrap_or(next);
+                if decided != state.consumed.decided_through {
+                    state.consumed.decided_through = decided;
+                    state.consumed.store();
+                    changed = true;
+                }
+            }
+        }
+        if changed {
+            self.region.fabric().fence(Site::ConsumedFlush);
+        }
+    }
+
+    fn finish_closing(&mut self, brokers: &[u32]) {
+        let region = &self.region;
+        self.closing.retain_mut(|closing| {
+            let Closing { config, order, reply } = closing;
+            let incarnation = u64::from(config.incarnation);
+            if brokers.iter().any(|broker| read_released(region, config.id, *broker) < incarnation) {
+                return true;
+            }
+            if let Some(order) = order {
+                order.index.abandon();
+            }
+            publish_topic(region, &TopicConfig { state: TopicState::Free, ..config.clone() });
+            let _ = reply.send(());
+            false
+        });
+    }
+}

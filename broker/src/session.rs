@@ -1,0 +1,244 @@
+//! Sessions as the sequencer keeps them: what is expected next, what waits for a gap to close, what is a duplicate.
+//!
+//! [[DEVIATION_008]] The paper's sequencer skips a gap that does not close. Ours never does: a gap that outlives the
+//! session's lease fences the session, and its client resubmits exactly what did not commit under the next epoch.
+
+use embarcadero_datapath::cxl::layout::{BatchEntry, SESSION_WINDOW};
+use embarcadero_datapath::cxl::session_table::Session;
+use embarcadero_datapath::cxl::tables::Order;
+
+/// A batch as the sequencer read it, and who received it.
+#[derive(Clone, Copy, Debug)]
+pub struct Arrival {
+    /// Its Batchlog entry.
+    pub entry: BatchEntry,
+    /// Receiving broker.
+    pub broker: u32,
+    /// Index of the entry in that broker's Batchlog.
+    pub index: u64,
+}
+
+/// What to do with a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// Give it its place in the order now.
+    Commit,
+    /// It waits for those before it.
+    Held,
+    /// It is committed already.
+    Duplicate,
+    /// Its sequence is further ahead than a session may be; brokers do not let that pass.
+    OutOfWindow,
+}
+
+/// One session. Its sequence numbers go on where the one before it in the same table row stopped, so a number names
+/// one batch for ever.
+#[derive(Debug)]
+pub struct SessionOrder {
+    /// Identity, as the table shows it.
+    pub session: Session,
+    strong: bool,
+    expected: u64,
+    /// Batches ahead of `expected`, at their sequence modulo the window.
+    held: Box<[Option<Arrival>]>,
+    held_count: u32,
+    /// Sequence + 1 of what committed at each place of the window (total order commits out of turn).
+    committed: Box<[u64]>,
+    gap_since_us: u64,
+    /// When a batch last arrived.
+    pub active_us: u64,
+}
+
+impl SessionOrder {
+    /// A session of which everything below `expected` is committed.
+    #[must_use]
+    pub fn new(session: Session, order: Order, expected: u64, now_us: u64) -> Self {
+        Self {
+            session,
+            strong: order == Order::Strong,
+            expected,
+            held: vec![None; SESSION_WINDOW as usize].into_boxed_slice(),
+            held_count: 0,
+            committed: vec![0; SESSION_WINDOW as usize].into_boxed_slice(),
+            gap_since_us: now_us,
+            active_us: now_us,
+        }
+    }
+
+    /// Sequences below this are committed.
+    #[inline]
+    #[must_use]
+    pub fn expected(&self) -> u64 {
+        self.expected
+    }
+
+    /// True while batches wait for a gap to close.
+    #[inline]
+    #[must_use]
+    pub fn has_gap(&self) -> bool {
+        self.held_count > 0
+    }
+
+    /// Batches that wait.
+    #[must_use]
+    pub fn held_count(&self) -> u32 {
+        self.held_count
+    }
+
+    /// When the present gap was first seen (or last excused), microseconds.
+    #[must_use]
+    pub fn gap_since_us(&self) -> u64 {
+        self.gap_since_us
+    }
+
+    /// The gap is not the client's fault: its lease starts again.
+    pub fn excuse_gap(&mut self, now_us: u64) {
+        self.gap_since_us = now_us;
+    }
+
+    #[inline]
+    fn place(sequence: u64) -> usize {
+        (sequence % SESSION_WINDOW) as usize
+    }
+
+    /// Judges a batch. After [`Verdict::Commit`] call [`SessionOrder::committed`], then drain [`SessionOrder::next_held`].
+    #[inline]
+    pub fn judge(&mut self, arrival: &Arrival, now_us: u64) -> Verdict {
+        self.active_us = now_us;
+        let sequence = arrival.entry.sequence;
+        if sequence < self.expected {
+            return Verdict::Duplicate;
+        }
+        if sequence - self.expected >= SESSION_WINDOW {
+            return Verdict::OutOfWindow;
+        }
+        if sequence == self.expected {
+            return Verdict::Commit;
+        }
+        let place = Self::place(sequence);
+        if !self.strong {
+            return if self.committed[place] == sequence + 1 { Verdict::Duplicate } else { Verdict::Commit };
+        }
+        if self.held[place].is_some() {
+            return Verdict::Duplicate;
+        }
+        if self.held_count == 0 {
+            self.gap_since_us = now_us;
+        }
+        self.held[place] = Some(*arrival);
+        self.held_count += 1;
+        Verdict::Held
+    }
+
+    /// Notes that `sequence` has its place in the order.
+    #[inline]
+    pub fn committed(&mut self, sequence: u64, now_us: u64) {
+        self.committed[Self::place(sequence)] = sequence + 1;
+        while self.committed[Self::place(self.expected)] == self.expected + 1 {
+            self.expected += 1;
+        }
+        self.gap_since_us = now_us;
+    }
+
+    /// The batch that waited for its turn and has it now.
+    #[inline]
+    pub fn next_held(&mut self) -> Option<Arrival> {
+        if self.held_count == 0 {
+            return None;
+        }
+        let arrival = self.held[Self::place(self.expected)].take()?;
+        self.held_count -= 1;
+        Some(arrival)
+    }
+
+    /// Puts back what [`SessionOrder::next_held`] gave: it cannot be ordered now.
+    pub fn hold_again(&mut self, arrival: Arrival) {
+        self.held[Self::place(arrival.entry.sequence)] = Some(arrival);
+        self.held_count += 1;
+    }
+
+    /// Lowest Batchlog index of `broker` that waits here.
+    #[must_use]
+    pub fn lowest_held(&self, broker: u32) -> Option<u64> {
+        if self.held_count == 0 {
+            return None;
+        }
+        self.held.iter().flatten().filter(|held| held.broker == broker).map(|held| held.index).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bytemuck::Zeroable;
+    use embarcadero_datapath::cxl::session_table::SessionState;
+    use proptest::prelude::*;
+
+    fn session(order: Order, expected: u64) -> SessionOrder {
+        let identity = Session {
+            slot: 0,
+            client_id: 1,
+            epoch: 1,
+            state: SessionState::Open,
+            topic: 0,
+            topic_incarnation: 1,
+            committed: expected,
+            ack_level: 1,
+        };
+        SessionOrder::new(identity, order, expected, 0)
+    }
+
+    fn arrival(sequence: u64) -> Arrival {
+        Arrival { entry: BatchEntry { sequence, ..BatchEntry::zeroed() }, broker: 0, index: sequence }
+    }
+
+    fn feed(state: &mut SessionOrder, sequence: u64, out: &mut Vec<u64>) {
+        if state.judge(&arrival(sequence), 0) == Verdict::Commit {
+            state.committed(sequence, 0);
+            out.push(sequence);
+            while let Some(held) = state.next_held() {
+                state.committed(held.entry.sequence, 0);
+                out.push(held.entry.sequence);
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn strong_commits_each_once_and_in_order(
+            start in 0u64..1_000_000, swaps in prop::collection::vec((0usize..100, 0usize..100), 0..200),
+            again in prop::collection::vec(0u64..100, 0..50),
+        ) {
+            let mut sequences: Vec<u64> = (0..100).collect();
+            for (a, b) in swaps { sequences.swap(a, b); }
+            for (at, sequence) in again.into_iter().enumerate() { sequences.insert(at * 2 % sequences.len(), sequence); }
+            let mut state = session(Order::Strong, start);
+            let mut out = Vec::new();
+            for sequence in sequences { feed(&mut state, start + sequence, &mut out); }
+            prop_assert_eq!(out, (start..start + 100).collect::<Vec<_>>());
+            prop_assert!(!state.has_gap());
+            prop_assert_eq!(state.expected(), start + 100);
+        }
+
+        #[test]
+        fn total_commits_each_once_at_once(
+            start in 0u64..1_000_000, swaps in prop::collection::vec((0usize..100, 0usize..100), 0..200),
+        ) {
+            let mut sequences: Vec<u64> = (0..100).collect();
+            for (a, b) in swaps { sequences.swap(a, b); }
+            let mut state = session(Order::Total, start);
+            let mut out = Vec::new();
+            for sequence in sequences.iter().chain(sequences.iter()) { feed(&mut state, start + sequence, &mut out); }
+            prop_assert_eq!(&out, &sequences.iter().map(|sequence| start + sequence).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_sequence_beyond_the_window_is_not_held() {
+        let mut state = session(Order::Strong, 10);
+        assert_eq!(state.judge(&arrival(10 + SESSION_WINDOW), 0), Verdict::OutOfWindow);
+        assert_eq!(state.judge(&arrival(10 + SESSION_WINDOW - 1), 0), Verdict::Held);
+        assert_eq!(state.lowest_held(0), Some(10 + SESSION_WINDOW - 1));
+        assert_eq!(state.lowest_held(1), None);
+    }
+}

@@ -1,0 +1,114 @@
+//! The topics that this broker serves, opened when first asked for.
+
+use crate::blog::Blog;
+use crate::reclaim::PinBoard;
+use embarcadero_datapath::cxl::Fabric;
+use embarcadero_datapath::cxl::batchlog::BatchlogWriter;
+use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::segment::SegmentAllocator;
+use embarcadero_datapath::cxl::tables::{TopicConfig, TopicState, read_topic};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A topic as this broker serves it. Connections hold it; it goes when the last of them does.
+pub struct Topic<F: Fabric> {
+    /// What the TInode says.
+    pub config: TopicConfig,
+    /// This broker's log.
+    pub blog: Blog<F>,
+    /// What this broker's senders are reading.
+    pub pins: PinBoard<F>,
+    deleted: AtomicBool,
+}
+
+impl<F: Fabric> Topic<F> {
+    /// True once the topic is being deleted: nothing may be received or delivered any more.
+    #[inline]
+    pub fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+
+    /// The stream that subscribers of this broker read.
+    pub fn stream(&self, broker: u32) -> StreamId {
+        let stream = if self.config.order.is_global() { StreamId::GLOBAL } else { broker };
+        StreamId { topic: self.config.id, stream }
+    }
+}
+
+/// All topics of this broker.
+pub struct TopicTable<F: Fabric> {
+    region: Region<F>,
+    broker: u32,
+    pool: Arc<dyn SegmentAllocator>,
+    open: Mutex<Vec<Option<Arc<Topic<F>>>>>,
+}
+
+impl<F: Fabric> TopicTable<F> {
+    /// None open yet.
+    pub fn new(region: Region<F>, broker: u32, pool: Arc<dyn SegmentAllocator>) -> Self {
+        let slots = region.geometry().max_topics as usize;
+        Self { region, broker, pool, open: Mutex::new(vec![None; slots]) }
+    }
+
+    /// The region.
+    pub fn region(&self) -> &Region<F> {
+        &self.region
+    }
+
+    /// This broker's id.
+    pub fn broker(&self) -> u32 {
+        self.broker
+    }
+
+    /// Where segments come from.
+    pub fn pool(&self) -> &Arc<dyn SegmentAllocator> {
+        &self.pool
+    }
+
+    /// The topic in slot `id`, if it is live and of this incarnation.
+    pub fn get(&self, id: u32, incarnation: u32) -> Option<Arc<Topic<F>>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let slot = open.get_mut(id as usize)?;
+        if let Some(topic) = slot {
+            return (topic.config.incarnation == incarnation && !topic.is_deleted()).then(|| Arc::clone(topic));
+        }
+        let config = read_topic(&self.region, id)?;
+        if config.state != TopicState::Live || config.incarnation != incarnation {
+            return None;
+        }
+        let batches = if config.order.is_global() {
+            BatchlogWriter::new(self.region.clone(), id, self.broker).head()
+        } else {
+            read_extent(&self.region, StreamId { topic: id, stream: self.broker }).committed
+        };
+        let blog = Blog::new(self.region.clone(), id, incarnation, self.broker, batches, Arc::clone(&self.pool));
+        let pins = PinBoard::new(&self.region, id, config.order, self.broker);
+        let topic = Arc::new(Topic { config, blog, pins, deleted: AtomicBool::new(false) });
+        *slot = Some(Arc::clone(&topic));
+        Some(topic)
+    }
+
+    /// The topics that are open.
+    pub fn opened(&self) -> Vec<Arc<Topic<F>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
+    }
+
+    /// True while this broker holds anything of the topic in slot `id`.
+    pub fn is_open(&self, id: u32) -> bool {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.get(id as usize).is_some_and(Option::is_some)
+    }
+
+    /// Marks a topic as going away.
+    pub fn mark_deleted(&self, topic: &Topic<F>) {
+        topic.deleted.store(true, Ordering::Release);
+    }
+
+    /// Forgets a deleted topic, so that its slot can serve the next incarnation.
+    pub fn forget(&self, id: u32) {
+        if let Some(slot) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get_mut(id as usize) {
+            *slot = None;
+        }
+    }
+}

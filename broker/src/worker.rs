@@ -1,0 +1,458 @@
+//! A polling thread: moves bytes for its connections and runs the ordering stages that it was given.
+
+use crate::delegation::{Delegation, Landed, OrderedLocally, Origin};
+use crate::delivery::SubscriberSession;
+use crate::ingest::{IngestLimits, Place, PublisherSession};
+use crate::sequencer::{GROUP_BATCHES, Sequencer};
+use crate::topics::TopicTable;
+use crossbeam_channel::{Receiver, Sender};
+use embarcadero_datapath::cxl::Native;
+use embarcadero_datapath::poll::{Idle, Step};
+use embarcadero_datapath::transport::tcp::{SocketOptions, TcpConnection};
+use embarcadero_datapath::transport::{
+    Connection, Outbox, Outgoing, Poller, Ready, Received, TransportError, prepare_polling_thread,
+};
+use embarcadero_datapath::wire::{ErrorCode, Frame};
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// Batches that one connection may receive before others have their turn.
+const RECEIVE_BATCHES: usize = 8;
+/// Batches that the delegation takes at a time.
+const DELEGATION_BATCHES: usize = 256;
+/// How long an error may take to reach its client before the connection is cut.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// Polls without work between two looks at the sockets of idle connections, when spinning.
+const IDLE_CHECK: Duration = Duration::from_millis(10);
+
+enum Role {
+    /// Nothing was said yet.
+    New,
+    Publisher(Box<PublisherSession>),
+    Subscriber(Box<SubscriberSession>),
+    /// The error is on its way; then the connection closes.
+    Leaving(Instant),
+}
+
+struct Client {
+    link: TcpConnection,
+    role: Role,
+    outbox: Outbox,
+    /// A batch waits for room: the socket is not watched.
+    waiting: bool,
+    /// Room in the socket is watched for.
+    watches_room: bool,
+    generation: u32,
+}
+
+/// What all workers of a broker share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Topics.
+    pub topics: Arc<TopicTable<Native>>,
+    /// To the delegation.
+    pub landed: Sender<Landed<Native>>,
+    /// Bounds for publishers.
+    pub limits: IngestLimits,
+    /// How long a subscriber may hold what retention wants.
+    pub delivery_patience: Duration,
+    /// Kernel buffers.
+    pub sockets: SocketOptions,
+    /// Set when the broker stops.
+    pub stop: Arc<AtomicBool>,
+}
+
+/// One polling thread.
+pub struct Worker {
+    index: usize,
+    shared: Shared,
+    memory: Native,
+    poller: Poller,
+    ready: Vec<Ready>,
+    clients: Vec<Option<Client>>,
+    generation: u32,
+    free: Vec<usize>,
+    accepted: Receiver<TcpStream>,
+    ordered: Receiver<OrderedLocally>,
+    idle: Idle,
+    core: Option<usize>,
+    /// Stages that run to completion in this loop.
+    delegation: Option<Delegation<Native>>,
+    sequencer: Option<Sequencer<Native>>,
+    maintained: Instant,
+    heartbeat: Duration,
+}
+
+/// What makes one worker differ from another.
+pub struct WorkerSetup {
+    /// Number among the workers.
+    pub index: usize,
+    /// Connections to serve.
+    pub accepted: Receiver<TcpStream>,
+    /// Acks of batches that the delegation ordered.
+    pub ordered: Receiver<OrderedLocally>,
+    /// How to wait.
+    pub idle: Idle,
+    /// Core to run on.
+    pub core: Option<usize>,
+    /// Local order, if this thread runs it.
+    pub delegation: Option<Delegation<Native>>,
+    /// Global order, if this thread runs it.
+    pub sequencer: Option<Sequencer<Native>>,
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+}
+
+/// Microseconds since 1970.
+#[must_use]
+pub fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64)
+}
+
+impl Worker {
+    /// A worker that has no connections yet.
+    ///
+    /// # Errors
+    /// What the kernel reports.
+    pub fn new(shared: Shared, setup: WorkerSetup) -> io::Result<Self> {
+        let memory = shared.topics.region().fabric().clone();
+        let WorkerSetup { index, accepted, ordered, idle, core, delegation, sequencer, heartbeat } = setup;
+        Ok(Self {
+            index,
+            shared,
+            memory,
+            poller: Poller::new()?,
+            ready: Vec::with_capacity(64),
+            clients: Vec::new(),
+            generation: 0,
+            free: Vec::new(),
+            accepted,
+            ordered,
+            idle,
+            core,
+            delegation,
+            sequencer,
+            maintained: Instant::now(),
+            heartbeat,
+        })
+    }
+
+    /// Runs until the broker stops.
+    pub fn run(mut self) {
+        if let Err(error) = prepare_polling_thread(self.core) {
+            tracing::error!(worker = self.index, %error, "the thread could not be pinned");
+        }
+        let mut timeout = Duration::ZERO;
+        let mut looked = Instant::now();
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            if let Err(error) = self.poller.wait(timeout, &mut self.ready) {
+                tracing::error!(worker = self.index, %error, "waiting for sockets failed");
+                return;
+            }
+            if self.work(&mut looked) {
+                self.idle.worked();
+                timeout = Duration::ZERO;
+            } else {
+                timeout = match self.idle.wait() {
+                    Step::Again => Duration::ZERO,
+                    Step::Sleep(time) => time,
+                };
+            }
+        }
+    }
+
+    /// One turn of the loop: receive, order, acknowledge, deliver. True when anything moved.
+    fn work(&mut self, looked: &mut Instant) -> bool {
+        let mut moved = self.accept();
+        let ready = std::mem::take(&mut self.ready);
+        for ready in &ready {
+            moved |= self.serve(*ready);
+        }
+        self.ready = ready;
+        let now_us = now_us();
+        if let Some(delegation) = &mut self.delegation {
+            moved |= delegation.poll(now_us, DELEGATION_BATCHES) > 0;
+        }
+        if let Some(sequencer) = &mut self.sequencer {
+            moved |= sequencer.poll(now_us, GROUP_BATCHES) > 0;
+        }
+        moved |= self.local_acks();
+        let check = looked.elapsed() >= IDLE_CHECK;
+        if check {
+            *looked = Instant::now();
+        }
+        for slot in 0..self.clients.len() {
+            moved |= self.turn(slot, check);
+        }
+        if self.maintained.elapsed() >= self.heartbeat {
+            self.maintained = Instant::now();
+            self.maintain(now_us);
+        }
+        moved
+    }
+
+    fn maintain(&mut self, now_us: u64) {
+        let waiting = self.clients.iter().flatten().any(|client| client.waiting);
+        if let Some(delegation) = &mut self.delegation {
+            delegation.beat();
+            if waiting {
+                delegation.stalled();
+            }
+            delegation.maintain(now_us);
+        }
+        if let Some(sequencer) = &mut self.sequencer {
+            sequencer.maintain(now_us);
+        }
+    }
+
+    fn accept(&mut self) -> bool {
+        let mut any = false;
+        while let Ok(stream) = self.accepted.try_recv() {
+            any = true;
+            let link = match TcpConnection::new(stream, self.shared.sockets) {
+                Ok(link) => link,
+                Err(error) => {
+                    tracing::debug!(%error, "a connection died before it was served");
+                    continue;
+                }
+            };
+            let slot = self.free.pop().unwrap_or_else(|| {
+                self.clients.push(None);
+                self.clients.len() - 1
+            });
+            self.generation = self.generation.wrapping_add(1);
+            let token = token(slot, self.generation);
+            if let Err(error) = self.poller.add(link.descriptor(), token, false) {
+                tracing::error!(%error, "a connection cannot be watched");
+                self.free.push(slot);
+                continue;
+            }
+            self.clients[slot] = Some(Client {
+                link,
+                role: Role::New,
+                outbox: Outbox::default(),
+                waiting: false,
+                watches_room: false,
+                generation: self.generation,
+            });
+        }
+        any
+    }
+
+    fn serve(&mut self, ready: Ready) -> bool {
+        let slot = (ready.token >> 32) as usize;
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return false };
+        if client.generation != ready.token as u32 || !ready.readable || client.waiting {
+            return false;
+        }
+        self.receive(slot)
+    }
+
+    /// Receives what a connection has, within its share.
+    fn receive(&mut self, slot: usize) -> bool {
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return false };
+        let mut moved = false;
+        for _ in 0..RECEIVE_BATCHES {
+            let session = match &mut client.role {
+                Role::Publisher(session) => Some(&mut **session),
+                // `turn` reads and discards what still comes.
+                Role::Leaving(_) => return moved,
+                _ => None,
+            };
+            let mut place = Place { topics: &self.shared.topics, session };
+            let outcome = match client.link.receive(&self.memory, &mut place) {
+                Ok(Received::Nothing) => {
+                    Self::watch(&self.poller, client, slot, false);
+                    return moved;
+                }
+                Ok(Received::Waiting) => {
+                    Self::watch(&self.poller, client, slot, true);
+                    return moved;
+                }
+                Ok(Received::Batch(header, at)) => {
+                    let origin = Origin { worker: self.index, token: token(slot, client.generation) };
+                    match &mut client.role {
+                        Role::Publisher(session) => session.complete(&self.memory, header, at, origin),
+                        _ => Err(TransportError::refused(ErrorCode::BadFrame, "unexpected batch")),
+                    }
+                }
+                Ok(Received::Frame(frame)) => Self::control(&self.shared, client, frame),
+                Err(error) => Err(error),
+            };
+            moved = true;
+            if let Err(error) = outcome {
+                self.part(slot, &error);
+                return true;
+            }
+        }
+        moved
+    }
+
+    /// Stops or resumes watching the socket of a connection that waits for room.
+    fn watch(poller: &Poller, client: &mut Client, slot: usize, waiting: bool) {
+        if client.waiting == waiting {
+            return;
+        }
+        client.waiting = waiting;
+        let result = if waiting {
+            poller.remove(client.link.descriptor())
+        } else {
+            poller.add(client.link.descriptor(), token(slot, client.generation), client.watches_room)
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "a socket cannot be watched");
+        }
+    }
+
+    fn control(shared: &Shared, client: &mut Client, frame: Frame) -> Result<(), TransportError> {
+        match (&mut client.role, frame) {
+            (Role::New, Frame::OpenPublish(open)) => {
+                let (session, ready) =
+                    PublisherSession::open(&shared.topics, open, shared.limits, shared.landed.clone())?;
+                client.outbox.push(Outgoing::frame(ready.encode()));
+                if session.wants_acks() && session.topic().config.order.is_global() {
+                    let outbox = &mut client.outbox;
+                    session.acks.replay(shared.topics.region(), session.resume_from(), |ack| {
+                        outbox.push(Outgoing::frame(ack.encode()));
+                    });
+                }
+                client.role = Role::Publisher(Box::new(session));
+                Ok(())
+            }
+            (Role::New, Frame::Subscribe(request)) => {
+                client.role = Role::Subscriber(Box::new(SubscriberSession::open(&shared.topics, request)?));
+                Ok(())
+            }
+            (Role::Subscriber(session), Frame::Position(_)) => session.position(&mut client.outbox),
+            (_, frame) => {
+                let text = format!("unexpected frame {frame:?}");
+                Err(TransportError::refused(ErrorCode::BadFrame, text.chars().take(200).collect::<String>()))
+            }
+        }
+    }
+
+    /// Passes on the acks of batches that this broker ordered by itself.
+    fn local_acks(&mut self) -> bool {
+        let mut any = false;
+        while let Ok(ordered) = self.ordered.try_recv() {
+            any = true;
+            let slot = (ordered.token >> 32) as usize;
+            let Some(Some(client)) = self.clients.get_mut(slot) else { continue };
+            if client.generation != ordered.token as u32 {
+                continue;
+            }
+            if let Role::Publisher(session) = &mut client.role
+                && session.wants_acks()
+            {
+                let broker = self.shared.topics.broker();
+                let ack = session.acks.local(ordered.sequence, ordered.first_offset, broker);
+                client.outbox.push(Outgoing::frame(ack.encode()));
+            }
+        }
+        any
+    }
+
+    /// Acknowledges, delivers and sends on one connection. `check` also looks at what rarely changes.
+    fn turn(&mut self, slot: usize, check: bool) -> bool {
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return false };
+        let mut moved = false;
+        let region = self.shared.topics.region();
+        let outcome = match &mut client.role {
+            Role::New => Ok(()),
+            Role::Publisher(session) => {
+                let outbox = &mut client.outbox;
+                if session.topic().config.order.is_global() && !session.acks.is_empty() {
+                    moved |= session.acks.poll(region, |ack| outbox.push(Outgoing::frame(ack.encode()))) > 0;
+                }
+                if check { Self::check_standing(region, session, outbox) } else { Ok(()) }
+            }
+            Role::Subscriber(session) => session
+                .poll(&mut client.outbox, self.shared.delivery_patience)
+                .map(|queued| moved |= queued > 0),
+            Role::Leaving(until) => {
+                if client.outbox.is_empty() {
+                    client.link.finish();
+                }
+                if client.link.discard() || Instant::now() > *until { Err(TransportError::Closed) } else { Ok(()) }
+            }
+        };
+        let outcome = outcome.and_then(|()| self.flush(slot));
+        match outcome {
+            Ok(sent) => moved |= sent,
+            Err(error) => {
+                self.part(slot, &error);
+                return true;
+            }
+        }
+        let waiting = matches!(self.clients.get(slot), Some(Some(client)) if client.waiting);
+        if waiting {
+            moved |= self.receive(slot);
+        }
+        moved
+    }
+
+    fn check_standing(
+        region: &embarcadero_datapath::cxl::Region<Native>,
+        session: &PublisherSession,
+        outbox: &mut Outbox,
+    ) -> Result<(), TransportError> {
+        if session.topic().is_deleted() {
+            let text = format!("topic {} is deleted", session.topic().config.name);
+            return Err(TransportError::refused(ErrorCode::TopicDeleted, text));
+        }
+        match session.acks.standing(region) {
+            crate::ack::Standing::Open => Ok(()),
+            crate::ack::Standing::Fenced(fenced) => {
+                outbox.push(Outgoing::frame(fenced.encode()));
+                let text = format!("session epoch {} is fenced", fenced.session_epoch);
+                Err(TransportError::refused(ErrorCode::UnknownSession, text))
+            }
+        }
+    }
+
+    /// Sends what waits; watches for room when not all of it went.
+    fn flush(&mut self, slot: usize) -> Result<bool, TransportError> {
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return Ok(false) };
+        if client.outbox.is_empty() && !client.watches_room {
+            return Ok(false);
+        }
+        let sent = client.link.send(&self.memory, &mut client.outbox)?;
+        let watch = !client.outbox.is_empty();
+        if watch != client.watches_room {
+            client.watches_room = watch;
+            if !client.waiting {
+                self.poller.modify(client.link.descriptor(), token(slot, client.generation), watch)?;
+            }
+        }
+        Ok(sent > 0)
+    }
+
+    /// Ends a connection, telling the peer why if that is possible.
+    fn part(&mut self, slot: usize, error: &TransportError) {
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return };
+        if !matches!(client.role, Role::Leaving(_))
+            && client.outbox.drop_batches()
+            && let Some(frame) = error.frame()
+        {
+            tracing::debug!(%error, "refusing a connection");
+            client.outbox.push(Outgoing::bytes(frame));
+            client.role = Role::Leaving(Instant::now() + FAREWELL);
+            if client.waiting {
+                Self::watch(&self.poller, client, slot, false);
+            }
+            return;
+        }
+        if !client.waiting {
+            let _ = self.poller.remove(client.link.descriptor());
+        }
+        self.clients[slot] = None;
+        self.free.push(slot);
+    }
+}
+
+const fn token(slot: usize, generation: u32) -> u64 {
+    (slot as u64) << 32 | generation as u64
+}
