@@ -115,6 +115,14 @@ macro_rules! frames {
         pub enum Frame { $($name($name)),* }
 
         impl Frame {
+            /// The number of its kind.
+            #[must_use]
+            pub fn kind(&self) -> u8 {
+                match self {
+                    $(Self::$name(_) => $kind),*
+                }
+            }
+
             /// Checks and decodes a frame.
             ///
             /// # Errors

@@ -1,0 +1,95 @@
+//! What a client is told.
+
+use crate::error::ClientError;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// A client's configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClientConfig {
+    /// Control endpoints, `host:port`; any broker's will do.
+    pub bootstrap: Vec<String>,
+    /// Acknowledgement level: 0 none, 1 ordered and visible.
+    pub ack_level: u8,
+    /// Bytes of a batch, header included: the fixed policy. (Adaptive batching between `batch_size_min` and
+    /// `batch_size_max`, DEV-001, is planned.)
+    pub batch_size: usize,
+    /// Bytes that a publisher may hold until they are acknowledged.
+    pub buffer_bytes: usize,
+    /// Give each batch a checksum over its body.
+    pub batch_checksum: bool,
+    /// Publish to at most this many brokers; 0 uses all.
+    pub max_brokers: usize,
+    /// How long to wait for a connection, milliseconds.
+    pub connect_timeout_ms: u64,
+    /// How long `flush` and waiting calls wait without progress, milliseconds.
+    pub progress_timeout_ms: u64,
+    /// SO_SNDBUF and SO_RCVBUF, bytes; unset leaves them to the kernel.
+    pub socket_buffer_bytes: Option<usize>,
+}
+
+impl Default for ClientConfig {
+    fn default() -> Self {
+        Self {
+            bootstrap: vec!["127.0.0.1:7000".to_owned()],
+            ack_level: 1,
+            batch_size: 512 << 10,
+            buffer_bytes: 16 << 20,
+            batch_checksum: true,
+            max_brokers: 0,
+            connect_timeout_ms: 2000,
+            progress_timeout_ms: 30_000,
+            socket_buffer_bytes: None,
+        }
+    }
+}
+
+impl ClientConfig {
+    /// Defaults, with one control endpoint.
+    #[must_use]
+    pub fn at(endpoint: impl Into<String>) -> Self {
+        Self { bootstrap: vec![endpoint.into()], ..Self::default() }
+    }
+
+    /// Checks every bound.
+    ///
+    /// # Errors
+    /// The first value that is out of bounds.
+    pub fn validate(&self) -> Result<(), ClientError> {
+        let within = |key, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) {
+                Ok(())
+            } else {
+                Err(ClientError::Config { key, value: value.to_string(), bound: format!("{low} to {high}") })
+            }
+        };
+        within("bootstrap (number of endpoints)", self.bootstrap.len() as u64, 1, 1024)?;
+        within("ack_level", self.ack_level.into(), 0, 2)?;
+        within("batch_size", self.batch_size as u64, 1024, 64 << 20)?;
+        within("buffer_bytes", self.buffer_bytes as u64, 2 * self.batch_size as u64, 64 << 30)?;
+        within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;
+        within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
+    }
+
+    pub(crate) fn connect_timeout(&self) -> Duration {
+        Duration::from_millis(self.connect_timeout_ms)
+    }
+
+    pub(crate) fn progress_timeout(&self) -> Duration {
+        Duration::from_millis(self.progress_timeout_ms)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_valid_and_bounds_are_named() {
+        ClientConfig::default().validate().unwrap();
+        let error = ClientConfig { batch_size: 10, ..ClientConfig::default() }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "batch_size is 10; it must be 1024 to 67108864");
+        assert!(serde_yaml::from_str::<ClientConfig>("batch_sise: 4096").is_err());
+    }
+}

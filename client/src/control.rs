@@ -1,0 +1,119 @@
+//! Calls to the control plane, without making the caller asynchronous.
+
+use crate::config::ClientConfig;
+use crate::error::ClientError;
+use embarcadero_control::v1::control_client::ControlClient;
+use embarcadero_control::v1::{self as proto};
+use std::time::{Duration, Instant};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
+
+/// How long the head may be missing before a call gives up.
+const HEAD_WAIT: Duration = Duration::from_secs(5);
+/// How long one call may take.
+const CALL: Duration = Duration::from_secs(35);
+
+/// A connection to the control plane: to any broker, and to the head.
+pub(crate) struct Control {
+    runtime: tokio::runtime::Runtime,
+    endpoints: Vec<String>,
+    connect_timeout: Duration,
+    head: Option<ControlClient<Channel>>,
+}
+
+fn status(error: &Status) -> ClientError {
+    ClientError::Control { code: format!("{:?}", error.code()), message: error.message().to_owned() }
+}
+
+impl Control {
+    pub(crate) fn new(config: &ClientConfig) -> Result<Self, ClientError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(ClientError::io("start the control runtime"))?;
+        Ok(Self {
+            runtime,
+            endpoints: config.bootstrap.clone(),
+            connect_timeout: config.connect_timeout(),
+            head: None,
+        })
+    }
+
+    async fn connect(endpoint: &str, timeout: Duration) -> Result<ControlClient<Channel>, ClientError> {
+        let unreachable = |error: &dyn std::error::Error| {
+            let cause = error.source().map_or(String::new(), |source| format!(": {source}"));
+            ClientError::Unreachable(format!("{endpoint}: {error}{cause}"))
+        };
+        let endpoint = Endpoint::try_from(format!("http://{endpoint}"))
+            .map_err(|error| unreachable(&error))?
+            .connect_timeout(timeout)
+            .timeout(CALL);
+        Ok(ControlClient::new(endpoint.connect().await.map_err(|error| unreachable(&error))?))
+    }
+
+    /// The cluster as any broker sees it. Remembers the brokers it names.
+    pub(crate) fn metadata(&mut self) -> Result<proto::MetadataResponse, ClientError> {
+        let (endpoints, timeout) = (&self.endpoints, self.connect_timeout);
+        let found = self.runtime.block_on(async {
+            let mut last = ClientError::Unreachable("no endpoint is configured".to_owned());
+            for endpoint in endpoints {
+                let answer = match Self::connect(endpoint, timeout).await {
+                    Ok(mut client) => client.metadata(proto::MetadataRequest {}).await.map_err(|error| status(&error)),
+                    Err(error) => Err(error),
+                };
+                match answer {
+                    Ok(answer) => return Ok(answer.into_inner()),
+                    Err(error) => last = error,
+                }
+            }
+            Err(last)
+        })?;
+        for broker in &found.brokers {
+            if !self.endpoints.contains(&broker.control_endpoint) {
+                self.endpoints.push(broker.control_endpoint.clone());
+            }
+        }
+        Ok(found)
+    }
+
+    /// Calls the head, looking for it anew when it does not answer.
+    pub(crate) fn head<R>(
+        &mut self,
+        call: impl AsyncFn(&mut ControlClient<Channel>) -> Result<tonic::Response<R>, Status>,
+    ) -> Result<R, ClientError> {
+        let deadline = Instant::now() + HEAD_WAIT;
+        loop {
+            let error = match self.try_head(&call) {
+                Ok(Ok(answer)) => return Ok(answer),
+                Ok(Err(error)) if !matches!(error.code(), Code::Unavailable | Code::FailedPrecondition) => {
+                    return Err(status(&error));
+                }
+                Ok(Err(error)) => status(&error),
+                Err(error) => error,
+            };
+            self.head = None;
+            if Instant::now() >= deadline {
+                return Err(error);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn try_head<R>(
+        &mut self,
+        call: &impl AsyncFn(&mut ControlClient<Channel>) -> Result<tonic::Response<R>, Status>,
+    ) -> Result<Result<R, Status>, ClientError> {
+        let mut client = match self.head.take() {
+            Some(client) => client,
+            None => {
+                let metadata = self.metadata()?;
+                let head = metadata.brokers.iter().find(|broker| broker.head);
+                let head = head.ok_or_else(|| ClientError::Unreachable("the cluster has no live head".to_owned()))?;
+                self.runtime.block_on(Self::connect(&head.control_endpoint, self.connect_timeout))?
+            }
+        };
+        let answer = self.runtime.block_on(call(&mut client));
+        self.head = Some(client);
+        Ok(answer.map(tonic::Response::into_inner))
+    }
+}

@@ -1,0 +1,175 @@
+//! `embarcadero cluster`: broker processes on this host, sharing one region.
+
+use crate::settings::parse_bytes;
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use embarcadero_client::{Client, ClientConfig};
+use embarcadero_datapath::cxl::cache::FlushMethod;
+use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
+use embarcadero_datapath::cxl::region::RegionFile;
+use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+#[derive(Args, Clone)]
+pub struct ClusterArgs {
+    /// Broker processes, 1 to 32.
+    #[arg(long, short = 'n', default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub brokers: u32,
+    /// Region; made if it does not exist, and then removed at the end.
+    #[arg(long, default_value = "/dev/shm/embarcadero")]
+    pub region: PathBuf,
+    /// Size of a region that is made.
+    #[arg(long, value_parser = parse_bytes, default_value = "1GiB")]
+    pub size: u64,
+    /// Segment size of a region that is made.
+    #[arg(long, value_parser = parse_bytes, default_value = "16MiB")]
+    pub segment_size: u64,
+    /// Control port of the first broker; the others take free ones.
+    #[arg(long, default_value_t = 7000)]
+    pub port: u16,
+    /// Broker configuration file (YAML).
+    #[arg(long, short)]
+    pub config: Option<PathBuf>,
+    /// Write the first broker's control endpoint to this file once all brokers serve.
+    #[arg(long)]
+    pub ready_file: Option<PathBuf>,
+}
+
+/// A broker process; killed when dropped.
+pub struct BrokerProcess {
+    child: Child,
+    pub control: String,
+}
+
+impl BrokerProcess {
+    /// Starts a broker and waits until it serves.
+    pub fn start(region: &Path, port: u16, pollers: u32, config: Option<&Path>) -> Result<Self> {
+        let program = std::env::current_exe().context("cannot find this program")?;
+        let mut command = Command::new(program);
+        command.arg("broker").arg("--region").arg(region).arg("--control").arg(format!("127.0.0.1:{port}"));
+        if let Some(config) = config {
+            command.arg("--config").arg(config);
+        }
+        // Spinning pays only where every polling thread has a core.
+        command.env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", pollers.to_string());
+        let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().context("cannot start a broker")?;
+        let mut line = String::new();
+        if let Some(output) = child.stdout.take() {
+            BufReader::new(output).read_line(&mut line).context("cannot hear from a broker")?;
+        }
+        let Ok(said) = serde_json::from_str::<serde_json::Value>(&line) else {
+            let status = child.wait()?;
+            bail!("a broker did not start ({status})");
+        };
+        let control = said["control"].as_str().unwrap_or_default().to_owned();
+        Ok(Self { child, control })
+    }
+
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks the broker to stop and waits for it.
+    pub fn stop(&mut self) {
+        let _ = Command::new("kill").arg("-TERM").arg(self.child.id().to_string()).status();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while Instant::now() < deadline {
+            if let Ok(Some(_)) = self.child.try_wait() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for BrokerProcess {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            self.stop();
+        }
+    }
+}
+
+/// A running cluster; brokers stop and a region that it made goes when it is dropped.
+pub struct Cluster {
+    pub brokers: Vec<BrokerProcess>,
+    region: Option<PathBuf>,
+}
+
+impl Cluster {
+    pub fn start(args: &ClusterArgs) -> Result<Self> {
+        let mut cluster = Self { brokers: Vec::new(), region: None };
+        if !args.region.exists() {
+            let geometry = Geometry::for_region(args.size, args.segment_size, AllocatorKind::Bitmap)?;
+            RegionFile::create(&args.region, &geometry, FlushMethod::None, true, false)?;
+            cluster.region = Some(args.region.clone());
+        }
+        for index in 0..args.brokers {
+            let port = if index == 0 { args.port } else { 0 };
+            cluster.brokers.push(BrokerProcess::start(&args.region, port, args.brokers, args.config.as_deref())?);
+        }
+        let client = Client::connect(ClientConfig::at(cluster.control()))?;
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while client.cluster()?.brokers.len() < args.brokers as usize {
+            if Instant::now() > deadline {
+                bail!("not all brokers joined in 10 s");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(cluster)
+    }
+
+    pub fn control(&self) -> String {
+        self.brokers.first().map(|broker| broker.control.clone()).unwrap_or_default()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        while let Some(mut broker) = self.brokers.pop() {
+            broker.stop();
+        }
+        if let Some(region) = self.region.take()
+            && let Err(error) = std::fs::remove_file(&region)
+        {
+            eprintln!("cannot remove {}: {error}", region.display());
+        }
+    }
+}
+
+pub fn run(args: &ClusterArgs) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGCHLD]).context("cannot watch for signals")?;
+    let mut cluster = Cluster::start(args)?;
+    for (index, broker) in cluster.brokers.iter().enumerate() {
+        println!("broker {index}: pid {}, control {}", broker.id(), broker.control);
+    }
+    if let Some(file) = &args.ready_file {
+        std::fs::write(file, cluster.control()).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    for signal in signals.forever() {
+        if signal != SIGCHLD {
+            break;
+        }
+        let mut lost = Vec::new();
+        cluster.brokers.retain_mut(|broker| match broker.child.try_wait() {
+            Ok(Some(status)) => {
+                lost.push((broker.id(), status));
+                false
+            }
+            _ => true,
+        });
+        for (pid, status) in lost {
+            eprintln!("broker with pid {pid} ended: {status}; {} left", cluster.brokers.len());
+        }
+        if cluster.brokers.is_empty() {
+            bail!("all brokers ended");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,108 @@
+//! `embarcadero consume`.
+
+use crate::settings::Connect;
+use anyhow::{Result, bail};
+use clap::Args;
+use embarcadero_client::{Batch, Message, Start};
+use std::io::{BufWriter, ErrorKind, Write};
+use std::time::Duration;
+
+#[derive(Args)]
+pub struct ConsumeArgs {
+    /// Topic.
+    topic: String,
+    #[command(flatten)]
+    connect: Connect,
+    /// Where to start: an offset, `earliest`, `latest`, or `@` and microseconds since 1970.
+    #[arg(long, default_value = "earliest", value_parser = parse_start)]
+    from: Start,
+    /// Go on when all that is there was read.
+    #[arg(long, short = 'F')]
+    follow: bool,
+    /// Stop after this many messages.
+    #[arg(long)]
+    count: Option<u64>,
+    /// Write a 4-byte little-endian length before each message instead of a newline after it.
+    #[arg(long)]
+    length_prefixed: bool,
+    /// Write the offset and a tab before each message.
+    #[arg(long)]
+    offsets: bool,
+}
+
+pub fn parse_start(text: &str) -> Result<Start, String> {
+    let number = |text: &str| text.parse().map_err(|_| format!("{text:?} is not earliest, latest, an offset or @time"));
+    match (text, text.strip_prefix('@')) {
+        ("earliest", _) => Ok(Start::Earliest),
+        ("latest", _) => Ok(Start::Latest),
+        (_, Some(time)) => Ok(Start::Timestamp(number(time)?)),
+        _ => Ok(Start::Offset(number(text)?)),
+    }
+}
+
+struct Output<W: Write> {
+    writer: W,
+    left: u64,
+    length_prefixed: bool,
+    offsets: bool,
+}
+
+impl<W: Write> Output<W> {
+    fn message(&mut self, message: &Message<'_>) -> std::io::Result<()> {
+        if self.offsets {
+            write!(self.writer, "{}\t", message.offset)?;
+        }
+        if self.length_prefixed {
+            self.writer.write_all(&(message.payload.len() as u32).to_le_bytes())?;
+        }
+        self.writer.write_all(message.payload)?;
+        if !self.length_prefixed {
+            self.writer.write_all(b"\n")?;
+        }
+        self.left -= 1;
+        Ok(())
+    }
+
+    fn batch(&mut self, batch: &Batch<'_>) -> std::io::Result<()> {
+        for message in batch.messages() {
+            if self.left == 0 {
+                return Ok(());
+            }
+            self.message(&message)?;
+        }
+        Ok(())
+    }
+}
+
+pub fn run(args: &ConsumeArgs) -> Result<()> {
+    let client = args.connect.client()?;
+    let mut subscriber = client.subscriber(&args.topic, args.from)?;
+    let mut output = Output {
+        writer: BufWriter::with_capacity(1 << 20, std::io::stdout().lock()),
+        left: args.count.unwrap_or(u64::MAX),
+        length_prefixed: args.length_prefixed,
+        offsets: args.offsets,
+    };
+    let mut result = Ok(());
+    if !args.follow && args.count.is_none() {
+        subscriber.drain_batches(|batch| {
+            if result.is_ok() {
+                result = output.batch(&batch);
+            }
+        })?;
+    } else {
+        while output.left > 0 && result.is_ok() {
+            match subscriber.next_batch(Duration::from_millis(200))? {
+                Some(batch) => result = output.batch(&batch),
+                // A reader of the pipe sees what there is.
+                None => result = output.writer.flush(),
+            }
+        }
+    }
+    match result.and_then(|()| output.writer.flush()) {
+        Ok(()) => Ok(()),
+        // The reader of the pipe has enough.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        Err(error) => bail!("cannot write: {error}"),
+    }
+}

@@ -1,0 +1,90 @@
+//! `embarcadero doctor`: what this host offers, and what it lacks.
+
+use anyhow::Result;
+use clap::Args;
+use embarcadero_datapath::cxl::cache::FlushSupport;
+use serde::Serialize;
+use std::path::Path;
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    /// Report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Finding {
+    name: &'static str,
+    ready: bool,
+    found: String,
+    /// What to do about it, or what follows.
+    advice: String,
+}
+
+fn read(path: &str) -> Option<String> {
+    std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned())
+}
+
+fn entries(path: &str) -> Vec<String> {
+    let Ok(directory) = std::fs::read_dir(path) else { return Vec::new() };
+    let mut names: Vec<_> = directory.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+fn finding(name: &'static str, ready: bool, found: impl Into<String>, advice: impl Into<String>) -> Finding {
+    Finding { name, ready, found: found.into(), advice: if ready { String::new() } else { advice.into() } }
+}
+
+fn list(names: &[String]) -> String {
+    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+}
+
+fn memlock() -> Finding {
+    let limits = read("/proc/self/limits").unwrap_or_default();
+    let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap_or_default();
+    let soft = line.split_whitespace().nth(3).unwrap_or("unknown");
+    let advice = "RDMA registers the whole region: set `memlock unlimited` in /etc/security/limits.d or LimitMEMLOCK=infinity in the unit";
+    finding("memlock", soft == "unlimited", soft, advice)
+}
+
+fn findings() -> Vec<Finding> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let flush = FlushSupport::detect();
+    let hugepages = read("/proc/meminfo")
+        .and_then(|text| text.lines().find(|line| line.starts_with("HugePages_Total"))?.split_whitespace().nth(1).map(str::to_owned))
+        .unwrap_or_else(|| "0".to_owned());
+    let shmem = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_else(|| "not built".to_owned());
+    let dax = entries("/sys/bus/dax/devices");
+    let rdma = entries("/sys/class/infiniband");
+    let libraries = env!("EMBARCADERO_LIBRARIES");
+    let dpdk = !libraries.contains("libdpdk not found");
+    vec![
+        finding("cores", cores >= 4, cores.to_string(), "with fewer than 4 cores all stages run to completion in one thread a broker, and threads do not spin"),
+        finding("flush instructions", flush.best().is_some(), flush.names(), "only cxl.coherence: host or fabric will work"),
+        finding("shared memory", Path::new("/dev/shm").is_dir(), "/dev/shm", "mount a tmpfs on /dev/shm, or give --path"),
+        finding("transparent huge pages on tmpfs", shmem.contains("[advise]") || shmem.contains("[always]") || shmem.contains("[within_size]"), shmem, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        finding("hugetlb pages", hugepages != "0", hugepages, "only for hugetlbfs regions: sysctl vm.nr_hugepages=N"),
+        memlock(),
+        finding("dax devices", !dax.is_empty(), list(&dax), "no CXL device-dax here: regions lie on tmpfs, which emulates it"),
+        finding("RDMA devices", !rdma.is_empty(), list(&rdma), "no RDMA device: the data plane is TCP"),
+        finding("native libraries at build time", !libraries.contains("not found"), libraries, "optional: libibverbs-dev, librdmacm-dev, libdpdk-dev"),
+        finding("DPDK", dpdk, if dpdk { "found" } else { "not found" }, "optional; this build has no DPDK transport"),
+    ]
+}
+
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    let findings = findings();
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&findings)?);
+        return Ok(());
+    }
+    for finding in findings {
+        println!("{} {}: {}", if finding.ready { "ok  " } else { "note" }, finding.name, finding.found);
+        if !finding.advice.is_empty() {
+            println!("       {}", finding.advice);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,95 @@
+//! `embarcadero topic`.
+
+use crate::settings::{Connect, parse_bytes};
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use embarcadero_client::{Order, TopicOptions};
+use serde_json::json;
+
+#[derive(Args)]
+pub struct Name {
+    /// Topic.
+    name: String,
+    #[command(flatten)]
+    connect: Connect,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+pub enum TopicCommand {
+    /// Make a topic.
+    Create {
+        #[command(flatten)]
+        name: Name,
+        /// none, broker, total or strong.
+        #[arg(long, default_value = "strong")]
+        order: Order,
+        /// Highest acknowledgement level: 0 none, 1 ordered and visible.
+        #[arg(long, default_value_t = 1)]
+        ack: u8,
+        /// Copies including the one in CXL.
+        #[arg(long, default_value_t = 1)]
+        replication_factor: u8,
+        /// Bytes kept; 0 keeps everything.
+        #[arg(long, value_parser = parse_bytes, default_value = "0")]
+        retention_bytes: u64,
+        /// Milliseconds kept; 0 keeps everything.
+        #[arg(long, default_value_t = 0)]
+        retention_ms: u64,
+    },
+    /// List topics.
+    List {
+        #[command(flatten)]
+        connect: Connect,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a topic and its streams.
+    Describe(Name),
+    /// Delete a topic and everything in it.
+    Delete(Name),
+}
+
+pub fn run(command: TopicCommand) -> Result<()> {
+    match command {
+        TopicCommand::Create { name, order, ack, replication_factor, retention_bytes, retention_ms } => {
+            let options = TopicOptions { order, ack_level: ack, replication_factor, retention_bytes, retention_ms };
+            let topic = name.connect.client()?.create_topic(&name.name, options)?;
+            if name.json {
+                println!("{}", serde_json::to_string(&topic)?);
+            } else {
+                println!("created {} (order {})", topic.name, topic.order);
+            }
+        }
+        TopicCommand::List { connect, json } => {
+            let cluster = connect.client()?.cluster()?;
+            if json {
+                println!("{}", serde_json::to_string(&cluster.topics)?);
+            } else {
+                for topic in cluster.topics {
+                    println!("{}\torder {}\tack {}", topic.name, topic.order, topic.ack_level);
+                }
+            }
+        }
+        TopicCommand::Describe(name) => {
+            let (topic, streams) = name.connect.client()?.describe_topic(&name.name)?;
+            if name.json {
+                println!("{}", json!({ "topic": topic, "streams": streams }));
+            } else {
+                println!("{} order {} ack {} replication {}", topic.name, topic.order, topic.ack_level, topic.replication_factor);
+                for stream in streams {
+                    let broker = stream.broker.map_or("global".to_owned(), |broker| format!("broker {broker}"));
+                    println!("  {broker}: offsets {} to {}, {} batches", stream.earliest_offset, stream.next_offset, stream.batches);
+                }
+            }
+        }
+        TopicCommand::Delete(name) => {
+            name.connect.client()?.delete_topic(&name.name)?;
+            println!("deleted {}", name.name);
+        }
+    }
+    Ok(())
+}
