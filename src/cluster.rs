@@ -106,7 +106,7 @@ impl Cluster {
     pub fn start(args: &ClusterArgs) -> Result<Self> {
         let mut cluster = Self { brokers: Vec::new(), region: None };
         if !args.region.exists() {
-            let geometry = Geometry::for_region(args.size, args.segment_size, AllocatorKind::Bitmap)?;
+            let geometry = Geometry::with_segments_of(args.segment_size, AllocatorKind::Bitmap).fit(args.size)?;
             RegionFile::create(&args.region, &geometry, FlushMethod::None, true, false)?;
             cluster.region = Some(args.region.clone());
         }

@@ -60,6 +60,9 @@ pub enum RegionCommand {
         /// Most publisher sessions.
         #[arg(long, default_value_t = 1024)]
         max_sessions: u32,
+        /// Batchlog entries of each topic and broker, a power of two.
+        #[arg(long, default_value_t = 1024)]
+        batchlog_slots: u32,
         /// Do not allocate the pages now.
         #[arg(long)]
         sparse: bool,
@@ -89,9 +92,9 @@ pub enum RegionCommand {
 
 pub fn run(command: RegionCommand) -> Result<()> {
     match command {
-        RegionCommand::Create { path, size, segment_size, allocator, max_brokers, max_topics, max_sessions, sparse, force } => {
-            let mut geometry = Geometry::for_region(size, segment_size, allocator.into())?;
-            geometry = Geometry { max_brokers, max_topics, max_sessions, ..geometry };
+        RegionCommand::Create { path, size, segment_size, allocator, max_brokers, max_topics, max_sessions, batchlog_slots, sparse, force } => {
+            let tables = Geometry::with_segments_of(segment_size, allocator.into());
+            let geometry = Geometry { max_brokers, max_topics, max_sessions, batchlog_slots, ..tables }.fit(size)?;
             let file = RegionFile::create(&path, &geometry, FlushMethod::None, !sparse, force)?;
             println!("created {} ({}, {} segments of {} bytes)", path.display(), file.region().uuid(), geometry.segment_count, geometry.segment_bytes);
             Ok(())

@@ -41,7 +41,8 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
         }
         *place = serde_yaml::from_str(&value).unwrap_or(Value::String(value));
     }
-    Ok(serde_yaml::from_value(root)?)
+    // The error names the key's whole path.
+    Ok(serde_path_to_error::deserialize(root)?)
 }
 
 /// How a command reaches a cluster.

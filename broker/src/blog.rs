@@ -25,8 +25,9 @@ pub struct Retired {
 
 struct Chain {
     ordinal: u64,
-    /// Segments that receive no more, and until when they did (`None`: something is still being received).
+    /// Segments that receive no more.
     retired: Vec<Retired>,
+    /// Replaced as the current one, but something is still being received into them.
     retiring: Vec<u32>,
 }
 
@@ -43,6 +44,8 @@ pub struct Blog<F> {
     cursor: AtomicU64,
     /// Reservations a segment that are neither published nor given up.
     in_flight: Box<[AtomicU32]>,
+    /// One past the newest batch published from each segment.
+    batches_below: Box<[AtomicU64]>,
     reserved_bytes: AtomicU64,
     chain: Mutex<Chain>,
 }
@@ -72,12 +75,14 @@ impl<F: Fabric> Blog<F> {
             }
         }
         let in_flight = (0..region.geometry().segment_count).map(|_| AtomicU32::new(0)).collect();
+        let batches_below = (0..region.geometry().segment_count).map(|_| AtomicU64::new(0)).collect();
         Self {
             region,
             topic,
             incarnation,
             broker,
             pool,
+            batches_below,
             cursor: AtomicU64::new(NO_SEGMENT),
             in_flight,
             reserved_bytes: AtomicU64::new(0),
@@ -158,11 +163,23 @@ impl<F: Fabric> Blog<F> {
             },
         );
         chain.ordinal += 1;
+        if let Some(below) = self.batches_below.get(next as usize) {
+            below.store(0, Ordering::Release);
+        }
         if segment != u32::MAX {
             chain.retiring.push(segment);
         }
         self.cursor.store(pack(next, 0), Ordering::Release);
         Ok(())
+    }
+
+    /// The reservation at `at` holds batch `index` of the Batchlog (or of the broker's own index).
+    #[inline]
+    pub fn published(&self, at: RegionOffset, index: u64) {
+        if let Some(below) = self.batches_below.get(self.segment_of(at) as usize) {
+            below.store(index + 1, Ordering::Release);
+        }
+        self.settle(at);
     }
 
     /// The reservation at `at` is published or given up.
@@ -180,15 +197,16 @@ impl<F: Fabric> Blog<F> {
         ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
     }
 
-    /// Segments that receive no more. `head` is where the Batchlog stands now: whatever is settled is below it.
-    pub fn retired(&self, head: u64) -> Vec<Retired> {
+    /// Segments that receive no more.
+    pub fn retired(&self) -> Vec<Retired> {
         let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
         let Chain { retired, retiring, .. } = &mut *chain;
         retiring.retain(|segment| {
             // SYNC: pairs with the count in `Blog::reserve`.
             let busy = self.in_flight.get(*segment as usize).is_some_and(|count| count.load(Ordering::Acquire) > 0);
             if !busy {
-                retired.push(Retired { segment: *segment, batches_below: head });
+                let below = self.batches_below.get(*segment as usize).map_or(0, |below| below.load(Ordering::Acquire));
+                retired.push(Retired { segment: *segment, batches_below: below });
             }
             busy
         });
@@ -217,7 +235,7 @@ impl<F: Fabric> Blog<F> {
                 chain.retiring.push(segment);
             }
         }
-        for retired in self.retired(u64::MAX) {
+        for retired in self.retired() {
             self.release(retired.segment);
         }
         self.chain.lock().unwrap_or_else(PoisonError::into_inner).retiring.is_empty()

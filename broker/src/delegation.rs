@@ -145,7 +145,7 @@ impl<F: Fabric> Delegation<F> {
         let Some(Some(local)) = self.logs.get_mut(slot) else { return Ok(()) };
         let header = &landed.header;
         let bytes = header.batch_bytes();
-        match &mut local.log {
+        let index = match &mut local.log {
             Log::Batchlog(writer) => {
                 if !writer.has_room() {
                     return Err(landed);
@@ -161,13 +161,14 @@ impl<F: Fabric> Delegation<F> {
                     session_slot: header.session_slot,
                     topic_incarnation: header.topic_incarnation,
                     ..BatchEntry::zeroed()
-                });
+                })
             }
             Log::Own(index) => {
                 if index.make_room().is_err() {
                     return Err(landed);
                 }
                 fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                let position = index.next();
                 let first_offset = index.append(IndexEntry {
                     location: landed.at.0,
                     client_id: header.client_id,
@@ -182,9 +183,10 @@ impl<F: Fabric> Delegation<F> {
                 });
                 let Origin { worker, token } = landed.origin;
                 local.held_acks.push((worker, OrderedLocally { token, sequence: header.sequence, first_offset }));
+                position
             }
-        }
-        landed.topic.blog.settle(landed.at);
+        };
+        landed.topic.blog.published(landed.at, index);
         local.written.log_offset = landed.topic.blog.reserved_bytes();
         local.written.messages += u64::from(header.message_count);
         local.written.end = landed.at.0 + bytes;

@@ -90,7 +90,7 @@ impl<F: Fabric> Reclaimer<F> {
     /// One bounded round. `head` is where this broker's Batchlog (or own index) stands, `brokers` those whose pins
     /// count. Returns the number of segments that came free.
     pub fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = u32>) -> usize {
-        let retired = topic.blog.retired(head);
+        let retired = topic.blog.retired();
         // What is decided is read before the index, so that every commit it covers is in the index we scan.
         let decided = if topic.config.order.is_global() {
             read_sequencer_half(&self.region, self.stream.topic, self.broker).decided_through

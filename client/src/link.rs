@@ -21,7 +21,7 @@ pub(crate) enum LinkEvent {
     /// The broker refuses and closes.
     Refused(ErrorCode, String),
     /// The connection is gone.
-    Lost(String),
+    Lost,
 }
 
 pub(crate) struct Link {
@@ -71,19 +71,19 @@ impl Link {
                         self.start += FRAME_BYTES;
                         return LinkEvent::Frame(frame);
                     }
-                    Err(error) => return LinkEvent::Lost(error.to_string()),
+                    Err(_) => return LinkEvent::Lost,
                 }
             }
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
             self.start = 0;
             match self.stream.read(&mut self.buffer[self.end..]) {
-                Ok(0) => return LinkEvent::Lost("the broker closed the connection".to_owned()),
+                Ok(0) => return LinkEvent::Lost,
                 Ok(read) => self.end += read,
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                     return LinkEvent::Nothing;
                 }
-                Err(error) => return LinkEvent::Lost(error.to_string()),
+                Err(_) => return LinkEvent::Lost,
             }
         }
     }
@@ -92,7 +92,7 @@ impl Link {
         let (code, text) = decode_refusal(error, &self.buffer[self.start + FRAME_BYTES..self.end])?;
         Some(match code {
             Some(code) => LinkEvent::Refused(code, text),
-            None => LinkEvent::Lost(text),
+            None => LinkEvent::Lost,
         })
     }
 }

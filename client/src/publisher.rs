@@ -445,7 +445,7 @@ impl Driver {
                     self.reopen = true;
                     self.lose(index, RETRY.0);
                 }
-                LinkEvent::Refused(ErrorCode::BadFrame | ErrorCode::Unavailable, _) | LinkEvent::Lost(_) => {
+                LinkEvent::Refused(ErrorCode::BadFrame | ErrorCode::Unavailable, _) | LinkEvent::Lost => {
                     self.lose(index, RETRY.0);
                 }
                 LinkEvent::Refused(code, text) => {

@@ -391,30 +391,36 @@ pub struct GeometryError {
 }
 
 impl Geometry {
-    /// The geometry of a region of `region_bytes` with segments of `segment_bytes` and default tables.
-    ///
-    /// # Errors
-    /// [`GeometryError`] when the segment size is out of bounds or not even one segment fits.
-    pub fn for_region(region_bytes: u64, segment_bytes: u64, allocator: AllocatorKind) -> Result<Self, GeometryError> {
-        let mut geometry = Self {
+    /// Default tables, with one segment of `segment_bytes`; [`Geometry::fit`] finds how many segments fit.
+    #[must_use]
+    pub const fn with_segments_of(segment_bytes: u64, allocator: AllocatorKind) -> Self {
+        Self {
             max_brokers: MAX_BROKERS,
             max_topics: MAX_TOPICS,
             max_sessions: 1024,
-            batchlog_slots: 4096,
+            batchlog_slots: 1024,
             segment_bytes,
             segment_count: 1,
             allocator,
-        };
+        }
+    }
+
+    /// These tables, and as many segments as a region of `region_bytes` holds beside them.
+    ///
+    /// # Errors
+    /// [`GeometryError`] when a number is out of bounds or not even one segment fits.
+    pub fn fit(self, region_bytes: u64) -> Result<Self, GeometryError> {
+        let mut geometry = Self { segment_count: 1, ..self };
         geometry.validate()?;
         // Tables grow with the segment count, so start from all of the space and come down.
-        let mut count = (region_bytes / segment_bytes).min(u64::from(MAX_SEGMENTS));
+        let mut count = (region_bytes / self.segment_bytes).min(u64::from(MAX_SEGMENTS));
         while count > 0 {
             geometry.segment_count = count as u32;
             let needed = Layout::new(&geometry).region_bytes;
             if needed <= region_bytes {
                 return Ok(geometry);
             }
-            count -= (needed - region_bytes).div_ceil(segment_bytes).min(count);
+            count -= (needed - region_bytes).div_ceil(self.segment_bytes).min(count);
         }
         geometry.segment_count = 1;
         Err(GeometryError {
@@ -610,7 +616,7 @@ mod tests {
         ) {
             let region = region_mib << 20;
             let kind = AllocatorKind::from_code(kind).unwrap();
-            if let Ok(geometry) = Geometry::for_region(region, 1 << segment_shift, kind) {
+            if let Ok(geometry) = Geometry::with_segments_of(1 << segment_shift, kind).fit(region) {
                 let layout = Layout::new(&geometry);
                 prop_assert!(layout.region_bytes <= region);
                 let areas = [
@@ -625,10 +631,10 @@ mod tests {
 
     #[test]
     fn bounds_are_named() {
-        let error = Geometry::for_region(1 << 30, 3 << 20, AllocatorKind::Bitmap).unwrap_err();
+        let error = Geometry::with_segments_of(3 << 20, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
         assert_eq!(error.to_string(), "segment_bytes is 3145728; it must be a power of two");
-        let error = Geometry::for_region(1 << 30, 4096, AllocatorKind::Bitmap).unwrap_err();
+        let error = Geometry::with_segments_of(4096, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
         assert_eq!(error.field, "segment_bytes");
-        assert!(Geometry::for_region(1 << 20, 1 << 20, AllocatorKind::Bitmap).is_err());
+        assert!(Geometry::with_segments_of(1 << 20, AllocatorKind::Bitmap).fit(1 << 20).is_err());
     }
 }

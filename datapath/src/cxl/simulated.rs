@@ -21,13 +21,15 @@ pub struct Turbulence {
     pub evict: f64,
     /// A random unfenced flush of the acting host completes.
     pub drain: f64,
+    /// A line that is fetched brings the next one along, as hardware prefetchers do.
+    pub prefetch: f64,
 }
 
 impl Turbulence {
     /// Enough to see a line leave early in every few operations.
-    pub const ROUGH: Self = Self { evict: 0.05, drain: 0.2 };
+    pub const ROUGH: Self = Self { evict: 0.05, drain: 0.2, prefetch: 0.3 };
     /// Nothing happens by chance: only what the code asks for.
-    pub const CALM: Self = Self { evict: 0.0, drain: 0.0 };
+    pub const CALM: Self = Self { evict: 0.0, drain: 0.0, prefetch: 0.0 };
 }
 
 struct CachedLine {
@@ -118,10 +120,25 @@ impl World {
     }
 
     fn line_of(&mut self, host: usize, line: u64) -> Option<&mut CachedLine> {
-        let Self { memory, hosts, .. } = self;
+        let Self { memory, hosts, rng, turbulence, .. } = self;
         let host = hosts.get_mut(host)?;
-        let words = *memory.get(line as usize)?;
-        Some(host.cache.entry(line).or_insert(CachedLine { words, dirty: false }))
+        if !host.cache.contains_key(&line) {
+            let fetch = |line: u64| memory.get(line as usize).map(|words| CachedLine { words: *words, dirty: false });
+            let mut fetched = fetch(line)?;
+            if let Some(flushed) = host.pending.get(&line) {
+                fetched.words = *flushed;
+            }
+            if turbulence.prefetch > 0.0
+                && rng.random_bool(turbulence.prefetch)
+                && !host.cache.contains_key(&(line + 1))
+                && !host.pending.contains_key(&(line + 1))
+                && let Some(next) = fetch(line + 1)
+            {
+                host.cache.insert(line + 1, next);
+            }
+            host.cache.insert(line, fetched);
+        }
+        host.cache.get_mut(&line)
     }
 
     fn passes(&mut self, site: Site) -> bool {
@@ -224,12 +241,10 @@ impl Fabric for Simulated {
         if host.crashed {
             return;
         }
-        for line in Self::lines(at, len) {
-            if let Some(cached) = host.cache.get_mut(&line)
-                && cached.dirty
-            {
+        for (line, cached) in host.cache.range_mut(Self::lines(at, len)) {
+            if cached.dirty {
                 cached.dirty = false;
-                host.pending.insert(line, cached.words);
+                host.pending.insert(*line, cached.words);
             }
         }
     }
@@ -256,7 +271,10 @@ impl Fabric for Simulated {
         }
         let World { memory, hosts, .. } = &mut *world;
         let Some(host) = hosts.get_mut(self.host) else { return };
-        for line in Self::lines(at, len) {
+        let lines = Self::lines(at, len);
+        let cached: Vec<u64> = host.cache.range(lines.clone()).map(|(line, _)| *line).collect();
+        let pending: Vec<u64> = host.pending.range(lines).map(|(line, _)| *line).collect();
+        for line in cached.into_iter().chain(pending) {
             if host.crashed {
                 host.cache.remove(&line);
             } else {

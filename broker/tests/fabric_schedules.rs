@@ -1,0 +1,450 @@
+//! The production code of brokers, sequencer and readers on the simulated fabric, under thousands of seeded schedules.
+//!
+//! Three hosts share a region without coherence. Host 0 is the head: it receives, orders and maintains. Host 1
+//! receives and acknowledges, and may crash. Host 2 reads, as a broker that delivers. Every operation on the fabric is
+//! a point where the scheduler may switch hosts. Checked all along: a batch that is read is the batch that was
+//! written, all readers agree on one order, each session's batches appear once and in submission order, an
+//! acknowledged batch is visible, and nothing is stuck once the weather calms.
+//!
+//! The mutation check removes one flush, fence or invalidate at a time and demands that some schedule fails.
+
+use bytemuck::Zeroable;
+use crossbeam_channel::{Sender, bounded, unbounded};
+use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
+use embarcadero_broker::sequencer::{Command, Leases, Sequencer};
+use embarcadero_broker::topics::{Topic, TopicTable};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW};
+use embarcadero_datapath::cxl::order_index::{OrderIndexReader, StreamId, read_extent};
+use embarcadero_datapath::cxl::segment::{PartitionAllocator, SegmentUse, free_segments, read_owner};
+use embarcadero_datapath::cxl::session_table::{Commit, Session, SessionState, read_commit, read_progress, read_session};
+use embarcadero_datapath::cxl::tables::{
+    BrokerInfo, Headship, Order, TopicConfig, TopicState, publish_broker, publish_headship, publish_topic, read_broker,
+    read_headship, read_topic,
+};
+use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Simulated, Site, Turbulence, World};
+use embarcadero_datapath::wire::BatchHeader;
+use embarcadero_datapath::wire::batch::{BatchBuilder, BatchOrigin};
+use shuttle::scheduler::RandomScheduler;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use uuid::Uuid;
+
+/// Hosts, and broker ids.
+const HOSTS: u32 = 3;
+/// Batches of each of the two sessions.
+const BATCHES: u64 = 40;
+/// Bytes that a batch claims: three fill a segment, so that segments are reused all the time.
+const BATCH_BYTES: u64 = 340 << 10;
+/// Batches of a session that its client has under way; what they fill must fit into one broker's segments.
+const CLIENT_WINDOW: u64 = 5;
+/// Segments: seven for each broker, one of them for the index, the rest for what is held, kept, or half reclaimed.
+const SEGMENTS: u32 = 21;
+/// Rounds of each actor in rough weather.
+const ROUNDS: usize = 60;
+/// Rounds in calm weather after which everything must be done.
+const CALM_ROUNDS: usize = 3000;
+
+const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
+
+fn geometry() -> Geometry {
+    let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
+    Geometry { max_brokers: HOSTS, max_topics: 1, max_sessions: 2, batchlog_slots: 16, segment_count: SEGMENTS, ..base }
+}
+
+fn config() -> TopicConfig {
+    TopicConfig {
+        id: 0,
+        incarnation: 1,
+        state: TopicState::Live,
+        name: "simulated".to_owned(),
+        order: Order::Strong,
+        ack_level: 1,
+        replication_factor: 1,
+        retention_bytes: BATCH_BYTES * 3,
+        retention_ms: 0,
+        created_ms: 0,
+    }
+}
+
+/// The order as readers saw it: position to (client, sequence, offset).
+type Log = Arc<Mutex<BTreeMap<u64, (u64, u64, u64)>>>;
+
+struct Host {
+    id: u32,
+    region: Region<Simulated>,
+    topics: Arc<TopicTable<Simulated>>,
+    delegation: Delegation<Simulated>,
+    landed: Sender<Landed<Simulated>>,
+    /// Batches that clients will send here: (session, sequence).
+    inbox: Vec<(usize, u64)>,
+    /// Received and waiting for their commit.
+    unacknowledged: Vec<(usize, u64)>,
+    reader: Reader,
+    last_segment: Option<u32>,
+}
+
+struct Reader {
+    index: OrderIndexReader<Simulated>,
+    pin: Option<usize>,
+    cursor: u64,
+    log: Log,
+}
+
+fn check_payload(region: &Region<Simulated>, location: u64, expected: (u64, u64)) {
+    let fabric = region.fabric();
+    let last = location + BATCH_BYTES - 64;
+    for at in [location, last] {
+        fabric.invalidate(RegionOffset(at), 64, Site::PayloadRead);
+        let found = (fabric.load(RegionOffset(at)), fabric.load(RegionOffset(at + 8)));
+        assert_eq!(found, expected, "the payload at {at:#x} is not the batch's");
+    }
+}
+
+impl Reader {
+    /// Reads what is there, at most `budget` batches, holding each for a moment.
+    fn poll(&mut self, region: &Region<Simulated>, topic: &Topic<Simulated>, budget: usize) {
+        let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
+        let committed = self.index.poll();
+        for _ in 0..budget {
+            if self.cursor >= committed {
+                break;
+            }
+            let trimmed = topic.pins.set(pin, self.cursor);
+            if trimmed > self.cursor {
+                self.cursor = trimmed.min(committed);
+                continue;
+            }
+            let entry = self.index.read(self.cursor).expect("a pinned entry is readable");
+            let batch = (entry.client_id, entry.sequence);
+            check_payload(region, entry.location, batch);
+            check_payload(region, entry.location, batch);
+            let seen = (entry.client_id, entry.sequence, entry.first_offset);
+            let agreed = *self.log.lock().unwrap().entry(self.cursor).or_insert(seen);
+            assert_eq!(agreed, seen, "readers disagree at position {}", self.cursor);
+            self.cursor += 1;
+        }
+        topic.pins.set(pin, u64::MAX);
+    }
+}
+
+impl Host {
+    fn new(id: u32, region: Region<Simulated>, log: &Log) -> Self {
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
+        let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
+        let (landed, queue) = unbounded();
+        let (acks, _) = bounded(1);
+        let group = FlushGroup { batches: 3, bytes: u64::MAX };
+        let delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
+        let index = OrderIndexReader::new(region.clone(), GLOBAL);
+        let reader = Reader { index, pin: None, cursor: 0, log: Arc::clone(log) };
+        let (inbox, unacknowledged) = (Vec::new(), Vec::new());
+        Self { id, region, topics, delegation, landed, inbox, unacknowledged, reader, last_segment: None }
+    }
+
+    /// Receives the next batch, if there is one and room for it.
+    fn receive(&mut self, topic: &Arc<Topic<Simulated>>, sessions: &[Session]) {
+        let Some((session, sequence)) = self.inbox.first().copied() else { return };
+        let identity = sessions[session];
+        if !self.landed.is_empty() || read_session(&self.region, identity.slot).is_none_or(|s| s.state != SessionState::Open) {
+            return;
+        }
+        let progress = read_progress(&self.region, identity.slot);
+        if sequence >= progress + CLIENT_WINDOW {
+            return;
+        }
+        if sequence < progress && sequence % 4 != 0 {
+            // The client knows that this one is committed; it resends only some of those.
+            self.inbox.remove(0);
+            return;
+        }
+        let Ok(at) = topic.blog.reserve(BATCH_BYTES) else { return };
+        self.inbox.remove(0);
+        self.last_segment = Some(topic.blog.segment_of(at));
+        let fabric = self.region.fabric();
+        for place in [at.0, at.0 + BATCH_BYTES - 64] {
+            fabric.store(RegionOffset(place), identity.client_id);
+            fabric.store(RegionOffset(place + 8), sequence);
+        }
+        let header = BatchHeader {
+            client_id: identity.client_id,
+            sequence,
+            session_epoch: identity.epoch,
+            session_slot: identity.slot,
+            topic: 0,
+            topic_incarnation: 1,
+            // 4 bytes of table and 64 of header: what `batch_bytes` adds up to.
+            payload_bytes: (BATCH_BYTES - 68) as u32,
+            message_count: 1,
+            ..BatchHeader::zeroed()
+        };
+        assert_eq!(header.batch_bytes(), BATCH_BYTES);
+        let origin = Origin { worker: 0, token: 0 };
+        self.landed.send(Landed { topic: Arc::clone(topic), header, at, origin }).unwrap();
+        self.unacknowledged.push((session, sequence));
+    }
+
+    /// What is committed of the batches received here. A commit that is seen is visible in the index.
+    fn acknowledge(&mut self, sessions: &[Session]) {
+        let region = &self.region;
+        self.unacknowledged.retain(|(session, sequence)| match read_commit(region, sessions[*session].slot, *sequence) {
+            Commit::Unknown => true,
+            Commit::Forgotten => false,
+            Commit::At(record) => {
+                let reach = read_extent(region, GLOBAL).next_offset;
+                assert!(record.first_offset < reach, "acknowledged offset {} is beyond {reach}", record.first_offset);
+                false
+            }
+        });
+    }
+
+    fn round(&mut self, now_us: u64, sessions: &[Session]) {
+        self.delegation.maintain(now_us);
+        let Some(topic) = self.topics.get(0, 1) else { return };
+        self.receive(&topic, sessions);
+        self.receive(&topic, sessions);
+        self.delegation.poll(now_us, 2);
+        self.acknowledge(sessions);
+        self.reader.poll(&self.region, &topic, 3);
+    }
+}
+
+fn open(world: &Arc<Mutex<World>>) -> Simulated {
+    Simulated::join(world, shuttle::thread::yield_now)
+}
+
+/// One schedule. Panics when a promise breaks.
+fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
+    let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
+    let bytes = Layout::new(&geometry()).region_bytes;
+    let world = World::new(bytes, choice, Turbulence::ROUGH, removed);
+    let fabrics: Vec<Simulated> = (0..HOSTS).map(|_| open(&world)).collect();
+    let layout = Layout::new(&geometry());
+    // Everyone has looked at everything before: what lies in caches is stale.
+    for fabric in &fabrics[1..] {
+        assert!(Region::open(fabric.clone()).is_err());
+        let directory = layout.directories + u64::from(HOSTS) * Layout::directory_bytes(&geometry());
+        let lines = [0, 64, layout.control, layout.broker(0).0, layout.broker(1).0, layout.tinode(0).0, layout.tinode(0).0 + 64, directory];
+        let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
+        let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
+        let sessions = (0..2).map(|slot| layout.session(slot).0);
+        for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
+            fabric.load(RegionOffset(at));
+        }
+    }
+    let head_region = Region::format(fabrics[0].clone(), &geometry(), Uuid::nil(), 0).unwrap();
+    let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
+    let regions: Vec<Region<Simulated>> = std::iter::once(head_region).chain(others).collect();
+    let log: Log = Arc::default();
+    let mut hosts: Vec<Host> = (0..HOSTS).zip(&regions).map(|(id, region)| Host::new(id, region.clone(), &log)).collect();
+
+    // The head opens topic and sessions.
+    let mask = (1 << HOSTS) - 1;
+    let mut headship = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: mask };
+    publish_headship(&regions[0], &headship);
+    let (commands, queue) = unbounded();
+    let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+    let pool = Arc::clone(hosts[0].topics.pool());
+    let mut sequencer = Sequencer::recover(regions[0].clone(), pool, 1, leases, queue, 0);
+    let (reply, _topic) = bounded(1);
+    commands.send(Command::OpenTopic(config(), reply)).unwrap();
+    let answers: Vec<_> = [11, 22]
+        .map(|client_id| {
+            let (reply, answer) = bounded(1);
+            commands.send(Command::OpenSession { topic: 0, client_id, ack_level: 1, reply }).unwrap();
+            answer
+        })
+        .into();
+    sequencer.poll(1, 1);
+    let sessions: Arc<Vec<Session>> = Arc::new(answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect());
+    publish_topic(&regions[0], &config());
+    let slot_info = |id: u32| {
+        let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        BrokerInfo { id, incarnation: 7, data: address(1), control: address(2), process_id: 3, running: true }
+    };
+    publish_broker(&regions[0], &slot_info(0));
+    publish_broker(&regions[1], &slot_info(1));
+
+    // Clients stripe their batches over both receiving brokers; some they send twice.
+    for sequence in 0..BATCHES {
+        for session in 0..2 {
+            let to = (sequence as usize + session) % 2;
+            hosts[to].inbox.push((session, sequence));
+            if (choice >> (sequence % 64)) & 7 == 0 {
+                hosts[1 - to].inbox.push((session, sequence));
+            }
+        }
+    }
+    let crash = choice % 3 == 0;
+
+    // Rough weather: hosts run interleaved.
+    let mut head_sequencer = Some(sequencer);
+    let threads: Vec<_> = hosts
+        .into_iter()
+        .map(|mut host| {
+            let mut sequencer = if host.id == 0 { head_sequencer.take() } else { None };
+            let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id as usize].clone());
+            let crash_at = if crash && host.id == 1 { Some((choice >> 8) as usize % ROUNDS) } else { None };
+            shuttle::thread::spawn(move || {
+                for round in 0..ROUNDS {
+                    if crash_at == Some(round) {
+                        fabric.crash();
+                        break;
+                    }
+                    host.round(round as u64, &sessions);
+                    if let Some(sequencer) = &mut sequencer {
+                        sequencer.poll(round as u64, 5);
+                        sequencer.maintain(round as u64);
+                    }
+                }
+                (host, sequencer)
+            })
+        })
+        .collect();
+    let mut hosts = Vec::new();
+    let mut sequencer = None;
+    for thread in threads {
+        let (host, with) = thread.join().unwrap();
+        hosts.push(host);
+        sequencer = sequencer.or(with);
+    }
+    let mut sequencer = sequencer.unwrap();
+
+    // Calm weather: everything must come to its end.
+    world.lock().unwrap().set_turbulence(Turbulence::CALM);
+    if crash {
+        headship.broker_mask &= !2;
+        let lost = hosts.remove(1);
+        // Clients resend to the head whatever they have no ack for: all of it, here.
+        hosts[0].inbox.extend(lost.inbox);
+        hosts[0].inbox.extend(lost.unacknowledged);
+        hosts[0].inbox.sort_by_key(|(session, sequence)| (*sequence, *session));
+    }
+    headship.epoch = 2;
+    publish_headship(&regions[0], &headship);
+    let total = 2 * BATCHES;
+    let mut rounds = 0;
+    loop {
+        let now = (ROUNDS + rounds) as u64;
+        for host in &mut hosts {
+            host.round(now, &sessions);
+        }
+        sequencer.poll(now, 64);
+        sequencer.maintain(now);
+        let ordered = sequencer.stats().ordered;
+        assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
+        let reached = |host: &Host| host.reader.cursor == host.reader.index.committed();
+        let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
+        if ordered == total && hosts.iter().all(|host| reached(host) && idle(host)) {
+            break;
+        }
+        rounds += 1;
+        if rounds >= CALM_ROUNDS {
+            let state: Vec<_> = hosts
+                .iter()
+                .map(|host| {
+                    let reader = (host.reader.cursor, host.reader.index.committed());
+                    (host.id, host.inbox.first(), host.inbox.len(), host.unacknowledged.first(), host.landed.len(), reader)
+                })
+                .collect();
+            let extent = read_extent(&regions[0], GLOBAL);
+            let free = free_segments(&regions[0]);
+            panic!("stuck: {ordered} of {total} ordered (crash {crash}); {free} segments free; {extent:?}; hosts {state:?}; {:?}", sequencer.stats());
+        }
+    }
+    check_end(&regions, &hosts, &sessions, &headship, &log);
+    let world = world.lock().unwrap();
+    let mut visits = visits.lock().unwrap();
+    for site in Site::ALL {
+        *visits.entry(*site as u8).or_default() += world.visits(*site);
+    }
+}
+
+/// What must hold when everything has come to its end, as host 2 sees it.
+fn check_end(regions: &[Region<Simulated>], hosts: &[Host], sessions: &[Session], headship: &Headship, log: &Log) {
+    let far = &regions[2];
+    assert_eq!(read_headship(far), Some(*headship), "the control block is stale");
+    assert_eq!(read_topic(far, 0), Some(config()));
+    assert_eq!(read_broker(far, 0).map(|info| info.incarnation), Some(7), "the broker slot is stale");
+    assert_eq!(read_session(far, sessions[0].slot).map(|session| session.client_id), Some(11));
+    let held = (0..geometry().segment_count).filter(|segment| read_owner(far, *segment) != SegmentUse::Free).count();
+    assert_eq!(free_segments(far) as usize, geometry().segment_count as usize - held, "bitmap and owners disagree");
+    for host in hosts {
+        if let Some(segment) = host.last_segment {
+            let owner = read_owner(far, segment);
+            assert!(matches!(owner, SegmentUse::Blog { broker, .. } if broker == host.id), "segment {segment}: {owner:?}");
+        }
+    }
+    // One order: positions are contiguous where they were read, offsets follow, sessions are in sequence.
+    let log = log.lock().unwrap();
+    let mut due: BTreeMap<u64, u64> = BTreeMap::new();
+    for (client, sequence, _) in log.values() {
+        let due = due.entry(*client).or_insert(*sequence);
+        assert!(*sequence >= *due, "client {client}: sequence {sequence} after {due}");
+        *due = sequence + 1;
+    }
+    for (a, b) in log.iter().zip(log.iter().skip(1)) {
+        assert_eq!(b.0 - a.0, b.1.2 - a.1.2, "offsets do not follow positions");
+    }
+    assert!(SESSION_WINDOW > BATCHES);
+}
+
+fn runner(seed: u64, schedules: usize, removed: Option<Site>, visits: &Arc<Mutex<BTreeMap<u8, u64>>>) {
+    let mut config = shuttle::Config::new();
+    config.failure_persistence = shuttle::FailurePersistence::None;
+    config.max_steps = shuttle::MaxSteps::None;
+    config.stack_size = 256 << 10;
+    let visits = Arc::clone(visits);
+    shuttle::Runner::new(RandomScheduler::new_from_seed(seed, schedules), config).run(move || schedule(removed, &visits));
+}
+
+fn environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// 10,000 schedules; `EMBARCADERO_SIM_SEED` replays a failing block, `EMBARCADERO_SIM_SCHEDULES` runs more.
+#[test]
+fn no_schedule_breaks_a_promise() {
+    let schedules = environment("EMBARCADERO_SIM_SCHEDULES", 10_000);
+    let first = environment("EMBARCADERO_SIM_SEED", 1);
+    let visits = Arc::default();
+    let begun = Instant::now();
+    for block in 0..schedules.div_ceil(100) {
+        let seed = first + block;
+        let run = catch_unwind(AssertUnwindSafe(|| runner(seed, 100, None, &visits)));
+        assert!(run.is_ok(), "a schedule failed; replay with EMBARCADERO_SIM_SEED={seed} EMBARCADERO_SIM_SCHEDULES=100");
+    }
+    println!("{schedules} schedules in {:.1} s", begun.elapsed().as_secs_f64());
+    let visits = visits.lock().unwrap();
+    for site in Site::ALL {
+        assert!(visits[&(*site as u8)] > 0, "{site:?} is never passed");
+    }
+}
+
+/// Without one of the flushes, fences or invalidates, some schedule fails.
+#[test]
+fn every_flush_fence_and_invalidate_is_needed() {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 3000) as usize;
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut survivors = Vec::new();
+    for site in Site::ALL {
+        let visits = Arc::default();
+        let caught = catch_unwind(AssertUnwindSafe(|| runner(42, budget, Some(*site), &visits))).is_err();
+        if !caught {
+            survivors.push(*site);
+        }
+        println!("{site:?}: {}", if caught { "needed" } else { "NOT CAUGHT" });
+    }
+    let _ = std::panic::take_hook();
+    assert!(survivors.is_empty(), "removing these is not noticed in {budget} schedules: {survivors:?}");
+}
+
+/// The simulated batches are not what travels; the real format is covered elsewhere. This ties the two sizes.
+#[test]
+fn a_simulated_header_describes_a_real_batch() {
+    let mut builder = BatchBuilder::new(1 << 20);
+    builder.push(&vec![0; (BATCH_BYTES - 68) as usize]);
+    let origin = BatchOrigin { client_id: 1, session_epoch: 1, session_slot: 0, topic: 0, topic_incarnation: 1 };
+    assert_eq!(builder.seal(&origin, 0, false).batch_bytes(), BATCH_BYTES);
+}

@@ -1,0 +1,229 @@
+//! Promise: what was acknowledged is there, once and in order, whatever connection or process dies.
+
+mod support;
+
+use embarcadero_client::{Client, ClientConfig, MessageId, Order, Publisher, Start, Status, TopicOptions};
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::Duration;
+use support::{Cluster, Proxy, eventually};
+
+const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
+
+fn message(publisher: u32, number: u64) -> Vec<u8> {
+    let mut bytes = format!("{publisher} {number} ").into_bytes();
+    bytes.resize(100 + (number % 900) as usize, b'x');
+    bytes
+}
+
+fn parse(payload: &[u8]) -> (u32, u64) {
+    let text = std::str::from_utf8(payload).unwrap();
+    let mut words = text.split(' ');
+    (words.next().unwrap().parse().unwrap(), words.next().unwrap().parse().unwrap())
+}
+
+/// Reads the topic to its present end: the numbers of each publisher in order of delivery, and the offset of each.
+fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
+    let mut seen: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
+    let mut due = 0;
+    let mut subscriber = client.subscriber(topic, Start::Earliest).unwrap();
+    subscriber
+        .drain(|message| {
+            assert_eq!(message.offset, due, "offsets have a gap");
+            due += 1;
+            let (publisher, number) = parse(message.payload);
+            seen.entry(publisher).or_default().push((number, message.offset));
+        })
+        .unwrap();
+    seen
+}
+
+fn assert_exactly_once(seen: &[(u64, u64)], count: u64) {
+    assert!(seen.iter().map(|(number, _)| *number).eq(0..count), "not each message once and in order");
+}
+
+/// Offsets that acknowledgements named are those at which the messages are delivered.
+fn assert_offsets(publisher: &Publisher, ids: &[MessageId], seen: &[(u64, u64)]) {
+    for (id, (_, offset)) in ids.iter().zip(seen) {
+        match publisher.poll(*id).unwrap() {
+            Status::Acknowledged(acknowledged) => assert!(acknowledged.is_none_or(|acked| acked == *offset)),
+            Status::Pending => panic!("still pending after flush"),
+        }
+    }
+}
+
+#[test]
+fn connections_cut_in_mid_batch_lose_and_repeat_nothing() {
+    // The proxy must know the broker's port before the broker does: reserve both ends first.
+    let mut cluster = Cluster::start(1, REGION, &[]);
+    let mut proxies = Vec::new();
+    for _ in 0..3 {
+        let front = TcpListener::bind("127.0.0.1:0").unwrap();
+        let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let index = cluster.add(&["--data", &back.to_string(), "--advertise", &front.local_addr().unwrap().to_string()]);
+        assert_eq!(cluster.brokers[index].data, front.local_addr().unwrap());
+        proxies.push(Proxy::on(front, back));
+    }
+    cluster.await_brokers(4);
+    let client = Client::connect(ClientConfig { batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap();
+    client.create_topic("cut", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("cut").unwrap();
+    let mut ids = Vec::new();
+    for number in 0..30_000u64 {
+        if number % 1000 == 500 {
+            // Somewhere within a batch, also within its header or its length table.
+            proxies[(number / 1000) as usize % 3].cut_after((number * 7919 % 40_000) as i64);
+        }
+        ids.push(publisher.publish_wait(&message(0, number)).unwrap());
+    }
+    publisher.flush().unwrap();
+    let cuts: u32 = proxies.iter().map(Proxy::cuts).sum();
+    let stats = publisher.stats();
+    assert!(cuts >= 5 && stats.connections_lost >= 5, "only {cuts} connections were cut ({stats:?})");
+    let seen = history(&client, "cut");
+    assert_exactly_once(&seen[&0], 30_000);
+    assert_offsets(&publisher, &ids, &seen[&0]);
+    cluster.assert_command(&["verify", "cut"]);
+}
+
+#[test]
+fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
+    let environment = [("EMBARCADERO_BROKER_GAP_LEASE_MS", "300")];
+    let mut cluster = Cluster::start(1, REGION, &environment);
+    let front = TcpListener::bind("127.0.0.1:0").unwrap();
+    let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    cluster.add(&["--data", &back.to_string(), "--advertise", &front.local_addr().unwrap().to_string()]);
+    // A listener that accepts and never answers nor closes swallows whatever is sent to it.
+    let swallowed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let swallow = std::sync::Arc::clone(&swallowed);
+    std::thread::spawn(move || {
+        let mut held = Vec::new();
+        let mut ready = [0u8; 64];
+        for stream in front.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            if swallow.load(std::sync::atomic::Ordering::SeqCst) {
+                // Let the opening through, then swallow batches.
+                let mut server = std::net::TcpStream::connect(back).unwrap();
+                std::io::Read::read_exact(&mut stream, &mut ready).unwrap();
+                server.write_all(&ready).unwrap();
+                std::io::Read::read_exact(&mut server, &mut ready).unwrap();
+                stream.write_all(&ready).unwrap();
+                held.push((stream, server));
+            } else {
+                let mut server = std::net::TcpStream::connect(back).unwrap();
+                let (mut up, mut down) = (stream.try_clone().unwrap(), server.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut up, &mut server));
+                std::thread::spawn(move || std::io::copy(&mut down, &mut stream));
+            }
+        }
+    });
+    cluster.await_brokers(2);
+    let client = Client::connect(ClientConfig { batch_size: 4096, buffer_bytes: 256 << 10, ..cluster.config() }).unwrap();
+    client.create_topic("gap", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("gap").unwrap();
+    let mut sent = 0;
+    while publisher.stats().sessions_reopened == 0 {
+        match publisher.publish(&message(0, sent)) {
+            Ok(_) => sent += 1,
+            Err(embarcadero_client::ClientError::BufferFull { .. }) => publisher.wait(Duration::from_millis(5)).unwrap(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    swallowed.store(false, std::sync::atomic::Ordering::SeqCst);
+    for number in sent..sent + 500 {
+        publisher.publish_wait(&message(0, number)).unwrap();
+    }
+    // Connections that were opened while it swallowed still do; each costs one more lease.
+    publisher.flush().unwrap();
+    assert!(publisher.stats().batches_resubmitted > 0);
+    assert_exactly_once(&history(&client, "gap")[&0], sent + 500);
+    cluster.assert_command(&["verify", "gap"]);
+}
+
+#[test]
+fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
+    let mut cluster = Cluster::start(4, &["--size", "512MiB", "--segment-size", "1MiB"], &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")]);
+    let client = Client::connect(ClientConfig { batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap();
+    client.create_topic("kill", TopicOptions { order: Order::Strong, ..TopicOptions::default() }).unwrap();
+
+    let mut victim = cluster.command(&["produce", "kill"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut feed = victim.stdin.take().unwrap();
+    let feeder = std::thread::spawn(move || {
+        for number in 0.. {
+            let mut line = message(9, number);
+            line.push(b'\n');
+            if feed.write_all(&line).is_err() {
+                return;
+            }
+        }
+    });
+    let mut reader = cluster.command(&["consume", "kill", "--follow"]).stdout(Stdio::null()).spawn().unwrap();
+
+    let publisher = client.publisher("kill").unwrap();
+    let mut ids = Vec::new();
+    for number in 0..60_000u64 {
+        match number {
+            15_000 => {
+                eventually("the victim publishes", || client.describe_topic("kill").unwrap().1[0].batches > 20);
+                victim.kill().unwrap();
+                victim.wait().unwrap();
+            }
+            25_000 => {
+                reader.kill().unwrap();
+                reader.wait().unwrap();
+            }
+            35_000 => cluster.brokers[2].kill(),
+            _ => {}
+        }
+        ids.push(publisher.publish_wait(&message(0, number)).unwrap());
+    }
+    publisher.flush().unwrap();
+    feeder.join().unwrap();
+    let seen = history(&client, "kill");
+    assert_exactly_once(&seen[&0], 60_000);
+    assert_offsets(&publisher, &ids, &seen[&0]);
+    // The killed publisher's messages are a prefix of what it sent, each once.
+    assert_exactly_once(&seen[&9], seen[&9].len() as u64);
+
+    // The broker comes back under its id as another incarnation and serves again.
+    let again = cluster.add(&["--id", "2"]);
+    assert_eq!(cluster.brokers[again].id, 2);
+    cluster.await_brokers(4);
+    let second = client.publisher("kill").unwrap();
+    for number in 0..1000 {
+        second.publish_wait(&message(1, number)).unwrap();
+    }
+    second.flush().unwrap();
+    assert_exactly_once(&history(&client, "kill")[&1], 1000);
+}
+
+#[test]
+fn a_head_that_restarts_goes_on_where_the_region_stands() {
+    let mut cluster = Cluster::start(2, REGION, &[("EMBARCADERO_BROKER_GAP_LEASE_MS", "500")]);
+    let client = Client::connect(ClientConfig { batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap();
+    client.create_topic("head", TopicOptions::default()).unwrap();
+    let first = client.publisher("head").unwrap();
+    for number in 0..5000 {
+        first.publish_wait(&message(0, number)).unwrap();
+    }
+    first.flush().unwrap();
+    let control = cluster.control().to_owned();
+    cluster.brokers[0].kill();
+    let mut revived = Cluster { ..Cluster::start(0, REGION, &[]) };
+    drop(revived.brokers.drain(..));
+    let index = {
+        // The same region, id and control port.
+        cluster.brokers.remove(0);
+        cluster.add(&["--id", "0", "--control", &control])
+    };
+    cluster.brokers.swap(0, index);
+    cluster.await_brokers(2);
+    for number in 5000..6000 {
+        first.publish_wait(&message(0, number)).unwrap();
+    }
+    first.flush().unwrap();
+    let client = cluster.client();
+    assert_exactly_once(&history(&client, "head")[&0], 6000);
+}

@@ -1,0 +1,145 @@
+//! Promise: memory is bounded, and running out of it is a wait, then an error, never a loss.
+
+mod support;
+
+use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
+use embarcadero_datapath::wire::ErrorCode;
+use std::time::Duration;
+use support::{Cluster, eventually, run};
+
+fn small(cluster: &Cluster) -> Client {
+    Client::connect(ClientConfig { batch_size: 64 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap()
+}
+
+fn fill(client: &Client, topic: &str, bytes: u64) -> Result<u64, ClientError> {
+    let publisher = client.publisher(topic)?;
+    let message = [7u8; 1000];
+    let count = bytes / 1000;
+    for _ in 0..count {
+        publisher.publish_wait(&message)?;
+    }
+    publisher.flush()?;
+    Ok(count)
+}
+
+#[test]
+fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
+    let environment = [("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "300"), ("EMBARCADERO_BROKER_GAP_LEASE_MS", "200")];
+    let cluster = Cluster::start(2, &["--size", "100MiB", "--segment-size", "1MiB", "--max-brokers", "4"], &environment);
+    let client = small(&cluster);
+    client.create_topic("full", TopicOptions::default()).unwrap();
+    let error = fill(&client, "full", 1 << 30).unwrap_err();
+    assert!(matches!(error, ClientError::Broker { code: ErrorCode::PoolExhausted, .. }), "{error}");
+    assert!(error.to_string().contains("exhausted"), "{error}");
+    let mut subscriber = client.subscriber("full", Start::Earliest).unwrap();
+    let mut due = 0;
+    subscriber.drain(|message| {
+        assert_eq!(message.offset, due);
+        assert_eq!(message.payload, [7; 1000]);
+        due += 1;
+    }).unwrap();
+    assert!(due > 10_000);
+    // Deleting the topic gives all of it back.
+    client.delete_topic("full").unwrap();
+    let cluster_now = client.cluster().unwrap();
+    assert_eq!(cluster_now.segments_free, cluster_now.segments_total);
+    client.create_topic("full", TopicOptions::default()).unwrap();
+    fill(&client, "full", 10 << 20).unwrap();
+}
+
+fn retention_recycles(create: &[&str], order: Order) {
+    let mut arguments = vec!["--size", "100MiB", "--segment-size", "1MiB", "--max-brokers", "4"];
+    arguments.extend(create);
+    let environment: &[(&str, &str)] =
+        if create.contains(&"partitioned") { &[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")] } else { &[] };
+    let cluster = Cluster::start(2, &arguments, environment);
+    let client = small(&cluster);
+    let options = TopicOptions { order, retention_bytes: 8 << 20, ..TopicOptions::default() };
+    client.create_topic("ring", options).unwrap();
+    // Several times what the pool holds.
+    let count = fill(&client, "ring", 300 << 20).unwrap();
+    let (_, streams) = client.describe_topic("ring").unwrap();
+    assert_eq!(streams.iter().map(|stream| stream.next_offset).sum::<u64>(), count);
+    assert!(streams.iter().all(|stream| stream.earliest_offset > 0), "{streams:?}");
+    if order.is_global() {
+        let mut late = client.subscriber("ring", Start::Offset(0)).unwrap();
+        let error = late.next(Duration::from_secs(10)).map(|_| ()).unwrap_err();
+        assert!(matches!(error, ClientError::OffsetOutOfRange { earliest, .. } if earliest > 0), "{error}");
+        late.seek(Start::Earliest);
+        let mut kept = 0;
+        late.drain(|message| {
+            assert_eq!(message.payload, [7; 1000]);
+            kept += 1;
+        })
+        .unwrap();
+        assert!(kept > 1000);
+    }
+}
+
+#[test]
+fn retention_recycles_with_the_atomic_bitmap() {
+    retention_recycles(&["--allocator", "bitmap"], Order::Strong);
+    retention_recycles(&["--allocator", "bitmap"], Order::Broker);
+}
+
+#[test]
+fn retention_recycles_with_partitions_on_memory_that_is_not_coherent() {
+    retention_recycles(&["--allocator", "partitioned"], Order::Strong);
+}
+
+#[test]
+fn retention_recycles_with_the_leader_allocator() {
+    retention_recycles(&["--allocator", "leader"], Order::Strong);
+}
+
+#[test]
+fn retention_by_time_trims() {
+    let cluster = Cluster::start(1, &["--size", "100MiB", "--segment-size", "1MiB"], &[]);
+    let client = small(&cluster);
+    client.create_topic("brief", TopicOptions { retention_ms: 50, ..TopicOptions::default() }).unwrap();
+    let count = fill(&client, "brief", 5 << 20).unwrap();
+    eventually("trimming", || client.describe_topic("brief").unwrap().1[0].earliest_offset == count);
+}
+
+#[test]
+fn a_thousand_sessions_and_thirty_two_topics() {
+    let cluster = Cluster::start(2, &["--size", "512MiB", "--segment-size", "1MiB", "--max-sessions", "1024"], &[]);
+    let config = ClientConfig { batch_size: 1024, buffer_bytes: 2048, max_brokers: 1, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    for number in 0..32 {
+        client.create_topic(&format!("t{number}"), TopicOptions::default()).unwrap();
+    }
+    let error = client.create_topic("one-too-many", TopicOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("all 32 topic slots"), "{error}");
+    let publishers: Vec<_> = (0..1000).map(|number| client.publisher(&format!("t{}", number % 32)).unwrap()).collect();
+    for round in 0..3u32 {
+        for publisher in &publishers {
+            publisher.publish_wait(&round.to_le_bytes()).unwrap();
+        }
+    }
+    for publisher in &publishers {
+        publisher.flush().unwrap();
+    }
+    let (_, streams) = client.describe_topic("t0").unwrap();
+    assert_eq!(streams[0].next_offset, 32 * 3);
+    for publisher in publishers {
+        publisher.close().unwrap();
+    }
+}
+
+#[test]
+fn a_live_region_is_inspected() {
+    let cluster = Cluster::start(2, &["--size", "128MiB", "--segment-size", "1MiB"], &[]);
+    let client = small(&cluster);
+    client.create_topic("seen", TopicOptions::default()).unwrap();
+    fill(&client, "seen", 3 << 20).unwrap();
+    let path = cluster.region.to_str().unwrap();
+    let report = run(&["region", "inspect", "--json", "--path", path]);
+    let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+    assert_eq!(report["brokers"].as_array().unwrap().len(), 2);
+    assert_eq!(report["topics"][0]["name"], "seen");
+    assert!(report["topics"][0]["global_index"]["committed"].as_u64().unwrap() > 10);
+    assert!(report["segments"]["free"].as_u64() < report["segments"]["total"].as_u64());
+    let text = run(&["region", "inspect", "--path", path]);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("control_block"));
+}

@@ -1,0 +1,277 @@
+//! What whole-system tests share: real broker processes on a region of their own.
+#![allow(dead_code)] // each test file uses a part of it
+
+use embarcadero_client::{Client, ClientConfig};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_embarcadero");
+
+/// How long anything may take before a test fails. Never decides a test that works.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct Broker {
+    pub child: Child,
+    pub id: u32,
+    pub data: SocketAddr,
+    pub control: String,
+}
+
+impl Broker {
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Broker processes and their region; all gone when dropped.
+pub struct Cluster {
+    pub brokers: Vec<Broker>,
+    pub region: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+static REGIONS: AtomicU32 = AtomicU32::new(0);
+
+pub fn region_path() -> PathBuf {
+    let number = REGIONS.fetch_add(1, Ordering::Relaxed);
+    PathBuf::from(format!("/dev/shm/embarcadero-test-{}-{number}", std::process::id()))
+}
+
+pub fn run(arguments: &[&str]) -> Output {
+    Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+impl Cluster {
+    /// A region made with `create` (arguments of `region create`), and `brokers` brokers with `environment` on top of
+    /// their defaults.
+    pub fn start(brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
+        let region = region_path();
+        let mut arguments = vec!["region", "create", "--path", region.to_str().unwrap()];
+        arguments.extend(create);
+        let made = run(&arguments);
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let mut cluster = Self { brokers: Vec::new(), region, environment };
+        for _ in 0..brokers {
+            cluster.add(&[]);
+        }
+        cluster.await_brokers(brokers as usize);
+        cluster
+    }
+
+    /// Starts one more broker.
+    pub fn add(&mut self, arguments: &[&str]) -> usize {
+        let mut child = Command::new(PROGRAM)
+            .args(["broker", "--region", self.region.to_str().unwrap(), "--control", "127.0.0.1:0"])
+            .args(arguments)
+            .envs(self.environment.iter().cloned())
+            .env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", "8")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&line).expect("the broker did not start");
+        self.brokers.push(Broker {
+            child,
+            id: said["broker"].as_u64().unwrap() as u32,
+            data: said["data"].as_str().unwrap().parse().unwrap(),
+            control: said["control"].as_str().unwrap().to_owned(),
+        });
+        self.brokers.len() - 1
+    }
+
+    pub fn await_brokers(&self, count: usize) {
+        let client = self.client();
+        let begun = Instant::now();
+        while client.cluster().unwrap().brokers.len() != count {
+            assert!(begun.elapsed() < PATIENCE, "the head does not see {count} brokers");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    pub fn control(&self) -> &str {
+        &self.brokers[0].control
+    }
+
+    pub fn config(&self) -> ClientConfig {
+        ClientConfig { progress_timeout_ms: PATIENCE.as_millis() as u64, ..ClientConfig::at(self.control()) }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.config()).unwrap()
+    }
+
+    /// A command of the program against this cluster.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments).env("EMBARCADERO_BROKERS", self.control()).stdin(Stdio::null());
+        command
+    }
+
+    pub fn assert_command(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{arguments:?}: {out}{err}");
+        out.into_owned()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.brokers.clear();
+        let _ = std::fs::remove_file(&self.region);
+    }
+}
+
+/// Polls until `done`, failing after [`PATIENCE`].
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < PATIENCE, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A TCP proxy that cuts each connection after a number of bytes.
+pub struct Proxy {
+    pub address: SocketAddr,
+    /// Bytes left until the next cut; negative: never.
+    budget: Arc<AtomicI64>,
+    cuts: Arc<AtomicU32>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    pub fn start(target: SocketAddr) -> Self {
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap(), target)
+    }
+
+    pub fn on(listener: TcpListener, target: SocketAddr) -> Self {
+        let address = listener.local_addr().unwrap();
+        let (budget, cuts) = (Arc::new(AtomicI64::new(-1)), Arc::new(AtomicU32::new(0)));
+        let stop = Arc::new(AtomicBool::new(false));
+        let proxy = Self { address, budget: Arc::clone(&budget), cuts: Arc::clone(&cuts), stop: Arc::clone(&stop) };
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let Ok(client) = client else { continue };
+                let Ok(server) = TcpStream::connect(target) else { continue };
+                let (up, down) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let (budget, cuts) = (Arc::clone(&budget), Arc::clone(&cuts));
+                std::thread::spawn(move || pump(up, server, Some((&budget, &cuts))));
+                std::thread::spawn(move || pump(down, client, None));
+            }
+        });
+        proxy
+    }
+
+    /// Cuts the connection that carries the `bytes`-th byte towards the broker from now on.
+    pub fn cut_after(&self, bytes: i64) {
+        self.budget.store(bytes, Ordering::SeqCst);
+    }
+
+    pub fn cuts(&self) -> u32 {
+        self.cuts.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream, cut: Option<(&AtomicI64, &AtomicU32)>) {
+    let mut buffer = vec![0; 16 << 10];
+    while let Ok(read @ 1..) = from.read(&mut buffer) {
+        let mut pass = read;
+        let mut cut_now = false;
+        if let Some((budget, cuts)) = cut
+            && budget.load(Ordering::SeqCst) >= 0
+        {
+            let before = budget.fetch_sub(read as i64, Ordering::SeqCst);
+            if (0..=read as i64).contains(&before) {
+                budget.store(-1, Ordering::SeqCst);
+                cuts.fetch_add(1, Ordering::SeqCst);
+                pass = before as usize;
+                cut_now = true;
+            }
+        }
+        if to.write_all(&buffer[..pass]).is_err() || cut_now {
+            break;
+        }
+    }
+    let _ = from.shutdown(std::net::Shutdown::Both);
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+/// Writes real text of at least `bytes`, made from what the system ships: each line begins with `prefix` and its
+/// number, so that lines differ.
+pub fn write_text(path: &Path, prefix: &str, bytes: u64) {
+    let sources = ["/usr/share/common-licenses", "/usr/share/perl", "/usr/share/doc", "/usr/lib/python3"];
+    let mut text = Vec::new();
+    for source in sources {
+        collect(Path::new(source), &mut text, 8 << 20);
+    }
+    if text.is_empty() {
+        text = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.lock")).unwrap();
+    }
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    let (mut written, mut number) = (0, 0u64);
+    while written < bytes {
+        for line in text.split(|byte| *byte == b'\n') {
+            let head = format!("{prefix} {number} ");
+            file.write_all(head.as_bytes()).unwrap();
+            file.write_all(line).unwrap();
+            file.write_all(b"\n").unwrap();
+            written += (head.len() + line.len() + 1) as u64;
+            number += 1;
+            if written >= bytes {
+                break;
+            }
+        }
+    }
+    file.flush().unwrap();
+}
+
+fn collect(path: &Path, text: &mut Vec<u8>, limit: usize) {
+    let Ok(entries) = std::fs::read_dir(path) else { return };
+    let mut entries: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    entries.sort();
+    for entry in entries {
+        if text.len() >= limit {
+            return;
+        }
+        let Ok(meta) = std::fs::symlink_metadata(&entry) else { continue };
+        if meta.is_dir() {
+            collect(&entry, text, limit);
+        } else if meta.is_file() && meta.len() < 1 << 20 {
+            // Only text: a line of the file must be a line of the test.
+            if let Ok(bytes) = std::fs::read(&entry)
+                && std::str::from_utf8(&bytes).is_ok()
+                && !bytes.contains(&0)
+            {
+                text.extend_from_slice(&bytes);
+            }
+        }
+    }
+}
