@@ -1,6 +1,278 @@
-//! wip
-use clap::Subcommand;
+//! `embarcadero bench`: each figure beside the ceiling that the same run measured.
+
+mod ceiling;
+mod report;
+mod sequencer;
+
+use crate::cluster::{Cluster, ClusterArgs};
+use anyhow::{Result, bail};
+use clap::{Args, Subcommand};
+use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, Status, TopicOptions};
+use report::{Report, Row};
+use serde_json::json;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+#[derive(Args, Clone)]
+pub struct BenchArgs {
+    /// Broker processes.
+    #[arg(long, default_value_t = 1)]
+    brokers: u32,
+    /// Publishers (sessions) in this process, one thread each.
+    #[arg(long, default_value_t = 1)]
+    publishers: u32,
+    /// Bytes of a message.
+    #[arg(long, default_value_t = 1024)]
+    message_bytes: usize,
+    /// Bytes of a batch.
+    #[arg(long, default_value_t = 512 << 10)]
+    batch_size: usize,
+    /// Order of the topic.
+    #[arg(long, default_value = "strong")]
+    order: Order,
+    /// Acknowledgement level.
+    #[arg(long, default_value_t = 1)]
+    ack: u8,
+    /// Seconds a run.
+    #[arg(long, default_value_t = 2.0)]
+    seconds: f64,
+    /// Runs; the median is reported.
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// Give batches a body checksum (the client's default; off here, as peers do not).
+    #[arg(long)]
+    checksum: bool,
+    /// One JSON object a line.
+    #[arg(long)]
+    json: bool,
+}
+
 #[derive(Subcommand)]
-pub enum BenchCommand { /// x
- X }
-pub fn run(_: BenchCommand) -> anyhow::Result<()> { Ok(()) }
+pub enum BenchCommand {
+    /// Acknowledged publish goodput.
+    Publish(BenchArgs),
+    /// Publish to acknowledgement, one message at a time.
+    Latency(BenchArgs),
+    /// Goodput from publish to subscriber.
+    EndToEnd(BenchArgs),
+    /// Batches ordered a second on one core, flushes on; and segment allocation.
+    Sequencer(BenchArgs),
+    /// CPU of an idle broker.
+    Idle(BenchArgs),
+}
+
+pub fn run(command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Publish(args) => publish(&args),
+        BenchCommand::Latency(args) => latency(&args),
+        BenchCommand::EndToEnd(args) => end_to_end(&args),
+        BenchCommand::Sequencer(args) => sequencer::run(&args),
+        BenchCommand::Idle(args) => idle(&args),
+    }
+}
+
+const REGION_BYTES: u64 = 2 << 30;
+const SEGMENT_BYTES: u64 = 64 << 20;
+const RETENTION_BYTES: u64 = 512 << 20;
+
+impl BenchArgs {
+    fn parameters(&self) -> serde_json::Value {
+        json!({
+            "brokers": self.brokers, "publishers": self.publishers, "message_bytes": self.message_bytes,
+            "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "seconds": self.seconds,
+            "checksum": self.checksum,
+        })
+    }
+
+    fn region() -> PathBuf {
+        PathBuf::from(format!("/dev/shm/embarcadero-bench-{}", std::process::id()))
+    }
+
+    fn cluster(&self) -> Result<Cluster> {
+        if self.message_bytes == 0 || self.publishers == 0 || self.runs == 0 {
+            bail!("--message-bytes, --publishers and --runs must be at least 1");
+        }
+        Cluster::start(&ClusterArgs {
+            brokers: self.brokers,
+            region: Self::region(),
+            size: REGION_BYTES,
+            segment_size: SEGMENT_BYTES,
+            port: 0,
+            config: None,
+            ready_file: None,
+        })
+    }
+
+    fn client(&self, cluster: &Cluster) -> Result<Client> {
+        let config = ClientConfig {
+            ack_level: self.ack,
+            batch_size: self.batch_size,
+            buffer_bytes: (self.batch_size * 16).max(1 << 20),
+            batch_checksum: self.checksum,
+            ..ClientConfig::at(cluster.control())
+        };
+        Ok(Client::connect(config)?)
+    }
+
+    fn topic(&self, client: &Client, name: &str) -> Result<()> {
+        let options = TopicOptions {
+            order: self.order,
+            ack_level: 1,
+            retention_bytes: RETENTION_BYTES,
+            ..TopicOptions::default()
+        };
+        client.create_topic(name, options)?;
+        Ok(())
+    }
+}
+
+/// Publishes for `time`; bytes of messages that were acknowledged.
+fn publish_for(publisher: &Publisher, message: &[u8], time: Duration) -> Result<u64> {
+    let begun = Instant::now();
+    let mut bytes = 0;
+    while begun.elapsed() < time {
+        for _ in 0..256 {
+            publisher.publish_wait(message)?;
+        }
+        bytes += 256 * message.len() as u64;
+    }
+    publisher.flush()?;
+    Ok(bytes)
+}
+
+/// One run with every publisher on a thread of its own: bytes a second.
+fn goodput(args: &BenchArgs, client: &Client, topic: &str) -> Result<f64> {
+    let time = Duration::from_secs_f64(args.seconds);
+    let publishers = (0..args.publishers).map(|_| client.publisher(topic)).collect::<Result<Vec<_>, _>>()?;
+    let message = vec![b'm'; args.message_bytes];
+    let begun = Instant::now();
+    let bytes = std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            publishers.iter().map(|publisher| scope.spawn(|| publish_for(publisher, &message, time))).collect();
+        let mut sum = 0;
+        for thread in threads {
+            sum += thread.join().map_err(|_| anyhow::anyhow!("a publisher thread died"))??;
+        }
+        Ok::<u64, anyhow::Error>(sum)
+    })?;
+    let rate = bytes as f64 / begun.elapsed().as_secs_f64();
+    for publisher in publishers {
+        publisher.close()?;
+    }
+    Ok(rate)
+}
+
+fn publish(args: &BenchArgs) -> Result<()> {
+    let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        ceilings.push(ceiling::tcp_receive_into_region(args.batch_size, args.seconds)?);
+        let cluster = args.cluster()?;
+        let client = args.client(&cluster)?;
+        args.topic(&client, "bench")?;
+        // The first pass touches memory and grows socket buffers.
+        let warm = BenchArgs { seconds: args.seconds / 4.0, ..args.clone() };
+        goodput(&warm, &client, "bench")?;
+        rates.push(goodput(args, &client, "bench")?);
+    }
+    let row = Row::new("publish.goodput", "B/s", &rates).with_ceiling("tcp_recv_into_region", &ceilings);
+    Report::new(args.parameters(), args.json).print(&[row])
+}
+
+fn latency(args: &BenchArgs) -> Result<()> {
+    let (mut ceilings, mut medians, mut tails) = (Vec::new(), Vec::new(), Vec::new());
+    let message = vec![b'm'; args.message_bytes];
+    for _ in 0..args.runs {
+        ceilings.push(ceiling::tcp_ping_pong(args.message_bytes, args.seconds)?);
+        let cluster = args.cluster()?;
+        let client = args.client(&cluster)?;
+        args.topic(&client, "bench")?;
+        let publisher = client.publisher("bench")?;
+        let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+        let begun = Instant::now();
+        while begun.elapsed().as_secs_f64() < args.seconds {
+            let sent = Instant::now();
+            let id = publisher.publish_wait(&message)?;
+            while publisher.poll(id)? == Status::Pending {
+                std::hint::spin_loop();
+            }
+            histogram.record(sent.elapsed().as_nanos() as u64)?;
+        }
+        medians.push(histogram.value_at_quantile(0.5) as f64 / 1e9);
+        tails.push(histogram.value_at_quantile(0.99) as f64 / 1e9);
+    }
+    let rows = [
+        Row::new("latency.publish_to_ack.p50", "s", &medians).with_ceiling("tcp_ping_pong.p50", &ceilings),
+        Row::new("latency.publish_to_ack.p99", "s", &tails),
+    ];
+    Report::new(args.parameters(), args.json).print(&rows)
+}
+
+/// Publishes and subscribes at once; (publish alone, publish while subscribed to, delivered).
+fn publish_and_subscribe(args: &BenchArgs) -> Result<(f64, f64, f64)> {
+    let cluster = args.cluster()?;
+    let client = args.client(&cluster)?;
+    args.topic(&client, "alone")?;
+    goodput(&BenchArgs { seconds: args.seconds / 4.0, ..args.clone() }, &client, "alone")?;
+    let alone = goodput(args, &client, "alone")?;
+    client.delete_topic("alone")?;
+    args.topic(&client, "both")?;
+    let mut subscriber = client.subscriber("both", Start::Earliest)?;
+    let begun = Instant::now();
+    let (published, delivered) = std::thread::scope(|scope| {
+        let reader = scope.spawn(move || -> Result<(u64, Instant)> {
+            let (mut bytes, mut last) = (0u64, Instant::now());
+            loop {
+                // Two seconds of silence end the run; they are not counted.
+                match subscriber.next_batch(Duration::from_secs(2))? {
+                    Some(batch) => {
+                        bytes += u64::from(batch.header.payload_bytes);
+                        last = Instant::now();
+                    }
+                    None => return Ok((bytes, last)),
+                }
+            }
+        });
+        let published = goodput(args, &client, "both")?;
+        let (bytes, last) = reader.join().map_err(|_| anyhow::anyhow!("the subscriber thread died"))??;
+        Ok::<_, anyhow::Error>((published, bytes as f64 / last.duration_since(begun).as_secs_f64()))
+    })?;
+    Ok((alone, published, delivered))
+}
+
+fn end_to_end(args: &BenchArgs) -> Result<()> {
+    let (mut alone, mut published, mut delivered) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        let (a, p, d) = publish_and_subscribe(args)?;
+        alone.push(a);
+        published.push(p);
+        delivered.push(d);
+    }
+    let rows = [
+        Row::new("end_to_end.goodput", "B/s", &delivered).with_ceiling("publish_in_the_same_run", &published),
+        Row::new("end_to_end.goodput_vs_publish_alone", "B/s", &delivered).with_ceiling("publish_alone", &alone),
+    ];
+    Report::new(args.parameters(), args.json).print(&rows)
+}
+
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let ticks: f64 = fields.iter().skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
+    // USER_HZ is 100 on every Linux platform that we run on (proc(5)).
+    Ok(ticks / 100.0)
+}
+
+fn idle(args: &BenchArgs) -> Result<()> {
+    let mut shares = Vec::new();
+    for _ in 0..args.runs {
+        let cluster = args.cluster()?;
+        let client = args.client(&cluster)?;
+        args.topic(&client, "bench")?;
+        std::thread::sleep(Duration::from_millis(500));
+        let pid = cluster.brokers.first().map_or(0, crate::cluster::BrokerProcess::id);
+        let before = cpu_seconds(pid)?;
+        std::thread::sleep(Duration::from_secs(5));
+        shares.push((cpu_seconds(pid)? - before) / 5.0);
+    }
+    Report::new(args.parameters(), args.json).print(&[Row::new("idle.broker_cpu", "cores", &shares)])
+}

@@ -53,7 +53,9 @@ fn findings() -> Vec<Finding> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let flush = FlushSupport::detect();
     let hugepages = read("/proc/meminfo")
-        .and_then(|text| text.lines().find(|line| line.starts_with("HugePages_Total"))?.split_whitespace().nth(1).map(str::to_owned))
+        .and_then(|text| {
+            text.lines().find(|line| line.starts_with("HugePages_Total"))?.split_whitespace().nth(1).map(str::to_owned)
+        })
         .unwrap_or_else(|| "0".to_owned());
     let shmem = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_else(|| "not built".to_owned());
     let dax = entries("/sys/bus/dax/devices");
@@ -61,15 +63,45 @@ fn findings() -> Vec<Finding> {
     let libraries = env!("EMBARCADERO_LIBRARIES");
     let dpdk = !libraries.contains("libdpdk not found");
     vec![
-        finding("cores", cores >= 4, cores.to_string(), "with fewer than 4 cores all stages run to completion in one thread a broker, and threads do not spin"),
-        finding("flush instructions", flush.best().is_some(), flush.names(), "only cxl.coherence: host or fabric will work"),
-        finding("shared memory", Path::new("/dev/shm").is_dir(), "/dev/shm", "mount a tmpfs on /dev/shm, or give --path"),
-        finding("transparent huge pages on tmpfs", shmem.contains("[advise]") || shmem.contains("[always]") || shmem.contains("[within_size]"), shmem, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled"),
+        finding(
+            "cores",
+            cores >= 4,
+            cores.to_string(),
+            "with fewer than 4 cores all stages run to completion in one thread a broker, and threads do not spin",
+        ),
+        finding(
+            "flush instructions",
+            flush.best().is_some(),
+            flush.names(),
+            "only cxl.coherence: host or fabric will work",
+        ),
+        finding(
+            "shared memory",
+            Path::new("/dev/shm").is_dir(),
+            "/dev/shm",
+            "mount a tmpfs on /dev/shm, or give --path",
+        ),
+        finding(
+            "transparent huge pages on tmpfs",
+            shmem.contains("[advise]") || shmem.contains("[always]") || shmem.contains("[within_size]"),
+            shmem,
+            "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+        ),
         finding("hugetlb pages", hugepages != "0", hugepages, "only for hugetlbfs regions: sysctl vm.nr_hugepages=N"),
         memlock(),
-        finding("dax devices", !dax.is_empty(), list(&dax), "no CXL device-dax here: regions lie on tmpfs, which emulates it"),
+        finding(
+            "dax devices",
+            !dax.is_empty(),
+            list(&dax),
+            "no CXL device-dax here: regions lie on tmpfs, which emulates it",
+        ),
         finding("RDMA devices", !rdma.is_empty(), list(&rdma), "no RDMA device: the data plane is TCP"),
-        finding("native libraries at build time", !libraries.contains("not found"), libraries, "optional: libibverbs-dev, librdmacm-dev, libdpdk-dev"),
+        finding(
+            "native libraries at build time",
+            !libraries.contains("not found"),
+            libraries,
+            "optional: libibverbs-dev, librdmacm-dev, libdpdk-dev",
+        ),
         finding("DPDK", dpdk, if dpdk { "found" } else { "not found" }, "optional; this build has no DPDK transport"),
     ]
 }

@@ -61,8 +61,14 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let level = if cli.verbose { "debug" } else { "info" };
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| format!("warn,embarcadero={level},embarcadero_broker={level}").into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).with_target(false).init();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| format!("warn,embarcadero={level},embarcadero_broker={level}").into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .init();
     let Some(command) = cli.command else {
         eprintln!("no command; try --help");
         return ExitCode::from(2);

@@ -86,7 +86,12 @@ struct Totals {
     bytes: u64,
 }
 
-fn publish_all(publisher: &Publisher, mut input: impl BufRead, length_prefixed: bool, bar: &ProgressBar) -> Result<Totals> {
+fn publish_all(
+    publisher: &Publisher,
+    mut input: impl BufRead,
+    length_prefixed: bool,
+    bar: &ProgressBar,
+) -> Result<Totals> {
     let mut totals = Totals::default();
     let mut message = Vec::new();
     let mut shown = 0;
@@ -135,7 +140,8 @@ pub fn run(args: &ProduceArgs) -> Result<()> {
                     let publisher = client.publisher(&args.topic)?;
                     let totals = match &args.file {
                         Some(path) => {
-                            let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+                            let mut file =
+                                File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
                             file.seek(SeekFrom::Start(*start))?;
                             let input = BufReader::with_capacity(1 << 20, file.take(end - start));
                             publish_all(&publisher, input, args.length_prefixed, bar)?

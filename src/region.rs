@@ -4,14 +4,16 @@ use crate::settings::parse_bytes;
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};
 use embarcadero_datapath::cxl::cache::FlushMethod;
+use embarcadero_datapath::cxl::layout::BrokerHalf;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
 use embarcadero_datapath::cxl::order_index::{Extent, StreamId, read_extent, read_sequencer_half};
 use embarcadero_datapath::cxl::region::RegionFile;
 use embarcadero_datapath::cxl::segment::{SegmentUse, free_segments, read_owner};
 use embarcadero_datapath::cxl::session_table::{Session, read_progress, read_session};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, Headship, TopicConfig, read_broker, read_headship, read_pulse, read_topic};
+use embarcadero_datapath::cxl::tables::{
+    BrokerInfo, Headship, TopicConfig, read_broker, read_headship, read_pulse, read_topic,
+};
 use embarcadero_datapath::cxl::{Fabric, Native, Region, Site};
-use embarcadero_datapath::cxl::layout::BrokerHalf;
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -92,11 +94,28 @@ pub enum RegionCommand {
 
 pub fn run(command: RegionCommand) -> Result<()> {
     match command {
-        RegionCommand::Create { path, size, segment_size, allocator, max_brokers, max_topics, max_sessions, batchlog_slots, sparse, force } => {
+        RegionCommand::Create {
+            path,
+            size,
+            segment_size,
+            allocator,
+            max_brokers,
+            max_topics,
+            max_sessions,
+            batchlog_slots,
+            sparse,
+            force,
+        } => {
             let tables = Geometry::with_segments_of(segment_size, allocator.into());
             let geometry = Geometry { max_brokers, max_topics, max_sessions, batchlog_slots, ..tables }.fit(size)?;
             let file = RegionFile::create(&path, &geometry, FlushMethod::None, !sparse, force)?;
-            println!("created {} ({}, {} segments of {} bytes)", path.display(), file.region().uuid(), geometry.segment_count, geometry.segment_bytes);
+            println!(
+                "created {} ({}, {} segments of {} bytes)",
+                path.display(),
+                file.region().uuid(),
+                geometry.segment_count,
+                geometry.segment_bytes
+            );
             Ok(())
         }
         RegionCommand::Inspect { path, json } => {
@@ -215,7 +234,11 @@ impl Report {
             brokers: brokers.collect(),
             topics: (0..geometry.max_topics).filter_map(|id| TopicReport::read(region, id)).collect(),
             sessions: sessions.collect(),
-            segments: SegmentsReport { total: geometry.segment_count, free: free_segments(region), used: used.collect() },
+            segments: SegmentsReport {
+                total: geometry.segment_count,
+                free: free_segments(region),
+                used: used.collect(),
+            },
         }
     }
 }
@@ -227,22 +250,24 @@ impl TopicReport {
             let extent = read_extent(region, StreamId { topic: id, stream });
             (extent.incarnation == u64::from(config.incarnation)).then_some(extent)
         };
-        let entries = (0..region.geometry().max_brokers).filter(|broker| read_broker(region, *broker).is_some()).map(|broker| {
-            let half: BrokerHalf = region.fabric().observe_line(region.layout().offset_entry(id, broker), Site::BatchlogHeadRead);
-            let sequencer = read_sequencer_half(region, id, broker);
-            OffsetEntryReport {
-                broker,
-                log_offset: half.log_offset,
-                batchlog_head: half.batchlog_head,
-                written: half.written,
-                written_addr: half.written_addr,
-                ordered: sequencer.ordered,
-                ordered_offset: sequencer.ordered_offset,
-                consumed_through: sequencer.consumed_through,
-                decided_through: sequencer.decided_through,
-                own_index: extent(broker),
-            }
-        });
+        let entries =
+            (0..region.geometry().max_brokers).filter(|broker| read_broker(region, *broker).is_some()).map(|broker| {
+                let half: BrokerHalf =
+                    region.fabric().observe_line(region.layout().offset_entry(id, broker), Site::BatchlogHeadRead);
+                let sequencer = read_sequencer_half(region, id, broker);
+                OffsetEntryReport {
+                    broker,
+                    log_offset: half.log_offset,
+                    batchlog_head: half.batchlog_head,
+                    written: half.written,
+                    written_addr: half.written_addr,
+                    ordered: sequencer.ordered,
+                    ordered_offset: sequencer.ordered_offset,
+                    consumed_through: sequencer.consumed_through,
+                    decided_through: sequencer.decided_through,
+                    own_index: extent(broker),
+                }
+            });
         Some(Self { global_index: extent(StreamId::GLOBAL), offset_entries: entries.collect(), config })
     }
 }

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 /// `EMBARCADERO_BROKER_CXL__PATH=/dev/dax0.0` sets `cxl.path` of a broker.
 pub fn load<T: DeserializeOwned>(file: Option<&Path>, section: &str) -> Result<T> {
     let prefix = format!("EMBARCADERO_{section}_");
-    let variables = std::env::vars().filter_map(|(name, value)| Some((name.strip_prefix(&prefix)?.to_lowercase(), value)));
+    let variables =
+        std::env::vars().filter_map(|(name, value)| Some((name.strip_prefix(&prefix)?.to_lowercase(), value)));
     let text = match file {
         Some(file) => std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?,
         None => String::new(),
@@ -29,7 +30,8 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
         // Straight from the text, so that an error names its line.
         return Ok(serde_yaml::from_str(text)?);
     }
-    let mut root: Value = if text.trim().is_empty() { Value::Mapping(serde_yaml::Mapping::new()) } else { serde_yaml::from_str(text)? };
+    let mut root: Value =
+        if text.trim().is_empty() { Value::Mapping(serde_yaml::Mapping::new()) } else { serde_yaml::from_str(text)? };
     for (path, value) in overrides {
         let mut place = &mut root;
         for key in path.split("__") {
@@ -92,7 +94,8 @@ mod tests {
 
     #[test]
     fn the_environment_overrides_the_file() {
-        let overrides = [("cxl__path".to_owned(), "/dev/dax0.0".to_owned()), ("heartbeat_ms".to_owned(), "7".to_owned())];
+        let overrides =
+            [("cxl__path".to_owned(), "/dev/dax0.0".to_owned()), ("heartbeat_ms".to_owned(), "7".to_owned())];
         let config: BrokerConfig = parse("heartbeat_ms: 5\nid: 3", overrides.into_iter()).unwrap();
         assert_eq!((config.heartbeat_ms, config.id), (7, Some(3)));
         assert_eq!(config.cxl.path, Path::new("/dev/dax0.0"));

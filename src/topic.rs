@@ -79,10 +79,16 @@ pub fn run(command: TopicCommand) -> Result<()> {
             if name.json {
                 println!("{}", json!({ "topic": topic, "streams": streams }));
             } else {
-                println!("{} order {} ack {} replication {}", topic.name, topic.order, topic.ack_level, topic.replication_factor);
+                println!(
+                    "{} order {} ack {} replication {}",
+                    topic.name, topic.order, topic.ack_level, topic.replication_factor
+                );
                 for stream in streams {
                     let broker = stream.broker.map_or("global".to_owned(), |broker| format!("broker {broker}"));
-                    println!("  {broker}: offsets {} to {}, {} batches", stream.earliest_offset, stream.next_offset, stream.batches);
+                    println!(
+                        "  {broker}: offsets {} to {}, {} batches",
+                        stream.earliest_offset, stream.next_offset, stream.batches
+                    );
                 }
             }
         }

@@ -60,11 +60,13 @@ impl Check {
             if let Some(due) = session.due.filter(|due| *due != sequence) {
                 let kind = if sequence < due { "duplicate or out of order" } else { "gap" };
                 let client = batch.header.client_id;
-                self.faults.push(format!("{kind}: client {client:#x} has sequence {sequence} at offset {at}, {due} was due"));
+                self.faults
+                    .push(format!("{kind}: client {client:#x} has sequence {sequence} at offset {at}, {due} was due"));
             }
             session.due = Some(sequence + 1);
         } else if !session.sequences.insert(sequence) {
-            self.faults.push(format!("duplicate: client {:#x} sequence {sequence} at offset {at}", batch.header.client_id));
+            self.faults
+                .push(format!("duplicate: client {:#x} sequence {sequence} at offset {at}", batch.header.client_id));
         }
     }
 }

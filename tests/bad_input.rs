@@ -51,10 +51,16 @@ fn bench() -> Bench {
     let client_id = publisher.client_id();
     let report = run(&["region", "inspect", "--json", "--path", cluster.region.to_str().unwrap()]);
     let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
-    let session = report["sessions"].as_array().unwrap().iter().find(|s| s["client_id"].as_u64() == Some(client_id)).unwrap();
+    let session =
+        report["sessions"].as_array().unwrap().iter().find(|s| s["client_id"].as_u64() == Some(client_id)).unwrap();
     let (slot, epoch) = (session["slot"].as_u64().unwrap() as u32, session["epoch"].as_u64().unwrap() as u32);
-    let origin =
-        BatchOrigin { client_id, session_epoch: epoch, session_slot: slot, topic: topic.id, topic_incarnation: topic.incarnation };
+    let origin = BatchOrigin {
+        client_id,
+        session_epoch: epoch,
+        session_slot: slot,
+        topic: topic.id,
+        topic_incarnation: topic.incarnation,
+    };
     let open = OpenPublish {
         client_id,
         session_epoch: epoch,
@@ -198,7 +204,8 @@ fn the_control_plane_names_what_is_wrong() {
     assert!(client.publisher("nope").map(drop).unwrap_err().to_string().contains("does not exist"));
     let two = Client::connect(ClientConfig { ack_level: 2, ..cluster.config() }).unwrap();
     assert!(two.publisher("t").map(drop).unwrap_err().to_string().contains("offers at most 1"));
-    let large = Client::connect(ClientConfig { batch_size: 16 << 20, buffer_bytes: 64 << 20, ..cluster.config() }).unwrap();
+    let large =
+        Client::connect(ClientConfig { batch_size: 16 << 20, buffer_bytes: 64 << 20, ..cluster.config() }).unwrap();
     assert!(large.publisher("t").map(drop).unwrap_err().to_string().contains("max_batch_bytes"));
     let publisher = client.publisher("t").unwrap();
     assert!(matches!(publisher.publish(&vec![0; 1 << 20]), Err(ClientError::MessageTooLarge { .. })));

@@ -40,10 +40,13 @@ fn publish_and_consume(order: &str, bytes: u64, follow: bool) {
         let count = lines.to_string();
         cluster.command(&["consume", "text", "--count", &count]).stdout(File::create(output).unwrap()).spawn().unwrap()
     };
-    let mut subscribers: Vec<Child> = if follow { outputs.iter().map(|output| consume(output)).collect() } else { Vec::new() };
+    let mut subscribers: Vec<Child> =
+        if follow { outputs.iter().map(|output| consume(output)).collect() } else { Vec::new() };
     let mut publishers: Vec<Child> = inputs
         .iter()
-        .map(|input| cluster.command(&["produce", "text", "-f", input.to_str().unwrap()]).stderr(Stdio::null()).spawn().unwrap())
+        .map(|input| {
+            cluster.command(&["produce", "text", "-f", input.to_str().unwrap()]).stderr(Stdio::null()).spawn().unwrap()
+        })
         .collect();
     for publisher in &mut publishers {
         assert!(publisher.wait().unwrap().success());
@@ -72,7 +75,12 @@ fn publish_and_consume(order: &str, bytes: u64, follow: bool) {
                 published.sort_unstable();
                 read.sort_unstable();
             }
-            assert!(published == read, "publisher {number}: {} lines went in, {} came out", published.len(), read.len());
+            assert!(
+                published == read,
+                "publisher {number}: {} lines went in, {} came out",
+                published.len(),
+                read.len()
+            );
         }
         assert!(consumed.is_empty(), "lines that nobody published");
     }

@@ -60,14 +60,7 @@ impl AckQueue {
     }
 
     fn ack(&self, sequence: u64, first_offset: u64, committed: u64) -> Ack {
-        Ack {
-            sequence,
-            first_offset,
-            committed,
-            session_epoch: self.epoch,
-            stream: StreamId::GLOBAL,
-            ..Ack::blank()
-        }
+        Ack { sequence, first_offset, committed, session_epoch: self.epoch, stream: StreamId::GLOBAL, ..Ack::blank() }
     }
 
     /// Acks for what the sequencer committed since the last call.

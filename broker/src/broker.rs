@@ -94,7 +94,8 @@ impl Broker {
             Role::Head => Some(file.claim_head()?.ok_or(BrokerError::HeadTaken)?),
         };
         let data = listen(config.data_listen).map_err(io_error(format!("listen on {}", config.data_listen)))?;
-        let control = listen(config.control_listen).map_err(io_error(format!("listen on {}", config.control_listen)))?;
+        let control =
+            listen(config.control_listen).map_err(io_error(format!("listen on {}", config.control_listen)))?;
         let local = |socket: &TcpListener| socket.local_addr().map_err(io_error("read a socket's address"));
         let info = BrokerInfo {
             id,

@@ -9,7 +9,8 @@ use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
 use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::tables::{
-    Order, TopicConfig, TopicState, check_topic_name, live_topics, publish_topic, read_broker, read_headship, read_topic,
+    Order, TopicConfig, TopicState, check_topic_name, live_topics, publish_topic, read_broker, read_headship,
+    read_topic,
 };
 use embarcadero_datapath::cxl::{Native, Region};
 use std::sync::Arc;
@@ -59,10 +60,7 @@ impl ControlService {
             .ok_or_else(|| Status::not_found(format!("topic {name:?} does not exist")))
     }
 
-    async fn ask<R: Send + 'static>(
-        &self,
-        command: impl FnOnce(Sender<R>) -> Command,
-    ) -> Result<R, Status> {
+    async fn ask<R: Send + 'static>(&self, command: impl FnOnce(Sender<R>) -> Command) -> Result<R, Status> {
         let (reply, answer): (Sender<R>, Receiver<R>) = bounded(1);
         let head = self.head()?;
         head.commands.send(command(reply)).map_err(|_| Status::unavailable("the sequencer has stopped"))?;
@@ -156,7 +154,10 @@ impl Control for ControlService {
         }))
     }
 
-    async fn create_topic(&self, request: Request<proto::CreateTopicRequest>) -> Result<Response<proto::Topic>, Status> {
+    async fn create_topic(
+        &self,
+        request: Request<proto::CreateTopicRequest>,
+    ) -> Result<Response<proto::Topic>, Status> {
         let mut config = requested_topic(request.get_ref())?;
         let _one_at_a_time = self.head()?.topics.lock().await;
         if self.topic(&config.name).is_ok() {

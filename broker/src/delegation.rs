@@ -103,15 +103,7 @@ impl<F: Fabric> Delegation<F> {
     ) -> Self {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
-        Self {
-            logs: (0..slots).map(|_| None).collect(),
-            topics,
-            landed,
-            stalled: None,
-            acks,
-            pulse,
-            group,
-        }
+        Self { logs: (0..slots).map(|_| None).collect(), topics, landed, stalled: None, acks, pulse, group }
     }
 
     /// Takes up to `budget` batches; publishes groups, and what is left once nothing more is there. Returns how many

@@ -109,8 +109,11 @@ impl SubscriberSession {
             _ => {
                 let after = |entry: &IndexEntry| entry.ordered_us >= request.start;
                 let cursor = self.reader.partition_point(low, committed, after).map_err(corrupt)?;
-                let offset =
-                    if cursor < committed { self.reader.read(cursor).map_err(corrupt)?.first_offset } else { next_offset };
+                let offset = if cursor < committed {
+                    self.reader.read(cursor).map_err(corrupt)?.first_offset
+                } else {
+                    next_offset
+                };
                 (cursor, offset)
             }
         };
@@ -180,7 +183,11 @@ impl SubscriberSession {
         }
         let earliest = self.extent().map_or(0, |extent| extent.earliest_offset);
         if outbox.is_mid_way() {
-            return refuse(ErrorCode::TooSlow, "the subscriber did not read what retention had to take".to_owned(), earliest);
+            return refuse(
+                ErrorCode::TooSlow,
+                "the subscriber did not read what retention had to take".to_owned(),
+                earliest,
+            );
         }
         let text = format!(
             "offset out of range: retention trimmed topic {} up to offset {earliest} (entry {trimmed}) before it was read",

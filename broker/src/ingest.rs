@@ -142,6 +142,16 @@ impl PublisherSession {
         }
     }
 
+    /// The publisher waits, and after a while it is told why.
+    fn wait_for_room(&mut self, reason: &str) -> Placement {
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        if since.elapsed() < self.limits.exhausted_wait {
+            return Placement::Wait;
+        }
+        let text = format!("{reason} (waited {} ms)", self.limits.exhausted_wait.as_millis());
+        Placement::Refuse(TransportError::refused(ErrorCode::PoolExhausted, text))
+    }
+
     /// Room for one more batch between here and the delegation.
     pub fn can_hand_over(&self) -> bool {
         // Other workers hand over too; each has at most one batch between this check and its hand-over.
@@ -195,7 +205,8 @@ impl Landing for Place<'_> {
             }
         }
         if !session.can_hand_over() {
-            return Placement::Wait;
+            return session
+                .wait_for_room("batches that are here cannot be ordered: the Batchlog or the order index has no room");
         }
         match session.topic.blog.reserve(header.batch_bytes()) {
             Ok(at) => {
@@ -203,14 +214,7 @@ impl Landing for Place<'_> {
                 session.waiting_since = None;
                 Placement::At(at)
             }
-            Err(error) => {
-                let since = *session.waiting_since.get_or_insert_with(Instant::now);
-                if since.elapsed() < session.limits.exhausted_wait {
-                    return Placement::Wait;
-                }
-                let text = format!("{error} (waited {} ms)", session.limits.exhausted_wait.as_millis());
-                Placement::Refuse(TransportError::refused(ErrorCode::PoolExhausted, text))
-            }
+            Err(error) => session.wait_for_room(&error.to_string()),
         }
     }
 }

@@ -467,8 +467,15 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    fn open_session(&mut self, topic: u32, client_id: u64, ack_level: u8, now_us: u64) -> Result<Session, SessionError> {
-        let config = self.configs.get(topic as usize).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
+    fn open_session(
+        &mut self,
+        topic: u32,
+        client_id: u64,
+        ack_level: u8,
+        now_us: u64,
+    ) -> Result<Session, SessionError> {
+        let config =
+            self.configs.get(topic as usize).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let slot = self.row_for(topic, config.incarnation, client_id, now_us)?;
         self.end_session(slot, SessionState::Fenced);
         let committed = read_progress(&self.region, slot);
@@ -502,7 +509,8 @@ impl<F: Fabric> Sequencer<F> {
                 }
                 Some(row) if row.state == SessionState::Open => {
                     let active = self.sessions.get(slot as usize).and_then(Option::as_ref).map_or(0, |s| s.active_us);
-                    if now_us.saturating_sub(active) > self.leases.idle_us && idle.is_none_or(|(than, _)| active < than) {
+                    if now_us.saturating_sub(active) > self.leases.idle_us && idle.is_none_or(|(than, _)| active < than)
+                    {
                         idle = Some((active, slot));
                     }
                 }

@@ -369,9 +369,9 @@ impl Worker {
                 }
                 if check { Self::check_standing(region, session, outbox) } else { Ok(()) }
             }
-            Role::Subscriber(session) => session
-                .poll(&mut client.outbox, self.shared.delivery_patience)
-                .map(|queued| moved |= queued > 0),
+            Role::Subscriber(session) => {
+                session.poll(&mut client.outbox, self.shared.delivery_patience).map(|queued| moved |= queued > 0)
+            }
             Role::Leaving(until) => {
                 if client.outbox.is_empty() {
                     client.link.finish();

@@ -109,7 +109,10 @@ impl TopicView {
             proto::Order::Total => Order::Total,
             proto::Order::Strong => Order::Strong,
             proto::Order::Unspecified => {
-                return Err(ClientError::Unreachable(format!("topic {} has an order this client does not know", topic.name)));
+                return Err(ClientError::Unreachable(format!(
+                    "topic {} has an order this client does not know",
+                    topic.name
+                )));
             }
         };
         Ok(Self {

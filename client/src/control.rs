@@ -31,12 +31,7 @@ impl Control {
             .enable_all()
             .build()
             .map_err(ClientError::io("start the control runtime"))?;
-        Ok(Self {
-            runtime,
-            endpoints: config.bootstrap.clone(),
-            connect_timeout: config.connect_timeout(),
-            head: None,
-        })
+        Ok(Self { runtime, endpoints: config.bootstrap.clone(), connect_timeout: config.connect_timeout(), head: None })
     }
 
     async fn connect(endpoint: &str, timeout: Duration) -> Result<ControlClient<Channel>, ClientError> {

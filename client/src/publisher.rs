@@ -75,10 +75,16 @@ struct InFlight {
 }
 
 enum Connection {
-    Down { retry_at: Instant, wait: Duration },
+    Down {
+        retry_at: Instant,
+        wait: Duration,
+    },
     /// Being connected by the background thread.
     Connecting,
-    Up { link: Link, ready: bool },
+    Up {
+        link: Link,
+        ready: bool,
+    },
 }
 
 struct Slot {
@@ -314,11 +320,8 @@ impl PublisherCore {
 
     fn seal(&self, open: &mut Open, force: bool) {
         let Some(builder) = open.builder.as_ref().filter(|builder| !builder.is_empty()) else { return };
-        let load = Load {
-            in_flight: self.in_flight.load(Ordering::Relaxed),
-            queued: 0,
-            open_bytes: builder.batch_bytes(),
-        };
+        let load =
+            Load { in_flight: self.in_flight.load(Ordering::Relaxed), queued: 0, open_bytes: builder.batch_bytes() };
         if !(force || self.policy.goes(load)) {
             return;
         }
@@ -392,7 +395,9 @@ impl Driver {
         let mut again = 0;
         for (number, batch) in (first..).zip(&mut self.in_flight) {
             match batch.state {
-                State::Sent(Some(slot)) if lost(slot) && self.ack_level == 0 => batch.state = State::Acknowledged(UNKNOWN_OFFSET),
+                State::Sent(Some(slot)) if lost(slot) && self.ack_level == 0 => {
+                    batch.state = State::Acknowledged(UNKNOWN_OFFSET)
+                }
                 State::Sent(Some(slot)) if lost(slot) => {
                     batch.state = if number < committed { State::Sent(None) } else { State::Queued };
                     again += u64::from(number >= committed);

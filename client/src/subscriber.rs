@@ -302,7 +302,9 @@ impl Subscriber {
         let others: Vec<_> = cluster
             .brokers
             .into_iter()
-            .filter(|broker| if stream.id == u32::MAX { broker.data != stream.broker.data } else { broker.id == stream.id })
+            .filter(
+                |broker| if stream.id == u32::MAX { broker.data != stream.broker.data } else { broker.id == stream.id },
+            )
             .collect();
         if !others.is_empty() {
             let pick = rand::random::<u32>() as usize % others.len();
@@ -362,7 +364,11 @@ impl Subscriber {
         Ok((due - deliver.first_offset) as usize)
     }
 
-    fn receive(&mut self, timeout: Duration, mut reaches: impl FnMut(usize, u64)) -> Result<Option<Current>, ClientError> {
+    fn receive(
+        &mut self,
+        timeout: Duration,
+        mut reaches: impl FnMut(usize, u64),
+    ) -> Result<Option<Current>, ClientError> {
         let deadline = Instant::now() + timeout;
         loop {
             match self.look()? {
@@ -435,7 +441,8 @@ impl Subscriber {
         let Some(stream) = self.streams.get(current.stream) else { return Ok(None) };
         let body = &stream.buffer[current.body.clone()];
         let table_at = current.header.table_at() as usize + current.taken * 4;
-        let length = body.get(table_at..).and_then(|table| table.first_chunk::<4>()).map_or(0, |l| u32::from_le_bytes(*l));
+        let length =
+            body.get(table_at..).and_then(|table| table.first_chunk::<4>()).map_or(0, |l| u32::from_le_bytes(*l));
         let payload = body.get(current.payload_at..current.payload_at + length as usize).unwrap_or(&[]);
         let message = Message {
             offset: current.deliver.first_offset + current.taken as u64,

@@ -76,7 +76,8 @@ impl Cluster {
     /// Starts one more broker.
     pub fn add(&mut self, arguments: &[&str]) -> usize {
         let mut child = Command::new(PROGRAM)
-            .args(["broker", "--region", self.region.to_str().unwrap(), "--control", "127.0.0.1:0"])
+            .args(["broker", "--region", self.region.to_str().unwrap()])
+            .args(if arguments.contains(&"--control") { &[][..] } else { &["--control", "127.0.0.1:0"] })
             .args(arguments)
             .envs(self.environment.iter().cloned())
             .env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", "8")

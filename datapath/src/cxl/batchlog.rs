@@ -228,6 +228,9 @@ mod tests {
             sequencer.fabric().fence(Site::ConsumedFlush);
         }
         assert!(next > 100);
-        assert_eq!(BatchlogWriter::new(Region::open(writer.region.fabric().clone()).unwrap(), 0, 0).head(), writer.head());
+        assert_eq!(
+            BatchlogWriter::new(Region::open(writer.region.fabric().clone()).unwrap(), 0, 0).head(),
+            writer.head()
+        );
     }
 }

@@ -210,7 +210,12 @@ pub trait Fabric: Clone + Send + Sync + 'static {
 
     /// Reads a versioned line and what `more` reads under it; `None` while its writer is changing it or when it was
     /// never written.
-    fn observe_versioned<T: Line, R>(&self, at: RegionOffset, site: Site, more: impl FnOnce(&T) -> R) -> Option<(T, R)> {
+    fn observe_versioned<T: Line, R>(
+        &self,
+        at: RegionOffset,
+        site: Site,
+        more: impl FnOnce(&T) -> R,
+    ) -> Option<(T, R)> {
         let version_at = at.add(56);
         self.invalidate(at, LINE_BYTES, site);
         let before = self.load(version_at);

@@ -43,9 +43,9 @@ impl Mapping {
         let base = map.as_mut_ptr();
         if let Some(node) = numa_node {
             let mut mask = [0u64; 16];
-            let word = mask
-                .get_mut(node as usize / 64)
-                .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("cxl.numa_node {node} exceeds 1023")))?;
+            let word = mask.get_mut(node as usize / 64).ok_or_else(|| {
+                io::Error::new(io::ErrorKind::InvalidInput, format!("cxl.numa_node {node} exceeds 1023"))
+            })?;
             *word = 1 << (node % 64);
             const MPOL_BIND: libc::c_long = 2; // include/uapi/linux/mempolicy.h
             // SAFETY: the range is the mapping just made, the mask holds 1024 bits as maxnode says.

@@ -85,7 +85,13 @@ pub struct OrderIndexWriter<F> {
 impl<F: Fabric> OrderIndexWriter<F> {
     /// Goes on at the tail that the region shows, or starts the index of a new incarnation of its topic: offsets then
     /// begin at 0, positions go on growing.
-    pub fn open(region: Region<F>, id: StreamId, incarnation: u32, epoch: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
+    pub fn open(
+        region: Region<F>,
+        id: StreamId,
+        incarnation: u32,
+        epoch: u64,
+        pool: Arc<dyn SegmentAllocator>,
+    ) -> Self {
         let tail_at = id.tail(&region);
         let mut tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
         let per_segment = entries_per_segment(&region);
@@ -100,11 +106,24 @@ impl<F: Fabric> OrderIndexWriter<F> {
             }
         } else {
             let base = tail.committed.next_multiple_of(per_segment);
-            tail = TailLine { base, trimmed: base, committed: base, epoch, incarnation: incarnation.into(), ..TailLine::zeroed() };
+            tail = TailLine {
+                base,
+                trimmed: base,
+                committed: base,
+                epoch,
+                incarnation: incarnation.into(),
+                ..TailLine::zeroed()
+            };
             let fabric = region.fabric();
             for (at, value) in [
-                (BASE, base), (TRIMMED, base), (TRIMMED_OFFSET, 0), (NEXT_OFFSET, 0), (BYTES, 0), (EPOCH, epoch),
-                (COMMITTED, base), (INCARNATION, tail.incarnation),
+                (BASE, base),
+                (TRIMMED, base),
+                (TRIMMED_OFFSET, 0),
+                (NEXT_OFFSET, 0),
+                (BYTES, 0),
+                (EPOCH, epoch),
+                (COMMITTED, base),
+                (INCARNATION, tail.incarnation),
             ] {
                 // SYNC: the incarnation last; pairs with `read_extent`.
                 fabric.store(tail_at.add(at), value);
@@ -461,8 +480,7 @@ impl<F: Fabric> OrderIndexReader<F> {
         let segment = match self.segment {
             Some((known, segment)) if known == ordinal => segment,
             _ => {
-                let segment =
-                    read_directory(&self.region, self.id, ordinal).ok_or(ReadError::Trimmed { position })?;
+                let segment = read_directory(&self.region, self.id, ordinal).ok_or(ReadError::Trimmed { position })?;
                 if segment >= self.region.geometry().segment_count {
                     return Err(ReadError::Corrupt { position, found: segment });
                 }

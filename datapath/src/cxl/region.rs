@@ -63,7 +63,9 @@ pub enum RegionError {
         expected: u32,
     },
     /// Another layout version.
-    #[error("the region has layout version {found}, this build reads version {LAYOUT_VERSION}; recreate the region or use a matching build")]
+    #[error(
+        "the region has layout version {found}, this build reads version {LAYOUT_VERSION}; recreate the region or use a matching build"
+    )]
     Version {
         /// As stored.
         found: u32,
@@ -111,7 +113,9 @@ pub enum RegionError {
     #[error(transparent)]
     Flush(#[from] UnsupportedFlush),
     /// The allocator needs what the platform does not give.
-    #[error("the region's allocator is `bitmap`, which needs hardware coherence; cxl.coherence is `none`: create the region with --allocator partitioned or leader")]
+    #[error(
+        "the region's allocator is `bitmap`, which needs hardware coherence; cxl.coherence is `none`: create the region with --allocator partitioned or leader"
+    )]
     AllocatorNeedsCoherence,
 }
 

@@ -17,7 +17,9 @@ use std::sync::{Mutex, PoisonError};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PoolError {
     /// All segments that this broker may take are in use.
-    #[error("segment pool exhausted: all {segments} segments are in use; let retention trim, delete a topic, or create a larger region")]
+    #[error(
+        "segment pool exhausted: all {segments} segments are in use; let retention trim, delete a topic, or create a larger region"
+    )]
     Exhausted {
         /// Segments that the allocator looks after.
         segments: u32,
@@ -236,11 +238,8 @@ pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: Segment
 
 /// Who holds a segment.
 pub fn read_owner<F: Fabric>(region: &Region<F>, segment: u32) -> SegmentUse {
-    let read = region.fabric().observe_versioned::<OwnerLine, ()>(
-        region.layout().owner(segment),
-        Site::OwnerRead,
-        |_| (),
-    );
+    let read =
+        region.fabric().observe_versioned::<OwnerLine, ()>(region.layout().owner(segment), Site::OwnerRead, |_| ());
     match read {
         Some((line, ())) if line.kind == 1 => SegmentUse::Blog {
             topic: line.topic,

@@ -191,11 +191,11 @@ impl Simulated {
         lock(&self.world).hosts.get(self.host).is_some_and(|host| host.crashed)
     }
 
+    /// Something may happen by itself, then others may run, then the operation is done.
     fn enter(&self) -> MutexGuard<'_, World> {
+        lock(&self.world).weather(self.host);
         (self.interleave)();
-        let mut world = lock(&self.world);
-        world.weather(self.host);
-        world
+        lock(&self.world)
     }
 
     fn lines(at: RegionOffset, len: u64) -> std::ops::Range<u64> {
@@ -278,6 +278,9 @@ impl Fabric for Simulated {
             if host.crashed {
                 host.cache.remove(&line);
             } else {
+                // A reader drops lines that it does not write; a writer that forgot to flush is caught here.
+                let dirty = host.cache.get(&line).is_some_and(|cached| cached.dirty);
+                assert!(!dirty, "{site:?} drops line {line:#x} that this host wrote and did not flush");
                 World::evict(memory, host, line);
             }
         }

@@ -81,12 +81,7 @@ impl Poller {
         let count = if timeout.is_zero() {
             // SAFETY: the buffer holds as many events as stated.
             unsafe {
-                libc::epoll_wait(
-                    self.epoll.as_raw_fd(),
-                    self.events.as_mut_ptr(),
-                    self.events.len() as libc::c_int,
-                    0,
-                )
+                libc::epoll_wait(self.epoll.as_raw_fd(), self.events.as_mut_ptr(), self.events.len() as libc::c_int, 0)
             }
         } else {
             let time = libc::timespec {

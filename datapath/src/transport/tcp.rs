@@ -80,7 +80,13 @@ fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {
 ///
 /// # Errors
 /// What the kernel reports; `WouldBlock` when there is nothing.
-pub fn receive_into(stream: &TcpStream, memory: &Native, at: RegionOffset, len: u64, rest: &mut [u8]) -> io::Result<usize> {
+pub fn receive_into(
+    stream: &TcpStream,
+    memory: &Native,
+    at: RegionOffset,
+    len: u64,
+    rest: &mut [u8],
+) -> io::Result<usize> {
     let mut ranges = [
         libc::iovec { iov_base: memory.address(at, len).cast(), iov_len: len as usize },
         libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() },

@@ -218,12 +218,8 @@ impl BatchBuilder {
         for length in &self.lengths {
             self.bytes.extend_from_slice(&length.to_le_bytes());
         }
-        let mut header = BatchHeader {
-            payload_bytes,
-            message_count: self.lengths.len() as u32,
-            sequence,
-            ..BatchHeader::blank()
-        };
+        let mut header =
+            BatchHeader { payload_bytes, message_count: self.lengths.len() as u32, sequence, ..BatchHeader::blank() };
         if checksum {
             header.flags = BODY_CHECKSUM;
             header.body_checksum = crc32c(&self.bytes[FRAME_BYTES..]);

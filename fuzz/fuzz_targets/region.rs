@@ -1,0 +1,27 @@
+//! Any bytes in the place of a superblock are a region or are refused, and tables full of garbage read without panic.
+#![no_main]
+
+use embarcadero_datapath::cxl::session_table::read_session;
+use embarcadero_datapath::cxl::tables::{live_topics, read_broker, read_headship};
+use embarcadero_datapath::cxl::{Fabric, Mapping, Native, Region, RegionOffset};
+use embarcadero_datapath::cxl::cache::FlushMethod;
+use libfuzzer_sys::fuzz_target;
+use std::cell::OnceCell;
+
+thread_local! {
+    static MEMORY: OnceCell<Native> = const { OnceCell::new() };
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    MEMORY.with(|memory| {
+        let memory = memory.get_or_init(|| {
+            let mapping = Mapping::anonymous(256 << 20, None).expect("anonymous memory");
+            Native::new(mapping, FlushMethod::None).expect("no flush is always there")
+        });
+        let bytes = &bytes[..bytes.len().min(1 << 20)];
+        memory.write_bytes(RegionOffset(0), bytes);
+        if let Ok(region) = Region::open(memory.clone()) {
+            let _ = (live_topics(&region), read_headship(&region), read_broker(&region, 0), read_session(&region, 0));
+        }
+    });
+});
