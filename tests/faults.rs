@@ -181,6 +181,7 @@ fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
             }
         }
     });
+    eventually("the victim publishes", || client.describe_topic("kill").unwrap().1[0].batches > 2);
     let mut reader = cluster.command(&["consume", "kill", "--follow"]).stdout(Stdio::null()).spawn().unwrap();
 
     let publisher = client.publisher("kill").unwrap();
@@ -188,7 +189,6 @@ fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
     for number in 0..60_000u64 {
         match number {
             15_000 => {
-                eventually("the victim publishes", || client.describe_topic("kill").unwrap().1[0].batches > 20);
                 victim.kill().unwrap();
                 victim.wait().unwrap();
             }

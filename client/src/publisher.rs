@@ -253,7 +253,9 @@ impl PublisherCore {
         for slot in &mut driver.slots {
             slot.down(Duration::ZERO);
         }
-        driver.requeue(|_| true);
+        // Each new connection begins with the acks of what is committed: only the rest is sent again.
+        let committed = driver.committed;
+        driver.requeue(|_| true, committed);
     }
 
     /// Connects what is down and due. May block for as long as connecting does.
@@ -389,9 +391,9 @@ impl Driver {
         }
     }
 
-    /// Queues again what was on connections for which `lost` holds, except what is known to be committed.
-    fn requeue(&mut self, lost: impl Fn(usize) -> bool) {
-        let (first, committed) = (self.first, self.committed);
+    /// Queues again what was on connections for which `lost` holds, except batches below `committed`.
+    fn requeue(&mut self, lost: impl Fn(usize) -> bool, committed: u64) {
+        let first = self.first;
         let mut again = 0;
         for (number, batch) in (first..).zip(&mut self.in_flight) {
             match batch.state {
@@ -415,7 +417,8 @@ impl Driver {
         if let Some(slot) = self.slots.get_mut(index) {
             slot.down(wait);
         }
-        self.requeue(|slot| slot == index);
+        // Also what is committed: its ack was lost with the connection, and a duplicate is acknowledged again.
+        self.requeue(|slot| slot == index, 0);
     }
 
     fn drive(&mut self) -> bool {
