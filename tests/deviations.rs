@@ -1,5 +1,6 @@
 //! Ties the deviation register to the code: an entry without a marker, a marker without an entry, or a missing row of
 //! the table is a failure.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -31,7 +32,8 @@ fn register_markers_and_metrics_agree() {
     let rows: BTreeSet<u32> = after(&register, "\n| DEV-").collect();
     let mut files = Vec::new();
     sources(root(), &mut files);
-    let markers: BTreeSet<u32> = files.iter().flat_map(|text| after(text, "[[DEVIATION_").collect::<Vec<_>>()).collect();
+    let markers: BTreeSet<u32> =
+        files.iter().flat_map(|text| after(text, "[[DEVIATION_").collect::<Vec<_>>()).collect();
     assert!(entries.is_superset(&(1..=6).collect()), "DEV-001 to DEV-006 are given");
     assert_eq!(entries, markers, "entries of the register and markers in the code differ");
     assert_eq!(entries, rows, "entries of the register and rows of its table differ");
@@ -40,11 +42,13 @@ fn register_markers_and_metrics_agree() {
 /// The paths that the one-page maps name exist.
 #[test]
 fn documents_name_files_that_exist() {
-    for document in ["README.md", "ARCHITECTURE.md", "docs/deviations.md", "docs/memory-layout.md", "docs/protocol.md"] {
+    for document in ["README.md", "ARCHITECTURE.md", "docs/deviations.md", "docs/memory-layout.md", "docs/protocol.md"]
+    {
         let text = std::fs::read_to_string(root().join(document)).unwrap();
         for word in text.split('`').skip(1).step_by(2) {
             let path = word.split("::").next().unwrap();
-            let is_path = path.contains('/') && !path.contains(char::is_whitespace) && !path.starts_with(['/', '-', '@']);
+            let is_path =
+                path.contains('/') && !path.contains(char::is_whitespace) && !path.starts_with(['/', '-', '@']);
             if is_path && [".rs", ".md", ".yaml", ".proto"].iter().any(|end| path.ends_with(end)) {
                 let path = path.trim_start_matches("./");
                 assert!(root().join(path).exists(), "{document} names {path}, which does not exist");

@@ -1,4 +1,5 @@
 //! Promise: memory is bounded, and running out of it is a wait, then an error, never a loss.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 mod support;
 

@@ -33,7 +33,7 @@ struct Chain {
 
 /// One broker's log of one topic.
 ///
-/// [[DEVIATION_003]] A reservation is one atomic addition, whatever the number of messages.
+/// `[[DEVIATION_003]]` A reservation is one atomic addition, whatever the number of messages.
 pub struct Blog<F> {
     region: Region<F>,
     topic: u32,

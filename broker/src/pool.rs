@@ -29,11 +29,14 @@ pub fn allocator(region: &Region<Native>, broker: u32, head: bool) -> io::Result
 /// How long a call to the leader may take.
 const CALL: Duration = Duration::from_secs(2);
 
+/// Where calls run, and the connection to the head of an epoch.
+type Calls = (tokio::runtime::Runtime, Option<(u64, ControlClient<Channel>)>);
+
 /// DEV-005 (B): asks the head for segments.
 pub struct LeaderAllocator<F> {
     region: Region<F>,
     broker: u32,
-    calls: Mutex<(tokio::runtime::Runtime, Option<(u64, ControlClient<Channel>)>)>,
+    calls: Mutex<Calls>,
 }
 
 impl<F: Fabric> LeaderAllocator<F> {

@@ -1,6 +1,6 @@
 //! Sessions as the sequencer keeps them: what is expected next, what waits for a gap to close, what is a duplicate.
 //!
-//! [[DEVIATION_008]] The paper's sequencer skips a gap that does not close. Ours never does: a gap that outlives the
+//! `[[DEVIATION_008]]` The paper's sequencer skips a gap that does not close. Ours never does: a gap that outlives the
 //! session's lease fences the session, and its client resubmits exactly what did not commit under the next epoch.
 
 use embarcadero_datapath::cxl::layout::{BatchEntry, SESSION_WINDOW};

@@ -22,7 +22,7 @@ pub trait BatchPolicy: Send + Sync {
 
 /// Batches of a fixed size; a message goes out at once when nothing is under way, so light load pays no delay.
 ///
-/// The paper's policy with 512 KiB. [[DEVIATION_001]] (adaptive sizes) will be another implementation of the trait.
+/// The paper's policy with 512 KiB. `[[DEVIATION_001]]` (adaptive sizes) will be another implementation of the trait.
 #[derive(Clone, Copy, Debug)]
 pub struct FixedSize {
     bytes: usize,

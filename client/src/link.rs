@@ -63,10 +63,12 @@ impl Link {
         loop {
             if let Some(frame) = self.buffer[self.start..self.end].first_chunk::<FRAME_BYTES>() {
                 match Frame::decode(frame) {
-                    Ok(Frame::ErrorFrame(error)) => match self.refusal(&error) {
-                        Some(event) => return event,
-                        None => {} // its text has not come yet
-                    },
+                    Ok(Frame::ErrorFrame(error)) => {
+                        // Its text may not have come yet.
+                        if let Some(event) = self.refusal(&error) {
+                            return event;
+                        }
+                    }
                     Ok(frame) => {
                         self.start += FRAME_BYTES;
                         return LinkEvent::Frame(frame);

@@ -1,6 +1,6 @@
 //! How a polling thread waits.
 //!
-//! [[DEVIATION_006]] The paper's loops busy-wait. Ours `pause` in the spin and yield once a millisecond
+//! `[[DEVIATION_006]]` The paper's loops busy-wait. Ours `pause` in the spin and yield once a millisecond
 //! ([`PollPolicy::SpinYield`]); the default goes further and sleeps once nothing has come for a while, so an idle
 //! broker costs next to nothing.
 
@@ -33,7 +33,7 @@ pub struct PollBounds {
 }
 
 impl PollBounds {
-    /// [[DEVIATION_009]] Bounds for `pollers` polling threads on `cores` cores: a spin of 1 ms where each has a core
+    /// `[[DEVIATION_009]]` Bounds for `pollers` polling threads on `cores` cores: a spin of 1 ms where each has a core
     /// of its own, none where they would spin in each other's way.
     #[must_use]
     pub fn for_host(pollers: usize, cores: usize) -> Self {

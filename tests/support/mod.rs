@@ -1,5 +1,6 @@
 //! What whole-system tests share: real broker processes on a region of their own.
 #![allow(dead_code)] // each test file uses a part of it
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a test fails by panicking
 
 use embarcadero_client::{Client, ClientConfig};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -26,7 +26,7 @@ pub struct Written {
 
 /// The broker's side of a Batchlog.
 ///
-/// [[DEVIATION_002]] Entries are written without flushing; [`BatchlogWriter::publish`] flushes and fences a group at
+/// `[[DEVIATION_002]]` Entries are written without flushing; [`BatchlogWriter::publish`] flushes and fences a group at
 /// once. The paper flushes and fences each write.
 pub struct BatchlogWriter<F> {
     region: Region<F>,

@@ -312,7 +312,7 @@ pub const OFFSET_ENTRY_BYTES: u64 = 768;
 pub const SEQUENCER_HALF_AT: u64 = 512;
 /// Bytes before the offset entries of a TInode: configuration, name, global tail, one reserved line.
 pub const TINODE_HEADER_BYTES: u64 = 256;
-/// [[DEVIATION_004]] Bytes of a TInode. It stands in for a separate broker metadata region.
+/// `[[DEVIATION_004]]` Bytes of a TInode. It stands in for a separate broker metadata region.
 pub const TINODE_BYTES: u64 = TINODE_HEADER_BYTES + MAX_BROKERS as u64 * OFFSET_ENTRY_BYTES;
 /// Bytes of a row of the session table: identity, progress, commit records.
 pub const SESSION_BYTES: u64 = 128 + SESSION_WINDOW * size_of::<CommitRecord>() as u64;

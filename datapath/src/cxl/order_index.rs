@@ -3,7 +3,7 @@
 //! A topic with a global order has one, the global order index (GOI), written by the sequencer. With orders `none`
 //! and `broker` each broker writes its own. Entries live in segments of the pool; a directory finds them.
 //!
-//! [[DEVIATION_007]] Order is kept a batch at a time: the paper gives every message a 64-byte header that the
+//! `[[DEVIATION_007]]` Order is kept a batch at a time: the paper gives every message a 64-byte header that the
 //! sequencer touches.
 
 use super::fabric::{Fabric, RegionOffset, Site};

@@ -1,4 +1,4 @@
-//! [[DEVIATION_005]] The pool of segments that logs and order indexes share.
+//! `[[DEVIATION_005]]` The pool of segments that logs and order indexes share.
 //!
 //! The paper gives each broker one contiguous log. Here a log is a chain of segments from one pool, and
 //! three allocators stand behind [`SegmentAllocator`]: one atomic bitmap (coherent fabrics), a bitmap partition for

@@ -108,11 +108,11 @@ impl World {
 
     fn evict(memory: &mut [LineWords], host: &mut Host, line: u64) {
         let flushed = host.pending.remove(&line);
-        if let Some(cached) = host.cache.remove(&line) {
-            if cached.dirty {
-                Self::write_memory(memory, line, cached.words);
-                return;
-            }
+        if let Some(cached) = host.cache.remove(&line)
+            && cached.dirty
+        {
+            Self::write_memory(memory, line, cached.words);
+            return;
         }
         if let Some(words) = flushed {
             Self::write_memory(memory, line, words);

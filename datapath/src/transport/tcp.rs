@@ -1,6 +1,6 @@
 //! TCP: the kernel copies straight between sockets and the region.
 //!
-//! [[DEVIATION_003]] The thread that reads the socket is the receiver: a batch's header is read, its place in the
+//! `[[DEVIATION_003]]` The thread that reads the socket is the receiver: a batch's header is read, its place in the
 //! Blog is reserved with one atomic addition, and the body is received at that address. The paper's separate receiver
 //! pool copies through the heap.
 

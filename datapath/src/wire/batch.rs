@@ -1,6 +1,6 @@
 //! A batch: header, messages back to back, zero bytes up to a multiple of four, then one 32-bit length a message.
 //!
-//! [[DEVIATION_007]] The paper puts a 64-byte header before each message. With the lengths in one table a broker
+//! `[[DEVIATION_007]]` The paper puts a 64-byte header before each message. With the lengths in one table a broker
 //! checks a batch without touching its messages, and a message costs four bytes.
 
 use super::{BatchHeader, FRAME_BYTES, WireError, crc32c};
