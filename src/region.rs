@@ -3,17 +3,17 @@
 use crate::settings::parse_bytes;
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};
+use embarcadero_datapath::cxl::batchlog::peek_entry;
 use embarcadero_datapath::cxl::cache::FlushMethod;
-use embarcadero_datapath::cxl::layout::BrokerHalf;
-use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
-use embarcadero_datapath::cxl::order_index::{Extent, StreamId, read_extent, read_sequencer_half};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, BrokerHalf, CompletionLine, Geometry, PinLine};
+use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, StreamId, read_extent, read_sequencer_half};
 use embarcadero_datapath::cxl::region::RegionFile;
 use embarcadero_datapath::cxl::segment::{SegmentUse, free_segments, read_owner};
 use embarcadero_datapath::cxl::session_table::{Session, read_progress, read_session};
 use embarcadero_datapath::cxl::tables::{
     BrokerInfo, Headship, TopicConfig, read_broker, read_headship, read_pulse, read_topic,
 };
-use embarcadero_datapath::cxl::{Fabric, Native, Region, Site};
+use embarcadero_datapath::cxl::{Fabric, Native, Region, RegionOffset, Site};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -170,6 +170,8 @@ struct TopicReport {
     #[serde(flatten)]
     config: TopicConfig,
     global_index: Option<Extent>,
+    /// The newest entries of the global index, oldest first.
+    global_index_entries: Vec<IndexEntryReport>,
     offset_entries: Vec<OffsetEntryReport>,
 }
 
@@ -184,8 +186,46 @@ struct OffsetEntryReport {
     ordered_offset: u64,
     consumed_through: u64,
     decided_through: u64,
+    /// Lowest index position that a sender of this broker reads; null when none does.
+    delivering_from: Option<u64>,
+    released_incarnation: u64,
+    replicated_through: u64,
     own_index: Option<Extent>,
+    /// The newest entries of the Batchlog, oldest first.
+    batchlog: Vec<BatchReport>,
 }
+
+/// A Batchlog entry.
+#[derive(Serialize)]
+struct BatchReport {
+    index: u64,
+    location: u64,
+    client_id: u64,
+    sequence: u64,
+    session_epoch: u32,
+    bytes: u32,
+    message_count: u32,
+    lap: u64,
+}
+
+/// An entry of an order index.
+#[derive(Serialize)]
+struct IndexEntryReport {
+    position: u64,
+    first_offset: u64,
+    message_count: u32,
+    broker: u8,
+    location: u64,
+    bytes: u32,
+    client_id: u64,
+    sequence: u64,
+    session_epoch: u32,
+    sequencer_epoch: u32,
+    ordered_us: u64,
+}
+
+/// Entries of a ring or an index that are shown.
+const NEWEST: u64 = 4;
 
 #[derive(Serialize)]
 struct SessionReport {
@@ -250,24 +290,82 @@ impl TopicReport {
             let extent = read_extent(region, StreamId { topic: id, stream });
             (extent.incarnation == u64::from(config.incarnation)).then_some(extent)
         };
-        let entries =
-            (0..region.geometry().max_brokers).filter(|broker| read_broker(region, *broker).is_some()).map(|broker| {
-                let half: BrokerHalf =
-                    region.fabric().observe_line(region.layout().offset_entry(id, broker), Site::BatchlogHeadRead);
-                let sequencer = read_sequencer_half(region, id, broker);
-                OffsetEntryReport {
-                    broker,
-                    log_offset: half.log_offset,
-                    batchlog_head: half.batchlog_head,
-                    written: half.written,
-                    written_addr: half.written_addr,
-                    ordered: sequencer.ordered,
-                    ordered_offset: sequencer.ordered_offset,
-                    consumed_through: sequencer.consumed_through,
-                    decided_through: sequencer.decided_through,
-                    own_index: extent(broker),
-                }
-            });
-        Some(Self { global_index: extent(StreamId::GLOBAL), offset_entries: entries.collect(), config })
+        let entries = (0..region.geometry().max_brokers)
+            .filter(|broker| read_broker(region, *broker).is_some())
+            .map(|broker| OffsetEntryReport::read(region, id, broker, extent(broker)))
+            .collect();
+        let global_index = extent(StreamId::GLOBAL);
+        let global_index_entries = global_index.map_or_else(Vec::new, |extent| newest_entries(region, id, &extent));
+        Some(Self { global_index, global_index_entries, offset_entries: entries, config })
     }
+}
+
+fn newest_entries(region: &Region<Native>, topic: u32, extent: &Extent) -> Vec<IndexEntryReport> {
+    let mut reader = OrderIndexReader::new(region.clone(), StreamId { topic, stream: StreamId::GLOBAL });
+    let committed = reader.poll();
+    (extent.trimmed.max(committed.saturating_sub(NEWEST))..committed)
+        .filter_map(|position| {
+            // On a live region the entry may be trimmed under our eyes; then it is not shown.
+            let entry = reader.read(position).ok()?;
+            Some(IndexEntryReport {
+                position,
+                first_offset: entry.first_offset,
+                message_count: entry.message_count,
+                broker: entry.broker,
+                location: entry.location,
+                bytes: entry.bytes,
+                client_id: entry.client_id,
+                sequence: entry.sequence,
+                session_epoch: entry.session_epoch,
+                sequencer_epoch: entry.sequencer_epoch,
+                ordered_us: entry.ordered_us,
+            })
+        })
+        .collect()
+}
+
+impl OffsetEntryReport {
+    fn read(region: &Region<Native>, topic: u32, broker: u32, own_index: Option<Extent>) -> Self {
+        let fabric = region.fabric();
+        let half: BrokerHalf = fabric.observe_line(region.layout().offset_entry(topic, broker), Site::BatchlogHeadRead);
+        let pins: PinLine = fabric.observe_line(region.layout().pin(topic, broker), Site::PinRead);
+        let completion: CompletionLine = fabric.observe_line(completion_line(region, topic, broker), Site::TailRead);
+        let sequencer = read_sequencer_half(region, topic, broker);
+        let newest = half.batchlog_head.saturating_sub(NEWEST)..half.batchlog_head;
+        let batchlog = newest.map(|index| {
+            let entry: BatchEntry = peek_entry(region, topic, broker, index);
+            BatchReport {
+                index,
+                location: entry.location,
+                client_id: entry.client_id,
+                sequence: entry.sequence,
+                session_epoch: entry.session_epoch,
+                bytes: entry.bytes,
+                message_count: entry.message_count,
+                lap: entry.lap,
+            }
+        });
+        Self {
+            broker,
+            log_offset: half.log_offset,
+            batchlog_head: half.batchlog_head,
+            written: half.written,
+            written_addr: half.written_addr,
+            ordered: sequencer.ordered,
+            ordered_offset: sequencer.ordered_offset,
+            consumed_through: sequencer.consumed_through,
+            decided_through: sequencer.decided_through,
+            // Stored plus one; all ones stand for nothing.
+            delivering_from: (1..u64::MAX).contains(&pins.delivering_from).then(|| pins.delivering_from - 1),
+            released_incarnation: pins.released,
+            replicated_through: completion.replicated_through,
+            own_index,
+            batchlog: batchlog.collect(),
+        }
+    }
+}
+
+fn completion_line(region: &Region<Native>, topic: u32, broker: u32) -> RegionOffset {
+    let index = u64::from(topic) * u64::from(region.geometry().max_brokers) + u64::from(broker);
+    RegionOffset(region.layout().completion + index * 64)
 }

@@ -148,6 +148,11 @@ fn a_live_region_is_inspected() {
     assert_eq!(report["brokers"].as_array().unwrap().len(), 2);
     assert_eq!(report["topics"][0]["name"], "seen");
     assert!(report["topics"][0]["global_index"]["committed"].as_u64().unwrap() > 10);
+    let entries = report["topics"][0]["global_index_entries"].as_array().unwrap();
+    let last = entries.last().unwrap();
+    assert_eq!(last["first_offset"].as_u64().unwrap() + last["message_count"].as_u64().unwrap(), (3 << 20) / 1000);
+    let brokers = report["topics"][0]["offset_entries"].as_array().unwrap();
+    assert!(brokers.iter().all(|entry| !entry["batchlog"].as_array().unwrap().is_empty()), "{brokers:?}");
     assert!(report["segments"]["free"].as_u64() < report["segments"]["total"].as_u64());
     let text = run(&["region", "inspect", "--path", path]);
     assert!(String::from_utf8_lossy(&text.stdout).contains("control_block"));

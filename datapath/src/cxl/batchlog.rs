@@ -113,6 +113,12 @@ impl<F: Fabric> BatchlogWriter<F> {
     }
 }
 
+/// The slot of entry `index`, as memory has it now: for inspection. Its lap tells whether it still is that entry.
+pub fn peek_entry<F: Fabric>(region: &Region<F>, topic: u32, broker: u32, index: u64) -> BatchEntry {
+    let slots = u64::from(region.geometry().batchlog_slots);
+    region.fabric().observe_line(ring(region, topic, broker).add(index % slots * 64), Site::BatchEntryRead)
+}
+
 /// The sequencer's side of a Batchlog.
 pub struct BatchlogReader<F> {
     region: Region<F>,
