@@ -25,7 +25,7 @@ const RECEIVE_BATCHES: usize = 8;
 const DELEGATION_BATCHES: usize = 256;
 /// How long an error may take to reach its client before the connection is cut.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Polls without work between two looks at the sockets of idle connections, when spinning.
+/// Time between two looks at what rarely changes: whether sessions still stand and topics still live.
 const IDLE_CHECK: Duration = Duration::from_millis(10);
 
 enum Role {
