@@ -310,6 +310,6 @@ fn run_background(inner: &Inner) {
             busy |= core.attend();
         }
         drop(cores);
-        std::thread::park_timeout(if busy { Duration::from_millis(1) } else { Duration::from_millis(20) });
+        std::thread::park_timeout(if busy { Duration::from_millis(1) } else { Duration::from_millis(5) });
     }
 }

@@ -23,7 +23,7 @@ const REMEMBERED_BATCHES: usize = 4096;
 /// Batches that wait in one connection before another is chosen.
 const QUEUED_PER_LINK: usize = 2;
 /// Messages after which `publish` looks for acks although its batch is not full.
-const DRIVE_EVERY: u64 = 64;
+const DRIVE_EVERY: u32 = 128;
 /// First and longest wait before a connection is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -125,7 +125,21 @@ struct Open {
     builder: Option<BatchBuilder>,
     /// Number of the batch being filled.
     batch: u64,
-    messages: u64,
+    /// The batch before it was full.
+    streaming: bool,
+}
+
+/// Why the open batch may go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Occasion {
+    /// A message was added.
+    Added,
+    /// The application waits for it, or has been silent for a while.
+    Awaited,
+    /// The next message does not fit.
+    Full,
+    /// The application flushes.
+    Flushed,
 }
 
 pub(crate) struct PublisherCore {
@@ -192,7 +206,7 @@ impl PublisherCore {
         let core = Arc::new(Self {
             topic,
             policy: FixedSize::new(config.batch_size),
-            open: Mutex::new(Open { builder: None, batch: 0, messages: 0 }),
+            open: Mutex::new(Open { builder: None, batch: 0, streaming: false }),
             driver: Mutex::new(driver),
             in_flight: AtomicUsize::new(0),
             acknowledged: AtomicU64::new(0),
@@ -219,11 +233,11 @@ impl PublisherCore {
         }
         self.connect_due();
         if idle {
-            self.send_open(false);
+            self.send_open(Occasion::Awaited);
             let mut driver = lock(&self.driver);
             self.drive(&mut driver);
         }
-        self.in_flight.load(Ordering::Relaxed) > 0
+        self.in_flight.load(Ordering::Relaxed) > 0 || lock(&self.open).builder.is_some()
     }
 
     /// Opens the next epoch and marks for resubmission what did not commit under the last.
@@ -314,21 +328,28 @@ impl PublisherCore {
         }
     }
 
-    /// Hands the open batch over if the policy (or `force`) says so.
-    fn send_open(&self, force: bool) {
+    fn send_open(&self, occasion: Occasion) {
         let mut open = lock(&self.open);
-        self.seal(&mut open, force);
+        self.seal(&mut open, occasion);
     }
 
-    fn seal(&self, open: &mut Open, force: bool) {
+    /// Hands the open batch over if the occasion or the policy says so.
+    fn seal(&self, open: &mut Open, occasion: Occasion) {
         let Some(builder) = open.builder.as_ref().filter(|builder| !builder.is_empty()) else { return };
-        let load =
-            Load { in_flight: self.in_flight.load(Ordering::Relaxed), queued: 0, open_bytes: builder.batch_bytes() };
-        if !(force || self.policy.goes(load)) {
+        let load = Load {
+            in_flight: self.in_flight.load(Ordering::Relaxed),
+            queued: 0,
+            open_bytes: builder.batch_bytes(),
+            open_messages: builder.message_count(),
+            streaming: open.streaming,
+            awaited: occasion == Occasion::Awaited,
+        };
+        if !(matches!(occasion, Occasion::Full | Occasion::Flushed) || self.policy.goes(load)) {
             return;
         }
         let Some(mut builder) = open.builder.take() else { return };
         open.batch += 1;
+        open.streaming = occasion == Occasion::Full;
         let mut driver = lock(&self.driver);
         let number = driver.first + driver.in_flight.len() as u64;
         let sequence = number.wrapping_add(driver.shift);
@@ -623,10 +644,9 @@ impl Publisher {
         if let Some(builder) = &mut open.builder {
             push(builder);
         }
-        open.messages += 1;
         if core.in_flight.load(Ordering::Relaxed) == 0 {
-            core.seal(&mut open, false);
-        } else if open.messages.is_multiple_of(DRIVE_EVERY)
+            core.seal(&mut open, Occasion::Added);
+        } else if (id.index + 1).is_multiple_of(DRIVE_EVERY)
             && let Ok(mut driver) = core.driver.try_lock()
         {
             core.drive(&mut driver);
@@ -641,7 +661,7 @@ impl Publisher {
         if bytes > max {
             return Err(ClientError::MessageTooLarge { bytes, max });
         }
-        core.seal(open, true);
+        core.seal(open, Occasion::Full);
         let mut driver = lock(&core.driver);
         if let Some(error) = &driver.failed {
             return Err(error.clone());
@@ -663,10 +683,11 @@ impl Publisher {
     /// # Errors
     /// As [`Publisher::publish`], and [`ClientError::TimedOut`] when acknowledgements stop coming.
     pub fn publish_wait(&self, message: &[u8]) -> Result<MessageId, ClientError> {
-        let mut progress = Progress::new(self);
+        // The clock is read only once there is something to wait for.
+        let mut progress = None;
         loop {
             match self.publish(message) {
-                Err(ClientError::BufferFull { .. }) => progress.wait(self)?,
+                Err(ClientError::BufferFull { .. }) => progress.get_or_insert_with(|| Progress::new(self)).wait(self)?,
                 result => return result,
             }
         }
@@ -709,8 +730,9 @@ impl Publisher {
             Some(status) => Ok(status),
             None => {
                 drop(driver);
-                let open = lock(&core.open);
+                let mut open = lock(&core.open);
                 if id.batch == open.batch && open.builder.as_ref().is_some_and(|b| id.index < b.message_count()) {
+                    core.seal(&mut open, Occasion::Awaited);
                     Ok(Status::Pending)
                 } else {
                     Err(ClientError::UnknownId { batch: id.batch })
@@ -738,7 +760,7 @@ impl Publisher {
     /// Why the publisher failed, or [`ClientError::TimedOut`] when acknowledgements stop coming.
     pub fn flush(&self) -> Result<(), ClientError> {
         let mut progress = Progress::new(self);
-        self.core.send_open(true);
+        self.core.send_open(Occasion::Flushed);
         loop {
             {
                 let mut driver = lock(&self.core.driver);
