@@ -25,13 +25,18 @@ pub struct SocketOptions {
     pub receive_buffer_bytes: Option<usize>,
 }
 
-/// Prepares a data socket: no delay (batches are whole), and buffer sizes.
+/// Prepares a data socket: no delay (batches are whole), and buffer sizes. On loopback congestion control is `reno`,
+/// which every kernel has: a host's default may pace what it sends (BBR does, with a timer per segment), and there is
+/// no path to spare.
 ///
 /// # Errors
 /// What the kernel reports.
 pub fn prepare(stream: &TcpStream, options: SocketOptions) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
+    if stream.peer_addr()?.ip().is_loopback() {
+        socket.set_tcp_congestion(b"reno")?;
+    }
     if let Some(bytes) = options.send_buffer_bytes {
         socket.set_send_buffer_size(bytes)?;
     }
