@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 const REMEMBERED_BATCHES: usize = 4096;
 /// Batches that wait in one connection before another is chosen.
 const QUEUED_PER_LINK: usize = 2;
-/// Messages after which `publish` looks for acks although its batch is not full.
+/// Messages after which `publish` goes on writing what a socket had no room for.
 const DRIVE_EVERY: u32 = 128;
 /// First and longest wait before a connection is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
@@ -594,6 +594,11 @@ impl Driver {
         Some(Status::Acknowledged(offset.and_then(known)))
     }
 
+    /// True while a connection has yet to take what was given to it.
+    fn wants_room(&self) -> bool {
+        self.slots.iter().any(|slot| !slot.queue.is_empty())
+    }
+
     fn sockets(&self) -> Vec<(RawFd, bool)> {
         let up = self.slots.iter().filter_map(|slot| match &slot.connection {
             Connection::Up { link, .. } => Some((link.descriptor(), !slot.queue.is_empty())),
@@ -648,6 +653,7 @@ impl Publisher {
             core.seal(&mut open, Occasion::Added);
         } else if (id.index + 1).is_multiple_of(DRIVE_EVERY)
             && let Ok(mut driver) = core.driver.try_lock()
+            && driver.wants_room()
         {
             core.drive(&mut driver);
         }

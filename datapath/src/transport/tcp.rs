@@ -16,7 +16,11 @@ use std::time::Duration;
 /// Ranges that one `sendmsg` gathers.
 const GATHER: usize = 64;
 
-/// Sizes of a data socket's kernel buffers, bytes; `None` leaves them to the kernel's tuning.
+/// Kernel buffers of a data socket on loopback, bytes: what is on its way should stay in the cache.
+const LOOPBACK_BUFFER_BYTES: usize = 512 << 10;
+
+/// Sizes of a data socket's kernel buffers, bytes. `None` leaves them to the kernel's tuning, on loopback to
+/// 512 KiB.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SocketOptions {
     /// SO_SNDBUF.
@@ -34,13 +38,15 @@ pub struct SocketOptions {
 pub fn prepare(stream: &TcpStream, options: SocketOptions) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
+    let mut default = None;
     if stream.peer_addr()?.ip().is_loopback() {
         socket.set_tcp_congestion(b"reno")?;
+        default = Some(LOOPBACK_BUFFER_BYTES);
     }
-    if let Some(bytes) = options.send_buffer_bytes {
+    if let Some(bytes) = options.send_buffer_bytes.or(default) {
         socket.set_send_buffer_size(bytes)?;
     }
-    if let Some(bytes) = options.receive_buffer_bytes {
+    if let Some(bytes) = options.receive_buffer_bytes.or(default) {
         socket.set_recv_buffer_size(bytes)?;
     }
     Ok(())
