@@ -5,12 +5,15 @@ mod report;
 mod sequencer;
 
 use crate::cluster::{Cluster, ClusterArgs};
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, Status, TopicOptions};
+use embarcadero_datapath::transport::prepare_polling_thread;
+use hdrhistogram::Histogram;
 use report::{Report, Row};
 use serde_json::json;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 #[derive(Args, Clone)]
@@ -42,6 +45,10 @@ pub struct BenchArgs {
     /// Give batches a body checksum (the client's default; off here, as peers do not).
     #[arg(long)]
     checksum: bool,
+    /// Leave threads to the scheduler. By default publishers and the ceilings' senders run on core 0, brokers and the
+    /// ceilings' receivers on the others.
+    #[arg(long)]
+    no_pin: bool,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -80,8 +87,22 @@ impl BenchArgs {
         json!({
             "brokers": self.brokers, "publishers": self.publishers, "message_bytes": self.message_bytes,
             "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "seconds": self.seconds,
-            "checksum": self.checksum,
+            "checksum": self.checksum, "pinned": self.near_core().is_some(),
         })
+    }
+
+    /// Core of the publishing side; `None` where nothing is pinned.
+    fn near_core(&self) -> Option<usize> {
+        (!self.no_pin && host_cores() > 1).then_some(0)
+    }
+
+    /// Cores of the brokers' side; empty where nothing is pinned.
+    fn far_cores(&self) -> Vec<usize> {
+        if self.near_core().is_some() { (1..host_cores()).collect() } else { Vec::new() }
+    }
+
+    fn pair(&self) -> ceiling::Pair {
+        ceiling::Pair { near: self.near_core(), far: self.far_cores().first().copied() }
     }
 
     fn region() -> PathBuf {
@@ -99,6 +120,7 @@ impl BenchArgs {
             segment_size: SEGMENT_BYTES,
             port: 0,
             config: None,
+            cores: self.far_cores(),
             ready_file: None,
         })
     }
@@ -126,29 +148,66 @@ impl BenchArgs {
     }
 }
 
+fn host_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Puts the calling thread on a core, if one is given.
+fn pin(core: Option<usize>) -> Result<()> {
+    prepare_polling_thread(core).context("cannot put a thread on its core; try --no-pin")
+}
+
+/// How far publishers are ahead of a subscriber, bytes of messages.
+#[derive(Default)]
+struct Lead {
+    published: AtomicU64,
+    delivered: AtomicU64,
+}
+
+impl Lead {
+    /// A quarter of the retention: beyond it publishers wait, so that nothing is trimmed before it is read.
+    fn is_long(&self) -> bool {
+        let delivered = self.delivered.load(Ordering::Relaxed);
+        self.published.load(Ordering::Relaxed).saturating_sub(delivered) > RETENTION_BYTES / 4
+    }
+}
+
 /// Publishes for `time`; bytes of messages that were acknowledged.
-fn publish_for(publisher: &Publisher, message: &[u8], time: Duration) -> Result<u64> {
+fn publish_for(publisher: &Publisher, message: &[u8], time: Duration, lead: Option<&Lead>) -> Result<u64> {
+    const AT_A_TIME: u64 = 256;
     let begun = Instant::now();
     let mut bytes = 0;
     while begun.elapsed() < time {
-        for _ in 0..256 {
+        if lead.is_some_and(Lead::is_long) {
+            publisher.wait(Duration::from_millis(1))?;
+            continue;
+        }
+        for _ in 0..AT_A_TIME {
             publisher.publish_wait(message)?;
         }
-        bytes += 256 * message.len() as u64;
+        let more = AT_A_TIME * message.len() as u64;
+        bytes += more;
+        if let Some(lead) = lead {
+            lead.published.fetch_add(more, Ordering::Relaxed);
+        }
     }
     publisher.flush()?;
     Ok(bytes)
 }
 
 /// One run with every publisher on a thread of its own: bytes a second.
-fn goodput(args: &BenchArgs, client: &Client, topic: &str) -> Result<f64> {
+fn goodput(args: &BenchArgs, client: &Client, topic: &str, lead: Option<&Lead>) -> Result<f64> {
     let time = Duration::from_secs_f64(args.seconds);
     let publishers = (0..args.publishers).map(|_| client.publisher(topic)).collect::<Result<Vec<_>, _>>()?;
     let message = vec![b'm'; args.message_bytes];
+    let publish = |publisher| {
+        pin(args.near_core())?;
+        publish_for(publisher, &message, time, lead)
+    };
+    let publish = &publish;
     let begun = Instant::now();
     let bytes = std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            publishers.iter().map(|publisher| scope.spawn(|| publish_for(publisher, &message, time))).collect();
+        let threads: Vec<_> = publishers.iter().map(|publisher| scope.spawn(move || publish(publisher))).collect();
         let mut sum = 0;
         for thread in threads {
             sum += thread.join().map_err(|_| anyhow::anyhow!("a publisher thread died"))??;
@@ -165,38 +224,50 @@ fn goodput(args: &BenchArgs, client: &Client, topic: &str) -> Result<f64> {
 fn publish(args: &BenchArgs) -> Result<()> {
     let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
     for _ in 0..args.runs {
-        ceilings.push(ceiling::tcp_receive_into_region(args.batch_size, args.seconds)?);
+        ceilings.push(ceiling::tcp_receive_into_region(args.pair(), args.batch_size, args.seconds)?);
         let cluster = args.cluster()?;
         let client = args.client(&cluster)?;
         args.topic(&client, "bench")?;
         // The first pass touches memory and grows socket buffers.
         let warm = BenchArgs { seconds: args.seconds / 4.0, ..args.clone() };
-        goodput(&warm, &client, "bench")?;
-        rates.push(goodput(args, &client, "bench")?);
+        goodput(&warm, &client, "bench", None)?;
+        rates.push(goodput(args, &client, "bench", None)?);
     }
     let row = Row::new("publish.goodput", "B/s", &rates).with_ceiling("tcp_recv_into_region", &ceilings);
     Report::new(args.parameters(), args.json).print(&[row])
+}
+
+/// Publishes one message at a time: from publish to acknowledgement, nanoseconds.
+fn publish_one_by_one(publisher: &Publisher, message: &[u8], time: Duration) -> Result<Histogram<u64>> {
+    let mut histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
+    let begun = Instant::now();
+    while begun.elapsed() < time {
+        let sent = Instant::now();
+        let id = publisher.publish_wait(message)?;
+        while publisher.poll(id)? == Status::Pending {
+            std::hint::spin_loop();
+        }
+        histogram.record(sent.elapsed().as_nanos() as u64)?;
+    }
+    Ok(histogram)
 }
 
 fn latency(args: &BenchArgs) -> Result<()> {
     let (mut ceilings, mut medians, mut tails) = (Vec::new(), Vec::new(), Vec::new());
     let message = vec![b'm'; args.message_bytes];
     for _ in 0..args.runs {
-        ceilings.push(ceiling::tcp_ping_pong(args.message_bytes, args.seconds)?);
+        ceilings.push(ceiling::tcp_ping_pong(args.pair(), args.message_bytes, args.seconds)?);
         let cluster = args.cluster()?;
         let client = args.client(&cluster)?;
         args.topic(&client, "bench")?;
         let publisher = client.publisher("bench")?;
-        let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
-        let begun = Instant::now();
-        while begun.elapsed().as_secs_f64() < args.seconds {
-            let sent = Instant::now();
-            let id = publisher.publish_wait(&message)?;
-            while publisher.poll(id)? == Status::Pending {
-                std::hint::spin_loop();
-            }
-            histogram.record(sent.elapsed().as_nanos() as u64)?;
-        }
+        let histogram = std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                pin(args.near_core())?;
+                publish_one_by_one(&publisher, &message, Duration::from_secs_f64(args.seconds))
+            });
+            thread.join().map_err(|_| anyhow::anyhow!("the publisher thread died"))?
+        })?;
         medians.push(histogram.value_at_quantile(0.5) as f64 / 1e9);
         tails.push(histogram.value_at_quantile(0.99) as f64 / 1e9);
     }
@@ -212,27 +283,29 @@ fn publish_and_subscribe(args: &BenchArgs) -> Result<(f64, f64, f64)> {
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;
     args.topic(&client, "alone")?;
-    goodput(&BenchArgs { seconds: args.seconds / 4.0, ..args.clone() }, &client, "alone")?;
-    let alone = goodput(args, &client, "alone")?;
+    goodput(&BenchArgs { seconds: args.seconds / 4.0, ..args.clone() }, &client, "alone", None)?;
+    let alone = goodput(args, &client, "alone", None)?;
     client.delete_topic("alone")?;
     args.topic(&client, "both")?;
     let mut subscriber = client.subscriber("both", Start::Earliest)?;
+    let lead = Lead::default();
     let begun = Instant::now();
     let (published, delivered) = std::thread::scope(|scope| {
-        let reader = scope.spawn(move || -> Result<(u64, Instant)> {
+        let reader = scope.spawn(|| -> Result<(u64, Instant)> {
             let (mut bytes, mut last) = (0u64, Instant::now());
             loop {
                 // Two seconds of silence end the run; they are not counted.
                 match subscriber.next_batch(Duration::from_secs(2))? {
                     Some(batch) => {
                         bytes += u64::from(batch.header.payload_bytes);
+                        lead.delivered.store(bytes, Ordering::Relaxed);
                         last = Instant::now();
                     }
                     None => return Ok((bytes, last)),
                 }
             }
         });
-        let published = goodput(args, &client, "both")?;
+        let published = goodput(args, &client, "both", Some(&lead))?;
         let (bytes, last) = reader.join().map_err(|_| anyhow::anyhow!("the subscriber thread died"))??;
         Ok::<_, anyhow::Error>((published, bytes as f64 / last.duration_since(begun).as_secs_f64()))
     })?;

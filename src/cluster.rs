@@ -10,7 +10,7 @@ use embarcadero_datapath::cxl::region::RegionFile;
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,9 @@ pub struct ClusterArgs {
     /// Broker configuration file (YAML).
     #[arg(long, short)]
     pub config: Option<PathBuf>,
+    /// Cores for the brokers' polling threads, in turn; the scheduler's choice if not given.
+    #[arg(long, value_delimiter = ',')]
+    pub cores: Vec<usize>,
     /// Write the first broker's control endpoint to this file once all brokers serve.
     #[arg(long)]
     pub ready_file: Option<PathBuf>,
@@ -47,15 +50,21 @@ pub struct BrokerProcess {
 
 impl BrokerProcess {
     /// Starts a broker and waits until it serves.
-    pub fn start(region: &Path, port: u16, pollers: u32, config: Option<&Path>) -> Result<Self> {
+    fn start(index: u32, args: &ClusterArgs) -> Result<Self> {
+        let port = if index == 0 { args.port } else { 0 };
         let program = std::env::current_exe().context("cannot find this program")?;
         let mut command = Command::new(program);
-        command.arg("broker").arg("--region").arg(region).arg("--control").arg(format!("127.0.0.1:{port}"));
-        if let Some(config) = config {
+        command.arg("broker").arg("--region").arg(&args.region).arg("--control").arg(format!("127.0.0.1:{port}"));
+        if let Some(config) = &args.config {
             command.arg("--config").arg(config);
         }
         // Spinning pays only where every polling thread has a core.
-        command.env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", pollers.to_string());
+        command.env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", args.brokers.to_string());
+        if !args.cores.is_empty() {
+            let mut cores = args.cores.clone();
+            cores.rotate_left(index as usize % args.cores.len());
+            command.env("EMBARCADERO_BROKER_THREADS__CORES", format!("{cores:?}"));
+        }
         let mut child = command.stdout(Stdio::piped()).stdin(Stdio::null()).spawn().context("cannot start a broker")?;
         let mut line = String::new();
         if let Some(output) = child.stdout.take() {
@@ -111,8 +120,7 @@ impl Cluster {
             cluster.region = Some(args.region.clone());
         }
         for index in 0..args.brokers {
-            let port = if index == 0 { args.port } else { 0 };
-            cluster.brokers.push(BrokerProcess::start(&args.region, port, args.brokers, args.config.as_deref())?);
+            cluster.brokers.push(BrokerProcess::start(index, args)?);
         }
         let client = Client::connect(ClientConfig::at(cluster.control()))?;
         let deadline = Instant::now() + Duration::from_secs(10);

@@ -9,7 +9,16 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-fn pair() -> Result<(TcpStream, TcpStream)> {
+/// Cores of the two ends; `None` leaves them to the scheduler.
+#[derive(Clone, Copy)]
+pub struct Pair {
+    /// The end that sends.
+    pub near: Option<usize>,
+    /// The end that receives.
+    pub far: Option<usize>,
+}
+
+fn connected() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
     let near = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
     let (far, _) = listener.accept()?;
@@ -21,22 +30,29 @@ fn pair() -> Result<(TcpStream, TcpStream)> {
 
 /// One thread sends from a buffer, this one receives into a region of the kind that brokers use: bytes a second, the
 /// better of a receiver that sleeps between batches and one that polls without rest.
-pub fn tcp_receive_into_region(batch_bytes: usize, seconds: f64) -> Result<f64> {
-    Ok(receive(batch_bytes, seconds / 2.0, false)?.max(receive(batch_bytes, seconds / 2.0, true)?))
+pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) -> Result<f64> {
+    let receive = |busy| -> Result<f64> {
+        let receiver = std::thread::spawn(move || receive(cores, batch_bytes, seconds / 2.0, busy));
+        receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))?
+    };
+    Ok(receive(false)?.max(receive(true)?))
 }
 
-fn receive(batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
+fn receive(cores: Pair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
+    super::pin(cores.far)?;
     let path = super::BenchArgs::region().with_extension("ceiling");
     let geometry = Geometry::with_segments_of(super::SEGMENT_BYTES, AllocatorKind::Bitmap).fit(super::REGION_BYTES)?;
     let file = RegionFile::create(&path, &geometry, FlushMethod::None, true, false)?;
     let _ = std::fs::remove_file(&path);
     let region = file.region();
-    let (mut near, far) = pair()?;
+    let (mut near, far) = connected()?;
     let time = Duration::from_secs_f64(seconds);
     let sender = std::thread::spawn(move || {
+        super::pin(cores.near)?;
         let buffer = vec![b'm'; batch_bytes];
         let begun = Instant::now();
         while begun.elapsed() < time && near.write_all(&buffer).is_ok() {}
+        Ok::<(), anyhow::Error>(())
     });
     // As much of the region as the benched topic's retention uses.
     let window = super::RETENTION_BYTES + 2 * super::SEGMENT_BYTES;
@@ -61,7 +77,7 @@ fn receive(batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
         }
     }
     let rate = bytes as f64 / begun.elapsed().as_secs_f64();
-    sender.join().map_err(|_| anyhow::anyhow!("the sender died"))?;
+    sender.join().map_err(|_| anyhow::anyhow!("the sender died"))??;
     Ok(rate)
 }
 
@@ -79,13 +95,21 @@ fn read_busily(stream: &mut TcpStream, buffer: &mut [u8]) -> std::io::Result<boo
 }
 
 /// Two threads throw `bytes` to and fro, both polling without rest: the median, seconds.
-pub fn tcp_ping_pong(bytes: usize, seconds: f64) -> Result<f64> {
-    let (mut near, mut far) = pair()?;
+pub fn tcp_ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+    let caller = std::thread::spawn(move || ping_pong(cores, bytes, seconds));
+    caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?
+}
+
+fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+    super::pin(cores.near)?;
+    let (mut near, mut far) = connected()?;
     near.set_nonblocking(true)?;
     far.set_nonblocking(true)?;
     let echo = std::thread::spawn(move || {
+        super::pin(cores.far)?;
         let mut buffer = vec![0; bytes];
         while matches!(read_busily(&mut far, &mut buffer), Ok(true)) && far.write_all(&buffer).is_ok() {}
+        Ok::<(), anyhow::Error>(())
     });
     let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
     let mut buffer = vec![b'p'; bytes];
@@ -97,6 +121,6 @@ pub fn tcp_ping_pong(bytes: usize, seconds: f64) -> Result<f64> {
         histogram.record(sent.elapsed().as_nanos() as u64)?;
     }
     drop(near);
-    echo.join().map_err(|_| anyhow::anyhow!("the echo died"))?;
+    echo.join().map_err(|_| anyhow::anyhow!("the echo died"))??;
     Ok(histogram.value_at_quantile(0.5) as f64 / 1e9)
 }
