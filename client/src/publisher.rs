@@ -12,6 +12,8 @@ use embarcadero_control::v1 as proto;
 use embarcadero_datapath::transport::tcp::{SocketOptions, wait_any};
 use embarcadero_datapath::wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_datapath::wire::{BatchHeader, ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
+use spin::mutex::SpinMutex;
+use spin::relax::Yield;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -146,7 +148,9 @@ pub(crate) struct PublisherCore {
     inner: Arc<Inner>,
     topic: TopicView,
     policy: FixedSize,
-    open: Mutex<Open>,
+    /// Taken once a message. A lock that is let go by a plain store: an atomic read-modify-write would wait for the
+    /// message's bytes to leave the store buffer.
+    open: SpinMutex<Open, Yield>,
     driver: Mutex<Driver>,
     in_flight: AtomicUsize,
     /// Batches below this are acknowledged.
@@ -206,7 +210,7 @@ impl PublisherCore {
         let core = Arc::new(Self {
             topic,
             policy: FixedSize::new(config.batch_size),
-            open: Mutex::new(Open { builder: None, batch: 0, streaming: false }),
+            open: SpinMutex::new(Open { builder: None, batch: 0, streaming: false }),
             driver: Mutex::new(driver),
             in_flight: AtomicUsize::new(0),
             acknowledged: AtomicU64::new(0),
@@ -237,7 +241,7 @@ impl PublisherCore {
             let mut driver = lock(&self.driver);
             self.drive(&mut driver);
         }
-        self.in_flight.load(Ordering::Relaxed) > 0 || lock(&self.open).builder.is_some()
+        self.in_flight.load(Ordering::Relaxed) > 0 || self.open.lock().builder.is_some()
     }
 
     /// Opens the next epoch and marks for resubmission what did not commit under the last.
@@ -329,7 +333,7 @@ impl PublisherCore {
     }
 
     fn send_open(&self, occasion: Occasion) {
-        let mut open = lock(&self.open);
+        let mut open = self.open.lock();
         self.seal(&mut open, occasion);
     }
 
@@ -641,7 +645,7 @@ impl Publisher {
     #[inline]
     fn publish_as(&self, bytes: usize, push: impl FnOnce(&mut BatchBuilder)) -> Result<MessageId, ClientError> {
         let core = &*self.core;
-        let mut open = lock(&core.open);
+        let mut open = core.open.lock();
         if open.builder.as_ref().is_none_or(|builder| !builder.fits(bytes)) {
             self.next_builder(&mut open, bytes)?;
         }
@@ -736,7 +740,7 @@ impl Publisher {
             Some(status) => Ok(status),
             None => {
                 drop(driver);
-                let mut open = lock(&core.open);
+                let mut open = core.open.lock();
                 if id.batch == open.batch && open.builder.as_ref().is_some_and(|b| id.index < b.message_count()) {
                     core.seal(&mut open, Occasion::Awaited);
                     Ok(Status::Pending)
