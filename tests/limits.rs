@@ -5,6 +5,7 @@ mod support;
 
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
 use embarcadero_datapath::wire::ErrorCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use support::{Cluster, eventually, run};
 
@@ -99,6 +100,43 @@ fn retention_recycles_with_partitions_on_memory_that_is_not_coherent() {
 #[test]
 fn retention_recycles_with_the_leader_allocator() {
     retention_recycles(&["--allocator", "leader"], Order::Strong);
+}
+
+/// A subscriber that retention overtakes, again and again, hears so each time: its stream never skips in silence.
+#[test]
+fn a_subscriber_that_is_overtaken_is_told() {
+    let cluster = Cluster::start(2, &["--size", "100MiB", "--segment-size", "1MiB"], &[]);
+    // Batches of half a segment: retention moves in steps that are shorter than what a broker queues.
+    let config = ClientConfig { batch_size: 512 << 10, buffer_bytes: 8 << 20, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    client.create_topic("fast", TopicOptions { retention_bytes: 16 << 20, ..TopicOptions::default() }).unwrap();
+    let mut subscriber = client.subscriber("fast", Start::Earliest).unwrap();
+    let done = AtomicBool::new(false);
+    let overtaken = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let (mut overtaken, mut read) = (0, 0u64);
+            while !done.load(Ordering::Relaxed) {
+                // The client itself checks that offsets follow one another.
+                match subscriber.next_batch(Duration::from_millis(10)) {
+                    Ok(_) => read += 1,
+                    Err(ClientError::OffsetOutOfRange { .. }) => {
+                        overtaken += 1;
+                        subscriber.seek(Start::Earliest);
+                    }
+                    Err(error) => panic!("after {read} batches: {error}"),
+                }
+                if read.is_multiple_of(8) {
+                    // Falls behind, with batches queued for it in the broker.
+                    std::thread::sleep(Duration::from_millis(60));
+                }
+            }
+            overtaken
+        });
+        fill(&client, "fast", 1 << 30).unwrap();
+        done.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(overtaken > 0);
 }
 
 #[test]

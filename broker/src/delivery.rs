@@ -175,7 +175,14 @@ impl SubscriberSession {
 
     /// Retention passed this subscriber. What it is in the middle of stays for a while; then it has to go.
     fn overtaken(&mut self, outbox: &mut Outbox, trimmed: u64, patience: Duration) -> Result<(), TransportError> {
-        outbox.drop_unsent();
+        let oldest = outbox.lowest_position();
+        outbox.drop_unsent_batches();
+        // What was dropped is due again.
+        let due = match outbox.lowest_position() {
+            u64::MAX => oldest,
+            half_sent => half_sent + 1,
+        };
+        self.cursor = self.cursor.min(due);
         let since = *self.unwanted_since.get_or_insert_with(Instant::now);
         if outbox.is_mid_way() && since.elapsed() < patience {
             self.topic.pins.set(self.pin, outbox.lowest_position());

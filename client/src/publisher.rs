@@ -697,7 +697,9 @@ impl Publisher {
         let mut progress = None;
         loop {
             match self.publish(message) {
-                Err(ClientError::BufferFull { .. }) => progress.get_or_insert_with(|| Progress::new(self)).wait(self)?,
+                Err(ClientError::BufferFull { .. }) => {
+                    progress.get_or_insert_with(|| Progress::new(self)).wait(self)?
+                }
                 result => return result,
             }
         }

@@ -177,9 +177,10 @@ impl Outbox {
         self.sent > 0
     }
 
-    /// Drops what was not begun; what is half sent must be finished.
-    pub fn drop_unsent(&mut self) {
-        self.queue.truncate(usize::from(self.sent > 0));
+    /// Drops the batches that were not begun; one that is half sent must be finished. Frames stay.
+    pub fn drop_unsent_batches(&mut self) {
+        let mut half_sent = self.sent > 0;
+        self.queue.retain(|outgoing| std::mem::take(&mut half_sent) || outgoing.batch.is_none());
     }
 
     /// Drops every batch, so that the region need not be read any more; frames stay. False when a batch is half sent:
