@@ -5,9 +5,11 @@ mod support;
 
 use embarcadero_client::{Client, ClientConfig, MessageId, Order, Publisher, Start, Status, TopicOptions};
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::net::TcpListener;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 use support::{Cluster, Proxy, eventually};
 
@@ -99,6 +101,56 @@ fn connections_cut_in_mid_batch_lose_and_repeat_nothing() {
     cluster.assert_command(&["verify", "cut"]);
 }
 
+/// In front of the broker at `back`: while the flag is up, new connections are opened and then swallow whatever is
+/// sent to them, without an answer or an end. Returns the flag and the number of such connections.
+fn swallowing(front: TcpListener, back: SocketAddr) -> (Arc<AtomicBool>, Arc<AtomicU32>) {
+    let (flag, count) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU32::new(0)));
+    let (swallow, swallowed) = (Arc::clone(&flag), Arc::clone(&count));
+    std::thread::spawn(move || {
+        let mut held = Vec::new();
+        let mut opening = [0u8; 64];
+        for stream in front.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            let Ok(mut server) = TcpStream::connect(back) else { continue };
+            if swallow.load(Ordering::SeqCst) {
+                stream.read_exact(&mut opening).unwrap();
+                server.write_all(&opening).unwrap();
+                server.read_exact(&mut opening).unwrap();
+                stream.write_all(&opening).unwrap();
+                held.push((stream, server));
+                swallowed.fetch_add(1, Ordering::SeqCst);
+            } else {
+                let (mut up, mut down) = (stream.try_clone().unwrap(), server.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut up, &mut server));
+                std::thread::spawn(move || std::io::copy(&mut down, &mut stream));
+            }
+        }
+    });
+    (flag, count)
+}
+
+#[test]
+fn a_broker_that_falls_silent_is_left() {
+    let front = TcpListener::bind("127.0.0.1:0").unwrap();
+    let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let advertised = front.local_addr().unwrap().to_string();
+    let (swallow, swallowed) = swallowing(front, back);
+    let mut cluster = Cluster::start(0, REGION, &[]);
+    cluster.add(&["--data", &back.to_string(), "--advertise", &advertised]);
+    let config = ClientConfig { batch_size: 4096, progress_timeout_ms: 20_000, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    client.create_topic("silent", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("silent").unwrap();
+    eventually("the connection", || swallowed.load(Ordering::SeqCst) == 1);
+    swallow.store(false, Ordering::SeqCst);
+    for number in 0..500 {
+        publisher.publish_wait(&message(0, number)).unwrap();
+    }
+    publisher.flush().unwrap();
+    assert!(publisher.stats().connections_lost > 0);
+    assert_exactly_once(&history(&client, "silent")[&0], 500);
+}
+
 #[test]
 fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
     let environment = [("EMBARCADERO_BROKER_GAP_LEASE_MS", "300")];
@@ -106,33 +158,15 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
     let front = TcpListener::bind("127.0.0.1:0").unwrap();
     let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     cluster.add(&["--data", &back.to_string(), "--advertise", &front.local_addr().unwrap().to_string()]);
-    // A listener that accepts and never answers nor closes swallows whatever is sent to it.
-    let swallowed = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
-    let swallow = std::sync::Arc::clone(&swallowed);
-    std::thread::spawn(move || {
-        let mut held = Vec::new();
-        let mut ready = [0u8; 64];
-        for stream in front.incoming() {
-            let Ok(mut stream) = stream else { continue };
-            if swallow.load(std::sync::atomic::Ordering::SeqCst) {
-                // Let the opening through, then swallow batches.
-                let mut server = std::net::TcpStream::connect(back).unwrap();
-                std::io::Read::read_exact(&mut stream, &mut ready).unwrap();
-                server.write_all(&ready).unwrap();
-                std::io::Read::read_exact(&mut server, &mut ready).unwrap();
-                stream.write_all(&ready).unwrap();
-                held.push((stream, server));
-            } else {
-                let mut server = std::net::TcpStream::connect(back).unwrap();
-                let (mut up, mut down) = (stream.try_clone().unwrap(), server.try_clone().unwrap());
-                std::thread::spawn(move || std::io::copy(&mut up, &mut server));
-                std::thread::spawn(move || std::io::copy(&mut down, &mut stream));
-            }
-        }
-    });
+    let (swallow, _) = swallowing(front, back);
     cluster.await_brokers(2);
-    let client =
-        Client::connect(ClientConfig { batch_size: 4096, buffer_bytes: 256 << 10, ..cluster.config() }).unwrap();
+    let client = Client::connect(ClientConfig {
+        batch_size: 4096,
+        buffer_bytes: 256 << 10,
+        progress_timeout_ms: 20_000,
+        ..cluster.config()
+    })
+    .unwrap();
     client.create_topic("gap", TopicOptions::default()).unwrap();
     let publisher = client.publisher("gap").unwrap();
     let mut sent = 0;
@@ -145,11 +179,11 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
             Err(error) => panic!("{error}"),
         }
     }
-    swallowed.store(false, std::sync::atomic::Ordering::SeqCst);
+    swallow.store(false, Ordering::SeqCst);
     for number in sent..sent + 500 {
         publisher.publish_wait(&message(0, number)).unwrap();
     }
-    // Connections that were opened while it swallowed still do; each costs one more lease.
+    // Connections that were opened while it swallowed still do; each costs one more lease, or the client's patience.
     publisher.flush().unwrap();
     assert!(publisher.stats().batches_resubmitted > 0);
     assert_exactly_once(&history(&client, "gap")[&0], sent + 500);

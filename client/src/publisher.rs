@@ -26,6 +26,8 @@ const REMEMBERED_BATCHES: usize = 4096;
 const QUEUED_PER_LINK: usize = 2;
 /// Messages after which `publish` goes on writing what a socket had no room for.
 const DRIVE_EVERY: u32 = 128;
+/// Part of the progress timeout after which a publisher tries other connections.
+const SILENCE: u32 = 4;
 /// First and longest wait before a connection is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -121,6 +123,8 @@ struct Driver {
     failed: Option<ClientError>,
     stats: PublisherStats,
     driven_at: Instant,
+    /// When a batch was last acknowledged, or the first of those in flight was sealed.
+    progressed_at: Instant,
 }
 
 struct Open {
@@ -206,6 +210,7 @@ impl PublisherCore {
             failed: None,
             stats: PublisherStats::default(),
             driven_at: now,
+            progressed_at: now,
         };
         let core = Arc::new(Self {
             topic,
@@ -238,9 +243,13 @@ impl PublisherCore {
         self.connect_due();
         if idle {
             self.send_open(Occasion::Awaited);
-            let mut driver = lock(&self.driver);
+        }
+        let mut driver = lock(&self.driver);
+        driver.leave_silent_brokers(self.inner.config.progress_timeout() / SILENCE);
+        if idle {
             self.drive(&mut driver);
         }
+        drop(driver);
         self.in_flight.load(Ordering::Relaxed) > 0 || self.open.lock().builder.is_some()
     }
 
@@ -358,6 +367,9 @@ impl PublisherCore {
         let number = driver.first + driver.in_flight.len() as u64;
         let sequence = number.wrapping_add(driver.shift);
         let header = builder.seal(&driver.origin, sequence, driver.checksum);
+        if driver.in_flight.is_empty() {
+            driver.progressed_at = Instant::now();
+        }
         driver.in_flight.push_back(InFlight { builder, header, state: State::Queued });
         driver.queue.push_back(number);
         self.in_flight.store(driver.in_flight.len(), Ordering::Relaxed);
@@ -366,8 +378,12 @@ impl PublisherCore {
 
     /// Moves bytes and takes acks.
     fn drive(&self, driver: &mut Driver) -> bool {
+        let first = driver.first;
         let moved = driver.drive();
         driver.driven_at = Instant::now();
+        if driver.first != first || driver.in_flight.is_empty() {
+            driver.progressed_at = driver.driven_at;
+        }
         self.in_flight.store(driver.in_flight.len(), Ordering::Relaxed);
         self.acknowledged.store(driver.first, Ordering::Release);
         moved
@@ -444,6 +460,22 @@ impl Driver {
         }
         // Also what is committed: its ack was lost with the connection, and a duplicate is acknowledged again.
         self.requeue(|slot| slot == index, 0);
+    }
+
+    /// Gives up connections with batches on them when nothing has been acknowledged for `silence`: a broker that is
+    /// cut off keeps its connections open and says nothing. Other connections, and new ones, get the batches.
+    fn leave_silent_brokers(&mut self, silence: Duration) {
+        if self.in_flight.is_empty() || self.progressed_at.elapsed() < silence {
+            return;
+        }
+        self.progressed_at = Instant::now();
+        for index in 0..self.slots.len() {
+            if self.slots[index].is_ready()
+                && self.in_flight.iter().any(|batch| batch.state == State::Sent(Some(index)))
+            {
+                self.lose(index, RETRY.0);
+            }
+        }
     }
 
     fn drive(&mut self) -> bool {
