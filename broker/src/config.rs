@@ -186,7 +186,8 @@ pub struct BrokerConfig {
     pub broker_lease_ms: u64,
     /// How long a subscriber may hold what retention wants, milliseconds.
     pub delivery_patience_ms: u64,
-    /// SO_SNDBUF and SO_RCVBUF of data sockets, bytes; unset leaves them to the kernel.
+    /// SO_SNDBUF and SO_RCVBUF of data sockets, bytes; unset leaves them to the kernel, on loopback to
+    /// 512 KiB.
     pub socket_buffer_bytes: Option<usize>,
 }
 

@@ -25,7 +25,8 @@ pub struct ClientConfig {
     pub connect_timeout_ms: u64,
     /// How long `flush` and waiting calls wait without progress, milliseconds.
     pub progress_timeout_ms: u64,
-    /// SO_SNDBUF and SO_RCVBUF, bytes; unset leaves them to the kernel.
+    /// SO_SNDBUF and SO_RCVBUF, bytes; unset leaves them to the kernel, on loopback to
+    /// 512 KiB.
     pub socket_buffer_bytes: Option<usize>,
 }
 
