@@ -86,7 +86,9 @@ fn connections_cut_in_mid_batch_lose_and_repeat_nothing() {
         let before = proxy.cuts();
         proxy.cut_after((round as i64 * 7919) % 40_000);
         while proxy.cuts() == before {
-            publish(&mut ids);
+            // Slowly: a cut connection is away for a while, and the others would fill the region meanwhile.
+            (0..10).for_each(|_| publish(&mut ids));
+            std::thread::sleep(Duration::from_millis(1));
         }
         (0..1000).for_each(|_| publish(&mut ids));
     }
