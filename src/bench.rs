@@ -228,7 +228,7 @@ fn publish(args: &BenchArgs) -> Result<()> {
         let cluster = args.cluster()?;
         let client = args.client(&cluster)?;
         args.topic(&client, "bench")?;
-        // The first pass touches memory and grows socket buffers.
+        // The first pass touches memory.
         let warm = BenchArgs { seconds: args.seconds / 4.0, ..args.clone() };
         goodput(&warm, &client, "bench", None)?;
         rates.push(goodput(args, &client, "bench", None)?);

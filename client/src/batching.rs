@@ -3,10 +3,8 @@
 /// What a policy may look at.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
-    /// Batches handed to the transport and not acknowledged.
+    /// Batches sealed and not acknowledged.
     pub in_flight: usize,
-    /// Batches that wait for the transport.
-    pub queued: usize,
     /// Bytes in the batch that is being filled.
     pub open_bytes: usize,
     /// Messages in it.
@@ -50,7 +48,7 @@ impl BatchPolicy for FixedSize {
 
     #[inline]
     fn goes(&self, load: Load) -> bool {
-        let nothing_under_way = load.in_flight == 0 && load.queued == 0;
+        let nothing_under_way = load.in_flight == 0;
         let lone = load.open_messages == 1 && !load.streaming;
         load.open_bytes >= self.bytes || (nothing_under_way && (lone || load.awaited))
     }
@@ -70,6 +68,6 @@ mod tests {
         assert!(!policy.goes(Load { open_messages: 2, ..lone }));
         assert!(policy.goes(Load { open_messages: 2, awaited: true, ..lone }));
         assert!(policy.goes(Load { streaming: true, awaited: true, ..lone }));
-        assert!(policy.goes(Load { in_flight: 9, queued: 3, open_bytes: 1000, open_messages: 20, ..lone }));
+        assert!(policy.goes(Load { in_flight: 9, open_bytes: 1000, open_messages: 20, ..lone }));
     }
 }

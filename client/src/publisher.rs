@@ -351,7 +351,6 @@ impl PublisherCore {
         let Some(builder) = open.builder.as_ref().filter(|builder| !builder.is_empty()) else { return };
         let load = Load {
             in_flight: self.in_flight.load(Ordering::Relaxed),
-            queued: 0,
             open_bytes: builder.batch_bytes(),
             open_messages: builder.message_count(),
             streaming: open.streaming,

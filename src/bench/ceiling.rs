@@ -28,7 +28,7 @@ fn connected() -> Result<(TcpStream, TcpStream)> {
     Ok((near, far))
 }
 
-/// One thread sends from a buffer, this one receives into a region of the kind that brokers use: bytes a second, the
+/// One thread sends from a buffer, another receives into a region of the kind that brokers use: bytes a second, the
 /// better of a receiver that sleeps between batches and one that polls without rest.
 pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) -> Result<f64> {
     let receive = |busy| -> Result<f64> {
