@@ -49,6 +49,46 @@ fn memlock() -> Finding {
     finding("memlock", soft == "unlimited", soft, advice)
 }
 
+#[cfg(not(feature = "rdma"))]
+fn rdma_devices() -> Finding {
+    let advice = "install libibverbs-dev, librdmacm-dev and libclang-dev, and build with --features rdma";
+    finding("RDMA devices", false, "this build has no RDMA", advice)
+}
+
+#[cfg(feature = "rdma")]
+fn rdma_devices() -> Finding {
+    use embarcadero_datapath::transport::verbs::{DeviceReport, survey};
+    const NAME: &str = "RDMA devices";
+    let describe = |report: &DeviceReport| {
+        let ports = report.ports.iter().map(|port| {
+            let gids: Vec<_> =
+                port.gids.iter().map(|gid| format!("gid {} {} {}", gid.index, gid.kind, gid.address)).collect();
+            let numbers = format!("port {} {} {} mtu {}", port.number, port.link_layer, port.state, port.mtu);
+            format!("{numbers}, {}", list(&gids))
+        });
+        let windows = if report.memory_windows { "type-2 memory windows" } else { "no type-2 memory windows" };
+        let ports = ports.collect::<Vec<_>>().join("; ");
+        format!("{} (firmware {}, {windows}): {ports}", report.name, report.firmware)
+    };
+    match survey() {
+        Err(error) => finding(NAME, false, "none", format!("libibverbs cannot list devices: {error}")),
+        Ok(devices) if devices.is_empty() => {
+            let advice = "none in the kernel; soft-RoCE makes one of any network interface: rdma link add rxe0 type rxe netdev IF";
+            finding(NAME, false, "none", advice)
+        }
+        Ok(devices) => {
+            let active = |report: &DeviceReport| report.ports.iter().any(|port| port.state == "active");
+            let ready = devices.iter().any(|(_, report)| report.as_ref().is_ok_and(active));
+            let found = devices.iter().map(|(name, report)| match report {
+                Ok(report) => describe(report),
+                Err(error) => format!("{name}: cannot be opened: {error}"),
+            });
+            let advice = "no port is active: bring its interface up, and see that this user may open /dev/infiniband/uverbs*";
+            finding(NAME, ready, found.collect::<Vec<_>>().join("; "), advice)
+        }
+    }
+}
+
 fn findings() -> Vec<Finding> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let flush = FlushSupport::detect();
@@ -59,7 +99,6 @@ fn findings() -> Vec<Finding> {
         .unwrap_or_else(|| "0".to_owned());
     let shmem = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_else(|| "not built".to_owned());
     let dax = entries("/sys/bus/dax/devices");
-    let rdma = entries("/sys/class/infiniband");
     let libraries = env!("EMBARCADERO_LIBRARIES");
     let dpdk = !libraries.contains("libdpdk not found");
     vec![
@@ -95,12 +134,12 @@ fn findings() -> Vec<Finding> {
             list(&dax),
             "no CXL device-dax here: regions lie on tmpfs, which emulates it",
         ),
-        finding("RDMA devices", !rdma.is_empty(), list(&rdma), "no RDMA device: the data plane is TCP"),
+        rdma_devices(),
         finding(
             "native libraries at build time",
             !libraries.contains("not found"),
             libraries,
-            "optional: libibverbs-dev, librdmacm-dev, libdpdk-dev",
+            "optional: libdpdk-dev; libibverbs-dev and librdmacm-dev with feature rdma",
         ),
         finding("DPDK", dpdk, if dpdk { "found" } else { "not found" }, "optional; this build has no DPDK transport"),
     ]

@@ -100,5 +100,6 @@ fn print_version(verbose: bool) {
         println!("target {} ({})", env!("EMBARCADERO_TARGET"), env!("EMBARCADERO_PROFILE"));
         println!("native libraries at build time: {}", env!("EMBARCADERO_LIBRARIES"));
         println!("transports: tcp");
+        println!("RDMA devices: {}", if cfg!(feature = "rdma") { "listed by doctor" } else { "not in this build" });
     }
 }

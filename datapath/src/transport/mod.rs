@@ -6,6 +6,8 @@
 
 mod poller;
 pub mod tcp;
+#[cfg(feature = "rdma")]
+pub mod verbs;
 
 pub use poller::{Poller, Ready, prepare_polling_thread};
 

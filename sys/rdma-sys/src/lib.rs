@@ -1,0 +1,19 @@
+//! Bindings to the rdma-core of the host that built this: libibverbs and librdmacm, their inline functions included.
+//!
+//! Generated from the installed headers; what each item does is in its manual page (`man ibv_post_send`). Call
+//! [`embarcadero_ibv_query_port`] and [`embarcadero_ibv_reg_mr`] instead of the functions of the plain names: `verbs.h`
+//! redirects those by macro, and the bare symbols leave fields unset.
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, unused_imports)]
+#![allow(missing_docs, clippy::all, clippy::pedantic)]
+
+include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_library_answers() {
+        // SAFETY: takes an error number by value and returns a static string.
+        let text = unsafe { std::ffi::CStr::from_ptr(super::ibv_wc_status_str(super::IBV_WC_REM_ACCESS_ERR)) };
+        assert_eq!(text.to_str(), Ok("remote access error"));
+    }
+}
