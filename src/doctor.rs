@@ -57,7 +57,7 @@ fn rdma_devices() -> Finding {
 
 #[cfg(feature = "rdma")]
 fn rdma_devices() -> Finding {
-    use embarcadero_datapath::transport::verbs::{DeviceReport, survey};
+    use embarcadero_datapath::verbs::{DeviceReport, survey};
     const NAME: &str = "RDMA devices";
     let describe = |report: &DeviceReport| {
         let ports = report.ports.iter().map(|port| {
@@ -83,7 +83,8 @@ fn rdma_devices() -> Finding {
                 Ok(report) => describe(report),
                 Err(error) => format!("{name}: cannot be opened: {error}"),
             });
-            let advice = "no port is active: bring its interface up, and see that this user may open /dev/infiniband/uverbs*";
+            let advice =
+                "no port is active: bring its interface up, and see that this user may open /dev/infiniband/uverbs*";
             finding(NAME, ready, found.collect::<Vec<_>>().join("; "), advice)
         }
     }

@@ -1,9 +1,13 @@
 //! The data path of Embarcadero: the shared CXL region and the rules for touching it ([`cxl`]), the bytes that
-//! travel between clients and brokers ([`wire`]), how they travel ([`transport`]), and how threads wait ([`poll`]).
+//! travel between clients and brokers ([`wire`]), how they travel ([`transport`], and `verbs` with feature `rdma`), and how
+//! threads wait ([`poll`]).
 //!
 //! All `unsafe` code of the project lives here and in `sys/`.
 
+pub mod buffer;
 pub mod cxl;
 pub mod poll;
 pub mod transport;
+#[cfg(feature = "rdma")]
+pub mod verbs;
 pub mod wire;

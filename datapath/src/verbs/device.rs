@@ -1,8 +1,6 @@
-//! RDMA verbs, safely: the devices of this host.
-//!
-//! Types own what the library hands out and give it back when dropped; a [`Context`] cannot outlive the list that its
-//! device came from. Calls are those of libibverbs; `man ibv_open_device` and its neighbours describe them.
+//! The RDMA devices of this host, and their ports.
 
+use super::check;
 use rdma_sys as ffi;
 use serde::Serialize;
 use std::ffi::CStr;
@@ -12,6 +10,7 @@ use std::mem::zeroed;
 use std::net::Ipv6Addr;
 use std::os::raw::c_char;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// The RDMA devices of this host, as libibverbs sees them.
 pub struct DeviceList {
@@ -27,9 +26,81 @@ pub struct Device<'a> {
 }
 
 /// An opened device.
-pub struct Context<'a> {
+pub struct Context {
     context: NonNull<ffi::ibv_context>,
-    device: Device<'a>,
+    name: String,
+}
+
+// SAFETY: libibverbs serialises calls on a context; the pointer is only passed to it.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+/// Why there is no device to use.
+#[derive(Debug, thiserror::Error)]
+pub enum VerbsError {
+    /// The kernel has none.
+    #[error(
+        "this host has no RDMA device; soft-RoCE makes one of any network interface: rdma link add rxe0 type rxe netdev IF"
+    )]
+    NoDevice,
+    /// None of that name.
+    #[error("there is no RDMA device {name}; there are: {present}")]
+    NotFound {
+        /// As configured.
+        name: String,
+        /// What there is.
+        present: String,
+    },
+    /// None of them can be used.
+    #[error("RDMA device {name} has no active port with an address: bring its interface up")]
+    PortDown {
+        /// Which.
+        name: String,
+    },
+    /// The library refuses.
+    #[error("cannot {action} of RDMA device {name}: {source}{}", hint(.source))]
+    Call {
+        /// Which device.
+        name: String,
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+/// What to do about an error number.
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOMEM) => {
+            "; raise the locked-memory limit (memlock unlimited in /etc/security/limits.d, or LimitMEMLOCK=infinity)"
+        }
+        Some(libc::EOPNOTSUPP) => {
+            "; memory on fsdax cannot be registered: put the region on a device-dax node, tmpfs or hugetlbfs"
+        }
+        Some(libc::EACCES | libc::EPERM) => "; this user may not open /dev/infiniband/uverbs*",
+        _ => "",
+    }
+}
+
+/// A port that can be used, and which of its addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalPort {
+    /// Number, from 1.
+    pub number: u8,
+    /// Index of the address in the port's table.
+    pub gid_index: u8,
+    /// The address.
+    pub gid: [u8; 16],
+    /// LID (InfiniBand); 0 on Ethernet.
+    pub lid: u16,
+    /// Path MTU in force, bytes.
+    pub mtu: u32,
+    /// RoCE rather than InfiniBand.
+    pub ethernet: bool,
+    /// Largest message, bytes.
+    pub max_message_bytes: u32,
 }
 
 /// What a device is and can do.
@@ -78,9 +149,9 @@ fn text(bytes: &[c_char]) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Calls of libibverbs return 0 or an error number.
-fn check(result: i32) -> io::Result<()> {
-    if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result.abs())) }
+/// NUMA node of a device; `None` where the kernel does not know.
+fn numa_node(name: &str) -> Option<u32> {
+    std::fs::read_to_string(format!("/sys/class/infiniband/{name}/device/numa_node")).ok()?.trim().parse().ok()
 }
 
 impl DeviceList {
@@ -132,52 +203,141 @@ impl<'a> Device<'a> {
         unsafe { CStr::from_ptr(ffi::ibv_get_device_name(self.device)) }.to_string_lossy().into_owned()
     }
 
-    /// NUMA node; `None` where the kernel does not know.
-    #[must_use]
-    pub fn numa_node(&self) -> Option<u32> {
-        let path = format!("/sys/class/infiniband/{}/device/numa_node", self.name());
-        std::fs::read_to_string(path).ok()?.trim().parse().ok()
-    }
-
     /// Opens it.
     ///
     /// # Errors
     /// What the library reports: most often no right to open /dev/infiniband/uverbsN.
-    pub fn open(self) -> io::Result<Context<'a>> {
+    pub fn open(self) -> io::Result<Arc<Context>> {
         // SAFETY: the device is of a list that lives.
         let context = unsafe { ffi::ibv_open_device(self.device) };
         match NonNull::new(context) {
-            Some(context) => Ok(Context { context, device: self }),
+            Some(context) => Ok(Arc::new(Context { context, name: self.name() })),
             None => Err(io::Error::last_os_error()),
         }
     }
 }
 
-impl Context<'_> {
+impl Context {
+    /// Opens the device of that name, or the first with an active port, and chooses the port's address: RoCE v2 over
+    /// IPv4, else over IPv6, else whatever there is.
+    ///
+    /// # Errors
+    /// [`VerbsError`], naming what is missing.
+    pub fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+        let call = |name: &str, action, source| VerbsError::Call { name: name.to_owned(), action, source };
+        let list = DeviceList::new().map_err(|source| call("(any)", "get the list", source))?;
+        let names: Vec<String> = list.iter().map(|device| device.name()).collect();
+        let wanted = |device: &Device<'_>| name.is_none_or(|name| device.name() == name);
+        let mut down = None;
+        for device in list.iter().filter(wanted) {
+            let context = device.open().map_err(|source| call(&device.name(), "open the context", source))?;
+            let port = context.usable_port().map_err(|source| call(&context.name, "read the ports", source))?;
+            match port {
+                Some(port) => return Ok((context, port)),
+                None => down = Some(device.name()),
+            }
+        }
+        Err(match (down, name) {
+            (Some(name), _) => VerbsError::PortDown { name },
+            (None, Some(name)) if !names.is_empty() => {
+                VerbsError::NotFound { name: name.to_owned(), present: names.join(", ") }
+            }
+            _ => VerbsError::NoDevice,
+        })
+    }
+
+    /// Name, as in /sys/class/infiniband.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// An error of a call on this device, with what to do about it.
+    pub fn error(&self, action: &'static str) -> impl FnOnce(io::Error) -> VerbsError {
+        let name = self.name.clone();
+        move |source| VerbsError::Call { name, action, source }
+    }
+
+    pub(super) fn raw(&self) -> *mut ffi::ibv_context {
+        self.context.as_ptr()
+    }
+
+    fn device_attributes(&self) -> io::Result<ffi::ibv_device_attr> {
+        // SAFETY: plain data, for which zero is valid.
+        let mut attributes: ffi::ibv_device_attr = unsafe { zeroed() };
+        // SAFETY: the context is open, and the attributes live across the call.
+        check(unsafe { ffi::ibv_query_device(self.context.as_ptr(), &raw mut attributes) })?;
+        Ok(attributes)
+    }
+
+    fn port_attributes(&self, number: u8) -> io::Result<ffi::ibv_port_attr> {
+        // SAFETY: plain data, for which zero is valid.
+        let mut attributes: ffi::ibv_port_attr = unsafe { zeroed() };
+        // SAFETY: the context is open, and the attributes live across the call.
+        check(unsafe { ffi::embarcadero_ibv_query_port(self.context.as_ptr(), number, &raw mut attributes) })?;
+        Ok(attributes)
+    }
+
+    /// Whether a port is up.
+    #[must_use]
+    pub fn is_active(&self, port: u8) -> bool {
+        self.port_attributes(port).is_ok_and(|port| port.state == ffi::IBV_PORT_ACTIVE)
+    }
+
+    fn usable_port(&self) -> io::Result<Option<LocalPort>> {
+        for number in 1..=self.device_attributes()?.phys_port_cnt {
+            let attributes = self.port_attributes(number)?;
+            if attributes.state != ffi::IBV_PORT_ACTIVE {
+                continue;
+            }
+            let ethernet = u32::from(attributes.link_layer) == ffi::IBV_LINK_LAYER_ETHERNET;
+            let port = self.port(number)?;
+            let rank = |gid: &&Gid| match (gid.kind, gid.address.to_ipv4_mapped()) {
+                ("RoCE v2", Some(_)) => 0,
+                ("RoCE v2", None) => 1,
+                _ => 2,
+            };
+            if let Some(gid) = port.gids.iter().min_by_key(rank) {
+                return Ok(Some(LocalPort {
+                    number,
+                    gid_index: gid.index as u8,
+                    gid: gid.address.octets(),
+                    lid: attributes.lid,
+                    mtu: port.mtu,
+                    ethernet,
+                    max_message_bytes: attributes.max_msg_sz,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether it has type-2 memory windows.
+    ///
+    /// # Errors
+    /// What the library reports.
+    pub fn has_memory_windows(&self) -> io::Result<bool> {
+        let windows = ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2A | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
+        Ok(self.device_attributes()?.device_cap_flags & windows != 0)
+    }
+
     /// What the device is and can do.
     ///
     /// # Errors
     /// What the library reports.
     pub fn report(&self) -> io::Result<DeviceReport> {
-        // SAFETY: plain data, for which zero is valid.
-        let mut attributes: ffi::ibv_device_attr = unsafe { zeroed() };
-        // SAFETY: the context is open, and the attributes live across the call.
-        check(unsafe { ffi::ibv_query_device(self.context.as_ptr(), &raw mut attributes) })?;
-        let windows = ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2A | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
+        let attributes = self.device_attributes()?;
         Ok(DeviceReport {
-            name: self.device.name(),
+            name: self.name.clone(),
             firmware: text(&attributes.fw_ver),
-            numa_node: self.device.numa_node(),
-            memory_windows: attributes.device_cap_flags & windows != 0,
+            numa_node: numa_node(&self.name),
+            memory_windows: self.has_memory_windows()?,
             ports: (1..=attributes.phys_port_cnt).map(|number| self.port(number)).collect::<io::Result<_>>()?,
         })
     }
 
     fn port(&self, number: u8) -> io::Result<PortReport> {
-        // SAFETY: plain data, for which zero is valid.
-        let mut attributes: ffi::ibv_port_attr = unsafe { zeroed() };
-        // SAFETY: the context is open, and the attributes live across the call.
-        check(unsafe { ffi::embarcadero_ibv_query_port(self.context.as_ptr(), number, &raw mut attributes) })?;
+        let attributes = self.port_attributes(number)?;
         let state = match attributes.state {
             ffi::IBV_PORT_DOWN => "down",
             ffi::IBV_PORT_INIT => "init",
@@ -215,9 +375,9 @@ impl Context<'_> {
     }
 }
 
-impl Drop for Context<'_> {
+impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: the context came from `ibv_open_device` and is closed once.
+        // SAFETY: the context came from `ibv_open_device`; what was made of it holds it, so it is closed last, and once.
         unsafe { ffi::ibv_close_device(self.context.as_ptr()) };
     }
 }

@@ -1,0 +1,27 @@
+//! RDMA verbs, safely: devices, memory, completions and queue pairs as owning types.
+//!
+//! A child holds its parent ([`MemoryRegion`] its [`ProtectionDomain`], a [`QueuePair`] its [`CompletionQueue`]'s
+//! handle, all of them the [`Context`]), so nothing can be destroyed before what depends on it; a [`MemoryRegion`] holds
+//! its pages, so a NIC never reaches memory that was given back. The state of a queue pair is in its type. Calls are
+//! those of libibverbs; its manual pages (`man ibv_post_send` and neighbours) describe them.
+
+mod completion;
+mod device;
+mod memory;
+mod probe;
+mod queue_pair;
+
+pub use completion::{Completion, CompletionQueue, Outcome, WorkError};
+pub use device::{Context, Device, DeviceList, DeviceReport, Gid, LocalPort, PortReport, VerbsError, survey};
+pub use memory::{LocalRange, MemoryRegion, MemoryWindow, Pinned, ProtectionDomain, RemoteRange};
+pub use probe::windows_are_enforced;
+pub use queue_pair::{
+    Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
+};
+
+use std::io;
+
+/// Most calls of libibverbs return 0 or an error number.
+fn check(result: i32) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(result.abs())) }
+}
