@@ -121,7 +121,7 @@ fn hostile_bytes_are_refused_and_the_broker_lives_on() {
 fn each_defect_of_a_batch_is_named() {
     let bench = bench();
     let batch = |checksum| {
-        let mut builder = BatchBuilder::new(4096);
+        let mut builder = BatchBuilder::new(4096).unwrap();
         builder.push(b"one");
         builder.push(b"two");
         let header = builder.seal(&bench.origin, 0, checksum);

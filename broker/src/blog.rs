@@ -191,6 +191,26 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
+    /// A batch lies at `at` inside a reservation that is not settled yet; it is settled by itself.
+    #[inline]
+    pub fn share(&self, at: RegionOffset) {
+        if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
+            let before = count.fetch_add(1, Ordering::AcqRel);
+            assert!(before > 0, "a batch lies outside every reservation");
+        }
+    }
+
+    /// Of the reservation of `bytes` at `at`, only the first `used` hold anything: later reservations get the rest, if
+    /// none came after it. Call before the reservation is settled. All in whole lines.
+    pub fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
+        let segment = self.segment_of(at);
+        let base = self.region.layout().segment(self.region.geometry(), segment);
+        let line = |offset: u64| pack(segment, ((at.0 + offset - base.0) / LINE_BYTES) as u32);
+        if self.cursor.compare_exchange(line(bytes), line(used), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+            self.reserved_bytes.fetch_sub(bytes - used, Ordering::Relaxed);
+        }
+    }
+
     /// The segment that a position lies in.
     #[inline]
     pub fn segment_of(&self, at: RegionOffset) -> u32 {

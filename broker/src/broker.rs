@@ -1,6 +1,6 @@
 //! Puts a broker together and takes it apart.
 
-use crate::config::{BrokerConfig, ConfigError, Role};
+use crate::config::{BrokerConfig, ConfigError, Role, Transport};
 use crate::control::{ControlService, HeadControl};
 use crate::delegation::{Delegation, Landed};
 use crate::ingest::IngestLimits;
@@ -19,6 +19,10 @@ use embarcadero_datapath::cxl::tables::{
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
+#[cfg(feature = "rdma")]
+use embarcadero_datapath::transport::verbs::VerbsHost;
+#[cfg(feature = "rdma")]
+use embarcadero_datapath::verbs::VerbsError;
 use std::io;
 use std::net::TcpListener;
 use std::sync::Arc;
@@ -43,6 +47,10 @@ pub enum BrokerError {
         /// What the system said.
         source: io::Error,
     },
+    /// Its RDMA device.
+    #[cfg(feature = "rdma")]
+    #[error("transport is verbs, but {0}")]
+    Verbs(#[from] VerbsError),
     /// No id is left.
     #[error("all {0} broker ids of the region are taken")]
     NoFreeId(u32),
@@ -84,6 +92,14 @@ impl Broker {
         let file = RegionFile::open(&config.cxl.path, config.cxl.flush_method()?)?;
         let region = file.region().clone();
         check_region(&config, &region)?;
+        if config.transport == Transport::Verbs && !cfg!(feature = "rdma") {
+            return Err(ConfigError {
+                key: "transport",
+                value: "verbs".to_owned(),
+                bound: "tcp: this build has no RDMA (cargo feature rdma)".to_owned(),
+            }
+            .into());
+        }
         if config.cxl.prefault {
             region.fabric().mapping().prefault().map_err(io_error("map the region's pages"))?;
         }
@@ -226,6 +242,24 @@ fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
     if config.threads.workers > 0 { config.threads.workers } else { (cores / 4).clamp(1, 4) }
 }
 
+/// Opens the RDMA device and registers the region on it.
+#[cfg(feature = "rdma")]
+fn open_verbs(config: &BrokerConfig, region: &Region<Native>) -> Result<Arc<VerbsHost>, BrokerError> {
+    let host = VerbsHost::open(
+        region.fabric(),
+        config.rdma.device.as_deref(),
+        config.rdma.isolation,
+        config.rdma.lease_bytes,
+    )?;
+    if config.max_batch_bytes > host.max_message_bytes() {
+        let bound = format!("at most {}, the largest message of {}", host.max_message_bytes(), host.device());
+        let value = config.max_batch_bytes.to_string();
+        return Err(ConfigError { key: "max_batch_bytes", value, bound }.into());
+    }
+    tracing::info!(device = host.device(), isolation = host.isolation(), "verbs");
+    Ok(host)
+}
+
 fn spawn_workers(
     config: &BrokerConfig,
     topics: &Arc<TopicTable<Native>>,
@@ -254,6 +288,8 @@ fn spawn_workers(
             send_buffer_bytes: config.socket_buffer_bytes,
             receive_buffer_bytes: config.socket_buffer_bytes,
         },
+        #[cfg(feature = "rdma")]
+        verbs: (config.transport == Transport::Verbs).then(|| open_verbs(config, topics.region())).transpose()?,
         stop: Arc::clone(stop),
     };
     // Every batch in flight can have an ack waiting here.

@@ -2,8 +2,10 @@
 
 use crate::delegation::FlushGroup;
 use crate::ingest::MAX_WORKERS;
+use embarcadero_datapath::cxl::LINE_BYTES;
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::poll::PollPolicy;
+use embarcadero_datapath::transport::Isolation;
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -150,6 +152,34 @@ impl Default for ThreadConfig {
     }
 }
 
+/// How clients' bytes reach the region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// RDMA verbs beside TCP: clients choose. Without an RDMA device the broker does not start.
+    Verbs,
+}
+
+/// RDMA verbs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RdmaConfig {
+    /// Device, as in /sys/class/infiniband; unset takes the first with an active port.
+    pub device: Option<String>,
+    /// What keeps a session inside its landing windows.
+    pub isolation: Isolation,
+    /// Bytes of a landing window, at least; a publisher holds two. More where a publisher's batches need it.
+    pub lease_bytes: u64,
+}
+
+impl Default for RdmaConfig {
+    fn default() -> Self {
+        Self { device: None, isolation: Isolation::Auto, lease_bytes: 2 << 20 }
+    }
+}
+
 /// A broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -160,6 +190,10 @@ pub struct BrokerConfig {
     pub role: Role,
     /// The region.
     pub cxl: CxlConfig,
+    /// What clients may use.
+    pub transport: Transport,
+    /// RDMA verbs, where `transport` is `verbs`.
+    pub rdma: RdmaConfig,
     /// Where publishers and subscribers connect; port 0 takes a free one.
     pub data_listen: SocketAddr,
     /// Where the control service listens; port 0 takes a free one.
@@ -198,6 +232,8 @@ impl Default for BrokerConfig {
             id: None,
             role: Role::Auto,
             cxl: CxlConfig::default(),
+            transport: Transport::Tcp,
+            rdma: RdmaConfig::default(),
             data_listen: loopback,
             control_listen: loopback,
             data_advertise: None,
@@ -242,6 +278,11 @@ impl BrokerConfig {
         within("heartbeat_ms", self.heartbeat_ms, 1, 1000)?;
         within("broker_lease_ms", self.broker_lease_ms, self.heartbeat_ms * 5, 600_000)?;
         within("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000)?;
+        within("rdma.lease_bytes", self.rdma.lease_bytes, 4096, 1 << 30)?;
+        if !self.rdma.lease_bytes.is_multiple_of(LINE_BYTES) {
+            let bound = format!("a multiple of {LINE_BYTES}");
+            return Err(ConfigError { key: "rdma.lease_bytes", value: self.rdma.lease_bytes.to_string(), bound });
+        }
         if let Some(bytes) = self.socket_buffer_bytes {
             within("socket_buffer_bytes", bytes as u64, 4096, 1 << 30)?;
         }

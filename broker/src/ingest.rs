@@ -6,7 +6,7 @@ use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::session_table::{SessionState, read_progress, read_session};
-use embarcadero_datapath::cxl::{Native, RegionOffset};
+use embarcadero_datapath::cxl::{LINE_BYTES, Native, RegionOffset};
 use embarcadero_datapath::transport::{Landing, Placement, TransportError};
 use embarcadero_datapath::wire::batch::{BodyError, check_body, check_lengths};
 use embarcadero_datapath::wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
@@ -37,8 +37,17 @@ pub struct PublisherSession {
     landed: Sender<Landed<Native>>,
     /// The reservation that a body is being received into.
     reserved: Option<RegionOffset>,
+    /// Landing windows that its NIC may fill.
+    windows: Vec<Window>,
     progress: u64,
     waiting_since: Option<Instant>,
+}
+
+/// A reservation that several batches share.
+struct Window {
+    at: RegionOffset,
+    bytes: u64,
+    used: u64,
 }
 
 impl PublisherSession {
@@ -86,8 +95,17 @@ impl PublisherSession {
             ..PublishReady::blank()
         };
         let limits = IngestLimits { max_batch_bytes: ready.max_batch_bytes, ..limits };
-        let session =
-            Self { topic, open, acks, limits, landed, reserved: None, progress: ready.committed, waiting_since: None };
+        let session = Self {
+            topic,
+            open,
+            acks,
+            limits,
+            landed,
+            reserved: None,
+            windows: Vec::new(),
+            progress: ready.committed,
+            waiting_since: None,
+        };
         Ok((session, ready))
     }
 
@@ -152,6 +170,44 @@ impl PublisherSession {
         Placement::Refuse(TransportError::refused(ErrorCode::PoolExhausted, text))
     }
 
+    /// Gives back what a closed window does not hold batches in.
+    fn give_back(&self, window: &Window) {
+        self.topic.blog.give_back(window.at, window.bytes, window.used);
+        self.topic.blog.settle(window.at);
+    }
+
+    /// Checks a batch's header against the session; what to answer if it is not to be taken now.
+    fn stops(&mut self, topics: &TopicTable<Native>, header: &BatchHeader) -> Option<Placement> {
+        let refuse = |code, text: String| Some(Placement::Refuse(TransportError::refused(code, text)));
+        if let Err(error) = header.check(self.limits.max_batch_bytes) {
+            return refuse(ErrorCode::BadBatch, error.to_string());
+        }
+        let open = &self.open;
+        if header.client_id != open.client_id
+            || header.session_epoch != open.session_epoch
+            || header.session_slot != open.session_slot
+            || header.topic != open.topic
+            || header.topic_incarnation != open.topic_incarnation
+        {
+            let text = "the batch names another session or topic than the connection was opened for";
+            return refuse(ErrorCode::BadBatch, text.to_owned());
+        }
+        if self.topic.is_deleted() {
+            return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name));
+        }
+        if self.topic.config.order.is_global() && header.sequence >= self.progress + SESSION_WINDOW {
+            self.progress = read_progress(topics.region(), self.open.session_slot);
+            if header.sequence >= self.progress + SESSION_WINDOW {
+                return Some(Placement::Wait);
+            }
+        }
+        if !self.can_hand_over() {
+            let reason = "batches that are here cannot be ordered: the Batchlog or the order index has no room";
+            return Some(self.wait_for_room(reason));
+        }
+        None
+    }
+
     /// Room for one more batch between here and the delegation.
     pub fn can_hand_over(&self) -> bool {
         // Other workers hand over too; each has at most one batch between this check and its hand-over.
@@ -164,6 +220,10 @@ impl Drop for PublisherSession {
         if let Some(at) = self.reserved.take() {
             self.topic.blog.settle(at);
         }
+        // The connection is gone or has closed them.
+        for window in &self.windows {
+            self.give_back(window);
+        }
     }
 }
 
@@ -175,38 +235,16 @@ pub struct Place<'a> {
     pub session: Option<&'a mut PublisherSession>,
 }
 
+fn not_opened() -> Placement {
+    let text = "a batch came on a connection that was not opened for publishing";
+    Placement::Refuse(TransportError::refused(ErrorCode::UnknownSession, text))
+}
+
 impl Landing for Place<'_> {
     fn place(&mut self, header: &BatchHeader) -> Placement {
-        let Self { topics, session: Some(session) } = self else {
-            let text = "a batch came on a connection that was not opened for publishing";
-            return Placement::Refuse(TransportError::refused(ErrorCode::UnknownSession, text));
-        };
-        if let Err(error) = header.check(session.limits.max_batch_bytes) {
-            return Placement::Refuse(TransportError::refused(ErrorCode::BadBatch, error.to_string()));
-        }
-        let open = &session.open;
-        if header.client_id != open.client_id
-            || header.session_epoch != open.session_epoch
-            || header.session_slot != open.session_slot
-            || header.topic != open.topic
-            || header.topic_incarnation != open.topic_incarnation
-        {
-            let text = "the batch names another session or topic than the connection was opened for";
-            return Placement::Refuse(TransportError::refused(ErrorCode::BadBatch, text));
-        }
-        if session.topic.is_deleted() {
-            let text = format!("topic {} is deleted", session.topic.config.name);
-            return Placement::Refuse(TransportError::refused(ErrorCode::TopicDeleted, text));
-        }
-        if session.topic.config.order.is_global() && header.sequence >= session.progress + SESSION_WINDOW {
-            session.progress = read_progress(topics.region(), open.session_slot);
-            if header.sequence >= session.progress + SESSION_WINDOW {
-                return Placement::Wait;
-            }
-        }
-        if !session.can_hand_over() {
-            return session
-                .wait_for_room("batches that are here cannot be ordered: the Batchlog or the order index has no room");
+        let Some(session) = &mut self.session else { return not_opened() };
+        if let Some(answer) = session.stops(self.topics, header) {
+            return answer;
         }
         match session.topic.blog.reserve(header.batch_bytes()) {
             Ok(at) => {
@@ -215,6 +253,46 @@ impl Landing for Place<'_> {
                 Placement::At(at)
             }
             Err(error) => session.wait_for_room(&error.to_string()),
+        }
+    }
+
+    fn lease(&mut self, bytes: u64, starved: bool) -> Placement {
+        let Some(session) = &mut self.session else { return Placement::Wait };
+        let segment = session.topic.blog.max_batch_bytes();
+        if bytes > segment {
+            let text = format!("a landing window of {bytes} bytes does not fit into a segment of {segment}");
+            return Placement::Refuse(TransportError::refused(ErrorCode::BadBatch, text));
+        }
+        match session.topic.blog.reserve(bytes) {
+            Ok(at) => {
+                session.windows.push(Window { at, bytes, used: 0 });
+                session.waiting_since = None;
+                Placement::At(at)
+            }
+            Err(error) if starved => session.wait_for_room(&error.to_string()),
+            Err(_) => Placement::Wait,
+        }
+    }
+
+    fn admit(&mut self, header: &BatchHeader, at: RegionOffset) -> Placement {
+        let Some(session) = &mut self.session else { return not_opened() };
+        if let Some(answer) = session.stops(self.topics, header) {
+            return answer;
+        }
+        let inside = |window: &&mut Window| (window.at.0..window.at.0 + window.bytes).contains(&at.0);
+        let Some(window) = session.windows.iter_mut().find(inside) else { return not_opened() };
+        window.used = (at.0 + header.batch_bytes() - window.at.0).next_multiple_of(LINE_BYTES).min(window.bytes);
+        session.topic.blog.share(at);
+        session.reserved = Some(at);
+        session.waiting_since = None;
+        Placement::At(at)
+    }
+
+    fn close(&mut self, at: RegionOffset) {
+        let Some(session) = &mut self.session else { return };
+        if let Some(index) = session.windows.iter().position(|window| window.at == at) {
+            let window = session.windows.swap_remove(index);
+            session.give_back(&window);
         }
     }
 }

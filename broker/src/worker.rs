@@ -9,10 +9,14 @@ use crossbeam_channel::{Receiver, Sender};
 use embarcadero_datapath::cxl::Native;
 use embarcadero_datapath::poll::{Idle, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, TcpConnection};
+#[cfg(feature = "rdma")]
+use embarcadero_datapath::transport::verbs::{VerbsEnd, VerbsHost, VerbsQueue};
 use embarcadero_datapath::transport::{
-    Connection, Outbox, Outgoing, Poller, Ready, Received, TransportError, prepare_polling_thread,
+    Channel, Connection, Outbox, Outgoing, Poller, Ready, Received, TransportError, prepare_polling_thread,
 };
-use embarcadero_datapath::wire::{ErrorCode, Frame};
+use embarcadero_datapath::wire::{ErrorCode, Frame, VerbsConnect};
+#[cfg(feature = "rdma")]
+use std::collections::HashMap;
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
@@ -38,7 +42,8 @@ enum Role {
 }
 
 struct Client {
-    link: TcpConnection,
+    // First, so that it is dropped first: then nothing reads or writes the memory that the role lets go.
+    link: Channel,
     role: Role,
     outbox: Outbox,
     /// A batch waits for room: the socket is not watched.
@@ -61,9 +66,24 @@ pub struct Shared {
     pub delivery_patience: Duration,
     /// Kernel buffers.
     pub sockets: SocketOptions,
+    /// The RDMA device, if the broker offers verbs.
+    #[cfg(feature = "rdma")]
+    pub verbs: Option<Arc<VerbsHost>>,
     /// Set when the broker stops.
     pub stop: Arc<AtomicBool>,
 }
+
+/// What the thread's queue pairs complete.
+#[cfg(feature = "rdma")]
+struct Completions {
+    queue: VerbsQueue,
+    /// Number of a queue pair, and the slot of its connection.
+    slots: HashMap<u32, usize>,
+}
+
+/// Token of the completion queue's descriptor.
+#[cfg(feature = "rdma")]
+const COMPLETIONS: u64 = u64::MAX;
 
 /// One polling thread.
 pub struct Worker {
@@ -71,6 +91,8 @@ pub struct Worker {
     shared: Shared,
     memory: Native,
     poller: Poller,
+    #[cfg(feature = "rdma")]
+    verbs: Option<Completions>,
     ready: Vec<Ready>,
     clients: Vec<Option<Client>>,
     generation: u32,
@@ -120,11 +142,23 @@ impl Worker {
     pub fn new(shared: Shared, setup: WorkerSetup) -> io::Result<Self> {
         let memory = shared.topics.region().fabric().clone();
         let WorkerSetup { index, accepted, ordered, idle, core, delegation, sequencer, heartbeat } = setup;
+        let poller = Poller::new()?;
+        #[cfg(feature = "rdma")]
+        let verbs = match &shared.verbs {
+            None => None,
+            Some(host) => {
+                let queue = VerbsQueue::new(host).map_err(io::Error::other)?;
+                poller.add(queue.descriptor(), COMPLETIONS, false)?;
+                Some(Completions { queue, slots: HashMap::new() })
+            }
+        };
         Ok(Self {
             index,
             shared,
             memory,
-            poller: Poller::new()?,
+            poller,
+            #[cfg(feature = "rdma")]
+            verbs,
             ready: Vec::with_capacity(64),
             clients: Vec::new(),
             generation: 0,
@@ -148,6 +182,9 @@ impl Worker {
         let mut timeout = Duration::ZERO;
         let mut looked = Instant::now();
         while !self.shared.stop.load(Ordering::Relaxed) {
+            if !timeout.is_zero() && self.has_completions() {
+                timeout = Duration::ZERO;
+            }
             if let Err(error) = self.poller.wait(timeout, &mut self.ready) {
                 tracing::error!(worker = self.index, %error, "waiting for sockets failed");
                 return;
@@ -164,9 +201,87 @@ impl Worker {
         }
     }
 
+    /// Before the thread sleeps: has the device wake it, and looks a last time. True when there is something to do.
+    fn has_completions(&mut self) -> bool {
+        #[cfg(feature = "rdma")]
+        if let Some(verbs) = &mut self.verbs {
+            if let Err(error) = verbs.queue.arm() {
+                tracing::error!(worker = self.index, %error, "the RDMA device cannot be waited for");
+            }
+            return self.complete();
+        }
+        false
+    }
+
+    /// Hands completions to their connections. True when there were any.
+    #[cfg(feature = "rdma")]
+    fn complete(&mut self) -> bool {
+        let Some(Completions { queue, slots }) = &mut self.verbs else { return false };
+        let clients = &mut self.clients;
+        let polled = queue.poll(|completion| {
+            // Completions of queue pairs that are gone are of no interest.
+            let slot = slots.get(&completion.queue_pair).copied();
+            if let Some(Some(client)) = slot.and_then(|slot| clients.get_mut(slot))
+                && let Some(verbs) = client.link.verbs()
+            {
+                verbs.completed(completion);
+            }
+        });
+        match polled {
+            Ok(count) => count > 0,
+            Err(error) => {
+                tracing::error!(worker = self.index, %error, "the RDMA device is lost; its connections close");
+                for slot in std::mem::take(slots).into_values() {
+                    self.part(slot, &TransportError::Closed);
+                }
+                self.verbs = None;
+                true
+            }
+        }
+    }
+
+    /// Makes a queue pair for a connection that asks for one.
+    #[cfg(feature = "rdma")]
+    fn upgrade(&mut self, slot: usize, request: &VerbsConnect) -> Result<(), TransportError> {
+        let (Some(host), Some(Completions { queue, slots })) = (&self.shared.verbs, &mut self.verbs) else {
+            return Err(no_verbs());
+        };
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return Ok(()) };
+        let verbs = VerbsEnd::connect(host, queue, request)?;
+        slots.insert(verbs.number(), slot);
+        client.link.upgrade(verbs);
+        Ok(())
+    }
+
+    #[cfg(not(feature = "rdma"))]
+    fn upgrade(&mut self, _: usize, _: &VerbsConnect) -> Result<(), TransportError> {
+        Err(no_verbs())
+    }
+
+    /// Frees a slot, and what its connection holds.
+    fn free(&mut self, slot: usize) {
+        #[cfg(feature = "rdma")]
+        if let Some(Some(client)) = self.clients.get_mut(slot)
+            && let Some(number) = client.link.verbs().map(|verbs| verbs.number())
+        {
+            self.clients[slot] = None;
+            // Once the queue pair is gone nothing more is added under its number, which another may get.
+            while self.complete() {}
+            if let Some(verbs) = &mut self.verbs {
+                verbs.slots.remove(&number);
+            }
+        }
+        self.clients[slot] = None;
+        self.free.push(slot);
+    }
+
     /// One turn of the loop: receive, order, acknowledge, deliver. True when anything moved.
     fn work(&mut self, looked: &mut Instant) -> bool {
         let mut moved = self.accept();
+        #[cfg(feature = "rdma")]
+        {
+            moved |= self.complete();
+        }
         let ready = std::mem::take(&mut self.ready);
         for ready in &ready {
             moved |= self.serve(*ready);
@@ -213,7 +328,7 @@ impl Worker {
         while let Ok(stream) = self.accepted.try_recv() {
             any = true;
             let link = match TcpConnection::new(stream, self.shared.sockets) {
-                Ok(link) => link,
+                Ok(link) => Channel::new(link),
                 Err(error) => {
                     tracing::debug!(%error, "a connection died before it was served");
                     continue;
@@ -253,9 +368,9 @@ impl Worker {
 
     /// Receives what a connection has, within its share.
     fn receive(&mut self, slot: usize) -> bool {
-        let Some(Some(client)) = self.clients.get_mut(slot) else { return false };
         let mut moved = false;
         for _ in 0..RECEIVE_BATCHES {
+            let Some(Some(client)) = self.clients.get_mut(slot) else { return moved };
             let session = match &mut client.role {
                 Role::Publisher(session) => Some(&mut **session),
                 // `turn` reads and discards what still comes.
@@ -278,6 +393,9 @@ impl Worker {
                         Role::Publisher(session) => session.complete(&self.memory, header, at, origin),
                         _ => Err(TransportError::refused(ErrorCode::BadFrame, "unexpected batch")),
                     }
+                }
+                Ok(Received::Frame(Frame::VerbsConnect(request))) if matches!(client.role, Role::New) => {
+                    self.upgrade(slot, &request)
                 }
                 Ok(Received::Frame(frame)) => Self::control(&self.shared, client, frame),
                 Err(error) => Err(error),
@@ -373,7 +491,7 @@ impl Worker {
                 session.poll(&mut client.outbox, self.shared.delivery_patience).map(|queued| moved |= queued > 0)
             }
             Role::Leaving(until) => {
-                if client.outbox.is_empty() {
+                if client.outbox.is_empty() && !client.link.has_to_send() {
                     client.link.finish();
                 }
                 if client.link.discard() || Instant::now() > *until { Err(TransportError::Closed) } else { Ok(()) }
@@ -387,8 +505,11 @@ impl Worker {
                 return true;
             }
         }
-        let waiting = matches!(self.clients.get(slot), Some(Some(client)) if client.waiting);
-        if waiting {
+        let due = |client: &Client| {
+            let open = matches!(client.role, Role::Publisher(_) | Role::Subscriber(_));
+            client.waiting || (open && client.link.has_work())
+        };
+        if matches!(self.clients.get(slot), Some(Some(client)) if due(client)) {
             moved |= self.receive(slot);
         }
         moved
@@ -416,11 +537,11 @@ impl Worker {
     /// Sends what waits; watches for room when not all of it went.
     fn flush(&mut self, slot: usize) -> Result<bool, TransportError> {
         let Some(Some(client)) = self.clients.get_mut(slot) else { return Ok(false) };
-        if client.outbox.is_empty() && !client.watches_room {
+        if client.outbox.is_empty() && !client.watches_room && !client.link.has_to_send() {
             return Ok(false);
         }
         let sent = client.link.send(&self.memory, &mut client.outbox)?;
-        let watch = !client.outbox.is_empty();
+        let watch = client.link.waits_for_socket(&client.outbox);
         if watch != client.watches_room {
             client.watches_room = watch;
             if !client.waiting {
@@ -438,6 +559,8 @@ impl Worker {
             && let Some(frame) = error.frame()
         {
             tracing::debug!(%error, "refusing a connection");
+            // Before the role lets go of the memory behind them.
+            client.link.close_windows();
             client.outbox.push(Outgoing::bytes(frame));
             client.role = Role::Leaving(Instant::now() + FAREWELL);
             if client.waiting {
@@ -445,12 +568,17 @@ impl Worker {
             }
             return;
         }
+        tracing::debug!(%error, "a connection ended");
         if !client.waiting {
             let _ = self.poller.remove(client.link.descriptor());
         }
-        self.clients[slot] = None;
-        self.free.push(slot);
+        self.free(slot);
     }
+}
+
+fn no_verbs() -> TransportError {
+    let text = "this broker does not offer verbs: start it with transport: verbs";
+    TransportError::refused(ErrorCode::NoTransport, text)
 }
 
 const fn token(slot: usize, generation: u32) -> u64 {

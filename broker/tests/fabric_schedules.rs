@@ -537,7 +537,7 @@ fn every_flush_fence_and_invalidate_is_needed() {
 /// The simulated batches are not what travels; the real format is covered elsewhere. This ties the two sizes.
 #[test]
 fn a_simulated_header_describes_a_real_batch() {
-    let mut builder = BatchBuilder::new(1 << 20);
+    let mut builder = BatchBuilder::new(1 << 20).unwrap();
     builder.push(&vec![0; (BATCH_BYTES - 68) as usize]);
     let origin = BatchOrigin { client_id: 1, session_epoch: 1, session_slot: 0, topic: 0, topic_incarnation: 1 };
     assert_eq!(builder.seal(&origin, 0, false).batch_bytes(), BATCH_BYTES);

@@ -1,12 +1,18 @@
 //! A client of one cluster.
 
 use crate::config::ClientConfig;
+#[cfg(feature = "rdma")]
+use crate::config::Transport;
 use crate::control::Control;
 use crate::error::ClientError;
+use crate::link::LinkOptions;
 use crate::publisher::{Publisher, PublisherCore};
 use crate::subscriber::{Start, Subscriber};
+#[cfg(feature = "rdma")]
+use crate::verbs::VerbsDevice;
 use embarcadero_control::v1 as proto;
 use embarcadero_datapath::cxl::tables::Order;
+use embarcadero_datapath::transport::tcp::SocketOptions;
 use serde::Serialize;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -152,10 +158,41 @@ pub(crate) struct Inner {
     pub(crate) config: ClientConfig,
     control: Mutex<Control>,
     publishers: Mutex<Vec<Weak<PublisherCore>>>,
+    #[cfg(feature = "rdma")]
+    device: Mutex<Option<Arc<VerbsDevice>>>,
     stop: AtomicBool,
 }
 
 impl Inner {
+    fn sockets(&self) -> SocketOptions {
+        let bytes = self.config.socket_buffer_bytes;
+        SocketOptions { send_buffer_bytes: bytes, receive_buffer_bytes: bytes }
+    }
+
+    /// What connections are made with.
+    pub(crate) fn link_options(&self) -> Result<LinkOptions, ClientError> {
+        Ok(LinkOptions {
+            timeout: self.config.connect_timeout(),
+            sockets: self.sockets(),
+            #[cfg(feature = "rdma")]
+            batch_bytes: self.config.batch_size,
+            #[cfg(feature = "rdma")]
+            acknowledged: self.config.ack_level > 0,
+            #[cfg(feature = "rdma")]
+            device: (self.config.transport == Transport::Verbs).then(|| self.device()).transpose()?,
+        })
+    }
+
+    /// The RDMA device in use; another one, if its port went down.
+    #[cfg(feature = "rdma")]
+    fn device(&self) -> Result<Arc<VerbsDevice>, ClientError> {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        match device.as_ref().filter(|device| device.is_usable()) {
+            Some(device) => Ok(Arc::clone(device)),
+            None => Ok(Arc::clone(device.insert(VerbsDevice::open(&self.config.rdma)?))),
+        }
+    }
+
     pub(crate) fn control(&self) -> MutexGuard<'_, Control> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -191,8 +228,15 @@ impl Client {
     pub fn connect(config: ClientConfig) -> Result<Self, ClientError> {
         config.validate()?;
         let control = Mutex::new(Control::new(&config)?);
-        let inner =
-            Arc::new(Inner { config, control, publishers: Mutex::new(Vec::new()), stop: AtomicBool::new(false) });
+        let inner = Arc::new(Inner {
+            config,
+            control,
+            publishers: Mutex::new(Vec::new()),
+            #[cfg(feature = "rdma")]
+            device: Mutex::new(None),
+            stop: AtomicBool::new(false),
+        });
+        inner.link_options()?;
         inner.cluster()?;
         let shared = Arc::clone(&inner);
         let background = std::thread::Builder::new()

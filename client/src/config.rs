@@ -4,12 +4,42 @@ use crate::error::ClientError;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
+/// How bytes travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// RDMA verbs. Never falls back to TCP.
+    Verbs,
+}
+
+/// RDMA verbs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RdmaConfig {
+    /// Devices, as in /sys/class/infiniband, of which the first that is up is used; empty stands for all.
+    pub devices: Vec<String>,
+    /// Bytes of the ring into which a subscriber's deliveries are written; at least two of the largest batches.
+    pub ring_bytes: usize,
+}
+
+impl Default for RdmaConfig {
+    fn default() -> Self {
+        Self { devices: Vec::new(), ring_bytes: 8 << 20 }
+    }
+}
+
 /// A client's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClientConfig {
     /// Control endpoints, `host:port`; any broker's will do.
     pub bootstrap: Vec<String>,
+    /// How bytes travel.
+    pub transport: Transport,
+    /// RDMA verbs, where `transport` is `verbs`.
+    pub rdma: RdmaConfig,
     /// Acknowledgement level: 0 none, 1 ordered and visible.
     pub ack_level: u8,
     /// Bytes of a batch, header included: the fixed policy. (Adaptive batching between `batch_size_min` and
@@ -34,6 +64,8 @@ impl Default for ClientConfig {
     fn default() -> Self {
         Self {
             bootstrap: vec!["127.0.0.1:7000".to_owned()],
+            transport: Transport::Tcp,
+            rdma: RdmaConfig::default(),
             ack_level: 1,
             batch_size: 512 << 10,
             buffer_bytes: 16 << 20,
@@ -69,6 +101,11 @@ impl ClientConfig {
         within("ack_level", self.ack_level.into(), 0, 2)?;
         within("batch_size", self.batch_size as u64, 1024, 64 << 20)?;
         within("buffer_bytes", self.buffer_bytes as u64, 2 * self.batch_size as u64, 64 << 30)?;
+        within("rdma.ring_bytes", self.rdma.ring_bytes as u64, 64 << 10, 1 << 30)?;
+        if self.transport == Transport::Verbs && !cfg!(feature = "rdma") {
+            let bound = "tcp: this build has no RDMA (cargo feature rdma)".to_owned();
+            return Err(ClientError::Config { key: "transport", value: "verbs".to_owned(), bound });
+        }
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;
         within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
     }

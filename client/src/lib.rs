@@ -24,9 +24,11 @@ mod error;
 mod link;
 mod publisher;
 mod subscriber;
+#[cfg(feature = "rdma")]
+mod verbs;
 
 pub use client::{BrokerView, Client, ClusterView, StreamView, TopicOptions, TopicView};
-pub use config::ClientConfig;
+pub use config::{ClientConfig, RdmaConfig, Transport};
 pub use embarcadero_datapath::cxl::tables::Order;
 pub use error::ClientError;
 pub use publisher::{MessageId, Publisher, PublisherStats, Status};

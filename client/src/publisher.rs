@@ -9,7 +9,7 @@ use crate::client::{BrokerView, Inner, TopicView};
 use crate::error::ClientError;
 use crate::link::{Link, LinkEvent, refused};
 use embarcadero_control::v1 as proto;
-use embarcadero_datapath::transport::tcp::{SocketOptions, wait_any};
+use embarcadero_datapath::transport::tcp::wait_any;
 use embarcadero_datapath::wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_datapath::wire::{BatchHeader, ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
 use spin::mutex::SpinMutex;
@@ -97,6 +97,8 @@ struct Slot {
     /// Batches to write, and how many bytes of the first are written.
     queue: VecDeque<u64>,
     written: usize,
+    /// Without acknowledgements: batches that were written, and are read in place.
+    reading: VecDeque<u64>,
     /// Changes with each connection, so that a late result is not taken for the present one's.
     attempt: u64,
 }
@@ -121,6 +123,8 @@ struct Driver {
     checksum: bool,
     reopen: bool,
     failed: Option<ClientError>,
+    /// Why the last connection could not be made.
+    refused: Option<ClientError>,
     stats: PublisherStats,
     driven_at: Instant,
     /// When a batch was last acknowledged, or the first of those in flight was sealed.
@@ -202,12 +206,13 @@ impl PublisherCore {
             first: 0,
             in_flight: VecDeque::with_capacity(buffers),
             queue: VecDeque::with_capacity(buffers),
-            free: (0..buffers.min(2)).map(|_| BatchBuilder::new(config.batch_size)).collect(),
+            free: Vec::with_capacity(buffers),
             done: VecDeque::with_capacity(REMEMBERED_BATCHES),
             window: session.window_batches as usize,
             checksum: config.batch_checksum,
             reopen: false,
             failed: None,
+            refused: None,
             stats: PublisherStats::default(),
             driven_at: now,
             progressed_at: now,
@@ -225,7 +230,8 @@ impl PublisherCore {
         core.connect_due();
         let driver = lock(&core.driver);
         if driver.slots.iter().all(|slot| !matches!(slot.connection, Connection::Up { .. })) {
-            return Err(ClientError::Unreachable("no broker accepts data connections".to_owned()));
+            let why = driver.refused.as_ref().map_or(String::new(), |error| format!(": {error}"));
+            return Err(ClientError::Unreachable(format!("no broker accepts data connections{why}")));
         }
         drop(driver);
         Ok(core)
@@ -305,18 +311,24 @@ impl PublisherCore {
             }
             (due, driver.opening())
         };
-        let config = &self.inner.config;
-        let buffer = config.socket_buffer_bytes;
-        let sockets = SocketOptions { send_buffer_bytes: buffer, receive_buffer_bytes: buffer };
+        if due.is_empty() {
+            return;
+        }
+        let options = self.inner.link_options();
         let mut refresh = false;
         for (index, broker, wait, attempt) in due {
-            let link = Link::open(broker.data, config.connect_timeout(), sockets, open);
+            let link = match &options {
+                Ok(options) => Link::open(broker.data, options, open).map_err(ClientError::io("connect to a broker")),
+                Err(error) => Err(error.clone()),
+            };
             let mut driver = lock(&self.driver);
             let Some(slot) = driver.slots.get_mut(index).filter(|slot| slot.attempt == attempt) else { continue };
             match link {
                 Ok(link) => slot.connection = Connection::Up { link, ready: false },
-                Err(_) => {
+                Err(error) => {
                     refresh = true;
+                    driver.refused = Some(error);
+                    let Some(slot) = driver.slots.get_mut(index) else { continue };
                     slot.down((wait * 2).clamp(RETRY.0, RETRY.1));
                 }
             }
@@ -402,7 +414,7 @@ fn origin(session: &proto::OpenSessionResponse, topic: &TopicView, client_id: u6
 impl Slot {
     fn new(broker: BrokerView, now: Instant) -> Self {
         let connection = Connection::Down { retry_at: now, wait: Duration::ZERO };
-        Self { broker, connection, queue: VecDeque::new(), written: 0, attempt: 0 }
+        Self { broker, connection, queue: VecDeque::new(), written: 0, reading: VecDeque::new(), attempt: 0 }
     }
 
     fn down(&mut self, wait: Duration) {
@@ -410,6 +422,7 @@ impl Slot {
         self.attempt += 1;
         self.queue.clear();
         self.written = 0;
+        self.reading.clear();
     }
 
     fn is_ready(&self) -> bool {
@@ -568,23 +581,22 @@ impl Driver {
         loop {
             let Some(slot) = self.slots.get_mut(index) else { return moved };
             let Connection::Up { link, .. } = &mut slot.connection else { return moved };
-            let Some(number) = slot.queue.front().copied() else { return moved };
+            let Some(number) = slot.queue.front().copied() else { break };
             // Acknowledged by another way while it waited: what is half written must still be completed.
             let Some(batch) = number.checked_sub(self.first).and_then(|at| self.in_flight.get_mut(at as usize)) else {
                 slot.queue.pop_front();
                 continue;
             };
-            let bytes = batch.builder.bytes();
-            match link.write(&bytes[slot.written..]) {
-                Ok(0) => return moved,
+            match link.write(&mut batch.builder, slot.written) {
+                Ok(0) => break,
                 Ok(written) => {
                     moved = true;
                     slot.written += written;
-                    if slot.written == bytes.len() {
+                    if slot.written == batch.builder.bytes().len() {
                         slot.written = 0;
                         slot.queue.pop_front();
                         if self.ack_level == 0 {
-                            batch.state = State::Acknowledged(UNKNOWN_OFFSET);
+                            slot.reading.push_back(number);
                         }
                         self.assign();
                     }
@@ -595,6 +607,23 @@ impl Driver {
                 }
             }
         }
+        let Some(Slot { connection: Connection::Up { link, .. }, reading, .. }) = self.slots.get_mut(index) else {
+            return moved;
+        };
+        if link.flush().is_err() {
+            self.lose(index, RETRY.0);
+            return true;
+        }
+        // Without acknowledgements, a batch is done once its bytes are with the network.
+        let in_use = link.in_use();
+        while reading.len() > in_use {
+            moved = true;
+            let done = reading.pop_front().and_then(|number| number.checked_sub(self.first));
+            if let Some(batch) = done.and_then(|at| self.in_flight.get_mut(at as usize)) {
+                batch.state = State::Acknowledged(UNKNOWN_OFFSET);
+            }
+        }
+        moved
     }
 
     /// Takes acknowledged batches off the front and their buffers back.
@@ -634,12 +663,23 @@ impl Driver {
         self.slots.iter().any(|slot| !slot.queue.is_empty())
     }
 
-    fn sockets(&self) -> Vec<(RawFd, bool)> {
+    /// Has connections show on their descriptors what comes from here on.
+    fn arm(&mut self) {
+        for index in 0..self.slots.len() {
+            if let Connection::Up { link, .. } = &mut self.slots[index].connection
+                && link.arm().is_err()
+            {
+                self.lose(index, RETRY.0);
+            }
+        }
+    }
+
+    fn descriptors(&self) -> Vec<(RawFd, bool)> {
         let up = self.slots.iter().filter_map(|slot| match &slot.connection {
-            Connection::Up { link, .. } => Some((link.descriptor(), !slot.queue.is_empty())),
+            Connection::Up { link, .. } => Some(link.descriptors(!slot.queue.is_empty())),
             _ => None,
         });
-        up.collect()
+        up.flatten().collect()
     }
 }
 
@@ -709,7 +749,9 @@ impl Publisher {
         }
         let builder = match driver.free.pop() {
             Some(builder) => builder,
-            None if driver.in_flight.len() < core.buffers => BatchBuilder::new(core.policy.capacity()),
+            None if driver.in_flight.len() < core.buffers => {
+                BatchBuilder::new(core.policy.capacity()).map_err(ClientError::io("get memory for a batch"))?
+            }
             None => {
                 core.drive(&mut driver);
                 driver.free.pop().ok_or(ClientError::BufferFull { buffers: core.buffers })?
@@ -743,13 +785,14 @@ impl Publisher {
     pub fn wait(&self, timeout: Duration) -> Result<(), ClientError> {
         let sockets = {
             let mut driver = lock(&self.core.driver);
+            driver.arm();
             if self.core.drive(&mut driver) {
                 return Ok(());
             }
             if let Some(error) = &driver.failed {
                 return Err(error.clone());
             }
-            driver.sockets()
+            driver.descriptors()
         };
         if sockets.is_empty() {
             std::thread::sleep(timeout.min(Duration::from_millis(1)));

@@ -3,7 +3,9 @@
 use crate::client::{BrokerView, Inner, TopicView};
 use crate::error::ClientError;
 use crate::link::{decode_refusal, refused};
-use embarcadero_datapath::transport::tcp::{SocketOptions, connect, wait_any};
+#[cfg(feature = "rdma")]
+use crate::verbs::{RingItem, RingPair};
+use embarcadero_datapath::transport::tcp::{connect, wait_any};
 use embarcadero_datapath::wire::batch::{BatchView, MAX_BATCH_BYTES, Messages};
 use embarcadero_datapath::wire::{
     BatchHeader, Deliver, ErrorCode, ErrorFrame, FRAME_BYTES, Frame, Position, START_EARLIEST, START_LATEST,
@@ -11,7 +13,7 @@ use embarcadero_datapath::wire::{
 };
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -100,6 +102,9 @@ struct Stream {
     id: u32,
     broker: BrokerView,
     socket: Option<TcpStream>,
+    /// Beside the socket, if deliveries arrive over verbs.
+    #[cfg(feature = "rdma")]
+    ring: Option<Box<RingPair>>,
     buffer: Vec<u8>,
     start: usize,
     end: usize,
@@ -115,9 +120,17 @@ fn again(error: &io::Error) -> bool {
 
 impl Stream {
     fn connect(&mut self, inner: &Inner, topic: &TopicView) -> io::Result<()> {
-        let bytes = inner.config.socket_buffer_bytes;
-        let sockets = SocketOptions { send_buffer_bytes: bytes, receive_buffer_bytes: bytes };
-        let mut socket = connect(self.broker.data, inner.config.connect_timeout(), sockets)?;
+        let options = inner.link_options().map_err(io::Error::other)?;
+        let mut socket = connect(self.broker.data, options.timeout, options.sockets)?;
+        #[cfg(feature = "rdma")]
+        {
+            // The old ring goes before the new one comes.
+            self.ring = None;
+            if let Some(device) = &options.device {
+                let ring = RingPair::open(device, &mut socket, options.timeout, inner.config.rdma.ring_bytes)?;
+                self.ring = Some(Box::new(ring));
+            }
+        }
         let (start_kind, start) = match (self.due, self.from) {
             (Some(offset), _) | (None, Start::Offset(offset)) => (START_OFFSET, offset),
             (None, Start::Earliest) => (START_EARLIEST, 0),
@@ -164,6 +177,82 @@ impl Stream {
 
     /// Takes the next item. An outer error is final, an inner one means that the connection is lost.
     fn take(&mut self) -> Result<io::Result<Item>, ClientError> {
+        #[cfg(feature = "rdma")]
+        if self.ring.is_some() {
+            match self.take_from_ring()? {
+                Ok(Item::Nothing) => {}
+                // The socket may know why.
+                Err(error) => {
+                    return Ok(match self.take_from_socket()? {
+                        Ok(_) => Err(error),
+                        lost => lost,
+                    });
+                }
+                item => return Ok(item),
+            }
+        }
+        self.take_from_socket()
+    }
+
+    #[cfg(feature = "rdma")]
+    fn take_from_ring(&mut self) -> Result<io::Result<Item>, ClientError> {
+        while let Some(ring) = &mut self.ring {
+            let range = match ring.take() {
+                Ok(None) => break,
+                Ok(Some(RingItem::Delivery(range))) => range,
+                Ok(Some(RingItem::Frame(Frame::SubscribeReady(ready)))) => {
+                    self.due = Some(self.due.unwrap_or(ready.start_offset));
+                    continue;
+                }
+                Ok(Some(RingItem::Frame(Frame::Position(position)))) => {
+                    return Ok(Ok(Item::Reaches(position.next_offset)));
+                }
+                Ok(Some(RingItem::Frame(other))) => return Err(WireError::Kind { found: other.kind() }.into()),
+                Err(error) => return Ok(Err(error)),
+            };
+            let bytes = ring.bytes().get(range.clone()).unwrap_or(&[]);
+            let (Some(frame), Some(header)) =
+                (bytes.first_chunk(), bytes.get(FRAME_BYTES..).and_then(|batch| batch.first_chunk()))
+            else {
+                return Ok(Err(io::ErrorKind::InvalidData.into()));
+            };
+            let Frame::Deliver(deliver) = Frame::decode(frame)? else {
+                return Err(WireError::Kind { found: frame[4] }.into());
+            };
+            let Frame::BatchHeader(header) = Frame::decode(header)? else {
+                return Err(WireError::Kind { found: header[4] }.into());
+            };
+            return Ok(Ok(Item::Batch(deliver, header, range.start + 2 * FRAME_BYTES..range.end)));
+        }
+        Ok(Ok(Item::Nothing))
+    }
+
+    /// What the ranges of items are in.
+    fn bytes(&self) -> &[u8] {
+        #[cfg(feature = "rdma")]
+        if let Some(ring) = &self.ring {
+            return ring.bytes();
+        }
+        &self.buffer
+    }
+
+    /// What to wait for. Look once more after this, and before waiting.
+    fn descriptors(&mut self) -> io::Result<impl Iterator<Item = (RawFd, bool)> + use<>> {
+        let socket = self.socket.as_ref().map(|socket| (socket.as_raw_fd(), false));
+        #[cfg(feature = "rdma")]
+        let ring = match &mut self.ring {
+            Some(ring) if socket.is_some() => {
+                ring.arm()?;
+                Some((ring.descriptor(), false))
+            }
+            _ => None,
+        };
+        #[cfg(not(feature = "rdma"))]
+        let ring = None;
+        Ok(socket.into_iter().chain(ring))
+    }
+
+    fn take_from_socket(&mut self) -> Result<io::Result<Item>, ClientError> {
         loop {
             match self.fill(FRAME_BYTES, READ_AHEAD) {
                 Ok(true) => {}
@@ -254,6 +343,8 @@ impl Subscriber {
             id,
             broker: broker.clone(),
             socket: None,
+            #[cfg(feature = "rdma")]
+            ring: None,
             buffer: vec![0; BUFFER_BYTES],
             start: 0,
             end: 0,
@@ -337,19 +428,34 @@ impl Subscriber {
         Ok(None)
     }
 
-    fn wait(&self, timeout: Duration) -> Result<(), ClientError> {
-        let sockets: Vec<_> = self
-            .streams
-            .iter()
-            .filter_map(|stream| stream.socket.as_ref().map(|socket| (socket.as_raw_fd(), false)))
-            .collect();
-        if sockets.len() < self.streams.len() {
+    /// Looks, and waits for something to come if there is nothing.
+    fn look_or_wait(&mut self, timeout: Duration) -> Result<Option<(usize, Item)>, ClientError> {
+        if let found @ Some(_) = self.look()? {
+            return Ok(found);
+        }
+        let mut watched = Vec::new();
+        let mut missing = false;
+        for stream in &mut self.streams {
+            match stream.descriptors() {
+                Ok(descriptors) => watched.extend(descriptors),
+                Err(_) => stream.socket = None,
+            }
+            missing |= stream.socket.is_none();
+        }
+        #[cfg(feature = "rdma")]
+        if self.streams.iter().any(|stream| stream.ring.is_some()) {
+            // What came before the rings were armed shows on no descriptor.
+            if let found @ Some(_) = self.look()? {
+                return Ok(found);
+            }
+        }
+        if missing {
             std::thread::sleep(timeout.min(Duration::from_millis(5)));
         }
-        if sockets.is_empty() {
-            return Ok(());
+        if !watched.is_empty() {
+            wait_any(&watched, timeout.min(Duration::from_millis(100))).map_err(ClientError::io("wait for brokers"))?;
         }
-        wait_any(&sockets, timeout.min(Duration::from_millis(100))).map_err(ClientError::io("wait for brokers"))
+        Ok(None)
     }
 
     /// Checks that the batch is the one that is due; how many of its messages come before what was asked for.
@@ -371,7 +477,9 @@ impl Subscriber {
     ) -> Result<Option<Current>, ClientError> {
         let deadline = Instant::now() + timeout;
         loop {
-            match self.look()? {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let found = if left.is_zero() { self.look()? } else { self.look_or_wait(left)? };
+            match found {
                 Some((stream, Item::Batch(deliver, header, body))) => {
                     let skip = self.accept(stream, &deliver, &header)?;
                     let mut current = Current { stream, deliver, header, body, taken: 0, payload_at: 0 };
@@ -381,19 +489,14 @@ impl Subscriber {
                     return Ok(Some(current));
                 }
                 Some((stream, Item::Reaches(offset))) => reaches(stream, offset),
-                Some((_, Item::Nothing)) | None => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Ok(None);
-                    }
-                    self.wait(left)?;
-                }
+                Some((_, Item::Nothing)) | None if left.is_zero() => return Ok(None),
+                Some((_, Item::Nothing)) | None => {}
             }
         }
     }
 
     fn view(&self, current: &Current) -> Result<BatchView<'_>, ClientError> {
-        let buffer = self.streams.get(current.stream).map_or(&[][..], |stream| &stream.buffer[..]);
+        let buffer = self.streams.get(current.stream).map_or(&[][..], Stream::bytes);
         let body = buffer.get(current.body.clone()).unwrap_or(&[]);
         BatchView::parse(&current.header, body)
             .map_err(|source| ClientError::Corrupt { offset: current.deliver.first_offset, source })
@@ -439,7 +542,7 @@ impl Subscriber {
         }
         let Some(current) = &mut self.current else { return Ok(None) };
         let Some(stream) = self.streams.get(current.stream) else { return Ok(None) };
-        let body = &stream.buffer[current.body.clone()];
+        let body = stream.bytes().get(current.body.clone()).unwrap_or(&[]);
         let table_at = current.header.table_at() as usize + current.taken * 4;
         let length =
             body.get(table_at..).and_then(|table| table.first_chunk::<4>()).map_or(0, |l| u32::from_le_bytes(*l));

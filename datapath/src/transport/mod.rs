@@ -4,16 +4,19 @@
 //! batch, then signal) and carries small control frames (`send`). Completions are polled ([`Received`]). The broker's
 //! stages are generic over `Connection`, so that another transport adds an implementation and nothing else.
 
+mod channel;
 mod poller;
 pub mod tcp;
 #[cfg(feature = "rdma")]
 pub mod verbs;
 
+pub use channel::Channel;
 pub use poller::{Poller, Ready, prepare_polling_thread};
 
 use crate::cxl::{Native, RegionOffset};
 use crate::wire::batch::BodyError;
 use crate::wire::{BatchHeader, ErrorCode, FRAME_BYTES, Frame, WireError};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io;
 
@@ -63,6 +66,18 @@ impl TransportError {
     }
 }
 
+/// How a session is kept inside its landing windows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// Type-2 memory windows where the device enforces their bounds (it is tried), else registrations.
+    Auto,
+    /// Type-2 memory windows, whatever the device makes of them.
+    Windows,
+    /// A protection domain for each session, and a registration for each landing window.
+    Registrations,
+}
+
 /// What a broker does with a batch that is about to arrive.
 #[derive(Debug)]
 pub enum Placement {
@@ -78,6 +93,17 @@ pub enum Placement {
 pub trait Landing {
     /// Decides where a batch goes. Called again after [`Placement::Wait`].
     fn place(&mut self, header: &BatchHeader) -> Placement;
+
+    /// Reserves a landing window, which a peer's NIC fills with batches. [`Placement::Wait`] when there is none now;
+    /// `starved` if the publisher can send nothing without.
+    fn lease(&mut self, bytes: u64, starved: bool) -> Placement;
+
+    /// Decides whether the batch that lies at `at`, in a landing window behind those admitted before, is taken.
+    /// Called again after [`Placement::Wait`].
+    fn admit(&mut self, header: &BatchHeader, at: RegionOffset) -> Placement;
+
+    /// The landing window that begins at `at` is closed: nothing can be written there any more.
+    fn close(&mut self, at: RegionOffset);
 }
 
 /// A polled completion.
@@ -127,6 +153,15 @@ impl Outgoing {
         Self { head: Head::Frame(frame), batch: Some((at, len)), position }
     }
 
+    /// The frame, unless it is bytes of another kind.
+    #[cfg(feature = "rdma")]
+    fn as_frame(&self) -> Option<&[u8]> {
+        match &self.head {
+            Head::Frame(frame) => Some(frame),
+            Head::Bytes(_) => None,
+        }
+    }
+
     fn head(&self) -> &[u8] {
         match &self.head {
             Head::Frame(frame) => frame,
@@ -143,7 +178,10 @@ impl Outgoing {
 #[derive(Debug, Default)]
 pub struct Outbox {
     queue: VecDeque<Outgoing>,
+    /// Bytes of the first that a socket took.
     sent: u64,
+    /// Things at the front that a NIC is sending.
+    posted: usize,
 }
 
 impl Outbox {
@@ -173,24 +211,48 @@ impl Outbox {
         self.queue.iter().map(|outgoing| outgoing.position).min().unwrap_or(u64::MAX)
     }
 
-    /// True when the first thing was sent in part.
+    /// Things at the front that are being sent.
+    fn begun(&self) -> usize {
+        self.posted.max(usize::from(self.sent > 0))
+    }
+
+    /// True when things were sent in part.
     #[must_use]
     pub fn is_mid_way(&self) -> bool {
-        self.sent > 0
+        self.begun() > 0
     }
 
     /// Drops the batches that were not begun; one that is half sent must be finished. Frames stay.
     pub fn drop_unsent_batches(&mut self) {
-        let mut half_sent = self.sent > 0;
-        self.queue.retain(|outgoing| std::mem::take(&mut half_sent) || outgoing.batch.is_none());
+        let mut begun = self.begun();
+        self.queue.retain(|outgoing| {
+            let keep = begun > 0;
+            begun = begun.saturating_sub(1);
+            keep || outgoing.batch.is_none()
+        });
     }
 
     /// Drops every batch, so that the region need not be read any more; frames stay. False when a batch is half sent:
     /// then nothing more can follow on this connection.
     pub fn drop_batches(&mut self) -> bool {
-        let half_sent = self.sent > 0 && self.queue.front().is_some_and(|front| front.batch.is_some());
-        self.queue.retain(|outgoing| outgoing.batch.is_none());
+        let half_sent = self.queue.iter().take(self.begun()).any(|begun| begun.batch.is_some());
+        if !half_sent {
+            self.queue.retain(|outgoing| outgoing.batch.is_none());
+        }
         !half_sent
+    }
+
+    /// The NIC is done with the first.
+    #[cfg(feature = "rdma")]
+    fn pop_posted(&mut self) {
+        self.posted -= usize::from(self.queue.pop_front().is_some());
+    }
+
+    /// Takes out what is no frame and comes next.
+    #[cfg(feature = "rdma")]
+    fn take_bytes(&mut self) -> Option<Outgoing> {
+        let next = self.queue.get(self.posted)?;
+        if next.as_frame().is_some() { None } else { self.queue.remove(self.posted) }
     }
 
     fn advance(&mut self, mut bytes: u64) {

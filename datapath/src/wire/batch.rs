@@ -4,6 +4,12 @@
 //! checks a batch without touching its messages, and a message costs four bytes.
 
 use super::{BatchHeader, FRAME_BYTES, WireError, crc32c};
+use crate::buffer::Buffer;
+#[cfg(feature = "rdma")]
+use crate::verbs::{LocalRange, MemoryRegion, ProtectionDomain};
+use std::io;
+#[cfg(feature = "rdma")]
+use std::sync::Arc;
 
 /// Flag of [`BatchHeader`]: `body_checksum` holds the CRC32C of the body.
 pub const BODY_CHECKSUM: u16 = 1;
@@ -144,18 +150,43 @@ pub struct BatchOrigin {
 /// A batch being filled: one buffer that is sent as it is.
 #[derive(Debug)]
 pub struct BatchBuilder {
-    bytes: Vec<u8>,
+    bytes: Buffer,
     lengths: Vec<u32>,
-    capacity: usize,
+    /// The buffer as NICs know it, one for each device that sent from it.
+    #[cfg(feature = "rdma")]
+    registrations: Vec<MemoryRegion>,
 }
 
 impl BatchBuilder {
     /// An empty batch that will hold at most `capacity` bytes, header and table included.
-    #[must_use]
-    pub fn new(capacity: usize) -> Self {
-        let mut bytes = Vec::with_capacity(capacity);
-        bytes.resize(FRAME_BYTES, 0);
-        Self { bytes, lengths: Vec::with_capacity(1024), capacity }
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn new(capacity: usize) -> io::Result<Self> {
+        let mut bytes = Buffer::new(capacity.max(FRAME_BYTES))?;
+        bytes.resize(FRAME_BYTES);
+        Ok(Self {
+            bytes,
+            lengths: Vec::with_capacity(1024),
+            #[cfg(feature = "rdma")]
+            registrations: Vec::new(),
+        })
+    }
+
+    /// The sealed bytes, as a NIC that sends them in place names them.
+    ///
+    /// # Errors
+    /// The buffer cannot be registered on the device.
+    #[cfg(feature = "rdma")]
+    pub fn local(&mut self, domain: &Arc<ProtectionDomain>) -> io::Result<LocalRange> {
+        let len = self.bytes.len() as u32;
+        if let Some(known) = self.registrations.iter().find(|region| Arc::ptr_eq(region.domain(), domain)) {
+            return Ok(known.range(0, len));
+        }
+        let region = MemoryRegion::local(domain, &self.bytes)?;
+        let range = region.range(0, len);
+        self.registrations.push(region);
+        Ok(range)
     }
 
     /// Bytes that the batch will have when sealed now.
@@ -184,7 +215,7 @@ impl BatchBuilder {
     #[must_use]
     pub fn fits(&self, bytes: usize) -> bool {
         // Padding of at most 3 and four bytes of table.
-        self.bytes.len() + bytes + 3 + (self.lengths.len() + 1) * 4 <= self.capacity
+        self.bytes.len() + bytes + 3 + (self.lengths.len() + 1) * 4 <= self.bytes.capacity()
     }
 
     /// The largest message that a batch of `capacity` bytes can hold.
@@ -201,12 +232,13 @@ impl BatchBuilder {
         self.lengths.push(message.len() as u32);
     }
 
-    /// Appends a message of `bytes` that `fill` writes in place.
+    /// Appends a message of `bytes` that `fill` writes in place; they are zero before.
     #[inline]
     pub fn push_with(&mut self, bytes: usize, fill: impl FnOnce(&mut [u8])) {
         assert!(self.fits(bytes), "the message does not fit");
         let start = self.bytes.len();
-        self.bytes.resize(start + bytes, 0);
+        self.bytes.resize(start + bytes);
+        self.bytes[start..].fill(0);
         fill(&mut self.bytes[start..]);
         self.lengths.push(bytes as u32);
     }
@@ -214,7 +246,8 @@ impl BatchBuilder {
     /// Writes padding, length table and header; the batch can now be sent.
     pub fn seal(&mut self, origin: &BatchOrigin, sequence: u64, checksum: bool) -> BatchHeader {
         let payload_bytes = (self.bytes.len() - FRAME_BYTES) as u32;
-        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+        let padding = self.bytes.len().next_multiple_of(4) - self.bytes.len();
+        self.bytes.extend_from_slice(&[0; 3][..padding]);
         for length in &self.lengths {
             self.bytes.extend_from_slice(&length.to_le_bytes());
         }
@@ -250,7 +283,7 @@ impl BatchBuilder {
 
     /// Empties the buffer for another batch; keeps its memory.
     pub fn clear(&mut self) {
-        self.bytes.truncate(FRAME_BYTES);
+        self.bytes.resize(FRAME_BYTES);
         self.lengths.clear();
     }
 }
@@ -325,7 +358,7 @@ mod tests {
         fn what_goes_in_comes_out(
             messages in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..300), 1..50), checksum: bool,
         ) {
-            let mut builder = BatchBuilder::new(64 << 10);
+            let mut builder = BatchBuilder::new(64 << 10).unwrap();
             for message in &messages {
                 builder.push_with(message.len(), |into| into.copy_from_slice(message));
             }
@@ -363,7 +396,7 @@ mod tests {
 
         #[test]
         fn a_damaged_body_is_seen(message in prop::collection::vec(any::<u8>(), 1..100), at: prop::sample::Index, mask in 1u8..) {
-            let mut builder = BatchBuilder::new(1024);
+            let mut builder = BatchBuilder::new(1024).unwrap();
             builder.push(&message);
             let header = builder.seal(&ORIGIN, 0, true);
             let mut body = builder.bytes()[FRAME_BYTES..].to_vec();
@@ -375,7 +408,7 @@ mod tests {
 
     #[test]
     fn a_full_batch_refuses_more() {
-        let mut builder = BatchBuilder::new(256);
+        let mut builder = BatchBuilder::new(256).unwrap();
         builder.push(&[1; 100]);
         assert!(!builder.fits(BatchBuilder::largest_message(256)));
         builder.clear();

@@ -261,6 +261,43 @@ frames! {
         reserved: [u64; 5] = 16,
         reserved_low: u32 = 56,
     }
+    /// Client to broker, before the opening frame: "use a queue pair". The socket stays open beside it.
+    11 VerbsConnect {
+        /// Global address of the client's port.
+        gid: [u8; 16] = 8,
+        queue_pair: u32 = 24,
+        first_psn: u32 = 28,
+        /// Path MTU of the client's port, bytes.
+        mtu: u32 = 32,
+        lid: u32 = 36,
+        /// A subscriber's ring, into which deliveries are written; all zero for a publisher.
+        ring_address: u64 = 40,
+        ring_bytes: u32 = 48,
+        ring_rkey: u32 = 52,
+        /// A publisher's largest batch, header and body; 0 for a subscriber.
+        batch_bytes: u32 = 56,
+    }
+    /// Broker to client: the other end of the queue pair, ready to send and receive.
+    12 VerbsAccept {
+        gid: [u8; 16] = 8,
+        queue_pair: u32 = 24,
+        first_psn: u32 = 28,
+        mtu: u32 = 32,
+        lid: u32 = 36,
+        reserved: [u32; 5] = 40,
+    }
+    /// Broker to publisher, on the queue pair: a landing window to write batches into.
+    13 Lease {
+        /// Where it begins in the broker's memory.
+        address: u64 = 8,
+        /// Its number on this connection, counted from 0: the immediate data of writes into it.
+        number: u32 = 16,
+        rkey: u32 = 20,
+        bytes: u32 = 24,
+        reserved_high: u32 = 28,
+        reserved: [u64; 3] = 32,
+        reserved_low: u32 = 56,
+    }
 }
 
 /// Start at an offset.
@@ -298,6 +335,8 @@ pub enum ErrorCode {
     Unavailable = 10,
     /// The subscriber did not read in time.
     TooSlow = 11,
+    /// The broker has no device for the transport that was asked for.
+    NoTransport = 12,
 }
 
 impl ErrorCode {
@@ -316,6 +355,7 @@ impl ErrorCode {
             9 => Self::Corrupt,
             10 => Self::Unavailable,
             11 => Self::TooSlow,
+            12 => Self::NoTransport,
             _ => return None,
         })
     }
@@ -362,7 +402,7 @@ mod tests {
             let checksum = crc32c(&frame[..60]);
             frame[60..].copy_from_slice(&checksum.to_le_bytes());
             match Frame::decode(&frame) {
-                Ok(_) => prop_assert!((1..=10).contains(&frame[4])),
+                Ok(_) => prop_assert!((1..=13).contains(&frame[4])),
                 Err(error) => prop_assert_eq!(error, WireError::Kind { found: frame[4] }),
             }
         }
