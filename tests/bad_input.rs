@@ -11,7 +11,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
-use support::{Cluster, PATIENCE, run};
+use support::{Cluster, PATIENCE};
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
@@ -47,30 +47,8 @@ fn bench() -> Bench {
     let cluster = Cluster::start(1, REGION, &[("EMBARCADERO_BROKER_VERIFY_BODY", "true")]);
     let client = cluster.client();
     let topic = client.create_topic("bad", TopicOptions::default()).unwrap();
-    // A session whose numbers the test knows: read them back from the region.
     let publisher = client.publisher("bad").unwrap();
-    let client_id = publisher.client_id();
-    let report = run(&["region", "inspect", "--json", "--path", cluster.region.to_str().unwrap()]);
-    let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
-    let session =
-        report["sessions"].as_array().unwrap().iter().find(|s| s["client_id"].as_u64() == Some(client_id)).unwrap();
-    let (slot, epoch) = (session["slot"].as_u64().unwrap() as u32, session["epoch"].as_u64().unwrap() as u32);
-    let origin = BatchOrigin {
-        client_id,
-        session_epoch: epoch,
-        session_slot: slot,
-        topic: topic.id,
-        topic_incarnation: topic.incarnation,
-    };
-    let open = OpenPublish {
-        client_id,
-        session_epoch: epoch,
-        session_slot: slot,
-        topic: topic.id,
-        topic_incarnation: topic.incarnation,
-        ack_level: 1,
-        ..OpenPublish::blank()
-    };
+    let (open, origin) = cluster.session(&publisher, &topic);
     Bench { cluster, client, open, origin }
 }
 

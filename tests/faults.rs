@@ -3,49 +3,16 @@
 
 mod support;
 
-use embarcadero_client::{Client, ClientConfig, MessageId, Order, Publisher, Start, Status, TopicOptions};
-use std::collections::BTreeMap;
+use embarcadero_client::{Client, ClientConfig, MessageId, Order, Publisher, Status, TopicOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
-use support::{Cluster, Proxy, eventually};
+use support::{Cluster, Proxy, assert_exactly_once, eventually, history, message};
 
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
-
-fn message(publisher: u32, number: u64) -> Vec<u8> {
-    let mut bytes = format!("{publisher} {number} ").into_bytes();
-    bytes.resize(100 + (number % 900) as usize, b'x');
-    bytes
-}
-
-fn parse(payload: &[u8]) -> (u32, u64) {
-    let text = std::str::from_utf8(payload).unwrap();
-    let mut words = text.split(' ');
-    (words.next().unwrap().parse().unwrap(), words.next().unwrap().parse().unwrap())
-}
-
-/// Reads the topic to its present end: the numbers of each publisher in order of delivery, and the offset of each.
-fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
-    let mut seen: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
-    let mut due = 0;
-    let mut subscriber = client.subscriber(topic, Start::Earliest).unwrap();
-    subscriber
-        .drain(|message| {
-            assert_eq!(message.offset, due, "offsets have a gap");
-            due += 1;
-            let (publisher, number) = parse(message.payload);
-            seen.entry(publisher).or_default().push((number, message.offset));
-        })
-        .unwrap();
-    seen
-}
-
-fn assert_exactly_once(seen: &[(u64, u64)], count: u64) {
-    assert!(seen.iter().map(|(number, _)| *number).eq(0..count), "not each message once and in order");
-}
 
 /// Offsets that acknowledgements named are those at which the messages are delivered.
 fn assert_offsets(publisher: &Publisher, ids: &[MessageId], seen: &[(u64, u64)]) {

@@ -2,7 +2,10 @@
 #![allow(dead_code)] // each test file uses a part of it
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test fails by panicking
 
-use embarcadero_client::{Client, ClientConfig};
+use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
+use embarcadero_datapath::wire::OpenPublish;
+use embarcadero_datapath::wire::batch::BatchOrigin;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -60,13 +63,22 @@ impl Cluster {
     /// A region made with `create` (arguments of `region create`), and `brokers` brokers with `environment` on top of
     /// their defaults.
     pub fn start(brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
-        let region = region_path();
+        Self::start_on(region_path(), brokers, create, environment)
+    }
+
+    /// Brokers that will be added, on a region that is there.
+    pub fn on(region: PathBuf, environment: &[(&str, &str)]) -> Self {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Self { brokers: Vec::new(), region, environment }
+    }
+
+    /// As [`Cluster::start`], with the region at `region`, a device-dax node maybe.
+    pub fn start_on(region: PathBuf, brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut arguments = vec!["region", "create", "--path", region.to_str().unwrap()];
         arguments.extend(create);
         let made = run(&arguments);
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-        let mut cluster = Self { brokers: Vec::new(), region, environment };
+        let mut cluster = Self::on(region, environment);
         for _ in 0..brokers {
             cluster.add(&[]);
         }
@@ -121,6 +133,32 @@ impl Cluster {
         Client::connect(self.config()).unwrap()
     }
 
+    /// The numbers of a publisher's session, read back from the region: to speak in its name.
+    pub fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
+        let client_id = publisher.client_id();
+        let report = run(&["region", "inspect", "--json", "--path", self.region.to_str().unwrap()]);
+        let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+        let sessions = report["sessions"].as_array().unwrap();
+        let session = sessions.iter().find(|session| session["client_id"].as_u64() == Some(client_id)).unwrap();
+        let origin = BatchOrigin {
+            client_id,
+            session_epoch: session["epoch"].as_u64().unwrap() as u32,
+            session_slot: session["slot"].as_u64().unwrap() as u32,
+            topic: topic.id,
+            topic_incarnation: topic.incarnation,
+        };
+        let open = OpenPublish {
+            client_id,
+            session_epoch: origin.session_epoch,
+            session_slot: origin.session_slot,
+            topic: topic.id,
+            topic_incarnation: topic.incarnation,
+            ack_level: 1,
+            ..OpenPublish::blank()
+        };
+        (open, origin)
+    }
+
     /// A command of the program against this cluster.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(PROGRAM);
@@ -139,7 +177,9 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         self.brokers.clear();
-        let _ = std::fs::remove_file(&self.region);
+        if self.region.is_file() {
+            let _ = std::fs::remove_file(&self.region);
+        }
     }
 }
 
@@ -278,4 +318,37 @@ fn collect(path: &Path, text: &mut Vec<u8>, limit: usize) {
             }
         }
     }
+}
+
+/// A message that names its publisher and its number, of 100 to 999 bytes.
+pub fn message(publisher: u32, number: u64) -> Vec<u8> {
+    let mut bytes = format!("{publisher} {number} ").into_bytes();
+    bytes.resize(100 + (number % 900) as usize, b'x');
+    bytes
+}
+
+pub fn parse(payload: &[u8]) -> (u32, u64) {
+    let text = std::str::from_utf8(payload).unwrap();
+    let mut words = text.split(' ');
+    (words.next().unwrap().parse().unwrap(), words.next().unwrap().parse().unwrap())
+}
+
+/// Reads the topic to its present end: the numbers of each publisher in order of delivery, and the offset of each.
+pub fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
+    let mut seen: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
+    let mut due = 0;
+    let mut subscriber = client.subscriber(topic, Start::Earliest).unwrap();
+    subscriber
+        .drain(|message| {
+            assert_eq!(message.offset, due, "offsets have a gap");
+            due += 1;
+            let (publisher, number) = parse(message.payload);
+            seen.entry(publisher).or_default().push((number, message.offset));
+        })
+        .unwrap();
+    seen
+}
+
+pub fn assert_exactly_once(seen: &[(u64, u64)], count: u64) {
+    assert!(seen.iter().map(|(number, _)| *number).eq(0..count), "not each message once and in order");
 }
