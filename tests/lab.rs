@@ -478,12 +478,9 @@ mod two_guests {
         let (data, control) = (format!("{address}:7001"), format!("{address}:7000"));
         let arguments = ["--id", if guest == 1 { "0" } else { "1" }, "--data", &data, "--control", &control];
         let mut cluster = if guest == 1 {
-            Cluster::start_on(
-                "/dev/dax0.0".into(),
-                0,
-                &["--segment-size", "4MiB", "--allocator", "partitioned"],
-                &environment,
-            )
+            let create =
+                ["--size", "192MiB", "--segment-size", "2MiB", "--max-brokers", "2", "--allocator", "partitioned"];
+            Cluster::start_on("/dev/dax0.0".into(), 0, &create, &environment)
         } else {
             eventually("the head starts", || said("head").is_some());
             Cluster::on("/dev/dax0.0".into(), &environment)
