@@ -184,6 +184,32 @@ mod one_guest {
         assert_exactly_once(&seen[&9], seen[&9].len() as u64);
     }
 
+    #[test]
+    #[ignore = "needs an RDMA device: scripts/lab has one"]
+    fn an_independent_implementation_publishes_over_verbs() {
+        let cluster = Cluster::start(1, REGION, &[VERBS]);
+        let client = verbs(&cluster);
+        client.create_topic("t", strong()).unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/pyverbs_publish.py");
+        for round in 0..3u64 {
+            let messages = ["first".to_owned(), format!("round {round}"), "x".repeat(1000)];
+            let said = Command::new("/usr/bin/python3")
+                .args([script, cluster.control(), "t"])
+                .args(&messages)
+                .output()
+                .unwrap();
+            let errors = String::from_utf8_lossy(&said.stderr);
+            assert!(said.status.success(), "{errors}");
+            let offset: u64 = String::from_utf8(said.stdout).unwrap().trim().parse().unwrap();
+            assert_eq!(offset, round * 3);
+            let mut subscriber = client.subscriber("t", embarcadero_client::Start::Offset(offset)).unwrap();
+            for expected in &messages {
+                let message = subscriber.next(PATIENCE).unwrap().unwrap();
+                assert_eq!(message.payload, expected.as_bytes());
+            }
+        }
+    }
+
     fn link(state: &str) {
         assert!(Command::new("ip").args(["link", "set", "d0", state]).status().unwrap().success());
     }
