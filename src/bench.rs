@@ -1,12 +1,15 @@
 //! `embarcadero bench`: each figure beside the ceiling that the same run measured.
 
 mod ceiling;
+mod datapath;
 mod report;
 mod sequencer;
 
 use crate::cluster::{Cluster, ClusterArgs};
+use crate::settings::TransportArg;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use datapath::DatapathArgs;
 use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, Status, TopicOptions};
 use embarcadero_datapath::transport::prepare_polling_thread;
 use hdrhistogram::Histogram;
@@ -30,6 +33,9 @@ pub struct BenchArgs {
     /// Bytes of a batch.
     #[arg(long, default_value_t = 512 << 10)]
     batch_size: usize,
+    /// How bytes travel.
+    #[arg(long, default_value = "tcp")]
+    transport: TransportArg,
     /// Order of the topic.
     #[arg(long, default_value = "strong")]
     order: Order,
@@ -66,6 +72,8 @@ pub enum BenchCommand {
     Sequencer(BenchArgs),
     /// CPU of an idle broker.
     Idle(BenchArgs),
+    /// The transport alone and the whole publish path, by size.
+    Datapath(DatapathArgs),
 }
 
 pub fn run(command: BenchCommand) -> Result<()> {
@@ -75,17 +83,22 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::EndToEnd(args) => end_to_end(&args),
         BenchCommand::Sequencer(args) => sequencer::run(&args),
         BenchCommand::Idle(args) => idle(&args),
+        BenchCommand::Datapath(args) => datapath::run(&args),
     }
 }
 
 const REGION_BYTES: u64 = 2 << 30;
 const SEGMENT_BYTES: u64 = 64 << 20;
 const RETENTION_BYTES: u64 = 512 << 20;
+/// Over verbs the whole region is pinned, and in the lab a guest has not much memory.
+const PINNED_REGION_BYTES: u64 = 512 << 20;
+const PINNED_SEGMENT_BYTES: u64 = 16 << 20;
+const PINNED_RETENTION_BYTES: u64 = 192 << 20;
 
 impl BenchArgs {
     fn parameters(&self) -> serde_json::Value {
         json!({
-            "brokers": self.brokers, "publishers": self.publishers, "message_bytes": self.message_bytes,
+            "transport": self.transport.name(), "brokers": self.brokers, "publishers": self.publishers, "message_bytes": self.message_bytes,
             "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "seconds": self.seconds,
             "checksum": self.checksum, "pinned": self.near_core().is_some(),
         })
@@ -105,6 +118,14 @@ impl BenchArgs {
         ceiling::Pair { near: self.near_core(), far: self.far_cores().first().copied() }
     }
 
+    fn ceiling_name(&self, tcp: &'static str) -> &'static str {
+        match (self.transport, tcp) {
+            (TransportArg::Tcp, name) => name,
+            (TransportArg::Verbs, "tcp_recv_into_region") => "verbs_write_with_imm",
+            (TransportArg::Verbs, _) => "verbs_ping_pong.round_trip_p50",
+        }
+    }
+
     fn region() -> PathBuf {
         PathBuf::from(format!("/dev/shm/embarcadero-bench-{}", std::process::id()))
     }
@@ -113,13 +134,15 @@ impl BenchArgs {
         if self.message_bytes == 0 || self.publishers == 0 || self.runs == 0 {
             bail!("--message-bytes, --publishers and --runs must be at least 1");
         }
+        let verbs = self.transport == TransportArg::Verbs;
         Cluster::start(&ClusterArgs {
             brokers: self.brokers,
             region: Self::region(),
-            size: REGION_BYTES,
-            segment_size: SEGMENT_BYTES,
+            size: if verbs { PINNED_REGION_BYTES } else { REGION_BYTES },
+            segment_size: if verbs { PINNED_SEGMENT_BYTES } else { SEGMENT_BYTES },
             port: 0,
             config: None,
+            transport: Some(self.transport),
             cores: self.far_cores(),
             ready_file: None,
         })
@@ -131,6 +154,7 @@ impl BenchArgs {
             batch_size: self.batch_size,
             buffer_bytes: (self.batch_size * 16).max(1 << 20),
             batch_checksum: self.checksum,
+            transport: self.transport.into(),
             ..ClientConfig::at(cluster.control())
         };
         Ok(Client::connect(config)?)
@@ -140,7 +164,10 @@ impl BenchArgs {
         let options = TopicOptions {
             order: self.order,
             ack_level: 1,
-            retention_bytes: RETENTION_BYTES,
+            retention_bytes: match self.transport {
+                TransportArg::Tcp => RETENTION_BYTES,
+                TransportArg::Verbs => PINNED_RETENTION_BYTES,
+            },
             ..TopicOptions::default()
         };
         client.create_topic(name, options)?;
@@ -221,19 +248,28 @@ fn goodput(args: &BenchArgs, client: &Client, topic: &str, lead: Option<&Lead>) 
     Ok(rate)
 }
 
+/// One run on a cluster of its own.
+fn publish_goodput(args: &BenchArgs) -> Result<f64> {
+    let cluster = args.cluster()?;
+    let client = args.client(&cluster)?;
+    args.topic(&client, "bench")?;
+    // The first pass touches memory.
+    let warm = BenchArgs { seconds: args.seconds / 4.0, ..args.clone() };
+    goodput(&warm, &client, "bench", None)?;
+    goodput(args, &client, "bench", None)
+}
+
 fn publish(args: &BenchArgs) -> Result<()> {
     let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
     for _ in 0..args.runs {
-        ceilings.push(ceiling::tcp_receive_into_region(args.pair(), args.batch_size, args.seconds)?);
-        let cluster = args.cluster()?;
-        let client = args.client(&cluster)?;
-        args.topic(&client, "bench")?;
-        // The first pass touches memory.
-        let warm = BenchArgs { seconds: args.seconds / 4.0, ..args.clone() };
-        goodput(&warm, &client, "bench", None)?;
-        rates.push(goodput(args, &client, "bench", None)?);
+        ceilings.push(match args.transport {
+            TransportArg::Tcp => ceiling::tcp_receive_into_region(args.pair(), args.batch_size, args.seconds)?,
+            TransportArg::Verbs => ceiling::verbs_write(args.pair(), args.batch_size, args.seconds)?,
+        });
+        rates.push(publish_goodput(args)?);
     }
-    let row = Row::new("publish.goodput", "B/s", &rates).with_ceiling("tcp_recv_into_region", &ceilings);
+    let row =
+        Row::new("publish.goodput", "B/s", &rates).with_ceiling(args.ceiling_name("tcp_recv_into_region"), &ceilings);
     Report::new(args.parameters(), args.json).print(&[row])
 }
 
@@ -252,27 +288,36 @@ fn publish_one_by_one(publisher: &Publisher, message: &[u8], time: Duration) -> 
     Ok(histogram)
 }
 
+/// One run on a cluster of its own.
+fn publish_latency(args: &BenchArgs) -> Result<Histogram<u64>> {
+    let message = vec![b'm'; args.message_bytes];
+    let cluster = args.cluster()?;
+    let client = args.client(&cluster)?;
+    args.topic(&client, "bench")?;
+    let publisher = client.publisher("bench")?;
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            pin(args.near_core())?;
+            publish_one_by_one(&publisher, &message, Duration::from_secs_f64(args.seconds))
+        });
+        thread.join().map_err(|_| anyhow::anyhow!("the publisher thread died"))?
+    })
+}
+
 fn latency(args: &BenchArgs) -> Result<()> {
     let (mut ceilings, mut medians, mut tails) = (Vec::new(), Vec::new(), Vec::new());
-    let message = vec![b'm'; args.message_bytes];
     for _ in 0..args.runs {
-        ceilings.push(ceiling::tcp_ping_pong(args.pair(), args.message_bytes, args.seconds)?);
-        let cluster = args.cluster()?;
-        let client = args.client(&cluster)?;
-        args.topic(&client, "bench")?;
-        let publisher = client.publisher("bench")?;
-        let histogram = std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                pin(args.near_core())?;
-                publish_one_by_one(&publisher, &message, Duration::from_secs_f64(args.seconds))
-            });
-            thread.join().map_err(|_| anyhow::anyhow!("the publisher thread died"))?
-        })?;
+        ceilings.push(match args.transport {
+            TransportArg::Tcp => ceiling::tcp_ping_pong(args.pair(), args.message_bytes, args.seconds)?,
+            TransportArg::Verbs => 2.0 * ceiling::verbs_ping_pong(args.pair(), args.message_bytes, args.seconds)?,
+        });
+        let histogram = publish_latency(args)?;
         medians.push(histogram.value_at_quantile(0.5) as f64 / 1e9);
         tails.push(histogram.value_at_quantile(0.99) as f64 / 1e9);
     }
     let rows = [
-        Row::new("latency.publish_to_ack.p50", "s", &medians).with_ceiling("tcp_ping_pong.p50", &ceilings),
+        Row::new("latency.publish_to_ack.p50", "s", &medians)
+            .with_ceiling(args.ceiling_name("tcp_ping_pong.p50"), &ceilings),
         Row::new("latency.publish_to_ack.p99", "s", &tails),
     ];
     Report::new(args.parameters(), args.json).print(&rows)

@@ -1,6 +1,6 @@
 //! `embarcadero cluster`: broker processes on this host, sharing one region.
 
-use crate::settings::parse_bytes;
+use crate::settings::{TransportArg, parse_bytes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use embarcadero_client::{Client, ClientConfig};
@@ -34,6 +34,9 @@ pub struct ClusterArgs {
     /// Broker configuration file (YAML).
     #[arg(long, short)]
     pub config: Option<PathBuf>,
+    /// What brokers offer to clients (transport).
+    #[arg(long)]
+    pub transport: Option<TransportArg>,
     /// Cores for the brokers' polling threads, in turn; the scheduler's choice if not given.
     #[arg(long, value_delimiter = ',')]
     pub cores: Vec<usize>,
@@ -60,6 +63,9 @@ impl BrokerProcess {
         }
         // Spinning pays only where every polling thread has a core.
         command.env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", args.brokers.to_string());
+        if let Some(transport) = args.transport {
+            command.env("EMBARCADERO_BROKER_TRANSPORT", transport.name());
+        }
         if !args.cores.is_empty() {
             let mut cores = args.cores.clone();
             cores.rotate_left(index as usize % args.cores.len());

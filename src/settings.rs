@@ -1,8 +1,8 @@
 //! Configuration: a YAML file, overridden by the environment, overridden by flags.
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
-use embarcadero_client::{Client, ClientConfig};
+use clap::{Args, ValueEnum};
+use embarcadero_client::{Client, ClientConfig, Transport};
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 use std::path::{Path, PathBuf};
@@ -47,6 +47,32 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
     Ok(serde_path_to_error::deserialize(root)?)
 }
 
+/// How bytes travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum TransportArg {
+    Tcp,
+    Verbs,
+}
+
+impl TransportArg {
+    /// As configuration files say it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+        }
+    }
+}
+
+impl From<TransportArg> for Transport {
+    fn from(argument: TransportArg) -> Self {
+        match argument {
+            TransportArg::Tcp => Self::Tcp,
+            TransportArg::Verbs => Self::Verbs,
+        }
+    }
+}
+
 /// How a command reaches a cluster.
 #[derive(Args, Clone)]
 pub struct Connect {
@@ -56,6 +82,9 @@ pub struct Connect {
     /// Client configuration file (YAML).
     #[arg(long)]
     pub client_config: Option<PathBuf>,
+    /// How bytes travel (transport).
+    #[arg(long)]
+    pub transport: Option<TransportArg>,
 }
 
 impl Connect {
@@ -64,6 +93,7 @@ impl Connect {
         if !self.brokers.is_empty() {
             config.bootstrap.clone_from(&self.brokers);
         }
+        config.transport = self.transport.map_or(config.transport, Into::into);
         Ok(config)
     }
 

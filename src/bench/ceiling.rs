@@ -1,4 +1,4 @@
-//! What the machine can do without us: raw TCP into the same kind of region, and a ping-pong.
+//! What the machine can do without us: raw TCP into the same kind of region, raw verbs, and a ping-pong of each.
 
 use anyhow::{Context, Result};
 use embarcadero_datapath::cxl::cache::FlushMethod;
@@ -123,4 +123,191 @@ fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
     drop(near);
     echo.join().map_err(|_| anyhow::anyhow!("the echo died"))??;
     Ok(histogram.value_at_quantile(0.5) as f64 / 1e9)
+}
+
+#[cfg(feature = "rdma")]
+pub use with_rdma::{verbs_ping_pong, verbs_write};
+#[cfg(not(feature = "rdma"))]
+pub use without_rdma::{verbs_ping_pong, verbs_write};
+
+#[cfg(not(feature = "rdma"))]
+mod without_rdma {
+    use super::{Pair, Result};
+    use anyhow::bail;
+
+    pub fn verbs_write(_: Pair, _: usize, _: f64) -> Result<f64> {
+        bail!("this build has no RDMA (cargo feature rdma)")
+    }
+
+    pub fn verbs_ping_pong(_: Pair, _: usize, _: f64) -> Result<f64> {
+        bail!("this build has no RDMA (cargo feature rdma)")
+    }
+}
+
+#[cfg(feature = "rdma")]
+mod with_rdma {
+    use super::{Context as _, Duration, Instant, Pair, Result};
+    use anyhow::bail;
+    use embarcadero_datapath::buffer::Buffer;
+    use embarcadero_datapath::verbs::{
+        CompletionQueue, Context, MemoryRegion, Outcome, ProtectionDomain, QueuePair, QueuePairOptions, RemoteRange,
+        Request, Sending, SharedReceiveQueue, Work,
+    };
+    use std::sync::Arc;
+
+    /// Requests that are under way at most.
+    const DEPTH: u32 = 128;
+    /// Requests posted together, of which the last has a completion.
+    const CHAIN: usize = 8;
+
+    /// One of two ends that write into each other's buffer.
+    struct End {
+        pair: QueuePair<Sending>,
+        queue: CompletionQueue,
+        receives: Arc<SharedReceiveQueue>,
+        region: MemoryRegion,
+        _buffer: Buffer,
+        to: RemoteRange,
+        posted: u64,
+        done: u64,
+        /// WRITEs of the other end that are complete.
+        arrived: u64,
+    }
+
+    fn ends(bytes: usize) -> Result<(End, End)> {
+        let (context, port) = Context::find(None)?;
+        let domain = ProtectionDomain::new(&context).context("cannot make a protection domain")?;
+        let half = || -> Result<_> {
+            let receives = SharedReceiveQueue::new(&domain, 2 * DEPTH)?;
+            let buffer = Buffer::zeroed(bytes)?;
+            let region = MemoryRegion::writable(&domain, &buffer).context("cannot register a buffer")?;
+            let queue = CompletionQueue::new(&context, 4 * DEPTH)?;
+            let options =
+                QueuePairOptions { send_depth: DEPTH, receive_depth: 0, inline_bytes: 64, shared: Some(&receives) };
+            let pair = QueuePair::new(&domain, &queue, &port, &options).context("cannot make a queue pair")?;
+            Ok((pair, queue, receives, region, buffer))
+        };
+        let (near, far) = (half()?, half()?);
+        let (near_address, far_address) = (near.0.address(), far.0.address());
+        let (near_memory, far_memory) = (near.3.remote(0, bytes as u64), far.3.remote(0, bytes as u64));
+        let end = |(pair, queue, receives, region, buffer): (QueuePair<_>, _, _, _, _), peer, to| -> Result<End> {
+            let pair = pair.receive_from(&peer)?.send()?;
+            Ok(End { pair, queue, receives, region, _buffer: buffer, to, posted: 0, done: 0, arrived: 0 })
+        };
+        Ok((end(near, far_address, far_memory)?, end(far, near_address, near_memory)?))
+    }
+
+    impl End {
+        fn write(&mut self, bytes: usize, count: usize) -> Result<()> {
+            let work = Work::Write(Some(self.region.range(0, bytes as u32)), self.to, Some(0));
+            let mut chain = [Request { id: 0, signaled: false, work }; CHAIN];
+            for request in &mut chain[..count] {
+                self.posted += 1;
+                *request = Request { id: self.posted, signaled: false, work };
+            }
+            chain[count - 1].signaled = true;
+            if self.pair.post(&chain[..count])? < count {
+                bail!("the device took only part of a chain of requests");
+            }
+            Ok(())
+        }
+
+        fn poll(&mut self) -> Result<()> {
+            let (mut received, mut failure) = (0, None);
+            self.queue.poll(|completion| match completion.outcome {
+                Outcome::Sent => self.done = self.done.max(completion.id),
+                Outcome::Failed(error) => failure = Some(error),
+                _ => received += 1,
+            })?;
+            self.receives.post(received)?;
+            self.arrived += received as u64;
+            match failure {
+                Some(error) => Err(error.into()),
+                None => Ok(()),
+            }
+        }
+    }
+
+    /// One thread WRITEs with immediate data, another takes the completions: bytes a second.
+    pub fn verbs_write(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+        let (mut near, mut far) = ends(bytes)?;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let ordering = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            let receiver = scope.spawn(|| {
+                super::super::pin(cores.far)?;
+                while !stop.load(ordering) {
+                    let before = far.arrived;
+                    far.poll()?;
+                    if far.arrived == before {
+                        std::thread::yield_now();
+                    }
+                }
+                Ok::<(), anyhow::Error>(())
+            });
+            let sender = scope.spawn(|| {
+                super::super::pin(cores.near)?;
+                let begun = Instant::now();
+                let time = Duration::from_secs_f64(seconds);
+                while begun.elapsed() < time {
+                    while near.posted - near.done <= u64::from(DEPTH) - CHAIN as u64 {
+                        near.write(bytes, CHAIN)?;
+                    }
+                    let before = near.done;
+                    near.poll()?;
+                    if near.done == before {
+                        std::thread::yield_now();
+                    }
+                }
+                while near.done < near.posted {
+                    near.poll()?;
+                }
+                Ok::<f64, anyhow::Error>((near.posted * bytes as u64) as f64 / begun.elapsed().as_secs_f64())
+            });
+            let rate = sender.join().map_err(|_| anyhow::anyhow!("the sender died"))?;
+            stop.store(true, ordering);
+            receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))??;
+            rate
+        })
+    }
+
+    /// Two threads write to each other in turn, both polling: half the round trip, the median, seconds.
+    pub fn verbs_ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+        let (mut near, mut far) = ends(bytes)?;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let ordering = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            let echo = scope.spawn(|| {
+                super::super::pin(cores.far)?;
+                let mut answered = 0;
+                while !stop.load(ordering) {
+                    far.poll()?;
+                    if far.arrived > answered {
+                        answered += 1;
+                        far.write(bytes, 1)?;
+                    }
+                }
+                Ok::<(), anyhow::Error>(())
+            });
+            let caller = scope.spawn(|| {
+                super::super::pin(cores.near)?;
+                let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+                let begun = Instant::now();
+                while begun.elapsed().as_secs_f64() < seconds {
+                    let sent = Instant::now();
+                    let expected = near.arrived + 1;
+                    near.write(bytes, 1)?;
+                    while near.arrived < expected {
+                        near.poll()?;
+                    }
+                    histogram.record(sent.elapsed().as_nanos() as u64)?;
+                }
+                Ok::<f64, anyhow::Error>(histogram.value_at_quantile(0.5) as f64 / 2e9)
+            });
+            let latency = caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?;
+            stop.store(true, ordering);
+            echo.join().map_err(|_| anyhow::anyhow!("the echo died"))??;
+            latency
+        })
+    }
 }

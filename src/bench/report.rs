@@ -22,6 +22,11 @@ impl Row {
         Self { name, unit, runs: runs.to_vec(), ceiling: None }
     }
 
+    /// The median of its runs; not a number if there are none.
+    pub fn median(&self) -> f64 {
+        median(&self.runs)
+    }
+
     pub fn with_ceiling(mut self, name: &'static str, runs: &[f64]) -> Self {
         self.ceiling = Some((name, median(runs)));
         self
@@ -48,7 +53,7 @@ impl Report {
             .unwrap_or_default();
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         for row in rows {
-            let value = median(&row.runs);
+            let value = row.median();
             let least = row.runs.iter().copied().fold(f64::INFINITY, f64::min);
             let most = row.runs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             if self.json {
