@@ -68,7 +68,8 @@ fn rdma_devices() -> Finding {
         });
         let windows = if report.memory_windows { "type-2 memory windows" } else { "no type-2 memory windows" };
         let ports = ports.collect::<Vec<_>>().join("; ");
-        format!("{} (firmware {}, {windows}): {ports}", report.name, report.firmware)
+        let node = report.numa_node.map_or("unknown".to_owned(), |node| node.to_string());
+        format!("{} (firmware {}, NUMA node {node}, {windows}): {ports}", report.name, report.firmware)
     };
     match survey() {
         Err(error) => finding(NAME, false, "none", format!("libibverbs cannot list devices: {error}")),

@@ -99,7 +99,9 @@ fn print_version(verbose: bool) {
         println!("commit {}", env!("EMBARCADERO_COMMIT"));
         println!("target {} ({})", env!("EMBARCADERO_TARGET"), env!("EMBARCADERO_PROFILE"));
         println!("native libraries at build time: {}", env!("EMBARCADERO_LIBRARIES"));
-        println!("transports: tcp");
-        println!("RDMA devices: {}", if cfg!(feature = "rdma") { "listed by doctor" } else { "not in this build" });
+        println!(
+            "transports: {}",
+            if cfg!(feature = "rdma") { "tcp, verbs" } else { "tcp (built without feature rdma)" }
+        );
     }
 }

@@ -77,7 +77,7 @@ mod one_guest {
     use super::*;
     use embarcadero_client::{Publisher, TopicView};
     use embarcadero_datapath::buffer::Buffer;
-    use embarcadero_datapath::transport::verbs::accepted;
+    use embarcadero_datapath::transport::verbs::{WANTS_LEASE, accepted};
     use embarcadero_datapath::verbs::{
         CompletionQueue, Context, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair,
         QueuePairOptions, RemoteRange, Request, Sending, Work, WorkError,
@@ -135,6 +135,36 @@ mod one_guest {
             }
         };
         assert!(error.to_string().contains("waited 500 ms"), "{error}");
+    }
+
+    /// Windows of idle publishers lie in every segment of the pool while others publish many times its size.
+    #[test]
+    #[ignore = "needs an RDMA device: scripts/lab has one"]
+    fn windows_of_idle_publishers_do_not_keep_the_pool_from_being_reclaimed() {
+        let cluster = Cluster::start(1, &["--size", "96MiB", "--segment-size", "2MiB"], &[VERBS]);
+        let client = verbs(&cluster);
+        let options = TopicOptions { retention_bytes: 4 << 20, ..strong() };
+        client.create_topic("t", options).unwrap();
+        let report = support::run(&["region", "inspect", "--json", "--path", cluster.region.to_str().unwrap()]);
+        let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+        let segments = report["superblock"]["geometry"]["segment_count"].as_u64().unwrap();
+        let tcp = Client::connect(small(&cluster)).unwrap();
+        let busy = tcp.publisher("t").unwrap();
+        let mut idle = Vec::new();
+        for number in 0..segments as u32 + 2 {
+            let publisher = client.publisher("t").unwrap();
+            publisher.publish_wait(&message(number, 0)).unwrap();
+            publisher.flush().unwrap();
+            idle.push(publisher);
+            for _ in 0..512 {
+                busy.publish_wait(&[1; 4096]).unwrap();
+            }
+        }
+        busy.flush().unwrap();
+        for publisher in &idle {
+            publisher.publish_wait(b"still here").unwrap();
+            publisher.flush().unwrap();
+        }
     }
 
     #[test]
@@ -319,6 +349,9 @@ mod one_guest {
         }
 
         fn lease(&mut self) -> Lease {
+            let nowhere = RemoteRange { address: 0, key: 0 };
+            let wants = Work::Write(None, nowhere, Some(WANTS_LEASE));
+            self.pair.post(&[Request { id: 1, signaled: true, work: wants }]).unwrap();
             let begun = Instant::now();
             loop {
                 assert!(self.poll().is_none() && begun.elapsed() < PATIENCE, "no landing window came");
@@ -418,11 +451,11 @@ mod one_guest {
             offender.poll();
             assert!(begun.elapsed() < PATIENCE);
         }
-        let second = offender.heard.iter().filter_map(|frame| match frame {
+        let mut second = offender.heard.iter().filter_map(|frame| match frame {
             Frame::Lease(lease) if lease.number == 1 => Some(*lease),
             _ => None,
         });
-        let second = second.last().unwrap();
+        let second = second.next_back().unwrap();
         let mut batch = BatchBuilder::new(4096).unwrap();
         batch.push(&message(5, 0));
         batch.seal(&offender.origin, 0, true);

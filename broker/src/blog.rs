@@ -217,6 +217,11 @@ impl<F: Fabric> Blog<F> {
         ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
     }
 
+    /// True for positions in the segment that reservations now come from.
+    pub fn is_current(&self, at: RegionOffset) -> bool {
+        (self.cursor.load(Ordering::Acquire) >> 32) as u32 == self.segment_of(at)
+    }
+
     /// Segments that receive no more.
     pub fn retired(&self) -> Vec<Retired> {
         let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);

@@ -249,7 +249,7 @@ fn open_verbs(config: &BrokerConfig, region: &Region<Native>) -> Result<Arc<Verb
         region.fabric(),
         config.rdma.device.as_deref(),
         config.rdma.isolation,
-        config.rdma.lease_bytes.min(region.geometry().segment_bytes),
+        config.rdma.lease_bytes.min(region.geometry().segment_bytes / 4),
     )?;
     if config.max_batch_bytes > host.max_message_bytes() {
         let bound = format!("at most {}, the largest message of {}", host.max_message_bytes(), host.device());

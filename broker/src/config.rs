@@ -170,7 +170,8 @@ pub struct RdmaConfig {
     pub device: Option<String>,
     /// What keeps a session inside its landing windows.
     pub isolation: Isolation,
-    /// Bytes of a landing window, at least; a publisher holds two. More where a publisher's batches need it.
+    /// Bytes of a landing window, of which an active publisher holds two: at most a quarter of a segment, and more where
+    /// a publisher's batches need it.
     pub lease_bytes: u64,
 }
 

@@ -39,6 +39,8 @@ pub struct PublisherSession {
     reserved: Option<RegionOffset>,
     /// Landing windows that its NIC may fill.
     windows: Vec<Window>,
+    /// When a batch last came into one, or the connection was opened.
+    active_at: Instant,
     progress: u64,
     waiting_since: Option<Instant>,
 }
@@ -103,6 +105,7 @@ impl PublisherSession {
             landed,
             reserved: None,
             windows: Vec::new(),
+            active_at: Instant::now(),
             progress: ready.committed,
             waiting_since: None,
         };
@@ -168,6 +171,12 @@ impl PublisherSession {
         }
         let text = format!("{reason} (waited {} ms)", self.limits.exhausted_wait.as_millis());
         Placement::Refuse(TransportError::refused(ErrorCode::PoolExhausted, text))
+    }
+
+    /// True when its landing windows keep segments that nothing else is received into from being reclaimed, and it has
+    /// sent nothing for `idle`.
+    pub fn hoards(&self, idle: Duration) -> bool {
+        self.active_at.elapsed() > idle && self.windows.iter().any(|window| !self.topic.blog.is_current(window.at))
     }
 
     /// Gives back what a closed window does not hold batches in.
@@ -283,6 +292,7 @@ impl Landing for Place<'_> {
         let Some(window) = session.windows.iter_mut().find(inside) else { return not_opened() };
         window.used = (at.0 + header.batch_bytes() - window.at.0).next_multiple_of(LINE_BYTES).min(window.bytes);
         session.topic.blog.share(at);
+        session.active_at = Instant::now();
         session.reserved = Some(at);
         session.waiting_since = None;
         Placement::At(at)

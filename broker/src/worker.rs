@@ -29,6 +29,8 @@ const RECEIVE_BATCHES: usize = 8;
 const DELEGATION_BATCHES: usize = 256;
 /// How long an error may take to reach its client before the connection is cut.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// After what silence a publisher's landing windows are taken back when their segments could be reclaimed otherwise.
+const WINDOW_IDLE: Duration = Duration::from_secs(2);
 /// Time between two looks at what rarely changes: whether sessions still stand and topics still live.
 const IDLE_CHECK: Duration = Duration::from_millis(10);
 
@@ -523,6 +525,10 @@ impl Worker {
         if session.topic().is_deleted() {
             let text = format!("topic {} is deleted", session.topic().config.name);
             return Err(TransportError::refused(ErrorCode::TopicDeleted, text));
+        }
+        if session.hoards(WINDOW_IDLE) {
+            let text = "landing windows of an idle session are taken back; connect again to get others";
+            return Err(TransportError::refused(ErrorCode::Unavailable, text));
         }
         match session.acks.standing(region) {
             crate::ack::Standing::Open => Ok(()),

@@ -193,6 +193,12 @@ def main():
                        slot=(28, "I", slot), topic=(32, "I", topic_id), topic_incarnation=(36, "I", incarnation),
                        ack_level=(40, "I", 1)))
 
+    # "I have a batch and no window": a WRITE of no bytes.
+    nothing = SGE(outbox.buf, 0, outbox.lkey)
+    wants = SendWR(wr_id=0, opcode=e.IBV_WR_RDMA_WRITE_WITH_IMM, num_sge=1, imm_data=socket.htonl(1 << 31),
+                   sg=[nothing], send_flags=e.IBV_SEND_SIGNALED)
+    wants.set_wr_rdma(0, 0)
+    qp.post_send(wants)
     written, begun = False, time.time()
     while time.time() - begun < PATIENCE:
         count, completions = cq.poll(16)

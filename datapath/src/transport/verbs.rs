@@ -2,8 +2,8 @@
 //!
 //! A verbs connection is a TCP connection with a queue pair beside it. The socket carries the opening frames, and what
 //! ends a connection: errors with their text, and the peer's death, which it shows at once. The queue pair carries all
-//! the rest. A publisher WRITEs batches back to back into landing windows that the broker leases to it ahead of need,
-//! each with immediate data that names the window; the broker answers with inline SENDs of frames. A subscriber has
+//! the rest. A publisher WRITEs batches back to back into landing windows that the broker leases to it, from the first on
+//! ahead of need, each with immediate data that names the window; the broker answers with inline SENDs of frames. A subscriber has
 //! deliveries WRITTEN into its ring and gives room back with WRITEs of no bytes. `docs/protocol.md` has the details.
 
 use super::tcp::TcpConnection;
@@ -333,7 +333,7 @@ impl VerbsEnd {
     /// True when [`VerbsEnd::receive`] has something to do.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        !self.arrived.is_empty() || self.failure.is_some() || (self.ring.is_none() && self.leases.len() < LEASES)
+        !self.arrived.is_empty() || self.failure.is_some() || self.is_due_a_lease()
     }
 
     /// True when [`VerbsEnd::send`] has something to do besides the outbox.
@@ -446,9 +446,15 @@ impl VerbsEnd {
         }
     }
 
+    /// True when the publisher is to get a window: it asked for its first, or has used one up since.
+    fn is_due_a_lease(&self) -> bool {
+        let begun = self.wants_lease || self.next_lease > 0;
+        self.ring.is_none() && begun && self.leases.len() < LEASES
+    }
+
     /// Sees to it that the publisher has windows.
     fn lease(&mut self, landing: &mut impl Landing) -> Result<(), TransportError> {
-        while self.ring.is_none() && self.leases.len() < LEASES {
+        while self.is_due_a_lease() {
             let at = match landing.lease(self.lease_bytes, self.wants_lease && self.leases.is_empty()) {
                 Placement::At(at) => at,
                 Placement::Wait => return Ok(()),
