@@ -6,7 +6,7 @@ use clap::Args;
 use embarcadero_client::{Client, ClientConfig};
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
-use embarcadero_datapath::cxl::region::RegionFile;
+use embarcadero_datapath::cxl::region::{Creation, RegionFile};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::io::{BufRead, BufReader};
@@ -122,7 +122,12 @@ impl Cluster {
         let mut cluster = Self { brokers: Vec::new(), region: None };
         if !args.region.exists() {
             let geometry = Geometry::with_segments_of(args.segment_size, AllocatorKind::Bitmap).fit(args.size)?;
-            RegionFile::create(&args.region, &geometry, FlushMethod::None, true, false)?;
+            RegionFile::create(
+                &args.region,
+                &geometry,
+                FlushMethod::None,
+                Creation { reserve: true, ..Creation::default() },
+            )?;
             cluster.region = Some(args.region.clone());
         }
         for index in 0..args.brokers {

@@ -7,7 +7,7 @@ use embarcadero_datapath::cxl::batchlog::peek_entry;
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, BrokerHalf, CompletionLine, Geometry, PinLine};
 use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, StreamId, read_extent, read_sequencer_half};
-use embarcadero_datapath::cxl::region::RegionFile;
+use embarcadero_datapath::cxl::region::{Creation, RegionFile};
 use embarcadero_datapath::cxl::segment::{SegmentUse, free_segments, read_owner};
 use embarcadero_datapath::cxl::session_table::{Session, read_progress, read_session};
 use embarcadero_datapath::cxl::tables::{
@@ -68,6 +68,9 @@ pub enum RegionCommand {
         /// Do not allocate the pages now.
         #[arg(long)]
         sparse: bool,
+        /// NUMA node to take the pages from: CXL memory that is online as system-ram.
+        #[arg(long)]
+        numa_node: Option<u32>,
         /// Overwrite what a device holds.
         #[arg(long)]
         force: bool,
@@ -104,11 +107,13 @@ pub fn run(command: RegionCommand) -> Result<()> {
             max_sessions,
             batchlog_slots,
             sparse,
+            numa_node,
             force,
         } => {
             let tables = Geometry::with_segments_of(segment_size, allocator.into());
             let geometry = Geometry { max_brokers, max_topics, max_sessions, batchlog_slots, ..tables }.fit(size)?;
-            let file = RegionFile::create(&path, &geometry, FlushMethod::None, !sparse, force)?;
+            let creation = Creation { reserve: !sparse, numa_node, force };
+            let file = RegionFile::create(&path, &geometry, FlushMethod::None, creation)?;
             println!(
                 "created {} ({}, {} segments of {} bytes)",
                 path.display(),

@@ -11,7 +11,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
-use support::{Cluster, PATIENCE};
+use support::{Cluster, PATIENCE, refused};
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
@@ -198,15 +198,6 @@ fn the_control_plane_names_what_is_wrong() {
 fn regions_and_configurations_that_do_not_fit_are_refused() {
     let cluster = Cluster::start(1, REGION, &[]);
     let region = cluster.region.to_str().unwrap();
-    let refused = |arguments: &[&str], environment: &[(&str, &str)], reason: &str| {
-        let output = std::process::Command::new(support::PROGRAM)
-            .args(arguments)
-            .envs(environment.iter().copied())
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(!output.status.success() && said.contains(reason), "{arguments:?}: {said}");
-    };
     let broker = ["broker", "--region", region];
     refused(&["broker", "--region", region, "--id", "0"], &[], "broker id 0 is taken");
     refused(&["broker", "--region", region, "--id", "77"], &[], "id is 77; it must be 0 to 31");
@@ -218,6 +209,10 @@ fn regions_and_configurations_that_do_not_fit_are_refused() {
     refused(&broker, &[("EMBARCADERO_BROKER_HEARTBEAT_MS", "0")], "heartbeat_ms is 0");
     refused(&broker, &[("EMBARCADERO_BROKER_HEARTBEET_MS", "5")], "heartbeet_ms");
     refused(&broker, &[("EMBARCADERO_BROKER_FLUSH_GROUP__BATCHES", "many")], "flush_group.batches");
+    refused(&broker, &[("EMBARCADERO_BROKER_CXL__NUMA_NODE", "1000")], "cannot bind to a NUMA node");
+    let verbs = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
+    let missing = if cfg!(feature = "rdma") { "no RDMA device" } else { "this build has no RDMA" };
+    refused(&broker, &[verbs, ("EMBARCADERO_BROKER_RDMA__DEVICE", "nosuch0")], missing);
     refused(&["region", "destroy", "--path", region], &[], "in use by broker 0");
     refused(&["region", "create", "--path", region], &[], "exists already");
     refused(&["region", "create", "--path", "/dev/shm/none", "--segment-size", "3MiB"], &[], "power of two");

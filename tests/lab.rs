@@ -500,12 +500,61 @@ mod one_guest {
 
 mod cxl {
     use super::*;
+    use std::process::Command;
+    use support::refused;
+
+    fn shell(commands: &str) -> String {
+        let said = Command::new("sh").args(["-ec", commands]).output().unwrap();
+        assert!(said.status.success(), "{commands}: {}", String::from_utf8_lossy(&said.stderr));
+        String::from_utf8(said.stdout).unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs a CXL device and an RDMA device: scripts/lab run --cxl has both"]
+    fn a_region_on_fsdax_is_refused() {
+        shell(
+            "ndctl destroy-namespace -f namespace0.0
+            ndctl create-namespace -m fsdax --map mem
+            mkfs.ext4 -q -b 4096 /dev/pmem0
+            mkdir -p /run/fsdax
+            mount -o dax /dev/pmem0 /run/fsdax",
+        );
+        let path = "/run/fsdax/region";
+        let made = support::run(&["region", "create", "--path", path, "--size", "96MiB", "--segment-size", "1MiB"]);
+        assert!(made.status.success());
+        refused(&["broker", "--region", path], &[VERBS], "is a file on fsdax");
+        shell(
+            "umount /run/fsdax
+            ndctl destroy-namespace -f namespace0.0
+            ndctl create-namespace -m devdax -a 4k --map mem",
+        );
+    }
 
     #[test]
     #[ignore = "needs /dev/dax0.0 and an RDMA device: scripts/lab run --cxl has both"]
     fn order_and_integrity_on_device_dax() {
         let dax = "/dev/dax0.0".into();
         order_and_integrity(&Cluster::start_on(dax, 2, REGION, &[VERBS]), 1500);
+    }
+
+    /// The last of these: what is system-ram is no device any more.
+    #[test]
+    #[ignore = "needs a CXL device and an RDMA device: scripts/lab run --cxl has both"]
+    fn system_ram_is_used_if_it_stays_where_it_is() {
+        shell("modprobe kmem; daxctl reconfigure-device -m system-ram dax0.0");
+        let devices: serde_json::Value = serde_json::from_str(&shell("daxctl list")).unwrap();
+        let node = devices[0]["target_node"].as_u64().unwrap().to_string();
+        let path = "/dev/shm/system-ram";
+        let create = ["--size", "192MiB", "--segment-size", "4MiB", "--numa-node", &node];
+        let environment = [VERBS, ("EMBARCADERO_BROKER_CXL__NUMA_NODE", &node)];
+        let made = support::run(&[&["region", "create", "--path", path][..], &create].concat());
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        // In the movable zone the pages cannot be pinned; the kernel moves them to do that.
+        refused(&["broker", "--region", path], &environment, &format!("are not on NUMA node {node}"));
+        std::fs::remove_file(path).unwrap();
+
+        shell("daxctl offline-memory dax0.0; daxctl online-memory --no-movable dax0.0");
+        order_and_integrity(&Cluster::start_on(path.into(), 2, &create, &environment), 300);
     }
 }
 

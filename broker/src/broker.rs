@@ -80,6 +80,8 @@ struct Start {
     region: Region<Native>,
     info: BrokerInfo,
     epoch: Option<u64>,
+    #[cfg(feature = "rdma")]
+    verbs: Option<Arc<VerbsHost>>,
 }
 
 impl Broker {
@@ -100,8 +102,17 @@ impl Broker {
             }
             .into());
         }
+        if let Some(node) = config.cxl.numa_node {
+            file.bind(node)?;
+        }
         if config.cxl.prefault {
             region.fabric().mapping().prefault().map_err(io_error("map the region's pages"))?;
+        }
+        #[cfg(feature = "rdma")]
+        let verbs = (config.transport == Transport::Verbs).then(|| open_verbs(&config, &file)).transpose()?;
+        // Now: registration pins pages, and the kernel may move them to do that.
+        if let Some(node) = config.cxl.numa_node {
+            region.require_node(node)?;
         }
         let (id, id_lock) = claim_id(&file, config.id)?;
         let head_lock = match config.role {
@@ -122,7 +133,14 @@ impl Broker {
             running: true,
         };
         let epoch = head_lock.is_some().then(|| read_headship(&region).map_or(0, |old| old.epoch) + 1);
-        let start = Start { config, region, info, epoch };
+        let start = Start {
+            config,
+            region,
+            info,
+            epoch,
+            #[cfg(feature = "rdma")]
+            verbs,
+        };
         let mut broker = start.run(data, control)?;
         broker._locks = std::iter::once(id_lock).chain(head_lock).collect();
         Ok(broker)
@@ -195,19 +213,20 @@ fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, RoleLock), B
 
 impl Start {
     fn run(self, data: TcpListener, control: TcpListener) -> Result<Broker, BrokerError> {
-        let Self { config, region, info, epoch } = self;
-        let pool = pool::allocator(&region, info.id, epoch.is_some()).map_err(io_error("start the allocator"))?;
+        let Self { config, region, info, epoch, .. } = &self;
+        let epoch = *epoch;
+        let pool = pool::allocator(region, info.id, epoch.is_some()).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), info.id, Arc::clone(&pool)));
         let stop = Arc::new(AtomicBool::new(false));
         let (commands, command_queue) = unbounded();
         let sequencer = epoch.map(|epoch| {
             let head = Headship { epoch, broker: info.id, incarnation: info.incarnation, broker_mask: 1 << info.id };
-            publish_headship(&region, &head);
+            publish_headship(region, &head);
             let leases = Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 };
             Sequencer::recover(region.clone(), Arc::clone(&pool), epoch, leases, command_queue, now_us())
         });
         let mut threads = Vec::new();
-        let accepted = spawn_workers(&config, &topics, &stop, sequencer, &mut threads)?;
+        let accepted = spawn_workers(&self, &topics, &stop, sequencer, &mut threads)?;
         threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
         let service = ControlService {
             region: region.clone(),
@@ -215,14 +234,14 @@ impl Start {
             head: epoch.is_some().then(|| HeadControl { commands, topics: tokio::sync::Mutex::new(()) }),
             pool,
         };
-        publish_broker(&region, &info);
+        publish_broker(region, info);
         let (control_stop, stopped) = tokio::sync::oneshot::channel();
         let lease = Duration::from_millis(config.broker_lease_ms);
         threads.push(spawn_control(control, service, info.clone(), epoch, lease, stopped)?);
         tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = epoch.is_some(), "serving");
         Ok(Broker {
-            info,
-            region,
+            info: self.info,
+            region: self.region,
             head: epoch.is_some(),
             stop,
             control_stop: Some(control_stop),
@@ -244,7 +263,11 @@ fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
 
 /// Opens the RDMA device and registers the region on it.
 #[cfg(feature = "rdma")]
-fn open_verbs(config: &BrokerConfig, region: &Region<Native>) -> Result<Arc<VerbsHost>, BrokerError> {
+fn open_verbs(config: &BrokerConfig, file: &RegionFile) -> Result<Arc<VerbsHost>, BrokerError> {
+    file.require_registrable()?;
+    let region = file.region();
+    let nodes = || region.fabric().mapping().nodes().map_err(io_error("find the region's pages"));
+    let before = nodes()?;
     let host = VerbsHost::open(
         region.fabric(),
         config.rdma.device.as_deref(),
@@ -256,17 +279,23 @@ fn open_verbs(config: &BrokerConfig, region: &Region<Native>) -> Result<Arc<Verb
         let value = config.max_batch_bytes.to_string();
         return Err(ConfigError { key: "max_batch_bytes", value, bound }.into());
     }
+    let moved = before.iter().zip(nodes()?).filter(|(before, after)| before.is_some() && **before != *after).count();
+    if moved > 0 {
+        let pages = before.len();
+        tracing::warn!(moved, pages, "the kernel moved the region to another NUMA node to pin it: see cxl.numa_node");
+    }
     tracing::info!(device = host.device(), isolation = host.isolation(), "verbs");
     Ok(host)
 }
 
 fn spawn_workers(
-    config: &BrokerConfig,
+    start: &Start,
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
     sequencer: Option<Sequencer<Native>>,
     threads: &mut Vec<JoinHandle<()>>,
 ) -> Result<Vec<Sender<std::net::TcpStream>>, BrokerError> {
+    let config = &start.config;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = worker_count(config, cores);
     let pollers = if config.threads.pollers_on_host > 0 { config.threads.pollers_on_host } else { workers };
@@ -289,7 +318,7 @@ fn spawn_workers(
             receive_buffer_bytes: config.socket_buffer_bytes,
         },
         #[cfg(feature = "rdma")]
-        verbs: (config.transport == Transport::Verbs).then(|| open_verbs(config, topics.region())).transpose()?,
+        verbs: start.verbs.clone(),
         stop: Arc::clone(stop),
     };
     // Every batch in flight can have an ack waiting here.

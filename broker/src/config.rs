@@ -67,6 +67,8 @@ pub struct CxlConfig {
     pub segment_bytes: Option<u64>,
     /// Map all pages at start.
     pub prefault: bool,
+    /// NUMA node on which all pages of a region in a file must lie: CXL memory that is online as system-ram.
+    pub numa_node: Option<u32>,
 }
 
 impl Default for CxlConfig {
@@ -78,6 +80,7 @@ impl Default for CxlConfig {
             uuid: None,
             segment_bytes: None,
             prefault: true,
+            numa_node: None,
         }
     }
 }

@@ -232,13 +232,31 @@ impl Worker {
         match polled {
             Ok(count) => count > 0,
             Err(error) => {
-                tracing::error!(worker = self.index, %error, "the RDMA device is lost; its connections close");
-                for slot in std::mem::take(slots).into_values() {
-                    self.part(slot, &TransportError::Closed);
-                }
-                self.verbs = None;
+                self.lose_device(&error);
                 true
             }
+        }
+    }
+
+    /// Ends the connections of a device that can no longer be used.
+    #[cfg(feature = "rdma")]
+    fn lose_device(&mut self, error: &io::Error) {
+        let Some(verbs) = self.verbs.take() else { return };
+        tracing::error!(worker = self.index, %error, "the RDMA device is lost; its connections close");
+        for slot in verbs.slots.values() {
+            self.part(*slot, &TransportError::Closed);
+        }
+    }
+
+    /// Takes what the device announces.
+    #[cfg(feature = "rdma")]
+    fn heed_device(&mut self) {
+        let (Some(host), Some(_)) = (&self.shared.verbs, &self.verbs) else { return };
+        while let Some(event) = host.take_event() {
+            tracing::warn!(device = host.device(), event, "the RDMA device announces");
+        }
+        if !host.is_present() {
+            self.lose_device(&io::Error::other("it was removed, or broke down"));
         }
     }
 
@@ -300,6 +318,8 @@ impl Worker {
         let check = looked.elapsed() >= IDLE_CHECK;
         if check {
             *looked = Instant::now();
+            #[cfg(feature = "rdma")]
+            self.heed_device();
         }
         for slot in 0..self.clients.len() {
             moved |= self.turn(slot, check);
@@ -583,7 +603,8 @@ impl Worker {
 }
 
 fn no_verbs() -> TransportError {
-    let text = "this broker does not offer verbs: start it with transport: verbs";
+    let text =
+        "this broker does not offer verbs: start it with transport: verbs (its log says if it has lost its device)";
     TransportError::refused(ErrorCode::NoTransport, text)
 }
 

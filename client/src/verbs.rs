@@ -182,6 +182,14 @@ impl Pair {
         }
     }
 
+    /// Makes the queue's descriptor readable when something comes; fails if nothing can.
+    fn arm(&mut self) -> io::Result<()> {
+        if !self.queue.context().is_present() {
+            return Err(io::Error::other("the RDMA device was removed, or broke down"));
+        }
+        self.queue.arm()
+    }
+
     fn room(&self) -> usize {
         (SEND_DEPTH - (self.posted - self.done)) as usize
     }
@@ -322,7 +330,7 @@ impl PublishPair {
 
     /// Makes [`PublishPair::descriptor`] readable when something comes.
     pub(crate) fn arm(&mut self) -> io::Result<()> {
-        self.pair.queue.arm()
+        self.pair.arm()
     }
 
     pub(crate) fn descriptor(&self) -> RawFd {
@@ -409,7 +417,7 @@ impl RingPair {
 
     /// Makes [`RingPair::descriptor`] readable when something comes.
     pub(crate) fn arm(&mut self) -> io::Result<()> {
-        self.pair.queue.arm()
+        self.pair.arm()
     }
 
     pub(crate) fn descriptor(&self) -> RawFd {

@@ -15,7 +15,7 @@ thread_local! {
 fuzz_target!(|bytes: &[u8]| {
     MEMORY.with(|memory| {
         let memory = memory.get_or_init(|| {
-            let mapping = Mapping::anonymous(256 << 20, None).expect("anonymous memory");
+            let mapping = Mapping::anonymous(256 << 20).expect("anonymous memory");
             Native::new(mapping, FlushMethod::None).expect("no flush is always there")
         });
         let bytes = &bytes[..bytes.len().min(1 << 20)];

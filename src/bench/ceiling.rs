@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
-use embarcadero_datapath::cxl::region::RegionFile;
+use embarcadero_datapath::cxl::region::{Creation, RegionFile};
 use embarcadero_datapath::transport::tcp::{SocketOptions, prepare, receive_into};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -42,7 +42,8 @@ fn receive(cores: Pair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<
     super::pin(cores.far)?;
     let path = super::BenchArgs::region().with_extension("ceiling");
     let geometry = Geometry::with_segments_of(super::SEGMENT_BYTES, AllocatorKind::Bitmap).fit(super::REGION_BYTES)?;
-    let file = RegionFile::create(&path, &geometry, FlushMethod::None, true, false)?;
+    let file =
+        RegionFile::create(&path, &geometry, FlushMethod::None, Creation { reserve: true, ..Creation::default() })?;
     let _ = std::fs::remove_file(&path);
     let region = file.region();
     let (mut near, far) = connected()?;

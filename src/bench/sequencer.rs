@@ -22,7 +22,7 @@ const SESSIONS: u32 = 16;
 fn region(allocator: AllocatorKind, method: FlushMethod) -> Result<Region<Native>> {
     let tables = Geometry::with_segments_of(16 << 20, allocator);
     let geometry = Geometry { max_brokers: BROKERS, max_topics: 1, segment_count: 64, ..tables };
-    let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes, None).context("cannot map memory")?;
+    let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes).context("cannot map memory")?;
     mapping.prefault().context("cannot map memory")?;
     Ok(Region::format(Native::new(mapping, method)?, &geometry, Uuid::new_v4(), 0)?)
 }

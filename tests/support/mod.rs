@@ -183,6 +183,13 @@ impl Drop for Cluster {
     }
 }
 
+/// Runs a command of the program that must fail, and say why.
+pub fn refused(arguments: &[&str], environment: &[(&str, &str)], reason: &str) {
+    let output = Command::new(PROGRAM).args(arguments).envs(environment.iter().copied()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains(reason), "{arguments:?}: {said}");
+}
+
 /// Polls until `done`, failing after [`PATIENCE`].
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();

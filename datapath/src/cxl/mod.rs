@@ -9,6 +9,7 @@ pub mod cache;
 mod fabric;
 pub mod layout;
 mod native;
+mod numa;
 pub mod order_index;
 pub mod region;
 pub mod segment;

@@ -32,30 +32,15 @@ impl Mapping {
         Ok(Self { map, base, bytes })
     }
 
-    /// Maps anonymous memory, bound to `numa_node` when one is given (CXL memory onlined as system-ram).
+    /// Maps anonymous memory.
     ///
     /// # Errors
-    /// What `mmap` or `mbind` reports.
-    pub fn anonymous(bytes: u64, numa_node: Option<u32>) -> io::Result<Self> {
+    /// What `mmap` reports.
+    pub fn anonymous(bytes: u64) -> io::Result<Self> {
         let bytes = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         // memmap2 aligns to pages only; the region's own structures need 4 KiB, which that is.
         let map: memmap2::MmapRaw = memmap2::MmapOptions::new().len(bytes).map_anon()?.into();
         let base = map.as_mut_ptr();
-        if let Some(node) = numa_node {
-            let mut mask = [0u64; 16];
-            let word = mask.get_mut(node as usize / 64).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidInput, format!("cxl.numa_node {node} exceeds 1023"))
-            })?;
-            *word = 1 << (node % 64);
-            const MPOL_BIND: libc::c_long = 2; // include/uapi/linux/mempolicy.h
-            // SAFETY: the range is the mapping just made, the mask holds 1024 bits as maxnode says.
-            let failed = unsafe {
-                libc::syscall(libc::SYS_mbind, base, bytes, MPOL_BIND, mask.as_ptr(), 1024 as libc::c_ulong, 0u32)
-            };
-            if failed != 0 {
-                return Err(io::Error::last_os_error());
-            }
-        }
         Ok(Self { map, base, bytes })
     }
 
@@ -68,6 +53,11 @@ impl Mapping {
         // Huge pages are a wish: tmpfs refuses it where shmem_enabled forbids them.
         let _ = self.map.advise(memmap2::Advice::HugePage);
         self.map.advise(memmap2::Advice::PopulateWrite)
+    }
+
+    /// Its first byte, and how many there are.
+    pub(super) fn pages(&self) -> (*mut u8, usize) {
+        (self.base, self.bytes)
     }
 }
 

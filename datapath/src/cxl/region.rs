@@ -109,6 +109,23 @@ pub enum RegionError {
         /// One of them.
         broker: u32,
     },
+    /// Pages are on another NUMA node than the configuration asks for.
+    #[error(
+        "of {looked} pages looked at, {strayed} are not on NUMA node {node}: create the region with --numa-node {node}; if the kernel moved them as they were pinned, bring the node's memory online with daxctl reconfigure-device -m system-ram --no-movable"
+    )]
+    Strayed {
+        /// Where they should be.
+        node: u32,
+        /// Pages that are there, of those looked at.
+        looked: usize,
+        /// Those of them that are elsewhere.
+        strayed: usize,
+    },
+    /// No NIC can be given the file's pages.
+    #[error(
+        "{} is a file on fsdax, whose pages the kernel does not pin for a NIC; put the region on a device-dax node, tmpfs or hugetlbfs", .0.display()
+    )]
+    FsDax(PathBuf),
     /// The flush method is not available.
     #[error(transparent)]
     Flush(#[from] UnsupportedFlush),
@@ -289,11 +306,36 @@ impl<F: Fabric> Region<F> {
     }
 }
 
+impl Region<Native> {
+    /// Checks that the region's pages are on the NUMA node that the configuration asks for.
+    ///
+    /// # Errors
+    /// [`RegionError::Strayed`], or what the system reports.
+    pub fn require_node(&self, node: u32) -> Result<(), RegionError> {
+        let io = |source| RegionError::Io { action: "find the pages of", path: PathBuf::from("the region"), source };
+        let nodes = self.fabric.mapping().nodes().map_err(io)?;
+        let looked = nodes.iter().flatten().count();
+        let strayed = nodes.iter().flatten().filter(|at| **at != node).count();
+        if strayed == 0 { Ok(()) } else { Err(RegionError::Strayed { node, looked, strayed }) }
+    }
+}
+
 fn checksum(head: &SuperblockHead, body: &SuperblockGeometry) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     digest.update(bytemuck::bytes_of(head));
     digest.update(&bytemuck::bytes_of(body)[..60]);
     digest.finalize() as u32
+}
+
+/// How to make a region's file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Creation {
+    /// Allocate every page now, so that the log cannot run out of memory later.
+    pub reserve: bool,
+    /// Take the pages from this NUMA node only.
+    pub numa_node: Option<u32>,
+    /// Overwrite what a dax device holds.
+    pub force: bool,
 }
 
 /// An open region and the file or device that holds it.
@@ -316,8 +358,7 @@ const LOCK_BASE: i64 = 1 << 60;
 const HEAD_LOCK: i64 = LOCK_BASE + 4096;
 
 impl RegionFile {
-    /// Makes a region at `path`: a new file (tmpfs or hugetlbfs), or a dax device that holds none yet (`force`
-    /// overwrites one). With `reserve`, every page is allocated now, so that the log cannot run out of memory later.
+    /// Makes a region at `path`: a new file (tmpfs or hugetlbfs), or a dax device that holds none yet.
     ///
     /// # Errors
     /// [`RegionError`]; nothing is left behind when it fails.
@@ -325,12 +366,10 @@ impl RegionFile {
         path: &Path,
         geometry: &Geometry,
         method: FlushMethod,
-        reserve: bool,
-        force: bool,
+        creation: Creation,
     ) -> Result<Self, RegionError> {
         geometry.validate()?;
         let io = |action: &'static str| move |source| RegionError::Io { action, path: path.to_owned(), source };
-        let bytes = Layout::new(geometry).region_bytes;
         let device = std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_char_device());
         let file = if device {
             OpenOptions::new().read(true).write(true).open(path).map_err(io("open"))?
@@ -343,24 +382,22 @@ impl RegionFile {
                 }
             })?
         };
-        let made = Self::format_file(&file, path, geometry, method, reserve, force, device, bytes);
+        let made = Self::format_file(&file, path, geometry, method, creation, device);
         if made.is_err() && !device {
             let _ = std::fs::remove_file(path);
         }
         Ok(Self { region: made?, path: path.to_owned(), file })
     }
 
-    #[allow(clippy::too_many_arguments)]
     fn format_file(
         file: &File,
         path: &Path,
         geometry: &Geometry,
         method: FlushMethod,
-        reserve: bool,
-        force: bool,
+        creation: Creation,
         device: bool,
-        bytes: u64,
     ) -> Result<Region<Native>, RegionError> {
+        let bytes = Layout::new(geometry).region_bytes;
         let io = |action: &'static str| move |source| RegionError::Io { action, path: path.to_owned(), source };
         let available = if device {
             device_bytes(file).map_err(io("size"))?
@@ -374,13 +411,16 @@ impl RegionFile {
             return Err(RegionError::Truncated { found: available, expected: bytes });
         }
         let mapping = Mapping::of_file(file, available).map_err(io("map"))?;
-        if reserve && !device {
+        if let Some(node) = creation.numa_node {
+            bind(&mapping, path, device, node)?;
+        }
+        if creation.reserve && !device {
             mapping.prefault().map_err(|source| RegionError::NoSpace { path: path.to_owned(), bytes, source })?;
         }
         let native = Native::new(mapping, method)?;
         if device {
             let magic = native.load(RegionOffset(0));
-            if magic != 0 && !force {
+            if magic != 0 && !creation.force {
                 return Err(RegionError::AlreadyExists(path.to_owned()));
             }
             native.store(RegionOffset(0), 0);
@@ -418,6 +458,34 @@ impl RegionFile {
             return Err(RegionError::AllocatorNeedsCoherence);
         }
         Ok(Self { file, path: path.to_owned(), region })
+    }
+
+    /// Has pages that are not there yet come from `node` only.
+    ///
+    /// # Errors
+    /// [`RegionError::Io`]: for a device, and for a node that is not there.
+    pub fn bind(&self, node: u32) -> Result<(), RegionError> {
+        let device = self.file.metadata().is_ok_and(|meta| meta.file_type().is_char_device());
+        bind(self.region.fabric().mapping(), &self.path, device, node)
+    }
+
+    /// Checks that a NIC can be given the region's pages.
+    ///
+    /// # Errors
+    /// [`RegionError::FsDax`]. Source: `check_vma_flags` in mm/gup.c refuses long-term pins of fsdax.
+    pub fn require_registrable(&self) -> Result<(), RegionError> {
+        let io = |source| RegionError::Io { action: "look at", path: self.path.clone(), source };
+        // SAFETY: statx is plain data, for which zero is valid; the descriptor is open, the path is an empty string.
+        let (result, stat) = unsafe {
+            let mut stat: libc::statx = std::mem::zeroed();
+            (libc::statx(self.file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, 0, &raw mut stat), stat)
+        };
+        if result != 0 {
+            return Err(io(io::Error::last_os_error()));
+        }
+        // A device-dax node has the attribute too.
+        let file = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFREG;
+        if file && stat.stx_attributes & libc::STATX_ATTR_DAX as u64 != 0 { Err(RegionError::FsDax(self.path.clone())) } else { Ok(()) }
     }
 
     /// The region in it.
@@ -500,6 +568,16 @@ impl RegionFile {
     }
 }
 
+/// Has a file's pages come from a NUMA node.
+fn bind(mapping: &Mapping, path: &Path, device: bool, node: u32) -> Result<(), RegionError> {
+    let bound = if device {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "a device's memory is where it is; leave the node out"))
+    } else {
+        mapping.bind(node)
+    };
+    bound.map_err(|source| RegionError::Io { action: "bind to a NUMA node", path: path.to_owned(), source })
+}
+
 /// Bytes of a device-dax node. Source: Documentation/ABI/testing/sysfs-bus-dax, `size`.
 fn device_bytes(file: &File) -> io::Result<u64> {
     let device = file.metadata()?.rdev();
@@ -541,7 +619,7 @@ mod tests {
 
     fn make(dir: &tempfile::TempDir) -> PathBuf {
         let path = dir.path().join("region");
-        RegionFile::create(&path, &geometry(), FlushMethod::None, false, false).unwrap();
+        RegionFile::create(&path, &geometry(), FlushMethod::None, Creation::default()).unwrap();
         path
     }
 
@@ -561,7 +639,7 @@ mod tests {
         again.region().require_uuid(opened.region().uuid()).unwrap();
         assert!(matches!(again.region().require_uuid(Uuid::new_v4()), Err(RegionError::Uuid { .. })));
         assert!(matches!(
-            RegionFile::create(&path, &geometry(), FlushMethod::None, false, false),
+            RegionFile::create(&path, &geometry(), FlushMethod::None, Creation::default()),
             Err(RegionError::AlreadyExists(_))
         ));
         opened.destroy(false).unwrap();
@@ -597,7 +675,7 @@ mod tests {
 
         let other = Geometry { segment_bytes: 2 << 20, ..geometry() };
         let path = dir.path().join("other");
-        let file = RegionFile::create(&path, &other, FlushMethod::None, false, false).unwrap();
+        let file = RegionFile::create(&path, &other, FlushMethod::None, Creation::default()).unwrap();
         assert!(matches!(
             file.region().require_segment_bytes(1 << 20),
             Err(RegionError::GeometryMismatch { field: "segment_bytes", .. })

@@ -302,7 +302,7 @@ mod tests {
             allocator,
         };
         let bytes = Layout::new(&geometry).region_bytes;
-        let native = Native::new(Mapping::anonymous(bytes, None).unwrap(), FlushMethod::None).unwrap();
+        let native = Native::new(Mapping::anonymous(bytes).unwrap(), FlushMethod::None).unwrap();
         Region::format(native, &geometry, Uuid::new_v4(), 0).unwrap()
     }
 

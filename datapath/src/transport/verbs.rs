@@ -3,8 +3,9 @@
 //! A verbs connection is a TCP connection with a queue pair beside it. The socket carries the opening frames, and what
 //! ends a connection: errors with their text, and the peer's death, which it shows at once. The queue pair carries all
 //! the rest. A publisher WRITEs batches back to back into landing windows that the broker leases to it, from the first on
-//! ahead of need, each with immediate data that names the window; the broker answers with inline SENDs of frames. A subscriber has
-//! deliveries WRITTEN into its ring and gives room back with WRITEs of no bytes. `docs/protocol.md` has the details.
+//! ahead of need, each with immediate data that names the window; the broker answers with inline SENDs of frames. A
+//! subscriber has deliveries WRITTEN into its ring and gives room back with WRITEs of no bytes. `docs/protocol.md` has
+//! the details.
 
 use super::tcp::TcpConnection;
 use super::{Isolation, Landing, Outbox, Outgoing, Placement, Received, TransportError};
@@ -89,6 +90,18 @@ impl VerbsHost {
     #[must_use]
     pub fn device(&self) -> &str {
         self.context.name()
+    }
+
+    /// As [`Context::take_event`].
+    #[must_use]
+    pub fn take_event(&self) -> Option<String> {
+        self.context.take_event()
+    }
+
+    /// As [`Context::is_present`].
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        self.context.is_present()
     }
 
     /// Largest message of its port, bytes.

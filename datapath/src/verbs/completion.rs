@@ -1,7 +1,7 @@
 //! Completion queues, and what they say.
 
-use super::check;
 use super::device::Context;
+use super::{check, set_nonblocking};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -77,7 +77,7 @@ impl WorkError {
 pub(super) struct RawQueue {
     queue: NonNull<ffi::ibv_cq>,
     channel: NonNull<ffi::ibv_comp_channel>,
-    _context: Arc<Context>,
+    context: Arc<Context>,
 }
 
 // SAFETY: libibverbs serialises calls on a queue and its channel.
@@ -133,17 +133,22 @@ impl CompletionQueue {
             unsafe { ffi::ibv_destroy_comp_channel(channel.as_ptr()) };
             return Err(error);
         };
-        let raw = Arc::new(RawQueue { queue, channel, _context: Arc::clone(context) });
+        let raw = Arc::new(RawQueue { queue, channel, context: Arc::clone(context) });
         // SAFETY: plain data, for which zero is valid.
         let queue = Self { raw, polled: Box::new(unsafe { zeroed() }), armed: false };
         let descriptor = queue.descriptor();
-        // SAFETY: the channel's descriptor is open; no pointers are passed.
-        let flags = unsafe { libc::fcntl(descriptor, libc::F_SETFL, libc::O_NONBLOCK) };
-        if flags < 0 { Err(io::Error::last_os_error()) } else { Ok(queue) }
+        set_nonblocking(descriptor)?;
+        Ok(queue)
     }
 
     pub(super) fn handle(&self) -> &Arc<RawQueue> {
         &self.raw
+    }
+
+    /// Its device.
+    #[must_use]
+    pub fn context(&self) -> &Arc<Context> {
+        &self.raw.context
     }
 
     /// Readable when there are completions after [`CompletionQueue::arm`].

@@ -1,6 +1,6 @@
 //! The RDMA devices of this host, and their ports.
 
-use super::check;
+use super::{check, set_nonblocking};
 use rdma_sys as ffi;
 use serde::Serialize;
 use std::ffi::CStr;
@@ -11,6 +11,7 @@ use std::net::Ipv6Addr;
 use std::os::raw::c_char;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The RDMA devices of this host, as libibverbs sees them.
 pub struct DeviceList {
@@ -29,6 +30,7 @@ pub struct Device<'a> {
 pub struct Context {
     context: NonNull<ffi::ibv_context>,
     name: String,
+    gone: AtomicBool,
 }
 
 // SAFETY: libibverbs serialises calls on a context; the pointer is only passed to it.
@@ -211,7 +213,13 @@ impl<'a> Device<'a> {
         // SAFETY: the device is of a list that lives.
         let context = unsafe { ffi::ibv_open_device(self.device) };
         match NonNull::new(context) {
-            Some(context) => Ok(Arc::new(Context { context, name: self.name() })),
+            Some(context) => {
+                let context = Context { context, name: self.name(), gone: AtomicBool::new(false) };
+                // SAFETY: the context is open.
+                let descriptor = unsafe { context.context.as_ref() }.async_fd;
+                set_nonblocking(descriptor)?;
+                Ok(Arc::new(context))
+            }
             None => Err(io::Error::last_os_error()),
         }
     }
@@ -278,10 +286,37 @@ impl Context {
         Ok(attributes)
     }
 
-    /// Whether a port is up.
+    /// Takes something that the device announces, in words: a port that goes down, or that it breaks down itself
+    /// (`ibv_get_async_event(3)`).
+    #[must_use]
+    pub fn take_event(&self) -> Option<String> {
+        // SAFETY: plain data, for which zero is valid.
+        let mut event: ffi::ibv_async_event = unsafe { zeroed() };
+        // SAFETY: the context is open, the event lives across the call, and the descriptor does not block.
+        if unsafe { ffi::ibv_get_async_event(self.context.as_ptr(), &raw mut event) } != 0 {
+            return None;
+        }
+        // SAFETY: the event was taken just now, and is given back once.
+        unsafe { ffi::ibv_ack_async_event(&raw mut event) };
+        if event.event_type == ffi::IBV_EVENT_DEVICE_FATAL {
+            self.gone.store(true, Ordering::Relaxed);
+        }
+        // SAFETY: the library has a constant text for every number.
+        let text = unsafe { CStr::from_ptr(ffi::ibv_event_type_str(event.event_type)) };
+        Some(text.to_string_lossy().into_owned())
+    }
+
+    /// False once the device has announced that it breaks down or is removed: then nothing completes any more.
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        while self.take_event().is_some() {}
+        !self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Whether the device is there and a port of it is up.
     #[must_use]
     pub fn is_active(&self, port: u8) -> bool {
-        self.port_attributes(port).is_ok_and(|port| port.state == ffi::IBV_PORT_ACTIVE)
+        self.is_present() && self.port_attributes(port).is_ok_and(|port| port.state == ffi::IBV_PORT_ACTIVE)
     }
 
     fn usable_port(&self) -> io::Result<Option<LocalPort>> {
