@@ -1,5 +1,5 @@
-//! Ties the deviation register to the code: an entry without a marker, a marker without an entry, or a missing row of
-//! the table is a failure.
+//! Ties documents to the code: an entry of the deviation register without a marker, a marker without an entry, a file
+//! or function that is not there, or a field of a frame that the protocol does not describe is a failure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 use std::collections::BTreeSet;
@@ -37,6 +37,17 @@ fn register_markers_and_metrics_agree() {
     assert!(entries.is_superset(&(1..=6).collect()), "DEV-001 to DEV-006 are given");
     assert_eq!(entries, markers, "entries of the register and markers in the code differ");
     assert_eq!(entries, rows, "entries of the register and rows of its table differ");
+}
+
+#[test]
+fn the_protocol_describes_every_field() {
+    let text = std::fs::read_to_string(root().join("docs/protocol.md")).unwrap();
+    for (kind, name, fields) in embarcadero_datapath::wire::FRAMES {
+        let row = text.lines().find(|line| line.starts_with(&format!("| {kind} | {name} |"))).expect(name);
+        for (field, offset) in fields.iter().filter(|(field, _)| !field.starts_with("reserved")) {
+            assert!(row.contains(&format!("`{field}` {offset}")), "{name}: {field} is at {offset}");
+        }
+    }
 }
 
 /// The paths that the one-page maps name exist.

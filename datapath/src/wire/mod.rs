@@ -109,6 +109,10 @@ macro_rules! frames {
             }
         )*
 
+        /// Kind and name of every frame, and its fields with their offsets.
+        pub const FRAMES: &[(u8, &str, &[(&str, usize)])] =
+            &[$(($kind, stringify!($name), &[$((stringify!($field), $offset)),*])),*];
+
         /// Any frame.
         #[allow(missing_docs)] // each variant is documented at its structure
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
