@@ -128,7 +128,7 @@ impl Broker {
             id,
             incarnation: read_broker(&region, id).map_or(0, |old| old.incarnation) + 1,
             data: config.data_advertise.unwrap_or(local(&data)?),
-            control: local(&control)?,
+            control: config.control_advertise.unwrap_or(local(&control)?),
             process_id: std::process::id(),
             running: true,
         };

@@ -204,6 +204,8 @@ pub struct BrokerConfig {
     pub control_listen: SocketAddr,
     /// Data address that clients are told, if another than the one listened on.
     pub data_advertise: Option<SocketAddr>,
+    /// Control address that clients and brokers are told, if another than the one listened on.
+    pub control_advertise: Option<SocketAddr>,
     /// Threads.
     pub threads: ThreadConfig,
     /// Largest batch, header and body, bytes.
@@ -241,6 +243,7 @@ impl Default for BrokerConfig {
             data_listen: loopback,
             control_listen: loopback,
             data_advertise: None,
+            control_advertise: None,
             threads: ThreadConfig::default(),
             max_batch_bytes: 8 << 20,
             exhausted_wait_ms: 5000,
@@ -290,6 +293,16 @@ impl BrokerConfig {
         if let Some(bytes) = self.socket_buffer_bytes {
             within("socket_buffer_bytes", bytes as u64, 4096, 1 << 30)?;
         }
+        let told = [
+            ("data_listen", self.data_listen, self.data_advertise, "data_advertise"),
+            ("control_listen", self.control_listen, self.control_advertise, "control_advertise"),
+        ];
+        for (key, listen, advertise, name) in told {
+            if advertise.unwrap_or(listen).ip().is_unspecified() {
+                let bound = format!("an address that others can connect to, unless {name} is");
+                return Err(ConfigError { key, value: listen.to_string(), bound });
+            }
+        }
         if self.cxl.coherence != Coherence::None && self.cxl.flush != FlushChoice::Auto {
             return Err(ConfigError {
                 key: "cxl.flush",
@@ -312,6 +325,9 @@ mod tests {
         assert_eq!(error.to_string(), "id is 32; it must be 0 to 31");
         let error = BrokerConfig { max_batch_bytes: 1, ..BrokerConfig::default() }.validate().unwrap_err();
         assert_eq!(error.key, "max_batch_bytes");
+        let everywhere = BrokerConfig { data_listen: ([0, 0, 0, 0], 7001).into(), ..BrokerConfig::default() };
+        assert_eq!(everywhere.validate().unwrap_err().key, "data_listen");
+        BrokerConfig { data_advertise: Some(([10, 0, 0, 1], 7001).into()), ..everywhere }.validate().unwrap();
         let cxl = CxlConfig { flush: FlushChoice::Clwb, ..CxlConfig::default() };
         assert_eq!(BrokerConfig { cxl, ..BrokerConfig::default() }.validate().unwrap_err().key, "cxl.flush");
     }

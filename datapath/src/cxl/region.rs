@@ -485,7 +485,11 @@ impl RegionFile {
         }
         // A device-dax node has the attribute too.
         let file = u32::from(stat.stx_mode) & libc::S_IFMT == libc::S_IFREG;
-        if file && stat.stx_attributes & libc::STATX_ATTR_DAX as u64 != 0 { Err(RegionError::FsDax(self.path.clone())) } else { Ok(()) }
+        if file && stat.stx_attributes & libc::STATX_ATTR_DAX as u64 != 0 {
+            Err(RegionError::FsDax(self.path.clone()))
+        } else {
+            Ok(())
+        }
     }
 
     /// The region in it.
