@@ -7,14 +7,22 @@
 
 mod support;
 
-use embarcadero_client::{Client, ClientConfig, Order, TopicOptions, Transport};
+use embarcadero_client::{Client, ClientConfig, Order, RdmaConfig, TopicOptions, Transport};
+use std::process::Command;
 use support::{Cluster, assert_exactly_once, history, message};
 
 const REGION: &[&str] = &["--size", "192MiB", "--segment-size", "4MiB"];
 const VERBS: (&str, &str) = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
 const WINDOWS: (&str, &str) = ("EMBARCADERO_BROKER_RDMA__ISOLATION", "windows");
-/// What a lab's devices may be named.
+/// A dead broker is noticed soon.
 const RECOVERY: &[(&str, &str)] = &[VERBS, ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "1000")];
+
+/// Runs shell commands on the guest.
+fn shell(commands: &str) -> String {
+    let said = Command::new("sh").args(["-ec", commands]).output().unwrap();
+    assert!(said.status.success(), "{commands}: {}", String::from_utf8_lossy(&said.stderr));
+    String::from_utf8(said.stdout).unwrap()
+}
 
 /// A client over verbs, with batches that are small enough for a test to have many.
 fn verbs(cluster: &Cluster) -> Client {
@@ -86,7 +94,7 @@ mod one_guest {
     use embarcadero_datapath::wire::{ErrorCode, FRAME_BYTES, Frame, Lease, VerbsConnect};
     use std::io::{Read, Write};
     use std::net::TcpStream;
-    use std::process::{Command, Stdio};
+    use std::process::Stdio;
     use std::time::{Duration, Instant};
     use support::{PATIENCE, eventually};
 
@@ -240,8 +248,41 @@ mod one_guest {
         }
     }
 
+    #[test]
+    #[ignore = "needs an RDMA device: scripts/lab has one"]
+    fn a_region_on_huge_pages() {
+        shell(
+            "mkdir -p /run/huge
+            mount -t hugetlbfs none /run/huge
+            echo 112 > /proc/sys/vm/nr_hugepages",
+        );
+        order_and_integrity(&Cluster::start_on("/run/huge/region".into(), 1, REGION, &[VERBS]), 300);
+        shell("umount /run/huge; echo 0 > /proc/sys/vm/nr_hugepages");
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: scripts/lab has one"]
+    fn a_client_takes_the_first_of_its_devices_that_can_be_used() {
+        shell("ip link add d1 type dummy; rdma link add rxe1 type rxe netdev d1");
+        let cluster = Cluster::start(1, REGION, &[VERBS, ("EMBARCADERO_BROKER_RDMA__DEVICE", "rxe0")]);
+        let over = |devices: &[&str]| {
+            let devices = devices.iter().map(|device| (*device).to_owned()).collect();
+            let rdma = RdmaConfig { devices, ..RdmaConfig::default() };
+            Client::connect(ClientConfig { transport: Transport::Verbs, rdma, ..small(&cluster) })
+        };
+        let error = over(&["rxe1"]).map(drop).unwrap_err().to_string();
+        assert!(error.contains("rxe1 has no active port"), "{error}");
+        let error = over(&["rxe9"]).map(drop).unwrap_err().to_string();
+        assert!(error.contains("no RDMA device rxe9; there are: rxe"), "{error}");
+        let client = over(&["rxe9", "rxe1", "rxe0"]).unwrap();
+        client.create_topic("t", strong()).unwrap();
+        publish(client, "t", 0, 100).join().unwrap();
+        assert_exactly_once(&history(&cluster.client(), "t")[&0], 100);
+        shell("rdma link delete rxe1; ip link delete d1");
+    }
+
     fn link(state: &str) {
-        assert!(Command::new("ip").args(["link", "set", "d0", state]).status().unwrap().success());
+        shell(&format!("ip link set d0 {state}"));
     }
 
     #[test]
@@ -500,14 +541,7 @@ mod one_guest {
 
 mod cxl {
     use super::*;
-    use std::process::Command;
     use support::refused;
-
-    fn shell(commands: &str) -> String {
-        let said = Command::new("sh").args(["-ec", commands]).output().unwrap();
-        assert!(said.status.success(), "{commands}: {}", String::from_utf8_lossy(&said.stderr));
-        String::from_utf8(said.stdout).unwrap()
-    }
 
     #[test]
     #[ignore = "needs a CXL device and an RDMA device: scripts/lab run --cxl has both"]

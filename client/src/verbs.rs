@@ -8,8 +8,8 @@ use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::LINE_BYTES;
 use embarcadero_datapath::transport::verbs::{LEASES, SEND_DEPTH, SIGNAL_EVERY, WANTS_LEASE, accepted};
 use embarcadero_datapath::verbs::{
-    CompletionQueue, Context, LocalPort, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair,
-    QueuePairOptions, RemoteRange, Request, Sending, Work, WorkError,
+    CompletionQueue, Context, DOORBELL, LocalPort, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain,
+    QueuePair, QueuePairOptions, RemoteRange, Request, Sending, Work, WorkError,
 };
 use embarcadero_datapath::wire::batch::BatchBuilder;
 use embarcadero_datapath::wire::{ERROR_TEXT_BYTES, FRAME_BYTES, Frame, VerbsConnect};
@@ -22,8 +22,6 @@ use std::time::Duration;
 
 /// Frames that a broker may send before the first is looked at.
 const FRAMES: usize = 512;
-/// Work requests that are posted together.
-const CHAIN: usize = 16;
 
 /// A device, as all connections of a client use it.
 pub(crate) struct VerbsDevice {
@@ -195,8 +193,8 @@ impl Pair {
     }
 
     fn post(&mut self, works: &[Work<'_>]) -> io::Result<()> {
-        let mut chain = [Request { id: 0, signaled: false, work: Work::Send(&[]) }; CHAIN];
-        let count = works.len().min(CHAIN);
+        let mut chain = [Request { id: 0, signaled: false, work: Work::Send(&[]) }; DOORBELL];
+        let count = works.len().min(DOORBELL);
         for (request, work) in chain.iter_mut().zip(works) {
             self.posted += 1;
             let signaled = self.posted - self.signaled >= self.signal_every;
@@ -249,7 +247,7 @@ impl PublishPair {
             windows: VecDeque::with_capacity(LEASES),
             next_window: 0,
             wanted: false,
-            staged: Vec::with_capacity(CHAIN),
+            staged: Vec::with_capacity(DOORBELL),
             reading: (!options.acknowledged).then(VecDeque::new),
         })
     }
@@ -275,7 +273,7 @@ impl PublishPair {
     /// Stages a sealed batch, which is read in place until it is acknowledged. False when it has to wait.
     pub(crate) fn stage(&mut self, batch: &mut BatchBuilder) -> io::Result<bool> {
         let bytes = batch.bytes().len() as u64;
-        if self.staged.len() == CHAIN {
+        if self.staged.len() == DOORBELL {
             self.flush()?;
         }
         // One request stays free to ask for a window with.
@@ -307,7 +305,7 @@ impl PublishPair {
         if self.staged.is_empty() {
             return Ok(());
         }
-        let mut works = [Work::Send(&[]); CHAIN];
+        let mut works = [Work::Send(&[]); DOORBELL];
         for (work, (from, to, number)) in works.iter_mut().zip(&self.staged) {
             *work = Work::Write(Some(*from), *to, Some(*number));
         }

@@ -11,7 +11,7 @@ use super::tcp::TcpConnection;
 use super::{Isolation, Landing, Outbox, Outgoing, Placement, Received, TransportError};
 use crate::cxl::{LINE_BYTES, Native, RegionOffset};
 use crate::verbs::{
-    Completion, CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, Outcome, PeerAddress,
+    Completion, CompletionQueue, Context, DOORBELL, LocalPort, MemoryRegion, MemoryWindow, Outcome, PeerAddress,
     ProtectionDomain, QueuePair, QueuePairOptions, RemoteRange, Request, Sending, SharedReceiveQueue, VerbsError, Work,
     WorkError, windows_are_enforced,
 };
@@ -38,8 +38,6 @@ const RECEIVES: u32 = 1024;
 const QUEUE: u32 = 16 << 10;
 /// Connections that a thread's completion queue has room for.
 const CONNECTIONS: usize = ((QUEUE - RECEIVES) / COMPLETIONS) as usize;
-/// Work requests that one call to the device posts.
-const CHAIN: usize = 16;
 
 /// A broker's RDMA device, with the region registered on it.
 pub struct VerbsHost {
@@ -510,7 +508,7 @@ impl VerbsEnd {
 
     /// Posts one chain of requests; returns how many.
     fn post(&mut self, outbox: &mut Outbox) -> Result<u64, TransportError> {
-        let room = ((SEND_DEPTH - (self.posted - self.done)) as usize).min(CHAIN);
+        let room = ((SEND_DEPTH - (self.posted - self.done)) as usize).min(DOORBELL);
         let mut chain = Chain::new(self.posted, self.signaled);
         let mut frames = [[0u8; FRAME_BYTES]; LEASES];
         let mut told = 0;
@@ -579,7 +577,7 @@ impl VerbsEnd {
 
 /// Requests that are posted together.
 struct Chain<'a> {
-    requests: [Request<'a>; CHAIN],
+    requests: [Request<'a>; DOORBELL],
     count: usize,
     /// Requests posted before.
     posted: u64,
@@ -590,7 +588,7 @@ struct Chain<'a> {
 impl<'a> Chain<'a> {
     fn new(posted: u64, signaled: u64) -> Self {
         let blank = Request { id: 0, signaled: false, work: Work::Send(&[]) };
-        Self { requests: [blank; CHAIN], count: 0, posted, signaled }
+        Self { requests: [blank; DOORBELL], count: 0, posted, signaled }
     }
 
     /// Adds a request, which asks for a completion if `signal`, or if none before it has for long. Returns its id.

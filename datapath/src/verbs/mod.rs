@@ -16,7 +16,7 @@ pub use device::{Context, Device, DeviceList, DeviceReport, Gid, LocalPort, Port
 pub use memory::{LocalRange, MemoryRegion, MemoryWindow, Pinned, ProtectionDomain, RemoteRange};
 pub use probe::windows_are_enforced;
 pub use queue_pair::{
-    Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
+    DOORBELL, Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
 };
 
 use std::io;
