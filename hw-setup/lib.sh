@@ -1,5 +1,7 @@
 # shellcheck shell=bash
-# What the set-up scripts share. Source it; it sets no options of its own.
+# What the set-up scripts share. A script sources this, says its options (`option`), defines the functions `look` (what is
+# there, by `finding`) and `mend` (what to change, by `change`), and ends with `main "$@"`. scripts/ use `say` and `die`
+# alone.
 
 # say TEXT...: progress, on standard error.
 say() { printf '== %s\n' "$*" >&2; }
@@ -7,13 +9,196 @@ say() { printf '== %s\n' "$*" >&2; }
 # die TEXT...: a sentence, and the end.
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# as_root COMMAND...: runs it as root, with sudo if need be.
-as_root() {
-    if [ "$(id -u)" = 0 ]; then
-        "$@"
-    elif command -v sudo >/dev/null; then
-        sudo "$@"
+# need_root: goes on as root, or not at all. A script with `elevate=yes` asks sudo.
+elevate=no arguments=("$@")
+need_root() {
+    [ "$(id -u)" != 0 ] || return 0
+    [ "$elevate" = no ] || ! command -v sudo >/dev/null || exec sudo -- "$0" "${arguments[@]}"
+    die "hw-setup/$script ${arguments[0]} needs root; --dry-run shows what it would do"
+}
+
+script=$(basename "$0")
+# Where `apply` records how to take back what it changes: one shell command a line, the first change first.
+state=${EMBARCADERO_STATE:-/var/lib/embarcadero/hw-setup}/$script.undo
+
+option_names=() option_help=()
+# option NAME HELP: --NAME VALUE, in the variable NAME, which holds the default.
+option() {
+    option_names+=("$1")
+    option_help+=("--$1 VALUE"$'\t'"$2${!1:+ (default ${!1})}")
+}
+
+usage() {
+    cat <<END
+usage: hw-setup/$script check|apply|undo [options]
+  check   says what is ready and what is not, changes nothing; exit code 1 if anything is not ready
+  apply   makes it ready; a second run changes nothing
+  undo    takes back what apply changed
+END
+    printf '  %s\n' "--json"$'\t'"check's findings as JSON" "--dry-run"$'\t'"print the commands instead of running them" \
+        "${option_help[@]}" | expand -t 24
+}
+
+# is COMMAND...: yes if it succeeds, else no.
+is() { if "$@" >/dev/null 2>&1; then echo yes; else echo no; fi; }
+
+# require_number NAME: the option is a whole number.
+require_number() {
+    case ${!1} in '' | *[!0-9]*) die "--$1 is '${!1}'; it must be a whole number" ;; esac
+}
+
+# require_choice NAME CHOICE...: the option has one of the values.
+require_choice() {
+    local name=$1 choice
+    shift
+    for choice in "$@"; do [ "${!name}" != "$choice" ] || return 0; done
+    die "--$name is '${!name}'; it must be one of: $*"
+}
+
+# require PROGRAM PACKAGE: apply cannot do without.
+require() { command -v "$1" >/dev/null || die "$1 is missing: install $2"; }
+
+json_string() {
+    local text=${1//\\/\\\\}
+    text=${text//\"/\\\"}
+    printf '"%s"' "$(printf '%s' "$text" | tr '\n\t' '  ' | tr -d '\000-\037')"
+}
+
+all_ready=yes findings=()
+# finding NAME yes|no FOUND ADVICE: what was found, whether it is as it should be, and else what to do.
+finding() {
+    local advice=$4
+    [ "$2" = no ] || advice=
+    [ "$2" = yes ] || all_ready=no
+    if [ "$json" = yes ]; then
+        findings+=("{\"name\": $(json_string "$1"), \"ready\": $([ "$2" = yes ] && echo true || echo false), \
+\"found\": $(json_string "$3"), \"advice\": $(json_string "$advice")}")
     else
-        die "this needs root: $*"
+        printf '%-4s %s: %s\n' "$([ "$2" = yes ] && echo ok || echo no)" "$1" "$3"
+        [ -z "$advice" ] || printf '       %s\n' "$advice"
     fi
+}
+
+changes=0
+# change UNDO COMMAND...: runs the command (with --dry-run only prints it), having recorded the shell command that takes it
+# back; '-' if nothing need be.
+change() {
+    local undo=$1
+    shift
+    changes=$((changes + 1))
+    case $1 in
+    put) printf '+ echo %q > %q\n' "$3" "$2" ;;
+    quietly) printf '+ %s\n' "${*:2}" ;;
+    *) printf '+ %s\n' "$*" ;;
+    esac
+    [ "$dry_run" = no ] || return 0
+    need_root
+    if [ "$undo" != - ]; then
+        mkdir -p "$(dirname "$state")"
+        printf '%s\n' "$undo" >>"$state"
+    fi
+    if ! "$@"; then
+        [ "$undo" = - ] || sed -i '$d' "$state"
+        die "$* failed$([ ! -s "$state" ] || printf '; hw-setup/%s undo takes back what went before' "$script")"
+    fi
+}
+
+# write_file PATH CONTENT: puts a file of ours there, or says that another's is in the way.
+write_file() {
+    local path=$1 content=$2
+    [ "$(cat "$path" 2>/dev/null)" != "$content" ] || return 0
+    [ ! -e "$path" ] || die "$path is there and differs from what would be written; move it away first"
+    [ -d "$(dirname "$path")" ] || change - mkdir -p "$(dirname "$path")"
+    change "rm -f $(printf %q "$path")" put "$path" "$content"
+}
+
+# write_value PATH VALUE: writes a setting of the kernel, to be put back by undo.
+write_value() {
+    local was
+    was=$(cat "$1" 2>/dev/null) || die "this kernel has no $1"
+    # Settings with a choice show it in brackets.
+    case $was in *\[*\]*) was=${was#*\[} was=${was%%\]*} ;; esac
+    [ "$was" != "$2" ] || return 0
+    change "echo $(printf %q "$was") > $1" put "$1" "$2"
+}
+
+put() { printf '%s\n' "$2" >"$1"; }
+
+# quietly COMMAND...: for programs that print a page when all is well.
+quietly() { "$@" >/dev/null; }
+
+# load_module NAME...: those that are not there yet.
+load_module() {
+    local name
+    for name in "$@"; do
+        # What is built in need not have a directory there.
+        [ -d "/sys/module/${name//-/_}" ] || [ "$(modinfo -F filename "$name" 2>/dev/null)" = "(builtin)" ] || change "modprobe -r $name || true" modprobe "$name"
+    done
+}
+
+# has_module NAME: loaded, built in, or to be had.
+has_module() { [ -d "/sys/module/${1//-/_}" ] || modinfo "$1" >/dev/null 2>&1; }
+
+undo() {
+    [ -s "$state" ] || { say "nothing to undo"; return 0; }
+    local lines line failed=0
+    mapfile -t lines <"$state"
+    for ((line = ${#lines[@]} - 1; line >= 0; line--)); do
+        printf '+ %s\n' "${lines[line]}"
+        [ "$dry_run" = no ] || continue
+        if ! bash -c "${lines[line]}"; then
+            printf 'error: that failed; it is dropped from the record\n' >&2
+            failed=1
+        fi
+        sed -i '$d' "$state"
+    done
+    [ "$dry_run" = yes ] || rm -f "$state"
+    return "$failed"
+}
+
+main() {
+    # Names that no option has.
+    local _verb=${1:-} _name _found
+    json=no dry_run=no
+    [ $# -eq 0 ] || shift
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --json) json=yes ;;
+        --dry-run) dry_run=yes ;;
+        --help) usage; exit 0 ;;
+        --*)
+            _found=
+            for _name in "${option_names[@]}"; do
+                if [ "$1" = "--$_name" ]; then
+                    [ $# -gt 1 ] || die "$1 needs a value"
+                    printf -v "$_name" '%s' "$2"
+                    _found=yes
+                    shift
+                    break
+                fi
+            done
+            [ -n "$_found" ] || die "hw-setup/$script has no option $1; try --help"
+            ;;
+        *) die "unexpected '$1'; try hw-setup/$script --help" ;;
+        esac
+        shift
+    done
+    case $_verb in
+    check)
+        look
+        [ "$json" = no ] || printf '[%s]\n' "$(IFS=,; printf '%s' "${findings[*]}")"
+        [ "$all_ready" = yes ]
+        ;;
+    apply)
+        [ "$dry_run" = yes ] || [ "$elevate" = yes ] || need_root
+        mend
+        if [ "$changes" = 0 ]; then say "nothing to change"; elif [ "$dry_run" = no ]; then say "$changes changes"; fi
+        ;;
+    undo)
+        [ "$dry_run" = yes ] || need_root
+        undo
+        ;;
+    --help | -h) usage ;;
+    *) usage >&2; exit 2 ;;
+    esac
 }

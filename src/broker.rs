@@ -1,6 +1,6 @@
 //! `embarcadero broker`.
 
-use crate::settings::load;
+use crate::settings::{load, located};
 use anyhow::{Context, Result};
 use clap::Args;
 use embarcadero_broker::{Broker, BrokerConfig};
@@ -39,6 +39,7 @@ pub fn run(args: BrokerArgs) -> Result<()> {
     config.data_listen = args.data.unwrap_or(config.data_listen);
     config.data_advertise = args.advertise.or(config.data_advertise);
     config.control_listen = args.control.unwrap_or(config.control_listen);
+    config.validate().map_err(|error| located(args.config.as_deref(), error.key, &error.value.clone(), error))?;
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
     let mut broker = Broker::start(config)?;
     let info = broker.info();

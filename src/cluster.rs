@@ -4,6 +4,7 @@ use crate::settings::{TransportArg, parse_bytes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use embarcadero_client::{Client, ClientConfig};
+use embarcadero_datapath::cxl::RegionError;
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
 use embarcadero_datapath::cxl::region::{Creation, RegionFile};
@@ -19,7 +20,7 @@ pub struct ClusterArgs {
     /// Broker processes, 1 to 32.
     #[arg(long, short = 'n', default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub brokers: u32,
-    /// Region; made if it does not exist, and then removed at the end.
+    /// Region; made if it does not exist (on a device: if it begins with zeros), and then destroyed at the end.
     #[arg(long, default_value = "/dev/shm/embarcadero")]
     pub region: PathBuf,
     /// Size of a region that is made.
@@ -120,7 +121,9 @@ pub struct Cluster {
 impl Cluster {
     pub fn start(args: &ClusterArgs) -> Result<Self> {
         let mut cluster = Self { brokers: Vec::new(), region: None };
-        if !args.region.exists() {
+        // A device is always there; one that was never used, or whose region was destroyed, begins with zeros.
+        let opened = || RegionFile::open(&args.region, FlushMethod::None);
+        if !args.region.exists() || matches!(opened(), Err(RegionError::NotARegion { found: 0 })) {
             let geometry = Geometry::with_segments_of(args.segment_size, AllocatorKind::Bitmap).fit(args.size)?;
             RegionFile::create(
                 &args.region,
@@ -155,9 +158,9 @@ impl Drop for Cluster {
             broker.stop();
         }
         if let Some(region) = self.region.take()
-            && let Err(error) = std::fs::remove_file(&region)
+            && let Err(error) = RegionFile::open(&region, FlushMethod::None).and_then(|file| file.destroy(true))
         {
-            eprintln!("cannot remove {}: {error}", region.display());
+            eprintln!("cannot destroy {}: {error}", region.display());
         }
     }
 }

@@ -1,16 +1,32 @@
 //! `embarcadero doctor`: what this host offers, and what it lacks.
 
+mod measure;
+
 use anyhow::Result;
 use clap::Args;
 use embarcadero_datapath::cxl::cache::FlushSupport;
+use measure::{Measure, measure};
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 #[derive(Args)]
 pub struct DoctorArgs {
     /// Report as JSON.
     #[arg(long)]
     json: bool,
+    /// Measure memory too, and what flushes, pauses and the clock cost.
+    #[arg(long)]
+    measure: bool,
+    /// Region to measure beside DRAM; it may be in use, nothing is changed.
+    #[arg(long, requires = "measure")]
+    region: Option<PathBuf>,
+}
+
+/// `doctor --json`, as docs/hardware.md describes it.
+#[derive(Serialize)]
+struct Report {
+    findings: Vec<Finding>,
+    measures: Vec<Measure>,
 }
 
 #[derive(Serialize)]
@@ -45,13 +61,13 @@ fn memlock() -> Finding {
     let limits = read("/proc/self/limits").unwrap_or_default();
     let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap_or_default();
     let soft = line.split_whitespace().nth(3).unwrap_or("unknown");
-    let advice = "RDMA registers the whole region: set `memlock unlimited` in /etc/security/limits.d or LimitMEMLOCK=infinity in the unit";
+    let advice = "RDMA registers the whole region: hw-setup/rdma apply, and log in again; hw-setup/services makes units that may";
     finding("memlock", soft == "unlimited", soft, advice)
 }
 
 #[cfg(not(feature = "rdma"))]
 fn rdma_devices() -> Finding {
-    let advice = "install libibverbs-dev, librdmacm-dev and libclang-dev, and build with --features rdma";
+    let advice = "hw-setup/deps apply, and build with --features rdma";
     finding("RDMA devices", false, "this build has no RDMA", advice)
 }
 
@@ -74,7 +90,7 @@ fn rdma_devices() -> Finding {
     match survey() {
         Err(error) => finding(NAME, false, "none", format!("libibverbs cannot list devices: {error}")),
         Ok(devices) if devices.is_empty() => {
-            let advice = "none in the kernel; soft-RoCE makes one of any network interface: rdma link add rxe0 type rxe netdev IF";
+            let advice = "soft-RoCE makes one of any network interface: hw-setup/soft-roce apply";
             finding(NAME, false, "none", advice)
         }
         Ok(devices) => {
@@ -84,8 +100,7 @@ fn rdma_devices() -> Finding {
                 Ok(report) => describe(report),
                 Err(error) => format!("{name}: cannot be opened: {error}"),
             });
-            let advice =
-                "no port is active: bring its interface up, and see that this user may open /dev/infiniband/uverbs*";
+            let advice = "no port is active, or this user may not open /dev/infiniband/uverbs*: hw-setup/rdma check";
             finding(NAME, ready, found.collect::<Vec<_>>().join("; "), advice)
         }
     }
@@ -126,38 +141,47 @@ fn findings() -> Vec<Finding> {
             "transparent huge pages on tmpfs",
             shmem.contains("[advise]") || shmem.contains("[always]") || shmem.contains("[within_size]"),
             shmem,
-            "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled",
+            "hw-setup/tune apply --what thp",
         ),
-        finding("hugetlb pages", hugepages != "0", hugepages, "only for hugetlbfs regions: sysctl vm.nr_hugepages=N"),
+        finding(
+            "hugetlb pages",
+            hugepages != "0",
+            hugepages,
+            "for regions on hugetlbfs, and for DPDK: hw-setup/hugepages apply",
+        ),
         memlock(),
         finding(
             "dax devices",
             !dax.is_empty(),
             list(&dax),
-            "no CXL device-dax here: regions lie on tmpfs, which emulates it",
+            "regions lie on tmpfs, which emulates them; with a CXL device: hw-setup/cxl apply",
         ),
         rdma_devices(),
         finding(
             "native libraries at build time",
             !libraries.contains("not found"),
             libraries,
-            "optional: libdpdk-dev; libibverbs-dev and librdmacm-dev with feature rdma",
+            "optional: libdpdk-dev. hw-setup/deps apply installs the others",
         ),
         finding("DPDK", dpdk, if dpdk { "found" } else { "not found" }, "optional; this build has no DPDK transport"),
     ]
 }
 
 pub fn run(args: &DoctorArgs) -> Result<()> {
-    let findings = findings();
+    let measures = if args.measure { measure(args.region.as_deref())? } else { Vec::new() };
+    let report = Report { findings: findings(), measures };
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&findings)?);
+        println!("{}", serde_json::to_string_pretty(&report)?);
         return Ok(());
     }
-    for finding in findings {
+    for finding in report.findings {
         println!("{} {}: {}", if finding.ready { "ok  " } else { "note" }, finding.name, finding.found);
         if !finding.advice.is_empty() {
             println!("       {}", finding.advice);
         }
+    }
+    for Measure { name, value, unit } in report.measures {
+        println!("     {name}: {value:.1} {unit}");
     }
     Ok(())
 }

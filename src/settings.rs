@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
-use embarcadero_client::{Client, ClientConfig, Transport};
+use embarcadero_client::{Client, ClientConfig, ClientError, Transport};
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 use std::path::{Path, PathBuf};
@@ -25,13 +25,12 @@ pub fn load<T: DeserializeOwned>(file: Option<&Path>, section: &str) -> Result<T
 
 /// Parses YAML, then lays `overrides` (key path, value) over it.
 pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (String, String)>) -> Result<T> {
-    let mut overrides = overrides.peekable();
-    if overrides.peek().is_none() && !text.trim().is_empty() {
-        // Straight from the text, so that an error names its line.
-        return Ok(serde_yaml::from_str(text)?);
+    let mut root = Value::Mapping(serde_yaml::Mapping::new());
+    if !text.trim().is_empty() {
+        // Straight from the text first, so that an error names its line.
+        serde_yaml::from_str::<T>(text)?;
+        root = serde_yaml::from_str(text)?;
     }
-    let mut root: Value =
-        if text.trim().is_empty() { Value::Mapping(serde_yaml::Mapping::new()) } else { serde_yaml::from_str(text)? };
     for (path, value) in overrides {
         let mut place = &mut root;
         for key in path.split("__") {
@@ -45,6 +44,31 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
     }
     // The error names the key's whole path.
     Ok(serde_path_to_error::deserialize(root)?)
+}
+
+/// An error about the `value` of `key`, with the file and line that it comes from, if it is from a file.
+pub fn located(file: Option<&Path>, key: &str, value: &str, error: impl Into<anyhow::Error>) -> anyhow::Error {
+    let text = file.and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
+    let says = |line: &usize| text.lines().nth(line - 1).is_some_and(|line| line.contains(value));
+    match (file, line_of(&text, key).filter(says)) {
+        (Some(file), Some(line)) => error.into().context(format!("configuration {}, line {line}", file.display())),
+        _ => error.into(),
+    }
+}
+
+/// The line of a YAML text, from 1, that has the value of a key such as `cxl.path`.
+fn line_of(text: &str, key: &str) -> Option<usize> {
+    let mut lines = text.lines().enumerate();
+    let mut rest = "";
+    let mut found = None;
+    for name in key.split('.') {
+        let has = |line: &str| line.split(['{', ',']).any(|part| part.trim().split(':').next() == Some(name));
+        if !has(rest) {
+            let (number, line) = lines.find(|(_, line)| has(line))?;
+            (found, rest) = (Some(number + 1), line);
+        }
+    }
+    found
 }
 
 /// How bytes travel.
@@ -94,6 +118,13 @@ impl Connect {
             config.bootstrap.clone_from(&self.brokers);
         }
         config.transport = self.transport.map_or(config.transport, Into::into);
+        config.validate().map_err(|error| match error {
+            ClientError::Config { key, ref value, .. } => {
+                let value = value.clone();
+                located(self.client_config.as_deref(), key, &value, error)
+            }
+            _ => error.into(),
+        })?;
         Ok(config)
     }
 
@@ -138,9 +169,44 @@ mod tests {
     }
 
     #[test]
+    fn values_out_of_bounds_are_located() {
+        let text = "id: 1\ncxl:\n  path: /x # cxl\n  flush: clwb\nthreads: { workers: 1, spin_us: 9 }\n";
+        assert_eq!(line_of(text, "id"), Some(1));
+        assert_eq!(line_of(text, "cxl.flush"), Some(4));
+        assert_eq!(line_of(text, "threads.spin_us"), Some(5));
+        assert_eq!(line_of(text, "heartbeat_ms"), None);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("broker.yaml");
+        std::fs::write(&file, text).unwrap();
+        let error = located(Some(&file), "threads.spin_us", "9", anyhow::anyhow!("spin_us is 9"));
+        assert_eq!(format!("{error:#}"), format!("configuration {}, line 5: spin_us is 9", file.display()));
+        let elsewhere = located(Some(&file), "threads.spin_us", "7", anyhow::anyhow!("spin_us is 7"));
+        assert_eq!(format!("{elsewhere:#}"), "spin_us is 7");
+    }
+
+    /// `config/schema` is made of the types: EMBARCADERO_WRITE_SCHEMA=1 makes it anew.
+    #[test]
+    fn the_schema_is_that_of_the_types() {
+        let schemas =
+            [("broker", schemars::schema_for!(BrokerConfig)), ("client", schemars::schema_for!(ClientConfig))];
+        for (name, schema) in schemas {
+            let path = format!("{}/config/schema/{name}.json", env!("CARGO_MANIFEST_DIR"));
+            let text = serde_json::to_string_pretty(&schema).unwrap() + "\n";
+            if std::env::var_os("EMBARCADERO_WRITE_SCHEMA").is_some() {
+                std::fs::create_dir_all(Path::new(&path).parent().unwrap()).unwrap();
+                std::fs::write(&path, &text).unwrap();
+            }
+            assert_eq!(std::fs::read_to_string(&path).unwrap_or_default(), text, "{path} is not up to date");
+        }
+    }
+
+    #[test]
     fn shipped_profiles_are_valid() {
         for entry in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/config")).unwrap() {
             let path = entry.unwrap().path();
+            if path.is_dir() {
+                continue;
+            }
             let text = std::fs::read_to_string(&path).unwrap();
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
             if name.contains("verbs") && !cfg!(feature = "rdma") {

@@ -53,8 +53,14 @@ fn the_protocol_describes_every_field() {
 /// The paths that the one-page maps name exist.
 #[test]
 fn documents_name_files_that_exist() {
-    for document in ["README.md", "ARCHITECTURE.md", "docs/deviations.md", "docs/memory-layout.md", "docs/protocol.md"]
-    {
+    for document in [
+        "README.md",
+        "ARCHITECTURE.md",
+        "docs/deviations.md",
+        "docs/memory-layout.md",
+        "docs/protocol.md",
+        "docs/hardware.md",
+    ] {
         let text = std::fs::read_to_string(root().join(document)).unwrap();
         for word in text.split('`').skip(1).step_by(2) {
             let path = word.split("::").next().unwrap();

@@ -7,6 +7,7 @@ use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::poll::PollPolicy;
 use embarcadero_datapath::transport::Isolation;
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -24,7 +25,7 @@ pub struct ConfigError {
 }
 
 /// What the platform says about other hosts' caches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Coherence {
     /// All brokers run on one host.
@@ -36,7 +37,7 @@ pub enum Coherence {
 }
 
 /// How lines are written back.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum FlushChoice {
     /// The best that this CPU has.
@@ -52,7 +53,7 @@ pub enum FlushChoice {
 }
 
 /// The region.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CxlConfig {
     /// File on tmpfs or hugetlbfs, or a device-dax node.
@@ -113,7 +114,7 @@ impl CxlConfig {
 }
 
 /// Which part a broker takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
     /// The head if there is none, else a follower.
@@ -125,7 +126,7 @@ pub enum Role {
 }
 
 /// Polling threads.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ThreadConfig {
     /// Threads that serve connections; 0 chooses by the number of cores.
@@ -156,7 +157,7 @@ impl Default for ThreadConfig {
 }
 
 /// How clients' bytes reach the region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// TCP.
@@ -166,7 +167,7 @@ pub enum Transport {
 }
 
 /// RDMA verbs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RdmaConfig {
     /// Device, as in /sys/class/infiniband; unset takes the first with an active port.
@@ -185,7 +186,7 @@ impl Default for RdmaConfig {
 }
 
 /// A broker.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BrokerConfig {
     /// Id, 0 to 31; unset takes the first that is free.

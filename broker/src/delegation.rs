@@ -49,7 +49,7 @@ pub struct OrderedLocally {
 /// When the delegation writes back and publishes.
 ///
 /// `[[DEVIATION_002]]` The paper flushes and fences every write: `{ batches: 1, bytes: 1 }` comes closest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FlushGroup {
     /// After this many batches.

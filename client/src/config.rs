@@ -1,11 +1,12 @@
 //! What a client is told.
 
 use crate::error::ClientError;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// How bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
     /// TCP.
@@ -15,7 +16,7 @@ pub enum Transport {
 }
 
 /// RDMA verbs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RdmaConfig {
     /// Devices, as in /sys/class/infiniband, of which the first that is up is used; empty stands for all.
@@ -31,7 +32,7 @@ impl Default for RdmaConfig {
 }
 
 /// A client's configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClientConfig {
     /// Control endpoints, `host:port`; any broker's will do.

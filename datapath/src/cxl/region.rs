@@ -372,7 +372,7 @@ impl RegionFile {
         let io = |action: &'static str| move |source| RegionError::Io { action, path: path.to_owned(), source };
         let device = std::fs::metadata(path).is_ok_and(|meta| meta.file_type().is_char_device());
         let file = if device {
-            OpenOptions::new().read(true).write(true).open(path).map_err(io("open"))?
+            OpenOptions::new().read(true).write(true).open(path).map_err(permission).map_err(io("open"))?
         } else {
             OpenOptions::new().read(true).write(true).create_new(true).open(path).map_err(|source| {
                 if source.kind() == io::ErrorKind::AlreadyExists {
@@ -445,7 +445,7 @@ impl RegionFile {
     /// One variant of [`RegionError`] for each thing that can be wrong.
     pub fn open(path: &Path, method: FlushMethod) -> Result<Self, RegionError> {
         let io = |action: &'static str| move |source| RegionError::Io { action, path: path.to_owned(), source };
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(io("open"))?;
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(permission).map_err(io("open"))?;
         let meta = file.metadata().map_err(io("size"))?;
         let bytes =
             if meta.file_type().is_char_device() { device_bytes(&file).map_err(io("size"))? } else { meta.len() };
@@ -580,6 +580,15 @@ fn bind(mapping: &Mapping, path: &Path, device: bool, node: u32) -> Result<(), R
         mapping.bind(node)
     };
     bound.map_err(|source| RegionError::Io { action: "bind to a NUMA node", path: path.to_owned(), source })
+}
+
+/// Says how to get the permission that is missing.
+fn permission(error: io::Error) -> io::Error {
+    if error.kind() != io::ErrorKind::PermissionDenied {
+        return error;
+    }
+    let text = format!("{error}; hw-setup/cxl apply --group GROUP opens a dax device to a group's members");
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
 }
 
 /// Bytes of a device-dax node. Source: Documentation/ABI/testing/sysfs-bus-dax, `size`.

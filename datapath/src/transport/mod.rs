@@ -67,7 +67,7 @@ impl TransportError {
 }
 
 /// How a session is kept inside its landing windows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Isolation {
     /// Type-2 memory windows where the device enforces their bounds (it is tried), else registrations.

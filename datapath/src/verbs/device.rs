@@ -42,9 +42,7 @@ unsafe impl Sync for Context {}
 #[derive(Debug, thiserror::Error)]
 pub enum VerbsError {
     /// The kernel has none.
-    #[error(
-        "this host has no RDMA device; soft-RoCE makes one of any network interface: rdma link add rxe0 type rxe netdev IF"
-    )]
+    #[error("this host has no RDMA device; soft-RoCE makes one of any network interface: hw-setup/soft-roce apply")]
     NoDevice,
     /// None of that name.
     #[error("there is no RDMA device {name}; there are: {present}")]
@@ -76,7 +74,7 @@ pub enum VerbsError {
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOMEM) => {
-            "; raise the locked-memory limit (memlock unlimited in /etc/security/limits.d, or LimitMEMLOCK=infinity)"
+            "; raise the locked-memory limit (hw-setup/rdma apply and a new login, or LimitMEMLOCK=infinity in a unit)"
         }
         Some(libc::EOPNOTSUPP) => {
             "; memory on fsdax cannot be registered: put the region on a device-dax node, tmpfs or hugetlbfs"
