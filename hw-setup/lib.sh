@@ -103,6 +103,25 @@ change() {
     fi
 }
 
+# change_named KEY UNDO COMMAND...: as change, for a command that names what it makes in JSON, under KEY; {} in UNDO stands for
+# the name. So undo takes back that and nothing else.
+change_named() {
+    local key=$1 undo=$2 said name
+    shift 2
+    changes=$((changes + 1))
+    printf '+ %s\n' "$*"
+    [ "$dry_run" = no ] || return 0
+    need_root
+    said=$("$@") || die "$* failed$([ ! -s "$state" ] || printf '; hw-setup/%s undo takes back what went before' "$script")"
+    name=$(json_value "$key" <<<"$said")
+    [ -n "$name" ] || die "$* does not say what it made"
+    mkdir -p "$(dirname "$state")"
+    printf '%s\n' "${undo//\{\}/$name}" >>"$state"
+}
+
+# json_value KEY: the first value of that key in the JSON that these tools print, a line each.
+json_value() { tr -d ' ",' | awk -F: -v key="$1" '$1 == key {print $2; exit}'; }
+
 # write_file PATH CONTENT: puts a file of ours there, or says that another's is in the way.
 write_file() {
     local path=$1 content=$2

@@ -568,7 +568,14 @@ mod cxl {
     #[ignore = "needs /dev/dax0.0 and an RDMA device: scripts/lab run --cxl has both"]
     fn order_and_integrity_on_device_dax() {
         let dax = "/dev/dax0.0".into();
-        order_and_integrity(&Cluster::start_on(dax, 2, REGION, &[VERBS]), 1500);
+        let cluster = Cluster::start_on(dax, 2, REGION, &[VERBS]);
+        order_and_integrity(&cluster, 1500);
+        drop(cluster);
+        let create = ["region", "create", "--path", "/dev/dax0.0", "--size", "192MiB"];
+        refused(&create, &[], "exists already");
+        assert!(support::run(&[&create[..], &["--force"]].concat()).status.success());
+        assert!(support::run(&["region", "destroy", "--path", "/dev/dax0.0"]).status.success());
+        assert!(support::run(&create).status.success());
     }
 
     /// The last of these: what is system-ram is no device any more.

@@ -56,7 +56,8 @@ pub enum FlushChoice {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CxlConfig {
-    /// File on tmpfs or hugetlbfs, or a device-dax node.
+    /// File on tmpfs or hugetlbfs, or a device-dax node (which may be called `device`).
+    #[serde(alias = "device")]
     pub path: PathBuf,
     /// What the platform gives.
     pub coherence: Coherence,
@@ -337,6 +338,8 @@ mod tests {
     fn unknown_keys_are_refused() {
         let error = serde_yaml::from_str::<BrokerConfig>("heartbeet_ms: 5").unwrap_err().to_string();
         assert!(error.contains("heartbeet_ms"), "{error}");
+        let config: BrokerConfig = serde_yaml::from_str("cxl: { device: /dev/dax0.0 }").unwrap();
+        assert_eq!(config.cxl.path, PathBuf::from("/dev/dax0.0"));
         let config: BrokerConfig = serde_yaml::from_str("cxl: { path: /tmp/x }\nheartbeat_ms: 5").unwrap();
         assert_eq!((config.heartbeat_ms, config.cxl.coherence), (5, Coherence::Host));
     }
