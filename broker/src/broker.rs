@@ -266,8 +266,8 @@ fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
 fn open_verbs(config: &BrokerConfig, file: &RegionFile) -> Result<Arc<VerbsHost>, BrokerError> {
     file.require_registrable()?;
     let region = file.region();
-    let nodes = || region.fabric().mapping().nodes().map_err(io_error("find the region's pages"));
-    let before = nodes()?;
+    let nodes = || region.fabric().mapping().nodes();
+    let before = nodes();
     let host = VerbsHost::open(
         region.fabric(),
         config.rdma.device.as_deref(),
@@ -279,10 +279,23 @@ fn open_verbs(config: &BrokerConfig, file: &RegionFile) -> Result<Arc<VerbsHost>
         let value = config.max_batch_bytes.to_string();
         return Err(ConfigError { key: "max_batch_bytes", value, bound }.into());
     }
-    let moved = before.iter().zip(nodes()?).filter(|(before, after)| before.is_some() && **before != *after).count();
-    if moved > 0 {
-        let pages = before.len();
-        tracing::warn!(moved, pages, "the kernel moved the region to another NUMA node to pin it: see cxl.numa_node");
+    match (before, nodes()) {
+        (Ok(before), Ok(after)) => {
+            let pages = before.len();
+            let moved =
+                before.iter().zip(after).filter(|(before, after)| before.is_some() && **before != *after).count();
+            if moved > 0 {
+                tracing::warn!(
+                    moved,
+                    pages,
+                    "the kernel moved the region to another NUMA node to pin it: see cxl.numa_node"
+                );
+            }
+        }
+        // Containers often may not ask.
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::warn!(%error, "cannot see whether the kernel moved the region to pin it")
+        }
     }
     tracing::info!(device = host.device(), isolation = host.isolation(), "verbs");
     Ok(host)
