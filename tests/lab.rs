@@ -615,8 +615,9 @@ mod two_guests {
         let shared = PathBuf::from(std::env::var("LAB_SHARED").unwrap());
         let said = |name: &str| std::fs::read_to_string(shared.join(name)).ok().filter(|text| !text.is_empty());
         let say = |name: &str, text: &str| {
-            std::fs::write(shared.join("new"), text).unwrap();
-            std::fs::rename(shared.join("new"), shared.join(name)).unwrap();
+            let new = shared.join(format!("new.{guest}"));
+            std::fs::write(&new, text).unwrap();
+            std::fs::rename(new, shared.join(name)).unwrap();
         };
         let environment = [
             VERBS,
