@@ -238,9 +238,11 @@ impl Ring {
 
 /// The queue pair of a connection, and what it is open to.
 pub struct VerbsEnd {
-    // Dropped in this order: nothing is written or read any more, then nothing could be.
-    pair: QueuePair<Sending>,
+    // Dropped in this order: nothing could be written any more, then nothing is. Soft-RoCE has an open window keep its
+    // queue pair in use (`rxe_do_bind_mw` in drivers/infiniband/sw/rxe/rxe_mw.c), so that destroying that first waits
+    // until the kernel gives up, close to a minute.
     leases: VecDeque<Landed>,
+    pair: QueuePair<Sending>,
     ring: Option<Ring>,
     domain: Arc<ProtectionDomain>,
     host: Arc<VerbsHost>,
