@@ -3,19 +3,23 @@
 use crate::settings::parse_bytes;
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};
+use embarcadero_broker::replica::restore::{Plan, RestoreError, find_media};
 use embarcadero_datapath::cxl::batchlog::peek_entry;
 use embarcadero_datapath::cxl::cache::FlushMethod;
-use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, BrokerHalf, CompletionLine, Geometry, PinLine};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, BrokerHalf, Geometry, PinLine};
 use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, StreamId, read_extent, read_sequencer_half};
 use embarcadero_datapath::cxl::region::{Creation, RegionFile};
+use embarcadero_datapath::cxl::replication::{Completion, read_completion, read_replicated};
 use embarcadero_datapath::cxl::segment::{SegmentUse, free_segments, read_owner};
 use embarcadero_datapath::cxl::session_table::{Session, read_progress, read_session};
 use embarcadero_datapath::cxl::tables::{
-    BrokerInfo, Headship, TopicConfig, read_broker, read_headship, read_pulse, read_topic,
+    BrokerInfo, Headship, ReplicaState, TopicConfig, read_broker, read_headship, read_pulse, read_replica_state,
+    read_topic,
 };
-use embarcadero_datapath::cxl::{Fabric, Native, Region, RegionOffset, Site};
+use embarcadero_datapath::cxl::{Fabric, Native, Region, Site};
 use serde::Serialize;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Allocator {
@@ -84,6 +88,24 @@ pub enum RegionCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Rebuild topics in an empty region from replica files: after the region, or the whole cluster, was lost.
+    Restore {
+        /// The region, as `region create` made it.
+        #[arg(long, default_value = "/dev/shm/embarcadero")]
+        path: PathBuf,
+        /// Directories with replica files, of all brokers.
+        #[arg(long, required = true, num_args = 1..)]
+        from: Vec<PathBuf>,
+        /// The region that was lost, if the files are of several.
+        #[arg(long)]
+        uuid: Option<uuid::Uuid>,
+        /// Go on although messages that were durable are in none of the files.
+        #[arg(long)]
+        accept_loss: bool,
+        /// Only say what would be restored.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Remove a region.
     Destroy {
         /// Where.
@@ -134,12 +156,49 @@ pub fn run(command: RegionCommand) -> Result<()> {
             }
             Ok(())
         }
+        RegionCommand::Restore { path, from, uuid, accept_loss, dry_run } => {
+            restore(&path, &from, uuid, accept_loss, dry_run)
+        }
         RegionCommand::Destroy { path, force } => {
             RegionFile::open(&path, FlushMethod::None)?.destroy(force)?;
             println!("destroyed {}", path.display());
             Ok(())
         }
     }
+}
+
+fn restore(path: &Path, from: &[PathBuf], uuid: Option<uuid::Uuid>, accept_loss: bool, dry_run: bool) -> Result<()> {
+    let plan = Plan::read(find_media(from)?, uuid)?;
+    for damage in &plan.damage {
+        eprintln!("{damage}");
+    }
+    let mut total = 0;
+    println!("region {}:", plan.region);
+    for topic in &plan.topics {
+        let (batches, bytes) = topic.size();
+        total += bytes;
+        let left = topic.unacknowledged;
+        println!(
+            "topic {}: {batches} batches, {bytes} bytes; {left} that were not acknowledged are left out",
+            topic.config.name
+        );
+    }
+    if let Some(losses) = plan.losses() {
+        if !accept_loss {
+            return Err(RestoreError::Lost(losses).into());
+        }
+        println!("lost:\n{losses}");
+    }
+    if dry_run {
+        return Ok(());
+    }
+    let file = RegionFile::open(path, FlushMethod::None)?;
+    let bar = indicatif::ProgressBar::new(total)
+        .with_style(indicatif::ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes} ({bytes_per_sec})")?);
+    plan.write(file.region(), |bytes| bar.inc(bytes))?;
+    bar.finish();
+    println!("restored to {}", path.display());
+    Ok(())
 }
 
 #[derive(Serialize)]
@@ -168,6 +227,7 @@ struct BrokerReport {
     info: BrokerInfo,
     heartbeat: u64,
     batches_published: u64,
+    replica: ReplicaState,
 }
 
 #[derive(Serialize)]
@@ -194,7 +254,11 @@ struct OffsetEntryReport {
     /// Lowest index position that a sender of this broker reads; null when none does.
     delivering_from: Option<u64>,
     released_incarnation: u64,
-    replicated_through: u64,
+    /// Entries of the stream that this broker acknowledges from below this are on enough disks, unless they are lost.
+    durable_through: u64,
+    lost_through: u64,
+    /// How far this broker, as a replica, is with the batches of each source broker.
+    replicated: BTreeMap<u32, u64>,
     own_index: Option<Extent>,
     /// The newest entries of the Batchlog, oldest first.
     batchlog: Vec<BatchReport>,
@@ -258,7 +322,8 @@ impl Report {
         let geometry = *region.geometry();
         let brokers = (0..geometry.max_brokers).filter_map(|broker| {
             let (heartbeat, batches_published) = read_pulse(region, broker);
-            Some(BrokerReport { info: read_broker(region, broker)?, heartbeat, batches_published })
+            let replica = read_replica_state(region, broker);
+            Some(BrokerReport { info: read_broker(region, broker)?, heartbeat, batches_published, replica })
         });
         let used = (0..geometry.segment_count)
             .map(|segment| SegmentReport { segment, owner: read_owner(region, segment) })
@@ -334,7 +399,10 @@ impl OffsetEntryReport {
         let fabric = region.fabric();
         let half: BrokerHalf = fabric.observe_line(region.layout().offset_entry(topic, broker), Site::BatchlogHeadRead);
         let pins: PinLine = fabric.observe_line(region.layout().pin(topic, broker), Site::PinRead);
-        let completion: CompletionLine = fabric.observe_line(completion_line(region, topic, broker), Site::TailRead);
+        let Completion { durable_through, lost_through } = read_completion(region, topic, broker);
+        let replicated = (0..region.geometry().max_brokers)
+            .map(|source| (source, read_replicated(region, topic, broker, source)))
+            .filter(|(_, position)| *position > 0);
         let sequencer = read_sequencer_half(region, topic, broker);
         let newest = half.batchlog_head.saturating_sub(NEWEST)..half.batchlog_head;
         let batchlog = newest.map(|index| {
@@ -363,14 +431,11 @@ impl OffsetEntryReport {
             // Stored plus one; all ones stand for nothing.
             delivering_from: (1..u64::MAX).contains(&pins.delivering_from).then(|| pins.delivering_from - 1),
             released_incarnation: pins.released,
-            replicated_through: completion.replicated_through,
+            durable_through,
+            lost_through,
+            replicated: replicated.collect(),
             own_index,
             batchlog: batchlog.collect(),
         }
     }
-}
-
-fn completion_line(region: &Region<Native>, topic: u32, broker: u32) -> RegionOffset {
-    let index = u64::from(topic) * u64::from(region.geometry().max_brokers) + u64::from(broker);
-    RegionOffset(region.layout().completion + index * 64)
 }

@@ -58,6 +58,7 @@ fn documents_name_files_that_exist() {
         "ARCHITECTURE.md",
         "docs/deviations.md",
         "docs/memory-layout.md",
+        "docs/replica-files.md",
         "docs/protocol.md",
         "docs/hardware.md",
     ] {

@@ -1,9 +1,11 @@
-//! Acknowledgement: cumulative per connection, in the order in which its batches came.
+//! Acknowledgement: in the order in which a connection's batches came; at level 2, once they are on enough disks.
 
+use crate::delegation::OrderedLocally;
 use embarcadero_datapath::cxl::Fabric;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
-use embarcadero_datapath::cxl::order_index::StreamId;
+use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::replication::read_completion;
 use embarcadero_datapath::cxl::session_table::{Commit, SessionState, read_commit, read_progress, read_session};
 use embarcadero_datapath::wire::{Ack, Fenced, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
@@ -17,21 +19,43 @@ pub enum Standing {
     Fenced(Fenced),
 }
 
+/// A batch that has its place in the order and waits to be durable.
+#[derive(Clone, Copy, Debug)]
+struct Committed {
+    sequence: u64,
+    first_offset: u64,
+    position: u64,
+}
+
+/// Batches that retention took before enough replicas had them: they cannot be acknowledged any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("batch {sequence} of the session was removed by retention before it was replicated")]
+pub struct Lost {
+    /// The first of them.
+    pub sequence: u64,
+}
+
 /// The batches that came on one connection and are not acknowledged yet.
 #[derive(Debug)]
 pub struct AckQueue {
     slot: u32,
     client_id: u64,
     epoch: u32,
+    stream: StreamId,
+    /// Acknowledge only what is on enough disks.
+    durable: bool,
     /// In order of arrival. Bounded: a batch outside the session's window is not let in.
     outstanding: VecDeque<u64>,
+    /// Bounded likewise, see [`AckQueue::is_full`].
+    committed: VecDeque<Committed>,
 }
 
 impl AckQueue {
-    /// An empty queue of a session.
+    /// An empty queue of a session, whose batches appear in `stream`.
     #[must_use]
-    pub fn new(slot: u32, client_id: u64, epoch: u32) -> Self {
-        Self { slot, client_id, epoch, outstanding: VecDeque::with_capacity(SESSION_WINDOW as usize) }
+    pub fn new(slot: u32, client_id: u64, epoch: u32, stream: StreamId, ack_level: u32) -> Self {
+        let outstanding = VecDeque::with_capacity(SESSION_WINDOW as usize);
+        Self { slot, client_id, epoch, stream, durable: ack_level >= 2, outstanding, committed: VecDeque::new() }
     }
 
     /// A batch came.
@@ -44,52 +68,123 @@ impl AckQueue {
     #[inline]
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.outstanding.is_empty()
+        self.outstanding.is_empty() && self.committed.is_empty()
     }
 
-    /// Acks for everything from `from` that is committed already: what a client that reconnects wants to know.
-    pub fn replay<F: Fabric>(&self, region: &Region<F>, from: u64, mut send: impl FnMut(Ack)) {
+    /// True when so much waits to be durable that no more should come.
+    #[inline]
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.committed.len() as u64 >= SESSION_WINDOW
+    }
+
+    /// Acks for everything from `from` that is committed already: what a client that reconnects wants to know. What is
+    /// not durable yet, and has to be, follows from [`AckQueue::poll`].
+    pub fn replay<F: Fabric>(&mut self, region: &Region<F>, from: u64, mut send: impl FnMut(Ack)) {
         let committed = read_progress(region, self.slot);
         for sequence in from.max(committed.saturating_sub(SESSION_WINDOW))..committed + SESSION_WINDOW {
-            match read_commit(region, self.slot, sequence) {
-                Commit::At(record) => send(self.ack(sequence, record.first_offset, committed)),
-                Commit::Forgotten if sequence < committed => send(self.ack(sequence, UNKNOWN_OFFSET, committed)),
-                Commit::Forgotten | Commit::Unknown => {}
+            let commit = read_commit(region, self.slot, sequence);
+            if commit == Commit::Unknown || (commit == Commit::Forgotten && sequence >= committed) {
+                continue;
+            }
+            let Committed { first_offset, position, .. } = self.place(region, sequence, commit);
+            if self.durable {
+                self.committed.push_back(Committed { sequence, first_offset, position });
+            } else {
+                send(self.ack(sequence, first_offset, committed));
+            }
+        }
+    }
+
+    /// Where a committed batch is in the order. One whose record is gone is no later than the newest.
+    fn place<F: Fabric>(&self, region: &Region<F>, sequence: u64, commit: Commit) -> Committed {
+        match commit {
+            Commit::At(record) => Committed { sequence, first_offset: record.first_offset, position: record.position },
+            Commit::Forgotten | Commit::Unknown => {
+                let position = if self.durable { read_extent(region, self.stream).committed } else { 0 };
+                Committed { sequence, first_offset: UNKNOWN_OFFSET, position: position.saturating_sub(1) }
             }
         }
     }
 
     fn ack(&self, sequence: u64, first_offset: u64, committed: u64) -> Ack {
-        Ack { sequence, first_offset, committed, session_epoch: self.epoch, stream: StreamId::GLOBAL, ..Ack::blank() }
+        Ack { sequence, first_offset, committed, session_epoch: self.epoch, stream: self.stream.stream, ..Ack::blank() }
     }
 
-    /// Acks for what the sequencer committed since the last call.
+    /// Acks for what the sequencer committed since the last call, and for what became durable.
+    ///
+    /// # Errors
+    /// [`Lost`].
     #[inline]
-    pub fn poll<F: Fabric>(&mut self, region: &Region<F>, mut send: impl FnMut(Ack)) -> usize {
+    pub fn poll<F: Fabric>(
+        &mut self,
+        region: &Region<F>,
+        broker: u32,
+        mut send: impl FnMut(Ack),
+    ) -> Result<usize, Lost> {
         let mut sent = 0;
         while let Some(sequence) = self.outstanding.front().copied() {
-            let first_offset = match read_commit(region, self.slot, sequence) {
-                Commit::At(record) => record.first_offset,
-                Commit::Forgotten => UNKNOWN_OFFSET,
-                Commit::Unknown => break,
+            // A broker's own order is told by `AckQueue::local`.
+            let commit = match self.stream.stream {
+                StreamId::GLOBAL => read_commit(region, self.slot, sequence),
+                _ => break,
             };
+            if commit == Commit::Unknown {
+                break;
+            }
             self.outstanding.pop_front();
+            let placed = self.place(region, sequence, commit);
+            if self.durable {
+                self.committed.push_back(placed);
+                continue;
+            }
             sent += 1;
             // The progress word may lag behind the record for a moment; a client only ever sees it grow.
-            send(self.ack(sequence, first_offset, read_progress(region, self.slot)));
+            send(self.ack(sequence, placed.first_offset, read_progress(region, self.slot)));
         }
-        sent
+        if !self.committed.is_empty() {
+            sent += self.poll_durable(region, broker, send)?;
+        }
+        Ok(sent)
     }
 
-    /// The ack of a batch that this broker ordered by itself.
+    fn poll_durable<F: Fabric>(
+        &mut self,
+        region: &Region<F>,
+        broker: u32,
+        mut send: impl FnMut(Ack),
+    ) -> Result<usize, Lost> {
+        let completion = read_completion(region, self.stream.topic, broker);
+        let progress = if self.stream.stream == StreamId::GLOBAL { read_progress(region, self.slot) } else { 0 };
+        let mut sent = 0;
+        while let Some(Committed { sequence, first_offset, position }) = self.committed.front().copied() {
+            if position < completion.lost_through {
+                return Err(Lost { sequence });
+            }
+            if position >= completion.durable_through {
+                break;
+            }
+            self.committed.pop_front();
+            sent += 1;
+            send(self.ack(sequence, first_offset, progress));
+        }
+        Ok(sent)
+    }
+
+    /// A batch that this broker ordered by itself: its ack, unless that comes from [`AckQueue::poll`] once it is durable.
     #[must_use]
-    pub fn local(&mut self, sequence: u64, first_offset: u64, broker: u32) -> Ack {
+    pub fn local(&mut self, ordered: &OrderedLocally) -> Option<Ack> {
+        let OrderedLocally { sequence, first_offset, position, .. } = *ordered;
         if self.outstanding.front() == Some(&sequence) {
             self.outstanding.pop_front();
         } else {
             self.outstanding.retain(|waiting| *waiting != sequence);
         }
-        Ack { stream: broker, committed: 0, ..self.ack(sequence, first_offset, 0) }
+        if self.durable {
+            self.committed.push_back(Committed { sequence, first_offset, position });
+            return None;
+        }
+        Some(self.ack(sequence, first_offset, 0))
     }
 
     /// Whether the session still stands. Not for every batch: reads a line that only changes at its end.

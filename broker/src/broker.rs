@@ -6,18 +6,25 @@ use crate::delegation::{Delegation, Landed};
 use crate::ingest::IngestLimits;
 use crate::membership::Liveness;
 use crate::pool;
+use crate::replica::completion::CompletionStage;
+use crate::replica::format::Identity;
+use crate::replica::medium::{Directory, Medium};
+use crate::replica::replicator::{ReplicaOptions, Replicator};
+use crate::replica::store::StoreOptions;
 use crate::sequencer::{Leases, Sequencer};
 use crate::topics::TopicTable;
-use crate::worker::{Shared, Worker, WorkerSetup, now_us};
+use crate::worker::{HeadStages, Shared, Worker, WorkerSetup, now_us};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_control::v1::control_server::ControlServer;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
+use embarcadero_datapath::cxl::order_index::StreamId;
 use embarcadero_datapath::cxl::region::{RegionError, RegionFile, RoleLock};
 use embarcadero_datapath::cxl::tables::{
-    BrokerInfo, Headship, publish_broker, publish_headship, read_broker, read_headship,
+    BrokerInfo, Headship, ReplicaState, publish_broker, publish_headship, publish_replica_state, read_broker,
+    read_headship,
 };
 use embarcadero_datapath::cxl::{Native, Region};
-use embarcadero_datapath::poll::{Idle, PollBounds};
+use embarcadero_datapath::poll::{Idle, PollBounds, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
 #[cfg(feature = "rdma")]
 use embarcadero_datapath::transport::verbs::VerbsHost;
@@ -25,6 +32,7 @@ use embarcadero_datapath::transport::verbs::VerbsHost;
 use embarcadero_datapath::verbs::VerbsError;
 use std::io;
 use std::net::TcpListener;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -223,11 +231,18 @@ impl Start {
             let head = Headship { epoch, broker: info.id, incarnation: info.incarnation, broker_mask: 1 << info.id };
             publish_headship(region, &head);
             let leases = Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 };
-            Sequencer::recover(region.clone(), Arc::clone(&pool), epoch, leases, command_queue, now_us())
+            let pool = Arc::clone(&pool);
+            let sequencer = Sequencer::recover(region.clone(), pool, epoch, leases, command_queue, now_us());
+            (sequencer, CompletionStage::new(region.clone()))
         });
         let mut threads = Vec::new();
         let accepted = spawn_workers(&self, &topics, &stop, sequencer, &mut threads)?;
         threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
+        if config.replica.path.is_some() {
+            threads.push(spawn_replica(&self, &topics, &stop)?);
+        } else {
+            publish_replica_state(region, info.id, ReplicaState::None);
+        }
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: config.max_batch_bytes,
@@ -259,6 +274,18 @@ fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle
 /// run to completion in it), else up to four.
 fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
     if config.threads.workers > 0 { config.threads.workers } else { (cores / 4).clamp(1, 4) }
+}
+
+/// How the polling threads wait.
+fn poll_bounds(config: &BrokerConfig, cores: usize) -> PollBounds {
+    let pollers = match config.threads.pollers_on_host {
+        0 => worker_count(config, cores) + usize::from(config.replica.path.is_some()),
+        pollers => pollers,
+    };
+    let mut bounds = PollBounds::for_host(pollers, cores);
+    bounds.spin_us = config.threads.spin_us.unwrap_or(bounds.spin_us);
+    bounds.sleep_max_us = config.threads.sleep_max_us;
+    bounds
 }
 
 /// Opens the RDMA device and registers the region on it.
@@ -305,16 +332,13 @@ fn spawn_workers(
     start: &Start,
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
-    sequencer: Option<Sequencer<Native>>,
+    sequencer: Option<HeadStages>,
     threads: &mut Vec<JoinHandle<()>>,
 ) -> Result<Vec<Sender<std::net::TcpStream>>, BrokerError> {
     let config = &start.config;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let workers = worker_count(config, cores);
-    let pollers = if config.threads.pollers_on_host > 0 { config.threads.pollers_on_host } else { workers };
-    let mut bounds = PollBounds::for_host(pollers, cores);
-    bounds.spin_us = config.threads.spin_us.unwrap_or(bounds.spin_us);
-    bounds.sleep_max_us = config.threads.sleep_max_us;
+    let bounds = poll_bounds(config, cores);
     let (landed, landed_queue): (Sender<Landed<Native>>, Receiver<Landed<Native>>) = bounded(4096);
     let sessions = topics.region().geometry().max_sessions as usize;
     let shared = Shared {
@@ -357,6 +381,59 @@ fn spawn_workers(
         threads.push(spawn(format!("worker-{index}"), move || worker.run())?);
     }
     Ok(accepted)
+}
+
+/// Where a stream's files lie below the directory of a broker's replicas.
+fn stream_directory(base: &Path, broker: u32, identity: &Identity) -> PathBuf {
+    let region = uuid::Uuid::from_bytes(identity.region).simple().to_string();
+    let stream = match identity.stream {
+        StreamId::GLOBAL => "global".to_owned(),
+        broker => format!("broker-{broker}"),
+    };
+    let topic = format!("topic-{}-{}", identity.topic.id, identity.topic.incarnation);
+    base.join(region).join(format!("replica-{broker}")).join(topic).join(stream)
+}
+
+fn spawn_replica(
+    start: &Start,
+    topics: &Arc<TopicTable<Native>>,
+    stop: &Arc<AtomicBool>,
+) -> Result<JoinHandle<()>, BrokerError> {
+    let config = &start.config.replica;
+    let base = config.path.clone().unwrap_or_default();
+    let failed = |source| io_error(format!("keep replicas in {}", base.display()))(source);
+    std::fs::create_dir_all(&base).map_err(failed)?;
+    // Now rather than at the first batch.
+    tempfile::tempfile_in(&base).map_err(failed)?;
+    let (broker, direct) = (start.info.id, config.direct);
+    let open = move |identity: &Identity| {
+        Box::new(Directory::new(stream_directory(&base, broker, identity), direct)) as Box<dyn Medium>
+    };
+    let options = ReplicaOptions {
+        group_bytes: config.group_bytes,
+        patience_us: config.patience_ms * 1000,
+        store: StoreOptions { file_bytes: config.file_bytes, retention_bytes: config.retention_bytes },
+    };
+    let mut replicator =
+        Replicator::new(Arc::clone(topics), Box::new(open), options).map_err(io_error("prepare the replica"))?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut idle = Idle::new(start.config.threads.poll, poll_bounds(&start.config, cores));
+    let period = Duration::from_millis(start.config.heartbeat_ms);
+    let stop = Arc::clone(stop);
+    spawn("replica".to_owned(), move || {
+        let mut maintained: Option<Instant> = None;
+        while !stop.load(Ordering::Relaxed) && !replicator.has_failed() {
+            if maintained.is_none_or(|maintained| maintained.elapsed() >= period) {
+                maintained = Some(Instant::now());
+                replicator.maintain(now_us());
+            }
+            if replicator.poll() > 0 {
+                idle.worked();
+            } else if let Step::Sleep(time) = idle.wait() {
+                std::thread::sleep(time);
+            }
+        }
+    })
 }
 
 fn spawn_acceptor(

@@ -186,6 +186,37 @@ impl Default for RdmaConfig {
     }
 }
 
+/// Replication: this broker's disk, for its own and others' batches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReplicaConfig {
+    /// Directory, in which each broker has one of its own; unset, this broker replicates nothing.
+    pub path: Option<PathBuf>,
+    /// Write past the page cache (O_DIRECT).
+    pub direct: bool,
+    /// Bytes that are made durable with one `fdatasync`, at most.
+    pub group_bytes: u64,
+    /// Bytes of a file, after which the next one begins.
+    pub file_bytes: u64,
+    /// Bytes that are kept of each topic; 0 keeps everything until the topic is deleted.
+    pub retention_bytes: u64,
+    /// After what time without progress another broker takes over, milliseconds.
+    pub patience_ms: u64,
+}
+
+impl Default for ReplicaConfig {
+    fn default() -> Self {
+        Self {
+            path: None,
+            direct: false,
+            group_bytes: 4 << 20,
+            file_bytes: 256 << 20,
+            retention_bytes: 0,
+            patience_ms: 2000,
+        }
+    }
+}
+
 /// A broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -200,6 +231,8 @@ pub struct BrokerConfig {
     pub transport: Transport,
     /// RDMA verbs, where `transport` is `verbs`.
     pub rdma: RdmaConfig,
+    /// Replication.
+    pub replica: ReplicaConfig,
     /// Where publishers and subscribers connect; port 0 takes a free one.
     pub data_listen: SocketAddr,
     /// Where the control service listens; port 0 takes a free one.
@@ -242,6 +275,7 @@ impl Default for BrokerConfig {
             cxl: CxlConfig::default(),
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
+            replica: ReplicaConfig::default(),
             data_listen: loopback,
             control_listen: loopback,
             data_advertise: None,
@@ -287,6 +321,9 @@ impl BrokerConfig {
         within("heartbeat_ms", self.heartbeat_ms, 1, 1000)?;
         within("broker_lease_ms", self.broker_lease_ms, self.heartbeat_ms * 5, 600_000)?;
         within("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000)?;
+        within("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30)?;
+        within("replica.file_bytes", self.replica.file_bytes, 1 << 20, 1 << 40)?;
+        within("replica.patience_ms", self.replica.patience_ms, 100, 3_600_000)?;
         within("rdma.lease_bytes", self.rdma.lease_bytes, 4096, 1 << 30)?;
         if !self.rdma.lease_bytes.is_multiple_of(LINE_BYTES) {
             let bound = format!("a multiple of {LINE_BYTES}");

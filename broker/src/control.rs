@@ -1,6 +1,7 @@
 //! The control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
 use crate::membership::live_brokers;
+use crate::replica::replicator::running_replicas;
 use crate::sequencer::{Command, SessionError};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
@@ -113,9 +114,6 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
     if request.ack_level == 2 && replicas < 2 {
         return Err(Status::invalid_argument("ack_level 2 needs replication_factor >= 2"));
     }
-    if replicas > 1 {
-        return Err(Status::unimplemented("replication to disk is not built yet: replication_factor must be 1"));
-    }
     Ok(TopicConfig {
         id: 0,
         incarnation: 0,
@@ -159,6 +157,13 @@ impl Control for ControlService {
         request: Request<proto::CreateTopicRequest>,
     ) -> Result<Response<proto::Topic>, Status> {
         let mut config = requested_topic(request.get_ref())?;
+        let (needed, running) = (config.replication_factor - 1, running_replicas(&self.region).count_ones());
+        if running < needed.into() {
+            return Err(Status::resource_exhausted(format!(
+                "replication_factor {} needs {needed} live brokers that replicate (replica.path), and there are {running}",
+                config.replication_factor
+            )));
+        }
         let _one_at_a_time = self.head()?.topics.lock().await;
         if self.topic(&config.name).is_ok() {
             return Err(Status::already_exists(format!("topic {:?} exists already", config.name)));

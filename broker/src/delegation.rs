@@ -2,6 +2,7 @@
 //! without a global order it writes the broker's own order index instead.
 
 use crate::reclaim::Reclaimer;
+use crate::replica::completion::trimmable;
 use crate::topics::{Topic, TopicTable};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender};
@@ -44,6 +45,8 @@ pub struct OrderedLocally {
     pub sequence: u64,
     /// Offset of its first message.
     pub first_offset: u64,
+    /// Position in this broker's order index.
+    pub position: u64,
 }
 
 /// When the delegation writes back and publishes.
@@ -174,7 +177,9 @@ impl<F: Fabric> Delegation<F> {
                     ..IndexEntry::zeroed()
                 });
                 let Origin { worker, token } = landed.origin;
-                local.held_acks.push((worker, OrderedLocally { token, sequence: header.sequence, first_offset }));
+                local
+                    .held_acks
+                    .push((worker, OrderedLocally { token, sequence: header.sequence, first_offset, position }));
                 position
             }
         };
@@ -263,7 +268,8 @@ impl<F: Fabric> Delegation<F> {
             let head = match &mut local.log {
                 Log::Batchlog(writer) => writer.head(),
                 Log::Own(index) => {
-                    index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us));
+                    let limit = trimmable(&region, config, broker);
+                    index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
                     index.reclaim(lowest_pin(&region, config.id, std::iter::once(broker)));
                     index.next()
                 }

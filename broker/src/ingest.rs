@@ -87,7 +87,8 @@ impl PublisherSession {
             let text = format!("ack level is {}, the session was opened with {}", open.ack_level, session.ack_level);
             return refuse(ErrorCode::AckLevel, text);
         }
-        let acks = AckQueue::new(open.session_slot, open.client_id, open.session_epoch);
+        let stream = topic.stream(topics.broker());
+        let acks = AckQueue::new(open.session_slot, open.client_id, open.session_epoch, stream, open.ack_level);
         let global = topic.config.order.is_global();
         let ready = PublishReady {
             committed: if global { read_progress(region, open.session_slot) } else { 0 },
@@ -209,6 +210,9 @@ impl PublisherSession {
             if header.sequence >= self.progress + SESSION_WINDOW {
                 return Some(Placement::Wait);
             }
+        }
+        if self.acks.is_full() {
+            return Some(Placement::Wait);
         }
         if !self.can_hand_over() {
             let reason = "batches that are here cannot be ordered: the Batchlog or the order index has no room";

@@ -2,7 +2,7 @@
 //!
 //! Modules follow the path of a batch: [`ingest`] receives it into the [`blog`], [`delegation`] puts it into the
 //! Batchlog, the [`sequencer`] gives it its place in the global order, [`ack`] tells its client, [`delivery`] sends it
-//! to subscribers. [`worker`] runs these stages; [`control`] is the gRPC side.
+//! to subscribers. A [`replica`] copies it to disk. [`worker`] runs these stages; [`control`] is the gRPC side.
 #![forbid(unsafe_code)]
 
 pub mod ack;
@@ -16,6 +16,7 @@ pub mod ingest;
 pub mod membership;
 pub mod pool;
 pub mod reclaim;
+pub mod replica;
 pub mod sequencer;
 pub mod session;
 pub mod topics;

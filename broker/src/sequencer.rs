@@ -1,6 +1,7 @@
 //! Global order: the head's sequencer takes batches from every broker's Batchlog and gives each its place.
 
 use crate::delegation::since;
+use crate::replica::completion::trimmable;
 use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender};
@@ -224,11 +225,11 @@ impl<F: Fabric> Sequencer<F> {
             let next = topic.index.next();
             for at in next.saturating_sub(GROUP_BATCHES + SESSION_WINDOW).max(topic.index.trimmed())..next {
                 if let Some(entry) = topic.index.entry(at) {
-                    missing.push((topic.config.id, entry));
+                    missing.push((topic.config.id, at, entry));
                 }
             }
         }
-        for (topic, entry) in missing {
+        for (topic, position, entry) in missing {
             let owner = self.sessions.iter_mut().flatten().find(|order| {
                 let session = &order.session;
                 (session.client_id, session.epoch, session.topic) == (entry.client_id, entry.session_epoch, topic)
@@ -240,7 +241,7 @@ impl<F: Fabric> Sequencer<F> {
             order.committed(entry.sequence, now_us);
             let record = CommitRecord {
                 first_offset: entry.first_offset,
-                broker_batch: 0,
+                position,
                 broker: entry.broker.into(),
                 session_epoch: entry.session_epoch,
                 tag: entry.sequence + 1,
@@ -382,6 +383,7 @@ impl<F: Fabric> Sequencer<F> {
         now_us: u64,
     ) {
         let entry = &arrival.entry;
+        let position = topic.index.next();
         let first_offset = topic.index.append(IndexEntry {
             location: entry.location,
             client_id: entry.client_id,
@@ -404,7 +406,7 @@ impl<F: Fabric> Sequencer<F> {
         stats.ordered += 1;
         let record = CommitRecord {
             first_offset,
-            broker_batch: arrival.index,
+            position,
             broker: arrival.broker,
             session_epoch: entry.session_epoch,
             tag: entry.sequence + 1,
@@ -556,7 +558,9 @@ impl<F: Fabric> Sequencer<F> {
         for slot in 0..self.topics.len() {
             let Some(Some(topic)) = self.topics.get_mut(slot) else { continue };
             let config = &topic.config;
-            topic.index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us));
+            // All brokers' lines say the same of the global stream.
+            let limit = trimmable(&self.region, config, 0);
+            topic.index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
             topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
         }
         self.publish_decided();

@@ -3,6 +3,7 @@
 use crate::delegation::{Delegation, Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{IngestLimits, Place, PublisherSession};
+use crate::replica::completion::CompletionStage;
 use crate::sequencer::{GROUP_BATCHES, Sequencer};
 use crate::topics::TopicTable;
 use crossbeam_channel::{Receiver, Sender};
@@ -105,10 +106,13 @@ pub struct Worker {
     core: Option<usize>,
     /// Stages that run to completion in this loop.
     delegation: Option<Delegation<Native>>,
-    sequencer: Option<Sequencer<Native>>,
+    sequencer: Option<HeadStages>,
     maintained: Instant,
     heartbeat: Duration,
 }
+
+/// The stages that only the head has.
+pub type HeadStages = (Sequencer<Native>, CompletionStage<Native>);
 
 /// What makes one worker differ from another.
 pub struct WorkerSetup {
@@ -124,8 +128,8 @@ pub struct WorkerSetup {
     pub core: Option<usize>,
     /// Local order, if this thread runs it.
     pub delegation: Option<Delegation<Native>>,
-    /// Global order, if this thread runs it.
-    pub sequencer: Option<Sequencer<Native>>,
+    /// Global order and what is durable of it, if this thread runs them.
+    pub sequencer: Option<HeadStages>,
     /// Time between heartbeats.
     pub heartbeat: Duration,
 }
@@ -311,8 +315,9 @@ impl Worker {
         if let Some(delegation) = &mut self.delegation {
             moved |= delegation.poll(now_us, DELEGATION_BATCHES) > 0;
         }
-        if let Some(sequencer) = &mut self.sequencer {
+        if let Some((sequencer, completion)) = &mut self.sequencer {
             moved |= sequencer.poll(now_us, GROUP_BATCHES) > 0;
+            moved |= completion.poll(now_us) > 0;
         }
         moved |= self.local_acks();
         let check = looked.elapsed() >= IDLE_CHECK;
@@ -340,8 +345,9 @@ impl Worker {
             }
             delegation.maintain(now_us);
         }
-        if let Some(sequencer) = &mut self.sequencer {
+        if let Some((sequencer, completion)) = &mut self.sequencer {
             sequencer.maintain(now_us);
+            completion.maintain();
         }
     }
 
@@ -450,7 +456,7 @@ impl Worker {
     fn control(shared: &Shared, client: &mut Client, frame: Frame) -> Result<(), TransportError> {
         match (&mut client.role, frame) {
             (Role::New, Frame::OpenPublish(open)) => {
-                let (session, ready) =
+                let (mut session, ready) =
                     PublisherSession::open(&shared.topics, open, shared.limits, shared.landed.clone())?;
                 client.outbox.push(Outgoing::frame(ready.encode()));
                 if session.wants_acks() && session.topic().config.order.is_global() {
@@ -486,9 +492,8 @@ impl Worker {
             }
             if let Role::Publisher(session) = &mut client.role
                 && session.wants_acks()
+                && let Some(ack) = session.acks.local(&ordered)
             {
-                let broker = self.shared.topics.broker();
-                let ack = session.acks.local(ordered.sequence, ordered.first_offset, broker);
                 client.outbox.push(Outgoing::frame(ack.encode()));
             }
         }
@@ -504,10 +509,16 @@ impl Worker {
             Role::New => Ok(()),
             Role::Publisher(session) => {
                 let outbox = &mut client.outbox;
-                if session.topic().config.order.is_global() && !session.acks.is_empty() {
-                    moved |= session.acks.poll(region, |ack| outbox.push(Outgoing::frame(ack.encode()))) > 0;
-                }
-                if check { Self::check_standing(region, session, outbox) } else { Ok(()) }
+                let broker = self.shared.topics.broker();
+                let acknowledged = if session.acks.is_empty() {
+                    Ok(0)
+                } else {
+                    session.acks.poll(region, broker, |ack| outbox.push(Outgoing::frame(ack.encode())))
+                };
+                acknowledged
+                    .map(|sent| moved |= sent > 0)
+                    .map_err(|lost| TransportError::refused(ErrorCode::NotReplicated, lost.to_string()))
+                    .and_then(|()| if check { Self::check_standing(region, session, outbox) } else { Ok(()) })
             }
             Role::Subscriber(session) => {
                 session.poll(&mut client.outbox, self.shared.delivery_patience).map(|queued| moved |= queued > 0)

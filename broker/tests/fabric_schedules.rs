@@ -4,7 +4,8 @@
 //! receives and acknowledges, and may crash. Host 2 reads, as a broker that delivers. Every operation on the fabric is
 //! a point where the scheduler may switch hosts. Checked all along: a batch that is read is the batch that was
 //! written, all readers agree on one order, each session's batches appear once and in submission order, an
-//! acknowledged batch is visible, and nothing is stuck once the weather calms.
+//! acknowledged batch is visible, and nothing is stuck once the weather calms. In some schedules the topic is replicated:
+//! hosts 1 and 2 have disks, and what is acknowledged is on one of them.
 //!
 //! The mutation check removes one flush, fence or invalidate at a time and demands that some schedule fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
@@ -12,10 +13,17 @@
 use bytemuck::Zeroable;
 use crossbeam_channel::{Sender, bounded, unbounded};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
+use embarcadero_broker::replica::completion::CompletionStage;
+use embarcadero_broker::replica::format::{Identity, parse_group};
+use embarcadero_broker::replica::medium::{Medium, MediumFile};
+use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
+use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Leases, Sequencer};
 use embarcadero_broker::topics::{Topic, TopicTable};
+use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW};
 use embarcadero_datapath::cxl::order_index::{OrderIndexReader, StreamId, read_extent};
+use embarcadero_datapath::cxl::replication::read_completion;
 use embarcadero_datapath::cxl::segment::{PartitionAllocator, SegmentUse, free_segments, publish_owner, read_owner};
 use embarcadero_datapath::cxl::session_table::{
     Commit, Session, SessionState, read_commit, read_progress, read_session,
@@ -29,6 +37,7 @@ use embarcadero_datapath::wire::BatchHeader;
 use embarcadero_datapath::wire::batch::{BatchBuilder, BatchOrigin};
 use shuttle::scheduler::RandomScheduler;
 use std::collections::BTreeMap;
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -58,15 +67,15 @@ fn geometry() -> Geometry {
     Geometry { max_brokers: HOSTS, max_topics: 1, max_sessions: 2, batchlog_slots: 16, segment_count: SEGMENTS, ..base }
 }
 
-fn config() -> TopicConfig {
+fn config(replicated: bool) -> TopicConfig {
     TopicConfig {
         id: 0,
         incarnation: 1,
         state: TopicState::Live,
         name: "simulated".to_owned(),
         order: Order::Strong,
-        ack_level: 1,
-        replication_factor: 1,
+        ack_level: 1 + u8::from(replicated),
+        replication_factor: 1 + u8::from(replicated),
         retention_bytes: BATCH_BYTES * 3,
         retention_ms: 0,
         created_ms: 0,
@@ -76,11 +85,98 @@ fn config() -> TopicConfig {
 /// The order as readers saw it: position to (client, sequence, offset).
 type Log = Arc<Mutex<BTreeMap<u64, (u64, u64, u64)>>>;
 
+/// What is durable on some disk: position to (client, sequence).
+type Durable = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
+
+/// A disk that remembers which batches are durable on it; whether they are whole it checks as they come.
+struct Disk {
+    durable: Durable,
+    written: Vec<(u64, (u64, u64))>,
+}
+
+impl Disk {
+    fn of(durable: &Durable) -> Box<Self> {
+        Box::new(Self { durable: Arc::clone(durable), written: Vec::new() })
+    }
+}
+
+impl Medium for Disk {
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn create(&self, _: &str) -> io::Result<Box<dyn MediumFile>> {
+        Ok(Self::of(&self.durable))
+    }
+
+    fn open(&self, _: &str) -> io::Result<Box<dyn MediumFile>> {
+        Ok(Self::of(&self.durable))
+    }
+
+    fn remove(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        "a disk".to_owned()
+    }
+}
+
+impl MediumFile for Disk {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        if at > 0 {
+            for record in parse_group(from).expect("a whole group").1 {
+                let pair = |at: u64| {
+                    let words: [u64; 2] = bytemuck::pod_read_unaligned(&from[at as usize..at as usize + 16]);
+                    (words[0], words[1])
+                };
+                let (first, last) = (pair(record.at), pair(record.at + BATCH_BYTES - 64));
+                assert_eq!(first, last, "a replica copied what is not a batch");
+                self.written.push((record.position, first));
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.durable.lock().unwrap().extend(self.written.drain(..));
+        Ok(())
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn truncate(&mut self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn replicator(topics: &Arc<TopicTable<Simulated>>, durable: &Durable) -> Replicator<Simulated> {
+    let durable = Arc::clone(durable);
+    let open = move |_: &Identity| -> Box<dyn Medium> { Disk::of(&durable) };
+    let store = StoreOptions { file_bytes: u64::MAX, retention_bytes: 0 };
+    // One that stands still is never left: the schedule decides how long anything takes.
+    let options = ReplicaOptions { group_bytes: 2 * BATCH_BYTES, patience_us: u64::MAX / 2, store };
+    Replicator::new(Arc::clone(topics), Box::new(open), options).unwrap()
+}
+
 struct Host {
     id: u32,
     region: Region<Simulated>,
     topics: Arc<TopicTable<Simulated>>,
     delegation: Delegation<Simulated>,
+    replicator: Option<Replicator<Simulated>>,
+    /// What all disks hold, if the topic is replicated.
+    durable: Option<Durable>,
     landed: Sender<Landed<Simulated>>,
     /// Batches that clients will send here: (session, sequence).
     inbox: Vec<(usize, u64)>,
@@ -140,17 +236,32 @@ impl Reader {
 }
 
 impl Host {
-    fn new(id: u32, region: Region<Simulated>, log: &Log) -> Self {
+    fn new(id: u32, region: Region<Simulated>, log: &Log, durable: Option<&Durable>) -> Self {
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
         let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
         let (landed, queue) = unbounded();
         let (acks, _) = bounded(1);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
         let delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
+        let replicator = durable.filter(|_| id > 0).map(|durable| replicator(&topics, durable));
+        let durable = durable.cloned();
         let index = OrderIndexReader::new(region.clone(), GLOBAL);
         let reader = Reader { index, pin: None, cursor: 0, naps: id == 2, log: Arc::clone(log) };
         let (inbox, unacknowledged) = (Vec::new(), Vec::new());
-        Self { id, region, topics, delegation, landed, inbox, unacknowledged, reader, last_segment: None }
+        let last_segment = None;
+        Self {
+            id,
+            region,
+            topics,
+            delegation,
+            replicator,
+            durable,
+            landed,
+            inbox,
+            unacknowledged,
+            reader,
+            last_segment,
+        }
     }
 
     /// Receives the next batch, if there is one and room for it.
@@ -205,6 +316,18 @@ impl Host {
                 Commit::Unknown => true,
                 Commit::Forgotten => false,
                 Commit::At(record) => {
+                    if let Some(durable) = &self.durable {
+                        if read_completion(region, 0, self.id).durable_through <= record.position {
+                            return true;
+                        }
+                        let batch = durable.lock().unwrap().get(&record.position).copied();
+                        assert_eq!(
+                            batch,
+                            Some((sessions[*session].client_id, *sequence)),
+                            "position {} is acknowledged and on no disk",
+                            record.position
+                        );
+                    }
                     let reach = read_extent(region, GLOBAL).next_offset;
                     assert!(
                         record.first_offset < reach,
@@ -223,12 +346,22 @@ impl Host {
         self.receive(&topic, sessions);
         self.receive(&topic, sessions);
         self.delegation.poll(now_us, 2);
+        if let Some(replicator) = &mut self.replicator {
+            replicator.maintain(now_us);
+            replicator.poll();
+        }
         self.acknowledge(sessions);
         // The far reader is slow, so that retention overtakes it.
         if self.id != 2 || now_us.is_multiple_of(8) || now_us >= ROUNDS as u64 {
             self.reader.poll(&self.region, &topic, 3);
         }
     }
+}
+
+/// The head's count of the disks, which it does every so often.
+fn count(completion: &mut CompletionStage<Simulated>, round: usize) {
+    completion.maintain();
+    completion.poll(round as u64 * 1000);
 }
 
 fn open(world: &Arc<Mutex<World>>) -> Simulated {
@@ -272,8 +405,10 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
     let regions: Vec<Region<Simulated>> = std::iter::once(head_region).chain(others).collect();
     let log: Log = Arc::default();
+    let replicated = choice % 4 == 1;
+    let durable: Option<Durable> = replicated.then(Arc::default);
     let mut hosts: Vec<Host> =
-        (0..HOSTS).zip(&regions).map(|(id, region)| Host::new(id, region.clone(), &log)).collect();
+        (0..HOSTS).zip(&regions).map(|(id, region)| Host::new(id, region.clone(), &log, durable.as_ref())).collect();
 
     // The head opens topic and sessions.
     let mask = (1 << HOSTS) - 1;
@@ -284,23 +419,28 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let pool = Arc::clone(hosts[0].topics.pool());
     let mut sequencer = Sequencer::recover(regions[0].clone(), pool, 1, leases, queue, 0);
     let (reply, _topic) = bounded(1);
-    commands.send(Command::OpenTopic(config(), reply)).unwrap();
+    commands.send(Command::OpenTopic(config(replicated), reply)).unwrap();
     let answers: Vec<_> = [11, 22]
         .map(|client_id| {
             let (reply, answer) = bounded(1);
-            commands.send(Command::OpenSession { topic: 0, client_id, ack_level: 1, reply }).unwrap();
+            commands
+                .send(Command::OpenSession { topic: 0, client_id, ack_level: config(replicated).ack_level, reply })
+                .unwrap();
             answer
         })
         .into();
     sequencer.poll(1, 1);
     let sessions: Arc<Vec<Session>> = Arc::new(answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect());
-    publish_topic(&regions[0], &config());
+    publish_topic(&regions[0], &config(replicated));
     let slot_info = |id: u32| {
         let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
         BrokerInfo { id, incarnation: 7, data: address(1), control: address(2), process_id: 3, running: true }
     };
     publish_broker(&regions[0], &slot_info(0));
     publish_broker(&regions[1], &slot_info(1));
+    if replicated {
+        publish_broker(&regions[2], &slot_info(2));
+    }
 
     // Clients stripe their batches over both receiving brokers; some they send twice.
     for sequence in 0..BATCHES {
@@ -315,11 +455,11 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let crash = choice.is_multiple_of(3);
 
     // Rough weather: hosts run interleaved.
-    let mut head_sequencer = Some(sequencer);
+    let mut head_stages = Some((sequencer, CompletionStage::new(regions[0].clone())));
     let threads: Vec<_> = hosts
         .into_iter()
         .map(|mut host| {
-            let mut sequencer = if host.id == 0 { head_sequencer.take() } else { None };
+            let mut stages = if host.id == 0 { head_stages.take() } else { None };
             let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id as usize].clone());
             let crash_at = if crash && host.id == 1 { Some((choice >> 8) as usize % ROUNDS) } else { None };
             shuttle::thread::spawn(move || {
@@ -329,23 +469,24 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
                         break;
                     }
                     host.round(round as u64, &sessions);
-                    if let Some(sequencer) = &mut sequencer {
+                    if let Some((sequencer, completion)) = &mut stages {
                         sequencer.poll(round as u64, 5);
                         sequencer.maintain(round as u64);
+                        count(completion, round);
                     }
                 }
-                (host, sequencer)
+                (host, stages)
             })
         })
         .collect();
     let mut hosts = Vec::new();
-    let mut sequencer = None;
+    let mut stages = None;
     for thread in threads {
         let (host, with) = thread.join().unwrap();
         hosts.push(host);
-        sequencer = sequencer.or(with);
+        stages = stages.or(with);
     }
-    let mut sequencer = sequencer.unwrap();
+    let (mut sequencer, mut completion) = stages.unwrap();
 
     // Calm weather: everything must come to its end.
     world.lock().unwrap().set_turbulence(Turbulence::CALM);
@@ -369,6 +510,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         }
         sequencer.poll(now, 64);
         sequencer.maintain(now);
+        count(&mut completion, now as usize);
         let ordered = sequencer.stats().ordered;
         assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
         let reached = |host: &Host| host.reader.cursor == host.reader.index.committed();
@@ -402,7 +544,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     }
     check_tables(&regions, &mut sequencer, &commands, &sessions);
     check_pool(&regions, &hosts[0]);
-    check_end(&regions, &hosts, &log);
+    check_end(&regions, &hosts, &log, durable.as_ref());
     let world = world.lock().unwrap();
     let mut visits = visits.lock().unwrap();
     for site in Site::ALL {
@@ -428,7 +570,7 @@ fn check_tables(
     info.incarnation = 8;
     publish_broker(&regions[0], &info);
     publish_headship(&regions[0], &Headship { epoch: 9, broker: 0, incarnation: 1, broker_mask: 1 });
-    publish_topic(&regions[0], &TopicConfig { retention_ms: 77, ..config() });
+    publish_topic(&regions[0], &TopicConfig { retention_ms: 77, ..config(false) });
     let (reply, answer) = bounded(1);
     let Session { slot, client_id, epoch, .. } = sessions[1];
     commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
@@ -453,7 +595,7 @@ fn check_pool(regions: &[Region<Simulated>], head: &Host) {
 }
 
 /// What must hold when everything has come to its end, as host 2 sees it.
-fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log) {
+fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: Option<&Durable>) {
     let far = &regions[2];
     let held = (0..geometry().segment_count).filter(|segment| read_owner(far, *segment) != SegmentUse::Free).count();
     assert_eq!(free_segments(far) as usize, geometry().segment_count as usize - held, "bitmap and owners disagree");
@@ -473,6 +615,13 @@ fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log) {
         let due = due.entry(*client).or_insert(*sequence);
         assert!(*sequence >= *due, "client {client}: sequence {sequence} after {due}");
         *due = sequence + 1;
+    }
+    for (position, batch) in durable.iter().flat_map(|durable| durable.lock().unwrap().clone()) {
+        let read = log.get(&position).map(|(client, sequence, _)| (*client, *sequence));
+        assert!(
+            read.is_none_or(|read| read == batch),
+            "position {position} was read as {read:?} and copied as {batch:?}"
+        );
     }
     for (a, b) in log.iter().zip(log.iter().skip(1)) {
         assert_eq!(b.0 - a.0, b.1.2 - a.1.2, "offsets do not follow positions");

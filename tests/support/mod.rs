@@ -90,7 +90,14 @@ impl Cluster {
 
     /// Starts one more broker.
     pub fn add(&mut self, arguments: &[&str]) -> usize {
-        let mut child = Command::new(PROGRAM)
+        self.add_under(&[], arguments)
+    }
+
+    /// As [`Cluster::add`], by a command that becomes the program behind it.
+    pub fn add_under(&mut self, command: &[&str], arguments: &[&str]) -> usize {
+        let line = [command, &[PROGRAM]].concat();
+        let mut child = Command::new(line[0])
+            .args(&line[1..])
             .args(["broker", "--region", self.region.to_str().unwrap()])
             .args(if arguments.contains(&"--control") { &[][..] } else { &["--control", "127.0.0.1:0"] })
             .args(arguments)
@@ -121,6 +128,12 @@ impl Cluster {
         }
     }
 
+    /// What `region inspect` shows.
+    pub fn inspect(&self) -> serde_json::Value {
+        let report = run(&["region", "inspect", "--json", "--path", self.region.to_str().unwrap()]);
+        serde_json::from_slice(&report.stdout).unwrap()
+    }
+
     pub fn control(&self) -> &str {
         &self.brokers[0].control
     }
@@ -136,8 +149,7 @@ impl Cluster {
     /// The numbers of a publisher's session, read back from the region: to speak in its name.
     pub fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
         let client_id = publisher.client_id();
-        let report = run(&["region", "inspect", "--json", "--path", self.region.to_str().unwrap()]);
-        let report: serde_json::Value = serde_json::from_slice(&report.stdout).unwrap();
+        let report = self.inspect();
         let sessions = report["sessions"].as_array().unwrap();
         let session = sessions.iter().find(|session| session["client_id"].as_u64() == Some(client_id)).unwrap();
         let origin = BatchOrigin {

@@ -105,6 +105,14 @@ sites! {
     PinFlush,
     /// The same, before a segment is reclaimed.
     PinRead,
+    /// How far a replica is.
+    ReplicationFlush,
+    /// The same, by the head.
+    ReplicationRead,
+    /// How far a stream is durable, by the head.
+    CompletionFlush,
+    /// The same, by a broker that acknowledges.
+    CompletionRead,
     /// Owner of a segment.
     OwnerFlush,
     /// The same, when a broker or inspector starts.

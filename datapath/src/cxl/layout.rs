@@ -10,7 +10,7 @@ use std::mem::{offset_of, size_of};
 /// First eight bytes of a region.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
 /// Version of this layout. Changes whenever a structure below does, independent of the crate's version.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 /// Most brokers a region can hold.
 pub const MAX_BROKERS: u32 = 32;
 /// Most topics a region can hold.
@@ -122,7 +122,9 @@ lines! {
         pub batches_published: u64 = 8,
         /// Grows while the broker leaves batches unread for want of room.
         pub stalls: u64 = 16,
-        pub reserved: [u64; 5] = 24,
+        /// What the broker's replica does: 0 none, 1 replicates, 2 failed.
+        pub replica: u64 = 24,
+        pub reserved: [u64; 4] = 32,
     }
 
     /// What a topic is. Written by the head. Versioned; the version also guards the name line behind it.
@@ -235,10 +237,12 @@ lines! {
         pub commit: u32 = 60,
     }
 
-    /// Up to which of a broker's batches replicas are durable. Written by the chain's tail.
+    /// How far the stream that a broker acknowledges from is replicated: words, written by the head.
     pub struct CompletionLine {
-        pub replicated_through: u64 = 0,
-        pub epoch: u64 = 8,
+        /// Entries below this are on as many disks as the topic asks for, unless they are lost.
+        pub durable_through: u64 = 0,
+        /// Entries below this that were not durable by then went by retention: no disk has them.
+        pub lost_through: u64 = 8,
         pub reserved: [u64; 6] = 16,
     }
 
@@ -287,8 +291,8 @@ lines! {
 pub struct CommitRecord {
     /// Global offset of its first message.
     pub first_offset: u64,
-    /// Index of the batch among those of its broker.
-    pub broker_batch: u64,
+    /// Position of its entry in the order index.
+    pub position: u64,
     /// Broker that received it.
     pub broker: u32,
     /// Epoch of the session under which it committed.
@@ -298,7 +302,7 @@ pub struct CommitRecord {
 }
 const _: () = {
     assert!(size_of::<CommitRecord>() == 32);
-    assert!(offset_of!(CommitRecord, broker_batch) == 8);
+    assert!(offset_of!(CommitRecord, position) == 8);
     assert!(offset_of!(CommitRecord, broker) == 16);
     assert!(offset_of!(CommitRecord, session_epoch) == 20);
     assert!(offset_of!(CommitRecord, tag) == 24);
@@ -308,6 +312,8 @@ const _: () = {
 pub const SUPERBLOCK_BYTES: u64 = 128;
 /// Bytes of an offset entry: broker half (log, pins, own tail, replication_done of 32 sources), then sequencer half.
 pub const OFFSET_ENTRY_BYTES: u64 = 768;
+/// Position of the words in an offset entry that say how far the broker, as a replica, is with each source broker.
+pub const REPLICATION_DONE_AT: u64 = 192;
 /// Position of the sequencer half in an offset entry.
 pub const SEQUENCER_HALF_AT: u64 = 512;
 /// Bytes before the offset entries of a TInode: configuration, name, global tail, one reserved line.
@@ -319,6 +325,7 @@ pub const SESSION_BYTES: u64 = 128 + SESSION_WINDOW * size_of::<CommitRecord>() 
 const _: () = {
     // Halves that different hosts write must not share a line, nor the pair of lines that CPUs prefetch together.
     assert!(OFFSET_ENTRY_BYTES.is_multiple_of(256) && SEQUENCER_HALF_AT.is_multiple_of(256));
+    assert!(REPLICATION_DONE_AT + MAX_BROKERS as u64 * 8 <= SEQUENCER_HALF_AT);
     assert!(TINODE_HEADER_BYTES.is_multiple_of(256) && TINODE_BYTES.is_multiple_of(256));
     assert!(SESSION_BYTES.is_multiple_of(64));
 };
@@ -492,7 +499,7 @@ pub struct Layout {
     pub tinodes: u64,
     /// Batchlog rings, topic-major.
     pub batchlogs: u64,
-    /// Completion vector lines, topic-major.
+    /// Completion vector: a [`CompletionLine`] for each topic and broker, topic-major.
     pub completion: u64,
     /// Session table.
     pub sessions: u64,
@@ -583,6 +590,18 @@ impl Layout {
     #[must_use]
     pub const fn pin(&self, topic: u32, broker: u32) -> RegionOffset {
         self.offset_entry(topic, broker).add(64)
+    }
+
+    /// The word in which `replica` says how far it is with the batches of `source`.
+    #[must_use]
+    pub const fn replication_done(&self, topic: u32, replica: u32, source: u32) -> RegionOffset {
+        self.offset_entry(topic, replica).add(REPLICATION_DONE_AT + source as u64 * 8)
+    }
+
+    /// The [`CompletionLine`] that `broker` acknowledges by.
+    #[must_use]
+    pub const fn completion(&self, geometry: &Geometry, topic: u32, broker: u32) -> RegionOffset {
+        RegionOffset(self.completion + (topic as u64 * geometry.max_brokers as u64 + broker as u64) * 64)
     }
 
     /// A segment's owner line.

@@ -12,6 +12,7 @@ mod native;
 mod numa;
 pub mod order_index;
 pub mod region;
+pub mod replication;
 pub mod segment;
 pub mod session_table;
 mod simulated;

@@ -172,6 +172,17 @@ impl<F: Fabric> OrderIndexWriter<F> {
         self.trimmed
     }
 
+    /// Has the first message of an empty index get `offset` instead of 0.
+    pub fn begin_at(&mut self, offset: u64) {
+        assert!(self.next == self.trimmed && self.segments.is_empty(), "the index is not empty");
+        self.next_offset = offset;
+        let fabric = self.region.fabric();
+        fabric.store(self.tail_at.add(NEXT_OFFSET), offset);
+        fabric.store(self.tail_at.add(TRIMMED_OFFSET), offset);
+        fabric.flush(self.tail_at, 64, Site::TailFlush);
+        fabric.fence(Site::TailFlush);
+    }
+
     /// Makes sure that one more entry fits.
     ///
     /// # Errors
@@ -265,10 +276,11 @@ impl<F: Fabric> OrderIndexWriter<F> {
         Some(self.region.fabric().load_line(at))
     }
 
-    /// Trims what the topic's retention does not keep: `bytes` at most (0: all), nothing ordered before `since_us`.
-    pub fn enforce_retention(&mut self, bytes: u64, since_us: u64) {
+    /// Trims what the topic's retention does not keep: `bytes` at most (0: all), nothing ordered before `since_us`; but
+    /// nothing at `limit` or above.
+    pub fn enforce_retention(&mut self, bytes: u64, since_us: u64, limit: u64) {
         let mut position = self.trimmed;
-        while position < self.published {
+        while position < self.published.min(limit) {
             let Some(entry) = self.entry(position) else { break };
             let too_much = bytes > 0 && self.kept_bytes > bytes;
             if !too_much && entry.ordered_us >= since_us {

@@ -286,11 +286,21 @@ impl Fabric for Simulated {
         }
     }
 
+    /// Lines that are not cached stream past the cache.
     fn read_bytes(&self, at: RegionOffset, into: &mut [u8]) {
-        for (index, byte) in into.iter_mut().enumerate() {
-            let position = at.0 + index as u64;
-            let word = self.load(RegionOffset(position & !7));
-            *byte = word.to_le_bytes()[(position % 8) as usize];
+        assert!(at.0 + into.len() as u64 <= self.bytes, "read at {at:?}");
+        let world = self.enter();
+        let Some(host) = world.hosts.get(self.host) else { return };
+        let mut read = 0;
+        while read < into.len() {
+            let position = at.0 + read as u64;
+            let (line, within) = (position / LINE_BYTES, (position % LINE_BYTES) as usize);
+            let cached = host.cache.get(&line).map(|cached| &cached.words);
+            let words = cached.or_else(|| host.pending.get(&line)).or_else(|| world.memory.get(line as usize));
+            let bytes: &[u8] = words.map_or(&[], |words| bytemuck::bytes_of(words));
+            let count = (LINE_BYTES as usize - within).min(into.len() - read);
+            into[read..read + count].copy_from_slice(&bytes[within..within + count]);
+            read += count;
         }
     }
 

@@ -1,7 +1,7 @@
 //! The control block, the broker table, and what a TInode says about its topic.
 
 use super::fabric::{Fabric, RegionOffset, Site};
-use super::layout::{BrokerLine, ControlLine, NameLine, PinLine, TOPIC_NAME_BYTES, TopicLine};
+use super::layout::{BrokerLine, ControlLine, NameLine, PinLine, PulseLine, TOPIC_NAME_BYTES, TopicLine};
 use super::region::Region;
 use bytemuck::Zeroable;
 use serde::{Deserialize, Serialize};
@@ -30,11 +30,15 @@ impl Order {
         matches!(self, Self::Total | Self::Strong)
     }
 
-    const fn code(self) -> u8 {
+    /// The number that region and replica files hold.
+    #[must_use]
+    pub const fn code(self) -> u8 {
         self as u8 + 1
     }
 
-    const fn from_code(code: u8) -> Option<Self> {
+    /// The order of a number.
+    #[must_use]
+    pub const fn from_code(code: u8) -> Option<Self> {
         match code {
             1 => Some(Self::None),
             2 => Some(Self::Broker),
@@ -260,6 +264,38 @@ fn octets(address: IpAddr) -> [u8; 16] {
 
 fn address(octets: [u8; 16]) -> IpAddr {
     Ipv6Addr::from(octets).to_canonical()
+}
+
+/// What a broker's replica does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplicaState {
+    /// It has no disk to replicate to.
+    #[default]
+    None,
+    /// It replicates what falls to it.
+    Running,
+    /// Its disk failed: it takes no more.
+    Failed,
+}
+
+/// Says what this broker's replica does.
+pub fn publish_replica_state<F: Fabric>(region: &Region<F>, broker: u32, state: ReplicaState) {
+    let at = region.layout().broker(broker).add(64 + offset_of!(PulseLine, replica) as u64);
+    let fabric = region.fabric();
+    fabric.store(at, state as u64);
+    fabric.flush(at, 8, Site::PulseFlush);
+    fabric.fence(Site::PulseFlush);
+}
+
+/// What a broker's replica does, as it says.
+pub fn read_replica_state<F: Fabric>(region: &Region<F>, broker: u32) -> ReplicaState {
+    let at = region.layout().broker(broker).add(64 + offset_of!(PulseLine, replica) as u64);
+    match region.fabric().observe(at, Site::PulseRead) {
+        1 => ReplicaState::Running,
+        2 => ReplicaState::Failed,
+        _ => ReplicaState::None,
+    }
 }
 
 /// This broker's counters, through which others see that it lives and that there is something to order.

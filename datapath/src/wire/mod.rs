@@ -341,6 +341,8 @@ pub enum ErrorCode {
     TooSlow = 11,
     /// The broker has no device for the transport that was asked for.
     NoTransport = 12,
+    /// Retention took batches that were to be acknowledged once they were replicated.
+    NotReplicated = 13,
 }
 
 impl ErrorCode {
@@ -360,6 +362,7 @@ impl ErrorCode {
             10 => Self::Unavailable,
             11 => Self::TooSlow,
             12 => Self::NoTransport,
+            13 => Self::NotReplicated,
             _ => return None,
         })
     }

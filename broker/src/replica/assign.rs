@@ -1,0 +1,48 @@
+//! Which replica takes which broker's batches. Every broker works it out for itself: should two not agree for a moment,
+//! there is a copy more or fewer, and what is durable is counted, not assumed.
+
+/// The brokers that replicate the batches of `source`: the first `copies` of the brokers in the mask `usable` that
+/// follow it, in a ring of `brokers`. The source itself comes last: its disk is as good as any, but it is its own.
+pub fn replicas_of(source: u32, usable: u64, brokers: u32, copies: u32) -> impl Iterator<Item = u32> {
+    (1..=brokers)
+        .map(move |step| (source + step) % brokers)
+        .filter(move |broker| usable & (1 << broker) != 0)
+        .take(copies as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn chosen(source: u32, usable: u64, brokers: u32, copies: u32) -> Vec<u32> {
+        replicas_of(source, usable, brokers, copies).collect()
+    }
+
+    #[test]
+    fn the_next_ones_that_can_take_over() {
+        assert_eq!(chosen(0, 0b1111, 4, 2), [1, 2]);
+        assert_eq!(chosen(3, 0b1111, 4, 2), [0, 1]);
+        assert_eq!(chosen(0, 0b1101, 4, 2), [2, 3]);
+        assert_eq!(chosen(0, 0b0001, 4, 2), [0]);
+        assert_eq!(chosen(0, 0, 4, 2), [0; 0]);
+    }
+
+    proptest! {
+        #[test]
+        fn as_many_as_there_are_and_nobody_twice(source in 0u32..32, usable: u32, copies in 1u32..31) {
+            let mut replicas = chosen(source, usable.into(), 32, copies);
+            prop_assert_eq!(replicas.len() as u32, copies.min(usable.count_ones()));
+            replicas.sort_unstable();
+            replicas.dedup();
+            prop_assert_eq!(replicas.len() as u32, copies.min(usable.count_ones()));
+        }
+
+        #[test]
+        fn when_one_fails_the_others_keep_what_they_have(source in 0u32..8, usable: u8, failed in 0u32..8, copies in 1u32..8) {
+            let before = chosen(source, usable.into(), 8, copies);
+            let after = chosen(source, u64::from(usable) & !(1 << failed), 8, copies);
+            prop_assert!(before.iter().filter(|replica| **replica != failed).all(|replica| after.contains(replica)));
+        }
+    }
+}

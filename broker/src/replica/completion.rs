@@ -1,0 +1,124 @@
+//! What is durable: the head counts the disks that have each batch, and shows it in the completion vector.
+
+use super::replicator::running_replicas;
+use embarcadero_datapath::cxl::Fabric;
+use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::replication::{Completion, publish_completion, read_completion, read_replicated};
+use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics, read_broker};
+
+/// Time between two counts, microseconds: far less than an `fdatasync` takes.
+const PERIOD_US: u64 = 50;
+
+/// Position up to which `copies` of the replicas have the batches of a source.
+fn copied(progress: &mut [u64], copies: usize) -> u64 {
+    progress.sort_unstable_by(|a, b| b.cmp(a));
+    copies.checked_sub(1).and_then(|last| progress.get(last)).copied().unwrap_or(0)
+}
+
+/// The stage that advances the completion vector. Runs where the sequencer does.
+pub struct CompletionStage<F: Fabric> {
+    region: Region<F>,
+    topics: Vec<TopicConfig>,
+    /// Brokers that were ever there, a bit each.
+    known: u64,
+    counted_us: u64,
+}
+
+impl<F: Fabric> CompletionStage<F> {
+    /// Goes on from what the region shows.
+    pub fn new(region: Region<F>) -> Self {
+        Self { region, topics: Vec::new(), known: 0, counted_us: 0 }
+    }
+
+    /// Looks which topics are replicated. Every few milliseconds.
+    pub fn maintain(&mut self) {
+        self.topics = live_topics(&self.region);
+        self.topics.retain(|topic| topic.replication_factor > 1);
+    }
+
+    /// Counts. Returns how many streams are durable further than before.
+    pub fn poll(&mut self, now_us: u64) -> usize {
+        if self.topics.is_empty() || now_us.saturating_sub(self.counted_us) < PERIOD_US {
+            return 0;
+        }
+        self.counted_us = now_us;
+        let mut advanced = 0;
+        for index in 0..self.topics.len() {
+            let (id, copies) = (self.topics[index].id, usize::from(self.topics[index].replication_factor) - 1);
+            let incarnation = self.topics[index].incarnation;
+            if self.topics[index].order.is_global() {
+                advanced += usize::from(self.count(id, incarnation, StreamId::GLOBAL, copies));
+            } else {
+                for stream in 0..self.region.geometry().max_brokers {
+                    advanced += usize::from(self.count(id, incarnation, stream, copies));
+                }
+            }
+        }
+        advanced
+    }
+
+    fn count(&mut self, topic: u32, incarnation: u32, stream: u32, copies: usize) -> bool {
+        let region = &self.region;
+        let global = stream == StreamId::GLOBAL;
+        let extent = read_extent(region, StreamId { topic, stream });
+        if extent.incarnation != u64::from(incarnation) {
+            return false;
+        }
+        let brokers = region.geometry().max_brokers;
+        let shown = read_completion(region, topic, if global { 0 } else { stream });
+        if shown.durable_through >= extent.committed {
+            return false;
+        }
+        // SYNC: after the tail was read: whoever received a batch below it had shown itself before.
+        self.known = (0..brokers)
+            .filter(|broker| self.known & 1 << broker != 0 || read_broker(region, *broker).is_some())
+            .fold(0, |mask, broker| mask | 1 << broker);
+        let known = |broker: &u32| self.known & 1 << broker != 0;
+        let sources = (0..brokers).filter(known).filter(|source| global || *source == stream);
+        let through = sources
+            .map(|source| {
+                let mut progress: Vec<u64> =
+                    (0..brokers).filter(known).map(|replica| read_replicated(region, topic, replica, source)).collect();
+                copied(&mut progress, copies)
+            })
+            .min()
+            .unwrap_or(0);
+        let now = Completion {
+            durable_through: through.min(extent.committed).max(shown.durable_through),
+            lost_through: if extent.trimmed > shown.durable_through { extent.trimmed } else { shown.lost_through },
+        };
+        if now == shown {
+            return false;
+        }
+        for broker in
+            (0..brokers).filter(|broker| if global { *broker == 0 || known(broker) } else { *broker == stream })
+        {
+            publish_completion(region, topic, broker, now);
+        }
+        true
+    }
+}
+
+/// Position that retention may trim a stream of a topic to: what is not durable yet stays, as long as there are enough
+/// replicas to make it so.
+pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, broker: u32) -> u64 {
+    let copies = u32::from(topic.replication_factor.max(1)) - 1;
+    if copies == 0 || running_replicas(region).count_ones() < copies {
+        return u64::MAX;
+    }
+    read_completion(region, topic.id, broker).durable_through
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn as_many_replicas_as_asked_for_must_have_it() {
+        assert_eq!(copied(&mut [5, 9, 0, 7], 1), 9);
+        assert_eq!(copied(&mut [5, 9, 0, 7], 2), 7);
+        assert_eq!(copied(&mut [5, 9, 0, 7], 3), 5);
+        assert_eq!(copied(&mut [5, 9], 3), 0);
+    }
+}

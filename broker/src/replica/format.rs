@@ -1,0 +1,481 @@
+//! Replica files: what lies where in them, and how it is told from damage. `docs/replica-files.md` draws it.
+//!
+//! A file is a header block, then groups. A group is what one write and one `fdatasync` made durable: its header, a
+//! record header for each batch, the batches. Files and groups describe themselves, so that a topic can be rebuilt
+//! from nothing else. All integers are little-endian; headers, groups and batches begin at multiples of [`BLOCK`],
+//! [`BLOCK`] and 64 bytes.
+
+use bytemuck::{Pod, Zeroable};
+use embarcadero_datapath::cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES};
+use embarcadero_datapath::cxl::tables::{Order, TopicConfig, TopicState, check_topic_name};
+use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
+use embarcadero_datapath::wire::crc32c;
+use std::mem::{offset_of, size_of};
+
+/// What direct I/O needs positions and lengths to be a multiple of, everywhere.
+pub const BLOCK: usize = 4096;
+/// First eight bytes of a file.
+const FILE_MAGIC: u64 = u64::from_le_bytes(*b"EMBREPLI");
+/// First four bytes of a group.
+const GROUP_MAGIC: u32 = u32::from_le_bytes(*b"EMBG");
+/// Version of the format.
+const VERSION: u32 = 1;
+/// Most batches of a group.
+pub const GROUP_RECORDS: usize = 4096;
+/// Most bytes of a group: one batch of any size, or many small ones.
+pub const GROUP_BYTES: u64 = 2 * MAX_BATCH_BYTES;
+
+/// Why bytes are not what a replica file should hold.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FormatError {
+    /// Fewer bytes than the structure has.
+    #[error("{what} is cut short: {found} bytes of {expected}")]
+    Short {
+        /// Which structure.
+        what: &'static str,
+        /// Bytes there.
+        found: u64,
+        /// Bytes expected.
+        expected: u64,
+    },
+    /// Another magic number.
+    #[error("{what} does not begin as one")]
+    Magic {
+        /// Which structure.
+        what: &'static str,
+    },
+    /// Another version.
+    #[error("the replica file has version {found}, this build reads version {VERSION}")]
+    Version {
+        /// As found.
+        found: u32,
+    },
+    /// Damaged.
+    #[error("the checksum of {what} is {found:#010x}, its bytes give {expected:#010x}")]
+    Checksum {
+        /// Which structure.
+        what: &'static str,
+        /// As written.
+        found: u32,
+        /// As computed.
+        expected: u32,
+    },
+    /// A field out of bounds, though the checksum holds.
+    #[error("{field} is {value}, which cannot be")]
+    Field {
+        /// Which.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+}
+
+/// First bytes of a file: which topic and stream it belongs to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+struct FileHeader {
+    magic: u64,
+    version: u32,
+    header_bytes: u32,
+    region: [u8; 16],
+    topic: u32,
+    incarnation: u32,
+    stream: u32,
+    order: u8,
+    ack_level: u8,
+    replication_factor: u8,
+    name_bytes: u8,
+    retention_bytes: u64,
+    retention_ms: u64,
+    created_ms: u64,
+    number: u64,
+    name: [u8; TOPIC_NAME_BYTES],
+    reserved: u32,
+    /// CRC32C of all before it.
+    checksum: u32,
+}
+const _: () = {
+    assert!(size_of::<FileHeader>() == 152);
+    assert!(offset_of!(FileHeader, name) == 80);
+    assert!(offset_of!(FileHeader, checksum) == 148);
+};
+
+/// First bytes of a group.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct GroupHeader {
+    magic: u32,
+    /// CRC32C of the rest of this header and of the record headers.
+    checksum: u32,
+    /// First position that the group covers.
+    pub from: u64,
+    /// One past the last.
+    pub through: u64,
+    /// Bytes of the group, a multiple of [`BLOCK`].
+    pub bytes: u64,
+    /// The brokers whose batches at these positions are all here, a bit each.
+    pub sources: u32,
+    records: u32,
+    /// Batches at positions below this were on as many disks as the topic asks for when the group was written.
+    pub durable_through: u64,
+    reserved: [u64; 2],
+}
+const _: () = assert!(size_of::<GroupHeader>() == 64);
+
+/// A batch in a group.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct Record {
+    /// Position in the order index.
+    pub position: u64,
+    /// Offset of its first message.
+    pub first_offset: u64,
+    /// When it was ordered, microseconds since 1970.
+    pub ordered_us: u64,
+    /// Where it begins, from the start of the group.
+    pub at: u64,
+    /// Its bytes, header included, as they were received.
+    pub bytes: u32,
+    /// CRC32C of them.
+    pub checksum: u32,
+    /// Messages.
+    pub message_count: u32,
+    /// Broker that received it.
+    pub source: u32,
+    /// Epoch of the sequencer that ordered it.
+    pub sequencer_epoch: u32,
+    reserved: [u32; 3],
+}
+const _: () = assert!(size_of::<Record>() == 64);
+
+/// What a file belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// UUID of the region that held it.
+    pub region: [u8; 16],
+    /// The topic, as it was when the file was begun.
+    pub topic: TopicConfig,
+    /// The stream: a broker id, or [`embarcadero_datapath::cxl::order_index::StreamId::GLOBAL`].
+    pub stream: u32,
+}
+
+impl Identity {
+    /// The first block of file `number`.
+    #[must_use]
+    pub fn encode(&self, number: u64) -> Vec<u8> {
+        let topic = &self.topic;
+        let name = topic.name.as_bytes();
+        let mut header = FileHeader {
+            magic: FILE_MAGIC,
+            version: VERSION,
+            header_bytes: BLOCK as u32,
+            region: self.region,
+            topic: topic.id,
+            incarnation: topic.incarnation,
+            stream: self.stream,
+            order: topic.order.code(),
+            ack_level: topic.ack_level,
+            replication_factor: topic.replication_factor,
+            name_bytes: name.len() as u8,
+            retention_bytes: topic.retention_bytes,
+            retention_ms: topic.retention_ms,
+            created_ms: topic.created_ms,
+            number,
+            ..FileHeader::zeroed()
+        };
+        header.name[..name.len()].copy_from_slice(name);
+        header.checksum = crc32c(&bytemuck::bytes_of(&header)[..offset_of!(FileHeader, checksum)]);
+        let mut block = vec![0; BLOCK];
+        block[..size_of::<FileHeader>()].copy_from_slice(bytemuck::bytes_of(&header));
+        block
+    }
+
+    /// Reads a file's first block: what it belongs to, and its number.
+    ///
+    /// # Errors
+    /// [`FormatError`].
+    pub fn parse(block: &[u8]) -> Result<(Self, u64), FormatError> {
+        let header: FileHeader = read(block, 0, "the file header")?;
+        if header.magic != FILE_MAGIC {
+            return Err(FormatError::Magic { what: "the file header" });
+        }
+        if header.version != VERSION {
+            return Err(FormatError::Version { found: header.version });
+        }
+        let expected = crc32c(&block[..offset_of!(FileHeader, checksum)]);
+        check("the file header", header.checksum, expected)?;
+        let field = |field, value| FormatError::Field { field, value };
+        if header.header_bytes as usize != BLOCK {
+            return Err(field("header_bytes", header.header_bytes.into()));
+        }
+        let order = Order::from_code(header.order).ok_or(field("order", header.order.into()))?;
+        let name = header.name.get(..header.name_bytes.into()).and_then(|name| std::str::from_utf8(name).ok());
+        let name = name.filter(|name| check_topic_name(name).is_ok()).ok_or(field("name", header.name_bytes.into()))?;
+        let topic = TopicConfig {
+            id: header.topic,
+            incarnation: header.incarnation,
+            state: TopicState::Live,
+            name: name.to_owned(),
+            order,
+            ack_level: header.ack_level,
+            replication_factor: header.replication_factor,
+            retention_bytes: header.retention_bytes,
+            retention_ms: header.retention_ms,
+            created_ms: header.created_ms,
+        };
+        Ok((Self { region: header.region, topic, stream: header.stream }, header.number))
+    }
+}
+
+fn read<T: Pod>(bytes: &[u8], at: usize, what: &'static str) -> Result<T, FormatError> {
+    let expected = (at + size_of::<T>()) as u64;
+    let found = bytes.get(at..at + size_of::<T>());
+    found.map(bytemuck::pod_read_unaligned).ok_or(FormatError::Short { what, found: bytes.len() as u64, expected })
+}
+
+fn check(what: &'static str, found: u32, expected: u32) -> Result<(), FormatError> {
+    if found == expected { Ok(()) } else { Err(FormatError::Checksum { what, found, expected }) }
+}
+
+/// Bytes that headers of a group with `records` batches take.
+const fn headers(records: usize) -> usize {
+    size_of::<GroupHeader>() + records * size_of::<Record>()
+}
+
+/// A batch that goes into a group: its position in the order index, and its entry there.
+pub type Indexed = (u64, IndexEntry);
+
+/// Bytes that a group of these batches takes.
+#[must_use]
+pub fn group_bytes(batches: &[Indexed]) -> u64 {
+    let payload: u64 = batches.iter().map(|(_, entry)| u64::from(entry.bytes).next_multiple_of(64)).sum();
+    (headers(batches.len()) as u64 + payload).next_multiple_of(BLOCK as u64)
+}
+
+/// Writes a group into `into`, whose length is that of [`group_bytes`]. `copy` fetches a batch.
+pub fn write_group(
+    into: &mut [u8],
+    positions: std::ops::Range<u64>,
+    sources: u32,
+    durable_through: u64,
+    batches: &[Indexed],
+    mut copy: impl FnMut(&IndexEntry, &mut [u8]),
+) {
+    let table = headers(batches.len());
+    let mut at = table;
+    for (index, (position, entry)) in batches.iter().enumerate() {
+        let end = at + entry.bytes as usize;
+        copy(entry, &mut into[at..end]);
+        let record = Record {
+            position: *position,
+            first_offset: entry.first_offset,
+            ordered_us: entry.ordered_us,
+            at: at as u64,
+            bytes: entry.bytes,
+            checksum: crc32c(&into[at..end]),
+            message_count: entry.message_count,
+            source: entry.broker.into(),
+            sequencer_epoch: entry.sequencer_epoch,
+            ..Record::zeroed()
+        };
+        into[headers(index)..headers(index + 1)].copy_from_slice(bytemuck::bytes_of(&record));
+        at = end.next_multiple_of(64);
+        into[end..at].fill(0);
+    }
+    let bytes = into.len() as u64;
+    into[at..].fill(0);
+    let header = GroupHeader {
+        magic: GROUP_MAGIC,
+        from: positions.start,
+        through: positions.end,
+        bytes,
+        sources,
+        durable_through,
+        records: batches.len() as u32,
+        ..GroupHeader::zeroed()
+    };
+    into[..size_of::<GroupHeader>()].copy_from_slice(bytemuck::bytes_of(&header));
+    let checksum = crc32c(&into[8..table]);
+    into[4..8].copy_from_slice(&checksum.to_le_bytes());
+}
+
+/// Reads the header of a group from its first block, without its checksum: enough to know how much to read.
+///
+/// # Errors
+/// [`FormatError`].
+pub fn peek_group(block: &[u8]) -> Result<GroupHeader, FormatError> {
+    let header: GroupHeader = read(block, 0, "the group header")?;
+    if header.magic != GROUP_MAGIC {
+        return Err(FormatError::Magic { what: "the group header" });
+    }
+    let field = |field, value| Err(FormatError::Field { field, value });
+    if !(BLOCK as u64..=GROUP_BYTES).contains(&header.bytes) || !header.bytes.is_multiple_of(BLOCK as u64) {
+        return field("group bytes", header.bytes);
+    }
+    let records = header.records as usize;
+    if records == 0 || records > GROUP_RECORDS || headers(records) as u64 > header.bytes {
+        return field("records", header.records.into());
+    }
+    if header.from >= header.through {
+        return field("through", header.through);
+    }
+    Ok(header)
+}
+
+/// Reads the headers of a group, whose bytes begin with `bytes`: all of the record headers must be there, batches need
+/// not. Records are in order of position, and point into the group.
+///
+/// # Errors
+/// [`FormatError`].
+pub fn parse_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatError> {
+    let header = peek_group(bytes)?;
+    let table = headers(header.records as usize);
+    let Some(covered) = bytes.get(8..table) else {
+        let (found, expected) = (bytes.len() as u64, table as u64);
+        return Err(FormatError::Short { what: "the record headers", found, expected });
+    };
+    check("the group's headers", header.checksum, crc32c(covered))?;
+    let field = |field, value| Err(FormatError::Field { field, value });
+    let mut records = Vec::with_capacity(header.records as usize);
+    let (mut due, mut end) = (header.from, table as u64);
+    for index in 0..header.records as usize {
+        let record: Record = read(bytes, headers(index), "a record header")?;
+        if record.position < due || record.position >= header.through {
+            return field("position", record.position);
+        }
+        if record.at < end || !record.at.is_multiple_of(64) || u64::from(record.bytes) > MAX_BATCH_BYTES {
+            return field("at", record.at);
+        }
+        if record.source >= MAX_BROKERS || header.sources & (1 << record.source) == 0 {
+            return field("source", record.source.into());
+        }
+        end = match record.at.checked_add(record.bytes.into()) {
+            Some(end) if end <= header.bytes && record.bytes > 0 => end,
+            _ => return field("bytes", record.bytes.into()),
+        };
+        due = record.position + 1;
+        records.push(record);
+    }
+    Ok((header, records))
+}
+
+/// Checks a batch against its record.
+///
+/// # Errors
+/// [`FormatError::Checksum`].
+pub fn check_batch(record: &Record, batch: &[u8]) -> Result<(), FormatError> {
+    check("a batch", record.checksum, crc32c(batch))
+}
+
+/// Checks a whole group, batches included, and returns its headers.
+///
+/// # Errors
+/// [`FormatError`].
+pub fn check_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatError> {
+    let (header, records) = parse_group(bytes)?;
+    for record in &records {
+        let batch = bytes.get(record.at as usize..(record.at + u64::from(record.bytes)) as usize);
+        let (found, expected) = (bytes.len() as u64, header.bytes);
+        check_batch(record, batch.ok_or(FormatError::Short { what: "the group", found, expected })?)?;
+    }
+    Ok((header, records))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn identity() -> Identity {
+        let topic = TopicConfig {
+            id: 3,
+            incarnation: 7,
+            state: TopicState::Live,
+            name: "orders".to_owned(),
+            order: Order::Strong,
+            ack_level: 2,
+            replication_factor: 3,
+            retention_bytes: 1 << 30,
+            retention_ms: 0,
+            created_ms: 1,
+        };
+        Identity { region: [9; 16], topic, stream: u32::MAX }
+    }
+
+    /// A group of batches of these sizes, each filled with the low byte of its position.
+    fn group(sizes: &[u32]) -> Vec<u8> {
+        let mut offset = 1000;
+        let batches: Vec<Indexed> = (5u64..)
+            .step_by(2)
+            .zip(sizes)
+            .map(|(position, bytes)| {
+                offset += 3;
+                let entry = IndexEntry {
+                    bytes: *bytes,
+                    first_offset: offset,
+                    message_count: 3,
+                    broker: 1,
+                    ..IndexEntry::zeroed()
+                };
+                (position, entry)
+            })
+            .collect();
+        let mut bytes = vec![0xaa; group_bytes(&batches) as usize];
+        let through = 5 + 2 * sizes.len() as u64;
+        write_group(&mut bytes, 5..through, 0b10, 0, &batches, |entry, into| into.fill(entry.first_offset as u8));
+        bytes
+    }
+
+    proptest! {
+        #[test]
+        fn a_group_reads_as_it_was_written(sizes in prop::collection::vec(64u32..5000, 1..40)) {
+            let bytes = group(&sizes);
+            let (header, records) = check_group(&bytes).unwrap();
+            prop_assert_eq!((header.from, header.bytes), (5, bytes.len() as u64));
+            prop_assert_eq!(records.iter().map(|record| record.bytes).collect::<Vec<_>>(), sizes);
+            for (index, record) in records.iter().enumerate() {
+                prop_assert_eq!(record.position, 5 + 2 * index as u64);
+                let batch = &bytes[record.at as usize..][..record.bytes as usize];
+                prop_assert!(batch.iter().all(|byte| *byte == record.first_offset as u8));
+            }
+        }
+
+        #[test]
+        fn any_changed_byte_that_matters_is_noticed(
+            sizes in prop::collection::vec(64u32..500, 1..8), at in any::<prop::sample::Index>(), bit in 0u8..8,
+        ) {
+            let mut bytes = group(&sizes);
+            let (_, records) = check_group(&bytes).unwrap();
+            let matters = |at: usize| {
+                at < headers(records.len())
+                    || records.iter().any(|r| (r.at..r.at + u64::from(r.bytes)).contains(&(at as u64)))
+            };
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            prop_assert_eq!(check_group(&bytes).is_err(), matters(at));
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_refused(mut bytes in prop::collection::vec(any::<u8>(), 0..9000), seed in any::<bool>()) {
+            if seed && bytes.len() > 200 {
+                bytes[..8].copy_from_slice(&FILE_MAGIC.to_le_bytes());
+            } else if bytes.len() > 200 {
+                bytes[..4].copy_from_slice(&GROUP_MAGIC.to_le_bytes());
+            }
+            let _ = (Identity::parse(&bytes), check_group(&bytes));
+        }
+    }
+
+    #[test]
+    fn a_file_names_what_it_belongs_to() {
+        let block = identity().encode(12);
+        assert_eq!(Identity::parse(&block), Ok((identity(), 12)));
+        let mut other = block.clone();
+        other[8] = 99;
+        assert_eq!(Identity::parse(&other), Err(FormatError::Version { found: 99 }));
+        let mut damaged = block;
+        damaged[100] ^= 1;
+        assert!(matches!(Identity::parse(&damaged), Err(FormatError::Checksum { .. })));
+        assert!(matches!(Identity::parse(&[0; 8]), Err(FormatError::Short { .. })));
+    }
+}

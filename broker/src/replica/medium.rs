@@ -1,0 +1,328 @@
+//! Where replica files live: a directory, or a simulated disk that fails and forgets.
+
+use embarcadero_datapath::buffer::Buffer;
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A flat set of files.
+pub trait Medium: Send {
+    /// Names of the files, in no order. None when nothing was ever created.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn list(&self) -> io::Result<Vec<String>>;
+
+    /// Makes a file that is not there yet. Its name is durable when this returns.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn create(&self, name: &str) -> io::Result<Box<dyn MediumFile>>;
+
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn open(&self, name: &str) -> io::Result<Box<dyn MediumFile>>;
+
+    /// Removes a file.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn remove(&self, name: &str) -> io::Result<()>;
+
+    /// How it is named in messages.
+    fn name(&self) -> String;
+}
+
+/// An open file.
+pub trait MediumFile: Send {
+    /// Bytes in it.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn bytes(&self) -> io::Result<u64>;
+
+    /// Writes all of a buffer; position and length are multiples of [`super::format::BLOCK`].
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()>;
+
+    /// Reads into all of `into`.
+    ///
+    /// # Errors
+    /// What the system reports; the end of the file counts as an error.
+    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Returns once all that was written is durable (`fdatasync`).
+    ///
+    /// # Errors
+    /// What the system reports. What was written since the last success may be lost then, whatever a later call says.
+    fn sync(&mut self) -> io::Result<()>;
+
+    /// Makes durable what is in it, and has later reads come from the disk: what an earlier process wrote may be in the
+    /// page cache only, and after a failed write-back the page cache says nothing about the disk.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn settle(&mut self) -> io::Result<()>;
+
+    /// Cuts it off, durably.
+    ///
+    /// # Errors
+    /// What the system reports.
+    fn truncate(&mut self, bytes: u64) -> io::Result<()>;
+}
+
+/// A directory of a file system. It comes to be with its first file.
+pub struct Directory {
+    path: PathBuf,
+    direct: bool,
+}
+
+impl Directory {
+    /// The directory at `path`; `direct` writes past the page cache.
+    #[must_use]
+    pub fn new(path: PathBuf, direct: bool) -> Self {
+        Self { path, direct }
+    }
+
+    fn open_with(&self, name: &str, options: &mut OpenOptions) -> io::Result<DirectoryFile> {
+        let path = self.path.join(name);
+        let file = options.read(true).write(true).open(&path)?;
+        let direct = if self.direct {
+            Some(OpenOptions::new().write(true).custom_flags(libc::O_DIRECT).open(&path)?)
+        } else {
+            None
+        };
+        Ok(DirectoryFile { file, direct })
+    }
+}
+
+/// Makes what is in a directory durable (fsync(2), "NOTES").
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+impl Medium for Directory {
+    fn list(&self) -> io::Result<Vec<String>> {
+        let entries = match std::fs::read_dir(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries?,
+        };
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn MediumFile>> {
+        if !self.path.is_dir() {
+            std::fs::create_dir_all(&self.path)?;
+            self.path.ancestors().skip(1).take(3).filter(|path| path.is_dir()).try_for_each(sync_directory)?;
+        }
+        let file = self.open_with(name, OpenOptions::new().create_new(true))?;
+        sync_directory(&self.path)?;
+        Ok(Box::new(file))
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn MediumFile>> {
+        Ok(Box::new(self.open_with(name, &mut OpenOptions::new())?))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        std::fs::remove_file(self.path.join(name))
+    }
+
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+}
+
+struct DirectoryFile {
+    file: File,
+    /// The same file, past the page cache.
+    direct: Option<File>,
+}
+
+impl MediumFile for DirectoryFile {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(self.file.metadata()?.len())
+    }
+
+    fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        self.direct.as_ref().unwrap_or(&self.file).write_all_at(from, at)
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(into, at)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.file.sync_all()?;
+        Ok(rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)?)
+    }
+
+    fn truncate(&mut self, bytes: u64) -> io::Result<()> {
+        self.file.set_len(bytes)?;
+        self.file.sync_all()
+    }
+}
+
+/// What the disk under a [`SimulatedMedium`] does next.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Fault {
+    /// It works.
+    #[default]
+    None,
+    /// Writes find no space.
+    Full,
+    /// Writes fail.
+    Write,
+    /// Writes succeed, making them durable fails.
+    Sync,
+}
+
+#[derive(Clone, Default)]
+struct SimulatedFile {
+    durable: Vec<u8>,
+    /// What was written since.
+    present: Vec<u8>,
+}
+
+#[derive(Default)]
+struct SimulatedDisk {
+    files: BTreeMap<String, SimulatedFile>,
+    fault: Fault,
+}
+
+/// Files in memory, for tests of what disks do wrong. Clones are the same disk.
+#[derive(Clone, Default)]
+pub struct SimulatedMedium {
+    disk: Arc<Mutex<SimulatedDisk>>,
+}
+
+impl SimulatedMedium {
+    fn disk(&self) -> MutexGuard<'_, SimulatedDisk> {
+        self.disk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What goes wrong from now on.
+    pub fn set_fault(&self, fault: Fault) {
+        self.disk().fault = fault;
+    }
+
+    /// The power fails: of each file's bytes that were not made durable, only blocks for which `survives` holds are there.
+    pub fn lose_power(&self, mut survives: impl FnMut() -> bool) {
+        for file in self.disk().files.values_mut() {
+            let present = std::mem::take(&mut file.present);
+            file.durable.resize(present.len().max(file.durable.len()), 0);
+            for (durable, present) in file.durable.chunks_mut(512).zip(present.chunks(512)) {
+                if durable != present && survives() {
+                    durable.copy_from_slice(present);
+                }
+            }
+            file.present = file.durable.clone();
+        }
+    }
+
+    /// Changes bytes of a file behind everyone's back.
+    pub fn damage(&self, name: &str, change: impl FnOnce(&mut [u8])) {
+        if let Some(file) = self.disk().files.get_mut(name) {
+            change(&mut file.present);
+            file.durable = file.present.clone();
+        }
+    }
+}
+
+impl Medium for SimulatedMedium {
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(self.disk().files.keys().cloned().collect())
+    }
+
+    fn create(&self, name: &str) -> io::Result<Box<dyn MediumFile>> {
+        self.disk().files.insert(name.to_owned(), SimulatedFile::default());
+        self.open(name)
+    }
+
+    fn open(&self, name: &str) -> io::Result<Box<dyn MediumFile>> {
+        Ok(Box::new(SimulatedHandle { medium: self.clone(), name: name.to_owned() }))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        self.disk().files.remove(name);
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        "a simulated disk".to_owned()
+    }
+}
+
+struct SimulatedHandle {
+    medium: SimulatedMedium,
+    name: String,
+}
+
+impl SimulatedHandle {
+    fn with<R>(&self, work: impl FnOnce(&mut SimulatedFile, Fault) -> io::Result<R>) -> io::Result<R> {
+        let mut disk = self.medium.disk();
+        let fault = disk.fault;
+        work(disk.files.get_mut(&self.name).ok_or(io::ErrorKind::NotFound)?, fault)
+    }
+}
+
+impl MediumFile for SimulatedHandle {
+    fn bytes(&self) -> io::Result<u64> {
+        self.with(|file, _| Ok(file.present.len() as u64))
+    }
+
+    fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        self.with(|file, fault| {
+            match fault {
+                Fault::Full => return Err(io::ErrorKind::StorageFull.into()),
+                Fault::Write => return Err(io::Error::from_raw_os_error(libc::EIO)),
+                Fault::None | Fault::Sync => {}
+            }
+            let end = at as usize + from.len();
+            file.present.resize(file.present.len().max(end), 0);
+            file.present[at as usize..end].copy_from_slice(from);
+            Ok(())
+        })
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()> {
+        self.with(|file, _| {
+            let from = file.present.get(at as usize..at as usize + into.len());
+            into.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        })
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.with(|file, fault| {
+            if fault == Fault::Sync {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            file.durable = file.present.clone();
+            Ok(())
+        })
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        self.sync()
+    }
+
+    fn truncate(&mut self, bytes: u64) -> io::Result<()> {
+        self.with(|file, _| {
+            file.present.truncate(bytes as usize);
+            file.durable = file.present.clone();
+            Ok(())
+        })
+    }
+}

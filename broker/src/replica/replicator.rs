@@ -1,0 +1,366 @@
+//! Copies batches from CXL memory to this broker's disk, and says how far it is.
+
+use super::assign::replicas_of;
+use super::format::{GROUP_RECORDS, Identity, Indexed, group_bytes, peek_group, write_group};
+use super::medium::Medium;
+use super::store::{StoreError, StoreOptions, StreamLog};
+use crate::topics::{Topic, TopicTable};
+use embarcadero_datapath::buffer::Buffer;
+use embarcadero_datapath::cxl::order_index::{OrderIndexReader, StreamId, read_extent};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::replication::{publish_replicated, read_completion, read_replicated};
+use embarcadero_datapath::cxl::tables::{
+    ReplicaState, publish_replica_state, read_broker, read_headship, read_replica_state,
+};
+use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Index entries that are looked at for one group.
+const SCAN_ENTRIES: u64 = 64 << 10;
+
+/// Brokers whose replica runs, of those that the head takes for alive.
+pub fn running_replicas<F: Fabric>(region: &Region<F>) -> u64 {
+    let live = read_headship(region).map_or(0, |head| head.broker_mask);
+    (0..region.geometry().max_brokers)
+        .filter(|broker| live & (1 << broker) != 0)
+        .filter(|broker| read_replica_state(region, *broker) == ReplicaState::Running)
+        .fold(0, |mask, broker| mask | 1 << broker)
+}
+
+/// How a replica works.
+#[derive(Clone, Copy, Debug)]
+pub struct ReplicaOptions {
+    /// Bytes after which a group is written.
+    pub group_bytes: u64,
+    /// After what time without progress others take over from a replica, microseconds.
+    pub patience_us: u64,
+    /// How it uses its disk.
+    pub store: StoreOptions,
+}
+
+/// Opens the place of a stream's files.
+pub type OpenMedium = Box<dyn Fn(&Identity) -> Box<dyn Medium> + Send>;
+
+/// What is used again for every group.
+struct Scratch {
+    buffer: Buffer,
+    batches: Vec<Indexed>,
+}
+
+/// Positions of which some sources' batches are missing here.
+struct Due {
+    positions: Range<u64>,
+    sources: u32,
+}
+
+/// One stream that this broker replicates.
+struct Task<F: Fabric> {
+    topic: Arc<Topic<F>>,
+    stream: StreamId,
+    reader: OrderIndexReader<F>,
+    pin: usize,
+    log: StreamLog,
+    /// Brokers whose batches it copies, a bit each.
+    sources: u32,
+    /// What was said of each source.
+    said: Vec<Option<u64>>,
+}
+
+impl<F: Fabric> Drop for Task<F> {
+    fn drop(&mut self) {
+        self.topic.pins.unregister(self.pin);
+    }
+}
+
+/// This broker as a replica of others' batches.
+pub struct Replicator<F: Fabric> {
+    region: Region<F>,
+    broker: u32,
+    topics: Arc<TopicTable<F>>,
+    open: OpenMedium,
+    options: ReplicaOptions,
+    tasks: Vec<Task<F>>,
+    scratch: Scratch,
+    failed: bool,
+    /// How far replicas that go before this one were, and since when: (topic, replica, source).
+    watched: BTreeMap<(u32, u32, u32), (u64, u64)>,
+}
+
+impl<F: Fabric> Replicator<F> {
+    /// A replicator that has nothing to do yet. Others count on it from now on.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn new(topics: Arc<TopicTable<F>>, open: OpenMedium, options: ReplicaOptions) -> std::io::Result<Self> {
+        let (region, broker) = (topics.region().clone(), topics.broker());
+        let buffer = Buffer::new(options.group_bytes as usize)?;
+        publish_replica_state(&region, broker, ReplicaState::Running);
+        Ok(Self {
+            region,
+            broker,
+            topics,
+            open,
+            options,
+            tasks: Vec::new(),
+            scratch: Scratch { buffer, batches: Vec::with_capacity(GROUP_RECORDS) },
+            failed: false,
+            watched: BTreeMap::new(),
+        })
+    }
+
+    /// True once its disk failed.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Takes up what falls to this broker, and drops what does not any more. Every few milliseconds.
+    pub fn maintain(&mut self, now_us: u64) {
+        if self.failed {
+            return;
+        }
+        for index in (0..self.tasks.len()).rev() {
+            if self.tasks[index].topic.is_deleted() {
+                let mut task = self.tasks.swap_remove(index);
+                if let Err(error) = task.log.destroy() {
+                    tracing::warn!(%error, "the files of a deleted topic stay");
+                }
+            }
+        }
+        let usable = running_replicas(&self.region);
+        for topic in self.topics.opened() {
+            if topic.config.replication_factor < 2 || topic.is_deleted() {
+                continue;
+            }
+            let sources = self.sources_of(&topic, usable, now_us);
+            let streams: Vec<(u32, u32)> = if topic.config.order.is_global() {
+                vec![(StreamId::GLOBAL, sources)]
+            } else {
+                let all = 0..self.region.geometry().max_brokers;
+                all.map(|stream| (stream, sources & 1 << stream)).collect()
+            };
+            for (stream, sources) in streams {
+                let id = StreamId { topic: topic.config.id, stream };
+                match self.tasks.iter_mut().find(|task| task.stream == id) {
+                    Some(task) => task.sources = sources,
+                    None if sources != 0 => self.begin(&topic, id, sources),
+                    None => {}
+                }
+            }
+        }
+    }
+
+    /// The brokers whose batches of a topic this one replicates.
+    fn sources_of(&mut self, topic: &Topic<F>, usable: u64, now_us: u64) -> u32 {
+        let brokers = self.region.geometry().max_brokers;
+        let copies = u32::from(topic.config.replication_factor) - 1;
+        let mut mine = 0;
+        for source in 0..brokers {
+            if read_broker(&self.region, source).is_none() {
+                continue;
+            }
+            let mut usable = usable;
+            // Those that stand still do not count; each that is taken out lets another in.
+            loop {
+                let chosen: Vec<u32> = replicas_of(source, usable, brokers, copies).collect();
+                let me = self.broker;
+                let mut others = chosen.iter().copied().filter(|replica| *replica != me);
+                let stuck = others.find(|replica| self.stands_still(topic, *replica, source, now_us));
+                match stuck {
+                    Some(replica) => usable &= !(1 << replica),
+                    None => {
+                        mine |= u32::from(chosen.contains(&self.broker)) << source;
+                        break;
+                    }
+                }
+            }
+        }
+        mine
+    }
+
+    /// True when a replica has had something to do for the whole of our patience, and got nowhere.
+    fn stands_still(&mut self, topic: &Topic<F>, replica: u32, source: u32, now_us: u64) -> bool {
+        let stream = if topic.config.order.is_global() { StreamId::GLOBAL } else { source };
+        let id = topic.config.id;
+        let position = read_replicated(&self.region, id, replica, source);
+        let committed = read_extent(&self.region, StreamId { topic: id, stream }).committed;
+        let seen = self.watched.entry((id, replica, source)).or_insert((position, now_us));
+        if seen.0 != position || position >= committed {
+            *seen = (position, now_us);
+        }
+        now_us.saturating_sub(seen.1) > self.options.patience_us
+    }
+
+    fn begin(&mut self, topic: &Arc<Topic<F>>, stream: StreamId, sources: u32) {
+        let max_brokers = self.region.geometry().max_brokers;
+        let region = *self.region.uuid().as_bytes();
+        let identity = Identity { region, topic: topic.config.clone(), stream: stream.stream };
+        let medium = (self.open)(&identity);
+        let place = medium.name();
+        let (log, damage) = match StreamLog::open(medium, identity, max_brokers, self.options.store) {
+            Ok(opened) => opened,
+            Err(error) => return self.fail(&error),
+        };
+        for damage in damage {
+            tracing::warn!(topic = topic.config.name, place, %damage, "a replica file");
+        }
+        let reader = OrderIndexReader::new(self.region.clone(), stream);
+        let pin = topic.pins.register();
+        let said = vec![None; max_brokers as usize];
+        self.tasks.push(Task { topic: Arc::clone(topic), stream, reader, pin, log, sources, said });
+    }
+
+    /// This broker replicates no more: its disk cannot be relied on.
+    fn fail(&mut self, error: &StoreError) {
+        tracing::error!(%error, "this broker's replica failed; others take over, if there are any");
+        self.failed = true;
+        self.tasks.clear();
+        publish_replica_state(&self.region, self.broker, ReplicaState::Failed);
+    }
+
+    /// Makes at most one group a stream durable. Returns how many there were.
+    pub fn poll(&mut self) -> usize {
+        let mut written = 0;
+        for index in 0..self.tasks.len() {
+            let Some(task) = self.tasks.get_mut(index) else { break };
+            match task.step(&self.region, self.broker, &self.options, &mut self.scratch) {
+                Ok(true) => written += 1,
+                Ok(false) => {}
+                Err(error) => {
+                    self.fail(&error);
+                    return written;
+                }
+            }
+        }
+        written
+    }
+}
+
+impl<F: Fabric> Task<F> {
+    fn each_source(&self) -> impl Iterator<Item = u32> + use<F> {
+        let sources = self.sources;
+        (0..32).filter(move |source| sources & (1 << source) != 0)
+    }
+
+    fn step(
+        &mut self,
+        region: &Region<F>,
+        broker: u32,
+        options: &ReplicaOptions,
+        scratch: &mut Scratch,
+    ) -> Result<bool, StoreError> {
+        if self.topic.is_deleted() || self.sources == 0 {
+            return Ok(false);
+        }
+        let extent = read_extent(region, self.stream);
+        if extent.incarnation != u64::from(self.topic.config.incarnation) {
+            return Ok(false);
+        }
+        let own = if self.stream.stream == StreamId::GLOBAL { broker } else { self.stream.stream };
+        let durable = read_completion(region, self.stream.topic, own).durable_through;
+        let committed = self.reader.poll();
+        // What nobody waits for any more comes last.
+        let first = durable.max(extent.trimmed);
+        let due = self.due(first, committed).or_else(|| self.due(extent.trimmed, first.min(committed)));
+        let worked = match due {
+            Some(due) => self.copy(region, &due, durable, options, scratch)?,
+            None => false,
+        };
+        for source in self.each_source() {
+            let reached = self.log.missing(source, first);
+            let said = &mut self.said[source as usize];
+            if *said != Some(reached) {
+                *said = Some(reached);
+                publish_replicated(region, self.stream.topic, broker, source, reached);
+            }
+        }
+        Ok(worked)
+    }
+
+    /// The lowest positions in `from..to` that sources miss, as far as the same sources miss them all.
+    fn due(&self, from: u64, to: u64) -> Option<Due> {
+        let begin =
+            self.each_source().map(|source| self.log.missing(source, from)).min().filter(|begin| *begin < to)?;
+        let mut until = to;
+        let mut sources = 0;
+        for source in self.each_source() {
+            match self.log.missing(source, begin) {
+                missing if missing == begin => {
+                    sources |= 1 << source;
+                    until = until.min(self.log.missing_until(source, begin));
+                }
+                later => until = until.min(later),
+            }
+        }
+        Some(Due { positions: begin..until, sources })
+    }
+
+    /// Makes due batches durable, as far as one group reaches. False when retention took them first.
+    fn copy(
+        &mut self,
+        region: &Region<F>,
+        due: &Due,
+        durable: u64,
+        options: &ReplicaOptions,
+        scratch: &mut Scratch,
+    ) -> Result<bool, StoreError> {
+        let Due { positions, sources } = due;
+        let Scratch { buffer, batches } = scratch;
+        // Pinned while it is read.
+        if self.topic.pins.set(self.pin, positions.start) > positions.start {
+            self.topic.pins.set(self.pin, u64::MAX);
+            return Ok(false);
+        }
+        let end = positions.end.min(positions.start + SCAN_ENTRIES);
+        let mut through = positions.start;
+        let layout = region.layout();
+        batches.clear();
+        while through < end && batches.len() < GROUP_RECORDS {
+            let entry = match self.reader.read(through) {
+                Ok(entry) => entry,
+                Err(error) => return Err(StoreError::Memory(error.to_string())),
+            };
+            if sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
+                let inside = entry.location >= layout.segments
+                    && entry.location.saturating_add(entry.bytes.into()) <= layout.region_bytes;
+                if !inside {
+                    return Err(StoreError::Memory(format!("index entry {through} points outside the pool")));
+                }
+                batches.push((through, entry));
+                if batches.len() > 1 && group_bytes(batches) > options.group_bytes {
+                    batches.pop();
+                    break;
+                }
+            }
+            through += 1;
+        }
+        let covered = positions.start..through;
+        if batches.is_empty() {
+            self.topic.pins.set(self.pin, u64::MAX);
+            self.log.cover(*sources, covered.clone());
+            return Ok(!covered.is_empty());
+        }
+        let bytes = group_bytes(batches) as usize;
+        if bytes > buffer.capacity() {
+            *buffer = Buffer::new(bytes).map_err(|source| StoreError::Io {
+                action: "buffer",
+                file: "a group".to_owned(),
+                medium: "memory".to_owned(),
+                source,
+            })?;
+        }
+        buffer.resize(bytes);
+        let fabric = region.fabric();
+        write_group(buffer, covered, *sources, durable, batches, |entry, into| {
+            let at = RegionOffset(entry.location);
+            // SYNC: pairs with the payload flush of the delegation that received it.
+            fabric.invalidate(at, entry.bytes.into(), Site::PayloadRead);
+            fabric.read_bytes(at, into);
+        });
+        self.topic.pins.set(self.pin, u64::MAX);
+        let Ok(header) = peek_group(buffer) else { return Ok(false) };
+        self.log.append(&header, buffer)?;
+        Ok(true)
+    }
+}

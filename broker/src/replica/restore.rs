@@ -1,0 +1,408 @@
+//! Rebuilds topics in an empty region from replica files: after the region was lost, or the whole cluster.
+
+use super::format::Identity;
+use super::medium::{Directory, Medium};
+use super::store::{Located, Scan, StoreError, read_batch, scan};
+use crate::blog::Blog;
+use bytemuck::Zeroable;
+use embarcadero_datapath::cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, SESSION_WINDOW};
+use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_datapath::cxl::session_table::{Session, SessionState, flush_commit, publish_session, store_commit};
+use embarcadero_datapath::cxl::tables::{Order, TopicConfig, publish_topic, read_headship, read_topic};
+use embarcadero_datapath::cxl::{CoherentFabric, Fabric, Site};
+use embarcadero_datapath::wire::{BatchHeader, FRAME_BYTES, WireError};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Batches after which the index's tail is moved.
+const GROUP: u64 = 1024;
+
+/// Why a region cannot be rebuilt.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// A replica's.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A directory cannot be read.
+    #[error("cannot list {path}: {source}")]
+    List {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Nothing to do.
+    #[error("there are no replica files in {0}")]
+    Nothing(String),
+    /// Replicas of several regions.
+    #[error("the files are of {} regions; choose one with --uuid: {}", .0.len(), .0.join(", "))]
+    SeveralRegions(Vec<String>),
+    /// Acknowledged batches are missing.
+    #[error("batches that were durable are missing:\n{0}\ngive the directories of all replicas, or accept the loss")]
+    Lost(String),
+    /// The region is in use, or was.
+    #[error("the region has been used; make an empty one with `region create`")]
+    NotEmpty,
+    /// The region lacks what the topic had.
+    #[error("the region has room for {found} {what}, the replicas need {needed}")]
+    Geometry {
+        /// Of what.
+        what: &'static str,
+        /// As created.
+        found: u32,
+        /// As needed.
+        needed: u32,
+    },
+    /// The region is too small.
+    #[error("{0}; make a larger region")]
+    Pool(#[from] PoolError),
+    /// A replica holds what is not a batch.
+    #[error("position {position} of topic {topic} is not a batch: {source}")]
+    Batch {
+        /// Topic.
+        topic: String,
+        /// Position.
+        position: u64,
+        /// What is wrong.
+        source: WireError,
+    },
+}
+
+/// Finds the directories below `roots` that hold replica files.
+///
+/// # Errors
+/// [`RestoreError::List`].
+pub fn find_media(roots: &[PathBuf]) -> Result<Vec<Box<dyn Medium>>, RestoreError> {
+    fn look(path: &Path, found: &mut Vec<Box<dyn Medium>>) -> Result<(), RestoreError> {
+        let failed = |source| RestoreError::List { path: path.to_owned(), source };
+        let mut files = false;
+        for entry in std::fs::read_dir(path).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            if entry.file_type().map_err(failed)?.is_dir() {
+                look(&entry.path(), found)?;
+            } else {
+                files |= entry.path().extension().is_some_and(|extension| extension == "replica");
+            }
+        }
+        if files {
+            found.push(Box::new(Directory::new(path.to_owned(), false)));
+        }
+        Ok(())
+    }
+    let mut found = Vec::new();
+    roots.iter().try_for_each(|root| look(root, &mut found))?;
+    Ok(found)
+}
+
+/// Where a batch is: which medium, and where on it.
+type Copy = (usize, Located);
+
+/// A stream that will be rebuilt.
+struct StreamPlan {
+    stream: u32,
+    /// At consecutive positions.
+    batches: Vec<Copy>,
+}
+
+/// A topic that will be rebuilt.
+pub struct TopicPlan {
+    /// As it was.
+    pub config: TopicConfig,
+    streams: Vec<StreamPlan>,
+    /// Offsets that were durable and are in none of the files: the stream, and from where to where.
+    pub lost: Vec<(u32, Range<u64>)>,
+    /// Batches behind the first that is missing of those that nobody was promised.
+    pub unacknowledged: u64,
+}
+
+impl TopicPlan {
+    /// Batches and their bytes.
+    #[must_use]
+    pub fn size(&self) -> (u64, u64) {
+        let batches = self.streams.iter().flat_map(|stream| &stream.batches);
+        batches.fold((0, 0), |(count, bytes), (_, batch)| (count + 1, bytes + u64::from(batch.record.bytes)))
+    }
+}
+
+/// What replica files give.
+pub struct Plan {
+    media: Vec<Box<dyn Medium>>,
+    /// The region that was.
+    pub region: Uuid,
+    /// Topics.
+    pub topics: Vec<TopicPlan>,
+    /// What is wrong with the files, in words.
+    pub damage: Vec<String>,
+}
+
+impl Plan {
+    /// Reads and verifies all files. Of each topic, takes what is contiguous: behind a batch that is in no file, nothing
+    /// was acknowledged, unless it had been durable; then its offsets are lost, and what was before them is left out.
+    ///
+    /// # Errors
+    /// [`RestoreError`].
+    pub fn read(media: Vec<Box<dyn Medium>>, region: Option<Uuid>) -> Result<Self, RestoreError> {
+        let mut scans: Vec<(usize, Identity, Scan)> = Vec::new();
+        let mut damage = Vec::new();
+        for (index, medium) in media.iter().enumerate() {
+            let mut scan = scan(&**medium)?;
+            damage.extend(scan.damage.iter().map(|damage| format!("{}: {damage}", medium.name())));
+            if let Some(identity) = scan.identity.take() {
+                scans.push((index, identity, scan));
+            }
+        }
+        let regions: BTreeSet<Uuid> = scans.iter().map(|(_, of, _)| Uuid::from_bytes(of.region)).collect();
+        let region = match (region, regions.len()) {
+            (Some(region), _) if regions.contains(&region) => region,
+            (None, 1) => regions.first().copied().unwrap_or_default(),
+            (None, 2..) => return Err(RestoreError::SeveralRegions(regions.iter().map(Uuid::to_string).collect())),
+            _ => {
+                let names: Vec<String> = media.iter().map(|medium| medium.name()).collect();
+                return Err(RestoreError::Nothing(names.join(", ")));
+            }
+        };
+        scans.retain(|(_, of, _)| of.region == *region.as_bytes());
+        // Of several topics that had a slot one after another, the last.
+        let mut newest: BTreeMap<u32, u32> = BTreeMap::new();
+        for (_, of, _) in &scans {
+            let known = newest.entry(of.topic.id).or_default();
+            *known = (*known).max(of.topic.incarnation);
+        }
+        let mut topics = Vec::new();
+        for (id, incarnation) in newest {
+            let of_topic = scans.iter().filter(|(_, of, _)| (of.topic.id, of.topic.incarnation) == (id, incarnation));
+            let mut streams: BTreeMap<u32, Vec<(usize, &Scan)>> = BTreeMap::new();
+            let mut config = None;
+            for (medium, of, scan) in of_topic {
+                streams.entry(of.stream).or_default().push((*medium, scan));
+                config = Some(of.topic.clone());
+            }
+            let Some(config) = config else { continue };
+            let mut topic = TopicPlan { config, streams: Vec::new(), lost: Vec::new(), unacknowledged: 0 };
+            for (stream, copies) in streams {
+                topic.add_stream(&media, stream, &copies)?;
+            }
+            topics.push(topic);
+        }
+        Ok(Self { media, region, topics, damage })
+    }
+
+    /// The offsets that are lost, in words; `None` when none are.
+    #[must_use]
+    pub fn losses(&self) -> Option<String> {
+        let lines: Vec<String> = self.topics.iter().flat_map(TopicPlan::losses).collect();
+        (!lines.is_empty()).then(|| lines.join("\n"))
+    }
+
+    /// Writes the topics into an empty region. `progress` is told the bytes of each batch.
+    ///
+    /// # Errors
+    /// [`RestoreError`]. What was begun is of no use then: make the region anew.
+    pub fn write<F: CoherentFabric>(
+        &self,
+        region: &Region<F>,
+        mut progress: impl FnMut(u64),
+    ) -> Result<(), RestoreError> {
+        let geometry = region.geometry();
+        if read_headship(region).is_some() || (0..geometry.max_topics).any(|id| read_topic(region, id).is_some()) {
+            return Err(RestoreError::NotEmpty);
+        }
+        let mut next_slot = 0;
+        for topic in &self.topics {
+            let (found, needed) = (geometry.max_topics, topic.config.id + 1);
+            if needed > found {
+                return Err(RestoreError::Geometry { what: "topics", found, needed });
+            }
+            topic.write(region, &self.media, &mut next_slot, &mut progress)?;
+        }
+        Ok(())
+    }
+}
+
+impl TopicPlan {
+    fn losses(&self) -> impl Iterator<Item = String> {
+        self.lost.iter().map(|(stream, offsets)| {
+            let stream = if *stream == StreamId::GLOBAL { String::new() } else { format!(" of broker {stream}") };
+            format!("topic {}{stream}: offsets {} to {}", self.config.name, offsets.start, offsets.end - 1)
+        })
+    }
+
+    fn add_stream(
+        &mut self,
+        media: &[Box<dyn Medium>],
+        stream: u32,
+        copies: &[(usize, &Scan)],
+    ) -> Result<(), RestoreError> {
+        let mut known: BTreeMap<u64, Copy> = BTreeMap::new();
+        for (medium, scan) in copies {
+            for batch in scan.batches(&*media[*medium])? {
+                known.entry(batch.record.position).or_insert((*medium, batch));
+            }
+        }
+        let durable = copies.iter().map(|(_, scan)| scan.durable_through()).max().unwrap_or(0);
+        let mut batches: Vec<Copy> = Vec::new();
+        for (position, copy) in known {
+            let end = |(_, last): &Copy| {
+                let record = &last.record;
+                (record.position + 1, record.first_offset + u64::from(record.message_count))
+            };
+            match batches.last().map(end) {
+                Some((due, offset)) if due < position => {
+                    if due >= durable {
+                        self.unacknowledged += 1;
+                        continue;
+                    }
+                    self.lost.push((stream, offset..copy.1.record.first_offset));
+                    batches.clear();
+                }
+                _ => {}
+            }
+            batches.push(copy);
+        }
+        self.streams.push(StreamPlan { stream, batches });
+        Ok(())
+    }
+
+    fn write<F: CoherentFabric>(
+        &self,
+        region: &Region<F>,
+        media: &[Box<dyn Medium>],
+        next_slot: &mut u32,
+        progress: &mut impl FnMut(u64),
+    ) -> Result<(), RestoreError> {
+        let TopicConfig { id, incarnation, .. } = self.config;
+        let brokers = region.geometry().max_brokers;
+        let mut logs: BTreeMap<u32, Blog<F>> = BTreeMap::new();
+        // By client: its row in the session table, and its last batches.
+        let mut sessions: BTreeMap<u64, (u32, Vec<CommitRecord>)> = BTreeMap::new();
+        let mut bytes = Vec::new();
+        for plan in &self.streams {
+            let of_broker = if plan.stream == StreamId::GLOBAL { 0 } else { plan.stream };
+            let needed = plan.batches.iter().map(|(_, batch)| batch.record.source + 1).max().unwrap_or(0);
+            let needed = needed.max(of_broker + 1);
+            if needed > brokers {
+                return Err(RestoreError::Geometry { what: "brokers", found: brokers, needed });
+            }
+            let stream = StreamId { topic: id, stream: plan.stream };
+            let mut index =
+                OrderIndexWriter::open(region.clone(), stream, incarnation, 0, allocator(region, of_broker));
+            if let Some((_, first)) = plan.batches.first() {
+                index.begin_at(first.record.first_offset);
+            }
+            for (medium, batch) in &plan.batches {
+                read_batch(&*media[*medium], batch, &mut bytes)?;
+                let record = &batch.record;
+                let failed =
+                    |source| RestoreError::Batch { topic: self.config.name.clone(), position: record.position, source };
+                let header: BatchHeader =
+                    bytes.get(..FRAME_BYTES).map_or(BatchHeader::zeroed(), bytemuck::pod_read_unaligned);
+                header.check(bytes.len() as u64).map_err(failed)?;
+                index.make_room()?;
+                let log = match logs.entry(record.source) {
+                    Entry::Occupied(log) => log.into_mut(),
+                    Entry::Vacant(place) => {
+                        let pool = allocator(region, record.source);
+                        place.insert(Blog::new(region.clone(), id, incarnation, record.source, 0, pool))
+                    }
+                };
+                let at = log.reserve(bytes.len() as u64)?;
+                region.fabric().write_bytes(at, &bytes);
+                region.fabric().flush(at, bytes.len() as u64, Site::PayloadFlush);
+                log.settle(at);
+                let position = index.next();
+                let first_offset = index.append(IndexEntry {
+                    location: at.0,
+                    client_id: header.client_id,
+                    sequence: header.sequence,
+                    ordered_us: record.ordered_us,
+                    bytes: record.bytes,
+                    message_count: record.message_count,
+                    session_epoch: header.session_epoch,
+                    sequencer_epoch: record.sequencer_epoch,
+                    broker: record.source as u8,
+                    replicas: 1,
+                    ..IndexEntry::zeroed()
+                });
+                if self.config.order.is_global() {
+                    let commit = CommitRecord {
+                        first_offset,
+                        position,
+                        broker: record.source,
+                        session_epoch: header.session_epoch,
+                        tag: header.sequence + 1,
+                    };
+                    let (row, newest) = sessions.entry(header.client_id).or_default();
+                    if *row != header.session_slot {
+                        // It lost its row, and its numbers began anew in another.
+                        newest.clear();
+                        *row = header.session_slot;
+                    }
+                    newest.push(commit);
+                    if newest.len() as u64 > 2 * SESSION_WINDOW {
+                        newest.drain(..SESSION_WINDOW as usize);
+                    }
+                }
+                progress(u64::from(record.bytes));
+                if (position + 1).is_multiple_of(GROUP) {
+                    index.write_back_entries();
+                    index.publish_tail(0);
+                }
+            }
+            index.write_back_entries();
+            index.publish_tail(0);
+            region.fabric().fence(Site::TailFlush);
+        }
+        for (client_id, (_, commits)) in sessions {
+            let (found, needed) = (region.geometry().max_sessions, *next_slot + 1);
+            if needed > found {
+                return Err(RestoreError::Geometry { what: "sessions", found, needed });
+            }
+            self.write_session(region, *next_slot, client_id, &commits);
+            *next_slot += 1;
+        }
+        publish_topic(region, &self.config);
+        Ok(())
+    }
+
+    /// A session of which these were the last batches to be ordered. It is fenced: its client opens the next epoch, and
+    /// hears what is committed.
+    fn write_session<F: Fabric>(&self, region: &Region<F>, slot: u32, client_id: u64, commits: &[CommitRecord]) {
+        let committed: BTreeMap<u64, &CommitRecord> = commits.iter().map(|record| (record.tag - 1, record)).collect();
+        let epoch = commits.iter().map(|record| record.session_epoch).max().unwrap_or(0);
+        let newest = committed.last_key_value().map_or(0, |(sequence, _)| *sequence);
+        let oldest = committed.first_key_value().map_or(0, |(sequence, _)| *sequence);
+        let expected = if self.config.order == Order::Strong {
+            newest + 1
+        } else {
+            // In total order batches commit out of turn; the window before the newest is all that can be open.
+            let from = oldest.max((newest + 1).saturating_sub(SESSION_WINDOW));
+            (from..).find(|sequence| !committed.contains_key(sequence)).unwrap_or(newest + 1)
+        };
+        for record in committed.range((newest + 1).saturating_sub(SESSION_WINDOW)..).map(|(_, record)| record) {
+            store_commit(region, slot, record, expected);
+            flush_commit(region, slot, record.tag - 1);
+        }
+        region.fabric().fence(Site::RecordFlush);
+        let TopicConfig { id: topic, incarnation: topic_incarnation, ack_level, .. } = self.config;
+        let state = SessionState::Fenced;
+        publish_session(
+            region,
+            &Session { slot, client_id, epoch, state, topic, topic_incarnation, committed: expected, ack_level },
+        );
+    }
+}
+
+/// The allocator by which `broker` would take segments.
+fn allocator<F: CoherentFabric>(region: &Region<F>, broker: u32) -> Arc<dyn SegmentAllocator> {
+    match region.geometry().allocator {
+        AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
+        AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
+        AllocatorKind::Leader => Arc::new(PartitionAllocator::of_leader(region.clone())),
+    }
+}

@@ -1,0 +1,569 @@
+//! The replica of one stream of a topic: files of groups, verified when they are opened.
+
+use super::format::{
+    BLOCK, FormatError, GROUP_RECORDS, GroupHeader, Identity, Record, check_batch, check_group, parse_group, peek_group,
+};
+use super::medium::{Medium, MediumFile};
+use embarcadero_datapath::buffer::Buffer;
+use rangemap::RangeSet;
+use std::io;
+use std::ops::Range;
+
+/// Why a replica cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The disk.
+    #[error("cannot {action} {file} in {medium}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On which file.
+        file: String,
+        /// Where.
+        medium: String,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The files are another topic's, or another region's.
+    #[error("{file} in {medium} belongs to another topic, or to another region")]
+    Foreign {
+        /// Which file.
+        file: String,
+        /// Where.
+        medium: String,
+    },
+    /// What should be copied is not there.
+    #[error("the region cannot be copied: {0}")]
+    Memory(String),
+    /// It failed before: what the disk holds is not known any more.
+    #[error("the replica in {medium} failed before and takes no more")]
+    Failed {
+        /// Where.
+        medium: String,
+    },
+    /// What a file held when it was opened is not there any more.
+    #[error("{file} in {medium}: {source}")]
+    Damaged {
+        /// Which file.
+        file: String,
+        /// Where.
+        medium: String,
+        /// What is wrong.
+        source: FormatError,
+    },
+}
+
+/// Bytes of a replica file that are not what was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// File.
+    pub file: String,
+    /// Bytes of it.
+    pub bytes: Range<u64>,
+    /// Positions that they may have covered; empty for a write that was cut short, which nothing was promised about.
+    pub positions: Range<u64>,
+}
+
+impl std::fmt::Display for Damage {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { file, bytes, positions } = self;
+        write!(formatter, "{file}, bytes {} to {}: ", bytes.start, bytes.end)?;
+        if positions.is_empty() {
+            write!(formatter, "a write that was cut short")
+        } else {
+            write!(formatter, "damaged; it held positions within {} to {}", positions.start, positions.end)
+        }
+    }
+}
+
+/// Where a group lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    from: u64,
+    through: u64,
+    sources: u32,
+    at: u64,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct Filed {
+    number: u64,
+    bytes: u64,
+    groups: Vec<Place>,
+}
+
+fn file_name(number: u64) -> String {
+    format!("{number:010}.replica")
+}
+
+fn file_number(name: &str) -> Option<u64> {
+    name.strip_suffix(".replica").filter(|number| number.len() == 10)?.parse().ok()
+}
+
+/// What the files of a stream hold.
+pub struct Scan {
+    /// What they say that they belong to; `None` when there is no file.
+    pub identity: Option<Identity>,
+    files: Vec<Filed>,
+    durable_through: u64,
+    /// What is wrong with them.
+    pub damage: Vec<Damage>,
+}
+
+fn io_error(medium: &dyn Medium, action: &'static str, file: &str) -> impl Fn(io::Error) -> StoreError {
+    let (file, medium) = (file.to_owned(), medium.name());
+    move |source| StoreError::Io { action, file: file.clone(), medium: medium.clone(), source }
+}
+
+/// Reads and verifies every file, changing none.
+///
+/// # Errors
+/// The disk's. Damage is none: it is reported in the result.
+pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
+    let names = medium.list().map_err(io_error(medium, "list", "files"))?;
+    let mut numbers: Vec<u64> = names.iter().filter_map(|name| file_number(name)).collect();
+    numbers.sort_unstable();
+    let mut scan = Scan { identity: None, files: Vec::new(), durable_through: 0, damage: Vec::new() };
+    let mut bytes = Vec::new();
+    for number in numbers {
+        let name = file_name(number);
+        let failed = |action| io_error(medium, action, &name);
+        let file = medium.open(&name).map_err(failed("open"))?;
+        let len = file.bytes().map_err(failed("size"))?;
+        let mut filed = Filed { number, bytes: len, groups: Vec::new() };
+        bytes.resize(BLOCK.min(len as usize), 0);
+        file.read(0, &mut bytes).map_err(failed("read"))?;
+        // The header says nothing that the other files of the directory do not say.
+        if let Ok((identity, _)) = Identity::parse(&bytes) {
+            scan.identity.get_or_insert(identity);
+        } else {
+            let cut = 0..(BLOCK as u64).min(len);
+            scan.damage.push(Damage { file: name.clone(), bytes: cut, positions: 0..0 });
+        }
+        let mut at = BLOCK as u64;
+        // Where damage began that no group has followed yet.
+        let mut damaged: Option<u64> = None;
+        while at < len {
+            let group = read_group(&*file, at, len, &mut bytes).map_err(failed("read"))?;
+            let Some((header, whole)) = group else {
+                damaged.get_or_insert(at);
+                at += BLOCK as u64;
+                continue;
+            };
+            if !whole {
+                damaged.get_or_insert(at);
+                at += header.bytes;
+                continue;
+            }
+            if let Some(begun) = damaged.take() {
+                let from = filed.groups.last().map_or(0, |before| before.through);
+                // Groups are not in order of position where gaps were filled: then all that is known is the end.
+                let positions = if from < header.from { from..header.from } else { 0..header.from };
+                scan.damage.push(Damage { file: name.clone(), bytes: begun..at, positions });
+            }
+            let GroupHeader { from, through, bytes, sources, durable_through, .. } = header;
+            scan.durable_through = scan.durable_through.max(durable_through);
+            filed.groups.push(Place { from, through, sources, at, bytes });
+            at += bytes;
+        }
+        if let Some(begun) = damaged {
+            filed.bytes = begun;
+            scan.damage.push(Damage { file: name, bytes: begun..len, positions: 0..0 });
+        }
+        scan.files.push(filed);
+    }
+    Ok(scan)
+}
+
+/// Reads the group at `at`: its header if that holds, and whether the rest does.
+fn read_group(
+    file: &dyn MediumFile,
+    at: u64,
+    len: u64,
+    bytes: &mut Vec<u8>,
+) -> io::Result<Option<(GroupHeader, bool)>> {
+    bytes.resize(BLOCK.min((len - at) as usize), 0);
+    file.read(at, bytes)?;
+    let Ok(header) = peek_group(bytes) else { return Ok(None) };
+    if header.bytes > len - at {
+        return Ok(None);
+    }
+    bytes.resize(header.bytes as usize, 0);
+    file.read(at, bytes)?;
+    // A header that does not hold says nothing, not even where the next group begins.
+    Ok(parse_group(bytes).ok().map(|_| (header, check_group(bytes).is_ok())))
+}
+
+/// How a replica uses its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StoreOptions {
+    /// A file that has this many bytes is followed by the next.
+    pub file_bytes: u64,
+    /// Bytes that are kept of a stream; 0 keeps everything until the topic is deleted.
+    pub retention_bytes: u64,
+}
+
+/// The replica of one stream.
+pub struct StreamLog {
+    medium: Box<dyn Medium>,
+    identity: Identity,
+    options: StoreOptions,
+    files: Vec<Filed>,
+    writer: Option<Box<dyn MediumFile>>,
+    /// Positions of which each source's batches are here.
+    covered: Vec<RangeSet<u64>>,
+    failed: bool,
+}
+
+impl StreamLog {
+    /// Opens what `medium` holds of a stream: verifies it, and cuts off what a crash left half written. Returns what was
+    /// damaged as well.
+    ///
+    /// # Errors
+    /// The disk's, and [`StoreError::Foreign`].
+    pub fn open(
+        medium: Box<dyn Medium>,
+        identity: Identity,
+        max_brokers: u32,
+        options: StoreOptions,
+    ) -> Result<(Self, Vec<Damage>), StoreError> {
+        for name in medium.list().map_err(io_error(&*medium, "list", "files"))? {
+            let settled = medium.open(&name).and_then(|mut file| file.settle());
+            settled.map_err(io_error(&*medium, "make durable", &name))?;
+        }
+        let Scan { identity: found, files, damage, .. } = scan(&*medium)?;
+        let same = |found: &Identity| {
+            let key = |of: &Identity| (of.region, of.topic.id, of.topic.incarnation, of.stream);
+            key(found) == key(&identity)
+        };
+        if let (Some(found), Some(first)) = (&found, files.first())
+            && !same(found)
+        {
+            return Err(StoreError::Foreign { file: file_name(first.number), medium: medium.name() });
+        }
+        for torn in damage.iter().filter(|damage| damage.positions.is_empty() && damage.bytes.start > 0) {
+            let failed = |action| io_error(&*medium, action, &torn.file);
+            let mut file = medium.open(&torn.file).map_err(failed("open"))?;
+            file.truncate(torn.bytes.start).map_err(failed("truncate"))?;
+        }
+        let covered = vec![RangeSet::new(); max_brokers as usize];
+        let mut log = Self { medium, identity, options, files, writer: None, covered, failed: false };
+        for index in 0..log.files.len() {
+            for group in log.files[index].groups.clone() {
+                log.cover(group.sources, group.from..group.through);
+            }
+        }
+        Ok((log, damage))
+    }
+
+    /// Notes that the batches of `sources` at these positions are here, or that there are none.
+    pub fn cover(&mut self, sources: u32, positions: Range<u64>) {
+        for (source, covered) in self.covered.iter_mut().enumerate() {
+            if sources & (1 << source) != 0 && !positions.is_empty() {
+                covered.insert(positions.clone());
+            }
+        }
+    }
+
+    /// First position from `from` on of which the batches of `source` may be missing.
+    #[must_use]
+    pub fn missing(&self, source: u32, from: u64) -> u64 {
+        self.covered.get(source as usize).and_then(|covered| covered.get(&from)).map_or(from, |range| range.end)
+    }
+
+    /// First position after `from`, which is missing, of which the batches of `source` are here.
+    #[must_use]
+    pub fn missing_until(&self, source: u32, from: u64) -> u64 {
+        let covered = self.covered.get(source as usize);
+        covered.and_then(|covered| covered.overlapping(from..u64::MAX).next()).map_or(u64::MAX, |range| range.start)
+    }
+
+    /// Writes a group and makes it durable. After an error it takes no more: what an `fdatasync` that failed left behind
+    /// is not known (fsync(2); Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn append(&mut self, header: &GroupHeader, group: &Buffer) -> Result<(), StoreError> {
+        if self.failed {
+            return Err(StoreError::Failed { medium: self.medium.name() });
+        }
+        self.failed = true;
+        let full = |file: &Filed| file.bytes + header.bytes > self.options.file_bytes && !file.groups.is_empty();
+        let next = match (&self.writer, self.files.last()) {
+            (Some(_), Some(file)) if !full(file) => None,
+            (_, last) => Some(last.map_or(0, |last| last.number + 1)),
+        };
+        if let Some(number) = next {
+            self.begin(number)?;
+        }
+        let (Some(file), Some(writer)) = (self.files.last_mut(), &mut self.writer) else {
+            return Err(StoreError::Failed { medium: self.medium.name() });
+        };
+        let name = file_name(file.number);
+        let failed = |action| io_error(&*self.medium, action, &name);
+        writer.write(file.bytes, group).map_err(failed("write"))?;
+        writer.sync().map_err(failed("make durable"))?;
+        let GroupHeader { from, through, bytes, sources, .. } = *header;
+        file.groups.push(Place { from, through, sources, at: file.bytes, bytes });
+        file.bytes += bytes;
+        self.cover(sources, from..through);
+        self.failed = false;
+        Ok(())
+    }
+
+    fn begin(&mut self, number: u64) -> Result<(), StoreError> {
+        let name = file_name(number);
+        let failed = |action| io_error(&*self.medium, action, &name);
+        let mut file = self.medium.create(&name).map_err(failed("create"))?;
+        let block = self.identity.encode(number);
+        let mut buffer = Buffer::new(BLOCK).map_err(failed("buffer"))?;
+        buffer.extend_from_slice(&block);
+        file.write(0, &buffer).map_err(failed("write"))?;
+        self.files.push(Filed { number, bytes: BLOCK as u64, groups: Vec::new() });
+        self.writer = Some(file);
+        self.retain()
+    }
+
+    /// Removes the oldest files while there are more bytes than are kept.
+    fn retain(&mut self) -> Result<(), StoreError> {
+        if self.options.retention_bytes == 0 {
+            return Ok(());
+        }
+        let mut total: u64 = self.files.iter().map(|file| file.bytes).sum();
+        while self.files.len() > 1 && total > self.options.retention_bytes {
+            let file = self.files.remove(0);
+            total -= file.bytes;
+            let name = file_name(file.number);
+            self.medium.remove(&name).map_err(io_error(&*self.medium, "remove", &name))?;
+        }
+        Ok(())
+    }
+
+    /// Removes every file: the topic is gone.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn destroy(&mut self) -> Result<(), StoreError> {
+        self.writer = None;
+        for file in std::mem::take(&mut self.files) {
+            let name = file_name(file.number);
+            self.medium.remove(&name).map_err(io_error(&*self.medium, "remove", &name))?;
+        }
+        Ok(())
+    }
+}
+
+/// A batch in a replica file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located {
+    /// Number of the file.
+    file: u64,
+    /// Where the batch begins in it.
+    at: u64,
+    /// What is known of it.
+    pub record: Record,
+}
+
+impl Scan {
+    /// Every batch, in the order in which it was written.
+    ///
+    /// # Errors
+    /// The disk's, or a file changed since the scan.
+    pub fn batches(&self, medium: &dyn Medium) -> Result<Vec<Located>, StoreError> {
+        let mut found = Vec::new();
+        let mut bytes = Vec::new();
+        for filed in &self.files {
+            let name = file_name(filed.number);
+            let failed = |action| io_error(medium, action, &name);
+            let file = medium.open(&name).map_err(failed("open"))?;
+            for group in &filed.groups {
+                bytes.resize(group.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize, 0);
+                file.read(group.at, &mut bytes).map_err(failed("read"))?;
+                let damaged = |source| StoreError::Damaged { file: name.clone(), medium: medium.name(), source };
+                let (_, records) = parse_group(&bytes).map_err(damaged)?;
+                let locate = |record: Record| Located { file: filed.number, at: group.at + record.at, record };
+                found.extend(records.into_iter().map(locate));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Highest position below which batches were known to be on as many disks as the topic asks for.
+    #[must_use]
+    pub fn durable_through(&self) -> u64 {
+        self.durable_through
+    }
+}
+
+/// Reads a batch.
+///
+/// # Errors
+/// The disk's, or the file changed since it was scanned.
+pub fn read_batch(medium: &dyn Medium, batch: &Located, into: &mut Vec<u8>) -> Result<(), StoreError> {
+    let name = file_name(batch.file);
+    into.resize(batch.record.bytes as usize, 0);
+    let read = medium.open(&name).and_then(|file| file.read(batch.at, into));
+    read.map_err(io_error(medium, "read", &name))?;
+    let damaged = |source| StoreError::Damaged { file: name.clone(), medium: medium.name(), source };
+    check_batch(&batch.record, into).map_err(damaged)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::format::{Indexed, group_bytes, write_group};
+    use super::super::medium::{Fault, SimulatedMedium};
+    use super::*;
+    use bytemuck::Zeroable;
+    use embarcadero_datapath::cxl::layout::IndexEntry;
+    use embarcadero_datapath::cxl::tables::{Order, TopicConfig, TopicState};
+    use proptest::prelude::*;
+
+    const OPTIONS: StoreOptions = StoreOptions { file_bytes: 40_000, retention_bytes: 0 };
+
+    fn identity() -> Identity {
+        let topic = TopicConfig {
+            id: 1,
+            incarnation: 2,
+            state: TopicState::Live,
+            name: "t".to_owned(),
+            order: Order::Strong,
+            ack_level: 2,
+            replication_factor: 2,
+            retention_bytes: 0,
+            retention_ms: 0,
+            created_ms: 0,
+        };
+        Identity { region: [1; 16], topic, stream: u32::MAX }
+    }
+
+    fn open(medium: &SimulatedMedium) -> (StreamLog, Vec<Damage>) {
+        StreamLog::open(Box::new(medium.clone()), identity(), 2, OPTIONS).unwrap()
+    }
+
+    /// A group of one batch of source 0 at `position`, filled with its number.
+    fn append(log: &mut StreamLog, position: u64, bytes: u32) -> Result<(), StoreError> {
+        let entry = IndexEntry { bytes, first_offset: position, message_count: 1, ..IndexEntry::zeroed() };
+        let batches: [Indexed; 1] = [(position, entry)];
+        let mut group = Buffer::zeroed(group_bytes(&batches) as usize).unwrap();
+        write_group(&mut group, position..position + 1, 1, 0, &batches, |_, into| into.fill(position as u8));
+        log.append(&peek_group(&group).unwrap(), &group)
+    }
+
+    fn positions(medium: &SimulatedMedium) -> Vec<u64> {
+        let mut bytes = Vec::new();
+        let found = scan(medium).unwrap().batches(medium).unwrap();
+        for batch in &found {
+            read_batch(medium, batch, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == batch.record.position as u8));
+        }
+        found.iter().map(|batch| batch.record.position).collect()
+    }
+
+    #[test]
+    fn what_was_appended_is_there_again_and_gaps_are_known() {
+        let medium = SimulatedMedium::default();
+        let (mut log, damage) = open(&medium);
+        assert_eq!(damage, []);
+        for position in [0, 1, 2, 5, 6] {
+            append(&mut log, position, 9000).unwrap();
+        }
+        log.cover(1, 9..12);
+        assert_eq!((log.missing(0, 0), log.missing_until(0, 3), log.missing(0, 5)), (3, 5, 7));
+        assert_eq!((log.missing(0, 9), log.missing_until(0, 12), log.missing(1, 0)), (12, u64::MAX, 0));
+        drop(log);
+        let (mut log, damage) = open(&medium);
+        assert_eq!((damage, positions(&medium)), (vec![], vec![0, 1, 2, 5, 6]));
+        // What is known to be empty is not written down.
+        assert_eq!((log.missing(0, 5), log.missing(0, 9)), (7, 9));
+        assert!(medium.list().unwrap().len() > 1);
+        log.destroy().unwrap();
+        assert_eq!(medium.list().unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn old_files_go_when_there_is_too_much() {
+        let medium = SimulatedMedium::default();
+        let options = StoreOptions { retention_bytes: 100_000, ..OPTIONS };
+        let (mut log, _) = StreamLog::open(Box::new(medium.clone()), identity(), 2, options).unwrap();
+        for position in 0..40 {
+            append(&mut log, position, 9000).unwrap();
+        }
+        let kept = positions(&medium);
+        assert!(kept[0] > 20 && kept.ends_with(&[38, 39]), "{kept:?}");
+    }
+
+    #[test]
+    fn another_topics_files_are_refused() {
+        let medium = SimulatedMedium::default();
+        append(&mut open(&medium).0, 0, 100).unwrap();
+        let mut other = identity();
+        other.topic.incarnation = 3;
+        let refused = StreamLog::open(Box::new(medium), other, 2, OPTIONS);
+        assert!(matches!(refused, Err(StoreError::Foreign { .. })));
+    }
+
+    #[test]
+    fn after_a_disk_error_nothing_is_taken_and_nothing_is_claimed() {
+        for fault in [Fault::Full, Fault::Write, Fault::Sync] {
+            let medium = SimulatedMedium::default();
+            let (mut log, _) = open(&medium);
+            append(&mut log, 0, 100).unwrap();
+            medium.set_fault(fault);
+            assert!(matches!(append(&mut log, 1, 100), Err(StoreError::Io { .. })), "{fault:?}");
+            assert_eq!(log.missing(0, 0), 1);
+            medium.set_fault(Fault::None);
+            assert!(matches!(append(&mut log, 1, 100), Err(StoreError::Failed { .. })), "{fault:?}");
+        }
+    }
+
+    #[test]
+    fn damage_in_the_middle_is_reported_with_its_positions_and_the_rest_stays() {
+        let medium = SimulatedMedium::default();
+        let (mut log, _) = open(&medium);
+        (0..4).for_each(|position| append(&mut log, position, 5000).unwrap());
+        // Headers and batch of the group of position 1: two blocks, after the file's header and the first group.
+        for damaged in [3 * BLOCK, 3 * BLOCK + 5000] {
+            medium.damage("0000000000.replica", |bytes| bytes[damaged] ^= 1);
+            let (log, damage) = open(&medium);
+            assert_eq!(damage.len(), 1);
+            assert_eq!(damage[0].positions, 1..2, "{}", damage[0]);
+            assert_eq!((log.missing(0, 0), log.missing(0, 2), positions(&medium)), (1, 4, vec![0, 2, 3]));
+            medium.damage("0000000000.replica", |bytes| bytes[damaged] ^= 1);
+        }
+        assert_eq!(positions(&medium), [0, 1, 2, 3]);
+    }
+
+    proptest! {
+        /// Whatever the disk keeps of what it was not told to keep: all that was promised is there, and nothing else.
+        #[test]
+        fn a_power_failure_costs_only_what_was_not_promised(
+            promised in 0u64..12, unsynced in 0u64..2, power: bool, kept in prop::collection::vec(any::<bool>(), 0..64),
+        ) {
+            let medium = SimulatedMedium::default();
+            let (mut log, _) = open(&medium);
+            for position in 0..promised {
+                append(&mut log, position, 7000).unwrap();
+            }
+            medium.set_fault(Fault::Sync);
+            for position in promised..promised + unsynced {
+                prop_assert!(append(&mut log, position, 7000).is_err());
+            }
+            medium.set_fault(Fault::None);
+            let mut kept = kept.into_iter();
+            if power {
+                medium.lose_power(|| kept.next().unwrap_or(false));
+            }
+            let (mut log, _) = open(&medium);
+            // What it claims from now on survives the next failure.
+            medium.lose_power(|| false);
+            let found = positions(&medium);
+            prop_assert!(found.len() as u64 >= promised && found.len() as u64 <= promised + unsynced);
+            prop_assert_eq!(found, (0..log.missing(0, 0)).collect::<Vec<_>>());
+            // It goes on where it stopped, and reads as one.
+            let next = log.missing(0, 0);
+            append(&mut log, next, 3000).unwrap();
+            prop_assert_eq!(positions(&medium), (0..=next).collect::<Vec<_>>());
+        }
+    }
+}

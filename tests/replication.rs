@@ -1,0 +1,217 @@
+//! Promise: what was acknowledged at level 2 is on as many disks as the topic asks for, whatever dies afterwards.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
+
+mod support;
+
+use embarcadero_client::{Client, ClientConfig, Order, Publisher, TopicOptions};
+use std::path::{Path, PathBuf};
+use support::{Cluster, assert_exactly_once, eventually, history, message, parse, run};
+use tempfile::TempDir;
+
+const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
+const PATH: &str = "EMBARCADERO_BROKER_REPLICA__PATH";
+
+/// Brokers that replicate below `disk`, each by its id, and notice soon that another died.
+fn start(brokers: u32, disk: &TempDir) -> Cluster {
+    let path = disk.path().to_str().unwrap();
+    Cluster::start(brokers, REGION, &[(PATH, path), ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")])
+}
+
+fn client(cluster: &Cluster, ack_level: u8) -> Client {
+    let config = ClientConfig { ack_level, batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() };
+    Client::connect(config).unwrap()
+}
+
+fn replicated(order: Order, replication_factor: u8) -> TopicOptions {
+    TopicOptions { order, ack_level: 2, replication_factor, ..TopicOptions::default() }
+}
+
+fn publish(publisher: &Publisher, numbers: std::ops::Range<u64>) {
+    for number in numbers {
+        publisher.publish_wait(&message(0, number)).unwrap();
+    }
+}
+
+/// The directory in which a broker keeps its replicas.
+fn replica_of(disk: &TempDir, broker: u32) -> PathBuf {
+    let region = std::fs::read_dir(disk.path()).unwrap().next().unwrap().unwrap().path();
+    region.join(format!("replica-{broker}"))
+}
+
+fn files(below: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for entry in std::fs::read_dir(below).unwrap().map(|entry| entry.unwrap().path()) {
+        found.extend(if entry.is_dir() { files(&entry) } else { vec![entry] });
+    }
+    found.sort();
+    found
+}
+
+/// What could be rebuilt from these directories.
+fn held(from: &[&Path]) -> Result<String, String> {
+    let from: Vec<&str> = from.iter().map(|path| path.to_str().unwrap()).collect();
+    let said = run(&[&["region", "restore", "--dry-run", "--from"], from.as_slice()].concat());
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if said.status.success() { Ok(text(&said.stdout)) } else { Err(text(&said.stderr)) }
+}
+
+/// Kills every broker and removes the region; then rebuilds it from what `from` holds, and starts other brokers on it.
+fn after_losing_everything_but(cluster: &mut Cluster, from: &[&Path]) {
+    cluster.brokers.iter_mut().for_each(support::Broker::kill);
+    let brokers = std::mem::take(&mut cluster.brokers).len();
+    std::fs::remove_file(&cluster.region).unwrap();
+    let path = cluster.region.to_str().unwrap();
+    assert!(run(&[&["region", "create", "--path", path], REGION].concat()).status.success());
+    let from: Vec<&str> = from.iter().map(|path| path.to_str().unwrap()).collect();
+    let restored = run(&[&["region", "restore", "--path", path, "--from"], from.as_slice()].concat());
+    assert!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
+    for _ in 0..brokers {
+        cluster.add(&[]);
+    }
+    cluster.await_brokers(brokers);
+}
+
+#[test]
+fn all_that_was_acknowledged_survives_the_loss_of_everything_but_one_disk() {
+    const COUNT: u64 = 3000;
+    let disk = tempfile::tempdir().unwrap();
+    let mut cluster = start(3, &disk);
+    let publishing = client(&cluster, 2);
+    let topics = [("s", Order::Strong), ("t", Order::Total), ("b", Order::Broker), ("n", Order::None)];
+    let mut publishers = Vec::new();
+    for (topic, order) in topics {
+        publishing.create_topic(topic, replicated(order, 5)).unwrap_err();
+        publishing.create_topic(topic, replicated(order, 3)).unwrap();
+        let publisher = publishing.publisher(topic).unwrap();
+        publish(&publisher, 0..COUNT);
+        publisher.flush().unwrap();
+        publishers.push(publisher);
+    }
+    drop(publishers);
+    let before = history(&client(&cluster, 1), "s");
+    // With a replication factor of 3, each of three brokers' batches is on the other two: any two hold everything.
+    let (one, other) = (replica_of(&disk, 0), replica_of(&disk, 2));
+    after_losing_everything_but(&mut cluster, &[&one, &other]);
+    let reading = client(&cluster, 1);
+    assert_eq!(history(&reading, "s"), before, "the order changed");
+    assert_exactly_once(&before[&0], COUNT);
+    for (topic, _) in &topics[1..] {
+        let mut numbers: Vec<u64> = Vec::new();
+        let mut subscriber = reading.subscriber(topic, embarcadero_client::Start::Earliest).unwrap();
+        subscriber.drain(|message| numbers.push(parse(message.payload).1)).unwrap();
+        numbers.sort_unstable();
+        numbers.dedup();
+        assert_eq!(numbers, (0..COUNT).collect::<Vec<_>>(), "topic {topic}");
+    }
+    // It goes on where it was.
+    let publisher = client(&cluster, 2).publisher("s").unwrap();
+    publish(&publisher, COUNT..2 * COUNT);
+    publisher.flush().unwrap();
+    assert_exactly_once(&history(&reading, "s")[&0], 2 * COUNT);
+    for (topic, _) in topics {
+        cluster.assert_command(&["verify", topic]);
+    }
+}
+
+#[test]
+fn a_dead_replica_is_replaced_and_catches_up_when_it_returns() {
+    let disk = tempfile::tempdir().unwrap();
+    let mut cluster = start(4, &disk);
+    let publishing = client(&cluster, 2);
+    publishing.create_topic("t", replicated(Order::Strong, 3)).unwrap();
+    let publisher = publishing.publisher("t").unwrap();
+    publish(&publisher, 0..2000);
+    publisher.flush().unwrap();
+    let dead = cluster.brokers.iter().position(|broker| broker.id == 2).unwrap();
+    cluster.brokers[dead].kill();
+    publish(&publisher, 2000..6000);
+    publisher.flush().unwrap();
+    cluster.brokers.remove(dead);
+    cluster.add(&["--id", "2"]);
+    cluster.await_brokers(4);
+    publish(&publisher, 6000..8000);
+    publisher.flush().unwrap();
+    // Of the batches of brokers 0 and 1, brokers 0 and 2 have only what broker 2 has: also what came while it was away.
+    let (zero, two) = (replica_of(&disk, 0), replica_of(&disk, 2));
+    eventually("it has caught up", || held(&[&zero, &two]) == held(&[disk.path()]));
+    after_losing_everything_but(&mut cluster, &[&zero, &two]);
+    assert_exactly_once(&history(&client(&cluster, 1), "t")[&0], 8000);
+}
+
+#[test]
+fn without_enough_replicas_level_2_waits_and_level_1_goes_on() {
+    let disk = tempfile::tempdir().unwrap();
+    let mut cluster = start(2, &disk);
+    let (durable, visible) = (client(&cluster, 2), client(&cluster, 1));
+    durable.create_topic("t", replicated(Order::Strong, 3)).unwrap();
+    let dead = cluster.brokers.iter().position(|broker| broker.id == 1).unwrap();
+    cluster.brokers[dead].kill();
+    cluster.brokers.remove(dead);
+    cluster.await_brokers(1);
+    let waiting = durable.publisher("t").unwrap();
+    publish(&waiting, 0..100);
+    let going_on = visible.publisher("t").unwrap();
+    for number in 0..3000 {
+        going_on.publish_wait(&message(1, number)).unwrap();
+    }
+    going_on.flush().unwrap();
+    assert_eq!(waiting.stats().batches_acknowledged, 0);
+    cluster.add(&["--id", "1"]);
+    waiting.flush().unwrap();
+    assert!(waiting.stats().batches_acknowledged > 0);
+    let seen = history(&visible, "t");
+    assert_exactly_once(&seen[&0], 100);
+    assert_exactly_once(&seen[&1], 3000);
+}
+
+#[test]
+fn a_full_disk_fails_its_replica_and_nothing_that_was_acknowledged() {
+    let (disk, small) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let mut cluster = start(2, &disk);
+    let tmpfs = "mount -t tmpfs -o size=1m none \"$EMBARCADERO_BROKER_REPLICA__PATH\"; exec \"$@\"";
+    let path = format!("{PATH}={}", small.path().display());
+    cluster
+        .add_under(&["env", &path, "unshare", "--mount", "--map-root-user", "sh", "-ec", tmpfs, "sh"], &["--id", "2"]);
+    cluster.await_brokers(3);
+    let publishing = client(&cluster, 2);
+    publishing.create_topic("t", replicated(Order::Strong, 3)).unwrap();
+    let publisher = publishing.publisher("t").unwrap();
+    publish(&publisher, 0..10_000);
+    publisher.flush().unwrap();
+    let report = cluster.inspect();
+    let states: Vec<_> = report["brokers"].as_array().unwrap().iter().map(|broker| broker["replica"].clone()).collect();
+    assert_eq!(states, ["running", "running", "failed"]);
+    after_losing_everything_but(&mut cluster, &[disk.path()]);
+    assert_exactly_once(&history(&client(&cluster, 1), "t")[&0], 10_000);
+}
+
+#[test]
+fn damage_is_found_and_fetched_again() {
+    let disk = tempfile::tempdir().unwrap();
+    let mut cluster = start(1, &disk);
+    let publishing = client(&cluster, 2);
+    publishing.create_topic("t", replicated(Order::Strong, 2)).unwrap();
+    let publisher = publishing.publisher("t").unwrap();
+    for round in 0..20 {
+        publish(&publisher, round * 100..(round + 1) * 100);
+        publisher.flush().unwrap();
+    }
+    drop(publisher);
+    cluster.brokers[0].kill();
+    let file = files(disk.path()).pop().unwrap();
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0xff;
+    bytes.truncate(bytes.len() - 10_000);
+    std::fs::write(&file, bytes).unwrap();
+    assert!(held(&[disk.path()]).unwrap_err().contains("topic t: offsets "));
+    cluster.brokers.clear();
+    cluster.add(&[]);
+    eventually("the damaged batches are copied again", || held(&[disk.path()]).is_ok());
+    let publishing = client(&cluster, 2);
+    let publisher = publishing.publisher("t").unwrap();
+    publish(&publisher, 2000..2100);
+    publisher.flush().unwrap();
+    after_losing_everything_but(&mut cluster, &[disk.path()]);
+    assert_exactly_once(&history(&client(&cluster, 1), "t")[&0], 2100);
+}
