@@ -2,6 +2,7 @@
 
 mod ceiling;
 mod datapath;
+mod replication;
 mod report;
 mod sequencer;
 
@@ -42,6 +43,12 @@ pub struct BenchArgs {
     /// Acknowledgement level.
     #[arg(long, default_value_t = 1)]
     ack: u8,
+    /// Copies of each batch, the one in CXL memory included.
+    #[arg(long, default_value_t = 1)]
+    replication_factor: u8,
+    /// Directory in which brokers keep replicas, on the disk to be measured.
+    #[arg(long)]
+    replicas: Option<PathBuf>,
     /// Seconds a run.
     #[arg(long, default_value_t = 2.0)]
     seconds: f64,
@@ -72,6 +79,8 @@ pub enum BenchCommand {
     Sequencer(BenchArgs),
     /// CPU of an idle broker.
     Idle(BenchArgs),
+    /// Goodput with replication at levels 1 and 2, beside the disk's and that without.
+    Replication(BenchArgs),
     /// The transport alone and the whole publish path, by size.
     Datapath(DatapathArgs),
 }
@@ -83,6 +92,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::EndToEnd(args) => end_to_end(&args),
         BenchCommand::Sequencer(args) => sequencer::run(&args),
         BenchCommand::Idle(args) => idle(&args),
+        BenchCommand::Replication(args) => replication::run(&args),
         BenchCommand::Datapath(args) => datapath::run(&args),
     }
 }
@@ -99,7 +109,7 @@ impl BenchArgs {
     fn parameters(&self) -> serde_json::Value {
         json!({
             "transport": self.transport.name(), "brokers": self.brokers, "publishers": self.publishers, "message_bytes": self.message_bytes,
-            "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "seconds": self.seconds,
+            "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "replication_factor": self.replication_factor, "seconds": self.seconds,
             "checksum": self.checksum, "pinned": self.near_core().is_some(),
         })
     }
@@ -144,6 +154,7 @@ impl BenchArgs {
             config: None,
             transport: Some(self.transport),
             cores: self.far_cores(),
+            replicas: self.replicas.clone(),
             ready_file: None,
         })
     }
@@ -152,7 +163,8 @@ impl BenchArgs {
         let config = ClientConfig {
             ack_level: self.ack,
             batch_size: self.batch_size,
-            buffer_bytes: (self.batch_size * 16).max(1 << 20),
+            // A disk takes longer to answer: as much is under way as a session may have.
+            buffer_bytes: (self.batch_size * if self.ack > 1 { 128 } else { 16 }).max(1 << 20),
             batch_checksum: self.checksum,
             transport: self.transport.into(),
             ..ClientConfig::at(cluster.control())
@@ -163,7 +175,8 @@ impl BenchArgs {
     fn topic(&self, client: &Client, name: &str) -> Result<()> {
         let options = TopicOptions {
             order: self.order,
-            ack_level: 1,
+            ack_level: if self.replication_factor > 1 { 2 } else { 1 },
+            replication_factor: self.replication_factor,
             retention_bytes: match self.transport {
                 TransportArg::Tcp => RETENTION_BYTES,
                 TransportArg::Verbs => PINNED_RETENTION_BYTES,

@@ -41,6 +41,9 @@ pub struct ClusterArgs {
     /// Cores for the brokers' polling threads, in turn; the scheduler's choice if not given.
     #[arg(long, value_delimiter = ',')]
     pub cores: Vec<usize>,
+    /// Directory for the brokers' replicas; without it they replicate nothing (unless the configuration says so).
+    #[arg(long)]
+    pub replicas: Option<PathBuf>,
     /// Write the first broker's control endpoint to this file once all brokers serve.
     #[arg(long)]
     pub ready_file: Option<PathBuf>,
@@ -66,6 +69,9 @@ impl BrokerProcess {
         command.env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", args.brokers.to_string());
         if let Some(transport) = args.transport {
             command.env("EMBARCADERO_BROKER_TRANSPORT", transport.name());
+        }
+        if let Some(directory) = &args.replicas {
+            command.env("EMBARCADERO_BROKER_REPLICA__PATH", directory);
         }
         if !args.cores.is_empty() {
             let mut cores = args.cores.clone();

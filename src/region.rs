@@ -399,7 +399,7 @@ impl OffsetEntryReport {
         let fabric = region.fabric();
         let half: BrokerHalf = fabric.observe_line(region.layout().offset_entry(topic, broker), Site::BatchlogHeadRead);
         let pins: PinLine = fabric.observe_line(region.layout().pin(topic, broker), Site::PinRead);
-        let Completion { durable_through, lost_through } = read_completion(region, topic, broker);
+        let Completion { durable_through, lost_through, .. } = read_completion(region, topic, broker);
         let replicated = (0..region.geometry().max_brokers)
             .map(|source| (source, read_replicated(region, topic, broker, source)))
             .filter(|(_, position)| *position > 0);

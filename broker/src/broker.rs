@@ -383,6 +383,9 @@ fn spawn_workers(
     Ok(accepted)
 }
 
+/// Nice value of the thread that replicates.
+const REPLICA_NICE: i32 = 10;
+
 /// Where a stream's files lie below the directory of a broker's replicas.
 fn stream_directory(base: &Path, broker: u32, identity: &Identity) -> PathBuf {
     let region = uuid::Uuid::from_bytes(identity.region).simple().to_string();
@@ -401,10 +404,10 @@ fn spawn_replica(
 ) -> Result<JoinHandle<()>, BrokerError> {
     let config = &start.config.replica;
     let base = config.path.clone().unwrap_or_default();
-    let failed = |source| io_error(format!("keep replicas in {}", base.display()))(source);
-    std::fs::create_dir_all(&base).map_err(failed)?;
+    let with = if config.direct { "with replica.direct" } else { "without replica.direct" };
+    let failed = |source| io_error(format!("keep replicas in {} {with}", base.display()))(source);
     // Now rather than at the first batch.
-    tempfile::tempfile_in(&base).map_err(failed)?;
+    Directory::new(base.clone(), config.direct).probe().map_err(failed)?;
     let (broker, direct) = (start.info.id, config.direct);
     let open = move |identity: &Identity| {
         Box::new(Directory::new(stream_directory(&base, broker, identity), direct)) as Box<dyn Medium>
@@ -421,6 +424,10 @@ fn spawn_replica(
     let period = Duration::from_millis(start.config.heartbeat_ms);
     let stop = Arc::clone(stop);
     spawn("replica".to_owned(), move || {
+        // Behind the polling threads, where cores are few: whoever waits for the disk leaves it the time anyway.
+        if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), REPLICA_NICE) {
+            tracing::warn!(%error, "the replica's priority stays as it is");
+        }
         let mut maintained: Option<Instant> = None;
         while !stop.load(Ordering::Relaxed) && !replicator.has_failed() {
             if maintained.is_none_or(|maintained| maintained.elapsed() >= period) {

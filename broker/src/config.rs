@@ -192,7 +192,7 @@ impl Default for RdmaConfig {
 pub struct ReplicaConfig {
     /// Directory, in which each broker has one of its own; unset, this broker replicates nothing.
     pub path: Option<PathBuf>,
-    /// Write past the page cache (O_DIRECT).
+    /// Write past the page cache (O_DIRECT): much cheaper, but not every file system can.
     pub direct: bool,
     /// Bytes that are made durable with one `fdatasync`, at most.
     pub group_bytes: u64,
@@ -208,7 +208,7 @@ impl Default for ReplicaConfig {
     fn default() -> Self {
         Self {
             path: None,
-            direct: false,
+            direct: true,
             group_bytes: 4 << 20,
             file_bytes: 256 << 20,
             retention_bytes: 0,

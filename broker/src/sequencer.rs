@@ -179,6 +179,13 @@ impl<F: Fabric> Sequencer<F> {
         self.stats
     }
 
+    /// Topics with sessions that wait until their batches are durable, a bit each.
+    pub fn awaited_topics(&self) -> u32 {
+        let durable =
+            self.sessions.iter().flatten().map(|order| &order.session).filter(|session| session.ack_level > 1);
+        durable.fold(0, |mask, session| mask | 1 << session.topic)
+    }
+
     fn open_topic(&mut self, config: TopicConfig) {
         if let Some(place) = self.configs.get_mut(config.id as usize) {
             *place = Some(config.clone());

@@ -347,7 +347,7 @@ impl Worker {
         }
         if let Some((sequencer, completion)) = &mut self.sequencer {
             sequencer.maintain(now_us);
-            completion.maintain();
+            completion.maintain(sequencer.awaited_topics());
         }
     }
 

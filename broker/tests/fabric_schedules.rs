@@ -359,8 +359,8 @@ impl Host {
 }
 
 /// The head's count of the disks, which it does every so often.
-fn count(completion: &mut CompletionStage<Simulated>, round: usize) {
-    completion.maintain();
+fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize) {
+    completion.maintain(awaited);
     completion.poll(round as u64 * 1000);
 }
 
@@ -472,7 +472,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
                     if let Some((sequencer, completion)) = &mut stages {
                         sequencer.poll(round as u64, 5);
                         sequencer.maintain(round as u64);
-                        count(completion, round);
+                        count(completion, sequencer.awaited_topics(), round);
                     }
                 }
                 (host, stages)
@@ -510,7 +510,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         }
         sequencer.poll(now, 64);
         sequencer.maintain(now);
-        count(&mut completion, now as usize);
+        count(&mut completion, sequencer.awaited_topics(), now as usize);
         let ordered = sequencer.stats().ordered;
         assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
         let reached = |host: &Host| host.reader.cursor == host.reader.index.committed();

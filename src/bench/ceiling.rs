@@ -1,12 +1,16 @@
 //! What the machine can do without us: raw TCP into the same kind of region, raw verbs, and a ping-pong of each.
 
 use anyhow::{Context, Result};
+use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
 use embarcadero_datapath::cxl::region::{Creation, RegionFile};
 use embarcadero_datapath::transport::tcp::{SocketOptions, prepare, receive_into};
+use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Cores of the two ends; `None` leaves them to the scheduler.
@@ -311,4 +315,28 @@ mod with_rdma {
             latency
         })
     }
+}
+
+/// One thread appends to a file in `directory`, `fdatasync` after every 4 MiB, through the page cache or past it, whichever
+/// is better: bytes a second.
+pub fn disk_write(directory: &Path, seconds: f64) -> Result<f64> {
+    let (buffered, direct) =
+        (disk_write_by(directory, 0, seconds)?, disk_write_by(directory, libc::O_DIRECT, seconds)?);
+    Ok(buffered.max(direct))
+}
+
+fn disk_write_by(directory: &Path, flags: i32, seconds: f64) -> Result<f64> {
+    let path = directory.join(".ceiling");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(&path)?;
+    let group = Buffer::zeroed(4 << 20)?;
+    let begun = Instant::now();
+    let mut bytes = 0;
+    while begun.elapsed().as_secs_f64() < seconds {
+        file.write_all(&group)?;
+        file.sync_data()?;
+        bytes += group.len();
+    }
+    let rate = bytes as f64 / begun.elapsed().as_secs_f64();
+    std::fs::remove_file(path)?;
+    Ok(rate)
 }

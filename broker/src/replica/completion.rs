@@ -23,16 +23,20 @@ pub struct CompletionStage<F: Fabric> {
     /// Brokers that were ever there, a bit each.
     known: u64,
     counted_us: u64,
+    /// Topics with sessions that wait for durable batches, a bit each.
+    awaited: u32,
 }
 
 impl<F: Fabric> CompletionStage<F> {
     /// Goes on from what the region shows.
     pub fn new(region: Region<F>) -> Self {
-        Self { region, topics: Vec::new(), known: 0, counted_us: 0 }
+        Self { region, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
     }
 
-    /// Looks which topics are replicated. Every few milliseconds.
-    pub fn maintain(&mut self) {
+    /// Looks which topics are replicated; of those in the mask `awaited`, sessions wait for durable batches. Every few
+    /// milliseconds.
+    pub fn maintain(&mut self, awaited: u32) {
+        self.awaited = awaited;
         self.topics = live_topics(&self.region);
         self.topics.retain(|topic| topic.replication_factor > 1);
     }
@@ -67,7 +71,8 @@ impl<F: Fabric> CompletionStage<F> {
         }
         let brokers = region.geometry().max_brokers;
         let shown = read_completion(region, topic, if global { 0 } else { stream });
-        if shown.durable_through >= extent.committed {
+        let awaited = self.awaited & 1 << topic != 0;
+        if shown.durable_through >= extent.committed && shown.awaited == awaited {
             return false;
         }
         // SYNC: after the tail was read: whoever received a batch below it had shown itself before.
@@ -87,6 +92,7 @@ impl<F: Fabric> CompletionStage<F> {
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
             lost_through: if extent.trimmed > shown.durable_through { extent.trimmed } else { shown.lost_through },
+            awaited,
         };
         if now == shown {
             return false;
@@ -100,14 +106,19 @@ impl<F: Fabric> CompletionStage<F> {
     }
 }
 
-/// Position that retention may trim a stream of a topic to: what is not durable yet stays, as long as there are enough
-/// replicas to make it so.
+/// Position that retention may trim a stream of a topic to. What sessions wait for stays until it is durable, as long as
+/// there are enough replicas to make it so.
 pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, broker: u32) -> u64 {
     let copies = u32::from(topic.replication_factor.max(1)) - 1;
-    if copies == 0 || running_replicas(region).count_ones() < copies {
+    if copies == 0 {
         return u64::MAX;
     }
-    read_completion(region, topic.id, broker).durable_through
+    let completion = read_completion(region, topic.id, broker);
+    if completion.awaited && running_replicas(region).count_ones() >= copies {
+        completion.durable_through
+    } else {
+        u64::MAX
+    }
 }
 
 #[cfg(test)]

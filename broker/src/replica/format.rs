@@ -7,6 +7,7 @@
 
 use bytemuck::{Pod, Zeroable};
 use embarcadero_datapath::cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES};
+use embarcadero_datapath::cxl::replication::Completion;
 use embarcadero_datapath::cxl::tables::{Order, TopicConfig, TopicState, check_topic_name};
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
 use embarcadero_datapath::wire::crc32c;
@@ -118,7 +119,9 @@ pub struct GroupHeader {
     records: u32,
     /// Batches at positions below this were on as many disks as the topic asks for when the group was written.
     pub durable_through: u64,
-    reserved: [u64; 2],
+    /// Batches at positions below this that no replica has went by retention.
+    pub lost_through: u64,
+    reserved: u64,
 }
 const _: () = assert!(size_of::<GroupHeader>() == 64);
 
@@ -257,7 +260,7 @@ pub fn write_group(
     into: &mut [u8],
     positions: std::ops::Range<u64>,
     sources: u32,
-    durable_through: u64,
+    completion: Completion,
     batches: &[Indexed],
     mut copy: impl FnMut(&IndexEntry, &mut [u8]),
 ) {
@@ -290,7 +293,8 @@ pub fn write_group(
         through: positions.end,
         bytes,
         sources,
-        durable_through,
+        durable_through: completion.durable_through,
+        lost_through: completion.lost_through,
         records: batches.len() as u32,
         ..GroupHeader::zeroed()
     };
@@ -422,7 +426,9 @@ mod tests {
             .collect();
         let mut bytes = vec![0xaa; group_bytes(&batches) as usize];
         let through = 5 + 2 * sizes.len() as u64;
-        write_group(&mut bytes, 5..through, 0b10, 0, &batches, |entry, into| into.fill(entry.first_offset as u8));
+        write_group(&mut bytes, 5..through, 0b10, Completion::default(), &batches, |entry, into| {
+            into.fill(entry.first_offset as u8)
+        });
         bytes
     }
 

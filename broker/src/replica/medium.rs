@@ -1,5 +1,6 @@
 //! Where replica files live: a directory, or a simulated disk that fails and forgets.
 
+use super::format::BLOCK;
 use embarcadero_datapath::buffer::Buffer;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -89,6 +90,18 @@ impl Directory {
     #[must_use]
     pub fn new(path: PathBuf, direct: bool) -> Self {
         Self { path, direct }
+    }
+
+    /// Makes the directory if need be, and tries whether a block can be written and made durable in it.
+    ///
+    /// # Errors
+    /// What the system reports; for a file system without direct I/O, `EINVAL`.
+    pub fn probe(&self) -> io::Result<()> {
+        let name = format!(".probe-{}", std::process::id());
+        let _ = self.remove(&name);
+        let mut file = self.create(&name)?;
+        let written = Buffer::zeroed(BLOCK).and_then(|block| file.write(0, &block)).and_then(|()| file.sync());
+        self.remove(&name).and(written)
     }
 
     fn open_with(&self, name: &str, options: &mut OpenOptions) -> io::Result<DirectoryFile> {

@@ -8,7 +8,7 @@ use crate::topics::{Topic, TopicTable};
 use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::order_index::{OrderIndexReader, StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::replication::{publish_replicated, read_completion, read_replicated};
+use embarcadero_datapath::cxl::replication::{Completion, publish_replicated, read_completion, read_replicated};
 use embarcadero_datapath::cxl::tables::{
     ReplicaState, publish_replica_state, read_broker, read_headship, read_replica_state,
 };
@@ -64,6 +64,10 @@ struct Task<F: Fabric> {
     log: StreamLog,
     /// Brokers whose batches it copies, a bit each.
     sources: u32,
+    /// End of the newest group.
+    forward: u64,
+    /// Where to go on after retention overtook: what is before it comes later, if it is still there.
+    resume: u64,
     /// What was said of each source.
     said: Vec<Option<u64>>,
 }
@@ -208,7 +212,8 @@ impl<F: Fabric> Replicator<F> {
         let reader = OrderIndexReader::new(self.region.clone(), stream);
         let pin = topic.pins.register();
         let said = vec![None; max_brokers as usize];
-        self.tasks.push(Task { topic: Arc::clone(topic), stream, reader, pin, log, sources, said });
+        let (topic, forward, resume) = (Arc::clone(topic), 0, 0);
+        self.tasks.push(Task { topic, stream, reader, pin, log, sources, forward, resume, said });
     }
 
     /// This broker replicates no more: its disk cannot be relied on.
@@ -258,13 +263,20 @@ impl<F: Fabric> Task<F> {
             return Ok(false);
         }
         let own = if self.stream.stream == StreamId::GLOBAL { broker } else { self.stream.stream };
-        let durable = read_completion(region, self.stream.topic, own).durable_through;
+        let completion = read_completion(region, self.stream.topic, own);
         let committed = self.reader.poll();
+        let first = completion.durable_through.max(extent.trimmed);
+        if self.forward < extent.trimmed && self.forward < committed {
+            // Chasing the trim point would leave one gap after another.
+            (self.forward, self.resume) = (committed, committed);
+        }
         // What nobody waits for any more comes last.
-        let first = durable.max(extent.trimmed);
-        let due = self.due(first, committed).or_else(|| self.due(extent.trimmed, first.min(committed)));
+        let due = self
+            .due(first.max(self.resume), committed)
+            .or_else(|| self.due(first, committed))
+            .or_else(|| self.due(extent.trimmed, first.min(committed)));
         let worked = match due {
-            Some(due) => self.copy(region, &due, durable, options, scratch)?,
+            Some(due) => self.copy(region, &due, completion, options, scratch)?,
             None => false,
         };
         for source in self.each_source() {
@@ -301,7 +313,7 @@ impl<F: Fabric> Task<F> {
         &mut self,
         region: &Region<F>,
         due: &Due,
-        durable: u64,
+        completion: Completion,
         options: &ReplicaOptions,
         scratch: &mut Scratch,
     ) -> Result<bool, StoreError> {
@@ -339,6 +351,7 @@ impl<F: Fabric> Task<F> {
         if batches.is_empty() {
             self.topic.pins.set(self.pin, u64::MAX);
             self.log.cover(*sources, covered.clone());
+            self.forward = self.forward.max(through);
             return Ok(!covered.is_empty());
         }
         let bytes = group_bytes(batches) as usize;
@@ -352,7 +365,7 @@ impl<F: Fabric> Task<F> {
         }
         buffer.resize(bytes);
         let fabric = region.fabric();
-        write_group(buffer, covered, *sources, durable, batches, |entry, into| {
+        write_group(buffer, covered, *sources, completion, batches, |entry, into| {
             let at = RegionOffset(entry.location);
             // SYNC: pairs with the payload flush of the delegation that received it.
             fabric.invalidate(at, entry.bytes.into(), Site::PayloadRead);
@@ -361,6 +374,7 @@ impl<F: Fabric> Task<F> {
         self.topic.pins.set(self.pin, u64::MAX);
         let Ok(header) = peek_group(buffer) else { return Ok(false) };
         self.log.append(&header, buffer)?;
+        self.forward = self.forward.max(header.through);
         Ok(true)
     }
 }

@@ -143,7 +143,8 @@ pub struct Plan {
 
 impl Plan {
     /// Reads and verifies all files. Of each topic, takes what is contiguous: behind a batch that is in no file, nothing
-    /// was acknowledged, unless it had been durable; then its offsets are lost, and what was before them is left out.
+    /// was acknowledged, unless it had been durable, or gone by retention. Then what was before it is left out; and if it
+    /// had been durable, its offsets are lost.
     ///
     /// # Errors
     /// [`RestoreError`].
@@ -245,7 +246,8 @@ impl TopicPlan {
                 known.entry(batch.record.position).or_insert((*medium, batch));
             }
         }
-        let durable = copies.iter().map(|(_, scan)| scan.durable_through()).max().unwrap_or(0);
+        let durable = copies.iter().map(|(_, scan)| scan.durable_through).max().unwrap_or(0);
+        let lost = copies.iter().map(|(_, scan)| scan.lost_through).max().unwrap_or(0);
         let mut batches: Vec<Copy> = Vec::new();
         for (position, copy) in known {
             let end = |(_, last): &Copy| {
@@ -258,7 +260,9 @@ impl TopicPlan {
                         self.unacknowledged += 1;
                         continue;
                     }
-                    self.lost.push((stream, offset..copy.1.record.first_offset));
+                    if position > lost {
+                        self.lost.push((stream, offset..copy.1.record.first_offset));
+                    }
                     batches.clear();
                 }
                 _ => {}

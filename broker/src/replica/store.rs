@@ -106,7 +106,10 @@ pub struct Scan {
     /// What they say that they belong to; `None` when there is no file.
     pub identity: Option<Identity>,
     files: Vec<Filed>,
-    durable_through: u64,
+    /// Highest position below which batches were known to be on as many disks as the topic asks for.
+    pub durable_through: u64,
+    /// Highest position below which batches are known to have gone by retention, if no replica has them.
+    pub lost_through: u64,
     /// What is wrong with them.
     pub damage: Vec<Damage>,
 }
@@ -124,7 +127,7 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
     let names = medium.list().map_err(io_error(medium, "list", "files"))?;
     let mut numbers: Vec<u64> = names.iter().filter_map(|name| file_number(name)).collect();
     numbers.sort_unstable();
-    let mut scan = Scan { identity: None, files: Vec::new(), durable_through: 0, damage: Vec::new() };
+    let mut scan = Scan { identity: None, files: Vec::new(), durable_through: 0, lost_through: 0, damage: Vec::new() };
     let mut bytes = Vec::new();
     for number in numbers {
         let name = file_name(number);
@@ -162,8 +165,9 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
                 let positions = if from < header.from { from..header.from } else { 0..header.from };
                 scan.damage.push(Damage { file: name.clone(), bytes: begun..at, positions });
             }
-            let GroupHeader { from, through, bytes, sources, durable_through, .. } = header;
+            let GroupHeader { from, through, bytes, sources, durable_through, lost_through, .. } = header;
             scan.durable_through = scan.durable_through.max(durable_through);
+            scan.lost_through = scan.lost_through.max(lost_through);
             filed.groups.push(Place { from, through, sources, at, bytes });
             at += bytes;
         }
@@ -388,12 +392,6 @@ impl Scan {
         }
         Ok(found)
     }
-
-    /// Highest position below which batches were known to be on as many disks as the topic asks for.
-    #[must_use]
-    pub fn durable_through(&self) -> u64 {
-        self.durable_through
-    }
 }
 
 /// Reads a batch.
@@ -416,6 +414,7 @@ mod tests {
     use super::*;
     use bytemuck::Zeroable;
     use embarcadero_datapath::cxl::layout::IndexEntry;
+    use embarcadero_datapath::cxl::replication::Completion;
     use embarcadero_datapath::cxl::tables::{Order, TopicConfig, TopicState};
     use proptest::prelude::*;
 
@@ -446,7 +445,9 @@ mod tests {
         let entry = IndexEntry { bytes, first_offset: position, message_count: 1, ..IndexEntry::zeroed() };
         let batches: [Indexed; 1] = [(position, entry)];
         let mut group = Buffer::zeroed(group_bytes(&batches) as usize).unwrap();
-        write_group(&mut group, position..position + 1, 1, 0, &batches, |_, into| into.fill(position as u8));
+        write_group(&mut group, position..position + 1, 1, Completion::default(), &batches, |_, into| {
+            into.fill(position as u8)
+        });
         log.append(&peek_group(&group).unwrap(), &group)
     }
 

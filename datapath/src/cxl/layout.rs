@@ -243,7 +243,9 @@ lines! {
         pub durable_through: u64 = 0,
         /// Entries below this that were not durable by then went by retention: no disk has them.
         pub lost_through: u64 = 8,
-        pub reserved: [u64; 6] = 16,
+        /// 1 while sessions wait for batches to be durable: then retention waits too.
+        pub awaited: u64 = 16,
+        pub reserved: [u64; 5] = 24,
     }
 
     /// Who a session belongs to and what became of it. Written by the head. Versioned.

@@ -30,19 +30,23 @@ pub struct Completion {
     pub durable_through: u64,
     /// Entries below this that were not durable by then are on no disk: retention took them.
     pub lost_through: u64,
+    /// Sessions wait for batches to be durable.
+    pub awaited: bool,
 }
 
 const DURABLE: u64 = offset_of!(CompletionLine, durable_through) as u64;
 const LOST: u64 = offset_of!(CompletionLine, lost_through) as u64;
+const AWAITED: u64 = offset_of!(CompletionLine, awaited) as u64;
 
-/// Writes a line of the completion vector. Only the head may; both words only grow.
+/// Writes a line of the completion vector. Only the head may; positions only grow.
 pub fn publish_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32, completion: Completion) {
     let at = region.layout().completion(region.geometry(), topic, broker);
     let fabric = region.fabric();
     // SYNC: what is lost is told before it is passed over; pairs with `read_completion`.
+    fabric.store(at.add(AWAITED), completion.awaited.into());
     fabric.store(at.add(LOST), completion.lost_through);
     fabric.store(at.add(DURABLE), completion.durable_through);
-    fabric.flush(at, 16, Site::CompletionFlush);
+    fabric.flush(at, 24, Site::CompletionFlush);
     fabric.fence(Site::CompletionFlush);
 }
 
@@ -51,6 +55,7 @@ pub fn publish_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32
 pub fn read_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> Completion {
     let at = region.layout().completion(region.geometry(), topic, broker);
     // SYNC: the durable word first; pairs with `publish_completion`.
-    let durable_through = region.fabric().observe(at.add(DURABLE), Site::CompletionRead);
-    Completion { durable_through, lost_through: region.fabric().load(at.add(LOST)) }
+    let fabric = region.fabric();
+    let durable_through = fabric.observe(at.add(DURABLE), Site::CompletionRead);
+    Completion { durable_through, lost_through: fabric.load(at.add(LOST)), awaited: fabric.load(at.add(AWAITED)) != 0 }
 }
