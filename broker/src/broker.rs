@@ -1,17 +1,16 @@
 //! Puts a broker together and takes it apart.
 
-use crate::config::{BrokerConfig, ConfigError, Role, Transport};
+use crate::config::{BrokerConfig, Coherence, ConfigError, Role, Transport};
 use crate::control::{ControlService, HeadControl};
 use crate::delegation::{Delegation, Landed};
+use crate::head::Candidate;
 use crate::ingest::IngestLimits;
-use crate::membership::Liveness;
 use crate::pool;
-use crate::replica::completion::CompletionStage;
 use crate::replica::format::Identity;
 use crate::replica::medium::{Directory, Medium};
 use crate::replica::replicator::{ReplicaOptions, Replicator};
 use crate::replica::store::StoreOptions;
-use crate::sequencer::{Leases, Sequencer};
+use crate::sequencer::Leases;
 use crate::topics::TopicTable;
 use crate::worker::{HeadStages, Shared, Worker, WorkerSetup, now_us};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -19,10 +18,7 @@ use embarcadero_control::v1::control_server::ControlServer;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::StreamId;
 use embarcadero_datapath::cxl::region::{RegionError, RegionFile, RoleLock};
-use embarcadero_datapath::cxl::tables::{
-    BrokerInfo, Headship, ReplicaState, publish_broker, publish_headship, publish_replica_state, read_broker,
-    read_headship,
-};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, ReplicaState, publish_broker, publish_replica_state, read_broker};
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
@@ -33,8 +29,8 @@ use embarcadero_datapath::verbs::VerbsError;
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -76,18 +72,21 @@ fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError 
 pub struct Broker {
     info: BrokerInfo,
     region: Region<Native>,
-    head: bool,
+    head: Arc<OnceLock<HeadControl>>,
     stop: Arc<AtomicBool>,
     control_stop: Option<tokio::sync::oneshot::Sender<()>>,
     threads: Vec<JoinHandle<()>>,
-    _locks: Vec<RoleLock>,
+    // Given up last.
+    _id_lock: RoleLock,
+    _head_lock: Arc<Mutex<Option<RoleLock>>>,
 }
 
 struct Start {
     config: BrokerConfig,
-    region: Region<Native>,
+    file: RegionFile,
     info: BrokerInfo,
-    epoch: Option<u64>,
+    id_lock: RoleLock,
+    head_lock: Option<RoleLock>,
     #[cfg(feature = "rdma")]
     verbs: Option<Arc<VerbsHost>>,
 }
@@ -140,18 +139,16 @@ impl Broker {
             process_id: std::process::id(),
             running: true,
         };
-        let epoch = head_lock.is_some().then(|| read_headship(&region).map_or(0, |old| old.epoch) + 1);
         let start = Start {
             config,
-            region,
+            file,
             info,
-            epoch,
+            id_lock,
+            head_lock,
             #[cfg(feature = "rdma")]
             verbs,
         };
-        let mut broker = start.run(data, control)?;
-        broker._locks = std::iter::once(id_lock).chain(head_lock).collect();
-        Ok(broker)
+        start.run(data, control)
     }
 
     /// Address and id.
@@ -161,7 +158,7 @@ impl Broker {
 
     /// True for the broker that orders.
     pub fn is_head(&self) -> bool {
-        self.head
+        self.head.get().is_some()
     }
 
     /// Stops all threads and marks the slot as left.
@@ -221,47 +218,57 @@ fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, RoleLock), B
 
 impl Start {
     fn run(self, data: TcpListener, control: TcpListener) -> Result<Broker, BrokerError> {
-        let Self { config, region, info, epoch, .. } = &self;
-        let epoch = *epoch;
-        let pool = pool::allocator(region, info.id, epoch.is_some()).map_err(io_error("start the allocator"))?;
+        let Self { config, info, .. } = &self;
+        let region = self.file.region().clone();
+        let pool = pool::allocator(&region, info).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), info.id, Arc::clone(&pool)));
         let stop = Arc::new(AtomicBool::new(false));
-        let (commands, command_queue) = unbounded();
-        let sequencer = epoch.map(|epoch| {
-            let head = Headship { epoch, broker: info.id, incarnation: info.incarnation, broker_mask: 1 << info.id };
-            publish_headship(region, &head);
-            let leases = Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 };
-            let pool = Arc::clone(&pool);
-            let sequencer = Sequencer::recover(region.clone(), pool, epoch, leases, command_queue, now_us());
-            (sequencer, CompletionStage::new(region.clone()))
-        });
+        let (stages, promoted) = bounded(1);
         let mut threads = Vec::new();
-        let accepted = spawn_workers(&self, &topics, &stop, sequencer, &mut threads)?;
+        let accepted = spawn_workers(&self, &topics, &stop, promoted, &mut threads)?;
         threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
         if config.replica.path.is_some() {
             threads.push(spawn_replica(&self, &topics, &stop)?);
         } else {
-            publish_replica_state(region, info.id, ReplicaState::None);
+            publish_replica_state(&region, info.id, ReplicaState::None);
         }
+        let head = Arc::new(OnceLock::new());
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: config.max_batch_bytes,
-            head: epoch.is_some().then(|| HeadControl { commands, topics: tokio::sync::Mutex::new(()) }),
-            pool,
+            head: Arc::clone(&head),
+            pool: Arc::clone(&pool),
         };
-        publish_broker(region, info);
+        let Self { config, file, info, id_lock, head_lock, .. } = self;
+        let lock = Arc::new(Mutex::new(None));
+        let candidate = Candidate {
+            file,
+            info: info.clone(),
+            pool,
+            leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
+            broker_lease: Duration::from_millis(config.broker_lease_ms),
+            // Other hosts' locks are not seen.
+            takes_over: config.role != Role::Follower && config.cxl.coherence == Coherence::Host,
+            stages,
+            control: Arc::clone(&head),
+            lock: Arc::clone(&lock),
+        };
+        if let Some(lock) = head_lock {
+            candidate.lead(lock);
+        }
+        publish_broker(&region, &info);
         let (control_stop, stopped) = tokio::sync::oneshot::channel();
-        let lease = Duration::from_millis(config.broker_lease_ms);
-        threads.push(spawn_control(control, service, info.clone(), epoch, lease, stopped)?);
-        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = epoch.is_some(), "serving");
+        threads.push(spawn_control(control, service, candidate, stopped)?);
+        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = head.get().is_some(), "serving");
         Ok(Broker {
-            info: self.info,
-            region: self.region,
-            head: epoch.is_some(),
+            info,
+            region,
+            head,
             stop,
             control_stop: Some(control_stop),
             threads,
-            _locks: Vec::new(),
+            _id_lock: id_lock,
+            _head_lock: lock,
         })
     }
 }
@@ -332,7 +339,7 @@ fn spawn_workers(
     start: &Start,
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
-    sequencer: Option<HeadStages>,
+    promoted: Receiver<HeadStages>,
     threads: &mut Vec<JoinHandle<()>>,
 ) -> Result<Vec<Sender<std::net::TcpStream>>, BrokerError> {
     let config = &start.config;
@@ -362,7 +369,7 @@ fn spawn_workers(
     let ack_slots = (sessions * SESSION_WINDOW as usize).min(1 << 17);
     let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
     let mut delegation = Some(Delegation::new(Arc::clone(topics), landed_queue, acks, config.flush_group));
-    let mut sequencer = sequencer;
+    let mut promoted = Some(promoted);
     let mut accepted = Vec::new();
     for (index, ordered) in ordered.into_iter().enumerate() {
         let (sender, receiver) = unbounded();
@@ -374,7 +381,7 @@ fn spawn_workers(
             idle: Idle::new(config.threads.poll, bounds),
             core: config.threads.cores.get(index % config.threads.cores.len().max(1)).copied(),
             delegation: delegation.take(),
-            sequencer: sequencer.take(),
+            promoted: promoted.take(),
             heartbeat: Duration::from_millis(config.heartbeat_ms),
         };
         let worker = Worker::new(shared.clone(), setup).map_err(io_error("watch sockets"))?;
@@ -481,9 +488,7 @@ fn spawn_acceptor(
 fn spawn_control(
     listener: TcpListener,
     service: ControlService,
-    info: BrokerInfo,
-    epoch: Option<u64>,
-    lease: Duration,
+    candidate: Candidate,
     stop: tokio::sync::oneshot::Receiver<()>,
 ) -> Result<JoinHandle<()>, BrokerError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -495,12 +500,9 @@ fn spawn_control(
         let _context = runtime.enter();
         tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?
     };
-    let region = service.region.clone();
     spawn("control".to_owned(), move || {
         runtime.block_on(async move {
-            if let Some(epoch) = epoch {
-                tokio::spawn(watch_brokers(region, info, epoch, lease));
-            }
+            tokio::spawn(candidate.run());
             let served = tonic::transport::Server::builder()
                 .add_service(ControlServer::new(service))
                 .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(incoming), async {
@@ -511,20 +513,4 @@ fn spawn_control(
             }
         });
     })
-}
-
-async fn watch_brokers(region: Region<Native>, info: BrokerInfo, epoch: u64, lease: Duration) {
-    let mut liveness = Liveness::new(&region, lease);
-    let mut ticks = tokio::time::interval(Duration::from_millis(20));
-    let mut shown = 1 << info.id;
-    loop {
-        ticks.tick().await;
-        let mask = liveness.poll(&region, Instant::now()) | 1 << info.id;
-        if mask != shown {
-            shown = mask;
-            tracing::info!(mask = format!("{mask:#b}"), "membership changed");
-            let head = Headship { epoch, broker: info.id, incarnation: info.incarnation, broker_mask: mask };
-            publish_headship(&region, &head);
-        }
-    }
 }

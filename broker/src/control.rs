@@ -14,7 +14,7 @@ use embarcadero_datapath::cxl::tables::{
     read_topic,
 };
 use embarcadero_datapath::cxl::{Native, Region};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tonic::{Request, Response, Status};
 
@@ -35,8 +35,8 @@ pub struct ControlService {
     pub region: Region<Native>,
     /// Largest batch.
     pub max_batch_bytes: u64,
-    /// Present at the head.
-    pub head: Option<HeadControl>,
+    /// There from when this broker is the head.
+    pub head: Arc<OnceLock<HeadControl>>,
     /// This broker's allocator; at the head, with the leader allocator, everyone's.
     pub pool: Arc<dyn SegmentAllocator>,
 }
@@ -44,7 +44,7 @@ pub struct ControlService {
 impl ControlService {
     #[allow(clippy::result_large_err)] // tonic's own error type
     fn head(&self) -> Result<&HeadControl, Status> {
-        self.head.as_ref().ok_or_else(|| {
+        self.head.get().ok_or_else(|| {
             let head = read_headship(&self.region).and_then(|head| read_broker(&self.region, head.broker));
             Status::failed_precondition(match head {
                 Some(head) => format!("this broker is not the head; the head is at {}", head.control),

@@ -12,6 +12,7 @@ pub mod config;
 pub mod control;
 pub mod delegation;
 pub mod delivery;
+mod head;
 pub mod ingest;
 pub mod membership;
 pub mod pool;

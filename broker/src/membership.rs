@@ -13,9 +13,12 @@ pub struct Liveness {
 }
 
 impl Liveness {
-    /// Nobody seen yet. A broker is alive while its heartbeat moves at least once a `lease`.
-    pub fn new<F: Fabric>(region: &Region<F>, lease: Duration) -> Self {
-        let seen = (0..region.geometry().max_brokers).map(|broker| (read_pulse(region, broker).0, None)).collect();
+    /// A broker is alive while its heartbeat moves at least once a `lease`; those in the mask `live` have just been seen.
+    pub fn new<F: Fabric>(region: &Region<F>, lease: Duration, live: u64) -> Self {
+        let now = Instant::now();
+        let seen = (0..region.geometry().max_brokers)
+            .map(|broker| (read_pulse(region, broker).0, (live & 1 << broker != 0).then_some(now)))
+            .collect();
         Self { lease, seen }
     }
 

@@ -5,10 +5,10 @@ use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
 use embarcadero_datapath::cxl::layout::AllocatorKind;
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_datapath::cxl::tables::{read_broker, read_headship};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_headship};
 use embarcadero_datapath::cxl::{Fabric, Native};
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tonic::Code;
 use tonic::transport::Channel;
@@ -17,12 +17,11 @@ use tonic::transport::Channel;
 ///
 /// # Errors
 /// No runtime for remote calls can be made.
-pub fn allocator(region: &Region<Native>, broker: u32, head: bool) -> io::Result<Arc<dyn SegmentAllocator>> {
+pub fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<dyn SegmentAllocator>> {
     Ok(match region.geometry().allocator {
         AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
-        AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
-        AllocatorKind::Leader if head => Arc::new(PartitionAllocator::of_leader(region.clone())),
-        AllocatorKind::Leader => Arc::new(LeaderAllocator::new(region.clone(), broker)?),
+        AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), info.id)),
+        AllocatorKind::Leader => Arc::new(LeaderAllocator::new(region.clone(), info)?),
     })
 }
 
@@ -32,10 +31,13 @@ const CALL: Duration = Duration::from_secs(2);
 /// Where calls run, and the connection to the head of an epoch.
 type Calls = (tokio::runtime::Runtime, Option<(u64, ControlClient<Channel>)>);
 
-/// DEV-005 (B): asks the head for segments.
+/// DEV-005 (B): asks the head for segments; at the head, gives them.
 pub struct LeaderAllocator<F> {
     region: Region<F>,
     broker: u32,
+    incarnation: u32,
+    /// From when this broker is the head: then no other allocates any more.
+    own: OnceLock<PartitionAllocator<F>>,
     calls: Mutex<Calls>,
 }
 
@@ -44,9 +46,17 @@ impl<F: Fabric> LeaderAllocator<F> {
     ///
     /// # Errors
     /// No runtime can be made.
-    pub fn new(region: Region<F>, broker: u32) -> io::Result<Self> {
+    pub fn new(region: Region<F>, info: &BrokerInfo) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { region, broker, calls: Mutex::new((runtime, None)) })
+        let BrokerInfo { id: broker, incarnation, .. } = *info;
+        Ok(Self { region, broker, incarnation, own: OnceLock::new(), calls: Mutex::new((runtime, None)) })
+    }
+
+    /// The allocator itself, if this broker is the head.
+    fn own(&self) -> Option<&PartitionAllocator<F>> {
+        let head = read_headship(&self.region)?;
+        let is_head = (head.broker, head.incarnation) == (self.broker, self.incarnation);
+        is_head.then(|| self.own.get_or_init(|| PartitionAllocator::of_leader(self.region.clone())))
     }
 
     fn call<R>(
@@ -83,11 +93,17 @@ impl<F: Fabric> LeaderAllocator<F> {
 
 impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
     fn allocate(&self) -> Result<u32, PoolError> {
+        if let Some(own) = self.own() {
+            return own.allocate();
+        }
         let request = AllocateSegmentRequest { broker: self.broker };
         self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))
     }
 
     fn release(&self, segment: u32) -> Result<(), PoolError> {
+        if let Some(own) = self.own() {
+            return own.release(segment);
+        }
         let request = ReleaseSegmentRequest { segment, broker: self.broker };
         self.call(async |client| client.release_segment(request).await.map(drop))
     }

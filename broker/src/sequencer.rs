@@ -4,17 +4,19 @@ use crate::delegation::since;
 use crate::replica::completion::trimmable;
 use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
-use crossbeam_channel::{Receiver, Sender};
-use embarcadero_datapath::cxl::batchlog::BatchlogReader;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use embarcadero_datapath::cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
 use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW};
 use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::segment::{SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::session_table::{
-    Session, SessionState, flush_commit, publish_session, read_progress, read_session, store_commit,
+    Commit, Session, SessionState, flush_commit, publish_session, read_commit, read_progress, read_session,
+    store_commit,
 };
 use embarcadero_datapath::cxl::tables::{
     TopicConfig, TopicState, live_topics, publish_topic, read_headship, read_pulse, read_released, read_stalls,
+    read_topic,
 };
 use embarcadero_datapath::cxl::{Fabric, Site};
 use std::sync::Arc;
@@ -171,7 +173,58 @@ impl<F: Fabric> Sequencer<F> {
             sequencer.open_topic(config);
         }
         sequencer.recover_sessions(now_us);
+        for slot in 0..sequencer.topics.len() {
+            sequencer.retake_undecided(slot, now_us);
+        }
+        sequencer.resume_closing();
         sequencer
+    }
+
+    /// Takes again what an earlier head took from the Batchlogs and may have held for a gap to close: its memory is gone,
+    /// but a ring keeps its entries until they are overwritten. What did commit is a duplicate now.
+    fn retake_undecided(&mut self, slot: usize, now_us: u64) {
+        let Some(mut topic) = self.topics.get_mut(slot).and_then(Option::take) else { return };
+        let before = topic.index.next();
+        let slots = u64::from(self.region.geometry().batchlog_slots);
+        for broker in 0..topic.brokers.len() {
+            let Some(state) = topic.brokers.get(broker) else { break };
+            let taken = state.consumed.consumed_through;
+            for index in state.consumed.decided_through.max(taken.saturating_sub(slots))..taken {
+                let entry = peek_entry(&self.region, topic.config.id, broker as u32, index);
+                let intact =
+                    entry.lap == lap_of(index, slots) && entry.session_slot < self.region.geometry().max_sessions;
+                if !intact
+                    || read_commit(&self.region, entry.session_slot, entry.sequence) != Commit::Unknown
+                    || topic.index.make_room().is_err()
+                {
+                    continue;
+                }
+                self.order(&mut topic, Arrival { entry, broker: broker as u32, index }, now_us);
+            }
+        }
+        if topic.index.next() > before {
+            self.publish(&mut topic, before);
+        }
+        if let Some(place) = self.topics.get_mut(slot) {
+            *place = Some(topic);
+        }
+    }
+
+    /// Goes on with the deletions that an earlier head began.
+    fn resume_closing(&mut self) {
+        for id in 0..self.region.geometry().max_topics {
+            let Some(config) = read_topic(&self.region, id).filter(|topic| topic.state == TopicState::Deleting) else {
+                continue;
+            };
+            self.open_topic(config.clone());
+            let order = self.topics.get_mut(id as usize).and_then(Option::take);
+            if let Some(place) = self.configs.get_mut(id as usize) {
+                *place = None;
+            }
+            // Whoever asked for it is gone.
+            let (reply, _) = bounded(1);
+            self.closing.push(Closing { config, order, reply });
+        }
     }
 
     /// Figures since the start.

@@ -107,6 +107,8 @@ pub struct Worker {
     /// Stages that run to completion in this loop.
     delegation: Option<Delegation<Native>>,
     sequencer: Option<HeadStages>,
+    /// Where the head's stages come from, when this broker becomes the head.
+    promoted: Option<Receiver<HeadStages>>,
     maintained: Instant,
     heartbeat: Duration,
 }
@@ -128,8 +130,8 @@ pub struct WorkerSetup {
     pub core: Option<usize>,
     /// Local order, if this thread runs it.
     pub delegation: Option<Delegation<Native>>,
-    /// Global order and what is durable of it, if this thread runs them.
-    pub sequencer: Option<HeadStages>,
+    /// Where global order and the count of what is durable come from, if this thread runs them.
+    pub promoted: Option<Receiver<HeadStages>>,
     /// Time between heartbeats.
     pub heartbeat: Duration,
 }
@@ -147,7 +149,7 @@ impl Worker {
     /// What the kernel reports.
     pub fn new(shared: Shared, setup: WorkerSetup) -> io::Result<Self> {
         let memory = shared.topics.region().fabric().clone();
-        let WorkerSetup { index, accepted, ordered, idle, core, delegation, sequencer, heartbeat } = setup;
+        let WorkerSetup { index, accepted, ordered, idle, core, delegation, promoted, heartbeat } = setup;
         let poller = Poller::new()?;
         #[cfg(feature = "rdma")]
         let verbs = match &shared.verbs {
@@ -174,7 +176,8 @@ impl Worker {
             idle,
             core,
             delegation,
-            sequencer,
+            sequencer: None,
+            promoted,
             maintained: Instant::now(),
             heartbeat,
         })
@@ -344,6 +347,9 @@ impl Worker {
                 delegation.stalled();
             }
             delegation.maintain(now_us);
+        }
+        if self.sequencer.is_none() {
+            self.sequencer = self.promoted.as_ref().and_then(|promoted| promoted.try_recv().ok());
         }
         if let Some((sequencer, completion)) = &mut self.sequencer {
             sequencer.maintain(now_us);

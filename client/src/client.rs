@@ -213,11 +213,44 @@ impl Inner {
     }
 }
 
-/// A client. Publishers share its background thread, which acknowledges, reconnects and resubmits while the
-/// application is busy elsewhere.
+/// A client. Its publishers share a background thread, which acknowledges, reconnects and resubmits while the
+/// application is busy elsewhere. They may outlive it.
 pub struct Client {
     inner: Arc<Inner>,
-    background: Option<JoinHandle<()>>,
+    background: Arc<Background>,
+}
+
+/// The thread that looks after publishers; it ends with the last that holds this.
+pub(crate) struct Background {
+    inner: Arc<Inner>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Background {
+    fn start(inner: &Arc<Inner>) -> Result<Self, ClientError> {
+        let shared = Arc::clone(inner);
+        let thread = std::thread::Builder::new()
+            .name("embarcadero-client".to_owned())
+            .spawn(move || run_background(&shared))
+            .map_err(ClientError::io("start the client's thread"))?;
+        Ok(Self { inner: Arc::clone(inner), thread: Some(thread) })
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.inner.stop.store(true, Ordering::Relaxed);
+        self.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Client {
@@ -238,12 +271,8 @@ impl Client {
         });
         inner.link_options()?;
         inner.cluster()?;
-        let shared = Arc::clone(&inner);
-        let background = std::thread::Builder::new()
-            .name("embarcadero-client".to_owned())
-            .spawn(move || run_background(&shared))
-            .map_err(ClientError::io("start the client's thread"))?;
-        Ok(Self { inner, background: Some(background) })
+        let background = Arc::new(Background::start(&inner)?);
+        Ok(Self { inner, background })
     }
 
     /// Brokers, topics and memory.
@@ -312,8 +341,8 @@ impl Client {
         let mut publishers = self.inner.publishers.lock().unwrap_or_else(PoisonError::into_inner);
         publishers.push(Arc::downgrade(&core));
         drop(publishers);
-        self.wake();
-        Ok(Publisher::new(core))
+        self.background.wake();
+        Ok(Publisher::new(core, Arc::clone(&self.background)))
     }
 
     /// Reads a topic from `start` on.
@@ -322,22 +351,6 @@ impl Client {
     /// The topic does not exist, or no broker can be reached.
     pub fn subscriber(&self, topic: &str, start: Start) -> Result<Subscriber, ClientError> {
         Subscriber::open(Arc::clone(&self.inner), topic, start)
-    }
-
-    fn wake(&self) {
-        if let Some(background) = &self.background {
-            background.thread().unpark();
-        }
-    }
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        self.inner.stop.store(true, Ordering::Relaxed);
-        self.wake();
-        if let Some(background) = self.background.take() {
-            let _ = background.join();
-        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! what blocks: connecting and opening sessions.
 
 use crate::batching::{BatchPolicy, FixedSize, Load};
-use crate::client::{BrokerView, Inner, TopicView};
+use crate::client::{Background, BrokerView, Inner, TopicView};
 use crate::error::ClientError;
 use crate::link::{Link, LinkEvent, refused};
 use embarcadero_control::v1 as proto;
@@ -686,11 +686,12 @@ impl Driver {
 /// Publishes to one topic under one session. Threads may share it; each keeps its own order.
 pub struct Publisher {
     core: Arc<PublisherCore>,
+    _background: Arc<Background>,
 }
 
 impl Publisher {
-    pub(crate) fn new(core: Arc<PublisherCore>) -> Self {
-        Self { core }
+    pub(crate) fn new(core: Arc<PublisherCore>, background: Arc<Background>) -> Self {
+        Self { core, _background: background }
     }
 
     /// Copies a message into the open batch. Never blocks on the network.

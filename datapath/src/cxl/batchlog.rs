@@ -80,7 +80,7 @@ impl<F: Fabric> BatchlogWriter<F> {
     #[inline]
     pub fn append(&mut self, mut entry: BatchEntry) -> u64 {
         assert!(self.head - self.consumed < self.slots, "the Batchlog is full");
-        entry.lap = self.head / self.slots + 1;
+        entry.lap = lap_of(self.head, self.slots);
         self.region.fabric().store_line(self.ring.add(self.head % self.slots * 64), &entry);
         self.head += 1;
         self.head - 1
@@ -111,6 +111,13 @@ impl<F: Fabric> BatchlogWriter<F> {
         fabric.fence(Site::BatchlogHeadFlush);
         self.published = self.head;
     }
+}
+
+/// What an entry's lap says when it is entry `index` of a ring of `slots`.
+#[inline]
+#[must_use]
+pub const fn lap_of(index: u64, slots: u64) -> u64 {
+    index / slots + 1
 }
 
 /// The slot of entry `index`, as memory has it now: for inspection. Its lap tells whether it still is that entry.
@@ -185,7 +192,7 @@ impl<F: Fabric> BatchlogReader<F> {
     pub fn take(&mut self) -> BatchEntry {
         assert!(self.next < self.head, "nothing to take");
         let entry: BatchEntry = self.region.fabric().load_line(self.ring.add(self.next % self.slots * 64));
-        let lap = self.next / self.slots + 1;
+        let lap = lap_of(self.next, self.slots);
         assert!(entry.lap == lap, "Batchlog entry {} has lap {}, expected {lap}", self.next, entry.lap);
         self.next += 1;
         entry
