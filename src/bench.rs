@@ -2,6 +2,7 @@
 
 mod ceiling;
 mod datapath;
+mod failover;
 mod replication;
 mod report;
 mod sequencer;
@@ -79,6 +80,8 @@ pub enum BenchCommand {
     Sequencer(BenchArgs),
     /// CPU of an idle broker.
     Idle(BenchArgs),
+    /// Longest time without an acknowledgement when the head, or another broker, is killed.
+    Failover(BenchArgs),
     /// Goodput with replication at levels 1 and 2, beside the disk's and that without.
     Replication(BenchArgs),
     /// The transport alone and the whole publish path, by size.
@@ -92,6 +95,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::EndToEnd(args) => end_to_end(&args),
         BenchCommand::Sequencer(args) => sequencer::run(&args),
         BenchCommand::Idle(args) => idle(&args),
+        BenchCommand::Failover(args) => failover::run(&args),
         BenchCommand::Replication(args) => replication::run(&args),
         BenchCommand::Datapath(args) => datapath::run(&args),
     }

@@ -95,8 +95,17 @@ impl BrokerProcess {
         self.child.id()
     }
 
+    /// kill -9.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill().context("cannot kill a broker")?;
+        self.child.wait().map(drop).context("cannot wait for a broker")
+    }
+
     /// Asks the broker to stop and waits for it.
     pub fn stop(&mut self) {
+        if let Ok(Some(_)) = self.child.try_wait() {
+            return;
+        }
         let _ = Command::new("kill").arg("-TERM").arg(self.child.id().to_string()).status();
         let deadline = Instant::now() + Duration::from_secs(5);
         while Instant::now() < deadline {
@@ -112,9 +121,7 @@ impl BrokerProcess {
 
 impl Drop for BrokerProcess {
     fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            self.stop();
-        }
+        self.stop();
     }
 }
 

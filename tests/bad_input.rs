@@ -176,7 +176,7 @@ fn the_control_plane_names_what_is_wrong() {
     assert!(create("a b", options).contains("spaces"));
     assert!(create("t", TopicOptions { ack_level: 2, ..options }).contains("replication_factor >= 2"));
     assert!(create("t", TopicOptions { ack_level: 7, ..options }).contains("ack_level is 7"));
-    assert!(create("t", TopicOptions { replication_factor: 2, ack_level: 2, ..options }).contains("not built yet"));
+    assert!(create("t", TopicOptions { replication_factor: 2, ack_level: 2, ..options }).contains("there are 0"));
     client.create_topic("t", options).unwrap();
     assert!(create("t", options).contains("exists already"));
     assert!(client.delete_topic("nope").unwrap_err().to_string().contains("does not exist"));

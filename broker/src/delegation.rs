@@ -9,6 +9,7 @@ use crossbeam_channel::{Receiver, Sender};
 use embarcadero_datapath::cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
+use embarcadero_datapath::cxl::replication::read_completion;
 use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_headship, read_topic};
 use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
 use embarcadero_datapath::wire::BatchHeader;
@@ -268,7 +269,7 @@ impl<F: Fabric> Delegation<F> {
             let head = match &mut local.log {
                 Log::Batchlog(writer) => writer.head(),
                 Log::Own(index) => {
-                    let limit = trimmable(&region, config, broker);
+                    let limit = trimmable(&region, config, read_completion(&region, config.id, broker));
                     index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
                     index.reclaim(lowest_pin(&region, config.id, std::iter::once(broker)));
                     index.next()

@@ -9,6 +9,7 @@ use embarcadero_datapath::cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
 use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW};
 use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::replication::{Completion, read_completion};
 use embarcadero_datapath::cxl::segment::{SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::session_table::{
     Commit, Session, SessionState, flush_commit, publish_session, read_commit, read_progress, read_session,
@@ -615,11 +616,14 @@ impl<F: Fabric> Sequencer<F> {
         let live = read_headship(&self.region).map_or(u64::MAX, |head| head.broker_mask);
         let brokers: Vec<u32> = (0..self.region.geometry().max_brokers).filter(|id| live & (1 << id) != 0).collect();
         self.expire_gaps(now_us);
+        let awaited = self.awaited_topics();
         for slot in 0..self.topics.len() {
             let Some(Some(topic)) = self.topics.get_mut(slot) else { continue };
             let config = &topic.config;
-            // All brokers' lines say the same of the global stream.
-            let limit = trimmable(&self.region, config, 0);
+            // All brokers' lines say the same of the global stream. Who waits is known here first.
+            let awaited = awaited & 1 << config.id != 0;
+            let completion = Completion { awaited, ..read_completion(&self.region, config.id, 0) };
+            let limit = trimmable(&self.region, config, completion);
             topic.index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
             topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
         }

@@ -106,15 +106,11 @@ impl<F: Fabric> CompletionStage<F> {
     }
 }
 
-/// Position that retention may trim a stream of a topic to. What sessions wait for stays until it is durable, as long as
-/// there are enough replicas to make it so.
-pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, broker: u32) -> u64 {
+/// Position that retention may trim a stream of a topic to. What sessions wait for (`awaited`) stays until it is durable,
+/// as long as there are enough replicas to make it so.
+pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion: Completion) -> u64 {
     let copies = u32::from(topic.replication_factor.max(1)) - 1;
-    if copies == 0 {
-        return u64::MAX;
-    }
-    let completion = read_completion(region, topic.id, broker);
-    if completion.awaited && running_replicas(region).count_ones() >= copies {
+    if copies > 0 && completion.awaited && running_replicas(region).count_ones() >= copies {
         completion.durable_through
     } else {
         u64::MAX
