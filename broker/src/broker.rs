@@ -8,7 +8,7 @@ use crate::ingest::IngestLimits;
 use crate::pool;
 use crate::replica::format::Identity;
 use crate::replica::medium::{Directory, Medium};
-use crate::replica::replicator::{ReplicaOptions, Replicator};
+use crate::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use crate::replica::store::StoreOptions;
 use crate::sequencer::Leases;
 use crate::topics::TopicTable;
@@ -18,7 +18,7 @@ use embarcadero_control::v1::control_server::ControlServer;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::StreamId;
 use embarcadero_datapath::cxl::region::{RegionError, RegionFile, RoleLock};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, ReplicaState, publish_broker, publish_replica_state, read_broker};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, publish_broker, read_broker};
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
@@ -230,7 +230,7 @@ impl Start {
         if config.replica.path.is_some() {
             threads.push(spawn_replica(&self, &topics, &stop)?);
         } else {
-            publish_replica_state(&region, info.id, ReplicaState::None);
+            disclaim(&region, info.id);
         }
         let head = Arc::new(OnceLock::new());
         let service = ControlService {

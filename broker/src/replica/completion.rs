@@ -89,9 +89,11 @@ impl<F: Fabric> CompletionStage<F> {
             })
             .min()
             .unwrap_or(0);
+        // SYNC: after the replicas' words: what a replica passed over as trimmed is seen as trimmed here too.
+        let trimmed = read_extent(region, StreamId { topic, stream }).trimmed;
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
-            lost_through: if extent.trimmed > shown.durable_through { extent.trimmed } else { shown.lost_through },
+            lost_through: if trimmed > shown.durable_through { trimmed } else { shown.lost_through },
             awaited,
         };
         if now == shown {

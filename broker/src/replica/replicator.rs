@@ -29,6 +29,19 @@ pub fn running_replicas<F: Fabric>(region: &Region<F>) -> u64 {
         .fold(0, |mask, broker| mask | 1 << broker)
 }
 
+/// Takes back what an earlier process of this broker said of its disk, which may be another one now; a replica that runs
+/// says it anew once it has looked.
+pub fn disclaim<F: Fabric>(region: &Region<F>, broker: u32) {
+    publish_replica_state(region, broker, ReplicaState::None);
+    for topic in 0..region.geometry().max_topics {
+        for source in 0..region.geometry().max_brokers {
+            if read_replicated(region, topic, broker, source) > 0 {
+                publish_replicated(region, topic, broker, source, 0);
+            }
+        }
+    }
+}
+
 /// How a replica works.
 #[derive(Clone, Copy, Debug)]
 pub struct ReplicaOptions {
@@ -100,6 +113,7 @@ impl<F: Fabric> Replicator<F> {
     pub fn new(topics: Arc<TopicTable<F>>, open: OpenMedium, options: ReplicaOptions) -> std::io::Result<Self> {
         let (region, broker) = (topics.region().clone(), topics.broker());
         let buffer = Buffer::new(options.group_bytes as usize)?;
+        disclaim(&region, broker);
         publish_replica_state(&region, broker, ReplicaState::Running);
         Ok(Self {
             region,

@@ -9,7 +9,7 @@ use super::region::Region;
 use std::mem::offset_of;
 
 /// Says that the batches of `source` at positions below `position` of their order index are durable at `replica`,
-/// from the position on at which it began. Only that replica may; it falls only when a replica lost its disk.
+/// from the position on at which it began. Only that replica may; it falls only when its broker starts.
 pub fn publish_replicated<F: Fabric>(region: &Region<F>, topic: u32, replica: u32, source: u32, position: u64) {
     let at = region.layout().replication_done(topic, replica, source);
     let fabric = region.fabric();
