@@ -5,7 +5,7 @@ mod support;
 
 use embarcadero_client::{Client, ClientConfig, Order, Publisher, TopicOptions};
 use std::path::{Path, PathBuf};
-use support::{Cluster, assert_exactly_once, eventually, history, message, parse, run};
+use support::{Cluster, assert_exactly_once, eventually, history, message, parse, rebuild, run};
 use tempfile::TempDir;
 
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
@@ -55,22 +55,6 @@ fn held(from: &[&Path]) -> Result<String, String> {
     if said.status.success() { Ok(text(&said.stdout)) } else { Err(text(&said.stderr)) }
 }
 
-/// Kills every broker and removes the region; then rebuilds it from what `from` holds, and starts other brokers on it.
-fn after_losing_everything_but(cluster: &mut Cluster, from: &[&Path]) {
-    cluster.brokers.iter_mut().for_each(support::Broker::kill);
-    let brokers = std::mem::take(&mut cluster.brokers).len();
-    std::fs::remove_file(&cluster.region).unwrap();
-    let path = cluster.region.to_str().unwrap();
-    assert!(run(&[&["region", "create", "--path", path], REGION].concat()).status.success());
-    let from: Vec<&str> = from.iter().map(|path| path.to_str().unwrap()).collect();
-    let restored = run(&[&["region", "restore", "--path", path, "--from"], from.as_slice()].concat());
-    assert!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
-    for _ in 0..brokers {
-        cluster.add(&[]);
-    }
-    cluster.await_brokers(brokers);
-}
-
 #[test]
 fn all_that_was_acknowledged_survives_the_loss_of_everything_but_one_disk() {
     const COUNT: u64 = 3000;
@@ -91,7 +75,7 @@ fn all_that_was_acknowledged_survives_the_loss_of_everything_but_one_disk() {
     let before = history(&client(&cluster, 1), "s");
     // With a replication factor of 3, each of three brokers' batches is on the other two: any two hold everything.
     let (one, other) = (replica_of(&disk, 0), replica_of(&disk, 2));
-    after_losing_everything_but(&mut cluster, &[&one, &other]);
+    rebuild(&mut cluster, REGION, &[&one, &other]);
     let reading = client(&cluster, 1);
     assert_eq!(history(&reading, "s"), before, "the order changed");
     assert_exactly_once(&before[&0], COUNT);
@@ -134,7 +118,7 @@ fn a_dead_replica_is_replaced_and_catches_up_when_it_returns() {
     // Of the batches of brokers 0 and 1, brokers 0 and 2 have only what broker 2 has: also what came while it was away.
     let (zero, two) = (replica_of(&disk, 0), replica_of(&disk, 2));
     eventually("it has caught up", || held(&[&zero, &two]) == held(&[disk.path()]));
-    after_losing_everything_but(&mut cluster, &[&zero, &two]);
+    rebuild(&mut cluster, REGION, &[&zero, &two]);
     assert_exactly_once(&history(&client(&cluster, 1), "t")[&0], 8000);
 }
 
@@ -181,7 +165,7 @@ fn a_full_disk_fails_its_replica_and_nothing_that_was_acknowledged() {
     let report = cluster.inspect();
     let states: Vec<_> = report["brokers"].as_array().unwrap().iter().map(|broker| broker["replica"].clone()).collect();
     assert_eq!(states, ["running", "running", "failed"]);
-    after_losing_everything_but(&mut cluster, &[disk.path()]);
+    rebuild(&mut cluster, REGION, &[disk.path()]);
     assert_exactly_once(&history(&client(&cluster, 1), "t")[&0], 10_000);
 }
 
@@ -212,6 +196,6 @@ fn damage_is_found_and_fetched_again() {
     let publisher = publishing.publisher("t").unwrap();
     publish(&publisher, 2000..2100);
     publisher.flush().unwrap();
-    after_losing_everything_but(&mut cluster, &[disk.path()]);
+    rebuild(&mut cluster, REGION, &[disk.path()]);
     assert_exactly_once(&history(&client(&cluster, 1), "t")[&0], 2100);
 }

@@ -195,6 +195,22 @@ impl Drop for Cluster {
     }
 }
 
+/// Kills every broker and removes the region; then rebuilds it from what `from` holds, and starts other brokers on it.
+pub fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
+    cluster.brokers.iter_mut().for_each(Broker::kill);
+    let brokers = std::mem::take(&mut cluster.brokers).len();
+    std::fs::remove_file(&cluster.region).unwrap();
+    let path = cluster.region.to_str().unwrap();
+    assert!(run(&[&["region", "create", "--path", path], create].concat()).status.success());
+    let from: Vec<&str> = from.iter().map(|path| path.to_str().unwrap()).collect();
+    let restored = run(&[&["region", "restore", "--path", path, "--from"], from.as_slice()].concat());
+    assert!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
+    for _ in 0..brokers {
+        cluster.add(&[]);
+    }
+    cluster.await_brokers(brokers);
+}
+
 /// Runs a command of the program that must fail, and say why.
 pub fn refused(arguments: &[&str], environment: &[(&str, &str)], reason: &str) {
     let output = Command::new(PROGRAM).args(arguments).envs(environment.iter().copied()).output().unwrap();
