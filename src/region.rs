@@ -6,15 +6,19 @@ use clap::{Subcommand, ValueEnum};
 use embarcadero_broker::replica::restore::{Plan, RestoreError, find_media};
 use embarcadero_datapath::cxl::batchlog::peek_entry;
 use embarcadero_datapath::cxl::cache::FlushMethod;
-use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, BrokerHalf, Geometry, PinLine};
-use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, StreamId, read_extent, read_sequencer_half};
+use embarcadero_datapath::cxl::headship::{Headship, last_led, read_headship_at};
+use embarcadero_datapath::cxl::layout::{
+    AllocatorKind, BatchEntry, BrokerHalf, DEFAULT_HEADS, Geometry, PinLine, Seat,
+};
+use embarcadero_datapath::cxl::order_index::{
+    Extent, OrderIndexReader, StreamId, read_extent_at, read_sequencer_half_at,
+};
 use embarcadero_datapath::cxl::region::{Creation, RegionFile};
-use embarcadero_datapath::cxl::replication::{Completion, read_completion, read_replicated};
+use embarcadero_datapath::cxl::replication::{Completion, read_completion_at, read_replicated};
 use embarcadero_datapath::cxl::segment::{SegmentUse, free_segments, read_owner};
-use embarcadero_datapath::cxl::session_table::{Session, read_progress, read_session};
+use embarcadero_datapath::cxl::session_table::{Session, read_progress_at, read_session_at};
 use embarcadero_datapath::cxl::tables::{
-    BrokerInfo, Headship, ReplicaState, TopicConfig, read_broker, read_headship, read_pulse, read_replica_state,
-    read_topic,
+    BrokerInfo, ReplicaState, TopicConfig, read_broker, read_pulse, read_replica_state, read_topic_at,
 };
 use embarcadero_datapath::cxl::{Fabric, Native, Region, Site};
 use serde::Serialize;
@@ -60,6 +64,9 @@ pub enum RegionCommand {
         /// Most brokers.
         #[arg(long, default_value_t = 32)]
         max_brokers: u32,
+        /// Brokers that can be the head, those with the lowest ids; unset means 4, or all where there are fewer.
+        #[arg(long)]
+        max_heads: Option<u32>,
         /// Most topics.
         #[arg(long, default_value_t = 32)]
         max_topics: u32,
@@ -125,6 +132,7 @@ pub fn run(command: RegionCommand) -> Result<()> {
             segment_size,
             allocator,
             max_brokers,
+            max_heads,
             max_topics,
             max_sessions,
             batchlog_slots,
@@ -133,7 +141,9 @@ pub fn run(command: RegionCommand) -> Result<()> {
             force,
         } => {
             let tables = Geometry::with_segments_of(segment_size, allocator.into());
-            let geometry = Geometry { max_brokers, max_topics, max_sessions, batchlog_slots, ..tables }.fit(size)?;
+            let max_heads = max_heads.unwrap_or(DEFAULT_HEADS.min(max_brokers));
+            let geometry =
+                Geometry { max_brokers, max_heads, max_topics, max_sessions, batchlog_slots, ..tables }.fit(size)?;
             let creation = Creation { reserve: !sparse, numa_node, force };
             let file = RegionFile::create(&path, &geometry, FlushMethod::None, creation)?;
             println!(
@@ -318,8 +328,10 @@ struct SegmentReport {
 }
 
 impl Report {
+    /// What is there, as the head has it, or the one that was it last.
     fn read(region: &Region<Native>) -> Self {
         let geometry = *region.geometry();
+        let seat = last_led(region).unwrap_or(Seat(0));
         let brokers = (0..geometry.max_brokers).filter_map(|broker| {
             let (heartbeat, batches_published) = read_pulse(region, broker);
             let replica = read_replica_state(region, broker);
@@ -329,7 +341,8 @@ impl Report {
             .map(|segment| SegmentReport { segment, owner: read_owner(region, segment) })
             .filter(|report| report.owner != SegmentUse::Free);
         let sessions = (0..geometry.max_sessions).filter_map(|slot| {
-            Some(SessionReport { session: read_session(region, slot)?, expected: read_progress(region, slot) })
+            let (session, expected) = (read_session_at(region, seat, slot)?, read_progress_at(region, seat, slot));
+            Some(SessionReport { session, expected })
         });
         Self {
             superblock: Superblock {
@@ -340,9 +353,9 @@ impl Report {
                 geometry,
             },
             layout: *region.layout(),
-            control_block: read_headship(region),
+            control_block: read_headship_at(region, seat),
             brokers: brokers.collect(),
-            topics: (0..geometry.max_topics).filter_map(|id| TopicReport::read(region, id)).collect(),
+            topics: (0..geometry.max_topics).filter_map(|id| TopicReport::read(region, seat, id)).collect(),
             sessions: sessions.collect(),
             segments: SegmentsReport {
                 total: geometry.segment_count,
@@ -354,15 +367,15 @@ impl Report {
 }
 
 impl TopicReport {
-    fn read(region: &Region<Native>, id: u32) -> Option<Self> {
-        let config = read_topic(region, id)?;
+    fn read(region: &Region<Native>, seat: Seat, id: u32) -> Option<Self> {
+        let config = read_topic_at(region, seat, id)?;
         let extent = |stream| {
-            let extent = read_extent(region, StreamId { topic: id, stream });
+            let extent = read_extent_at(region, seat, StreamId { topic: id, stream });
             (extent.incarnation == u64::from(config.incarnation)).then_some(extent)
         };
         let entries = (0..region.geometry().max_brokers)
             .filter(|broker| read_broker(region, *broker).is_some())
-            .map(|broker| OffsetEntryReport::read(region, id, broker, extent(broker)))
+            .map(|broker| OffsetEntryReport::read(region, seat, id, broker, extent(broker)))
             .collect();
         let global_index = extent(StreamId::GLOBAL);
         let global_index_entries = global_index.map_or_else(Vec::new, |extent| newest_entries(region, id, &extent));
@@ -395,15 +408,15 @@ fn newest_entries(region: &Region<Native>, topic: u32, extent: &Extent) -> Vec<I
 }
 
 impl OffsetEntryReport {
-    fn read(region: &Region<Native>, topic: u32, broker: u32, own_index: Option<Extent>) -> Self {
+    fn read(region: &Region<Native>, seat: Seat, topic: u32, broker: u32, own_index: Option<Extent>) -> Self {
         let fabric = region.fabric();
         let half: BrokerHalf = fabric.observe_line(region.layout().offset_entry(topic, broker), Site::BatchlogHeadRead);
         let pins: PinLine = fabric.observe_line(region.layout().pin(topic, broker), Site::PinRead);
-        let Completion { durable_through, lost_through, .. } = read_completion(region, topic, broker);
+        let Completion { durable_through, lost_through, .. } = read_completion_at(region, seat, topic, broker);
         let replicated = (0..region.geometry().max_brokers)
             .map(|source| (source, read_replicated(region, topic, broker, source)))
             .filter(|(_, position)| *position > 0);
-        let sequencer = read_sequencer_half(region, topic, broker);
+        let sequencer = read_sequencer_half_at(region, seat, topic, broker);
         let newest = half.batchlog_head.saturating_sub(NEWEST)..half.batchlog_head;
         let batchlog = newest.map(|index| {
             let entry: BatchEntry = peek_entry(region, topic, broker, index);

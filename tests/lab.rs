@@ -131,7 +131,7 @@ mod one_guest {
     fn a_full_pool_is_a_clear_error_also_over_verbs() {
         let cluster = Cluster::start(
             1,
-            &["--size", "96MiB", "--segment-size", "4MiB"],
+            &["--size", "120MiB", "--segment-size", "4MiB"],
             &[VERBS, ("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "500")],
         );
         let client = verbs(&cluster);
@@ -149,7 +149,7 @@ mod one_guest {
     #[test]
     #[ignore = "needs an RDMA device: scripts/lab has one"]
     fn windows_of_idle_publishers_do_not_keep_the_pool_from_being_reclaimed() {
-        let cluster = Cluster::start(1, &["--size", "96MiB", "--segment-size", "2MiB"], &[VERBS]);
+        let cluster = Cluster::start(1, &["--size", "120MiB", "--segment-size", "2MiB"], &[VERBS]);
         let client = verbs(&cluster);
         let options = TopicOptions { retention_bytes: 4 << 20, ..strong() };
         client.create_topic("t", options).unwrap();
@@ -554,7 +554,7 @@ mod cxl {
             mount -o dax /dev/pmem0 /run/fsdax",
         );
         let path = "/run/fsdax/region";
-        let made = support::run(&["region", "create", "--path", path, "--size", "96MiB", "--segment-size", "1MiB"]);
+        let made = support::run(&["region", "create", "--path", path, "--size", "120MiB", "--segment-size", "1MiB"]);
         assert!(made.status.success());
         refused(&["broker", "--region", path], &[VERBS], "is a file on fsdax");
         shell(

@@ -28,7 +28,7 @@ fn fill(client: &Client, topic: &str, bytes: u64) -> Result<u64, ClientError> {
 fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
     let environment = [("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "300"), ("EMBARCADERO_BROKER_GAP_LEASE_MS", "200")];
     let cluster =
-        Cluster::start(2, &["--size", "100MiB", "--segment-size", "1MiB", "--max-brokers", "4"], &environment);
+        Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "4"], &environment);
     let client = small(&cluster);
     client.create_topic("full", TopicOptions::default()).unwrap();
     let error = fill(&client, "full", 1 << 30).unwrap_err();
@@ -53,7 +53,7 @@ fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
 }
 
 fn retention_recycles(create: &[&str], order: Order) {
-    let mut arguments = vec!["--size", "100MiB", "--segment-size", "1MiB", "--max-brokers", "4"];
+    let mut arguments = vec!["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "4"];
     arguments.extend(create);
     let environment: &[(&str, &str)] =
         if create.contains(&"partitioned") { &[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")] } else { &[] };
@@ -105,7 +105,7 @@ fn retention_recycles_with_the_leader_allocator() {
 /// A subscriber that retention overtakes, again and again, hears so each time: its stream never skips in silence.
 #[test]
 fn a_subscriber_that_is_overtaken_is_told() {
-    let cluster = Cluster::start(2, &["--size", "100MiB", "--segment-size", "1MiB"], &[]);
+    let cluster = Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
     // Batches of half a segment: retention moves in steps that are shorter than what a broker queues.
     let config = ClientConfig { batch_size: 512 << 10, buffer_bytes: 8 << 20, ..cluster.config() };
     let client = Client::connect(config).unwrap();
@@ -141,7 +141,7 @@ fn a_subscriber_that_is_overtaken_is_told() {
 
 #[test]
 fn retention_by_time_trims() {
-    let cluster = Cluster::start(1, &["--size", "100MiB", "--segment-size", "1MiB"], &[]);
+    let cluster = Cluster::start(1, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
     let client = small(&cluster);
     client.create_topic("brief", TopicOptions { retention_ms: 50, ..TopicOptions::default() }).unwrap();
     let count = fill(&client, "brief", 5 << 20).unwrap();

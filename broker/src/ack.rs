@@ -2,6 +2,7 @@
 
 use crate::delegation::OrderedLocally;
 use embarcadero_datapath::cxl::Fabric;
+use embarcadero_datapath::cxl::headship::NoHead;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
@@ -80,31 +81,40 @@ impl AckQueue {
 
     /// Acks for everything from `from` that is committed already: what a client that reconnects wants to know. What is
     /// not durable yet, and has to be, follows from [`AckQueue::poll`].
-    pub fn replay<F: Fabric>(&mut self, region: &Region<F>, from: u64, mut send: impl FnMut(Ack)) {
-        let committed = read_progress(region, self.slot);
+    ///
+    /// # Errors
+    /// [`NoHead`]: nobody can say.
+    pub fn replay<F: Fabric>(
+        &mut self,
+        region: &Region<F>,
+        from: u64,
+        mut send: impl FnMut(Ack),
+    ) -> Result<(), NoHead> {
+        let committed = read_progress(region, self.slot)?;
         for sequence in from.max(committed.saturating_sub(SESSION_WINDOW))..committed + SESSION_WINDOW {
             let commit = read_commit(region, self.slot, sequence);
             if commit == Commit::Unknown || (commit == Commit::Forgotten && sequence >= committed) {
                 continue;
             }
-            let Committed { first_offset, position, .. } = self.place(region, sequence, commit);
+            let Committed { first_offset, position, .. } = self.place(region, sequence, commit)?;
             if self.durable {
                 self.committed.push_back(Committed { sequence, first_offset, position });
             } else {
                 send(self.ack(sequence, first_offset, committed));
             }
         }
+        Ok(())
     }
 
     /// Where a committed batch is in the order. One whose record is gone is no later than the newest.
-    fn place<F: Fabric>(&self, region: &Region<F>, sequence: u64, commit: Commit) -> Committed {
-        match commit {
+    fn place<F: Fabric>(&self, region: &Region<F>, sequence: u64, commit: Commit) -> Result<Committed, NoHead> {
+        Ok(match commit {
             Commit::At(record) => Committed { sequence, first_offset: record.first_offset, position: record.position },
             Commit::Forgotten | Commit::Unknown => {
-                let position = if self.durable { read_extent(region, self.stream).committed } else { 0 };
+                let position = if self.durable { read_extent(region, self.stream)?.committed } else { 0 };
                 Committed { sequence, first_offset: UNKNOWN_OFFSET, position: position.saturating_sub(1) }
             }
-        }
+        })
     }
 
     fn ack(&self, sequence: u64, first_offset: u64, committed: u64) -> Ack {
@@ -132,15 +142,18 @@ impl AckQueue {
             if commit == Commit::Unknown {
                 break;
             }
+            // The progress word may lag behind the record for a moment; a client only ever sees it grow.
+            let (Ok(placed), Ok(progress)) = (self.place(region, sequence, commit), read_progress(region, self.slot))
+            else {
+                break;
+            };
             self.outstanding.pop_front();
-            let placed = self.place(region, sequence, commit);
             if self.durable {
                 self.committed.push_back(placed);
                 continue;
             }
             sent += 1;
-            // The progress word may lag behind the record for a moment; a client only ever sees it grow.
-            send(self.ack(sequence, placed.first_offset, read_progress(region, self.slot)));
+            send(self.ack(sequence, placed.first_offset, progress));
         }
         if !self.committed.is_empty() {
             sent += self.poll_durable(region, broker, send)?;
@@ -154,8 +167,12 @@ impl AckQueue {
         broker: u32,
         mut send: impl FnMut(Ack),
     ) -> Result<usize, Lost> {
-        let completion = read_completion(region, self.stream.topic, broker);
-        let progress = if self.stream.stream == StreamId::GLOBAL { read_progress(region, self.slot) } else { 0 };
+        let (Ok(completion), Ok(progress)) =
+            (read_completion(region, self.stream.topic, broker), read_progress(region, self.slot))
+        else {
+            return Ok(0);
+        };
+        let progress = if self.stream.stream == StreamId::GLOBAL { progress } else { 0 };
         let mut sent = 0;
         while let Some(Committed { sequence, first_offset, position }) = self.committed.front().copied() {
             if position < completion.lost_through {
@@ -189,7 +206,10 @@ impl AckQueue {
 
     /// Whether the session still stands. Not for every batch: reads a line that only changes at its end.
     pub fn standing<F: Fabric>(&self, region: &Region<F>) -> Standing {
-        match read_session(region, self.slot) {
+        let (Ok(session), Ok(committed)) = (read_session(region, self.slot), read_progress(region, self.slot)) else {
+            return Standing::Open;
+        };
+        match session {
             // Being rewritten right now: look again next time.
             None => Standing::Open,
             Some(session)
@@ -200,7 +220,7 @@ impl AckQueue {
                 Standing::Open
             }
             Some(session) => Standing::Fenced(Fenced {
-                committed: if session.client_id == self.client_id { read_progress(region, self.slot) } else { 0 },
+                committed: if session.client_id == self.client_id { committed } else { 0 },
                 session_epoch: self.epoch,
                 ..Fenced::blank()
             }),

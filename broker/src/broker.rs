@@ -1,9 +1,9 @@
 //! Puts a broker together and takes it apart.
 
 use crate::config::{BrokerConfig, Coherence, ConfigError, Role, Transport};
-use crate::control::{ControlService, HeadControl};
+use crate::control::{ControlService, HeadSlot};
 use crate::delegation::{Delegation, Landed};
-use crate::head::Candidate;
+use crate::head::{Candidate, Reach, Reign};
 use crate::ingest::IngestLimits;
 use crate::pool;
 use crate::replica::format::Identity;
@@ -17,7 +17,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_control::v1::control_server::ControlServer;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::StreamId;
-use embarcadero_datapath::cxl::region::{RegionError, RegionFile, RoleLock};
+use embarcadero_datapath::cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_datapath::cxl::tables::{BrokerInfo, publish_broker, read_broker};
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds, Step};
@@ -30,7 +30,7 @@ use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -72,21 +72,19 @@ fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError 
 pub struct Broker {
     info: BrokerInfo,
     region: Region<Native>,
-    head: Arc<OnceLock<HeadControl>>,
+    head: Arc<HeadSlot>,
     stop: Arc<AtomicBool>,
     control_stop: Option<tokio::sync::oneshot::Sender<()>>,
     threads: Vec<JoinHandle<()>>,
     // Given up last.
-    _id_lock: RoleLock,
-    _head_lock: Arc<Mutex<Option<RoleLock>>>,
+    _id_lock: BrokerLock,
 }
 
 struct Start {
     config: BrokerConfig,
     file: RegionFile,
     info: BrokerInfo,
-    id_lock: RoleLock,
-    head_lock: Option<RoleLock>,
+    id_lock: BrokerLock,
     #[cfg(feature = "rdma")]
     verbs: Option<Arc<VerbsHost>>,
 }
@@ -122,11 +120,11 @@ impl Broker {
             region.require_node(node)?;
         }
         let (id, id_lock) = claim_id(&file, config.id)?;
-        let head_lock = match config.role {
-            Role::Follower => None,
-            Role::Auto => file.claim_head()?,
-            Role::Head => Some(file.claim_head()?.ok_or(BrokerError::HeadTaken)?),
-        };
+        let seats = region.geometry().max_heads;
+        if config.role == Role::Head && id >= seats {
+            let bound = format!("0 to {}, the region's max_heads - 1, for role head", seats - 1);
+            return Err(ConfigError { key: "id", value: id.to_string(), bound }.into());
+        }
         let data = listen(config.data_listen).map_err(io_error(format!("listen on {}", config.data_listen)))?;
         let control =
             listen(config.control_listen).map_err(io_error(format!("listen on {}", config.control_listen)))?;
@@ -144,7 +142,6 @@ impl Broker {
             file,
             info,
             id_lock,
-            head_lock,
             #[cfg(feature = "rdma")]
             verbs,
         };
@@ -158,7 +155,7 @@ impl Broker {
 
     /// True for the broker that orders.
     pub fn is_head(&self) -> bool {
-        self.head.get().is_some()
+        self.head.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// Stops all threads and marks the slot as left.
@@ -197,7 +194,7 @@ fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), Br
     Ok(())
 }
 
-fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, RoleLock), BrokerError> {
+fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, BrokerLock), BrokerError> {
     let max = file.region().geometry().max_brokers;
     if let Some(id) = wanted {
         if id >= max {
@@ -232,44 +229,45 @@ impl Start {
         } else {
             disclaim(&region, info.id);
         }
-        let head = Arc::new(OnceLock::new());
+        let head: Arc<HeadSlot> = Arc::default();
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: config.max_batch_bytes,
             head: Arc::clone(&head),
             pool: Arc::clone(&pool),
         };
-        let Self { config, file, info, id_lock, head_lock, .. } = self;
-        let lock = Arc::new(Mutex::new(None));
+        let Self { config, file, info, id_lock, .. } = self;
         let candidate = Candidate {
             file,
             info: info.clone(),
             pool,
             leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
             broker_lease: Duration::from_millis(config.broker_lease_ms),
-            // Other hosts' locks are not seen.
-            takes_over: config.role != Role::Follower && config.cxl.coherence == Coherence::Host,
+            head_lease: Duration::from_millis(config.head_lease_ms),
+            reach: match config.cxl.coherence {
+                Coherence::Host => Reach::Host,
+                Coherence::Fabric => Reach::Fabric,
+                Coherence::None => Reach::None,
+            },
+            eligible: config.role != Role::Follower && info.id < region.geometry().max_heads,
             stages,
             control: Arc::clone(&head),
-            lock: Arc::clone(&lock),
+            in_use: Arc::default(),
         };
-        if let Some(lock) = head_lock {
-            candidate.lead(lock);
+        let reign = candidate.take_over_if_gone();
+        if config.role == Role::Head && reign.is_none() {
+            stop.store(true, Ordering::Relaxed);
+            for thread in threads {
+                let _ = thread.join();
+            }
+            return Err(BrokerError::HeadTaken);
         }
         publish_broker(&region, &info);
         let (control_stop, stopped) = tokio::sync::oneshot::channel();
-        threads.push(spawn_control(control, service, candidate, stopped)?);
-        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = head.get().is_some(), "serving");
-        Ok(Broker {
-            info,
-            region,
-            head,
-            stop,
-            control_stop: Some(control_stop),
-            threads,
-            _id_lock: id_lock,
-            _head_lock: lock,
-        })
+        threads.push(spawn_control(control, service, candidate, reign, stopped)?);
+        let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
+        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = leads, "serving");
+        Ok(Broker { info, region, head, stop, control_stop: Some(control_stop), threads, _id_lock: id_lock })
     }
 }
 
@@ -489,6 +487,7 @@ fn spawn_control(
     listener: TcpListener,
     service: ControlService,
     candidate: Candidate,
+    reign: Option<Reign>,
     stop: tokio::sync::oneshot::Receiver<()>,
 ) -> Result<JoinHandle<()>, BrokerError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -502,7 +501,7 @@ fn spawn_control(
     };
     spawn("control".to_owned(), move || {
         runtime.block_on(async move {
-            tokio::spawn(candidate.run());
+            tokio::spawn(candidate.run(reign));
             let served = tonic::transport::Server::builder()
                 .add_service(ControlServer::new(service))
                 .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(incoming), async {

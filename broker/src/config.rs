@@ -259,6 +259,8 @@ pub struct BrokerConfig {
     pub heartbeat_ms: u64,
     /// After what silence the head takes a broker for dead, milliseconds.
     pub broker_lease_ms: u64,
+    /// After what silence the head is replaced, milliseconds. (One whose process is gone is replaced at once.)
+    pub head_lease_ms: u64,
     /// How long a subscriber may hold what retention wants, milliseconds.
     pub delivery_patience_ms: u64,
     /// SO_SNDBUF and SO_RCVBUF of data sockets, bytes; unset leaves them to the kernel, on loopback to
@@ -289,6 +291,7 @@ impl Default for BrokerConfig {
             session_idle_ms: 60_000,
             heartbeat_ms: 10,
             broker_lease_ms: 2000,
+            head_lease_ms: 100,
             delivery_patience_ms: 5000,
             socket_buffer_bytes: None,
         }
@@ -320,6 +323,7 @@ impl BrokerConfig {
         within("session_idle_ms", self.session_idle_ms, 100, 86_400_000)?;
         within("heartbeat_ms", self.heartbeat_ms, 1, 1000)?;
         within("broker_lease_ms", self.broker_lease_ms, self.heartbeat_ms * 5, 600_000)?;
+        within("head_lease_ms", self.head_lease_ms, self.heartbeat_ms * 5, 600_000)?;
         within("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000)?;
         within("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30)?;
         within("replica.file_bytes", self.replica.file_bytes, 1 << 20, 1 << 40)?;

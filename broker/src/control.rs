@@ -3,23 +3,27 @@
 use crate::membership::live_brokers;
 use crate::replica::replicator::running_replicas;
 use crate::sequencer::{Command, SessionError};
-use crossbeam_channel::{Receiver, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
+use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
 use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::tables::{
-    Order, TopicConfig, TopicState, check_topic_name, live_topics, publish_topic, read_broker, read_headship,
-    read_topic,
+    Order, TopicConfig, TopicState, check_topic_name, live_topics, read_broker, read_topic,
 };
 use embarcadero_datapath::cxl::{Native, Region};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 use tonic::{Request, Response, Status};
 
 /// How long the sequencer may take to answer, and brokers to let go of a topic.
 const ANSWER: Duration = Duration::from_secs(30);
+
+/// How long a call waits while the region has no head, and how often it looks.
+const HEAD_WAIT: Duration = Duration::from_secs(2);
+const HEAD_POLL: Duration = Duration::from_millis(5);
 
 /// What the head adds to a broker's control service.
 pub struct HeadControl {
@@ -29,22 +33,26 @@ pub struct HeadControl {
     pub topics: tokio::sync::Mutex<()>,
 }
 
+/// There while this broker is the head.
+pub type HeadSlot = RwLock<Option<Arc<HeadControl>>>;
+
 /// The service of one broker.
 pub struct ControlService {
     /// The region.
     pub region: Region<Native>,
     /// Largest batch.
     pub max_batch_bytes: u64,
-    /// There from when this broker is the head.
-    pub head: Arc<OnceLock<HeadControl>>,
+    /// What the head can do, if this broker is it.
+    pub head: Arc<HeadSlot>,
     /// This broker's allocator; at the head, with the leader allocator, everyone's.
     pub pool: Arc<dyn SegmentAllocator>,
 }
 
 impl ControlService {
     #[allow(clippy::result_large_err)] // tonic's own error type
-    fn head(&self) -> Result<&HeadControl, Status> {
-        self.head.get().ok_or_else(|| {
+    fn head(&self) -> Result<Arc<HeadControl>, Status> {
+        let head = self.head.read().unwrap_or_else(PoisonError::into_inner).clone();
+        head.ok_or_else(|| {
             let head = read_headship(&self.region).and_then(|head| read_broker(&self.region, head.broker));
             Status::failed_precondition(match head {
                 Some(head) => format!("this broker is not the head; the head is at {}", head.control),
@@ -53,9 +61,21 @@ impl ControlService {
         })
     }
 
-    #[allow(clippy::result_large_err)]
-    fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
-        live_topics(&self.region)
+    /// What the head says, once there is one.
+    async fn of_head<R>(&self, read: impl Fn(&Region<Native>) -> Result<R, NoHead>) -> Result<R, Status> {
+        let deadline = Instant::now() + HEAD_WAIT;
+        loop {
+            match read(&self.region) {
+                Ok(result) => return Ok(result),
+                Err(error) if Instant::now() >= deadline => return Err(Status::unavailable(error.to_string())),
+                Err(NoHead) => tokio::time::sleep(HEAD_POLL).await,
+            }
+        }
+    }
+
+    async fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
+        self.of_head(live_topics)
+            .await?
             .into_iter()
             .find(|topic| topic.name == name)
             .ok_or_else(|| Status::not_found(format!("topic {name:?} does not exist")))
@@ -68,7 +88,10 @@ impl ControlService {
         tokio::task::spawn_blocking(move || answer.recv_timeout(ANSWER))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(|_| Status::deadline_exceeded("the sequencer did not answer in time"))
+            .map_err(|error| match error {
+                RecvTimeoutError::Timeout => Status::deadline_exceeded("the sequencer did not answer in time"),
+                RecvTimeoutError::Disconnected => Status::unavailable("this broker leads no more"),
+            })
     }
 }
 
@@ -132,6 +155,7 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
 impl Control for ControlService {
     async fn metadata(&self, _: Request<proto::MetadataRequest>) -> Result<Response<proto::MetadataResponse>, Status> {
         let region = &self.region;
+        let topics = self.of_head(live_topics).await?;
         let (brokers, head) = live_brokers(region);
         Ok(Response::new(proto::MetadataResponse {
             region_uuid: region.uuid().to_string(),
@@ -145,7 +169,7 @@ impl Control for ControlService {
                     head: Some(broker.id) == head,
                 })
                 .collect(),
-            topics: live_topics(region).iter().map(topic_to_proto).collect(),
+            topics: topics.iter().map(topic_to_proto).collect(),
             segment_bytes: region.geometry().segment_bytes,
             segments_total: region.geometry().segment_count.into(),
             segments_free: free_segments(region).into(),
@@ -157,31 +181,34 @@ impl Control for ControlService {
         request: Request<proto::CreateTopicRequest>,
     ) -> Result<Response<proto::Topic>, Status> {
         let mut config = requested_topic(request.get_ref())?;
-        let (needed, running) = (config.replication_factor - 1, running_replicas(&self.region).count_ones());
+        let needed = config.replication_factor - 1;
+        let running = self.of_head(running_replicas).await?.count_ones();
         if running < needed.into() {
             return Err(Status::resource_exhausted(format!(
                 "replication_factor {} needs {needed} live brokers that replicate (replica.path), and there are {running}",
                 config.replication_factor
             )));
         }
-        let _one_at_a_time = self.head()?.topics.lock().await;
-        if self.topic(&config.name).is_ok() {
+        let head = self.head()?;
+        let _one_at_a_time = head.topics.lock().await;
+        if self.of_head(live_topics).await?.iter().any(|topic| topic.name == config.name) {
             return Err(Status::already_exists(format!("topic {:?} exists already", config.name)));
         }
         let slots = self.region.geometry().max_topics;
-        let free = (0..slots).find_map(|id| match read_topic(&self.region, id) {
-            None => Some((id, 1)),
-            Some(old) if old.state == TopicState::Free => Some((id, old.incarnation + 1)),
-            Some(_) => None,
-        });
+        let mut free = None;
+        for id in (0..slots).rev() {
+            match self.of_head(|region| read_topic(region, id)).await? {
+                None => free = Some((id, 1)),
+                Some(old) if old.state == TopicState::Free => free = Some((id, old.incarnation + 1)),
+                Some(_) => {}
+            }
+        }
         let Some((id, incarnation)) = free else {
             return Err(Status::resource_exhausted(format!("all {slots} topic slots are in use; delete a topic")));
         };
         (config.id, config.incarnation) = (id, incarnation);
         let answer = topic_to_proto(&config);
-        // The sequencer opens the index before anyone can see the topic.
-        self.ask(|reply| Command::OpenTopic(config.clone(), reply)).await?;
-        publish_topic(&self.region, &config);
+        self.ask(|reply| Command::OpenTopic(config, reply)).await?;
         Ok(Response::new(answer))
     }
 
@@ -189,8 +216,9 @@ impl Control for ControlService {
         &self,
         request: Request<proto::DeleteTopicRequest>,
     ) -> Result<Response<proto::DeleteTopicResponse>, Status> {
-        let _one_at_a_time = self.head()?.topics.lock().await;
-        let topic = self.topic(&request.get_ref().name)?;
+        let head = self.head()?;
+        let _one_at_a_time = head.topics.lock().await;
+        let topic = self.topic(&request.get_ref().name).await?;
         self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?;
         Ok(Response::new(proto::DeleteTopicResponse {}))
     }
@@ -199,15 +227,20 @@ impl Control for ControlService {
         &self,
         request: Request<proto::DescribeTopicRequest>,
     ) -> Result<Response<proto::TopicDescription>, Status> {
-        let topic = self.topic(&request.get_ref().name)?;
+        let topic = self.topic(&request.get_ref().name).await?;
         let streams: Vec<u32> = if topic.order.is_global() {
             vec![StreamId::GLOBAL]
         } else {
             (0..self.region.geometry().max_brokers).collect()
         };
+        let id = |stream| StreamId { topic: topic.id, stream };
+        let read = |region: &_| {
+            let extents = streams.iter().map(|stream| Ok((*stream, read_extent(region, id(*stream))?)));
+            extents.collect::<Result<Vec<_>, NoHead>>()
+        };
+        let streams = self.of_head(read).await?;
         let streams = streams
             .into_iter()
-            .map(|stream| (stream, read_extent(&self.region, StreamId { topic: topic.id, stream })))
             .filter(|(_, extent)| extent.incarnation == u64::from(topic.incarnation))
             .map(|(stream, extent)| proto::Stream {
                 broker: stream,
@@ -225,7 +258,7 @@ impl Control for ControlService {
     ) -> Result<Response<proto::OpenSessionResponse>, Status> {
         let request = request.into_inner();
         self.head()?;
-        let topic = self.topic(&request.topic)?;
+        let topic = self.topic(&request.topic).await?;
         if request.client_id == 0 {
             return Err(Status::invalid_argument("client_id is 0; it must be at least 1"));
         }

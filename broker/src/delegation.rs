@@ -1,16 +1,18 @@
 //! Local order: one delegation a broker appends received batches to the Batchlog in arrival order. For topics
 //! without a global order it writes the broker's own order index instead.
 
-use crate::reclaim::Reclaimer;
+use crate::reclaim::{Leftovers, Reclaimer};
 use crate::replica::completion::trimmable;
 use crate::topics::{Topic, TopicTable};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender};
 use embarcadero_datapath::cxl::batchlog::{BatchlogWriter, Written};
-use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry};
+use embarcadero_datapath::cxl::headship::read_headship;
+use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::replication::read_completion;
-use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_headship, read_topic};
+use embarcadero_datapath::cxl::segment::PoolError;
+use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_topic};
 use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
 use embarcadero_datapath::wire::BatchHeader;
 use serde::{Deserialize, Serialize};
@@ -95,6 +97,7 @@ pub struct Delegation<F: Fabric> {
     acks: Vec<Sender<OrderedLocally>>,
     pulse: Pulse<F>,
     group: FlushGroup,
+    leftovers: Leftovers<F>,
 }
 
 impl<F: Fabric> Delegation<F> {
@@ -107,7 +110,8 @@ impl<F: Fabric> Delegation<F> {
     ) -> Self {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
-        Self { logs: (0..slots).map(|_| None).collect(), topics, landed, stalled: None, acks, pulse, group }
+        let leftovers = Leftovers::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()));
+        Self { logs: (0..slots).map(|_| None).collect(), topics, landed, stalled: None, acks, pulse, group, leftovers }
     }
 
     /// Takes up to `budget` batches; publishes groups, and what is left once nothing more is there. Returns how many
@@ -135,7 +139,9 @@ impl<F: Fabric> Delegation<F> {
             landed.topic.blog.settle(landed.at);
             return Ok(());
         }
-        self.open(&landed.topic);
+        if self.open(&landed.topic).is_err() {
+            return Err(landed);
+        }
         let broker = self.topics.broker();
         let fabric = self.topics.region().fabric();
         let Some(Some(local)) = self.logs.get_mut(slot) else { return Ok(()) };
@@ -196,20 +202,20 @@ impl<F: Fabric> Delegation<F> {
         Ok(())
     }
 
-    fn open(&mut self, topic: &Arc<Topic<F>>) {
+    fn open(&mut self, topic: &Arc<Topic<F>>) -> Result<(), PoolError> {
         let region = self.topics.region();
         let broker = self.topics.broker();
         let config = &topic.config;
-        let Some(slot) = self.logs.get_mut(config.id as usize) else { return };
+        let Some(slot) = self.logs.get_mut(config.id as usize) else { return Ok(()) };
         if slot.as_ref().is_some_and(|local| Arc::ptr_eq(&local.topic, topic)) {
-            return;
+            return Ok(());
         }
         let log = if config.order.is_global() {
             Log::Batchlog(BatchlogWriter::new(region.clone(), config.id, broker))
         } else {
             let id = StreamId { topic: config.id, stream: broker };
             let pool = Arc::clone(self.topics.pool());
-            Log::Own(OrderIndexWriter::open(region.clone(), id, config.incarnation, 0, pool))
+            Log::Own(OrderIndexWriter::open(region.clone(), id, Seat(broker), config.incarnation, 0, pool)?)
         };
         *slot = Some(LocalLog {
             topic: Arc::clone(topic),
@@ -220,6 +226,7 @@ impl<F: Fabric> Delegation<F> {
             held_acks: Vec::with_capacity(64),
             reclaimer: Reclaimer::new(region.clone(), topic, broker),
         });
+        Ok(())
     }
 
     fn publish(&mut self, slot: usize) {
@@ -255,27 +262,30 @@ impl<F: Fabric> Delegation<F> {
     pub fn maintain(&mut self, now_us: u64) {
         let region = self.topics.region().clone();
         let broker = self.topics.broker();
-        let live = read_headship(&region).map_or(u64::MAX, |head| head.broker_mask) | 1 << broker;
-        let brokers = move || (0..32u32).filter(move |id| live & (1 << id) != 0);
+        let live = read_headship(&region).map_or(u64::MAX, |head| head.pinning_mask) | 1 << broker;
+        let max_brokers = region.geometry().max_brokers;
+        let brokers = move || (0..max_brokers).filter(move |id| live & (1 << id) != 0);
         self.follow_topics();
+        self.leftovers.poll(brokers());
         for slot in 0..self.logs.len() {
             let Some(Some(local)) = self.logs.get_mut(slot) else { continue };
             if local.topic.is_deleted() {
                 self.let_go(slot);
                 continue;
             }
-            let brokers = brokers().filter(|id| *id < region.geometry().max_brokers);
             let config = &local.topic.config;
             let head = match &mut local.log {
                 Log::Batchlog(writer) => writer.head(),
                 Log::Own(index) => {
-                    let limit = trimmable(&region, config, read_completion(&region, config.id, broker));
-                    index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
+                    if let Ok(completion) = read_completion(&region, config.id, broker) {
+                        let limit = trimmable(&region, config, completion);
+                        index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
+                    }
                     index.reclaim(lowest_pin(&region, config.id, std::iter::once(broker)));
                     index.next()
                 }
             };
-            local.reclaimer.poll(&local.topic, head, brokers);
+            local.reclaimer.poll(&local.topic, head, brokers());
         }
     }
 
@@ -283,15 +293,16 @@ impl<F: Fabric> Delegation<F> {
     fn follow_topics(&mut self) {
         let region = self.topics.region().clone();
         for id in 0..region.geometry().max_topics {
-            let Some(config) = read_topic(&region, id) else { continue };
+            let Ok(Some(config)) = read_topic(&region, id) else { continue };
             let live = config.state == TopicState::Live;
             for topic in self.topics.opened() {
                 if topic.config.id == id && !(live && topic.config.incarnation == config.incarnation) {
                     self.topics.mark_deleted(&topic);
                 }
             }
-            if live && let Some(topic) = self.topics.get(id, config.incarnation) {
-                self.open(&topic);
+            if live && let Ok(Some(topic)) = self.topics.get(id, config.incarnation) {
+                // What failed is tried again.
+                let _ = self.open(&topic);
             } else if config.state == TopicState::Deleting && !self.topics.is_open(id) {
                 publish_released(&region, id, self.topics.broker(), config.incarnation);
             }

@@ -46,7 +46,9 @@ impl SubscriberSession {
     /// # Errors
     /// A refusal that says what is wrong.
     pub fn open(topics: &TopicTable<Native>, request: Subscribe) -> Result<Self, TransportError> {
-        let Some(topic) = topics.get(request.topic, request.topic_incarnation) else {
+        let topic =
+            topics.get(request.topic, request.topic_incarnation).map_err(ReadError::from).map_err(unreadable)?;
+        let Some(topic) = topic else {
             let text = format!("topic slot {} incarnation {} is not live", request.topic, request.topic_incarnation);
             return refuse(ErrorCode::UnknownTopic, text, 0);
         };
@@ -68,7 +70,7 @@ impl SubscriberSession {
     }
 
     fn extent(&self) -> Option<Extent> {
-        let extent = read_extent(&self.region, self.stream);
+        let extent = read_extent(&self.region, self.stream).ok()?;
         (extent.incarnation == u64::from(self.topic.config.incarnation)).then_some(extent)
     }
 
@@ -86,12 +88,13 @@ impl SubscriberSession {
     fn start(&mut self, outbox: &mut Outbox) -> Result<bool, TransportError> {
         let Some(request) = self.request else { return Ok(true) };
         // Pinning from 0 keeps everything that is there now.
-        let trimmed = self.topic.pins.set(self.pin, 0);
+        let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
         let Some(extent) = self.extent() else { return Ok(false) };
-        let next_offset = self.next_offset(&extent).map_err(corrupt)?;
+        let next_offset = self.next_offset(&extent).map_err(unreadable)?;
         let committed = self.reader.committed();
         let low = trimmed.max(extent.base).min(committed);
-        let earliest = if low < committed { self.reader.read(low).map_err(corrupt)?.first_offset } else { next_offset };
+        let earliest =
+            if low < committed { self.reader.read(low).map_err(unreadable)?.first_offset } else { next_offset };
         let (cursor, start_offset) = match request.start_kind {
             START_EARLIEST => (low, earliest),
             START_LATEST => (committed, next_offset),
@@ -104,13 +107,13 @@ impl SubscriberSession {
                     return refuse(ErrorCode::OffsetOutOfRange, text, earliest);
                 }
                 let after = |entry: &IndexEntry| entry.first_offset + u64::from(entry.message_count) > request.start;
-                (self.reader.partition_point(low, committed, after).map_err(corrupt)?, request.start)
+                (self.reader.partition_point(low, committed, after).map_err(unreadable)?, request.start)
             }
             _ => {
                 let after = |entry: &IndexEntry| entry.ordered_us >= request.start;
-                let cursor = self.reader.partition_point(low, committed, after).map_err(corrupt)?;
+                let cursor = self.reader.partition_point(low, committed, after).map_err(unreadable)?;
                 let offset = if cursor < committed {
-                    self.reader.read(cursor).map_err(corrupt)?.first_offset
+                    self.reader.read(cursor).map_err(unreadable)?.first_offset
                 } else {
                     next_offset
                 };
@@ -131,8 +134,8 @@ impl SubscriberSession {
     pub fn position(&mut self, outbox: &mut Outbox) -> Result<(), TransportError> {
         let next_offset = match self.extent() {
             Some(extent) => {
-                self.topic.pins.set(self.pin, outbox.lowest_position().min(extent.trimmed));
-                self.next_offset(&extent).map_err(corrupt)?
+                let pinned = self.topic.pins.set(self.pin, outbox.lowest_position().min(extent.trimmed));
+                pinned.map_err(ReadError::from).and_then(|_| self.next_offset(&extent)).map_err(unreadable)?
             }
             None => 0,
         };
@@ -154,10 +157,10 @@ impl SubscriberSession {
         let committed = self.reader.poll();
         let reading = outbox.lowest_position();
         if self.cursor >= committed && reading == u64::MAX {
-            self.topic.pins.set(self.pin, u64::MAX);
+            self.topic.pins.clear(self.pin);
             return Ok(0);
         }
-        let trimmed = self.topic.pins.set(self.pin, reading.min(self.cursor));
+        let Ok(trimmed) = self.topic.pins.set(self.pin, reading.min(self.cursor)) else { return Ok(0) };
         if trimmed > self.cursor.min(reading) {
             self.overtaken(outbox, trimmed, patience)?;
             return Ok(0);
@@ -165,7 +168,11 @@ impl SubscriberSession {
         self.unwanted_since = None;
         let mut queued = 0;
         while self.cursor < committed && outbox.len() < QUEUED_BATCHES {
-            let entry = self.reader.read(self.cursor).map_err(corrupt)?;
+            let entry = match self.reader.read(self.cursor) {
+                Ok(entry) => entry,
+                Err(ReadError::NoHead(_)) => break,
+                Err(error) => return Err(unreadable(error)),
+            };
             self.queue(outbox, &entry)?;
             self.cursor += 1;
             queued += 1;
@@ -185,7 +192,8 @@ impl SubscriberSession {
         self.cursor = self.cursor.min(due);
         let since = *self.unwanted_since.get_or_insert_with(Instant::now);
         if outbox.is_mid_way() && since.elapsed() < patience {
-            self.topic.pins.set(self.pin, outbox.lowest_position());
+            // Whether or not there is a head.
+            let _ = self.topic.pins.set(self.pin, outbox.lowest_position());
             return Ok(());
         }
         let earliest = self.extent().map_or(0, |extent| extent.earliest_offset);
@@ -226,6 +234,7 @@ impl SubscriberSession {
     }
 }
 
-fn corrupt(error: ReadError) -> TransportError {
-    TransportError::refused(ErrorCode::Corrupt, error.to_string())
+fn unreadable(error: ReadError) -> TransportError {
+    let code = if let ReadError::NoHead(_) = error { ErrorCode::Unavailable } else { ErrorCode::Corrupt };
+    TransportError::refused(code, error.to_string())
 }

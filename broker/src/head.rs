@@ -1,28 +1,47 @@
-//! Who is the head: one broker of a host holds the head's lock, the others wait for it and take over when it is free.
+//! Who is the head: one broker orders, the others watch it and take over when it is gone or silent.
 //!
-//! The kernel gives the lock up when the last thread of a process is gone, however it ended; so an old head never writes
-//! beside a new one, and nothing of it needs to be refused. A head that is stopped (SIGSTOP) keeps it: ordering stands
-//! still until it goes on, or is killed.
+//! On one host the kernel tells when the head's process is gone: its claim on its broker id is free. A head that is there
+//! but does not move its heartbeat is silent; it may go on at any moment, and then finds that it leads no more. Nothing
+//! that it writes until then counts (`embarcadero_datapath::cxl::headship`).
 
-use crate::control::HeadControl;
+use crate::control::{HeadControl, HeadSlot};
 use crate::membership::Liveness;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Sequencer};
 use crate::worker::{HeadStages, now_us};
 use crossbeam_channel::{Sender, unbounded};
-use embarcadero_datapath::cxl::region::{RegionFile, RoleLock};
+use embarcadero_datapath::cxl::headship::{
+    Headship, highest_candidacy, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at, stand,
+    still_leads,
+};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
+use embarcadero_datapath::cxl::region::RegionFile;
 use embarcadero_datapath::cxl::segment::SegmentAllocator;
-use embarcadero_datapath::cxl::tables::{BrokerInfo, Headship, publish_headship, read_headship};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_datapath::cxl::{Native, Region};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
+use tokio::time::MissedTickBehavior;
 
-/// Time between two looks at the lock, or at the other brokers' heartbeats.
+/// Time between two looks at the head, or at the other brokers' heartbeats.
 const PERIOD: Duration = Duration::from_millis(20);
+/// Looks that are let pass after a takeover that failed.
+const REST: u32 = 25;
 
-/// A broker as head, or as the one that takes over.
+/// Which brokers see each other, so that one can tell whether another is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// All are processes of this host.
+    Host,
+    /// Other hosts, on memory that is coherent among them.
+    Fabric,
+    /// Other hosts, on memory that is not: nobody takes over here.
+    None,
+}
+
+/// A broker as head, or as one that takes over.
 pub struct Candidate {
-    /// The region's file, which has the lock.
+    /// The region's file, which has the claims on broker ids.
     pub file: RegionFile,
     /// This broker.
     pub info: BrokerInfo,
@@ -32,14 +51,36 @@ pub struct Candidate {
     pub leases: Leases,
     /// After what silence another broker is dead.
     pub broker_lease: Duration,
-    /// Takes the lock when it is free.
-    pub takes_over: bool,
+    /// After what silence the head is replaced.
+    pub head_lease: Duration,
+    /// Whom it sees.
+    pub reach: Reach,
+    /// It may be the head.
+    pub eligible: bool,
     /// To the worker that runs the head's stages.
     pub stages: Sender<HeadStages>,
-    /// What the control service can do once this is the head.
-    pub control: Arc<OnceLock<HeadControl>>,
-    /// Kept until all threads have ended.
-    pub lock: Arc<Mutex<Option<RoleLock>>>,
+    /// What the control service can do while this is the head.
+    pub control: Arc<HeadSlot>,
+    /// Shared with the stages, so that it is seen when they have ended.
+    pub in_use: Arc<()>,
+}
+
+/// How this broker leads.
+pub struct Reign {
+    epoch: u64,
+    liveness: Liveness,
+    shown: (u64, u64),
+}
+
+/// The head as a follower sees it.
+#[derive(Default)]
+struct Watch {
+    /// The head, the highest candidacy, and the head's heartbeat.
+    seen: (Option<(u32, u64)>, u64, u64),
+    /// Looks for which nothing of it moved.
+    unmoved: u32,
+    /// Looks to let pass.
+    resting: u32,
 }
 
 impl Candidate {
@@ -47,59 +88,154 @@ impl Candidate {
         self.file.region()
     }
 
-    /// Becomes the head, under the next epoch, with everything that is in the region.
-    pub fn lead(&self, lock: RoleLock) {
-        *self.lock.lock().unwrap_or_else(PoisonError::into_inner) = Some(lock);
+    /// True when a broker's process is known to be gone for ever, or never was: `incarnation` is that of the process.
+    fn is_gone(&self, broker: u32, incarnation: Option<u32>) -> bool {
+        if broker == self.info.id {
+            // We have its claim, and our own threads that led have ended.
+            return Arc::strong_count(&self.in_use) == 1;
+        }
+        if self.reach != Reach::Host {
+            return false;
+        }
+        let claimed = self.file.is_claimed(broker).unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot look whether a broker is gone");
+            true
+        });
+        let replaced = read_broker(self.region(), broker)
+            .is_some_and(|now| incarnation.is_some_and(|incarnation| now.incarnation > incarnation));
+        !claimed || replaced
+    }
+
+    /// True when there is no head, and none can come back.
+    fn head_is_gone(&self) -> bool {
+        let Some((broker, epoch)) = latest_claimant(self.region()) else { return true };
+        let line = read_headship_at(self.region(), Seat(broker)).filter(|line| line.epoch == epoch);
+        self.is_gone(broker, line.map(|line| line.incarnation))
+    }
+
+    /// Takes over if there is no head that could go on. Returns how this broker leads, if it does.
+    pub fn take_over_if_gone(&self) -> Option<Reign> {
+        // Looked at before the head is: whoever stands in between wins.
+        let before = highest_candidacy(self.region());
+        (self.eligible && self.head_is_gone()).then(|| self.take_over(before)).flatten()
+    }
+
+    /// Stands for election, and leads if it wins.
+    fn take_over(&self, before: u64) -> Option<Reign> {
+        if Arc::strong_count(&self.in_use) > 1 {
+            return None;
+        }
+        let epoch = before.max(latest_claim(self.region())).saturating_add(1);
+        // Where nobody could see the others' candidacies there is only one who may be the head.
+        if self.reach != Reach::None && !stand(self.region(), before, epoch) {
+            return None;
+        }
+        self.lead(epoch)
+    }
+
+    /// Becomes the head, with everything that is in the region.
+    fn lead(&self, epoch: u64) -> Option<Reign> {
         let region = self.region();
-        let before = read_headship(region);
-        let epoch = before.map_or(0, |before| before.epoch) + 1;
-        // The one before is gone; of the others it said that they live.
-        let live = before.map_or(0, |before| before.broker_mask & !(1 << before.broker)) | 1 << self.info.id;
-        self.publish(epoch, live);
+        let before = last_led(region).and_then(|seat| read_headship_at(region, seat));
+        let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
+        let gone = gone.map_or(0, |gone| 1 << gone.broker);
+        let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id;
+        let shown = self.publish(epoch, live);
         let (commands, queue) = unbounded();
-        let pool = Arc::clone(&self.pool);
-        let sequencer = Sequencer::recover(region.clone(), pool, epoch, self.leases, queue, now_us());
+        let (seat, pool) = (Seat(self.info.id), Arc::clone(&self.pool));
+        let recovered = Sequencer::recover(region.clone(), pool, (seat, epoch), self.leases, queue, now_us());
+        let sequencer = match recovered {
+            Ok(sequencer) => sequencer,
+            Err(error) => {
+                tracing::error!(%error, epoch, "cannot take over: the order index has no room to go on");
+                return None;
+            }
+        };
+        let completion = CompletionStage::new(region.clone(), seat);
+        // There is room: the stages of an earlier time have ended.
+        let _ = self.stages.try_send(HeadStages { sequencer, completion, in_use: Arc::clone(&self.in_use) });
         let topics = tokio::sync::Mutex::new(());
-        if self.control.set(HeadControl { commands, topics }).is_ok() {
-            // The channel has room for the only stages that there ever are.
-            let _ = self.stages.try_send((sequencer, CompletionStage::new(region.clone())));
-        }
+        *self.control.write().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::new(HeadControl { commands, topics }));
         tracing::info!(broker = self.info.id, epoch, "head");
+        Some(Reign { epoch, liveness: Liveness::new(region, self.broker_lease, live), shown })
     }
 
-    fn publish(&self, epoch: u64, broker_mask: u64) {
+    /// Shows which brokers live, and whose pins count.
+    fn publish(&self, epoch: u64, live: u64) -> (u64, u64) {
+        let shown = (live, live | self.stopped_brokers(live));
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
-        publish_headship(self.region(), &Headship { epoch, broker, incarnation, broker_mask });
+        let (broker_mask, pinning_mask) = shown;
+        publish_headship(self.region(), &Headship { epoch, broker, incarnation, broker_mask, pinning_mask });
+        shown
     }
 
-    /// Waits until this broker is the head, then watches the others.
-    pub async fn run(self) {
+    /// Brokers that are silent but not gone: they may go on, and deliver what they were about to.
+    fn stopped_brokers(&self, live: u64) -> u64 {
+        (0..self.region().geometry().max_brokers)
+            .filter(|id| live & 1 << id == 0 && self.reach == Reach::Host)
+            .filter_map(|id| read_broker(self.region(), id))
+            .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
+            .fold(0, |mask, info| mask | 1 << info.id)
+    }
+
+    /// Leads, or follows and takes over, until the broker stops.
+    pub async fn run(self, mut reign: Option<Reign>) {
         let mut ticks = tokio::time::interval(PERIOD);
-        while self.control.get().is_none() {
-            ticks.tick().await;
-            if !self.takes_over {
-                continue;
-            }
-            match self.file.claim_head() {
-                Ok(Some(lock)) => {
-                    tracing::warn!("the region has no head any more: taking over");
-                    self.lead(lock);
-                }
-                Ok(None) => {}
-                Err(error) => tracing::error!(%error, "cannot look whether there is a head"),
-            }
-        }
-        let Some(Headship { epoch, broker_mask, .. }) = read_headship(self.region()) else { return };
-        let mut liveness = Liveness::new(self.region(), self.broker_lease, broker_mask);
-        let mut shown = broker_mask;
+        // A look counts for one, even if this host stood still for many.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut watch = Watch::default();
         loop {
             ticks.tick().await;
-            let mask = liveness.poll(self.region(), Instant::now()) | 1 << self.info.id;
-            if mask != shown {
-                shown = mask;
-                tracing::info!(mask = format!("{mask:#b}"), "membership changed");
-                self.publish(epoch, mask);
+            match &mut reign {
+                Some(leading) if still_leads(self.region(), leading.epoch) => self.look_after(leading),
+                Some(leading) => {
+                    tracing::warn!(epoch = leading.epoch, "another broker took over: this one leads no more");
+                    *self.control.write().unwrap_or_else(PoisonError::into_inner) = None;
+                    reign = None;
+                }
+                None if self.eligible => reign = self.follow(&mut watch),
+                None => {}
             }
         }
+    }
+
+    /// The head's look at the others.
+    fn look_after(&self, reign: &mut Reign) {
+        let live = reign.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id;
+        let now = (live, live | self.stopped_brokers(live));
+        if now != reign.shown {
+            tracing::info!(mask = format!("{live:#b}"), "membership changed");
+            reign.shown = self.publish(reign.epoch, live);
+        }
+    }
+
+    /// A follower's look at the head.
+    fn follow(&self, watch: &mut Watch) -> Option<Reign> {
+        let region = self.region();
+        let before = highest_candidacy(region);
+        let head = latest_claimant(region);
+        let heartbeat = head.map_or(0, |(broker, _)| read_pulse(region, broker).0);
+        let seen = (head, before, heartbeat);
+        if watch.seen != seen {
+            (watch.seen, watch.unmoved) = (seen, 0);
+        } else {
+            watch.unmoved += 1;
+        }
+        if watch.resting > 0 {
+            watch.resting -= 1;
+            return None;
+        }
+        let gone = self.head_is_gone();
+        // With the leader allocator a head also gives segments, and might give one that its successor gave.
+        let replaceable = self.reach != Reach::None && region.geometry().allocator != AllocatorKind::Leader;
+        let silent = replaceable && PERIOD * watch.unmoved >= self.head_lease;
+        if !gone && !silent {
+            return None;
+        }
+        tracing::warn!(gone, "the head {}: taking over", if gone { "is gone" } else { "is silent" });
+        let reign = self.take_over(before);
+        (watch.unmoved, watch.resting) = (0, if reign.is_none() && latest_claim(region) > before { REST } else { 0 });
+        reign
     }
 }

@@ -4,6 +4,7 @@ use crate::ack::AckQueue;
 use crate::delegation::{Landed, Origin};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
+use embarcadero_datapath::cxl::headship::NoHead;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::session_table::{SessionState, read_progress, read_session};
 use embarcadero_datapath::cxl::{LINE_BYTES, Native, RegionOffset};
@@ -64,12 +65,13 @@ impl PublisherSession {
         landed: Sender<Landed<Native>>,
     ) -> Result<(Self, PublishReady), TransportError> {
         let refuse = |code, text: String| Err(TransportError::refused(code, text));
-        let Some(topic) = topics.get(open.topic, open.topic_incarnation) else {
+        let nobody = |error: NoHead| TransportError::refused(ErrorCode::Unavailable, error.to_string());
+        let Some(topic) = topics.get(open.topic, open.topic_incarnation).map_err(nobody)? else {
             let text = format!("topic slot {} incarnation {} is not live", open.topic, open.topic_incarnation);
             return refuse(ErrorCode::UnknownTopic, text);
         };
         let region = topics.region();
-        let standing = read_session(region, open.session_slot).filter(|session| {
+        let standing = read_session(region, open.session_slot).map_err(nobody)?.filter(|session| {
             session.client_id == open.client_id
                 && session.epoch == open.session_epoch
                 && session.topic == open.topic
@@ -91,7 +93,7 @@ impl PublisherSession {
         let acks = AckQueue::new(open.session_slot, open.client_id, open.session_epoch, stream, open.ack_level);
         let global = topic.config.order.is_global();
         let ready = PublishReady {
-            committed: if global { read_progress(region, open.session_slot) } else { 0 },
+            committed: if global { read_progress(region, open.session_slot).map_err(nobody)? } else { 0 },
             max_batch_bytes: limits.max_batch_bytes.min(topic.blog.max_batch_bytes()),
             window_batches: SESSION_WINDOW as u32,
             broker: topics.broker(),
@@ -206,7 +208,7 @@ impl PublisherSession {
             return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name));
         }
         if self.topic.config.order.is_global() && header.sequence >= self.progress + SESSION_WINDOW {
-            self.progress = read_progress(topics.region(), self.open.session_slot);
+            self.progress = read_progress(topics.region(), self.open.session_slot).unwrap_or(self.progress);
             if header.sequence >= self.progress + SESSION_WINDOW {
                 return Some(Placement::Wait);
             }

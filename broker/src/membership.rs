@@ -1,8 +1,9 @@
 //! Who is alive, as the head sees it: heartbeats in the region, timed by the observer's own clock.
 
 use embarcadero_datapath::cxl::Fabric;
+use embarcadero_datapath::cxl::headship::read_headship;
 use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_headship, read_pulse};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use std::time::{Duration, Instant};
 
 /// The head's view of the other brokers.

@@ -2,10 +2,11 @@
 
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
-use embarcadero_datapath::cxl::layout::AllocatorKind;
+use embarcadero_datapath::cxl::headship::{latest_claimant, read_headship, read_headship_at};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_headship};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker};
 use embarcadero_datapath::cxl::{Fabric, Native};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -54,8 +55,10 @@ impl<F: Fabric> LeaderAllocator<F> {
 
     /// The allocator itself, if this broker is the head.
     fn own(&self) -> Option<&PartitionAllocator<F>> {
-        let head = read_headship(&self.region)?;
-        let is_head = (head.broker, head.incarnation) == (self.broker, self.incarnation);
+        // From when it takes over, as it needs segments for that.
+        let (broker, epoch) = latest_claimant(&self.region)?;
+        let head = read_headship_at(&self.region, Seat(broker))?;
+        let is_head = (head.epoch, head.broker, head.incarnation) == (epoch, self.broker, self.incarnation);
         is_head.then(|| self.own.get_or_init(|| PartitionAllocator::of_leader(self.region.clone())))
     }
 

@@ -1,14 +1,16 @@
 //! When a segment may return to the pool: nobody reads it, and retention does not want it.
 
 use crate::topics::Topic;
+use embarcadero_datapath::cxl::headship::{NoHead, of_head, office_mark};
 use embarcadero_datapath::cxl::order_index::{
-    OrderIndexReader, Pin, StreamId, lowest_pin, read_extent, read_sequencer_half,
+    OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at, read_sequencer_half,
 };
 use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::tables::Order;
+use embarcadero_datapath::cxl::segment::{SegmentAllocator, SegmentUse, publish_owner, read_owner};
+use embarcadero_datapath::cxl::tables::{Order, TopicState, read_topic_at};
 use embarcadero_datapath::cxl::{Fabric, RegionOffset};
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The pins of one broker on a topic: one a reader within the broker, of which the lowest shows in the region.
 pub struct PinBoard<F: Fabric> {
@@ -42,13 +44,23 @@ impl<F: Fabric> PinBoard<F> {
         if let Some(pin) = inner.0.get_mut(reader) {
             *pin = None;
         }
-        Self::show(&mut inner);
+        // Whether or not there is a head.
+        let _ = Self::show(&mut inner);
+    }
+
+    /// Lets go of what a reader pinned.
+    pub fn clear(&self, reader: usize) {
+        // Whether or not there is a head.
+        let _ = self.set(reader, u64::MAX);
     }
 
     /// Pins everything from `position` on for a reader (`u64::MAX`: nothing), and returns the trim point: what is at
     /// or above both stays.
+    ///
+    /// # Errors
+    /// [`NoHead`]: nobody can say what is trimmed.
     #[inline]
-    pub fn set(&self, reader: usize, position: u64) -> u64 {
+    pub fn set(&self, reader: usize, position: u64) -> Result<u64, NoHead> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pin) = inner.0.get_mut(reader) {
             *pin = Some(position);
@@ -56,7 +68,7 @@ impl<F: Fabric> PinBoard<F> {
         Self::show(&mut inner)
     }
 
-    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> u64 {
+    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> Result<u64, NoHead> {
         pin.set(pins.iter().flatten().copied().min().unwrap_or(u64::MAX))
     }
 }
@@ -93,11 +105,12 @@ impl<F: Fabric> Reclaimer<F> {
         let retired = topic.blog.retired();
         // What is decided is read before the index, so that every commit it covers is in the index we scan.
         let decided = if topic.config.order.is_global() {
-            read_sequencer_half(&self.region, self.stream.topic, self.broker).decided_through
+            let Ok(half) = read_sequencer_half(&self.region, self.stream.topic, self.broker) else { return 0 };
+            half.decided_through
         } else {
             head
         };
-        let extent = read_extent(&self.region, self.stream);
+        let Ok(extent) = read_extent(&self.region, self.stream) else { return 0 };
         if extent.incarnation != u64::from(topic.config.incarnation) {
             return 0;
         }
@@ -135,7 +148,7 @@ impl<F: Fabric> Reclaimer<F> {
         }
         let kept = topic.pins.set(self.pin, from);
         self.scanned = from;
-        if kept <= from {
+        if kept.is_ok_and(|kept| kept <= from) {
             while self.scanned < to {
                 let Ok(entry) = self.reader.read(self.scanned) else { break };
                 if u32::from(entry.broker) == self.broker {
@@ -145,6 +158,98 @@ impl<F: Fabric> Reclaimer<F> {
                 self.scanned += 1;
             }
         }
-        topic.pins.set(self.pin, u64::MAX);
+        topic.pins.clear(self.pin);
+    }
+}
+
+/// A segment of a global order index that this broker took as the head.
+struct Leftover {
+    segment: u32,
+    owner: SegmentUse,
+    id: StreamId,
+    incarnation: u32,
+    ordinal: u64,
+    /// Where the order stood when the head was seen to have another segment in its place.
+    replaced_at: Option<u64>,
+}
+
+/// Index segments that this broker took as the head before another took over, or in an earlier life. Only this broker may
+/// give them back, so it does, once nobody reads them any more.
+pub struct Leftovers<F: Fabric> {
+    region: Region<F>,
+    broker: u32,
+    pool: Arc<dyn SegmentAllocator>,
+    /// The head under which they were looked for.
+    mark: Option<u64>,
+    found: Vec<Leftover>,
+}
+
+impl<F: Fabric> Leftovers<F> {
+    /// None found yet.
+    pub fn new(region: Region<F>, broker: u32, pool: Arc<dyn SegmentAllocator>) -> Self {
+        Self { region, broker, pool, mark: None, found: Vec::new() }
+    }
+
+    /// Gives back what is not needed any more; the pins of `brokers` count. Only where the sequencer runs, if it does.
+    pub fn poll(&mut self, brokers: impl Iterator<Item = u32> + Clone) {
+        let mark = office_mark(&self.region);
+        if self.mark != Some(mark) {
+            self.mark = Some(mark);
+            self.find();
+        }
+        let Self { region, broker, pool, found, .. } = self;
+        found.retain_mut(|left| match Self::is_needed(region, *broker, left, brokers.clone()) {
+            Ok(false) if read_owner(region, left.segment) == left.owner => {
+                publish_owner(region, left.segment, SegmentUse::Free);
+                let _ = pool.release(left.segment);
+                false
+            }
+            // The sequencer gave it back.
+            Ok(needed) => needed,
+            Err(NoHead) => true,
+        });
+    }
+
+    fn find(&mut self) {
+        let global = self.region.geometry().max_brokers;
+        self.found.clear();
+        for segment in 0..self.region.geometry().segment_count {
+            let owner = read_owner(&self.region, segment);
+            if let SegmentUse::Index { topic, incarnation, stream, ordinal, holder } = owner
+                && (stream, holder) == (global, self.broker)
+            {
+                let id = StreamId { topic, stream: StreamId::GLOBAL };
+                self.found.push(Leftover { segment, owner, id, incarnation, ordinal, replaced_at: None });
+            }
+        }
+    }
+
+    fn is_needed(
+        region: &Region<F>,
+        broker: u32,
+        left: &mut Leftover,
+        brokers: impl Iterator<Item = u32>,
+    ) -> Result<bool, NoHead> {
+        let Leftover { segment, id, incarnation, ordinal, .. } = *left;
+        let (own, config, extent, current) = of_head(region, |seat| {
+            let current = read_directory(region, id, seat, ordinal) == Some(segment);
+            (seat.0 == broker, read_topic_at(region, seat, id.topic), read_extent_at(region, seat, id), current)
+        })?;
+        let Some(config) = config else { return Ok(true) };
+        if config.incarnation != incarnation || config.state == TopicState::Free {
+            return Ok(config.incarnation < incarnation);
+        }
+        if current && own {
+            // The sequencer's.
+            return Ok(true);
+        }
+        // SYNC: the trim point was read before the pins; see `order_index::Pin`.
+        let pinned = lowest_pin(region, id.topic, brokers);
+        Ok(if current {
+            !extent.is_past(region, ordinal) || pinned < extent.trimmed
+        } else {
+            // Who reads on at or above what was there then has seen the other segment.
+            pinned < *left.replaced_at.get_or_insert(extent.committed)
+        })
     }
 }

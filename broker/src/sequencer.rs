@@ -6,18 +6,18 @@ use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_datapath::cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
-use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW};
+use embarcadero_datapath::cxl::headship::{claim, inherit, lead, read_headship_at, still_leads};
+use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
 use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::replication::{Completion, read_completion};
-use embarcadero_datapath::cxl::segment::{SegmentAllocator, free_segments};
+use embarcadero_datapath::cxl::replication::{Completion, read_completion_at};
+use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::session_table::{
-    Commit, Session, SessionState, flush_commit, publish_session, read_commit, read_progress, read_session,
+    Commit, Session, SessionState, flush_commit, publish_session, read_commit_at, read_progress_at, read_session_at,
     store_commit,
 };
 use embarcadero_datapath::cxl::tables::{
-    TopicConfig, TopicState, live_topics, publish_topic, read_headship, read_pulse, read_released, read_stalls,
-    read_topic,
+    TopicConfig, TopicState, live_topics_at, publish_topic, read_pulse, read_released, read_stalls, read_topic_at,
 };
 use embarcadero_datapath::cxl::{Fabric, Site};
 use std::sync::Arc;
@@ -39,7 +39,7 @@ pub enum SessionError {
 /// What the control plane asks of the sequencer; answered in turn with ordering, so that nothing commits under an
 /// epoch after its end was reported.
 pub enum Command {
-    /// A topic came to be.
+    /// Make a topic.
     OpenTopic(TopicConfig, Sender<()>),
     /// A topic goes.
     CloseTopic(u32, Sender<()>),
@@ -108,10 +108,11 @@ pub struct SequencerStats {
     pub fenced: u64,
 }
 
-/// The only writer of global order, session table and sequencer halves.
+/// The only writer of a head's area: global order, topics, session table, sequencer halves.
 pub struct Sequencer<F: Fabric> {
     region: Region<F>,
     pool: Arc<dyn SegmentAllocator>,
+    seat: Seat,
     epoch: u64,
     leases: Leases,
     commands: Receiver<Command>,
@@ -136,15 +137,21 @@ pub struct Sequencer<F: Fabric> {
 }
 
 impl<F: Fabric> Sequencer<F> {
-    /// Takes over the region's order under `epoch`, with everything that is committed.
+    /// Takes over the region's order as `seat` under `epoch`, which must be higher than any before, with everything that
+    /// is committed. When it returns, the region has a new head.
+    ///
+    /// # Errors
+    /// [`PoolError`]: there are no segments to take over into. The region then has no head.
     pub fn recover(
         region: Region<F>,
         pool: Arc<dyn SegmentAllocator>,
-        epoch: u64,
+        (seat, epoch): (Seat, u64),
         leases: Leases,
         commands: Receiver<Command>,
         now_us: u64,
-    ) -> Self {
+    ) -> Result<Self, PoolError> {
+        claim(&region, seat, epoch);
+        let begun = inherit(&region, seat);
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
         let sessions = (0..region.geometry().max_sessions).map(|_| None).collect();
         let pulses = vec![0; region.geometry().max_brokers as usize];
@@ -155,6 +162,7 @@ impl<F: Fabric> Sequencer<F> {
         let mut sequencer = Self {
             region,
             pool,
+            seat,
             epoch,
             leases,
             commands,
@@ -170,15 +178,22 @@ impl<F: Fabric> Sequencer<F> {
             commits,
             stats,
         };
-        for config in live_topics(&sequencer.region) {
-            sequencer.open_topic(config);
+        for config in live_topics_at(&sequencer.region, seat) {
+            sequencer.open_topic(config)?;
         }
-        sequencer.recover_sessions(now_us);
+        sequencer.recover_sessions(&begun, now_us);
         for slot in 0..sequencer.topics.len() {
             sequencer.retake_undecided(slot, now_us);
         }
-        sequencer.resume_closing();
-        sequencer
+        sequencer.resume_closing()?;
+        lead(&sequencer.region, seat, epoch);
+        Ok(sequencer)
+    }
+
+    /// False once another took over: then nothing that this one does counts, and it should end.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        still_leads(&self.region, self.epoch)
     }
 
     /// Takes again what an earlier head took from the Batchlogs and may have held for a gap to close: its memory is gone,
@@ -195,7 +210,7 @@ impl<F: Fabric> Sequencer<F> {
                 let intact =
                     entry.lap == lap_of(index, slots) && entry.session_slot < self.region.geometry().max_sessions;
                 if !intact
-                    || read_commit(&self.region, entry.session_slot, entry.sequence) != Commit::Unknown
+                    || read_commit_at(&self.region, self.seat, entry.session_slot, entry.sequence) != Commit::Unknown
                     || topic.index.make_room().is_err()
                 {
                     continue;
@@ -212,12 +227,11 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Goes on with the deletions that an earlier head began.
-    fn resume_closing(&mut self) {
+    fn resume_closing(&mut self) -> Result<(), PoolError> {
         for id in 0..self.region.geometry().max_topics {
-            let Some(config) = read_topic(&self.region, id).filter(|topic| topic.state == TopicState::Deleting) else {
-                continue;
-            };
-            self.open_topic(config.clone());
+            let deleting = |topic: &TopicConfig| topic.state == TopicState::Deleting;
+            let Some(config) = read_topic_at(&self.region, self.seat, id).filter(deleting) else { continue };
+            self.open_topic(config.clone())?;
             let order = self.topics.get_mut(id as usize).and_then(Option::take);
             if let Some(place) = self.configs.get_mut(id as usize) {
                 *place = None;
@@ -226,6 +240,7 @@ impl<F: Fabric> Sequencer<F> {
             let (reply, _) = bounded(1);
             self.closing.push(Closing { config, order, reply });
         }
+        Ok(())
     }
 
     /// Figures since the start.
@@ -240,20 +255,20 @@ impl<F: Fabric> Sequencer<F> {
         durable.fold(0, |mask, session| mask | 1 << session.topic)
     }
 
-    fn open_topic(&mut self, config: TopicConfig) {
+    fn open_topic(&mut self, config: TopicConfig) -> Result<(), PoolError> {
         if let Some(place) = self.configs.get_mut(config.id as usize) {
             *place = Some(config.clone());
         }
         if !config.order.is_global() {
-            return;
+            return Ok(());
         }
         let region = &self.region;
         let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
         let pool = Arc::clone(&self.pool);
-        let index = OrderIndexWriter::open(region.clone(), id, config.incarnation, self.epoch, pool);
+        let index = OrderIndexWriter::open(region.clone(), id, self.seat, config.incarnation, self.epoch, pool)?;
         let brokers = (0..region.geometry().max_brokers)
             .map(|broker| {
-                let consumed = ConsumedWriter::recover(region.clone(), config.id, broker);
+                let consumed = ConsumedWriter::recover(region.clone(), self.seat, config.id, broker);
                 let reader = BatchlogReader::new(region.clone(), config.id, broker, consumed.consumed_through);
                 BrokerOrder { reader, consumed, dirty: false }
             })
@@ -264,14 +279,15 @@ impl<F: Fabric> Sequencer<F> {
             *place = Some(TopicOrder { config, index, brokers, last_ordered_us });
         }
         self.backlog = true;
+        Ok(())
     }
 
     /// Sessions as the table shows them, brought up to the index: an earlier head may have published a group in the
-    /// index and died before it told the sessions.
-    fn recover_sessions(&mut self, now_us: u64) {
+    /// index and died before it told the sessions. Where each index stood before the sessions were read is in `begun`.
+    fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
         for slot in 0..self.region.geometry().max_sessions {
-            let progress = read_progress(&self.region, slot);
-            let Some(session) = read_session(&self.region, slot) else { continue };
+            let progress = read_progress_at(&self.region, self.seat, slot);
+            let Some(session) = read_session_at(&self.region, self.seat, slot) else { continue };
             if session.state != SessionState::Open {
                 continue;
             }
@@ -283,9 +299,10 @@ impl<F: Fabric> Sequencer<F> {
         }
         let mut missing = Vec::new();
         for topic in self.topics.iter().flatten() {
-            let next = topic.index.next();
-            for at in next.saturating_sub(GROUP_BATCHES + SESSION_WINDOW).max(topic.index.trimmed())..next {
-                if let Some(entry) = topic.index.entry(at) {
+            let begun = begun.get(topic.config.id as usize).copied().unwrap_or(0);
+            // The head before may have trimmed, but not given back, what it ordered since then.
+            for at in begun.saturating_sub(GROUP_BATCHES + SESSION_WINDOW)..topic.index.next() {
+                if let Some(entry) = topic.index.entry_or_trimmed(at) {
                     missing.push((topic.config.id, at, entry));
                 }
             }
@@ -296,10 +313,11 @@ impl<F: Fabric> Sequencer<F> {
                 (session.client_id, session.epoch, session.topic) == (entry.client_id, entry.session_epoch, topic)
             });
             let Some(order) = owner else { continue };
-            if entry.sequence < order.expected() {
+            if entry.sequence >= order.expected() {
+                order.committed(entry.sequence, now_us);
+            } else if read_commit_at(&self.region, self.seat, order.session.slot, entry.sequence) != Commit::Unknown {
                 continue;
             }
-            order.committed(entry.sequence, now_us);
             let record = CommitRecord {
                 first_offset: entry.first_offset,
                 position,
@@ -313,8 +331,12 @@ impl<F: Fabric> Sequencer<F> {
         self.region.fabric().fence(Site::RecordFlush);
     }
 
-    /// Orders what is there, at most `budget` batches, and answers commands. Returns how many batches it took.
+    /// Orders what is there, at most `budget` batches, and answers commands. Returns how many batches it took: none,
+    /// once it leads no more.
     pub fn poll(&mut self, now_us: u64, budget: u64) -> u64 {
+        if !self.leads() {
+            return 0;
+        }
         while let Ok(command) = self.commands.try_recv() {
             self.execute(command, now_us);
         }
@@ -503,29 +525,42 @@ impl<F: Fabric> Sequencer<F> {
 
     fn show_commits(&mut self) {
         for (slot, record, expected) in &self.commits {
-            store_commit(&self.region, *slot, record, *expected);
+            store_commit(&self.region, self.seat, *slot, record, *expected);
         }
         for (slot, record, _) in &self.commits {
-            flush_commit(&self.region, *slot, record.tag - 1);
+            flush_commit(&self.region, self.seat, *slot, record.tag - 1);
         }
         self.commits.clear();
     }
+
+    /// Does what is asked. Only what a successor will know of is answered.
     fn execute(&mut self, command: Command, now_us: u64) {
         match command {
             Command::OpenTopic(config, reply) => {
-                self.open_topic(config);
-                let _ = reply.send(());
+                let opened = self.open_topic(config.clone());
+                // The index is there before anyone can see the topic.
+                if opened.is_ok() {
+                    publish_topic(&self.region, self.seat, &config);
+                    if self.leads() {
+                        let _ = reply.send(());
+                    }
+                }
             }
             Command::CloseTopic(id, reply) => self.close_topic(id, reply),
             Command::OpenSession { topic, client_id, ack_level, reply } => {
-                let _ = reply.send(self.open_session(topic, client_id, ack_level, now_us));
+                let opened = self.open_session(topic, client_id, ack_level, now_us);
+                if self.leads() {
+                    let _ = reply.send(opened);
+                }
             }
             Command::CloseSession { slot, client_id, epoch, reply } => {
                 let open = self.sessions.get(slot as usize).and_then(Option::as_ref);
                 if open.is_some_and(|order| order.session.client_id == client_id && order.session.epoch == epoch) {
                     self.end_session(slot, SessionState::Closed);
                 }
-                let _ = reply.send(());
+                if self.leads() {
+                    let _ = reply.send(());
+                }
             }
         }
     }
@@ -541,8 +576,8 @@ impl<F: Fabric> Sequencer<F> {
             self.configs.get(topic as usize).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let slot = self.row_for(topic, config.incarnation, client_id, now_us)?;
         self.end_session(slot, SessionState::Fenced);
-        let committed = read_progress(&self.region, slot);
-        let epoch = read_session(&self.region, slot).map_or(0, |session| session.epoch) + 1;
+        let committed = read_progress_at(&self.region, self.seat, slot);
+        let epoch = read_session_at(&self.region, self.seat, slot).map_or(0, |session| session.epoch) + 1;
         let session = Session {
             slot,
             client_id,
@@ -553,7 +588,7 @@ impl<F: Fabric> Sequencer<F> {
             committed,
             ack_level,
         };
-        publish_session(&self.region, &session);
+        publish_session(&self.region, self.seat, &session);
         if let Some(place) = self.sessions.get_mut(slot as usize) {
             *place = Some(SessionOrder::new(session, config.order, committed, now_us));
         }
@@ -565,7 +600,7 @@ impl<F: Fabric> Sequencer<F> {
         let mut free = None;
         let mut idle: Option<(u64, u32)> = None;
         for slot in 0..self.region.geometry().max_sessions {
-            let row = read_session(&self.region, slot);
+            let row = read_session_at(&self.region, self.seat, slot);
             match row {
                 Some(row) if (row.topic, row.topic_incarnation, row.client_id) == (topic, incarnation, client_id) => {
                     return Ok(slot);
@@ -592,7 +627,8 @@ impl<F: Fabric> Sequencer<F> {
         if state == SessionState::Fenced {
             self.stats.fenced += 1;
         }
-        publish_session(&self.region, &Session { state, committed: order.expected(), ..order.session });
+        let ended = Session { state, committed: order.expected(), ..order.session };
+        publish_session(&self.region, self.seat, &ended);
     }
 
     fn close_topic(&mut self, id: u32, reply: Sender<()>) {
@@ -600,7 +636,7 @@ impl<F: Fabric> Sequencer<F> {
             let _ = reply.send(());
             return;
         };
-        publish_topic(&self.region, &TopicConfig { state: TopicState::Deleting, ..config.clone() });
+        publish_topic(&self.region, self.seat, &TopicConfig { state: TopicState::Deleting, ..config.clone() });
         for slot in 0..self.region.geometry().max_sessions {
             let here = self.sessions.get(slot as usize).and_then(Option::as_ref);
             if here.is_some_and(|order| order.session.topic == id) {
@@ -613,7 +649,7 @@ impl<F: Fabric> Sequencer<F> {
 
     /// Leases, retention, reclaim and deletion. Every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
-        let live = read_headship(&self.region).map_or(u64::MAX, |head| head.broker_mask);
+        let live = read_headship_at(&self.region, self.seat).map_or(u64::MAX, |head| head.pinning_mask);
         let brokers: Vec<u32> = (0..self.region.geometry().max_brokers).filter(|id| live & (1 << id) != 0).collect();
         self.expire_gaps(now_us);
         let awaited = self.awaited_topics();
@@ -622,9 +658,13 @@ impl<F: Fabric> Sequencer<F> {
             let config = &topic.config;
             // All brokers' lines say the same of the global stream. Who waits is known here first.
             let awaited = awaited & 1 << config.id != 0;
-            let completion = Completion { awaited, ..read_completion(&self.region, config.id, 0) };
+            let completion = Completion { awaited, ..read_completion_at(&self.region, self.seat, config.id, 0) };
             let limit = trimmable(&self.region, config, completion);
             topic.index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
+            // What a successor would still give to readers is not given back.
+            if !still_leads(&self.region, self.epoch) {
+                return;
+            }
             topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
         }
         self.publish_decided();
@@ -683,7 +723,7 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     fn finish_closing(&mut self, brokers: &[u32]) {
-        let region = &self.region;
+        let (region, seat, epoch) = (&self.region, self.seat, self.epoch);
         self.closing.retain_mut(|closing| {
             let Closing { config, order, reply } = closing;
             let incarnation = u64::from(config.incarnation);
@@ -693,8 +733,10 @@ impl<F: Fabric> Sequencer<F> {
             if let Some(order) = order {
                 order.index.abandon();
             }
-            publish_topic(region, &TopicConfig { state: TopicState::Free, ..config.clone() });
-            let _ = reply.send(());
+            publish_topic(region, seat, &TopicConfig { state: TopicState::Free, ..config.clone() });
+            if still_leads(region, epoch) {
+                let _ = reply.send(());
+            }
             false
         });
     }

@@ -4,6 +4,7 @@ use crate::blog::Blog;
 use crate::reclaim::PinBoard;
 use embarcadero_datapath::cxl::Fabric;
 use embarcadero_datapath::cxl::batchlog::BatchlogWriter;
+use embarcadero_datapath::cxl::headship::NoHead;
 use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::segment::SegmentAllocator;
@@ -67,26 +68,29 @@ impl<F: Fabric> TopicTable<F> {
     }
 
     /// The topic in slot `id`, if it is live and of this incarnation.
-    pub fn get(&self, id: u32, incarnation: u32) -> Option<Arc<Topic<F>>> {
+    ///
+    /// # Errors
+    /// [`NoHead`]: nobody can say.
+    pub fn get(&self, id: u32, incarnation: u32) -> Result<Option<Arc<Topic<F>>>, NoHead> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = open.get_mut(id as usize)?;
+        let Some(slot) = open.get_mut(id as usize) else { return Ok(None) };
         if let Some(topic) = slot {
-            return (topic.config.incarnation == incarnation && !topic.is_deleted()).then(|| Arc::clone(topic));
+            let same = topic.config.incarnation == incarnation && !topic.is_deleted();
+            return Ok(same.then(|| Arc::clone(topic)));
         }
         let config = read_topic(&self.region, id)?;
-        if config.state != TopicState::Live || config.incarnation != incarnation {
-            return None;
-        }
+        let live = |config: &TopicConfig| config.state == TopicState::Live && config.incarnation == incarnation;
+        let Some(config) = config.filter(live) else { return Ok(None) };
         let batches = if config.order.is_global() {
             BatchlogWriter::new(self.region.clone(), id, self.broker).head()
         } else {
-            read_extent(&self.region, StreamId { topic: id, stream: self.broker }).committed
+            read_extent(&self.region, StreamId { topic: id, stream: self.broker })?.committed
         };
         let blog = Blog::new(self.region.clone(), id, incarnation, self.broker, batches, Arc::clone(&self.pool));
         let pins = PinBoard::new(&self.region, id, config.order, self.broker);
         let topic = Arc::new(Topic { config, blog, pins, deleted: AtomicBool::new(false) });
         *slot = Some(Arc::clone(&topic));
-        Some(topic)
+        Ok(Some(topic))
     }
 
     /// The topics that are open.

@@ -106,7 +106,7 @@ pub struct Worker {
     core: Option<usize>,
     /// Stages that run to completion in this loop.
     delegation: Option<Delegation<Native>>,
-    sequencer: Option<HeadStages>,
+    head: Option<HeadStages>,
     /// Where the head's stages come from, when this broker becomes the head.
     promoted: Option<Receiver<HeadStages>>,
     maintained: Instant,
@@ -114,7 +114,14 @@ pub struct Worker {
 }
 
 /// The stages that only the head has.
-pub type HeadStages = (Sequencer<Native>, CompletionStage<Native>);
+pub struct HeadStages {
+    /// Global order.
+    pub sequencer: Sequencer<Native>,
+    /// The count of what is durable.
+    pub completion: CompletionStage<Native>,
+    /// Dropped when the stages end.
+    pub in_use: Arc<()>,
+}
 
 /// What makes one worker differ from another.
 pub struct WorkerSetup {
@@ -176,7 +183,7 @@ impl Worker {
             idle,
             core,
             delegation,
-            sequencer: None,
+            head: None,
             promoted,
             maintained: Instant::now(),
             heartbeat,
@@ -318,7 +325,7 @@ impl Worker {
         if let Some(delegation) = &mut self.delegation {
             moved |= delegation.poll(now_us, DELEGATION_BATCHES) > 0;
         }
-        if let Some((sequencer, completion)) = &mut self.sequencer {
+        if let Some(HeadStages { sequencer, completion, .. }) = &mut self.head {
             moved |= sequencer.poll(now_us, GROUP_BATCHES) > 0;
             moved |= completion.poll(now_us) > 0;
         }
@@ -348,10 +355,13 @@ impl Worker {
             }
             delegation.maintain(now_us);
         }
-        if self.sequencer.is_none() {
-            self.sequencer = self.promoted.as_ref().and_then(|promoted| promoted.try_recv().ok());
+        if self.head.as_ref().is_some_and(|head| !head.sequencer.leads()) {
+            self.head = None;
         }
-        if let Some((sequencer, completion)) = &mut self.sequencer {
+        if self.head.is_none() {
+            self.head = self.promoted.as_ref().and_then(|promoted| promoted.try_recv().ok());
+        }
+        if let Some(HeadStages { sequencer, completion, .. }) = &mut self.head {
             sequencer.maintain(now_us);
             completion.maintain(sequencer.awaited_topics());
         }
@@ -467,9 +477,10 @@ impl Worker {
                 client.outbox.push(Outgoing::frame(ready.encode()));
                 if session.wants_acks() && session.topic().config.order.is_global() {
                     let outbox = &mut client.outbox;
-                    session.acks.replay(shared.topics.region(), session.resume_from(), |ack| {
+                    let replayed = session.acks.replay(shared.topics.region(), session.resume_from(), |ack| {
                         outbox.push(Outgoing::frame(ack.encode()));
                     });
+                    replayed.map_err(|error| TransportError::refused(ErrorCode::Unavailable, error.to_string()))?;
                 }
                 client.role = Role::Publisher(Box::new(session));
                 Ok(())

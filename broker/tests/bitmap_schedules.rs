@@ -54,6 +54,9 @@ impl CoherentFabric for Coherent {
     fn fetch_and(&self, at: RegionOffset, bits: u64) -> u64 {
         self.word(at).fetch_and(bits, Ordering::SeqCst)
     }
+    fn compare_exchange(&self, at: RegionOffset, before: u64, after: u64) -> bool {
+        self.word(at).compare_exchange(before, after, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
 }
 
 #[test]

@@ -1,17 +1,18 @@
 //! The production code of brokers, sequencer and readers on the simulated fabric, under thousands of seeded schedules.
 //!
 //! Three hosts share a region without coherence. Host 0 is the head: it receives, orders and maintains. Host 1
-//! receives and acknowledges, and may crash. Host 2 reads, as a broker that delivers. Every operation on the fabric is
+//! receives and acknowledges, and may crash, or take over from the head, which is not dead but finds out in the middle of
+//! something. Host 2 reads, as a broker that delivers. Every operation on the fabric is
 //! a point where the scheduler may switch hosts. Checked all along: a batch that is read is the batch that was
 //! written, all readers agree on one order, each session's batches appear once and in submission order, an
-//! acknowledged batch is visible, and nothing is stuck once the weather calms. In some schedules the topic is replicated:
+//! acknowledged batch is visible and stays where it is, and nothing is stuck once the weather calms. In some schedules the topic is replicated:
 //! hosts 1 and 2 have disks, and what is acknowledged is on one of them.
 //!
 //! The mutation check removes one flush, fence or invalidate at a time and demands that some schedule fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 use bytemuck::Zeroable;
-use crossbeam_channel::{Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::replica::completion::CompletionStage;
 use embarcadero_broker::replica::format::{Identity, parse_group};
@@ -21,16 +22,16 @@ use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Leases, Sequencer};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_datapath::buffer::Buffer;
-use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW};
-use embarcadero_datapath::cxl::order_index::{OrderIndexReader, StreamId, read_extent};
+use embarcadero_datapath::cxl::headship::{Headship, latest_claim, latest_claimant, publish_headship, read_headship};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW, Seat};
+use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_datapath::cxl::replication::read_completion;
 use embarcadero_datapath::cxl::segment::{PartitionAllocator, SegmentUse, free_segments, publish_owner, read_owner};
 use embarcadero_datapath::cxl::session_table::{
     Commit, Session, SessionState, read_commit, read_progress, read_session,
 };
 use embarcadero_datapath::cxl::tables::{
-    BrokerInfo, Headship, Order, TopicConfig, TopicState, publish_broker, publish_headship, publish_topic, read_broker,
-    read_headship, read_topic,
+    BrokerInfo, Order, TopicConfig, TopicState, publish_broker, publish_topic, read_broker, read_topic,
 };
 use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Simulated, Site, Turbulence, World};
 use embarcadero_datapath::wire::BatchHeader;
@@ -60,11 +61,22 @@ const NAP: usize = 300;
 /// Rounds in calm weather after which everything must be done.
 const CALM_ROUNDS: usize = 3000;
 
+/// Nothing expires: the schedule decides how long anything takes.
+const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+const HEAD: Seat = Seat(0);
 const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
 
 fn geometry() -> Geometry {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
-    Geometry { max_brokers: HOSTS, max_topics: 1, max_sessions: 2, batchlog_slots: 16, segment_count: SEGMENTS, ..base }
+    Geometry {
+        max_brokers: HOSTS,
+        max_heads: 2,
+        max_topics: 1,
+        max_sessions: 2,
+        batchlog_slots: 16,
+        segment_count: SEGMENTS,
+        ..base
+    }
 }
 
 fn config(replicated: bool) -> TopicConfig {
@@ -84,6 +96,9 @@ fn config(replicated: bool) -> TopicConfig {
 
 /// The order as readers saw it: position to (client, sequence, offset).
 type Log = Arc<Mutex<BTreeMap<u64, (u64, u64, u64)>>>;
+
+/// What was acknowledged: position to (client, sequence).
+type Acknowledged = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
 
 /// What is durable on some disk: position to (client, sequence).
 type Durable = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
@@ -182,6 +197,7 @@ struct Host {
     inbox: Vec<(usize, u64)>,
     /// Received and waiting for their commit.
     unacknowledged: Vec<(usize, u64)>,
+    acknowledged: Acknowledged,
     reader: Reader,
     last_segment: Option<u32>,
 }
@@ -217,12 +233,16 @@ impl Reader {
             if self.cursor >= committed {
                 break;
             }
-            let trimmed = topic.pins.set(pin, self.cursor);
+            let Ok(trimmed) = topic.pins.set(pin, self.cursor) else { break };
             if trimmed > self.cursor {
                 self.cursor = trimmed.min(committed);
                 continue;
             }
-            let entry = self.index.read(self.cursor).expect("a pinned entry is readable");
+            let entry = match self.index.read(self.cursor) {
+                Ok(entry) => entry,
+                Err(ReadError::NoHead(_)) => break,
+                Err(error) => panic!("a pinned entry is not readable: {error}"),
+            };
             let batch = (entry.client_id, entry.sequence);
             check_payload(region, entry.location, batch);
             check_payload(region, entry.location, batch);
@@ -231,12 +251,18 @@ impl Reader {
             assert_eq!(agreed, seen, "readers disagree at position {}", self.cursor);
             self.cursor += 1;
         }
-        topic.pins.set(pin, u64::MAX);
+        topic.pins.clear(pin);
     }
 }
 
 impl Host {
-    fn new(id: u32, region: Region<Simulated>, log: &Log, durable: Option<&Durable>) -> Self {
+    fn new(
+        id: u32,
+        region: Region<Simulated>,
+        log: &Log,
+        durable: Option<&Durable>,
+        acknowledged: &Acknowledged,
+    ) -> Self {
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
         let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
         let (landed, queue) = unbounded();
@@ -259,9 +285,21 @@ impl Host {
             landed,
             inbox,
             unacknowledged,
+            acknowledged: Arc::clone(acknowledged),
             reader,
             last_segment,
         }
+    }
+
+    /// Takes over, under an epoch of its own.
+    fn take_over(&self, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
+        let (broker, epoch) = (self.id, latest_claim(&self.region) + 1);
+        let mask = (1 << HOSTS) - 1;
+        let line = Headship { epoch, broker, incarnation: 1, broker_mask: mask, pinning_mask: mask };
+        publish_headship(&self.region, &line);
+        let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
+        let sequencer = Sequencer::recover(region.clone(), pool, (seat, epoch), LEASES, commands, now_us).ok()?;
+        Some((sequencer, CompletionStage::new(region, seat)))
     }
 
     /// Receives the next batch, if there is one and room for it.
@@ -269,11 +307,11 @@ impl Host {
         let Some((session, sequence)) = self.inbox.first().copied() else { return };
         let identity = sessions[session];
         if !self.landed.is_empty()
-            || read_session(&self.region, identity.slot).is_none_or(|s| s.state != SessionState::Open)
+            || !matches!(read_session(&self.region, identity.slot), Ok(Some(s)) if s.state == SessionState::Open)
         {
             return;
         }
-        let progress = read_progress(&self.region, identity.slot);
+        let Ok(progress) = read_progress(&self.region, identity.slot) else { return };
         if sequence >= progress + CLIENT_WINDOW {
             return;
         }
@@ -310,14 +348,15 @@ impl Host {
 
     /// What is committed of the batches received here. A commit that is seen is visible in the index.
     fn acknowledge(&mut self, sessions: &[Session]) {
-        let region = &self.region;
+        let Self { region, acknowledged, .. } = self;
         self.unacknowledged.retain(|(session, sequence)| {
             match read_commit(region, sessions[*session].slot, *sequence) {
                 Commit::Unknown => true,
                 Commit::Forgotten => false,
                 Commit::At(record) => {
                     if let Some(durable) = &self.durable {
-                        if read_completion(region, 0, self.id).durable_through <= record.position {
+                        let completion = read_completion(region, 0, self.id);
+                        if completion.map_or(true, |completion| completion.durable_through <= record.position) {
                             return true;
                         }
                         let batch = durable.lock().unwrap().get(&record.position).copied();
@@ -328,12 +367,15 @@ impl Host {
                             record.position
                         );
                     }
-                    let reach = read_extent(region, GLOBAL).next_offset;
+                    let Ok(Extent { next_offset: reach, .. }) = read_extent(region, GLOBAL) else { return true };
                     assert!(
                         record.first_offset < reach,
                         "acknowledged offset {} is beyond {reach}",
                         record.first_offset
                     );
+                    let batch = (sessions[*session].client_id, *sequence);
+                    let told = *acknowledged.lock().unwrap().entry(record.position).or_insert(batch);
+                    assert_eq!(told, batch, "position {} is acknowledged twice", record.position);
                     false
                 }
             }
@@ -342,7 +384,7 @@ impl Host {
 
     fn round(&mut self, now_us: u64, sessions: &[Session]) {
         self.delegation.maintain(now_us);
-        let Some(topic) = self.topics.get(0, 1) else { return };
+        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
         self.receive(&topic, sessions);
         self.receive(&topic, sessions);
         self.delegation.poll(now_us, 2);
@@ -357,6 +399,9 @@ impl Host {
         }
     }
 }
+
+/// What a head runs.
+type Stages = (Sequencer<Simulated>, CompletionStage<Simulated>);
 
 /// The head's count of the disks, which it does every so often.
 fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize) {
@@ -383,20 +428,20 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     // Everyone has looked at everything before: what lies in caches is stale.
     for fabric in &fabrics[1..] {
         assert!(Region::open(fabric.clone()).is_err());
-        let directory = layout.directories + u64::from(HOSTS) * Layout::directory_bytes(&geometry());
         let lines = [
             0,
             64,
-            layout.control,
+            layout.seat(HEAD).0,
+            layout.control_line(HEAD).0,
             layout.broker(0).0,
             layout.broker(1).0,
-            layout.tinode(0).0,
-            layout.tinode(0).0 + 64,
-            directory,
+            layout.head_topic(HEAD, 0).0,
+            layout.head_topic(HEAD, 0).0 + 64,
+            layout.head_area(HEAD).0 + layout.head.directories,
         ];
         let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
         let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
-        let sessions = (0..2).map(|slot| layout.session(slot).0);
+        let sessions = (0..2).map(|slot| layout.session(HEAD, slot).0);
         for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
             fabric.load(RegionOffset(at));
         }
@@ -407,18 +452,16 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let log: Log = Arc::default();
     let replicated = choice % 4 == 1;
     let durable: Option<Durable> = replicated.then(Arc::default);
-    let mut hosts: Vec<Host> =
-        (0..HOSTS).zip(&regions).map(|(id, region)| Host::new(id, region.clone(), &log, durable.as_ref())).collect();
+    let acknowledged = Acknowledged::default();
+    let mut hosts: Vec<Host> = (0..HOSTS)
+        .zip(&regions)
+        .map(|(id, region)| Host::new(id, region.clone(), &log, durable.as_ref(), &acknowledged))
+        .collect();
 
     // The head opens topic and sessions.
-    let mask = (1 << HOSTS) - 1;
-    let mut headship = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: mask };
-    publish_headship(&regions[0], &headship);
-    let (commands, queue) = unbounded();
-    let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
-    let pool = Arc::clone(hosts[0].topics.pool());
-    let mut sequencer = Sequencer::recover(regions[0].clone(), pool, 1, leases, queue, 0);
-    let (reply, _topic) = bounded(1);
+    let (mut commands, queue) = unbounded();
+    let (mut sequencer, completion) = hosts[0].take_over(queue, 0).expect("there is room");
+    let (reply, _opened) = bounded(1);
     commands.send(Command::OpenTopic(config(replicated), reply)).unwrap();
     let answers: Vec<_> = [11, 22]
         .map(|client_id| {
@@ -431,7 +474,6 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         .into();
     sequencer.poll(1, 1);
     let sessions: Arc<Vec<Session>> = Arc::new(answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect());
-    publish_topic(&regions[0], &config(replicated));
     let slot_info = |id: u32| {
         let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
         BrokerInfo { id, incarnation: 7, data: address(1), control: address(2), process_id: 3, running: true }
@@ -453,15 +495,19 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         }
     }
     let crash = choice.is_multiple_of(3);
+    let deposed = !crash && choice % 3 == 1;
 
     // Rough weather: hosts run interleaved.
-    let mut head_stages = Some((sequencer, CompletionStage::new(regions[0].clone())));
+    let mut head_stages = Some((sequencer, completion));
+    let (next_commands, next_queue) = unbounded();
     let threads: Vec<_> = hosts
         .into_iter()
         .map(|mut host| {
             let mut stages = if host.id == 0 { head_stages.take() } else { None };
             let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id as usize].clone());
-            let crash_at = if crash && host.id == 1 { Some((choice >> 8) as usize % ROUNDS) } else { None };
+            let event_at = (choice >> 8) as usize % ROUNDS;
+            let crash_at = (crash && host.id == 1).then_some(event_at);
+            let mut take_over = (deposed && host.id == 1).then(|| next_queue.clone());
             shuttle::thread::spawn(move || {
                 for round in 0..ROUNDS {
                     if crash_at == Some(round) {
@@ -469,10 +515,21 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
                         break;
                     }
                     host.round(round as u64, &sessions);
+                    if event_at <= round
+                        && let Some(queue) = &take_over
+                    {
+                        stages = host.take_over(queue.clone(), round as u64);
+                        if stages.is_some() {
+                            take_over = None;
+                        }
+                    }
                     if let Some((sequencer, completion)) = &mut stages {
                         sequencer.poll(round as u64, 5);
                         sequencer.maintain(round as u64);
                         count(completion, sequencer.awaited_topics(), round);
+                    }
+                    if stages.as_ref().is_some_and(|(sequencer, _)| !sequencer.leads()) {
+                        stages = None;
                     }
                 }
                 (host, stages)
@@ -484,23 +541,37 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
     for thread in threads {
         let (host, with) = thread.join().unwrap();
         hosts.push(host);
-        stages = stages.or(with);
+        stages = with.or(stages);
     }
-    let (mut sequencer, mut completion) = stages.unwrap();
+    let leads = |stages: &Stages| stages.0.leads();
+    let (mut sequencer, mut completion) = match stages.filter(leads) {
+        Some(stages) => stages,
+        // It found no room while others held it.
+        None => (0..CALM_ROUNDS)
+            .find_map(|round| {
+                hosts.iter_mut().for_each(|host| host.round((ROUNDS + round) as u64, &sessions));
+                hosts[1].take_over(next_queue.clone(), ROUNDS as u64)
+            })
+            .expect("there is room in the end"),
+    };
+    let head = latest_claimant(&regions[2]).unwrap().0 as usize;
+    if head == 1 {
+        commands = next_commands;
+    }
 
     // Calm weather: everything must come to its end.
     world.lock().unwrap().set_turbulence(Turbulence::CALM);
     hosts.iter_mut().for_each(|host| host.reader.naps = false);
     if crash {
-        headship.broker_mask &= !2;
+        let mask = 0b101;
+        let line = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: mask, pinning_mask: mask };
+        publish_headship(&regions[0], &line);
         let lost = hosts.remove(1);
         // Clients resend to the head whatever they have no ack for: all of it, here.
         hosts[0].inbox.extend(lost.inbox);
         hosts[0].inbox.extend(lost.unacknowledged);
         hosts[0].inbox.sort_by_key(|(session, sequence)| (*sequence, *session));
     }
-    headship.epoch = 2;
-    publish_headship(&regions[0], &headship);
     let total = 2 * BATCHES;
     let mut rounds = 0;
     loop {
@@ -511,7 +582,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         sequencer.poll(now, 64);
         sequencer.maintain(now);
         count(&mut completion, sequencer.awaited_topics(), now as usize);
-        let ordered = sequencer.stats().ordered;
+        let ordered = read_extent(&regions[head], GLOBAL).unwrap().next_offset;
         assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
         let reached = |host: &Host| host.reader.cursor == host.reader.index.committed();
         let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
@@ -534,17 +605,29 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
                     )
                 })
                 .collect();
-            let extent = read_extent(&regions[0], GLOBAL);
+            let extent = read_extent(&regions[head], GLOBAL);
             let free = free_segments(&regions[0]);
             panic!(
-                "stuck: {ordered} of {total} ordered (crash {crash}); {free} segments free; {extent:?}; hosts {state:?}; {:?}",
+                "stuck: {ordered} of {total} ordered (crash {crash}, deposed {deposed}); {free} segments free; {extent:?}; hosts {state:?}; {:?}",
                 sequencer.stats()
             );
         }
     }
-    check_tables(&regions, &mut sequencer, &commands, &sessions);
+    // What an earlier head left is given back.
+    hosts.iter_mut().for_each(|host| host.round(u64::MAX >> 1, &sessions));
+    let index = |owner: &SegmentUse| matches!(owner, SegmentUse::Index { .. });
+    let indexes = (0..SEGMENTS).map(|segment| read_owner(&regions[2], segment)).filter(index).count();
+    assert_eq!(indexes, 1, "index segments");
+    check_tables(&regions, head, &mut sequencer, &commands, &sessions);
     check_pool(&regions, &hosts[0]);
     check_end(&regions, &hosts, &log, durable.as_ref());
+    for (position, batch) in acknowledged.lock().unwrap().iter() {
+        let read = log.lock().unwrap().get(position).map(|(client, sequence, _)| (*client, *sequence));
+        assert!(
+            read.is_none_or(|read| read == *batch),
+            "position {position} was acknowledged as {batch:?} and read as {read:?}"
+        );
+    }
     let world = world.lock().unwrap();
     let mut visits = visits.lock().unwrap();
     for site in Site::ALL {
@@ -555,6 +638,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
 /// What the head and a broker write in calm weather, another host that had read it before sees at once.
 fn check_tables(
     regions: &[Region<Simulated>],
+    head: usize,
     sequencer: &mut Sequencer<Simulated>,
     commands: &Sender<Command>,
     sessions: &[Session],
@@ -562,22 +646,25 @@ fn check_tables(
     let far = &regions[2];
     let look = || {
         let broker = read_broker(far, 1).map(|info| info.incarnation);
-        let session = read_session(far, sessions[1].slot).map(|session| session.state);
-        (read_headship(far).map(|head| head.epoch), read_topic(far, 0).map(|topic| topic.retention_ms), broker, session)
+        let session = read_session(far, sessions[1].slot).unwrap().map(|session| session.state);
+        let retention = read_topic(far, 0).unwrap().map(|topic| topic.retention_ms);
+        (read_headship(far).map(|head| head.broker_mask), retention, broker, session)
     };
     look();
     let mut info = read_broker(far, 0).expect("the broker slot is visible");
     info.incarnation = 8;
     publish_broker(&regions[0], &info);
-    publish_headship(&regions[0], &Headship { epoch: 9, broker: 0, incarnation: 1, broker_mask: 1 });
-    publish_topic(&regions[0], &TopicConfig { retention_ms: 77, ..config(false) });
+    let (broker, seat) = (head as u32, Seat(head as u32));
+    let epoch = latest_claim(far);
+    publish_headship(&regions[head], &Headship { epoch, broker, incarnation: 1, broker_mask: 9, pinning_mask: 9 });
+    publish_topic(&regions[head], seat, &TopicConfig { retention_ms: 77, ..config(false) });
     let (reply, answer) = bounded(1);
     let Session { slot, client_id, epoch, .. } = sessions[1];
     commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
     sequencer.poll(1 << 40, 1);
     answer.recv().unwrap();
-    let (head, retention, _, session) = look();
-    assert_eq!((head, retention, session), (Some(9), Some(77), Some(SessionState::Closed)), "tables are stale");
+    let (mask, retention, _, session) = look();
+    assert_eq!((mask, retention, session), (Some(9), Some(77), Some(SessionState::Closed)), "tables are stale");
     assert_eq!(read_broker(far, 0).map(|info| info.incarnation), Some(8), "the broker slot is stale");
 }
 
@@ -587,7 +674,7 @@ fn check_pool(regions: &[Region<Simulated>], head: &Host) {
     let look = || (free_segments(far), (0..SEGMENTS).map(|segment| read_owner(far, segment)).collect::<Vec<_>>());
     let (free, _) = look();
     let Ok(segment) = head.topics.pool().allocate() else { return };
-    let owner = SegmentUse::Index { topic: 0, incarnation: 1, stream: HOSTS, ordinal: 99 };
+    let owner = SegmentUse::Index { topic: 0, incarnation: 1, stream: HOSTS, ordinal: 99, holder: 0 };
     publish_owner(&regions[0], segment, owner);
     let (now_free, owners) = look();
     assert_eq!(now_free, free - 1, "the bitmap is stale");

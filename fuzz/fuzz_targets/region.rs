@@ -1,8 +1,9 @@
 //! Any bytes in the place of a superblock are a region or are refused, and tables full of garbage read without panic.
 #![no_main]
 
+use embarcadero_datapath::cxl::headship::read_headship;
 use embarcadero_datapath::cxl::session_table::read_session;
-use embarcadero_datapath::cxl::tables::{live_topics, read_broker, read_headship};
+use embarcadero_datapath::cxl::tables::{live_topics, read_broker};
 use embarcadero_datapath::cxl::{Fabric, Mapping, Native, Region, RegionOffset};
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use libfuzzer_sys::fuzz_target;

@@ -7,9 +7,9 @@ use crossbeam_channel::{bounded, unbounded};
 use embarcadero_broker::sequencer::{Command, GROUP_BATCHES, Leases, Sequencer};
 use embarcadero_datapath::cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
-use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW, Seat};
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, SegmentAllocator};
-use embarcadero_datapath::cxl::tables::{Order, Pulse, TopicConfig, TopicState, publish_topic};
+use embarcadero_datapath::cxl::tables::{Order, Pulse, TopicConfig, TopicState};
 use embarcadero_datapath::cxl::{Mapping, Native, Region};
 use serde_json::json;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ const SESSIONS: u32 = 16;
 
 fn region(allocator: AllocatorKind, method: FlushMethod) -> Result<Region<Native>> {
     let tables = Geometry::with_segments_of(16 << 20, allocator);
-    let geometry = Geometry { max_brokers: BROKERS, max_topics: 1, segment_count: 64, ..tables };
+    let geometry = Geometry { max_brokers: BROKERS, max_heads: 1, max_topics: 1, segment_count: 64, ..tables };
     let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes).context("cannot map memory")?;
     mapping.prefault().context("cannot map memory")?;
     Ok(Region::format(Native::new(mapping, method)?, &geometry, Uuid::new_v4(), 0)?)
@@ -33,7 +33,7 @@ fn order(method: FlushMethod, seconds: f64) -> Result<f64> {
     let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
     let (commands, queue) = unbounded();
     let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
-    let mut sequencer = Sequencer::recover(region.clone(), pool, 1, leases, queue, 0);
+    let mut sequencer = Sequencer::recover(region.clone(), pool, (Seat(0), 1), leases, queue, 0)?;
     let config = TopicConfig {
         id: 0,
         incarnation: 1,
@@ -47,8 +47,7 @@ fn order(method: FlushMethod, seconds: f64) -> Result<f64> {
         retention_ms: 0,
         created_ms: 0,
     };
-    publish_topic(&region, &config);
-    let (reply, _topic) = bounded(1);
+    let (reply, _opened) = bounded(1);
     commands.send(Command::OpenTopic(config, reply)).context("the sequencer is gone")?;
     let mut sessions = Vec::new();
     for client_id in 1..=u64::from(SESSIONS) {

@@ -2,10 +2,12 @@
 
 use super::replicator::running_replicas;
 use embarcadero_datapath::cxl::Fabric;
-use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
+use embarcadero_datapath::cxl::headship::NoHead;
+use embarcadero_datapath::cxl::layout::Seat;
+use embarcadero_datapath::cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::replication::{Completion, publish_completion, read_completion, read_replicated};
-use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics, read_broker};
+use embarcadero_datapath::cxl::replication::{Completion, publish_completion, read_completion_at, read_replicated};
+use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics_at, read_broker};
 
 /// Time between two counts, microseconds: far less than an `fdatasync` takes.
 const PERIOD_US: u64 = 50;
@@ -19,6 +21,7 @@ fn copied(progress: &mut [u64], copies: usize) -> u64 {
 /// The stage that advances the completion vector. Runs where the sequencer does.
 pub struct CompletionStage<F: Fabric> {
     region: Region<F>,
+    seat: Seat,
     topics: Vec<TopicConfig>,
     /// Brokers that were ever there, a bit each.
     known: u64,
@@ -29,15 +32,15 @@ pub struct CompletionStage<F: Fabric> {
 
 impl<F: Fabric> CompletionStage<F> {
     /// Goes on from what the region shows.
-    pub fn new(region: Region<F>) -> Self {
-        Self { region, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
+    pub fn new(region: Region<F>, seat: Seat) -> Self {
+        Self { region, seat, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
     }
 
     /// Looks which topics are replicated; of those in the mask `awaited`, sessions wait for durable batches. Every few
     /// milliseconds.
     pub fn maintain(&mut self, awaited: u32) {
         self.awaited = awaited;
-        self.topics = live_topics(&self.region);
+        self.topics = live_topics_at(&self.region, self.seat);
         self.topics.retain(|topic| topic.replication_factor > 1);
     }
 
@@ -65,12 +68,13 @@ impl<F: Fabric> CompletionStage<F> {
     fn count(&mut self, topic: u32, incarnation: u32, stream: u32, copies: usize) -> bool {
         let region = &self.region;
         let global = stream == StreamId::GLOBAL;
-        let extent = read_extent(region, StreamId { topic, stream });
+        let seat = self.seat;
+        let extent = read_extent_at(region, seat, StreamId { topic, stream });
         if extent.incarnation != u64::from(incarnation) {
             return false;
         }
         let brokers = region.geometry().max_brokers;
-        let shown = read_completion(region, topic, if global { 0 } else { stream });
+        let shown = read_completion_at(region, seat, topic, if global { 0 } else { stream });
         let awaited = self.awaited & 1 << topic != 0;
         if shown.durable_through >= extent.committed && shown.awaited == awaited {
             return false;
@@ -90,7 +94,7 @@ impl<F: Fabric> CompletionStage<F> {
             .min()
             .unwrap_or(0);
         // SYNC: after the replicas' words: what a replica passed over as trimmed is seen as trimmed here too.
-        let trimmed = read_extent(region, StreamId { topic, stream }).trimmed;
+        let trimmed = read_extent_at(region, seat, StreamId { topic, stream }).trimmed;
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
             lost_through: if trimmed > shown.durable_through { trimmed } else { shown.lost_through },
@@ -102,7 +106,7 @@ impl<F: Fabric> CompletionStage<F> {
         for broker in
             (0..brokers).filter(|broker| if global { *broker == 0 || known(broker) } else { *broker == stream })
         {
-            publish_completion(region, topic, broker, now);
+            publish_completion(region, seat, topic, broker, now);
         }
         true
     }
@@ -112,10 +116,13 @@ impl<F: Fabric> CompletionStage<F> {
 /// as long as there are enough replicas to make it so.
 pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion: Completion) -> u64 {
     let copies = u32::from(topic.replication_factor.max(1)) - 1;
-    if copies > 0 && completion.awaited && running_replicas(region).count_ones() >= copies {
-        completion.durable_through
-    } else {
-        u64::MAX
+    if copies == 0 || !completion.awaited {
+        return u64::MAX;
+    }
+    match running_replicas(region) {
+        Ok(running) if running.count_ones() < copies => u64::MAX,
+        // Without a head nobody knows who lives.
+        Ok(_) | Err(NoHead) => completion.durable_through,
     }
 }
 

@@ -6,12 +6,11 @@ use super::medium::Medium;
 use super::store::{StoreError, StoreOptions, StreamLog};
 use crate::topics::{Topic, TopicTable};
 use embarcadero_datapath::buffer::Buffer;
-use embarcadero_datapath::cxl::order_index::{OrderIndexReader, StreamId, read_extent};
+use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
+use embarcadero_datapath::cxl::order_index::{OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, publish_replicated, read_completion, read_replicated};
-use embarcadero_datapath::cxl::tables::{
-    ReplicaState, publish_replica_state, read_broker, read_headship, read_replica_state,
-};
+use embarcadero_datapath::cxl::tables::{ReplicaState, publish_replica_state, read_broker, read_replica_state};
 use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,12 +20,15 @@ use std::sync::Arc;
 const SCAN_ENTRIES: u64 = 64 << 10;
 
 /// Brokers whose replica runs, of those that the head takes for alive.
-pub fn running_replicas<F: Fabric>(region: &Region<F>) -> u64 {
-    let live = read_headship(region).map_or(0, |head| head.broker_mask);
-    (0..region.geometry().max_brokers)
+///
+/// # Errors
+/// [`NoHead`].
+pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoHead> {
+    let live = read_headship(region).ok_or(NoHead)?.broker_mask;
+    Ok((0..region.geometry().max_brokers)
         .filter(|broker| live & (1 << broker) != 0)
         .filter(|broker| read_replica_state(region, *broker) == ReplicaState::Running)
-        .fold(0, |mask, broker| mask | 1 << broker)
+        .fold(0, |mask, broker| mask | 1 << broker))
 }
 
 /// Takes back what an earlier process of this broker said of its disk, which may be another one now; a replica that runs
@@ -146,7 +148,7 @@ impl<F: Fabric> Replicator<F> {
                 }
             }
         }
-        let usable = running_replicas(&self.region);
+        let Ok(usable) = running_replicas(&self.region) else { return };
         for topic in self.topics.opened() {
             if topic.config.replication_factor < 2 || topic.is_deleted() {
                 continue;
@@ -202,9 +204,9 @@ impl<F: Fabric> Replicator<F> {
         let stream = if topic.config.order.is_global() { StreamId::GLOBAL } else { source };
         let id = topic.config.id;
         let position = read_replicated(&self.region, id, replica, source);
-        let committed = read_extent(&self.region, StreamId { topic: id, stream }).committed;
+        let Ok(extent) = read_extent(&self.region, StreamId { topic: id, stream }) else { return false };
         let seen = self.watched.entry((id, replica, source)).or_insert((position, now_us));
-        if seen.0 != position || position >= committed {
+        if seen.0 != position || position >= extent.committed {
             *seen = (position, now_us);
         }
         now_us.saturating_sub(seen.1) > self.options.patience_us
@@ -272,12 +274,12 @@ impl<F: Fabric> Task<F> {
         if self.topic.is_deleted() || self.sources == 0 {
             return Ok(false);
         }
-        let extent = read_extent(region, self.stream);
+        let own = if self.stream.stream == StreamId::GLOBAL { broker } else { self.stream.stream };
+        let read = (read_extent(region, self.stream), read_completion(region, self.stream.topic, own));
+        let (Ok(extent), Ok(completion)) = read else { return Ok(false) };
         if extent.incarnation != u64::from(self.topic.config.incarnation) {
             return Ok(false);
         }
-        let own = if self.stream.stream == StreamId::GLOBAL { broker } else { self.stream.stream };
-        let completion = read_completion(region, self.stream.topic, own);
         let committed = self.reader.poll();
         let first = completion.durable_through.max(extent.trimmed);
         if self.forward < extent.trimmed && self.forward < committed {
@@ -334,8 +336,8 @@ impl<F: Fabric> Task<F> {
         let Due { positions, sources } = due;
         let Scratch { buffer, batches } = scratch;
         // Pinned while it is read.
-        if self.topic.pins.set(self.pin, positions.start) > positions.start {
-            self.topic.pins.set(self.pin, u64::MAX);
+        if self.topic.pins.set(self.pin, positions.start).map_or(true, |trimmed| trimmed > positions.start) {
+            self.topic.pins.clear(self.pin);
             return Ok(false);
         }
         let end = positions.end.min(positions.start + SCAN_ENTRIES);
@@ -345,6 +347,8 @@ impl<F: Fabric> Task<F> {
         while through < end && batches.len() < GROUP_RECORDS {
             let entry = match self.reader.read(through) {
                 Ok(entry) => entry,
+                // What was read so far will do.
+                Err(ReadError::NoHead(_)) => break,
                 Err(error) => return Err(StoreError::Memory(error.to_string())),
             };
             if sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
@@ -363,7 +367,7 @@ impl<F: Fabric> Task<F> {
         }
         let covered = positions.start..through;
         if batches.is_empty() {
-            self.topic.pins.set(self.pin, u64::MAX);
+            self.topic.pins.clear(self.pin);
             self.log.cover(*sources, covered.clone());
             self.forward = self.forward.max(through);
             return Ok(!covered.is_empty());
@@ -385,7 +389,7 @@ impl<F: Fabric> Task<F> {
             fabric.invalidate(at, entry.bytes.into(), Site::PayloadRead);
             fabric.read_bytes(at, into);
         });
-        self.topic.pins.set(self.pin, u64::MAX);
+        self.topic.pins.clear(self.pin);
         let Ok(header) = peek_group(buffer) else { return Ok(false) };
         self.log.append(&header, buffer)?;
         self.forward = self.forward.max(header.through);

@@ -5,12 +5,13 @@ use super::medium::{Directory, Medium};
 use super::store::{Located, Scan, StoreError, read_batch, scan};
 use crate::blog::Blog;
 use bytemuck::Zeroable;
-use embarcadero_datapath::cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, SESSION_WINDOW};
+use embarcadero_datapath::cxl::headship::{claim, latest_claim, lead};
+use embarcadero_datapath::cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_datapath::cxl::session_table::{Session, SessionState, flush_commit, publish_session, store_commit};
-use embarcadero_datapath::cxl::tables::{Order, TopicConfig, publish_topic, read_headship, read_topic};
+use embarcadero_datapath::cxl::tables::{Order, TopicConfig, publish_topic};
 use embarcadero_datapath::cxl::{CoherentFabric, Fabric, Site};
 use embarcadero_datapath::wire::{BatchHeader, FRAME_BYTES, WireError};
 use std::collections::btree_map::Entry;
@@ -20,6 +21,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 
+/// The head as whom a restored region is written, before it has any.
+const RESTORED: Seat = Seat(0);
+/// Its epoch.
+const RESTORED_EPOCH: u64 = 1;
 /// Batches after which the index's tail is moved.
 const GROUP: u64 = 1024;
 
@@ -211,7 +216,7 @@ impl Plan {
         mut progress: impl FnMut(u64),
     ) -> Result<(), RestoreError> {
         let geometry = region.geometry();
-        if read_headship(region).is_some() || (0..geometry.max_topics).any(|id| read_topic(region, id).is_some()) {
+        if latest_claim(region) > 0 {
             return Err(RestoreError::NotEmpty);
         }
         let mut next_slot = 0;
@@ -222,6 +227,9 @@ impl Plan {
             }
             topic.write(region, &self.media, &mut next_slot, &mut progress)?;
         }
+        // The first head inherits it.
+        claim(region, RESTORED, RESTORED_EPOCH);
+        lead(region, RESTORED, RESTORED_EPOCH);
         Ok(())
     }
 }
@@ -287,15 +295,21 @@ impl TopicPlan {
         let mut sessions: BTreeMap<u64, (u32, Vec<CommitRecord>)> = BTreeMap::new();
         let mut bytes = Vec::new();
         for plan in &self.streams {
-            let of_broker = if plan.stream == StreamId::GLOBAL { 0 } else { plan.stream };
+            let of_broker = if plan.stream == StreamId::GLOBAL { RESTORED.0 } else { plan.stream };
             let needed = plan.batches.iter().map(|(_, batch)| batch.record.source + 1).max().unwrap_or(0);
             let needed = needed.max(of_broker + 1);
             if needed > brokers {
                 return Err(RestoreError::Geometry { what: "brokers", found: brokers, needed });
             }
             let stream = StreamId { topic: id, stream: plan.stream };
-            let mut index =
-                OrderIndexWriter::open(region.clone(), stream, incarnation, 0, allocator(region, of_broker));
+            let mut index = OrderIndexWriter::open(
+                region.clone(),
+                stream,
+                Seat(of_broker),
+                incarnation,
+                0,
+                allocator(region, of_broker),
+            )?;
             if let Some((_, first)) = plan.batches.first() {
                 index.begin_at(first.record.first_offset);
             }
@@ -370,7 +384,7 @@ impl TopicPlan {
             self.write_session(region, *next_slot, client_id, &commits);
             *next_slot += 1;
         }
-        publish_topic(region, &self.config);
+        publish_topic(region, RESTORED, &self.config);
         Ok(())
     }
 
@@ -389,14 +403,15 @@ impl TopicPlan {
             (from..).find(|sequence| !committed.contains_key(sequence)).unwrap_or(newest + 1)
         };
         for record in committed.range((newest + 1).saturating_sub(SESSION_WINDOW)..).map(|(_, record)| record) {
-            store_commit(region, slot, record, expected);
-            flush_commit(region, slot, record.tag - 1);
+            store_commit(region, RESTORED, slot, record, expected);
+            flush_commit(region, RESTORED, slot, record.tag - 1);
         }
         region.fabric().fence(Site::RecordFlush);
         let TopicConfig { id: topic, incarnation: topic_incarnation, ack_level, .. } = self.config;
         let state = SessionState::Fenced;
         publish_session(
             region,
+            RESTORED,
             &Session { slot, client_id, epoch, state, topic, topic_incarnation, committed: expected, ack_level },
         );
     }

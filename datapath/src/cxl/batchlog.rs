@@ -1,9 +1,16 @@
 //! The Batchlog: a broker's ring of batch entries of one topic, which the sequencer polls.
 
 use super::fabric::{Fabric, RegionOffset, Site};
-use super::layout::{BatchEntry, BrokerHalf, SequencerHalf};
+use super::headship::of_head;
+use super::layout::{BatchEntry, BrokerHalf, Seat, SequencerHalf};
 use super::region::Region;
 use std::mem::offset_of;
+
+/// Batchlog slots below this may be reused, as a head says.
+fn consumed_through<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32) -> u64 {
+    let half = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
+    region.fabric().observe(half.add(offset_of!(SequencerHalf, consumed_through) as u64), Site::ConsumedRead)
+}
 
 const HEAD: u64 = offset_of!(BrokerHalf, batchlog_head) as u64;
 
@@ -32,10 +39,12 @@ pub struct BatchlogWriter<F> {
     region: Region<F>,
     ring: RegionOffset,
     half: RegionOffset,
-    consumed_at: RegionOffset,
+    topic: u32,
+    broker: u32,
     slots: u64,
     head: u64,
     published: u64,
+    /// Slots below this may be reused, as last seen.
     consumed: u64,
 }
 
@@ -43,13 +52,12 @@ impl<F: Fabric> BatchlogWriter<F> {
     /// Goes on where the region says that this broker stopped.
     pub fn new(region: Region<F>, topic: u32, broker: u32) -> Self {
         let half = region.layout().offset_entry(topic, broker);
-        let consumed_at =
-            region.layout().sequencer_half(topic, broker).add(offset_of!(SequencerHalf, consumed_through) as u64);
         let head = region.fabric().observe(half.add(HEAD), Site::BatchlogHeadRead);
-        let consumed = region.fabric().observe(consumed_at, Site::ConsumedRead);
         let ring = ring(&region, topic, broker);
         let slots = u64::from(region.geometry().batchlog_slots);
-        Self { region, ring, half, consumed_at, slots, head, published: head, consumed }
+        // As if the ring was full: then it looks.
+        let consumed = head.saturating_sub(slots);
+        Self { region, ring, half, topic, broker, slots, head, published: head, consumed }
     }
 
     /// Index that the next entry gets. Indexes count the broker's batches of this topic slot, and never go back.
@@ -71,7 +79,11 @@ impl<F: Fabric> BatchlogWriter<F> {
             return true;
         }
         // SYNC: pairs with the flush of the sequencer half; a stale value is only too small.
-        self.consumed = self.region.fabric().observe(self.consumed_at, Site::ConsumedRead);
+        let Self { region, topic, broker, .. } = self;
+        let Ok(consumed) = of_head(region, |seat| consumed_through(region, seat, *topic, *broker)) else {
+            return false;
+        };
+        self.consumed = consumed.max(self.consumed);
         assert!(self.consumed <= self.head, "consumed_through {} passed the head {}", self.consumed, self.head);
         self.head - self.consumed < self.slots
     }
@@ -202,6 +214,7 @@ impl<F: Fabric> BatchlogReader<F> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cxl::headship::{claim, lead};
     use crate::cxl::layout::{AllocatorKind, Geometry, Layout};
     use crate::cxl::{Simulated, Turbulence, World};
     use bytemuck::Zeroable;
@@ -211,6 +224,7 @@ mod tests {
     fn entries_arrive_once_in_order_and_a_full_ring_waits() {
         let geometry = Geometry {
             max_brokers: 1,
+            max_heads: 1,
             max_topics: 1,
             max_sessions: 1,
             batchlog_slots: 16,
@@ -223,8 +237,10 @@ mod tests {
         let sequencer = Region::open(Simulated::join(&world, || {})).unwrap();
         let mut writer = BatchlogWriter::new(broker, 0, 0);
         let mut reader = BatchlogReader::new(sequencer.clone(), 0, 0, 0);
-        let consumed_at =
-            sequencer.layout().sequencer_half(0, 0).add(offset_of!(SequencerHalf, consumed_through) as u64);
+        claim(&sequencer, Seat(0), 1);
+        lead(&sequencer, Seat(0), 1);
+        let half = sequencer.layout().sequencer_half(&geometry, Seat(0), 0, 0);
+        let consumed_at = half.add(offset_of!(SequencerHalf, consumed_through) as u64);
         let mut next = 0;
         for round in 0..100u64 {
             while writer.has_room() && writer.unpublished() < round % 23 {

@@ -41,10 +41,18 @@ sites! {
     SuperblockFlush,
     /// Superblock, before it is judged.
     SuperblockRead,
-    /// Control block, by the head.
+    /// What a head says of the brokers.
     ControlFlush,
-    /// Control block, by anyone.
+    /// The same, by anyone.
     ControlRead,
+    /// Who is the head, by one that takes over.
+    SeatFlush,
+    /// The same, by whoever acts on what a head says.
+    SeatRead,
+    /// What a head takes over into its own area.
+    InheritFlush,
+    /// The same, in the area of the head before.
+    InheritRead,
     /// Broker slot: endpoints and incarnation.
     BrokerSlotFlush,
     /// Broker slot, by anyone.
@@ -244,4 +252,6 @@ pub trait CoherentFabric: Fabric {
     fn fetch_or(&self, at: RegionOffset, bits: u64) -> u64;
     /// Atomically ands `bits` into the word and returns what was there.
     fn fetch_and(&self, at: RegionOffset, bits: u64) -> u64;
+    /// Atomically replaces the word if it is `before`. True if it was.
+    fn compare_exchange(&self, at: RegionOffset, before: u64, after: u64) -> bool;
 }

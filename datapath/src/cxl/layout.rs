@@ -10,9 +10,11 @@ use std::mem::{offset_of, size_of};
 /// First eight bytes of a region.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
 /// Version of this layout. Changes whenever a structure below does, independent of the crate's version.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 /// Most brokers a region can hold.
 pub const MAX_BROKERS: u32 = 32;
+/// Brokers that can be the head, where nothing else is asked for: those with the lowest ids.
+pub const DEFAULT_HEADS: u32 = 4;
 /// Most topics a region can hold.
 pub const MAX_TOPICS: u32 = 32;
 /// Most sessions a region can hold.
@@ -50,6 +52,7 @@ macro_rules! lines {
                 $(hash = fnv(hash, stringify!($field).as_bytes(), offset_of!($name, $field));)*
             )*
             hash = fnv(hash, b"tinode", TINODE_BYTES as usize);
+            hash = fnv(hash, b"head topic", HEAD_TOPIC_BYTES as usize);
             hash = fnv(hash, b"session", SESSION_BYTES as usize);
             hash
         };
@@ -88,18 +91,39 @@ lines! {
         pub segment_bytes: u64 = 16,
         pub segment_count: u32 = 24,
         pub allocator: u32 = 28,
-        pub reserved: [u64; 3] = 32,
-        pub reserved_low: u32 = 56,
+        pub max_heads: u32 = 32,
+        pub reserved_low: u32 = 36,
+        pub reserved: [u64; 2] = 40,
+        pub reserved_high: u32 = 56,
         pub checksum: u32 = 60,
     }
 
-    /// Who orders. Written by the head. Versioned.
+    /// The highest epoch that anyone stood for, where hosts share one coherence domain: compare-and-swap by all.
+    pub struct ElectionLine {
+        pub epoch: u64 = 0,
+        pub reserved: [u64; 7] = 8,
+    }
+
+    /// A broker that can be the head: words, written by that broker. The broker with the highest `claimed` is the head, or
+    /// will be; it is once its `led` is the same.
+    pub struct SeatLine {
+        /// Epoch under which it last began to take over.
+        pub claimed: u64 = 0,
+        /// Epoch under which it last led: everything up to then is in its area.
+        pub led: u64 = 8,
+        pub reserved: [u64; 6] = 16,
+    }
+
+    /// What a head says of the brokers. Written by that head. Versioned.
     pub struct ControlLine {
         pub epoch: u64 = 0,
-        pub sequencer_broker: u32 = 8,
-        pub sequencer_incarnation: u32 = 12,
+        pub incarnation: u32 = 8,
+        pub reserved_low: u32 = 12,
+        /// Brokers that live.
         pub broker_mask: u64 = 16,
-        pub reserved: [u64; 4] = 24,
+        /// Brokers whose pins count: those, and others that may still go on.
+        pub pinning_mask: u64 = 24,
+        pub reserved: [u64; 3] = 32,
         pub version: u64 = 56,
     }
 
@@ -127,7 +151,7 @@ lines! {
         pub reserved: [u64; 4] = 32,
     }
 
-    /// What a topic is. Written by the head. Versioned; the version also guards the name line behind it.
+    /// What a topic is. Written by a head. Versioned; the version also guards the name line behind it.
     pub struct TopicLine {
         pub incarnation: u32 = 0,
         pub state: u8 = 4,
@@ -190,7 +214,7 @@ lines! {
         pub reserved: [u64; 6] = 16,
     }
 
-    /// Sequencer half of an offset entry: words, written by the sequencer.
+    /// How far a head is with a broker's Batchlog: words, written by that head (the paper's sequencer half).
     pub struct SequencerHalf {
         /// Batches of this broker that are ordered (the paper's ordered_seq).
         pub ordered: u64 = 0,
@@ -237,7 +261,7 @@ lines! {
         pub commit: u32 = 60,
     }
 
-    /// How far the stream that a broker acknowledges from is replicated: words, written by the head.
+    /// How far the stream that a broker acknowledges from is replicated: words, written by a head.
     pub struct CompletionLine {
         /// Entries below this are on as many disks as the topic asks for, unless they are lost.
         pub durable_through: u64 = 0,
@@ -248,7 +272,7 @@ lines! {
         pub reserved: [u64; 5] = 24,
     }
 
-    /// Who a session belongs to and what became of it. Written by the head. Versioned.
+    /// Who a session belongs to and what became of it. Written by a head. Versioned.
     pub struct SessionLine {
         pub client_id: u64 = 0,
         pub epoch: u32 = 8,
@@ -263,7 +287,7 @@ lines! {
         pub version: u64 = 56,
     }
 
-    /// Progress of a session: words, written by the sequencer.
+    /// Progress of a session: words, written by a head.
     pub struct SessionProgressLine {
         /// Sequences below this are committed.
         pub expected: u64 = 0,
@@ -282,7 +306,10 @@ lines! {
         pub broker: u32 = 8,
         pub topic_incarnation: u32 = 12,
         pub ordinal: u64 = 16,
-        pub reserved: [u64; 4] = 24,
+        /// Who took it from the pool, and alone may give it back.
+        pub holder: u32 = 24,
+        pub reserved_low: u32 = 28,
+        pub reserved: [u64; 3] = 32,
         pub version: u64 = 56,
     }
 }
@@ -312,23 +339,21 @@ const _: () = {
 
 /// Bytes of the superblock.
 pub const SUPERBLOCK_BYTES: u64 = 128;
-/// Bytes of an offset entry: broker half (log, pins, own tail, replication_done of 32 sources), then sequencer half.
-pub const OFFSET_ENTRY_BYTES: u64 = 768;
+/// Bytes of an offset entry: broker half, pins, own tail, replication_done of 32 sources.
+pub const OFFSET_ENTRY_BYTES: u64 = 512;
 /// Position of the words in an offset entry that say how far the broker, as a replica, is with each source broker.
 pub const REPLICATION_DONE_AT: u64 = 192;
-/// Position of the sequencer half in an offset entry.
-pub const SEQUENCER_HALF_AT: u64 = 512;
-/// Bytes before the offset entries of a TInode: configuration, name, global tail, one reserved line.
-pub const TINODE_HEADER_BYTES: u64 = 256;
-/// `[[DEVIATION_004]]` Bytes of a TInode. It stands in for a separate broker metadata region.
-pub const TINODE_BYTES: u64 = TINODE_HEADER_BYTES + MAX_BROKERS as u64 * OFFSET_ENTRY_BYTES;
+/// `[[DEVIATION_004]]` Bytes of a TInode: what brokers say of a topic. It stands in for a separate broker metadata region.
+pub const TINODE_BYTES: u64 = MAX_BROKERS as u64 * OFFSET_ENTRY_BYTES;
+/// `[[DEVIATION_011]]` Bytes of what a head says of a topic, in its own area: configuration, name, tail of the global
+/// order, one reserved line.
+pub const HEAD_TOPIC_BYTES: u64 = 256;
 /// Bytes of a row of the session table: identity, progress, commit records.
 pub const SESSION_BYTES: u64 = 128 + SESSION_WINDOW * size_of::<CommitRecord>() as u64;
 const _: () = {
     // Halves that different hosts write must not share a line, nor the pair of lines that CPUs prefetch together.
-    assert!(OFFSET_ENTRY_BYTES.is_multiple_of(256) && SEQUENCER_HALF_AT.is_multiple_of(256));
-    assert!(REPLICATION_DONE_AT + MAX_BROKERS as u64 * 8 <= SEQUENCER_HALF_AT);
-    assert!(TINODE_HEADER_BYTES.is_multiple_of(256) && TINODE_BYTES.is_multiple_of(256));
+    assert!(OFFSET_ENTRY_BYTES.is_multiple_of(256) && HEAD_TOPIC_BYTES.is_multiple_of(256));
+    assert!(REPLICATION_DONE_AT + MAX_BROKERS as u64 * 8 <= OFFSET_ENTRY_BYTES);
     assert!(SESSION_BYTES.is_multiple_of(64));
 };
 
@@ -373,6 +398,8 @@ impl AllocatorKind {
 pub struct Geometry {
     /// Broker slots, 1 to 32.
     pub max_brokers: u32,
+    /// Brokers that can be the head, 1 to `max_brokers`: those with ids below this.
+    pub max_heads: u32,
     /// Topic slots, 1 to 32.
     pub max_topics: u32,
     /// Session slots, 1 to 4096.
@@ -405,6 +432,7 @@ impl Geometry {
     pub const fn with_segments_of(segment_bytes: u64, allocator: AllocatorKind) -> Self {
         Self {
             max_brokers: MAX_BROKERS,
+            max_heads: DEFAULT_HEADS,
             max_topics: MAX_TOPICS,
             max_sessions: 1024,
             batchlog_slots: 1024,
@@ -452,6 +480,7 @@ impl Geometry {
             }
         };
         within("max_brokers", self.max_brokers.into(), 1, MAX_BROKERS.into())?;
+        within("max_heads", self.max_heads.into(), 1, self.max_brokers.into())?;
         within("max_topics", self.max_topics.into(), 1, MAX_TOPICS.into())?;
         within("max_sessions", self.max_sessions.into(), 1, MAX_SESSIONS.into())?;
         within("batchlog_slots", self.batchlog_slots.into(), 16, 1 << 20)?;
@@ -465,12 +494,6 @@ impl Geometry {
             }
         }
         Ok(())
-    }
-
-    /// Streams of a topic that can have an order index: one a broker, and the global one.
-    #[must_use]
-    pub const fn streams(&self) -> u32 {
-        self.max_brokers + 1
     }
 
     /// Slots of an order index's directory: a power of two that no index can outgrow.
@@ -489,7 +512,7 @@ impl Geometry {
 /// Start of each area, computed from a [`Geometry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Layout {
-    /// Control block.
+    /// Control block: the [`ElectionLine`], a [`SeatLine`] for each broker, a [`ControlLine`] for each broker.
     pub control: u64,
     /// Broker table: 128 bytes a broker.
     pub brokers: u64,
@@ -501,17 +524,36 @@ pub struct Layout {
     pub tinodes: u64,
     /// Batchlog rings, topic-major.
     pub batchlogs: u64,
-    /// Completion vector: a [`CompletionLine`] for each topic and broker, topic-major.
-    pub completion: u64,
-    /// Session table.
-    pub sessions: u64,
-    /// Directories of the order indexes, topic-major, then stream.
+    /// Directories of the brokers' own order indexes, topic-major, then broker.
     pub directories: u64,
+    /// Areas of the heads, one after another.
+    pub heads: u64,
+    /// What is where in the area of a head.
+    pub head: HeadLayout,
     /// The pool.
     pub segments: u64,
     /// End of the pool.
     pub region_bytes: u64,
 }
+
+/// Start of each part of a head's area, from the start of that area. At 0: [`HEAD_TOPIC_BYTES`] a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct HeadLayout {
+    /// A [`SequencerHalf`] for each topic and broker, topic-major.
+    pub halves: u64,
+    /// Completion vector: a [`CompletionLine`] for each topic and broker, topic-major.
+    pub completion: u64,
+    /// Session table.
+    pub sessions: u64,
+    /// Directories of the global order indexes, one a topic.
+    pub directories: u64,
+    /// Bytes of the area.
+    pub bytes: u64,
+}
+
+/// Number of a head's area: the id of the broker that writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Seat(pub u32);
 
 impl Layout {
     /// Lays the areas out one after another.
@@ -524,18 +566,21 @@ impl Layout {
         let topics = geometry.max_topics as u64;
         let segments = geometry.segment_count as u64;
         let control_at = AREA_ALIGN;
-        let brokers_at = up(control_at + 128);
+        let brokers_at = up(control_at + (1 + 2 * MAX_BROKERS as u64) * 64);
         let bitmap_at = up(brokers_at + brokers * 128);
         let shared_bitmap = segments.div_ceil(512) * 64;
         let partitions = brokers * Self::partition_bytes(geometry);
         let owners_at = up(bitmap_at + if partitions > shared_bitmap { partitions } else { shared_bitmap });
         let tinodes_at = up(owners_at + segments * 64);
         let batchlogs_at = up(tinodes_at + topics * TINODE_BYTES);
-        let completion_at = up(batchlogs_at + topics * brokers * geometry.batchlog_slots as u64 * 64);
-        let sessions_at = up(completion_at + topics * brokers * 64);
-        let directories_at = up(sessions_at + geometry.max_sessions as u64 * SESSION_BYTES);
-        let directories = topics * geometry.streams() as u64 * Self::directory_bytes(geometry);
-        let tables_end = directories_at + directories;
+        let directories_at = up(batchlogs_at + topics * brokers * geometry.batchlog_slots as u64 * 64);
+        let heads_at = up(directories_at + topics * brokers * Self::directory_bytes(geometry));
+        let halves = topics * HEAD_TOPIC_BYTES;
+        let completion = halves + topics * brokers * 64;
+        let sessions = completion + topics * brokers * 64;
+        let directories = sessions + geometry.max_sessions as u64 * SESSION_BYTES;
+        let bytes = up(directories + topics * Self::directory_bytes(geometry));
+        let tables_end = heads_at + geometry.max_heads as u64 * bytes;
         let segments_at = tables_end.next_multiple_of(if geometry.segment_bytes < 2 << 20 { 1 << 20 } else { 2 << 20 });
         Self {
             control: control_at,
@@ -544,9 +589,9 @@ impl Layout {
             owners: owners_at,
             tinodes: tinodes_at,
             batchlogs: batchlogs_at,
-            completion: completion_at,
-            sessions: sessions_at,
             directories: directories_at,
+            heads: heads_at,
+            head: HeadLayout { halves, completion, sessions, directories, bytes },
             segments: segments_at,
             region_bytes: segments_at + segments * geometry.segment_bytes,
         }
@@ -564,28 +609,53 @@ impl Layout {
         (geometry.directory_slots() * 8).next_multiple_of(64)
     }
 
+    /// The [`ElectionLine`].
+    #[must_use]
+    pub const fn election(&self) -> RegionOffset {
+        RegionOffset(self.control)
+    }
+
+    /// The [`SeatLine`] of a broker that can be the head. They lie one after another.
+    #[must_use]
+    pub const fn seat(&self, seat: Seat) -> RegionOffset {
+        RegionOffset(self.control + 64 + seat.0 as u64 * 64)
+    }
+
+    /// The [`ControlLine`] of a broker that can be the head.
+    #[must_use]
+    pub const fn control_line(&self, seat: Seat) -> RegionOffset {
+        RegionOffset(self.control + (1 + MAX_BROKERS as u64 + seat.0 as u64) * 64)
+    }
+
     /// A broker's slot: its [`BrokerLine`], then its [`PulseLine`].
     #[must_use]
     pub const fn broker(&self, broker: u32) -> RegionOffset {
         RegionOffset(self.brokers + broker as u64 * 128)
     }
 
-    /// A topic's TInode.
-    #[must_use]
-    pub const fn tinode(&self, topic: u32) -> RegionOffset {
-        RegionOffset(self.tinodes + topic as u64 * TINODE_BYTES)
-    }
-
     /// The offset entry of a broker in a topic: its broker half starts here.
     #[must_use]
     pub const fn offset_entry(&self, topic: u32, broker: u32) -> RegionOffset {
-        self.tinode(topic).add(TINODE_HEADER_BYTES + broker as u64 * OFFSET_ENTRY_BYTES)
+        RegionOffset(self.tinodes + topic as u64 * TINODE_BYTES + broker as u64 * OFFSET_ENTRY_BYTES)
     }
 
-    /// The sequencer half of an offset entry.
+    /// The area of a head.
     #[must_use]
-    pub const fn sequencer_half(&self, topic: u32, broker: u32) -> RegionOffset {
-        self.offset_entry(topic, broker).add(SEQUENCER_HALF_AT)
+    pub const fn head_area(&self, seat: Seat) -> RegionOffset {
+        RegionOffset(self.heads + seat.0 as u64 * self.head.bytes)
+    }
+
+    /// What a head says of a topic: its [`TopicLine`] starts here, then [`NameLine`] and [`TailLine`].
+    #[must_use]
+    pub const fn head_topic(&self, seat: Seat, topic: u32) -> RegionOffset {
+        self.head_area(seat).add(topic as u64 * HEAD_TOPIC_BYTES)
+    }
+
+    /// A head's [`SequencerHalf`] of a broker in a topic.
+    #[must_use]
+    pub const fn sequencer_half(&self, geometry: &Geometry, seat: Seat, topic: u32, broker: u32) -> RegionOffset {
+        let index = topic as u64 * geometry.max_brokers as u64 + broker as u64;
+        self.head_area(seat).add(self.head.halves + index * 64)
     }
 
     /// The [`PinLine`] of a broker in a topic.
@@ -600,10 +670,11 @@ impl Layout {
         self.offset_entry(topic, replica).add(REPLICATION_DONE_AT + source as u64 * 8)
     }
 
-    /// The [`CompletionLine`] that `broker` acknowledges by.
+    /// A head's [`CompletionLine`] that `broker` acknowledges by.
     #[must_use]
-    pub const fn completion(&self, geometry: &Geometry, topic: u32, broker: u32) -> RegionOffset {
-        RegionOffset(self.completion + (topic as u64 * geometry.max_brokers as u64 + broker as u64) * 64)
+    pub const fn completion(&self, geometry: &Geometry, seat: Seat, topic: u32, broker: u32) -> RegionOffset {
+        let index = topic as u64 * geometry.max_brokers as u64 + broker as u64;
+        self.head_area(seat).add(self.head.completion + index * 64)
     }
 
     /// A segment's owner line.
@@ -612,10 +683,10 @@ impl Layout {
         RegionOffset(self.owners + segment as u64 * 64)
     }
 
-    /// A session's row.
+    /// A session's row at a head.
     #[must_use]
-    pub const fn session(&self, slot: u32) -> RegionOffset {
-        RegionOffset(self.sessions + slot as u64 * SESSION_BYTES)
+    pub const fn session(&self, seat: Seat, slot: u32) -> RegionOffset {
+        self.head_area(seat).add(self.head.sessions + slot as u64 * SESSION_BYTES)
     }
 
     /// The first byte of a segment.
@@ -642,7 +713,7 @@ mod tests {
                 prop_assert!(layout.region_bytes <= region);
                 let areas = [
                     SUPERBLOCK_BYTES, layout.control, layout.brokers, layout.bitmap, layout.owners, layout.tinodes,
-                    layout.batchlogs, layout.completion, layout.sessions, layout.directories, layout.segments,
+                    layout.batchlogs, layout.directories, layout.heads, layout.segments,
                 ];
                 prop_assert!(areas.windows(2).all(|pair| pair[0] < pair[1]));
                 prop_assert!(geometry.directory_slots() >= u64::from(geometry.segment_count));

@@ -7,6 +7,7 @@
 pub mod batchlog;
 pub mod cache;
 mod fabric;
+pub mod headship;
 pub mod layout;
 mod native;
 mod numa;

@@ -230,4 +230,9 @@ impl CoherentFabric for Native {
     fn fetch_and(&self, at: RegionOffset, bits: u64) -> u64 {
         self.word(at).fetch_and(bits, Ordering::AcqRel)
     }
+
+    #[inline]
+    fn compare_exchange(&self, at: RegionOffset, before: u64, after: u64) -> bool {
+        self.word(at).compare_exchange(before, after, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
 }

@@ -7,9 +7,10 @@
 //! sequencer touches.
 
 use super::fabric::{Fabric, RegionOffset, Site};
-use super::layout::{IndexEntry, Layout, PinLine, SequencerHalf, TINODE_HEADER_BYTES, TailLine};
+use super::headship::{NoHead, of_head, office_mark};
+use super::layout::{IndexEntry, Layout, PinLine, Seat, SequencerHalf, TailLine};
 use super::region::Region;
-use super::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner};
+use super::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
 use bytemuck::Zeroable;
 use serde::Serialize;
 use std::collections::VecDeque;
@@ -29,23 +30,37 @@ impl StreamId {
     /// The stream of a topic's global order.
     pub const GLOBAL: u32 = u32::MAX;
 
-    fn number<F: Fabric>(self, region: &Region<F>) -> u32 {
+    /// What stands for the stream in a segment's owner line.
+    #[must_use]
+    pub fn number<F: Fabric>(self, region: &Region<F>) -> u32 {
         if self.stream == Self::GLOBAL { region.geometry().max_brokers } else { self.stream }
     }
 
-    fn tail<F: Fabric>(self, region: &Region<F>) -> RegionOffset {
+    /// The stream's tail; that of the global order as the head `seat` has it.
+    fn tail<F: Fabric>(self, region: &Region<F>, seat: Seat) -> RegionOffset {
         if self.stream == Self::GLOBAL {
-            region.layout().tinode(self.topic).add(TINODE_HEADER_BYTES / 2)
+            region.layout().head_topic(seat, self.topic).add(128)
         } else {
             region.layout().offset_entry(self.topic, self.stream).add(128)
         }
     }
 
-    fn directory_entry<F: Fabric>(self, region: &Region<F>, ordinal: u64) -> RegionOffset {
-        let geometry = region.geometry();
-        let index = u64::from(self.topic) * u64::from(geometry.streams()) + u64::from(self.number(region));
-        let directory = region.layout().directories + index * Layout::directory_bytes(geometry);
-        RegionOffset(directory + ordinal % geometry.directory_slots() * 8)
+    fn directory_entry<F: Fabric>(self, region: &Region<F>, seat: Seat, ordinal: u64) -> RegionOffset {
+        let (geometry, layout) = (region.geometry(), region.layout());
+        let directory = if self.stream == Self::GLOBAL {
+            let index = u64::from(self.topic);
+            layout.head_area(seat).add(layout.head.directories + index * Layout::directory_bytes(geometry))
+        } else {
+            let index = u64::from(self.topic) * u64::from(geometry.max_brokers) + u64::from(self.stream);
+            RegionOffset(layout.directories + index * Layout::directory_bytes(geometry))
+        };
+        directory.add(ordinal % geometry.directory_slots() * 8)
+    }
+
+    /// Reads of a stream: one of the global order by way of the head, one of a broker's own directly.
+    #[inline]
+    fn observe<F: Fabric, R>(self, region: &Region<F>, mut read: impl FnMut(Seat) -> R) -> Result<R, NoHead> {
+        if self.stream == Self::GLOBAL { of_head(region, read) } else { Ok(read(Seat(self.stream))) }
     }
 }
 
@@ -69,6 +84,7 @@ fn entries_per_segment<F: Fabric>(region: &Region<F>) -> u64 {
 pub struct OrderIndexWriter<F> {
     region: Region<F>,
     id: StreamId,
+    writer: Seat,
     pool: Arc<dyn SegmentAllocator>,
     incarnation: u32,
     tail_at: RegionOffset,
@@ -78,29 +94,45 @@ pub struct OrderIndexWriter<F> {
     bytes: u64,
     kept_bytes: u64,
     trimmed: u64,
-    /// Segments in use, oldest first: (ordinal, segment).
-    segments: VecDeque<(u64, u32)>,
+    /// Segments in use, oldest first.
+    segments: VecDeque<IndexSegment>,
+}
+
+#[derive(Clone, Copy)]
+struct IndexSegment {
+    ordinal: u64,
+    segment: u32,
+    /// This writer's own broker took it from the pool.
+    own: bool,
 }
 
 impl<F: Fabric> OrderIndexWriter<F> {
     /// Goes on at the tail that the region shows, or starts the index of a new incarnation of its topic: offsets then
-    /// begin at 0, positions go on growing.
+    /// begin at 0, positions go on growing. Of a global order `writer` is the head, which has inherited everything.
+    ///
+    /// # Errors
+    /// [`PoolError`] when an earlier head's last segment has to be replaced, and no other is to be had.
     pub fn open(
         region: Region<F>,
         id: StreamId,
+        writer: Seat,
         incarnation: u32,
         epoch: u64,
         pool: Arc<dyn SegmentAllocator>,
-    ) -> Self {
-        let tail_at = id.tail(&region);
+    ) -> Result<Self, PoolError> {
+        let tail_at = id.tail(&region, writer);
         let mut tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
         let per_segment = entries_per_segment(&region);
         let mut segments = VecDeque::new();
         if tail.incarnation == u64::from(incarnation) {
             if tail.committed > tail.base {
                 for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
-                    if let Some(segment) = read_directory(&region, id, ordinal) {
-                        segments.push_back((ordinal, segment));
+                    if let Some(segment) = read_directory(&region, id, writer, ordinal) {
+                        let holder = match read_owner(&region, segment) {
+                            SegmentUse::Index { holder, .. } => Some(holder),
+                            _ => None,
+                        };
+                        segments.push_back(IndexSegment { ordinal, segment, own: holder == Some(writer.0) });
                     }
                 }
             }
@@ -134,6 +166,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let mut writer = Self {
             region,
             id,
+            writer,
             pool,
             incarnation,
             tail_at,
@@ -145,9 +178,46 @@ impl<F: Fabric> OrderIndexWriter<F> {
             trimmed: tail.trimmed,
             segments,
         };
-        writer.kept_bytes =
-            (writer.trimmed..writer.next).filter_map(|at| writer.entry(at)).map(|entry| u64::from(entry.bytes)).sum();
-        writer
+        writer.take_stock();
+        writer.replace_last()?;
+        Ok(writer)
+    }
+
+    /// Looks at all entries that are kept, which another may have written.
+    fn take_stock(&mut self) {
+        let per_segment = entries_per_segment(&self.region);
+        for foreign in self.segments.iter().filter(|segment| !segment.own) {
+            let used = (self.next - foreign.ordinal * per_segment).min(per_segment);
+            let base = self.region.layout().segment(self.region.geometry(), foreign.segment);
+            self.region.fabric().invalidate(base, used * 64, Site::IndexEntryRead);
+        }
+        self.kept_bytes =
+            (self.trimmed..self.next).filter_map(|at| self.entry(at)).map(|entry| u64::from(entry.bytes)).sum();
+        if let Some(last) = self.next.checked_sub(1).and_then(|last| self.entry(last)) {
+            // The word in the tail may be ahead of the tail: whoever wrote it died, or was read, in between.
+            self.next_offset = last.first_offset + u64::from(last.message_count);
+        }
+    }
+
+    /// The segment that an earlier head was filling: that head may still write into it, so a copy takes its place.
+    fn replace_last(&mut self) -> Result<(), PoolError> {
+        let per_segment = entries_per_segment(&self.region);
+        let Some(IndexSegment { ordinal, segment, own: false }) = self.segments.back().copied() else { return Ok(()) };
+        if self.next.is_multiple_of(per_segment) {
+            return Ok(());
+        }
+        let copied = self.pool.allocate()?;
+        let place = |segment| self.region.layout().segment(self.region.geometry(), segment);
+        let fabric = self.region.fabric();
+        for at in (0..self.next % per_segment).map(|entry| entry * 64) {
+            let entry: IndexEntry = fabric.load_line(place(segment).add(at));
+            fabric.store_line(place(copied).add(at), &entry);
+        }
+        fabric.flush(place(copied), self.next % per_segment * 64, Site::IndexEntryFlush);
+        fabric.fence(Site::IndexEntryFence);
+        self.segments.pop_back();
+        self.add_segment(ordinal, copied);
+        Ok(())
     }
 
     /// Position of the next entry.
@@ -192,7 +262,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let per_segment = entries_per_segment(&self.region);
         let ordinal = self.next / per_segment;
         match self.segments.back() {
-            Some((newest, _)) if *newest == ordinal => Ok(()),
+            Some(newest) if newest.ordinal == ordinal => Ok(()),
             _ => self.extend(ordinal),
         }
     }
@@ -200,20 +270,21 @@ impl<F: Fabric> OrderIndexWriter<F> {
     #[cold]
     fn extend(&mut self, ordinal: u64) -> Result<(), PoolError> {
         let segment = self.pool.allocate()?;
-        let StreamId { topic, .. } = self.id;
-        publish_owner(
-            &self.region,
-            segment,
-            SegmentUse::Index { topic, incarnation: self.incarnation, stream: self.id.number(&self.region), ordinal },
-        );
-        let at = self.id.directory_entry(&self.region, ordinal);
+        self.add_segment(ordinal, segment);
+        Ok(())
+    }
+
+    fn add_segment(&mut self, ordinal: u64, segment: u32) {
+        let (StreamId { topic, .. }, stream) = (self.id, self.id.number(&self.region));
+        let Self { incarnation, writer: Seat(holder), .. } = *self;
+        publish_owner(&self.region, segment, SegmentUse::Index { topic, incarnation, stream, ordinal, holder });
+        let at = self.id.directory_entry(&self.region, self.writer, ordinal);
         let fabric = self.region.fabric();
         // SYNC: in memory before the tail that lets readers look for it; pairs with `read_directory`.
         fabric.store(at, (ordinal + 1) << 32 | u64::from(segment));
         fabric.flush(at, 8, Site::DirectoryFlush);
         fabric.fence(Site::DirectoryFlush);
-        self.segments.push_back((ordinal, segment));
-        Ok(())
+        self.segments.push_back(IndexSegment { ordinal, segment, own: true });
     }
 
     /// Writes the next entry, filling in its offset and commit word. Call after [`OrderIndexWriter::make_room`].
@@ -221,7 +292,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     #[inline]
     pub fn append(&mut self, mut entry: IndexEntry) -> u64 {
         let per_segment = entries_per_segment(&self.region);
-        let (ordinal, segment) = *self.segments.back().unwrap_or(&(u64::MAX, 0));
+        let (ordinal, segment) = self.segments.back().map_or((u64::MAX, 0), |last| (last.ordinal, last.segment));
         assert!(ordinal == self.next / per_segment, "append without room");
         entry.first_offset = self.next_offset;
         entry.commit = commit_word(self.next);
@@ -242,8 +313,9 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let mut from = self.published;
         while from < self.next {
             let end = self.next.min((from / per_segment + 1) * per_segment);
-            if let Some((_, segment)) = self.segments.iter().rev().find(|(ordinal, _)| *ordinal == from / per_segment) {
-                let at = self.region.layout().segment(self.region.geometry(), *segment).add(from % per_segment * 64);
+            if let Some(holds) = self.segments.iter().rev().find(|holds| holds.ordinal == from / per_segment) {
+                let base = self.region.layout().segment(self.region.geometry(), holds.segment);
+                let at = base.add(from % per_segment * 64);
                 self.region.fabric().flush(at, (end - from) * 64, Site::IndexEntryFlush);
             }
             from = end;
@@ -270,10 +342,34 @@ impl<F: Fabric> OrderIndexWriter<F> {
             return None;
         }
         let per_segment = entries_per_segment(&self.region);
-        let (oldest, _) = self.segments.front()?;
-        let (_, segment) = self.segments.get((position / per_segment).checked_sub(*oldest)? as usize)?;
-        let at = self.region.layout().segment(self.region.geometry(), *segment).add(position % per_segment * 64);
+        let oldest = self.segments.front()?.ordinal;
+        let holds = self.segments.get((position / per_segment).checked_sub(oldest)? as usize)?;
+        let base = self.region.layout().segment(self.region.geometry(), holds.segment);
+        let at = base.add(position % per_segment * 64);
         Some(self.region.fabric().load_line(at))
+    }
+
+    /// As [`OrderIndexWriter::entry`], also of what is trimmed but was not given back before this head took over.
+    pub fn entry_or_trimmed(&self, position: u64) -> Option<IndexEntry> {
+        if position >= self.trimmed {
+            return self.entry(position);
+        }
+        let per_segment = entries_per_segment(&self.region);
+        let segment = read_directory(&self.region, self.id, self.writer, position / per_segment)?;
+        if segment >= self.region.geometry().segment_count {
+            return None;
+        }
+        // It may serve something else by now.
+        match read_owner(&self.region, segment) {
+            SegmentUse::Index { topic, incarnation, stream, ordinal, .. }
+                if (topic, incarnation) == (self.id.topic, self.incarnation)
+                    && (stream, ordinal) == (self.id.number(&self.region), position / per_segment) => {}
+            _ => return None,
+        }
+        let base = self.region.layout().segment(self.region.geometry(), segment);
+        let entry: IndexEntry =
+            self.region.fabric().observe_line(base.add(position % per_segment * 64), Site::IndexEntryRead);
+        (entry.commit == commit_word(position)).then_some(entry)
     }
 
     /// Trims what the topic's retention does not keep: `bytes` at most (0: all), nothing ordered before `since_us`; but
@@ -308,15 +404,22 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.fence(Site::TrimFlush);
     }
 
-    /// Returns index segments to the pool whose entries are all below both the trim point and `pinned`.
+    /// Lets go of the segments whose entries are all below both the trim point and `pinned`. Its own go back to the pool;
+    /// of a global order, only while this head is in office ([`super::headship::still_leads`]): another may trim less.
     pub fn reclaim(&mut self, pinned: u64) {
         let floor = self.trimmed.min(pinned);
         let per_segment = entries_per_segment(&self.region);
-        while let Some((ordinal, segment)) = self.segments.front().copied() {
-            if (ordinal + 1) * per_segment > floor {
+        while let Some(oldest) = self.segments.front().copied() {
+            if (oldest.ordinal + 1) * per_segment > floor {
                 break;
             }
             self.segments.pop_front();
+            self.release(oldest);
+        }
+    }
+
+    fn release(&self, IndexSegment { segment, own, .. }: IndexSegment) {
+        if own {
             publish_owner(&self.region, segment, SegmentUse::Free);
             let _ = self.pool.release(segment);
         }
@@ -325,9 +428,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// Gives every segment back: the topic is gone.
     pub fn abandon(&mut self) {
         self.trim(self.published);
-        for (_, segment) in std::mem::take(&mut self.segments) {
-            publish_owner(&self.region, segment, SegmentUse::Free);
-            let _ = self.pool.release(segment);
+        for segment in std::mem::take(&mut self.segments) {
+            self.release(segment);
         }
     }
 }
@@ -348,7 +450,7 @@ pub fn lowest_pin<F: Fabric>(region: &Region<F>, topic: u32, brokers: impl Itera
 pub struct Pin<F> {
     region: Region<F>,
     at: RegionOffset,
-    trim_at: RegionOffset,
+    id: StreamId,
     position: u64,
 }
 
@@ -356,16 +458,19 @@ impl<F: Fabric> Pin<F> {
     /// The pin of `broker` on a stream; nothing is pinned yet.
     pub fn new(region: Region<F>, id: StreamId, broker: u32) -> Self {
         let at = region.layout().pin(id.topic, broker).add(field(offset_of!(PinLine, delivering_from)));
-        let trim_at = id.tail(&region).add(TRIMMED);
-        let mut pin = Self { region, at, trim_at, position: 0 };
-        pin.set(u64::MAX);
+        let mut pin = Self { region, at, id, position: 0 };
+        // Whether or not there is a head.
+        let _ = pin.set(u64::MAX);
         pin
     }
 
     /// Pins everything from `position` on (`u64::MAX` pins nothing) and returns the trim point seen afterwards:
     /// what lies at or above it stays until the pin moves on.
+    ///
+    /// # Errors
+    /// [`NoHead`], for a global order: nobody can say what is trimmed.
     #[inline]
-    pub fn set(&mut self, position: u64) -> u64 {
+    pub fn set(&mut self, position: u64) -> Result<u64, NoHead> {
         let fabric = self.region.fabric();
         if position != self.position {
             self.position = position;
@@ -375,7 +480,8 @@ impl<F: Fabric> Pin<F> {
             // reads pins (`OrderIndexWriter::trim`). So at least one of the two sees the other.
             fabric.fence(Site::PinFlush);
         }
-        fabric.observe(self.trim_at, Site::TrimRead)
+        let (region, id) = (&self.region, self.id);
+        id.observe(region, |seat| fabric.observe(id.tail(region, seat).add(TRIMMED), Site::TrimRead))
     }
 
     /// What is pinned.
@@ -404,9 +510,24 @@ pub struct Extent {
     pub bytes: u64,
 }
 
+impl Extent {
+    /// True when everything in the segment `ordinal` of the index is trimmed.
+    pub fn is_past<F: Fabric>(&self, region: &Region<F>, ordinal: u64) -> bool {
+        self.trimmed >= (ordinal + 1) * entries_per_segment(region)
+    }
+}
+
 /// Reads the extent of a stream.
-pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Extent {
-    let tail: TailLine = region.fabric().observe_line(id.tail(region), Site::TailRead);
+///
+/// # Errors
+/// [`NoHead`], for a global order.
+pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent, NoHead> {
+    id.observe(region, |seat| read_extent_at(region, seat, id))
+}
+
+/// As [`read_extent`], as a certain head has it.
+pub fn read_extent_at<F: Fabric>(region: &Region<F>, seat: Seat, id: StreamId) -> Extent {
+    let tail: TailLine = region.fabric().observe_line(id.tail(region, seat), Site::TailRead);
     Extent {
         incarnation: tail.incarnation,
         base: tail.base,
@@ -418,8 +539,9 @@ pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Extent {
     }
 }
 
-fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, ordinal: u64) -> Option<u32> {
-    let at = id.directory_entry(region, ordinal);
+/// The segment that holds the entries of `ordinal`, as a certain head has it.
+pub fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat, ordinal: u64) -> Option<u32> {
+    let at = id.directory_entry(region, seat, ordinal);
     let word = region.fabric().observe(at, Site::DirectoryRead);
     (word >> 32 == ordinal + 1).then_some(word as u32)
 }
@@ -445,32 +567,36 @@ pub enum ReadError {
         /// What it holds.
         found: u32,
     },
+    /// Between two heads.
+    #[error(transparent)]
+    NoHead(#[from] NoHead),
 }
 
 /// Reads an order index. Positions at or above the trim point that a [`Pin`] returned are safe to read.
 pub struct OrderIndexReader<F> {
     region: Region<F>,
     id: StreamId,
-    tail_at: RegionOffset,
     committed: u64,
     /// Entries from here on may be in this host's cache from an earlier life of their segment.
     fresh_from: u64,
     fresh_to: u64,
-    segment: Option<(u64, u32)>,
+    /// The segment last read from: its ordinal, and under which head.
+    segment: Option<(u64, u32, u64)>,
 }
 
 impl<F: Fabric> OrderIndexReader<F> {
     /// A reader that has seen nothing.
     pub fn new(region: Region<F>, id: StreamId) -> Self {
-        let tail_at = id.tail(&region);
-        Self { region, id, tail_at, committed: 0, fresh_from: 0, fresh_to: 0, segment: None }
+        Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, segment: None }
     }
 
-    /// One past the last complete entry, as memory says now.
+    /// One past the last complete entry, as memory says now; as before, while there is no head.
     #[inline]
     pub fn poll(&mut self) -> u64 {
+        let Self { region, id, .. } = self;
         // SYNC: pairs with `OrderIndexWriter::publish_tail`.
-        self.committed = self.region.fabric().observe(self.tail_at.add(COMMITTED), Site::TailRead);
+        let read = |seat| region.fabric().observe(id.tail(region, seat).add(COMMITTED), Site::TailRead);
+        self.committed = id.observe(region, read).unwrap_or(self.committed);
         self.committed
     }
 
@@ -489,14 +615,19 @@ impl<F: Fabric> OrderIndexReader<F> {
         assert!(position < self.committed, "entry {position} is not committed");
         let per_segment = entries_per_segment(&self.region);
         let ordinal = position / per_segment;
+        // SYNC: a head that took over may have put another segment in this one's place; whoever pinned what it reads, or
+        // polled, saw that head. Pairs with `Leftovers::poll` of the broker.
+        let mark = office_mark(&self.region);
         let segment = match self.segment {
-            Some((known, segment)) if known == ordinal => segment,
+            Some((known, segment, under)) if known == ordinal && under == mark => segment,
             _ => {
-                let segment = read_directory(&self.region, self.id, ordinal).ok_or(ReadError::Trimmed { position })?;
+                let Self { region, id, .. } = self;
+                let found = id.observe(region, |seat| read_directory(region, *id, seat, ordinal));
+                let segment = found?.ok_or(ReadError::Trimmed { position })?;
                 if segment >= self.region.geometry().segment_count {
                     return Err(ReadError::Corrupt { position, found: segment });
                 }
-                self.segment = Some((ordinal, segment));
+                self.segment = Some((ordinal, segment, office_mark(&self.region)));
                 self.fresh_to = self.fresh_from;
                 segment
             }
@@ -553,8 +684,8 @@ pub struct ConsumedWriter<F> {
 
 impl<F: Fabric> ConsumedWriter<F> {
     /// Goes on from what the region shows.
-    pub fn recover(region: Region<F>, topic: u32, broker: u32) -> Self {
-        let at = region.layout().sequencer_half(topic, broker);
+    pub fn recover(region: Region<F>, seat: Seat, topic: u32, broker: u32) -> Self {
+        let at = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
         let half: SequencerHalf = region.fabric().observe_line(at, Site::TailRead);
         Self {
             region,
@@ -579,6 +710,15 @@ impl<F: Fabric> ConsumedWriter<F> {
 }
 
 /// How far the sequencer is with a broker's Batchlog.
-pub fn read_sequencer_half<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> SequencerHalf {
-    region.fabric().observe_line(region.layout().sequencer_half(topic, broker), Site::ConsumedRead)
+///
+/// # Errors
+/// [`NoHead`].
+pub fn read_sequencer_half<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> Result<SequencerHalf, NoHead> {
+    of_head(region, |seat| read_sequencer_half_at(region, seat, topic, broker))
+}
+
+/// As [`read_sequencer_half`], as a certain head has it.
+pub fn read_sequencer_half_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32) -> SequencerHalf {
+    let at = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
+    region.fabric().observe_line(at, Site::ConsumedRead)
 }

@@ -2,16 +2,19 @@
 
 use super::cache::{FlushMethod, UnsupportedFlush};
 use super::fabric::{Fabric, RegionOffset, Site};
+use super::headship::Office;
 use super::layout::{
     AllocatorKind, Geometry, GeometryError, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, SUPERBLOCK_BYTES,
     SuperblockGeometry, SuperblockHead,
 };
 use super::native::{Mapping, Native};
+use bytemuck::Zeroable;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use uuid::Uuid;
 
 /// Why a region cannot be made or used.
@@ -144,6 +147,7 @@ pub struct Region<F> {
     layout: Layout,
     uuid: Uuid,
     created_ms: u64,
+    office: Arc<Office>,
 }
 
 impl std::fmt::Debug for Native {
@@ -181,9 +185,8 @@ impl<F: Fabric> Region<F> {
             segment_bytes: geometry.segment_bytes,
             segment_count: geometry.segment_count,
             allocator: geometry.allocator.code(),
-            reserved: [0; 3],
-            reserved_low: 0,
-            checksum: 0,
+            max_heads: geometry.max_heads,
+            ..SuperblockGeometry::zeroed()
         };
         body.checksum = checksum(&head, &body);
         fabric.store_line(RegionOffset(64), &body);
@@ -198,7 +201,7 @@ impl<F: Fabric> Region<F> {
         fabric.store(RegionOffset(0), MAGIC);
         fabric.flush(RegionOffset(0), 64, Site::SuperblockFlush);
         fabric.fence(Site::SuperblockFlush);
-        Ok(Self { fabric, geometry: *geometry, layout, uuid, created_ms })
+        Ok(Self { fabric, geometry: *geometry, layout, uuid, created_ms, office: Arc::default() })
     }
 
     /// Checks the superblock and adopts its geometry.
@@ -231,6 +234,7 @@ impl<F: Fabric> Region<F> {
         })?;
         let geometry = Geometry {
             max_brokers: body.max_brokers,
+            max_heads: body.max_heads,
             max_topics: body.max_topics,
             max_sessions: body.max_sessions,
             batchlog_slots: body.batchlog_slots,
@@ -251,7 +255,7 @@ impl<F: Fabric> Region<F> {
             return Err(RegionError::Truncated { found: fabric.bytes(), expected: layout.region_bytes });
         }
         let uuid = Uuid::from_bytes(head.uuid);
-        Ok(Self { fabric, geometry, layout, uuid, created_ms: head.created_ms })
+        Ok(Self { fabric, geometry, layout, uuid, created_ms: head.created_ms, office: Arc::default() })
     }
 
     /// The door to the memory.
@@ -270,6 +274,12 @@ impl<F: Fabric> Region<F> {
     #[inline]
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// The head that this process last saw in office.
+    #[inline]
+    pub(super) fn office(&self) -> &Office {
+        &self.office
     }
 
     /// Identity of the region.
@@ -320,6 +330,16 @@ impl Region<Native> {
     }
 }
 
+fn broker_lock(broker: u32) -> libc::flock {
+    // SAFETY: flock is plain data, for which zero is valid.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_start = LOCK_BASE + i64::from(broker);
+    lock.l_len = 1;
+    lock
+}
+
 fn checksum(head: &SuperblockHead, body: &SuperblockGeometry) -> u32 {
     let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc32Iscsi);
     digest.update(bytemuck::bytes_of(head));
@@ -346,16 +366,14 @@ pub struct RegionFile {
     region: Region<Native>,
 }
 
-/// A held claim on a broker id or on the head's role; ends with the process, however it ends.
+/// A held claim on a broker id; ends with the process, however it ends.
 #[derive(Debug)]
-pub struct RoleLock {
+pub struct BrokerLock {
     _file: File,
 }
 
-/// Byte at which role locks start: beyond any region, so they never meet data.
+/// Byte at which the locks of broker ids start: beyond any region, so they never meet data.
 const LOCK_BASE: i64 = 1 << 60;
-/// Lock byte of the head's role.
-const HEAD_LOCK: i64 = LOCK_BASE + 4096;
 
 impl RegionFile {
     /// Makes a region at `path`: a new file (tmpfs or hugetlbfs), or a dax device that holds none yet.
@@ -508,38 +526,42 @@ impl RegionFile {
     ///
     /// # Errors
     /// [`RegionError::BrokerIdTaken`] when a live process has it.
-    pub fn claim_broker(&self, broker: u32) -> Result<RoleLock, RegionError> {
-        self.try_lock(LOCK_BASE + i64::from(broker))?.ok_or(RegionError::BrokerIdTaken { broker })
+    pub fn claim_broker(&self, broker: u32) -> Result<BrokerLock, RegionError> {
+        // A lock of the open file description (F_OFD_SETLK, fcntl(2)) belongs to this `File` alone and is dropped by
+        // the kernel with the process. So each claim opens its own.
+        let file =
+            OpenOptions::new().read(true).write(true).open(&self.path).map_err(|error| self.lock_error(error))?;
+        let mut lock = broker_lock(broker);
+        // SAFETY: the descriptor is open and the structure lives across the call.
+        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw mut lock) };
+        if result == 0 {
+            return Ok(BrokerLock { _file: file });
+        }
+        match io::Error::last_os_error() {
+            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+                Err(RegionError::BrokerIdTaken { broker })
+            }
+            error => Err(self.lock_error(error)),
+        }
     }
 
-    /// Claims the head's role; `None` when a live process has it.
+    /// True while a process of this host, running or stopped, has claimed the broker id.
     ///
     /// # Errors
     /// [`RegionError::Io`] when locks do not work on this file.
-    pub fn claim_head(&self) -> Result<Option<RoleLock>, RegionError> {
-        self.try_lock(HEAD_LOCK)
+    pub fn is_claimed(&self, broker: u32) -> Result<bool, RegionError> {
+        let mut lock = broker_lock(broker);
+        // SAFETY: the descriptor is open and the structure lives across the call, which only writes into it.
+        let result = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+        if result == 0 {
+            Ok(lock.l_type != libc::F_UNLCK as libc::c_short)
+        } else {
+            Err(self.lock_error(io::Error::last_os_error()))
+        }
     }
 
-    fn try_lock(&self, byte: i64) -> Result<Option<RoleLock>, RegionError> {
-        let io = |source| RegionError::Io { action: "lock", path: self.path.clone(), source };
-        // A lock of the open file description (F_OFD_SETLK, fcntl(2)) belongs to this `File` alone and is dropped by
-        // the kernel with the process. So each role opens its own.
-        let file = OpenOptions::new().read(true).write(true).open(&self.path).map_err(io)?;
-        // SAFETY: flock is plain data, for which zero is valid.
-        let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-        lock.l_type = libc::F_WRLCK as libc::c_short;
-        lock.l_whence = libc::SEEK_SET as libc::c_short;
-        lock.l_start = byte;
-        lock.l_len = 1;
-        // SAFETY: the descriptor is open and the structure lives across the call.
-        let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
-        if result == 0 {
-            return Ok(Some(RoleLock { _file: file }));
-        }
-        match io::Error::last_os_error() {
-            error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(None),
-            error => Err(io(error)),
-        }
+    fn lock_error(&self, source: io::Error) -> RegionError {
+        RegionError::Io { action: "lock", path: self.path.clone(), source }
     }
 
     /// Removes the region: the file, or a device's superblock. Refuses while a broker runs, unless `force`.
@@ -621,6 +643,7 @@ mod tests {
     fn geometry() -> Geometry {
         Geometry {
             max_brokers: 4,
+            max_heads: 1,
             max_topics: 2,
             max_sessions: 8,
             batchlog_slots: 64,

@@ -4,7 +4,8 @@
 //! replica says in a word of its own how far it is, and the head takes for durable what enough of them have.
 
 use super::fabric::{Fabric, Site};
-use super::layout::CompletionLine;
+use super::headship::{NoHead, of_head};
+use super::layout::{CompletionLine, Seat};
 use super::region::Region;
 use std::mem::offset_of;
 
@@ -39,8 +40,8 @@ const LOST: u64 = offset_of!(CompletionLine, lost_through) as u64;
 const AWAITED: u64 = offset_of!(CompletionLine, awaited) as u64;
 
 /// Writes a line of the completion vector. Only the head may; positions only grow.
-pub fn publish_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32, completion: Completion) {
-    let at = region.layout().completion(region.geometry(), topic, broker);
+pub fn publish_completion<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32, completion: Completion) {
+    let at = region.layout().completion(region.geometry(), seat, topic, broker);
     let fabric = region.fabric();
     // SYNC: what is lost is told before it is passed over; pairs with `read_completion`.
     fabric.store(at.add(AWAITED), completion.awaited.into());
@@ -51,9 +52,18 @@ pub fn publish_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32
 }
 
 /// Reads a line of the completion vector.
+///
+/// # Errors
+/// [`NoHead`].
 #[inline]
-pub fn read_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> Completion {
-    let at = region.layout().completion(region.geometry(), topic, broker);
+pub fn read_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> Result<Completion, NoHead> {
+    of_head(region, |seat| read_completion_at(region, seat, topic, broker))
+}
+
+/// As [`read_completion`], as a certain head has it.
+#[inline]
+pub fn read_completion_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32) -> Completion {
+    let at = region.layout().completion(region.geometry(), seat, topic, broker);
     // SYNC: the durable word first; pairs with `publish_completion`.
     let fabric = region.fabric();
     let durable_through = fabric.observe(at.add(DURABLE), Site::CompletionRead);

@@ -219,6 +219,8 @@ pub enum SegmentUse {
         stream: u32,
         /// Position in the index.
         ordinal: u64,
+        /// Broker that took it from the pool, and alone may give it back.
+        holder: u32,
     },
 }
 
@@ -226,11 +228,18 @@ pub enum SegmentUse {
 pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: SegmentUse) {
     let line = match owner {
         SegmentUse::Free => OwnerLine::zeroed(),
-        SegmentUse::Blog { topic, incarnation, broker, ordinal } => {
-            OwnerLine { kind: 1, topic, broker, topic_incarnation: incarnation, ordinal, ..OwnerLine::zeroed() }
-        }
-        SegmentUse::Index { topic, incarnation, stream, ordinal } => {
-            OwnerLine { kind: 2, topic, broker: stream, topic_incarnation: incarnation, ordinal, ..OwnerLine::zeroed() }
+        SegmentUse::Blog { topic, incarnation, broker, ordinal } => OwnerLine {
+            kind: 1,
+            topic,
+            broker,
+            topic_incarnation: incarnation,
+            ordinal,
+            holder: broker,
+            ..OwnerLine::zeroed()
+        },
+        SegmentUse::Index { topic, incarnation, stream, ordinal, holder } => {
+            let (kind, broker, topic_incarnation) = (2, stream, incarnation);
+            OwnerLine { kind, topic, broker, topic_incarnation, ordinal, holder, ..OwnerLine::zeroed() }
         }
     };
     region.fabric().publish_versioned(region.layout().owner(segment), &line, Site::OwnerFlush);
@@ -252,6 +261,7 @@ pub fn read_owner<F: Fabric>(region: &Region<F>, segment: u32) -> SegmentUse {
             incarnation: line.topic_incarnation,
             stream: line.broker,
             ordinal: line.ordinal,
+            holder: line.holder,
         },
         _ => SegmentUse::Free,
     }
@@ -294,6 +304,7 @@ mod tests {
     fn region(segments: u32, allocator: AllocatorKind) -> Region<Native> {
         let geometry = Geometry {
             max_brokers: 4,
+            max_heads: 1,
             max_topics: 1,
             max_sessions: 1,
             batchlog_slots: 16,

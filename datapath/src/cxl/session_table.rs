@@ -1,7 +1,8 @@
 //! The session table: what is committed of each session, as everyone may read it.
 
 use super::fabric::{Fabric, RegionOffset, Site};
-use super::layout::{CommitRecord, SESSION_WINDOW, SessionLine};
+use super::headship::{NoHead, of_head};
+use super::layout::{CommitRecord, SESSION_WINDOW, Seat, SessionLine};
 use super::region::Region;
 use bytemuck::Zeroable;
 use serde::Serialize;
@@ -53,7 +54,7 @@ pub enum Commit {
 }
 
 /// Writes a slot's identity. Only the head may.
-pub fn publish_session<F: Fabric>(region: &Region<F>, session: &Session) {
+pub fn publish_session<F: Fabric>(region: &Region<F>, seat: Seat, session: &Session) {
     let line = SessionLine {
         client_id: session.client_id,
         epoch: session.epoch,
@@ -64,16 +65,24 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, session: &Session) {
         ack_level: session.ack_level.into(),
         ..SessionLine::zeroed()
     };
-    region.fabric().publish_versioned(region.layout().session(session.slot), &line, Site::SessionFlush);
+    region.fabric().publish_versioned(region.layout().session(seat, session.slot), &line, Site::SessionFlush);
 }
 
 /// Reads a slot's identity; `None` when it was never used or is being written.
-pub fn read_session<F: Fabric>(region: &Region<F>, slot: u32) -> Option<Session> {
+///
+/// # Errors
+/// [`NoHead`].
+pub fn read_session<F: Fabric>(region: &Region<F>, slot: u32) -> Result<Option<Session>, NoHead> {
+    of_head(region, |seat| read_session_at(region, seat, slot))
+}
+
+/// As [`read_session`], as a certain head has it.
+pub fn read_session_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> Option<Session> {
     if slot >= region.geometry().max_sessions {
         return None;
     }
     let (line, ()) = region.fabric().observe_versioned::<SessionLine, ()>(
-        region.layout().session(slot),
+        region.layout().session(seat, slot),
         Site::SessionRead,
         |_| (),
     )?;
@@ -97,18 +106,18 @@ pub fn read_session<F: Fabric>(region: &Region<F>, slot: u32) -> Option<Session>
 }
 
 #[inline]
-fn record_at<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) -> RegionOffset {
-    region.layout().session(slot).add(128 + sequence % SESSION_WINDOW * 32)
+fn record_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) -> RegionOffset {
+    region.layout().session(seat, slot).add(128 + sequence % SESSION_WINDOW * 32)
 }
 
-fn progress_at<F: Fabric>(region: &Region<F>, slot: u32) -> RegionOffset {
-    region.layout().session(slot).add(64)
+fn progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> RegionOffset {
+    region.layout().session(seat, slot).add(64)
 }
 
 /// Writes a commit record and the progress word, unflushed. Only the sequencer may.
 #[inline]
-pub fn store_commit<F: Fabric>(region: &Region<F>, slot: u32, record: &CommitRecord, expected: u64) {
-    let at = record_at(region, slot, record.tag - 1);
+pub fn store_commit<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, record: &CommitRecord, expected: u64) {
+    let at = record_at(region, seat, slot, record.tag - 1);
     let words: [u64; 4] = bytemuck::cast(*record);
     let fabric = region.fabric();
     // SYNC: the tag is stored last; pairs with `read_commit`, which loads it first. On memory that is not coherent
@@ -116,20 +125,27 @@ pub fn store_commit<F: Fabric>(region: &Region<F>, slot: u32, record: &CommitRec
     for (index, word) in words.iter().enumerate() {
         fabric.store(at.add(index as u64 * 8), *word);
     }
-    fabric.store(progress_at(region, slot), expected);
+    fabric.store(progress_at(region, seat, slot), expected);
 }
 
 /// Starts the write-back of what [`store_commit`] wrote for one batch.
 #[inline]
-pub fn flush_commit<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) {
-    region.fabric().flush(record_at(region, slot, sequence), 32, Site::RecordFlush);
-    region.fabric().flush(progress_at(region, slot), 8, Site::RecordFlush);
+pub fn flush_commit<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) {
+    region.fabric().flush(record_at(region, seat, slot, sequence), 32, Site::RecordFlush);
+    region.fabric().flush(progress_at(region, seat, slot), 8, Site::RecordFlush);
 }
 
-/// What became of a batch. Sequence numbers never repeat within a slot, so an old record is never taken for a new.
+/// What became of a batch; [`Commit::Unknown`] while there is no head. Sequence numbers never repeat within a slot, so an
+/// old record is never taken for a new.
 #[inline]
 pub fn read_commit<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) -> Commit {
-    let at = record_at(region, slot, sequence);
+    of_head(region, |seat| read_commit_at(region, seat, slot, sequence)).unwrap_or(Commit::Unknown)
+}
+
+/// As [`read_commit`], as a certain head has it.
+#[inline]
+pub fn read_commit_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) -> Commit {
+    let at = record_at(region, seat, slot, sequence);
     let fabric = region.fabric();
     fabric.invalidate(at, 32, Site::RecordRead);
     let tag = fabric.load(at.add(24));
@@ -148,7 +164,16 @@ pub fn read_commit<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) -> C
 }
 
 /// Sequences below this are committed.
+///
+/// # Errors
+/// [`NoHead`].
 #[inline]
-pub fn read_progress<F: Fabric>(region: &Region<F>, slot: u32) -> u64 {
-    region.fabric().observe(progress_at(region, slot), Site::RecordRead)
+pub fn read_progress<F: Fabric>(region: &Region<F>, slot: u32) -> Result<u64, NoHead> {
+    of_head(region, |seat| read_progress_at(region, seat, slot))
+}
+
+/// As [`read_progress`], as a certain head has it.
+#[inline]
+pub fn read_progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> u64 {
+    region.fabric().observe(progress_at(region, seat, slot), Site::RecordRead)
 }

@@ -1,7 +1,8 @@
-//! The control block, the broker table, and what a TInode says about its topic.
+//! The topics, and the broker table.
 
 use super::fabric::{Fabric, RegionOffset, Site};
-use super::layout::{BrokerLine, ControlLine, NameLine, PinLine, PulseLine, TOPIC_NAME_BYTES, TopicLine};
+use super::headship::{NoHead, of_head};
+use super::layout::{BrokerLine, NameLine, PinLine, PulseLine, Seat, TOPIC_NAME_BYTES, TopicLine};
 use super::region::Region;
 use bytemuck::Zeroable;
 use serde::{Deserialize, Serialize};
@@ -126,8 +127,8 @@ pub fn check_topic_name(name: &str) -> Result<(), String> {
 }
 
 /// Writes a topic's configuration. Only the head may.
-pub fn publish_topic<F: Fabric>(region: &Region<F>, config: &TopicConfig) {
-    let at = region.layout().tinode(config.id);
+pub fn publish_topic<F: Fabric>(region: &Region<F>, seat: Seat, config: &TopicConfig) {
+    let at = region.layout().head_topic(seat, config.id);
     let mut name = NameLine::zeroed();
     let bytes = config.name.as_bytes();
     name.name[..bytes.len().min(TOPIC_NAME_BYTES)].copy_from_slice(&bytes[..bytes.len().min(TOPIC_NAME_BYTES)]);
@@ -151,11 +152,19 @@ pub fn publish_topic<F: Fabric>(region: &Region<F>, config: &TopicConfig) {
 }
 
 /// Reads a topic slot; `None` when it was never used, is being written, or makes no sense.
-pub fn read_topic<F: Fabric>(region: &Region<F>, topic: u32) -> Option<TopicConfig> {
+///
+/// # Errors
+/// [`NoHead`].
+pub fn read_topic<F: Fabric>(region: &Region<F>, topic: u32) -> Result<Option<TopicConfig>, NoHead> {
+    of_head(region, |seat| read_topic_at(region, seat, topic))
+}
+
+/// As [`read_topic`], as a certain head has it.
+pub fn read_topic_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32) -> Option<TopicConfig> {
     if topic >= region.geometry().max_topics {
         return None;
     }
-    let at = region.layout().tinode(topic);
+    let at = region.layout().head_topic(seat, topic);
     let fabric = region.fabric();
     let (line, name): (TopicLine, NameLine) =
         fabric.observe_versioned(at, Site::TopicRead, |_| fabric.observe_line(at.add(64), Site::TopicRead))?;
@@ -181,9 +190,17 @@ pub fn read_topic<F: Fabric>(region: &Region<F>, topic: u32) -> Option<TopicConf
 }
 
 /// The topics that are in use.
-pub fn live_topics<F: Fabric>(region: &Region<F>) -> Vec<TopicConfig> {
+///
+/// # Errors
+/// [`NoHead`].
+pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoHead> {
+    of_head(region, |seat| live_topics_at(region, seat))
+}
+
+/// As [`live_topics`], as a certain head has it.
+pub fn live_topics_at<F: Fabric>(region: &Region<F>, seat: Seat) -> Vec<TopicConfig> {
     (0..region.geometry().max_topics)
-        .filter_map(|topic| read_topic(region, topic))
+        .filter_map(|topic| read_topic_at(region, seat, topic))
         .filter(|topic| topic.state == TopicState::Live)
         .collect()
 }
@@ -357,44 +374,4 @@ pub fn read_pulse<F: Fabric>(region: &Region<F>, broker: u32) -> (u64, u64) {
 /// A broker's count of stalls as another host sees it.
 pub fn read_stalls<F: Fabric>(region: &Region<F>, broker: u32) -> u64 {
     region.fabric().observe(region.layout().broker(broker).add(64 + 16), Site::PulseRead)
-}
-
-/// Who orders, as the control block says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Headship {
-    /// Grows with each head.
-    pub epoch: u64,
-    /// The head's broker id.
-    pub broker: u32,
-    /// The head's incarnation.
-    pub incarnation: u32,
-    /// Bit per broker that the head takes for alive.
-    pub broker_mask: u64,
-}
-
-/// Writes the control block. Only the head may.
-pub fn publish_headship<F: Fabric>(region: &Region<F>, head: &Headship) {
-    let line = ControlLine {
-        epoch: head.epoch,
-        sequencer_broker: head.broker,
-        sequencer_incarnation: head.incarnation,
-        broker_mask: head.broker_mask,
-        ..ControlLine::zeroed()
-    };
-    region.fabric().publish_versioned(RegionOffset(region.layout().control), &line, Site::ControlFlush);
-}
-
-/// Reads the control block; `None` when no head was ever there.
-pub fn read_headship<F: Fabric>(region: &Region<F>) -> Option<Headship> {
-    let (line, ()) = region.fabric().observe_versioned::<ControlLine, ()>(
-        RegionOffset(region.layout().control),
-        Site::ControlRead,
-        |_| (),
-    )?;
-    Some(Headship {
-        epoch: line.epoch,
-        broker: line.sequencer_broker,
-        incarnation: line.sequencer_incarnation,
-        broker_mask: line.broker_mask,
-    })
 }
