@@ -45,9 +45,9 @@ pub struct AckQueue {
     stream: StreamId,
     /// Acknowledge only what is on enough disks.
     durable: bool,
-    /// In order of arrival. Bounded: a batch outside the session's window is not let in.
+    /// In order of arrival. Bounded, see [`AckQueue::is_full`].
     outstanding: VecDeque<u64>,
-    /// Bounded likewise, see [`AckQueue::is_full`].
+    /// Bounded likewise.
     committed: VecDeque<Committed>,
 }
 
@@ -72,11 +72,12 @@ impl AckQueue {
         self.outstanding.is_empty() && self.committed.is_empty()
     }
 
-    /// True when so much waits to be durable that no more should come.
+    /// True when so much waits to be ordered, or to be durable, that no more should come: more than a session's window
+    /// comes only from a client that sends the same batches again and again.
     #[inline]
     #[must_use]
     pub fn is_full(&self) -> bool {
-        self.committed.len() as u64 >= SESSION_WINDOW
+        self.outstanding.len().max(self.committed.len()) as u64 >= SESSION_WINDOW
     }
 
     /// Acks for everything from `from` that is committed already: what a client that reconnects wants to know. What is

@@ -11,7 +11,6 @@ use embarcadero_datapath::cxl::headship::read_headship;
 use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::replication::read_completion;
-use embarcadero_datapath::cxl::segment::PoolError;
 use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_topic};
 use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
 use embarcadero_datapath::wire::BatchHeader;
@@ -139,9 +138,7 @@ impl<F: Fabric> Delegation<F> {
             landed.topic.blog.settle(landed.at);
             return Ok(());
         }
-        if self.open(&landed.topic).is_err() {
-            return Err(landed);
-        }
+        self.open(&landed.topic);
         let broker = self.topics.broker();
         let fabric = self.topics.region().fabric();
         let Some(Some(local)) = self.logs.get_mut(slot) else { return Ok(()) };
@@ -202,20 +199,20 @@ impl<F: Fabric> Delegation<F> {
         Ok(())
     }
 
-    fn open(&mut self, topic: &Arc<Topic<F>>) -> Result<(), PoolError> {
+    fn open(&mut self, topic: &Arc<Topic<F>>) {
         let region = self.topics.region();
         let broker = self.topics.broker();
         let config = &topic.config;
-        let Some(slot) = self.logs.get_mut(config.id as usize) else { return Ok(()) };
+        let Some(slot) = self.logs.get_mut(config.id as usize) else { return };
         if slot.as_ref().is_some_and(|local| Arc::ptr_eq(&local.topic, topic)) {
-            return Ok(());
+            return;
         }
         let log = if config.order.is_global() {
             Log::Batchlog(BatchlogWriter::new(region.clone(), config.id, broker))
         } else {
             let id = StreamId { topic: config.id, stream: broker };
             let pool = Arc::clone(self.topics.pool());
-            Log::Own(OrderIndexWriter::open(region.clone(), id, Seat(broker), config.incarnation, 0, pool)?)
+            Log::Own(OrderIndexWriter::open(region.clone(), id, Seat(broker), config.incarnation, 0, pool))
         };
         *slot = Some(LocalLog {
             topic: Arc::clone(topic),
@@ -226,7 +223,6 @@ impl<F: Fabric> Delegation<F> {
             held_acks: Vec::with_capacity(64),
             reclaimer: Reclaimer::new(region.clone(), topic, broker),
         });
-        Ok(())
     }
 
     fn publish(&mut self, slot: usize) {
@@ -301,8 +297,7 @@ impl<F: Fabric> Delegation<F> {
                 }
             }
             if live && let Ok(Some(topic)) = self.topics.get(id, config.incarnation) {
-                // What failed is tried again.
-                let _ = self.open(&topic);
+                self.open(&topic);
             } else if config.state == TopicState::Deleting && !self.topics.is_open(id) {
                 publish_released(&region, id, self.topics.broker(), config.incarnation);
             }

@@ -7,7 +7,7 @@
 use crate::control::{HeadControl, HeadSlot};
 use crate::membership::Liveness;
 use crate::replica::completion::CompletionStage;
-use crate::sequencer::{Leases, Sequencer};
+use crate::sequencer::{Leases, Predecessor, Sequencer};
 use crate::worker::{HeadStages, now_us};
 use crossbeam_channel::{Sender, unbounded};
 use embarcadero_datapath::cxl::headship::{
@@ -138,16 +138,18 @@ impl Candidate {
         let region = self.region();
         let before = last_led(region).and_then(|seat| read_headship_at(region, seat));
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
+        let predecessor = if gone == before { Predecessor::Gone } else { Predecessor::MayGoOn };
         let gone = gone.map_or(0, |gone| 1 << gone.broker);
         let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id;
         let shown = self.publish(epoch, live);
         let (commands, queue) = unbounded();
         let (seat, pool) = (Seat(self.info.id), Arc::clone(&self.pool));
-        let recovered = Sequencer::recover(region.clone(), pool, (seat, epoch), self.leases, queue, now_us());
+        let recovered =
+            Sequencer::recover(region.clone(), pool, (seat, epoch), predecessor, self.leases, queue, now_us());
         let sequencer = match recovered {
             Ok(sequencer) => sequencer,
             Err(error) => {
-                tracing::error!(%error, epoch, "cannot take over: the order index has no room to go on");
+                tracing::error!(%error, epoch, "cannot take over: the order index has no room to go on in");
                 return None;
             }
         };

@@ -8,7 +8,7 @@ use embarcadero_datapath::cxl::order_index::{
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::segment::{SegmentAllocator, SegmentUse, publish_owner, read_owner};
 use embarcadero_datapath::cxl::tables::{Order, TopicState, read_topic_at};
-use embarcadero_datapath::cxl::{Fabric, RegionOffset};
+use embarcadero_datapath::cxl::{Fabric, Guard, RegionOffset};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -87,6 +87,8 @@ pub struct Reclaimer<F: Fabric> {
     reader: OrderIndexReader<F>,
     pin: usize,
     scanned: u64,
+    /// Positions below this were trimmed before they could be scanned; what of them lies where is not known.
+    skipped: u64,
     /// Highest position in the order of a batch in each segment.
     highest: BTreeMap<u32, u64>,
 }
@@ -96,7 +98,16 @@ impl<F: Fabric> Reclaimer<F> {
     pub fn new(region: Region<F>, topic: &Topic<F>, broker: u32) -> Self {
         let stream = topic.stream(broker);
         let reader = OrderIndexReader::new(region.clone(), stream);
-        Self { region, broker, stream, reader, pin: topic.pins.register(), scanned: 0, highest: BTreeMap::new() }
+        Self {
+            region,
+            broker,
+            stream,
+            reader,
+            pin: topic.pins.register(),
+            scanned: 0,
+            skipped: 0,
+            highest: BTreeMap::new(),
+        }
     }
 
     /// One bounded round. `head` is where this broker's Batchlog (or own index) stands, `brokers` those whose pins
@@ -119,7 +130,11 @@ impl<F: Fabric> Reclaimer<F> {
         let trimmed = extent.trimmed;
         let candidates: Vec<u32> = retired
             .iter()
-            .filter(|retired| retired.batches_below <= decided && self.scanned >= committed)
+            .filter(|retired| {
+                let fabric = self.region.fabric();
+                let is_decided = retired.batches_below <= decided || !fabric.keeps(Guard::DecidedBeforeReuse);
+                is_decided && self.scanned >= committed
+            })
             .filter(|retired| self.highest.get(&retired.segment).is_none_or(|highest| *highest < trimmed))
             .map(|retired| retired.segment)
             .collect();
@@ -127,7 +142,13 @@ impl<F: Fabric> Reclaimer<F> {
             return 0;
         }
         // SYNC: the trim point was read before the pins; see `order_index::Pin`.
-        let pinned = lowest_pin(&self.region, self.stream.topic, brokers);
+        let mut pinned = lowest_pin(&self.region, self.stream.topic, brokers);
+        if !self.region.fabric().keeps(Guard::PinBeforeReuse) {
+            pinned = u64::MAX;
+        }
+        if pinned < self.skipped {
+            return 0;
+        }
         let mut freed = 0;
         for segment in candidates {
             if self.highest.get(&segment).is_none_or(|highest| *highest < pinned) {
@@ -141,6 +162,9 @@ impl<F: Fabric> Reclaimer<F> {
 
     fn scan(&mut self, topic: &Topic<F>, trimmed: u64, committed: u64) {
         let from = self.scanned.max(trimmed);
+        if from > self.scanned {
+            self.skipped = from;
+        }
         let to = committed.min(from + SCAN_ENTRIES);
         if from >= to {
             self.scanned = self.scanned.max(from.min(committed));

@@ -6,9 +6,11 @@ use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_datapath::cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
-use embarcadero_datapath::cxl::headship::{claim, inherit, lead, read_headship_at, still_leads};
+use embarcadero_datapath::cxl::headship::{claim, inherit, last_led, lead, read_headship_at, still_leads};
 use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
-use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, lowest_pin};
+use embarcadero_datapath::cxl::order_index::{
+    ConsumedWriter, OrderIndexWriter, StreamId, is_open_elsewhere, lowest_pin,
+};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, read_completion_at};
 use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
@@ -19,7 +21,7 @@ use embarcadero_datapath::cxl::session_table::{
 use embarcadero_datapath::cxl::tables::{
     TopicConfig, TopicState, live_topics_at, publish_topic, read_pulse, read_released, read_stalls, read_topic_at,
 };
-use embarcadero_datapath::cxl::{Fabric, Site};
+use embarcadero_datapath::cxl::{Fabric, Guard, Site};
 use std::sync::Arc;
 
 /// Most batches that are published in one group. Recovery re-reads as many.
@@ -76,6 +78,41 @@ pub struct Leases {
     pub idle_us: u64,
 }
 
+/// What is known of the head before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Predecessor {
+    /// It never writes again, or there was none.
+    Gone,
+    /// It may go on at any moment.
+    MayGoOn,
+}
+
+/// Takes a segment for each order index that a successor has to go on with in one of its own.
+fn spare_segments<F: Fabric>(
+    region: &Region<F>,
+    pool: &dyn SegmentAllocator,
+    writer: Seat,
+) -> Result<Vec<u32>, PoolError> {
+    let Some(seat) = last_led(region) else { return Ok(Vec::new()) };
+    let mut spares = Vec::new();
+    for topic in live_topics_at(region, seat) {
+        let id = StreamId { topic: topic.id, stream: StreamId::GLOBAL };
+        if !topic.order.is_global() || !is_open_elsewhere(region, id, seat, writer) {
+            continue;
+        }
+        match pool.allocate() {
+            Ok(spare) => spares.push(spare),
+            Err(error) => {
+                for spare in spares {
+                    let _ = pool.release(spare);
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(spares)
+}
+
 struct BrokerOrder<F: Fabric> {
     reader: BatchlogReader<F>,
     consumed: ConsumedWriter<F>,
@@ -121,6 +158,8 @@ pub struct Sequencer<F: Fabric> {
     /// Batches published by each broker, as last seen and not yet fully taken.
     pulses: Vec<u64>,
     backlog: bool,
+    /// The broker whose Batchlogs are read first in the next turn: all have theirs, also when one could fill the budget.
+    first: usize,
     /// Batches that wait for a gap to close, over all sessions.
     held: u32,
     /// Held batches have their turn but found no room in the index.
@@ -141,16 +180,25 @@ impl<F: Fabric> Sequencer<F> {
     /// is committed. When it returns, the region has a new head.
     ///
     /// # Errors
-    /// [`PoolError`]: there are no segments to take over into. The region then has no head.
+    /// [`PoolError`]: there are no segments to take over into from a head that may go on, and so that one stays.
     pub fn recover(
         region: Region<F>,
         pool: Arc<dyn SegmentAllocator>,
         (seat, epoch): (Seat, u64),
+        before: Predecessor,
         leases: Leases,
         commands: Receiver<Command>,
         now_us: u64,
     ) -> Result<Self, PoolError> {
-        claim(&region, seat, epoch);
+        // Found before anything is claimed.
+        let mut spares = match before {
+            Predecessor::Gone => Vec::new(),
+            Predecessor::MayGoOn => spare_segments(&region, &*pool, seat)?,
+        };
+        let in_time = region.fabric().keeps(Guard::ClaimBeforeInherit);
+        if in_time {
+            claim(&region, seat, epoch);
+        }
         let begun = inherit(&region, seat);
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
         let sessions = (0..region.geometry().max_sessions).map(|_| None).collect();
@@ -170,6 +218,7 @@ impl<F: Fabric> Sequencer<F> {
             sessions,
             pulses,
             backlog: true,
+            first: seat.0 as usize,
             held: 0,
             starved: false,
             closing: Vec::new(),
@@ -179,13 +228,26 @@ impl<F: Fabric> Sequencer<F> {
             stats,
         };
         for config in live_topics_at(&sequencer.region, seat) {
-            sequencer.open_topic(config)?;
+            sequencer.open_topic(config);
+        }
+        if before == Predecessor::MayGoOn {
+            for topic in sequencer.topics.iter_mut().flatten() {
+                topic.index.replace_last(&mut spares)?;
+            }
+        }
+        for spare in spares {
+            let _ = sequencer.pool.release(spare);
         }
         sequencer.recover_sessions(&begun, now_us);
-        for slot in 0..sequencer.topics.len() {
-            sequencer.retake_undecided(slot, now_us);
+        if sequencer.region.fabric().keeps(Guard::RetakeUndecided) {
+            for slot in 0..sequencer.topics.len() {
+                sequencer.retake_undecided(slot, now_us);
+            }
         }
-        sequencer.resume_closing()?;
+        sequencer.resume_closing();
+        if !in_time {
+            claim(&sequencer.region, seat, epoch);
+        }
         lead(&sequencer.region, seat, epoch);
         Ok(sequencer)
     }
@@ -227,11 +289,11 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Goes on with the deletions that an earlier head began.
-    fn resume_closing(&mut self) -> Result<(), PoolError> {
+    fn resume_closing(&mut self) {
         for id in 0..self.region.geometry().max_topics {
             let deleting = |topic: &TopicConfig| topic.state == TopicState::Deleting;
             let Some(config) = read_topic_at(&self.region, self.seat, id).filter(deleting) else { continue };
-            self.open_topic(config.clone())?;
+            self.open_topic(config.clone());
             let order = self.topics.get_mut(id as usize).and_then(Option::take);
             if let Some(place) = self.configs.get_mut(id as usize) {
                 *place = None;
@@ -240,7 +302,6 @@ impl<F: Fabric> Sequencer<F> {
             let (reply, _) = bounded(1);
             self.closing.push(Closing { config, order, reply });
         }
-        Ok(())
     }
 
     /// Figures since the start.
@@ -255,17 +316,17 @@ impl<F: Fabric> Sequencer<F> {
         durable.fold(0, |mask, session| mask | 1 << session.topic)
     }
 
-    fn open_topic(&mut self, config: TopicConfig) -> Result<(), PoolError> {
+    fn open_topic(&mut self, config: TopicConfig) {
         if let Some(place) = self.configs.get_mut(config.id as usize) {
             *place = Some(config.clone());
         }
         if !config.order.is_global() {
-            return Ok(());
+            return;
         }
         let region = &self.region;
         let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
         let pool = Arc::clone(&self.pool);
-        let index = OrderIndexWriter::open(region.clone(), id, self.seat, config.incarnation, self.epoch, pool)?;
+        let index = OrderIndexWriter::open(region.clone(), id, self.seat, config.incarnation, self.epoch, pool);
         let brokers = (0..region.geometry().max_brokers)
             .map(|broker| {
                 let consumed = ConsumedWriter::recover(region.clone(), self.seat, config.id, broker);
@@ -279,7 +340,6 @@ impl<F: Fabric> Sequencer<F> {
             *place = Some(TopicOrder { config, index, brokers, last_ordered_us });
         }
         self.backlog = true;
-        Ok(())
     }
 
     /// Sessions as the table shows them, brought up to the index: an earlier head may have published a group in the
@@ -296,6 +356,9 @@ impl<F: Fabric> Sequencer<F> {
                 let order = SessionOrder::new(session, config.order, progress, now_us);
                 self.sessions[slot as usize] = Some(order);
             }
+        }
+        if !self.region.fabric().keeps(Guard::RecoverBeforeAccept) {
+            return;
         }
         let mut missing = Vec::new();
         for topic in self.topics.iter().flatten() {
@@ -358,6 +421,7 @@ impl<F: Fabric> Sequencer<F> {
         for slot in 0..self.topics.len() {
             taken += self.order_topic(slot, now_us, budget.min(GROUP_BATCHES));
         }
+        self.first = (self.first + 1) % self.pulses.len();
         taken
     }
 
@@ -373,7 +437,7 @@ impl<F: Fabric> Sequencer<F> {
                 self.drain_held(&mut topic, session, now_us);
             }
         }
-        for broker in 0..topic.brokers.len() {
+        for broker in (self.first..topic.brokers.len()).chain(0..self.first) {
             let Some(state) = topic.brokers.get_mut(broker) else { break };
             let available = state.reader.available(budget - taken);
             for _ in 0..available {
@@ -422,6 +486,7 @@ impl<F: Fabric> Sequencer<F> {
                 self.held += 1;
                 return;
             }
+            Verdict::Duplicate if !self.region.fabric().keeps(Guard::DedupCompare) => {}
             Verdict::Duplicate => {
                 self.stats.duplicates += 1;
                 return;
@@ -537,13 +602,11 @@ impl<F: Fabric> Sequencer<F> {
     fn execute(&mut self, command: Command, now_us: u64) {
         match command {
             Command::OpenTopic(config, reply) => {
-                let opened = self.open_topic(config.clone());
                 // The index is there before anyone can see the topic.
-                if opened.is_ok() {
-                    publish_topic(&self.region, self.seat, &config);
-                    if self.leads() {
-                        let _ = reply.send(());
-                    }
+                self.open_topic(config.clone());
+                publish_topic(&self.region, self.seat, &config);
+                if self.leads() {
+                    let _ = reply.send(());
                 }
             }
             Command::CloseTopic(id, reply) => self.close_topic(id, reply),

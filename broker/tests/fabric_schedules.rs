@@ -19,7 +19,7 @@ use embarcadero_broker::replica::format::{Identity, parse_group};
 use embarcadero_broker::replica::medium::{Medium, MediumFile};
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Leases, Sequencer};
+use embarcadero_broker::sequencer::{Command, Leases, Predecessor, Sequencer};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::headship::{Headship, latest_claim, latest_claimant, publish_headship, read_headship};
@@ -33,10 +33,11 @@ use embarcadero_datapath::cxl::session_table::{
 use embarcadero_datapath::cxl::tables::{
     BrokerInfo, Order, TopicConfig, TopicState, publish_broker, publish_topic, read_broker, read_topic,
 };
-use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Simulated, Site, Turbulence, World};
+use embarcadero_datapath::cxl::{Fabric, Guard, Mutation, Region, RegionOffset, Simulated, Site, Turbulence, World};
 use embarcadero_datapath::wire::BatchHeader;
 use embarcadero_datapath::wire::batch::{BatchBuilder, BatchOrigin};
 use shuttle::scheduler::RandomScheduler;
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -50,12 +51,18 @@ const HOSTS: u32 = 3;
 const BATCHES: u64 = 40;
 /// Bytes that a batch claims: three fill a segment, so that segments are reused all the time.
 const BATCH_BYTES: u64 = 340 << 10;
+/// Batches that are kept.
+const RETAINED: u64 = 6;
 /// Batches of a session that its client has under way; what they fill must fit into one broker's segments.
 const CLIENT_WINDOW: u64 = 5;
-/// Segments: seven for each broker, one of them for the index, the rest for what is held, kept, or half reclaimed.
-const SEGMENTS: u32 = 21;
+/// Segments: nine for each broker, one or two of them for the index, the rest for what is held, kept, or half reclaimed.
+const SEGMENTS: u32 = 27;
 /// Rounds of each actor in rough weather.
 const ROUNDS: usize = 60;
+/// Switches for which the first head stands still, now and then.
+const PAUSE: usize = 2000;
+/// Rounds for which a successor waits for the head to stand still; it takes over from one that does not, too.
+const PATIENCE: usize = 8;
 /// Switches for which the far reader naps.
 const NAP: usize = 300;
 /// Rounds in calm weather after which everything must be done.
@@ -66,14 +73,16 @@ const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
 const HEAD: Seat = Seat(0);
 const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
 
-fn geometry() -> Geometry {
+/// A ring of 16 slots wraps many times. Under a head that takes over it does not: the batches that the one before held
+/// would be lost with their slots, until their clients sent them again.
+fn geometry(deposed: bool) -> Geometry {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
     Geometry {
         max_brokers: HOSTS,
         max_heads: 2,
         max_topics: 1,
         max_sessions: 2,
-        batchlog_slots: 16,
+        batchlog_slots: if deposed { 256 } else { 16 },
         segment_count: SEGMENTS,
         ..base
     }
@@ -88,7 +97,7 @@ fn config(replicated: bool) -> TopicConfig {
         order: Order::Strong,
         ack_level: 1 + u8::from(replicated),
         replication_factor: 1 + u8::from(replicated),
-        retention_bytes: BATCH_BYTES * 3,
+        retention_bytes: BATCH_BYTES * RETAINED,
         retention_ms: 0,
         created_ms: 0,
     }
@@ -221,6 +230,20 @@ fn check_payload(region: &Region<Simulated>, location: u64, expected: (u64, u64)
 }
 
 impl Reader {
+    /// What was read before reads the same later.
+    fn read_again(&mut self, topic: &Topic<Simulated>, pin: usize) {
+        let back = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=RETAINED);
+        let Some(position) = self.cursor.checked_sub(back) else { return };
+        let Ok(trimmed) = topic.pins.set(pin, position) else { return };
+        if trimmed > position {
+            return;
+        }
+        let Ok(entry) = self.index.read(position) else { return };
+        let seen = (entry.client_id, entry.sequence, entry.first_offset);
+        let before = self.log.lock().unwrap().get(&position).copied();
+        assert!(before.is_none_or(|before| before == seen), "position {position} was {before:?} and now is {seen:?}");
+    }
+
     /// Reads what is there, at most `budget` batches, holding each for a moment.
     fn poll(&mut self, region: &Region<Simulated>, topic: &Topic<Simulated>, budget: usize) {
         let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
@@ -229,6 +252,7 @@ impl Reader {
             // The host stops for a while, between seeing that there is something and pinning it.
             (0..NAP).for_each(|_| shuttle::thread::yield_now());
         }
+        self.read_again(topic, pin);
         for _ in 0..budget {
             if self.cursor >= committed {
                 break;
@@ -245,6 +269,9 @@ impl Reader {
             };
             let batch = (entry.client_id, entry.sequence);
             check_payload(region, entry.location, batch);
+            if self.naps && shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 8) {
+                (0..NAP).for_each(|_| shuttle::thread::yield_now());
+            }
             check_payload(region, entry.location, batch);
             let seen = (entry.client_id, entry.sequence, entry.first_offset);
             let agreed = *self.log.lock().unwrap().entry(self.cursor).or_insert(seen);
@@ -292,13 +319,14 @@ impl Host {
     }
 
     /// Takes over, under an epoch of its own.
-    fn take_over(&self, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
+    fn take_over(&self, before: Predecessor, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
         let (broker, epoch) = (self.id, latest_claim(&self.region) + 1);
         let mask = (1 << HOSTS) - 1;
         let line = Headship { epoch, broker, incarnation: 1, broker_mask: mask, pinning_mask: mask };
         publish_headship(&self.region, &line);
         let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
-        let sequencer = Sequencer::recover(region.clone(), pool, (seat, epoch), LEASES, commands, now_us).ok()?;
+        let sequencer =
+            Sequencer::recover(region.clone(), pool, (seat, epoch), before, LEASES, commands, now_us).ok()?;
         Some((sequencer, CompletionStage::new(region, seat)))
     }
 
@@ -409,22 +437,58 @@ fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize
     completion.poll(round as u64 * 1000);
 }
 
-fn open(world: &Arc<Mutex<World>>) -> Simulated {
-    // Hosts run in bursts of a few operations, so that one can do something whole while another stands still.
-    Simulated::join(world, || {
-        if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 5) {
+/// Hosts run in bursts of a few operations, so that one can do something whole while another stands still.
+fn interleave() {
+    if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 5) {
+        shuttle::thread::yield_now();
+    }
+}
+
+thread_local! {
+    /// What host 0 and its successor know of each other. All hosts of a schedule run on one thread of the system.
+    static CHANGE_OF_HEAD: Cell<ChangeOfHead> = const { Cell::new(ChangeOfHead::None) };
+    /// Host 0 is giving batches their place.
+    static ORDERING: Cell<bool> = const { Cell::new(false) };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ChangeOfHead {
+    None,
+    /// Host 1 wants to take over.
+    Awaited,
+    /// Host 0 stands still.
+    Due,
+}
+
+/// Host 0, the first head, also stands still for a long time: now and then in the middle of whatever it does, and in the
+/// middle of ordering when its successor waits for that.
+fn pause() {
+    let (awaited, ordering) = (CHANGE_OF_HEAD.get() == ChangeOfHead::Awaited, ORDERING.get());
+    let mut random = shuttle::rand::thread_rng();
+    if awaited && ordering && shuttle::rand::Rng::gen_ratio(&mut random, 1, 32) {
+        CHANGE_OF_HEAD.set(ChangeOfHead::Due);
+        while CHANGE_OF_HEAD.get() == ChangeOfHead::Due {
             shuttle::thread::yield_now();
         }
-    })
+        let more = shuttle::rand::Rng::gen_range(&mut random, 0..PAUSE);
+        (0..more).for_each(|_| shuttle::thread::yield_now());
+    } else if shuttle::rand::Rng::gen_ratio(&mut random, 1, 2000) {
+        (0..PAUSE).for_each(|_| shuttle::thread::yield_now());
+    }
+    interleave();
 }
 
 /// One schedule. Panics when a promise breaks.
-fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
+fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
-    let bytes = Layout::new(&geometry()).region_bytes;
+    let (crash, deposed) = (choice.is_multiple_of(3), choice % 3 == 1);
+    CHANGE_OF_HEAD.set(ChangeOfHead::None);
+    let geometry = geometry(deposed);
+    let layout = Layout::new(&geometry);
+    let bytes = layout.region_bytes;
     let world = World::new(bytes, choice, Turbulence::ROUGH, removed);
-    let fabrics: Vec<Simulated> = (0..HOSTS).map(|_| open(&world)).collect();
-    let layout = Layout::new(&geometry());
+    let fabrics: Vec<Simulated> =
+        (0..HOSTS).map(|host| Simulated::join(&world, if host == 0 { pause } else { interleave })).collect();
     // Everyone has looked at everything before: what lies in caches is stale.
     for fabric in &fabrics[1..] {
         assert!(Region::open(fabric.clone()).is_err());
@@ -446,7 +510,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
             fabric.load(RegionOffset(at));
         }
     }
-    let head_region = Region::format(fabrics[0].clone(), &geometry(), Uuid::nil(), 0).unwrap();
+    let head_region = Region::format(fabrics[0].clone(), &geometry, Uuid::nil(), 0).unwrap();
     let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
     let regions: Vec<Region<Simulated>> = std::iter::once(head_region).chain(others).collect();
     let log: Log = Arc::default();
@@ -460,7 +524,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
 
     // The head opens topic and sessions.
     let (mut commands, queue) = unbounded();
-    let (mut sequencer, completion) = hosts[0].take_over(queue, 0).expect("there is room");
+    let (mut sequencer, completion) = hosts[0].take_over(Predecessor::Gone, queue, 0).expect("there is room");
     let (reply, _opened) = bounded(1);
     commands.send(Command::OpenTopic(config(replicated), reply)).unwrap();
     let answers: Vec<_> = [11, 22]
@@ -484,7 +548,9 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         publish_broker(&regions[2], &slot_info(2));
     }
 
-    // Clients stripe their batches over both receiving brokers; some they send twice.
+    // Clients stripe their batches over both receiving brokers; some they send twice, some clients old ones again and
+    // again.
+    let flood = !crash && !deposed && choice % 7 == 3;
     for sequence in 0..BATCHES {
         for session in 0..2 {
             let to = (sequence as usize + session) % 2;
@@ -492,10 +558,11 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
             if (choice >> (sequence % 64)) & 7 == 0 {
                 hosts[1 - to].inbox.push((session, sequence));
             }
+            if flood && sequence >= CLIENT_WINDOW + 4 {
+                hosts[1].inbox.extend([(session, (sequence - CLIENT_WINDOW) & !3); 4]);
+            }
         }
     }
-    let crash = choice.is_multiple_of(3);
-    let deposed = !crash && choice % 3 == 1;
 
     // Rough weather: hosts run interleaved.
     let mut head_stages = Some((sequencer, completion));
@@ -518,19 +585,32 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
                     if event_at <= round
                         && let Some(queue) = &take_over
                     {
-                        stages = host.take_over(queue.clone(), round as u64);
+                        let impatient = event_at + PATIENCE <= round || round + 1 == ROUNDS;
+                        if CHANGE_OF_HEAD.get() != ChangeOfHead::Due && !impatient {
+                            CHANGE_OF_HEAD.set(ChangeOfHead::Awaited);
+                        } else {
+                            stages = host.take_over(Predecessor::MayGoOn, queue.clone(), round as u64);
+                        }
                         if stages.is_some() {
+                            CHANGE_OF_HEAD.set(ChangeOfHead::None);
                             take_over = None;
                         }
                     }
                     if let Some((sequencer, completion)) = &mut stages {
-                        sequencer.poll(round as u64, 5);
+                        ORDERING.set(host.id == 0);
+                        // Two heads need not come to the same order.
+                        let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
+                        sequencer.poll(round as u64, budget);
+                        ORDERING.set(false);
                         sequencer.maintain(round as u64);
                         count(completion, sequencer.awaited_topics(), round);
                     }
                     if stages.as_ref().is_some_and(|(sequencer, _)| !sequencer.leads()) {
                         stages = None;
                     }
+                }
+                if host.id == 1 {
+                    CHANGE_OF_HEAD.set(ChangeOfHead::None);
                 }
                 (host, stages)
             })
@@ -543,17 +623,7 @@ fn schedule(removed: Option<Site>, visits: &Mutex<BTreeMap<u8, u64>>) {
         hosts.push(host);
         stages = with.or(stages);
     }
-    let leads = |stages: &Stages| stages.0.leads();
-    let (mut sequencer, mut completion) = match stages.filter(leads) {
-        Some(stages) => stages,
-        // It found no room while others held it.
-        None => (0..CALM_ROUNDS)
-            .find_map(|round| {
-                hosts.iter_mut().for_each(|host| host.round((ROUNDS + round) as u64, &sessions));
-                hosts[1].take_over(next_queue.clone(), ROUNDS as u64)
-            })
-            .expect("there is room in the end"),
-    };
+    let (mut sequencer, mut completion) = stages.filter(|(sequencer, _)| sequencer.leads()).expect("someone leads");
     let head = latest_claimant(&regions[2]).unwrap().0 as usize;
     if head == 1 {
         commands = next_commands;
@@ -684,8 +754,8 @@ fn check_pool(regions: &[Region<Simulated>], head: &Host) {
 /// What must hold when everything has come to its end, as host 2 sees it.
 fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: Option<&Durable>) {
     let far = &regions[2];
-    let held = (0..geometry().segment_count).filter(|segment| read_owner(far, *segment) != SegmentUse::Free).count();
-    assert_eq!(free_segments(far) as usize, geometry().segment_count as usize - held, "bitmap and owners disagree");
+    let held = (0..SEGMENTS).filter(|segment| read_owner(far, *segment) != SegmentUse::Free).count();
+    assert_eq!(free_segments(far) as usize, SEGMENTS as usize - held, "bitmap and owners disagree");
     for host in hosts {
         if let Some(segment) = host.last_segment {
             let owner = read_owner(far, segment);
@@ -716,7 +786,7 @@ fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: 
     const { assert!(SESSION_WINDOW > BATCHES, "commit records must last for the run") };
 }
 
-fn runner(seed: u64, schedules: usize, removed: Option<Site>, visits: &Arc<Mutex<BTreeMap<u8, u64>>>) {
+fn runner(seed: u64, schedules: usize, removed: Option<Mutation>, visits: &Arc<Mutex<BTreeMap<u8, u64>>>) {
     let mut config = shuttle::Config::new();
     config.failure_persistence = shuttle::FailurePersistence::None;
     config.max_steps = shuttle::MaxSteps::None;
@@ -760,7 +830,8 @@ fn every_flush_fence_and_invalidate_is_needed() {
     let mut survivors = Vec::new();
     for site in Site::ALL {
         let visits = Arc::default();
-        let caught = catch_unwind(AssertUnwindSafe(|| runner(42, budget, Some(*site), &visits))).is_err();
+        let removed = Some(Mutation::Site(*site));
+        let caught = catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &visits))).is_err();
         if !caught {
             survivors.push(*site);
         }
@@ -768,6 +839,24 @@ fn every_flush_fence_and_invalidate_is_needed() {
     }
     let _ = std::panic::take_hook();
     assert!(survivors.is_empty(), "removing these is not noticed in {budget} schedules: {survivors:?}");
+}
+
+/// Without one of the checks, some schedule fails. Prints after how many schedules.
+#[test]
+fn every_guard_is_needed() {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000);
+    std::panic::set_hook(Box::new(|_| {}));
+    let visits = Arc::default();
+    let fails = |removed, seed| catch_unwind(AssertUnwindSafe(|| runner(seed, 1, Some(removed), &visits))).is_err();
+    let caught: Vec<_> = Guard::ALL
+        .iter()
+        .map(|guard| (*guard, (1..=budget).find(|seed| fails(Mutation::Guard(*guard), *seed))))
+        .collect();
+    let _ = std::panic::take_hook();
+    for (guard, after) in &caught {
+        println!("{guard:?}: {}", after.map_or("NOT CAUGHT".to_owned(), |after| format!("caught after {after}")));
+    }
+    assert!(caught.iter().all(|(_, after)| after.is_some()), "removing some is not noticed in {budget} schedules");
 }
 
 /// The simulated batches are not what travels; the real format is covered elsewhere. This ties the two sizes.

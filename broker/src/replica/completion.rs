@@ -1,13 +1,13 @@
 //! What is durable: the head counts the disks that have each batch, and shows it in the completion vector.
 
 use super::replicator::running_replicas;
-use embarcadero_datapath::cxl::Fabric;
 use embarcadero_datapath::cxl::headship::NoHead;
 use embarcadero_datapath::cxl::layout::Seat;
 use embarcadero_datapath::cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, publish_completion, read_completion_at, read_replicated};
 use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics_at, read_broker};
+use embarcadero_datapath::cxl::{Fabric, Guard};
 
 /// Time between two counts, microseconds: far less than an `fdatasync` takes.
 const PERIOD_US: u64 = 50;
@@ -95,6 +95,7 @@ impl<F: Fabric> CompletionStage<F> {
             .unwrap_or(0);
         // SYNC: after the replicas' words: what a replica passed over as trimmed is seen as trimmed here too.
         let trimmed = read_extent_at(region, seat, StreamId { topic, stream }).trimmed;
+        let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
             lost_through: if trimmed > shown.durable_through { trimmed } else { shown.lost_through },

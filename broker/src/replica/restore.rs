@@ -309,7 +309,7 @@ impl TopicPlan {
                 incarnation,
                 0,
                 allocator(region, of_broker),
-            )?;
+            );
             if let Some((_, first)) = plan.batches.first() {
                 index.begin_at(first.record.first_offset);
             }

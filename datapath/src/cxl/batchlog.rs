@@ -1,6 +1,6 @@
 //! The Batchlog: a broker's ring of batch entries of one topic, which the sequencer polls.
 
-use super::fabric::{Fabric, RegionOffset, Site};
+use super::fabric::{Fabric, Guard, RegionOffset, Site};
 use super::headship::of_head;
 use super::layout::{BatchEntry, BrokerHalf, Seat, SequencerHalf};
 use super::region::Region;
@@ -76,6 +76,10 @@ impl<F: Fabric> BatchlogWriter<F> {
     #[inline]
     pub fn has_room(&mut self) -> bool {
         if self.head - self.consumed < self.slots {
+            return true;
+        }
+        if !self.region.fabric().keeps(Guard::SlotReuse) {
+            self.consumed = self.head;
             return true;
         }
         // SYNC: pairs with the flush of the sequencer half; a stale value is only too small.

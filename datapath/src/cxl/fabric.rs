@@ -131,6 +131,51 @@ sites! {
     BitmapRead,
 }
 
+/// A check of the protocol that `Simulated` can be told to leave out, which is how the tests prove that each of them is
+/// needed; in `Native` they are always there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Guard {
+    /// Whoever acts on what a head says looks afterwards that it still is the head.
+    EpochAfterRead,
+    /// A successor claims its epoch before it reads what its predecessor left.
+    ClaimBeforeInherit,
+    /// A successor does not write into the open segment of its predecessor's order index.
+    OwnSegment,
+    /// A reader that knows a segment of the order index looks for it anew under another head.
+    SegmentOfHead,
+    /// Sessions are brought up to the order index before anything is accepted.
+    RecoverBeforeAccept,
+    /// What was taken from the Batchlogs and not decided is taken again.
+    RetakeUndecided,
+    /// A batch is compared with what its session committed, and dropped if it was among it.
+    DedupCompare,
+    /// A slot of a Batchlog is reused only after the sequencer took what was in it.
+    SlotReuse,
+    /// A segment is reused only when all that was received into it is decided.
+    DecidedBeforeReuse,
+    /// A segment is reused only when nobody reads it.
+    PinBeforeReuse,
+    /// A batch counts as durable only when enough replicas say that it is on their disks.
+    DiskBeforeAck,
+}
+
+impl Guard {
+    /// All of them.
+    pub const ALL: &'static [Self] = &[
+        Self::EpochAfterRead,
+        Self::ClaimBeforeInherit,
+        Self::OwnSegment,
+        Self::SegmentOfHead,
+        Self::RecoverBeforeAccept,
+        Self::RetakeUndecided,
+        Self::DedupCompare,
+        Self::SlotReuse,
+        Self::DecidedBeforeReuse,
+        Self::PinBeforeReuse,
+        Self::DiskBeforeAck,
+    ];
+}
+
 /// Loads, stores and cache control over one shared region, as seen by one host.
 ///
 /// A store is visible to this host at once and to other hosts after [`Fabric::flush`] and [`Fabric::fence`]; a load
@@ -163,6 +208,13 @@ pub trait Fabric: Clone + Send + Sync + 'static {
 
     /// True when hosts see each other's stores without flushes.
     fn is_coherent(&self) -> bool;
+
+    /// False where a test leaves this guard out.
+    #[inline]
+    fn keeps(&self, guard: Guard) -> bool {
+        let _ = guard;
+        true
+    }
 
     /// Reads a word as memory has it now.
     #[inline]

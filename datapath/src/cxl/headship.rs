@@ -10,7 +10,7 @@
 //! So either the reader sees the claim and drops what it read, or what it read was in memory before the claim, and the
 //! successor has it too.
 
-use super::fabric::{CoherentFabric, Fabric, LINE_BYTES, RegionOffset, Site};
+use super::fabric::{CoherentFabric, Fabric, Guard, LINE_BYTES, RegionOffset, Site};
 use super::layout::{ControlLine, HEAD_TOPIC_BYTES, SESSION_BYTES, Seat, SeatLine, SessionLine, TopicLine};
 use super::order_index::{StreamId, read_extent_at};
 use super::region::Region;
@@ -114,7 +114,7 @@ pub fn of_head<F: Fabric, R>(region: &Region<F>, mut read: impl FnMut(Seat) -> R
         let now = in_office(region)?;
         // Remembered even if it was known: whoever caches what a head said compares marks.
         office.set(now);
-        if now == known {
+        if now == known || !region.fabric().keeps(Guard::EpochAfterRead) {
             return Ok(result);
         }
         known = now;

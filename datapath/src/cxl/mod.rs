@@ -19,7 +19,7 @@ pub mod session_table;
 mod simulated;
 pub mod tables;
 
-pub use fabric::{CoherentFabric, Fabric, LINE_BYTES, Line, RegionOffset, Site};
+pub use fabric::{CoherentFabric, Fabric, Guard, LINE_BYTES, Line, RegionOffset, Site};
 pub use native::{Mapping, Native};
 pub use region::{Region, RegionError};
-pub use simulated::{Simulated, Turbulence, World};
+pub use simulated::{Mutation, Simulated, Turbulence, World};

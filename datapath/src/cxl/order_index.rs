@@ -6,7 +6,7 @@
 //! `[[DEVIATION_007]]` Order is kept a batch at a time: the paper gives every message a 64-byte header that the
 //! sequencer touches.
 
-use super::fabric::{Fabric, RegionOffset, Site};
+use super::fabric::{Fabric, Guard, RegionOffset, Site};
 use super::headship::{NoHead, of_head, office_mark};
 use super::layout::{IndexEntry, Layout, PinLine, Seat, SequencerHalf, TailLine};
 use super::region::Region;
@@ -109,9 +109,6 @@ struct IndexSegment {
 impl<F: Fabric> OrderIndexWriter<F> {
     /// Goes on at the tail that the region shows, or starts the index of a new incarnation of its topic: offsets then
     /// begin at 0, positions go on growing. Of a global order `writer` is the head, which has inherited everything.
-    ///
-    /// # Errors
-    /// [`PoolError`] when an earlier head's last segment has to be replaced, and no other is to be had.
     pub fn open(
         region: Region<F>,
         id: StreamId,
@@ -119,7 +116,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         incarnation: u32,
         epoch: u64,
         pool: Arc<dyn SegmentAllocator>,
-    ) -> Result<Self, PoolError> {
+    ) -> Self {
         let tail_at = id.tail(&region, writer);
         let mut tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
         let per_segment = entries_per_segment(&region);
@@ -179,8 +176,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
             segments,
         };
         writer.take_stock();
-        writer.replace_last()?;
-        Ok(writer)
+        writer
     }
 
     /// Looks at all entries that are kept, which another may have written.
@@ -199,14 +195,18 @@ impl<F: Fabric> OrderIndexWriter<F> {
         }
     }
 
-    /// The segment that an earlier head was filling: that head may still write into it, so a copy takes its place.
-    fn replace_last(&mut self) -> Result<(), PoolError> {
+    /// Puts a copy in the place of the segment that an earlier head was filling, where that head may go on and write into
+    /// it. Takes the segment for it from `spares` first.
+    ///
+    /// # Errors
+    /// [`PoolError`] when there is none.
+    pub fn replace_last(&mut self, spares: &mut Vec<u32>) -> Result<(), PoolError> {
         let per_segment = entries_per_segment(&self.region);
         let Some(IndexSegment { ordinal, segment, own: false }) = self.segments.back().copied() else { return Ok(()) };
-        if self.next.is_multiple_of(per_segment) {
+        if self.next.is_multiple_of(per_segment) || !self.region.fabric().keeps(Guard::OwnSegment) {
             return Ok(());
         }
-        let copied = self.pool.allocate()?;
+        let copied = spares.pop().map_or_else(|| self.pool.allocate(), Ok)?;
         let place = |segment| self.region.layout().segment(self.region.geometry(), segment);
         let fabric = self.region.fabric();
         for at in (0..self.next % per_segment).map(|entry| entry * 64) {
@@ -546,6 +546,18 @@ pub fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat, o
     (word >> 32 == ordinal + 1).then_some(word as u32)
 }
 
+/// True when a head that is not `writer` was filling a segment of this global order: [`OrderIndexWriter::replace_last`]
+/// will need another.
+pub fn is_open_elsewhere<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat, writer: Seat) -> bool {
+    let (extent, per_segment) = (read_extent_at(region, seat, id), entries_per_segment(region));
+    let open = extent.committed > extent.base && !extent.committed.is_multiple_of(per_segment);
+    let segment = open.then(|| read_directory(region, id, seat, extent.committed / per_segment)).flatten();
+    segment.is_some_and(|segment| match read_owner(region, segment) {
+        SegmentUse::Index { holder, .. } => holder != writer.0,
+        _ => true,
+    })
+}
+
 fn commit_word(position: u64) -> u32 {
     (position + 1) as u32
 }
@@ -619,7 +631,11 @@ impl<F: Fabric> OrderIndexReader<F> {
         // polled, saw that head. Pairs with `Leftovers::poll` of the broker.
         let mark = office_mark(&self.region);
         let segment = match self.segment {
-            Some((known, segment, under)) if known == ordinal && under == mark => segment,
+            Some((known, segment, under))
+                if known == ordinal && (under == mark || !self.region.fabric().keeps(Guard::SegmentOfHead)) =>
+            {
+                segment
+            }
             _ => {
                 let Self { region, id, .. } = self;
                 let found = id.observe(region, |seat| read_directory(region, *id, seat, ordinal));

@@ -5,7 +5,7 @@
 //! fenced completes at a random moment. A crashed host loses its cache. A write-back moves the whole line, so two
 //! hosts that write one line destroy each other's words, as on the real thing.
 
-use super::fabric::{Fabric, LINE_BYTES, RegionOffset, Site};
+use super::fabric::{Fabric, Guard, LINE_BYTES, RegionOffset, Site};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
@@ -32,6 +32,15 @@ impl Turbulence {
     pub const CALM: Self = Self { evict: 0.0, drain: 0.0, prefetch: 0.0 };
 }
 
+/// What a simulation leaves out of the protocol, to see whether it is noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// A flush, fence or invalidate.
+    Site(Site),
+    /// A check.
+    Guard(Guard),
+}
+
 struct CachedLine {
     words: LineWords,
     dirty: bool,
@@ -51,15 +60,15 @@ pub struct World {
     hosts: Vec<Host>,
     rng: StdRng,
     turbulence: Turbulence,
-    removed: Option<Site>,
+    removed: Option<Mutation>,
     visits: BTreeMap<u8, u64>,
 }
 
 impl World {
-    /// A region of `bytes` zero bytes (a multiple of 64). `removed` disables one flush, fence or invalidate: the
-    /// mutation check.
+    /// A region of `bytes` zero bytes (a multiple of 64). `removed` leaves something out: the mutation
+    /// check.
     #[must_use]
-    pub fn new(bytes: u64, seed: u64, turbulence: Turbulence, removed: Option<Site>) -> Arc<Mutex<Self>> {
+    pub fn new(bytes: u64, seed: u64, turbulence: Turbulence, removed: Option<Mutation>) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
             memory: vec![[0; WORDS]; (bytes / LINE_BYTES) as usize],
             hosts: Vec::new(),
@@ -143,7 +152,7 @@ impl World {
 
     fn passes(&mut self, site: Site) -> bool {
         *self.visits.entry(site as u8).or_default() += 1;
-        self.removed != Some(site)
+        self.removed != Some(Mutation::Site(site))
     }
 }
 
@@ -316,5 +325,9 @@ impl Fabric for Simulated {
 
     fn is_coherent(&self) -> bool {
         false
+    }
+
+    fn keeps(&self, guard: Guard) -> bool {
+        lock(&self.world).removed != Some(Mutation::Guard(guard))
     }
 }
