@@ -14,7 +14,7 @@ use std::io::Write;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use support::{Broker, Cluster, assert_exactly_once, eventually, history, message};
+use support::{Cluster, assert_exactly_once, eventually, history, message};
 
 /// Clients that live through it.
 const CLIENTS: u32 = 4;
@@ -32,18 +32,6 @@ fn client(cluster: &Cluster) -> Client {
     let config =
         ClientConfig { bootstrap, ack_level: 2, batch_size: 8 << 10, buffer_bytes: 512 << 10, ..cluster.config() };
     Client::connect(config).unwrap()
-}
-
-fn signal(broker: &Broker, signal: &str) {
-    let sent = std::process::Command::new("kill").args([signal, &broker.child.id().to_string()]).status().unwrap();
-    assert!(sent.success());
-}
-
-/// kill -9, and a new process under the same id and control address.
-fn replace(cluster: &mut Cluster, index: usize) {
-    let mut broker = cluster.brokers.remove(index);
-    broker.kill();
-    cluster.add(&["--id", &broker.id.to_string(), "--control", &broker.control]);
 }
 
 /// A client process that publishes without end, as `number`.
@@ -110,12 +98,18 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
             let head = head.and_then(|head| cluster.brokers.iter().position(|broker| broker.id == head.id));
             let any = random.random_range(0..cluster.brokers.len());
             match random.random_range(0..5) {
-                0 | 1 => replace(&mut cluster, head.unwrap_or(any)),
-                2 => replace(&mut cluster, any),
+                0 | 1 => {
+                    let dead = cluster.kill(head.unwrap_or(any));
+                    cluster.restart(&dead);
+                }
+                2 => {
+                    let dead = cluster.kill(any);
+                    cluster.restart(&dead);
+                }
                 3 => {
-                    signal(&cluster.brokers[any], "-STOP");
+                    cluster.brokers[any].signal("-STOP");
                     std::thread::sleep(Duration::from_millis(random.random_range(10..400)));
-                    signal(&cluster.brokers[any], "-CONT");
+                    cluster.brokers[any].signal("-CONT");
                 }
                 _ => {
                     if let Some(mut child) = running.take() {

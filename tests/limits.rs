@@ -55,9 +55,17 @@ fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
 fn retention_recycles(create: &[&str], order: Order) {
     let mut arguments = vec!["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "4"];
     arguments.extend(create);
-    let environment: &[(&str, &str)] =
-        if create.contains(&"partitioned") { &[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")] } else { &[] };
-    let cluster = Cluster::start(2, &arguments, environment);
+    let mut cluster = if create.contains(&"partitioned") {
+        let mut cluster = Cluster::start(0, &arguments, &[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")]);
+        cluster.set("EMBARCADERO_BROKER_ROLE", "head");
+        cluster.add(&[]);
+        cluster.set("EMBARCADERO_BROKER_ROLE", "follower");
+        cluster
+    } else {
+        Cluster::start(1, &arguments, &[])
+    };
+    cluster.add(&[]);
+    cluster.await_brokers(2);
     let client = small(&cluster);
     let options = TopicOptions { order, retention_bytes: 8 << 20, ..TopicOptions::default() };
     client.create_topic("ring", options).unwrap();

@@ -3,8 +3,11 @@
 use crate::config::{BrokerConfig, Coherence, ConfigError, Role, Transport};
 use crate::control::{ControlService, HeadSlot};
 use crate::delegation::{Delegation, Landed};
-use crate::head::{Candidate, Reach, Reign};
+use crate::head::{Candidate, Election, Reach, Reign};
 use crate::ingest::IngestLimits;
+use crate::membership::Membership;
+#[cfg(feature = "etcd")]
+use crate::membership::etcd::{Etcd, EtcdError};
 use crate::pool;
 use crate::replica::format::Identity;
 use crate::replica::medium::{Directory, Medium};
@@ -15,6 +18,8 @@ use crate::topics::TopicTable;
 use crate::worker::{HeadStages, Shared, Worker, WorkerSetup, now_us};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_control::v1::control_server::ControlServer;
+#[cfg(feature = "etcd")]
+use embarcadero_datapath::cxl::headship::latest_claim;
 use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
 use embarcadero_datapath::cxl::order_index::StreamId;
 use embarcadero_datapath::cxl::region::{BrokerLock, RegionError, RegionFile};
@@ -55,6 +60,10 @@ pub enum BrokerError {
     #[cfg(feature = "rdma")]
     #[error("transport is verbs, but {0}")]
     Verbs(#[from] VerbsError),
+    /// Its membership.
+    #[cfg(feature = "etcd")]
+    #[error("membership is etcd, but {0}")]
+    Etcd(#[from] EtcdError),
     /// No id is left.
     #[error("all {0} broker ids of the region are taken")]
     NoFreeId(u32),
@@ -118,6 +127,14 @@ impl Broker {
         // Now: registration pins pages, and the kernel may move them to do that.
         if let Some(node) = config.cxl.numa_node {
             region.require_node(node)?;
+        }
+        if config.membership == Membership::Etcd && !cfg!(feature = "etcd") {
+            return Err(ConfigError {
+                key: "membership",
+                value: "etcd".to_owned(),
+                bound: "embedded: this build has no etcd (cargo feature etcd)".to_owned(),
+            }
+            .into());
         }
         let (id, id_lock) = claim_id(&file, config.id)?;
         let seats = region.geometry().max_heads;
@@ -230,11 +247,26 @@ impl Start {
             disclaim(&region, info.id);
         }
         let head: Arc<HeadSlot> = Arc::default();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(io_error("start the control service"))?;
+        #[cfg(feature = "etcd")]
+        let etcd = match config.membership {
+            Membership::Embedded => None,
+            Membership::Etcd => {
+                let claims = region.clone();
+                let join = Etcd::join(config.etcd.clone(), region.uuid(), info, move || latest_claim(&claims));
+                Some(runtime.block_on(join)?)
+            }
+        };
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: config.max_batch_bytes,
             head: Arc::clone(&head),
             pool: Arc::clone(&pool),
+            #[cfg(feature = "etcd")]
+            etcd: etcd.clone(),
         };
         let Self { config, file, info, id_lock, .. } = self;
         let candidate = Candidate {
@@ -249,12 +281,16 @@ impl Start {
                 Coherence::Fabric => Reach::Fabric,
                 Coherence::None => Reach::None,
             },
+            #[cfg(feature = "etcd")]
+            election: etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd))),
+            #[cfg(not(feature = "etcd"))]
+            election: Election::Region,
             eligible: config.role != Role::Follower && info.id < region.geometry().max_heads,
             stages,
             control: Arc::clone(&head),
             in_use: Arc::default(),
         };
-        let reign = candidate.take_over_if_gone();
+        let reign = runtime.block_on(candidate.take_over_if_gone());
         if config.role == Role::Head && reign.is_none() {
             stop.store(true, Ordering::Relaxed);
             for thread in threads {
@@ -264,7 +300,7 @@ impl Start {
         }
         publish_broker(&region, &info);
         let (control_stop, stopped) = tokio::sync::oneshot::channel();
-        threads.push(spawn_control(control, service, candidate, reign, stopped)?);
+        threads.push(spawn_control(runtime, control, service, candidate, reign, stopped)?);
         let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
         tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = leads, "serving");
         Ok(Broker { info, region, head, stop, control_stop: Some(control_stop), threads, _id_lock: id_lock })
@@ -484,16 +520,13 @@ fn spawn_acceptor(
 }
 
 fn spawn_control(
+    runtime: tokio::runtime::Runtime,
     listener: TcpListener,
     service: ControlService,
     candidate: Candidate,
     reign: Option<Reign>,
     stop: tokio::sync::oneshot::Receiver<()>,
 ) -> Result<JoinHandle<()>, BrokerError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(io_error("start the control service"))?;
     listener.set_nonblocking(true).map_err(io_error("prepare the control socket"))?;
     let incoming = {
         let _context = runtime.enter();
@@ -501,6 +534,12 @@ fn spawn_control(
     };
     spawn("control".to_owned(), move || {
         runtime.block_on(async move {
+            #[cfg(feature = "etcd")]
+            let etcd = service.etcd.clone();
+            #[cfg(feature = "etcd")]
+            if let Some(etcd) = &etcd {
+                tokio::spawn(etcd.clone().run());
+            }
             tokio::spawn(candidate.run(reign));
             let served = tonic::transport::Server::builder()
                 .add_service(ControlServer::new(service))
@@ -509,6 +548,10 @@ fn spawn_control(
                 });
             if let Err(error) = served.await {
                 tracing::error!(%error, "the control service failed");
+            }
+            #[cfg(feature = "etcd")]
+            if let Some(etcd) = etcd {
+                etcd.leave().await;
             }
         });
     })

@@ -2,6 +2,7 @@
 
 use crate::delegation::FlushGroup;
 use crate::ingest::MAX_WORKERS;
+use crate::membership::Membership;
 use embarcadero_datapath::cxl::LINE_BYTES;
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::poll::PollPolicy;
@@ -217,6 +218,25 @@ impl Default for ReplicaConfig {
     }
 }
 
+/// Where etcd is, and how it is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EtcdConfig {
+    /// Its members: http://HOST:PORT.
+    pub endpoints: Vec<String>,
+    /// Prefix of all keys.
+    pub prefix: String,
+    /// After what silence etcd takes a broker for gone, seconds. (A head that is silent in the region is replaced after
+    /// `head_lease_ms`.)
+    pub lease_s: u32,
+}
+
+impl Default for EtcdConfig {
+    fn default() -> Self {
+        Self { endpoints: Vec::new(), prefix: "/embarcadero".to_owned(), lease_s: 5 }
+    }
+}
+
 /// A broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -225,6 +245,10 @@ pub struct BrokerConfig {
     pub id: Option<u32>,
     /// Part to take.
     pub role: Role,
+    /// Who elects the head.
+    pub membership: Membership,
+    /// etcd, where `membership` is `etcd`.
+    pub etcd: EtcdConfig,
     /// The region.
     pub cxl: CxlConfig,
     /// What clients may use.
@@ -274,6 +298,8 @@ impl Default for BrokerConfig {
         Self {
             id: None,
             role: Role::Auto,
+            membership: Membership::Embedded,
+            etcd: EtcdConfig::default(),
             cxl: CxlConfig::default(),
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
@@ -335,6 +361,16 @@ impl BrokerConfig {
         }
         if let Some(bytes) = self.socket_buffer_bytes {
             within("socket_buffer_bytes", bytes as u64, 4096, 1 << 30)?;
+        }
+        within("etcd.lease_s", self.etcd.lease_s.into(), 2, 3600)?;
+        if self.membership == Membership::Etcd && self.etcd.endpoints.is_empty() {
+            let bound = "one or more http://HOST:PORT, where membership is etcd".to_owned();
+            return Err(ConfigError { key: "etcd.endpoints", value: "[]".to_owned(), bound });
+        }
+        if self.membership == Membership::Embedded && self.cxl.coherence == Coherence::None && self.role == Role::Auto {
+            let bound =
+                "head or follower where cxl.coherence is none and membership is embedded (membership: etcd elects)";
+            return Err(ConfigError { key: "role", value: "auto".to_owned(), bound: bound.to_owned() });
         }
         let told = [
             ("data_listen", self.data_listen, self.data_advertise, "data_advertise"),

@@ -1,5 +1,7 @@
 //! The control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
+#[cfg(feature = "etcd")]
+use crate::membership::etcd::Etcd;
 use crate::membership::live_brokers;
 use crate::replica::replicator::running_replicas;
 use crate::sequencer::{Command, SessionError};
@@ -46,9 +48,26 @@ pub struct ControlService {
     pub head: Arc<HeadSlot>,
     /// This broker's allocator; at the head, with the leader allocator, everyone's.
     pub pool: Arc<dyn SegmentAllocator>,
+    /// Who elects, unless that is the region.
+    #[cfg(feature = "etcd")]
+    pub etcd: Option<Etcd>,
 }
 
 impl ControlService {
+    /// Who elects the head, and whether it can.
+    fn membership(&self) -> String {
+        #[cfg(feature = "etcd")]
+        if let Some(etcd) = &self.etcd {
+            return match etcd.lost() {
+                None => "etcd".to_owned(),
+                Some((time, error)) => {
+                    format!("etcd, lost {} s ago: topics go on, no head can be elected ({error})", time.as_secs())
+                }
+            };
+        }
+        "embedded".to_owned()
+    }
+
     #[allow(clippy::result_large_err)] // tonic's own error type
     fn head(&self) -> Result<Arc<HeadControl>, Status> {
         let head = self.head.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -173,6 +192,7 @@ impl Control for ControlService {
             segment_bytes: region.geometry().segment_bytes,
             segments_total: region.geometry().segment_count.into(),
             segments_free: free_segments(region).into(),
+            membership: self.membership(),
         }))
     }
 

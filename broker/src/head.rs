@@ -6,6 +6,8 @@
 
 use crate::control::{HeadControl, HeadSlot};
 use crate::membership::Liveness;
+#[cfg(feature = "etcd")]
+use crate::membership::etcd::Etcd;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Predecessor, Sequencer};
 use crate::worker::{HeadStages, now_us};
@@ -39,6 +41,15 @@ pub enum Reach {
     None,
 }
 
+/// Who says which broker may claim the next epoch.
+pub enum Election {
+    /// The region's election word; where brokers do not see each other, whoever is configured to be the head.
+    Region,
+    /// etcd.
+    #[cfg(feature = "etcd")]
+    Etcd(Box<Etcd>),
+}
+
 /// A broker as head, or as one that takes over.
 pub struct Candidate {
     /// The region's file, which has the claims on broker ids.
@@ -55,6 +66,8 @@ pub struct Candidate {
     pub head_lease: Duration,
     /// Whom it sees.
     pub reach: Reach,
+    /// Who elects.
+    pub election: Election,
     /// It may be the head.
     pub eligible: bool,
     /// To the worker that runs the head's stages.
@@ -81,6 +94,8 @@ struct Watch {
     unmoved: u32,
     /// Looks to let pass.
     resting: u32,
+    /// That nobody can take over was said.
+    warned: bool,
 }
 
 impl Candidate {
@@ -114,23 +129,67 @@ impl Candidate {
     }
 
     /// Takes over if there is no head that could go on. Returns how this broker leads, if it does.
-    pub fn take_over_if_gone(&self) -> Option<Reign> {
+    pub async fn take_over_if_gone(&self) -> Option<Reign> {
         // Looked at before the head is: whoever stands in between wins.
         let before = highest_candidacy(self.region());
-        (self.eligible && self.head_is_gone()).then(|| self.take_over(before)).flatten()
+        if self.eligible && self.head_is_gone() { self.take_over(before).await } else { None }
     }
 
     /// Stands for election, and leads if it wins.
-    fn take_over(&self, before: u64) -> Option<Reign> {
+    async fn take_over(&self, before: u64) -> Option<Reign> {
         if Arc::strong_count(&self.in_use) > 1 {
             return None;
         }
-        let epoch = before.max(latest_claim(self.region())).saturating_add(1);
-        // Where nobody could see the others' candidacies there is only one who may be the head.
-        if self.reach != Reach::None && !stand(self.region(), before, epoch) {
-            return None;
+        match &self.election {
+            Election::Region => {
+                let epoch = before.max(latest_claim(self.region())).saturating_add(1);
+                // Where nobody could see the others' candidacies there is only one who may be the head.
+                if self.reach != Reach::None && !stand(self.region(), before, epoch) {
+                    return None;
+                }
+                self.lead(epoch)
+            }
+            #[cfg(feature = "etcd")]
+            Election::Etcd(etcd) => {
+                let epoch = match etcd.stand(etcd.elected().ok()).await {
+                    Ok(elected) => elected?,
+                    Err(error) => {
+                        tracing::warn!(%error, "nobody can take over");
+                        return None;
+                    }
+                };
+                let claimed = latest_claim(self.region());
+                let reign = if epoch > claimed {
+                    self.lead(epoch)
+                } else {
+                    tracing::error!(epoch, claimed, "etcd was set back to before the region's heads: delete its keys");
+                    None
+                };
+                etcd.set_leads(reign.is_some()).await;
+                reign
+            }
         }
-        self.lead(epoch)
+    }
+
+    /// True when the head has long given up its place with who elects, although it goes on.
+    fn has_resigned(&self) -> bool {
+        match &self.election {
+            Election::Region => false,
+            #[cfg(feature = "etcd")]
+            Election::Etcd(etcd) => etcd.lost().is_none() && etcd.elected().is_err_and(|none| none > etcd.grace()),
+        }
+    }
+
+    /// True when who elects can be asked; what it is otherwise.
+    fn can_elect(&self) -> Result<(), String> {
+        match &self.election {
+            Election::Region if self.reach == Reach::None => {
+                Err("membership: embedded elects nobody on memory that is not coherent".to_owned())
+            }
+            Election::Region => Ok(()),
+            #[cfg(feature = "etcd")]
+            Election::Etcd(etcd) => etcd.lost().map_or(Ok(()), |(_, error)| Err(error)),
+        }
     }
 
     /// Becomes the head, with everything that is in the region.
@@ -188,15 +247,26 @@ impl Candidate {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watch = Watch::default();
         loop {
-            ticks.tick().await;
+            match &self.election {
+                Election::Region => drop(ticks.tick().await),
+                #[cfg(feature = "etcd")]
+                Election::Etcd(etcd) => tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = etcd.changed() => {}
+                },
+            }
             match &mut reign {
                 Some(leading) if still_leads(self.region(), leading.epoch) => self.look_after(leading),
                 Some(leading) => {
                     tracing::warn!(epoch = leading.epoch, "another broker took over: this one leads no more");
                     *self.control.write().unwrap_or_else(PoisonError::into_inner) = None;
                     reign = None;
+                    #[cfg(feature = "etcd")]
+                    if let Election::Etcd(etcd) = &self.election {
+                        etcd.set_leads(false).await;
+                    }
                 }
-                None if self.eligible => reign = self.follow(&mut watch),
+                None if self.eligible => reign = self.follow(&mut watch).await,
                 None => {}
             }
         }
@@ -213,14 +283,14 @@ impl Candidate {
     }
 
     /// A follower's look at the head.
-    fn follow(&self, watch: &mut Watch) -> Option<Reign> {
+    async fn follow(&self, watch: &mut Watch) -> Option<Reign> {
         let region = self.region();
         let before = highest_candidacy(region);
         let head = latest_claimant(region);
         let heartbeat = head.map_or(0, |(broker, _)| read_pulse(region, broker).0);
         let seen = (head, before, heartbeat);
         if watch.seen != seen {
-            (watch.seen, watch.unmoved) = (seen, 0);
+            (watch.seen, watch.unmoved, watch.warned) = (seen, 0, false);
         } else {
             watch.unmoved += 1;
         }
@@ -230,13 +300,28 @@ impl Candidate {
         }
         let gone = self.head_is_gone();
         // With the leader allocator a head also gives segments, and might give one that its successor gave.
-        let replaceable = self.reach != Reach::None && region.geometry().allocator != AllocatorKind::Leader;
-        let silent = replaceable && PERIOD * watch.unmoved >= self.head_lease;
-        if !gone && !silent {
+        let silent = PERIOD * watch.unmoved >= self.head_lease;
+        let why = match (gone, silent) {
+            (true, _) => "is gone",
+            (_, true) => "is silent",
+            _ if self.has_resigned() => "is no more in etcd",
+            _ => return None,
+        };
+        let blocked = match self.can_elect() {
+            Err(error) => Some(error),
+            Ok(()) if !gone && region.geometry().allocator == AllocatorKind::Leader => {
+                Some("the leader allocator's own head may go on".to_owned())
+            }
+            Ok(()) => None,
+        };
+        if let Some(reason) = blocked {
+            if !std::mem::replace(&mut watch.warned, true) {
+                tracing::warn!(reason, "the head {why}, and nobody can take over");
+            }
             return None;
         }
-        tracing::warn!(gone, "the head {}: taking over", if gone { "is gone" } else { "is silent" });
-        let reign = self.take_over(before);
+        tracing::warn!("the head {why}: taking over");
+        let reign = self.take_over(before).await;
         (watch.unmoved, watch.resting) = (0, if reign.is_none() && latest_claim(region) > before { REST } else { 0 });
         reign
     }

@@ -105,6 +105,8 @@ pub struct ClusterView {
     pub segments_total: u64,
     /// Of them, free.
     pub segments_free: u64,
+    /// Who elects the head, and whether it can, in words.
+    pub membership: String,
 }
 
 impl TopicView {
@@ -150,6 +152,7 @@ impl ClusterView {
             segment_bytes: answer.segment_bytes,
             segments_total: answer.segments_total,
             segments_free: answer.segments_free,
+            membership: answer.membership,
         })
     }
 }

@@ -2,6 +2,8 @@
 #![allow(dead_code)] // each test file uses a part of it
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test fails by panicking
 
+pub mod etcd;
+
 use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
 use embarcadero_datapath::wire::OpenPublish;
 use embarcadero_datapath::wire::batch::BatchOrigin;
@@ -31,6 +33,12 @@ impl Broker {
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
+    }
+
+    /// Sends a signal, by kill's name for it.
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
     }
 }
 
@@ -86,6 +94,12 @@ impl Cluster {
             cluster.await_brokers(brokers as usize);
         }
         cluster
+    }
+
+    /// A setting of the brokers that are started from now on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
     }
 
     /// Starts one more broker.
@@ -144,6 +158,44 @@ impl Cluster {
 
     pub fn client(&self) -> Client {
         Client::connect(self.config()).unwrap()
+    }
+
+    /// A client that knows every broker, as the first may die, and has buffers of a modest size.
+    pub fn client_of_all(&self) -> Client {
+        let bootstrap = self.brokers.iter().map(|broker| broker.control.clone()).collect();
+        let config = ClientConfig { bootstrap, batch_size: 16 << 10, buffer_bytes: 1 << 20, ..self.config() };
+        Client::connect(config).unwrap()
+    }
+
+    /// Index of the head among the brokers, once there is one that lives.
+    pub fn head(&self) -> usize {
+        let begun = Instant::now();
+        loop {
+            let found = self.client_of_all().cluster().unwrap().brokers.into_iter().find(|broker| broker.head);
+            let index = found.and_then(|head| self.brokers.iter().position(|broker| broker.id == head.id));
+            if let Some(index) = index {
+                return index;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no broker became the head");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Epoch of the head that leads, or led last.
+    pub fn epoch(&self) -> u64 {
+        self.inspect()["control_block"]["epoch"].as_u64().unwrap()
+    }
+
+    /// kill -9; what is needed to start it again: id and control address.
+    pub fn kill(&mut self, index: usize) -> (u32, String) {
+        let mut broker = self.brokers.remove(index);
+        broker.kill();
+        (broker.id, broker.control.clone())
+    }
+
+    /// Starts a broker again that was killed.
+    pub fn restart(&mut self, (id, control): &(u32, String)) {
+        self.add(&["--id", &id.to_string(), "--control", control]);
     }
 
     /// The numbers of a publisher's session, read back from the region: to speak in its name.

@@ -1,10 +1,26 @@
-//! Who is alive, as the head sees it: heartbeats in the region, timed by the observer's own clock.
+//! Who is alive, as the head sees it: heartbeats in the region, timed by the observer's own clock. Who may be the head is
+//! decided in the region, or by [`etcd`].
+
+#[cfg(feature = "etcd")]
+pub mod etcd;
 
 use embarcadero_datapath::cxl::Fabric;
 use embarcadero_datapath::cxl::headship::read_headship;
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_pulse};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
+
+/// Who elects the head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Membership {
+    /// Compare-and-swap in the region: one host, or hosts that hardware keeps coherent.
+    Embedded,
+    /// etcd.
+    Etcd,
+}
 
 /// The head's view of the other brokers.
 pub struct Liveness {
