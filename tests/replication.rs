@@ -3,9 +3,9 @@
 
 mod support;
 
-use embarcadero_client::{Client, ClientConfig, Order, Publisher, TopicOptions};
+use embarcadero_client::{Client, ClientConfig, ClientError, Order, Publisher, Start, TopicOptions};
 use std::path::{Path, PathBuf};
-use support::{Cluster, assert_exactly_once, eventually, history, message, parse, rebuild, run};
+use support::{Cluster, PATIENCE, assert_exactly_once, eventually, history, message, parse, rebuild, run};
 use tempfile::TempDir;
 
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
@@ -81,7 +81,7 @@ fn all_that_was_acknowledged_survives_the_loss_of_everything_but_one_disk() {
     assert_exactly_once(&before[&0], COUNT);
     for (topic, _) in &topics[1..] {
         let mut numbers: Vec<u64> = Vec::new();
-        let mut subscriber = reading.subscriber(topic, embarcadero_client::Start::Earliest).unwrap();
+        let mut subscriber = reading.subscriber(topic, Start::Earliest).unwrap();
         subscriber.drain(|message| numbers.push(parse(message.payload).1)).unwrap();
         numbers.sort_unstable();
         numbers.dedup();
@@ -94,6 +94,66 @@ fn all_that_was_acknowledged_survives_the_loss_of_everything_but_one_disk() {
     assert_exactly_once(&history(&reading, "s")[&0], 2 * COUNT);
     for (topic, _) in topics {
         cluster.assert_command(&["verify", topic]);
+    }
+}
+
+/// The region keeps a small part of what was published, and disks keep all of it, no one disk all.
+#[test]
+fn what_the_region_no_longer_holds_is_read_from_disks() {
+    const COUNT: u64 = 40_000;
+    for order in [Order::Strong, Order::Broker] {
+        let disk = tempfile::tempdir().unwrap();
+        let mut cluster = start(3, &disk);
+        let publishing = client(&cluster, 2);
+        let options = TopicOptions { retention_bytes: 2 << 20, ..replicated(order, 2) };
+        publishing.create_topic("t", options).unwrap();
+        // One that reads on slowly, all along: retention overtakes it, and it does not notice.
+        let mut slow = client(&cluster, 1).subscriber("t", Start::Earliest).unwrap();
+        let mut read = Vec::new();
+        let publisher = publishing.publisher("t").unwrap();
+        for part in 0..40 {
+            publish(&publisher, part * COUNT / 40..(part + 1) * COUNT / 40);
+            publisher.flush().unwrap();
+            for _ in 0..100 {
+                read.push(parse(slow.next(PATIENCE).unwrap().expect("a message in time").payload).1);
+            }
+        }
+        let (_, streams) = publishing.describe_topic("t").unwrap();
+        assert!(streams.iter().all(|stream| stream.earliest_offset > 0), "all is in the region still: {streams:?}");
+        slow.drain(|message| read.push(parse(message.payload).1)).unwrap();
+        let check = |mut numbers: Vec<u64>, from: u64| {
+            if !order.is_global() {
+                numbers.sort_unstable();
+            }
+            assert!(numbers.iter().copied().eq(from..COUNT), "{order:?}: {} of {}", numbers.len(), COUNT - from);
+        };
+        check(read, 0);
+        // Another broker's process knows no more than its disk and the others' do.
+        let dead = cluster.kill(1);
+        cluster.restart(&dead);
+        cluster.await_brokers(3);
+        let reading = client(&cluster, 1);
+        let mut numbers = Vec::new();
+        reading
+            .subscriber("t", Start::Earliest)
+            .unwrap()
+            .drain(|message| numbers.push(parse(message.payload).1))
+            .unwrap();
+        check(numbers, 0);
+        if order.is_global() {
+            let mut numbers = Vec::new();
+            let mut middle = reading.subscriber("t", Start::Offset(12_345)).unwrap();
+            middle.drain(|message| numbers.push(parse(message.payload).1)).unwrap();
+            check(numbers, 12_345);
+            // What no disk has any more either is said to be gone.
+            for broker in 0..3 {
+                for file in files(&replica_of(&disk, broker)) {
+                    std::fs::remove_file(file).unwrap();
+                }
+            }
+            let gone = reading.subscriber("t", Start::Offset(12_345)).unwrap().next(PATIENCE).map(|_| ()).unwrap_err();
+            assert!(matches!(gone, ClientError::OffsetOutOfRange { earliest, .. } if earliest > 12_345), "{gone}");
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! Puts a broker together and takes it apart.
 
+use crate::archive::{Archive, ArchiveReader, Catalog};
 use crate::config::{BrokerConfig, Coherence, ConfigError, Role, Transport};
 use crate::control::{ControlService, HeadSlot};
 use crate::delegation::{Delegation, Landed};
@@ -239,13 +240,17 @@ impl Start {
         let stop = Arc::new(AtomicBool::new(false));
         let (stages, promoted) = bounded(1);
         let mut threads = Vec::new();
-        let accepted = spawn_workers(&self, &topics, &stop, promoted, &mut threads)?;
-        threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
-        if config.replica.path.is_some() {
-            threads.push(spawn_replica(&self, &topics, &stop)?);
+        let catalog = if config.replica.path.is_some() {
+            let (replica, catalog) = spawn_replica(&self, &topics, &stop)?;
+            threads.push(replica);
+            catalog
         } else {
             disclaim(&region, info.id);
-        }
+            Arc::new(Catalog::new(false))
+        };
+        let (archive, reader) = Archive::new(region.clone(), info.id, Arc::clone(&catalog));
+        let accepted = spawn_workers(&self, &topics, &stop, promoted, archive, &mut threads)?;
+        threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
         let head: Arc<HeadSlot> = Arc::default();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -265,6 +270,7 @@ impl Start {
             max_batch_bytes: config.max_batch_bytes,
             head: Arc::clone(&head),
             pool: Arc::clone(&pool),
+            catalog,
             #[cfg(feature = "etcd")]
             etcd: etcd.clone(),
         };
@@ -300,7 +306,7 @@ impl Start {
         }
         publish_broker(&region, &info);
         let (control_stop, stopped) = tokio::sync::oneshot::channel();
-        threads.push(spawn_control(runtime, control, service, candidate, reign, stopped)?);
+        threads.push(spawn_control(runtime, control, service, reader, candidate, reign, stopped)?);
         let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
         tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = leads, "serving");
         Ok(Broker { info, region, head, stop, control_stop: Some(control_stop), threads, _id_lock: id_lock })
@@ -374,6 +380,7 @@ fn spawn_workers(
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
     promoted: Receiver<HeadStages>,
+    archive: Archive,
     threads: &mut Vec<JoinHandle<()>>,
 ) -> Result<Vec<Sender<std::net::TcpStream>>, BrokerError> {
     let config = &start.config;
@@ -391,6 +398,7 @@ fn spawn_workers(
             verify_body: config.verify_body,
         },
         delivery_patience: Duration::from_millis(config.delivery_patience_ms),
+        archive,
         sockets: SocketOptions {
             send_buffer_bytes: config.socket_buffer_bytes,
             receive_buffer_bytes: config.socket_buffer_bytes,
@@ -442,7 +450,7 @@ fn spawn_replica(
     start: &Start,
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
-) -> Result<JoinHandle<()>, BrokerError> {
+) -> Result<(JoinHandle<()>, Arc<Catalog>), BrokerError> {
     let config = &start.config.replica;
     let base = config.path.clone().unwrap_or_default();
     let with = if config.direct { "with replica.direct" } else { "without replica.direct" };
@@ -464,7 +472,8 @@ fn spawn_replica(
     let mut idle = Idle::new(start.config.threads.poll, poll_bounds(&start.config, cores));
     let period = Duration::from_millis(start.config.heartbeat_ms);
     let stop = Arc::clone(stop);
-    spawn("replica".to_owned(), move || {
+    let catalog = Arc::clone(replicator.catalog());
+    let thread = spawn("replica".to_owned(), move || {
         // Behind the polling threads, where cores are few: whoever waits for the disk leaves it the time anyway.
         if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), REPLICA_NICE) {
             tracing::warn!(%error, "the replica's priority stays as it is");
@@ -481,7 +490,8 @@ fn spawn_replica(
                 std::thread::sleep(time);
             }
         }
-    })
+    })?;
+    Ok((thread, catalog))
 }
 
 fn spawn_acceptor(
@@ -523,6 +533,7 @@ fn spawn_control(
     runtime: tokio::runtime::Runtime,
     listener: TcpListener,
     service: ControlService,
+    archive: ArchiveReader,
     candidate: Candidate,
     reign: Option<Reign>,
     stop: tokio::sync::oneshot::Receiver<()>,
@@ -540,6 +551,7 @@ fn spawn_control(
             if let Some(etcd) = &etcd {
                 tokio::spawn(etcd.clone().run());
             }
+            tokio::spawn(archive.run());
             tokio::spawn(candidate.run(reign));
             let served = tonic::transport::Server::builder()
                 .add_service(ControlServer::new(service))

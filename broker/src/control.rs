@@ -1,5 +1,6 @@
 //! The control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
+use crate::archive::{self, Catalog};
 #[cfg(feature = "etcd")]
 use crate::membership::etcd::Etcd;
 use crate::membership::live_brokers;
@@ -48,6 +49,8 @@ pub struct ControlService {
     pub head: Arc<HeadSlot>,
     /// This broker's allocator; at the head, with the leader allocator, everyone's.
     pub pool: Arc<dyn SegmentAllocator>,
+    /// What is on this broker's disk.
+    pub(crate) catalog: Arc<Catalog>,
     /// Who elects, unless that is the region.
     #[cfg(feature = "etcd")]
     pub etcd: Option<Etcd>,
@@ -304,6 +307,15 @@ impl Control for ControlService {
             window_batches: SESSION_WINDOW as u32,
             max_batch_bytes: self.max_batch_bytes.min(self.region.geometry().segment_bytes),
         }))
+    }
+
+    async fn read_replica(
+        &self,
+        request: Request<proto::ReadReplicaRequest>,
+    ) -> Result<Response<proto::ReadReplicaResponse>, Status> {
+        let catalog = Arc::clone(&self.catalog);
+        let read = tokio::task::spawn_blocking(move || archive::read_replica(&catalog, request.into_inner()));
+        read.await.map_err(|error| Status::internal(error.to_string()))?.map(Response::new)
     }
 
     async fn close_session(

@@ -1,6 +1,9 @@
-//! Delivery: batches go to subscribers in the order of the index, straight from CXL memory.
+//! Delivery: batches go to subscribers in the order of the index, straight from CXL memory; what retention took from there,
+//! from replicas' disks.
 
+use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, Archived};
 use crate::topics::{Topic, TopicTable};
+use crossbeam_channel::{Receiver, TryRecvError};
 use embarcadero_datapath::cxl::layout::IndexEntry;
 use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
@@ -10,6 +13,7 @@ use embarcadero_datapath::wire::{
     Deliver, ErrorCode, Position, START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe,
     SubscribeReady,
 };
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,8 +30,29 @@ pub struct SubscriberSession {
     /// The request, until its stream exists and the start is found.
     request: Option<Subscribe>,
     cursor: u64,
+    /// Offset of the batch at `cursor`, and positions and offsets of those queued last.
+    next_offset: u64,
+    queued: VecDeque<(u64, u64)>,
+    /// While it reads from disks.
+    archived: Option<ArchiveRead>,
     /// Since when retention wants what this subscriber still holds.
     unwanted_since: Option<Instant>,
+}
+
+/// A subscriber that reads what the region no longer holds.
+struct ArchiveRead {
+    /// Offset that is due.
+    due: u64,
+    /// What was asked for.
+    answer: Option<Receiver<ArchiveAnswer>>,
+    /// It may begin later, at what is there; nothing was sent yet.
+    earliest: bool,
+}
+
+impl ArchiveRead {
+    fn at(due: u64, earliest: bool) -> Option<Self> {
+        Some(Self { due, answer: None, earliest })
+    }
 }
 
 impl Drop for SubscriberSession {
@@ -66,7 +91,19 @@ impl SubscriberSession {
         let region = topics.region().clone();
         let reader = OrderIndexReader::new(region.clone(), stream);
         let pin = topic.pins.register();
-        Ok(Self { region, topic, stream, reader, pin, request: Some(request), cursor: 0, unwanted_since: None })
+        Ok(Self {
+            region,
+            topic,
+            stream,
+            reader,
+            pin,
+            request: Some(request),
+            cursor: 0,
+            next_offset: 0,
+            queued: VecDeque::new(),
+            archived: None,
+            unwanted_since: None,
+        })
     }
 
     fn extent(&self) -> Option<Extent> {
@@ -84,8 +121,13 @@ impl SubscriberSession {
         Ok(last.first_offset + u64::from(last.message_count))
     }
 
-    /// Finds where the stream starts; false when it does not exist yet.
-    fn start(&mut self, outbox: &mut Outbox) -> Result<bool, TransportError> {
+    /// True when what retention took may be on disks.
+    fn is_archived(&self) -> bool {
+        self.topic.config.replication_factor > 1
+    }
+
+    /// Finds where the stream starts; false when it does not exist yet. Goes to the `archive` for what the region lacks.
+    fn start(&mut self, outbox: &mut Outbox, archive: Option<&Archive>) -> Result<bool, TransportError> {
         let Some(request) = self.request else { return Ok(true) };
         // Pinning from 0 keeps everything that is there now.
         let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
@@ -95,7 +137,18 @@ impl SubscriberSession {
         let low = trimmed.max(extent.base).min(committed);
         let earliest =
             if low < committed { self.reader.read(low).map_err(unreadable)?.first_offset } else { next_offset };
+        let archived = archive.is_some() && self.is_archived() && earliest > 0;
         let (cursor, start_offset) = match request.start_kind {
+            START_EARLIEST if archived => {
+                self.request = None;
+                self.archived = ArchiveRead::at(0, true);
+                return Ok(true);
+            }
+            START_OFFSET if archived && request.start < earliest => {
+                self.request = None;
+                self.archived = ArchiveRead::at(request.start, false);
+                (low, request.start)
+            }
             START_EARLIEST => (low, earliest),
             START_LATEST => (committed, next_offset),
             START_OFFSET => {
@@ -120,7 +173,7 @@ impl SubscriberSession {
                 (cursor, offset)
             }
         };
-        self.cursor = cursor;
+        (self.cursor, self.next_offset) = (cursor, start_offset);
         self.request = None;
         let ready = SubscribeReady { start_offset, next_offset, ..SubscribeReady::blank() };
         outbox.push(Outgoing::frame(ready.encode()));
@@ -147,12 +200,22 @@ impl SubscriberSession {
     ///
     /// # Errors
     /// What was asked for is gone, or the topic is, or memory is damaged.
-    pub fn poll(&mut self, outbox: &mut Outbox, patience: Duration) -> Result<usize, TransportError> {
+    pub fn poll(
+        &mut self,
+        outbox: &mut Outbox,
+        archive: Option<&Archive>,
+        patience: Duration,
+    ) -> Result<usize, TransportError> {
         if self.topic.is_deleted() {
             return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name), 0);
         }
-        if !self.start(outbox)? {
+        if !self.start(outbox, archive)? {
             return Ok(0);
+        }
+        if let (Some(_), Some(archive)) = (&self.archived, archive)
+            && !self.returns(outbox)?
+        {
+            return self.poll_archive(outbox, archive);
         }
         let committed = self.reader.poll();
         let reading = outbox.lowest_position();
@@ -162,7 +225,7 @@ impl SubscriberSession {
         }
         let Ok(trimmed) = self.topic.pins.set(self.pin, reading.min(self.cursor)) else { return Ok(0) };
         if trimmed > self.cursor.min(reading) {
-            self.overtaken(outbox, trimmed, patience)?;
+            self.overtaken(outbox, trimmed, archive.is_some(), patience)?;
             return Ok(0);
         }
         self.unwanted_since = None;
@@ -181,7 +244,13 @@ impl SubscriberSession {
     }
 
     /// Retention passed this subscriber. What it is in the middle of stays for a while; then it has to go.
-    fn overtaken(&mut self, outbox: &mut Outbox, trimmed: u64, patience: Duration) -> Result<(), TransportError> {
+    fn overtaken(
+        &mut self,
+        outbox: &mut Outbox,
+        trimmed: u64,
+        archive: bool,
+        patience: Duration,
+    ) -> Result<(), TransportError> {
         let oldest = outbox.lowest_position();
         outbox.drop_unsent_batches();
         // What was dropped is due again.
@@ -189,7 +258,11 @@ impl SubscriberSession {
             u64::MAX => oldest,
             half_sent => half_sent + 1,
         };
-        self.cursor = self.cursor.min(due);
+        if due < self.cursor {
+            self.cursor = due;
+            let known = self.queued.iter().find(|(position, _)| *position == due);
+            self.next_offset = known.map_or(self.next_offset, |(_, offset)| *offset);
+        }
         let since = *self.unwanted_since.get_or_insert_with(Instant::now);
         if outbox.is_mid_way() && since.elapsed() < patience {
             // Whether or not there is a head.
@@ -204,11 +277,126 @@ impl SubscriberSession {
                 earliest,
             );
         }
+        if archive && self.is_archived() {
+            self.archived = ArchiveRead::at(self.next_offset, false);
+            self.topic.pins.clear(self.pin);
+            return Ok(());
+        }
         let text = format!(
             "offset out of range: retention trimmed topic {} up to offset {earliest} (entry {trimmed}) before it was read",
             self.topic.config.name
         );
         refuse(ErrorCode::OffsetOutOfRange, text, earliest)
+    }
+
+    /// Goes back to the region once it has what is due. False while it does not.
+    fn returns(&mut self, outbox: &Outbox) -> Result<bool, TransportError> {
+        let Some(ArchiveRead { due, earliest: false, .. }) = self.archived else { return Ok(false) };
+        // What was queued from the region before is on its way still.
+        let reading = outbox.lowest_position();
+        if reading != u64::MAX || self.extent().is_none_or(|extent| extent.earliest_offset > due) {
+            return Ok(false);
+        }
+        let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
+        let committed = self.reader.poll();
+        let low = trimmed.min(committed);
+        let after = |entry: &IndexEntry| entry.first_offset + u64::from(entry.message_count) > due;
+        let cursor = self.reader.partition_point(low, committed, after).map_err(unreadable)?;
+        // Retention may have gone on meanwhile.
+        let reaches = cursor == committed || self.reader.read(cursor).map_err(unreadable)?.first_offset <= due;
+        if reaches {
+            (self.cursor, self.next_offset, self.archived) = (cursor, due, None);
+        } else {
+            self.topic.pins.clear(self.pin);
+        }
+        Ok(reaches)
+    }
+
+    /// Queues what comes back from disks. Returns how many batches it queued.
+    fn poll_archive(&mut self, outbox: &mut Outbox, archive: &Archive) -> Result<usize, TransportError> {
+        let key = ArchiveKey {
+            topic: self.topic.config.id,
+            incarnation: self.topic.config.incarnation,
+            stream: self.stream.stream,
+        };
+        let Some(read) = &mut self.archived else { return Ok(0) };
+        let Some(answer) = &read.answer else {
+            if outbox.len() < QUEUED_BATCHES {
+                // An answer to `position` may have set it.
+                self.topic.pins.clear(self.pin);
+                read.answer = Some(archive.ask(key, read.due));
+            }
+            return Ok(0);
+        };
+        let answer = match answer.try_recv() {
+            Ok(answer) => answer,
+            Err(TryRecvError::Empty) => return Ok(0),
+            Err(TryRecvError::Disconnected) => Err(ArchiveError::Unreachable("the broker stops".to_owned())),
+        };
+        read.answer = None;
+        match answer {
+            Ok(batches) => {
+                if std::mem::take(&mut read.earliest) {
+                    self.begin_at(outbox, batches.first().map_or(0, |first| first.first_offset));
+                }
+                let count = batches.len();
+                for batch in batches {
+                    self.queue_archived(outbox, batch);
+                }
+                Ok(count)
+            }
+            // What disks no longer have either.
+            Err(ArchiveError::Missing(Some(lowest))) if read.earliest => {
+                read.due = lowest;
+                Ok(0)
+            }
+            Err(ArchiveError::Missing(None)) if read.earliest => {
+                read.earliest = false;
+                let Some(extent) = self.extent() else { return Ok(0) };
+                self.begin_at(outbox, extent.earliest_offset);
+                Ok(0)
+            }
+            Err(ArchiveError::Missing(later)) => {
+                let earliest = later.or(self.extent().map(|extent| extent.earliest_offset)).unwrap_or(0);
+                let (due, topic) = (self.archived.as_ref().map_or(0, |read| read.due), &self.topic.config.name);
+                let text = format!(
+                    "offset {due} is out of range: neither the region nor a replica has it of topic {topic}, but {earliest}"
+                );
+                refuse(ErrorCode::OffsetOutOfRange, text, earliest)
+            }
+            Err(ArchiveError::Unreachable(error)) => {
+                refuse(ErrorCode::Unavailable, format!("what is due may be on a disk that does not answer: {error}"), 0)
+            }
+        }
+    }
+
+    /// Says where a subscriber to the earliest begins.
+    fn begin_at(&mut self, outbox: &mut Outbox, start_offset: u64) {
+        if let Some(read) = &mut self.archived {
+            read.due = start_offset;
+        }
+        let next_offset = self.extent().map_or(start_offset, |extent| extent.next_offset);
+        let ready = SubscribeReady { start_offset, next_offset, ..SubscribeReady::blank() };
+        outbox.push(Outgoing::frame(ready.encode()));
+    }
+
+    fn queue_archived(&mut self, outbox: &mut Outbox, batch: Archived) {
+        let end = batch.end_offset();
+        let frame = Deliver {
+            first_offset: batch.first_offset,
+            ordered_us: batch.ordered_us,
+            batch_bytes: batch.bytes.len() as u32,
+            message_count: batch.message_count,
+            broker: batch.source,
+            stream: self.stream.stream,
+            ..Deliver::blank()
+        };
+        let mut bytes = frame.encode().to_vec();
+        bytes.extend_from_slice(&batch.bytes);
+        outbox.push(Outgoing::bytes(bytes));
+        if let Some(read) = &mut self.archived {
+            read.due = end;
+        }
     }
 
     fn queue(&mut self, outbox: &mut Outbox, entry: &IndexEntry) -> Result<(), TransportError> {
@@ -230,6 +418,11 @@ impl SubscriberSession {
             ..Deliver::blank()
         };
         outbox.push(Outgoing::batch(frame.encode(), at, bytes, self.cursor));
+        if self.queued.len() == QUEUED_BATCHES {
+            self.queued.pop_front();
+        }
+        self.queued.push_back((self.cursor, entry.first_offset));
+        self.next_offset = entry.first_offset + u64::from(entry.message_count);
         Ok(())
     }
 }

@@ -2,10 +2,12 @@
 //!
 //! Modules follow the path of a batch: [`ingest`] receives it into the [`blog`], [`delegation`] puts it into the
 //! Batchlog, the [`sequencer`] gives it its place in the global order, [`ack`] tells its client, [`delivery`] sends it
-//! to subscribers. A [`replica`] copies it to disk. [`worker`] runs these stages; [`control`] is the gRPC side.
+//! to subscribers. A [`replica`] copies it to disk, from where the `archive` reads what the region no
+//! longer holds. [`worker`] runs these stages; [`control`] is the gRPC side.
 #![forbid(unsafe_code)]
 
 pub mod ack;
+mod archive;
 pub mod blog;
 mod broker;
 pub mod config;

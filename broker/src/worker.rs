@@ -1,5 +1,6 @@
 //! A polling thread: moves bytes for its connections and runs the ordering stages that it was given.
 
+use crate::archive::Archive;
 use crate::delegation::{Delegation, Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{IngestLimits, Place, PublisherSession};
@@ -67,6 +68,8 @@ pub struct Shared {
     pub limits: IngestLimits,
     /// How long a subscriber may hold what retention wants.
     pub delivery_patience: Duration,
+    /// Where to ask for what the region no longer holds.
+    pub archive: Archive,
     /// Kernel buffers.
     pub sockets: SocketOptions,
     /// The RDMA device, if the broker offers verbs.
@@ -538,7 +541,10 @@ impl Worker {
                     .and_then(|()| if check { Self::check_standing(region, session, outbox) } else { Ok(()) })
             }
             Role::Subscriber(session) => {
-                session.poll(&mut client.outbox, self.shared.delivery_patience).map(|queued| moved |= queued > 0)
+                // A queue pair sends from the region alone.
+                let archive = Some(&self.shared.archive).filter(|_| !client.link.is_verbs());
+                let polled = session.poll(&mut client.outbox, archive, self.shared.delivery_patience);
+                polled.map(|queued| moved |= queued > 0)
             }
             Role::Leaving(until) => {
                 if client.outbox.is_empty() && !client.link.has_to_send() {

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// A flat set of files.
-pub trait Medium: Send {
+pub trait Medium: Send + Sync {
     /// Names of the files, in no order. None when nothing was ever created.
     ///
     /// # Errors

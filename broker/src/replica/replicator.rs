@@ -4,6 +4,7 @@ use super::assign::replicas_of;
 use super::format::{GROUP_RECORDS, Identity, Indexed, group_bytes, peek_group, write_group};
 use super::medium::Medium;
 use super::store::{StoreError, StoreOptions, StreamLog};
+use crate::archive::{ArchiveKey, Catalog};
 use crate::topics::{Topic, TopicTable};
 use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
@@ -77,6 +78,7 @@ struct Task<F: Fabric> {
     reader: OrderIndexReader<F>,
     pin: usize,
     log: StreamLog,
+    catalog: Arc<Catalog>,
     /// Brokers whose batches it copies, a bit each.
     sources: u32,
     /// End of the newest group.
@@ -90,7 +92,13 @@ struct Task<F: Fabric> {
 impl<F: Fabric> Drop for Task<F> {
     fn drop(&mut self) {
         self.topic.pins.unregister(self.pin);
+        // What a disk that failed holds is not relied on.
+        self.catalog.set(key(&self.topic, self.stream), None);
     }
+}
+
+fn key<F: Fabric>(topic: &Topic<F>, stream: StreamId) -> ArchiveKey {
+    ArchiveKey { topic: topic.config.id, incarnation: topic.config.incarnation, stream: stream.stream }
 }
 
 /// This broker as a replica of others' batches.
@@ -103,6 +111,7 @@ pub struct Replicator<F: Fabric> {
     tasks: Vec<Task<F>>,
     scratch: Scratch,
     failed: bool,
+    catalog: Arc<Catalog>,
     /// How far replicas that go before this one were, and since when: (topic, replica, source).
     watched: BTreeMap<(u32, u32, u32), (u64, u64)>,
 }
@@ -126,8 +135,14 @@ impl<F: Fabric> Replicator<F> {
             tasks: Vec::new(),
             scratch: Scratch { buffer, batches: Vec::with_capacity(GROUP_RECORDS) },
             failed: false,
+            catalog: Arc::new(Catalog::new(true)),
             watched: BTreeMap::new(),
         })
+    }
+
+    /// What is on its disk, for others to read.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
     }
 
     /// True once its disk failed.
@@ -146,6 +161,9 @@ impl<F: Fabric> Replicator<F> {
                 if let Err(error) = task.log.destroy() {
                     tracing::warn!(%error, "the files of a deleted topic stay");
                 }
+                let key = key(&task.topic, task.stream);
+                drop(task);
+                self.catalog.forget(key);
             }
         }
         let Ok(usable) = running_replicas(&self.region) else { return };
@@ -162,13 +180,30 @@ impl<F: Fabric> Replicator<F> {
             };
             for (stream, sources) in streams {
                 let id = StreamId { topic: topic.config.id, stream };
-                match self.tasks.iter_mut().find(|task| task.stream == id) {
-                    Some(task) => task.sources = sources,
-                    None if sources != 0 => self.begin(&topic, id, sources),
-                    None => {}
+                if let Some(task) = self.tasks.iter_mut().find(|task| task.stream == id) {
+                    task.sources = sources;
+                } else if sources != 0 || self.has_files(&topic, id) {
+                    self.begin(&topic, id, sources);
                 }
             }
         }
+    }
+
+    /// True when an earlier process left files of a stream, which others may want to read.
+    fn has_files(&mut self, topic: &Topic<F>, stream: StreamId) -> bool {
+        let key = key(topic, stream);
+        if self.catalog.knows(key) {
+            return false;
+        }
+        let found = (self.open)(&self.identity(topic, stream)).list().is_ok_and(|files| !files.is_empty());
+        if !found {
+            self.catalog.set(key, None);
+        }
+        found
+    }
+
+    fn identity(&self, topic: &Topic<F>, stream: StreamId) -> Identity {
+        Identity { region: *self.region.uuid().as_bytes(), topic: topic.config.clone(), stream: stream.stream }
     }
 
     /// The brokers whose batches of a topic this one replicates.
@@ -214,8 +249,7 @@ impl<F: Fabric> Replicator<F> {
 
     fn begin(&mut self, topic: &Arc<Topic<F>>, stream: StreamId, sources: u32) {
         let max_brokers = self.region.geometry().max_brokers;
-        let region = *self.region.uuid().as_bytes();
-        let identity = Identity { region, topic: topic.config.clone(), stream: stream.stream };
+        let identity = self.identity(topic, stream);
         let medium = (self.open)(&identity);
         let place = medium.name();
         let (log, damage) = match StreamLog::open(medium, identity, max_brokers, self.options.store) {
@@ -228,8 +262,10 @@ impl<F: Fabric> Replicator<F> {
         let reader = OrderIndexReader::new(self.region.clone(), stream);
         let pin = topic.pins.register();
         let said = vec![None; max_brokers as usize];
+        let catalog = Arc::clone(&self.catalog);
+        catalog.set(key(topic, stream), Some(log.readable()));
         let (topic, forward, resume) = (Arc::clone(topic), 0, 0);
-        self.tasks.push(Task { topic, stream, reader, pin, log, sources, forward, resume, said });
+        self.tasks.push(Task { topic, stream, reader, pin, log, catalog, sources, forward, resume, said });
     }
 
     /// This broker replicates no more: its disk cannot be relied on.

@@ -6,8 +6,10 @@ use super::format::{
 use super::medium::{Medium, MediumFile};
 use embarcadero_datapath::buffer::Buffer;
 use rangemap::RangeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
+use std::sync::{Arc, PoisonError, RwLock};
 
 /// Why a replica cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -82,8 +84,17 @@ struct Place {
     from: u64,
     through: u64,
     sources: u32,
+    /// From the first message of its first batch to the end of its last.
+    first_offset: u64,
+    end_offset: u64,
     at: u64,
     bytes: u64,
+}
+
+/// Where a group with these batches reaches, in offsets.
+fn offsets(records: &[Record]) -> (u64, u64) {
+    let end = |record: &Record| record.first_offset + u64::from(record.message_count);
+    (records.first().map_or(0, |first| first.first_offset), records.last().map_or(0, end))
 }
 
 #[derive(Debug)]
@@ -149,7 +160,7 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
         let mut damaged: Option<u64> = None;
         while at < len {
             let group = read_group(&*file, at, len, &mut bytes).map_err(failed("read"))?;
-            let Some((header, whole)) = group else {
+            let Some((header, records, whole)) = group else {
                 damaged.get_or_insert(at);
                 at += BLOCK as u64;
                 continue;
@@ -168,7 +179,8 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
             let GroupHeader { from, through, bytes, sources, durable_through, lost_through, .. } = header;
             scan.durable_through = scan.durable_through.max(durable_through);
             scan.lost_through = scan.lost_through.max(lost_through);
-            filed.groups.push(Place { from, through, sources, at, bytes });
+            let (first_offset, end_offset) = offsets(&records);
+            filed.groups.push(Place { from, through, sources, first_offset, end_offset, at, bytes });
             at += bytes;
         }
         if let Some(begun) = damaged {
@@ -180,13 +192,13 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
     Ok(scan)
 }
 
-/// Reads the group at `at`: its header if that holds, and whether the rest does.
+/// Reads the group at `at`: its headers if they hold, and whether the rest does.
 fn read_group(
     file: &dyn MediumFile,
     at: u64,
     len: u64,
     bytes: &mut Vec<u8>,
-) -> io::Result<Option<(GroupHeader, bool)>> {
+) -> io::Result<Option<(GroupHeader, Vec<Record>, bool)>> {
     bytes.resize(BLOCK.min((len - at) as usize), 0);
     file.read(at, bytes)?;
     let Ok(header) = peek_group(bytes) else { return Ok(None) };
@@ -196,7 +208,7 @@ fn read_group(
     bytes.resize(header.bytes as usize, 0);
     file.read(at, bytes)?;
     // A header that does not hold says nothing, not even where the next group begins.
-    Ok(parse_group(bytes).ok().map(|_| (header, check_group(bytes).is_ok())))
+    Ok(parse_group(bytes).ok().map(|(header, records)| (header, records, check_group(bytes).is_ok())))
 }
 
 /// How a replica uses its disk.
@@ -210,10 +222,11 @@ pub struct StoreOptions {
 
 /// The replica of one stream.
 pub struct StreamLog {
-    medium: Box<dyn Medium>,
+    medium: Arc<dyn Medium>,
     identity: Identity,
     options: StoreOptions,
     files: Vec<Filed>,
+    readable: Arc<StreamFiles>,
     writer: Option<Box<dyn MediumFile>>,
     /// Positions of which each source's batches are here.
     covered: Vec<RangeSet<u64>>,
@@ -252,13 +265,23 @@ impl StreamLog {
             file.truncate(torn.bytes.start).map_err(failed("truncate"))?;
         }
         let covered = vec![RangeSet::new(); max_brokers as usize];
-        let mut log = Self { medium, identity, options, files, writer: None, covered, failed: false };
+        let medium: Arc<dyn Medium> = Arc::from(medium);
+        let readable = Arc::new(StreamFiles { medium: Arc::clone(&medium), groups: RwLock::default() });
+        let mut log = Self { medium, identity, options, files, readable, writer: None, covered, failed: false };
         for index in 0..log.files.len() {
+            let number = log.files[index].number;
             for group in log.files[index].groups.clone() {
                 log.cover(group.sources, group.from..group.through);
+                log.readable.add(number, group);
             }
         }
         Ok((log, damage))
+    }
+
+    /// What can be read of it while it is written.
+    #[must_use]
+    pub fn readable(&self) -> Arc<StreamFiles> {
+        Arc::clone(&self.readable)
     }
 
     /// Notes that the batches of `sources` at these positions are here, or that there are none.
@@ -309,7 +332,11 @@ impl StreamLog {
         writer.write(file.bytes, group).map_err(failed("write"))?;
         writer.sync().map_err(failed("make durable"))?;
         let GroupHeader { from, through, bytes, sources, .. } = *header;
-        file.groups.push(Place { from, through, sources, at: file.bytes, bytes });
+        let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
+        let (first_offset, end_offset) = offsets(&parse_group(group).map_err(damaged)?.1);
+        let place = Place { from, through, sources, first_offset, end_offset, at: file.bytes, bytes };
+        self.readable.add(file.number, place);
+        file.groups.push(place);
         file.bytes += bytes;
         self.cover(sources, from..through);
         self.failed = false;
@@ -339,6 +366,7 @@ impl StreamLog {
             let file = self.files.remove(0);
             total -= file.bytes;
             let name = file_name(file.number);
+            self.readable.remove(file.number);
             self.medium.remove(&name).map_err(io_error(&*self.medium, "remove", &name))?;
         }
         Ok(())
@@ -351,10 +379,110 @@ impl StreamLog {
     pub fn destroy(&mut self) -> Result<(), StoreError> {
         self.writer = None;
         for file in std::mem::take(&mut self.files) {
+            self.readable.remove(file.number);
             let name = file_name(file.number);
             self.medium.remove(&name).map_err(io_error(&*self.medium, "remove", &name))?;
         }
         Ok(())
+    }
+}
+
+/// A batch read back, as it was received.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Archived {
+    /// Offset of its first message.
+    pub first_offset: u64,
+    /// Messages.
+    pub message_count: u32,
+    /// Broker that received it.
+    pub source: u32,
+    /// When it was ordered, microseconds since 1970.
+    pub ordered_us: u64,
+    /// Header and body.
+    pub bytes: Vec<u8>,
+}
+
+impl Archived {
+    /// Offset after its last message.
+    #[must_use]
+    pub fn end_offset(&self) -> u64 {
+        self.first_offset + u64::from(self.message_count)
+    }
+}
+
+/// The durable groups of a stream, for readers beside the writer.
+pub struct StreamFiles {
+    medium: Arc<dyn Medium>,
+    /// By first offset: the number of the file, and the place in it. A batch is of one group alone.
+    groups: RwLock<BTreeMap<u64, (u64, Place)>>,
+}
+
+impl StreamFiles {
+    fn add(&self, number: u64, place: Place) {
+        self.groups.write().unwrap_or_else(PoisonError::into_inner).insert(place.first_offset, (number, place));
+    }
+
+    fn remove(&self, number: u64) {
+        self.groups.write().unwrap_or_else(PoisonError::into_inner).retain(|_, (of, _)| *of != number);
+    }
+
+    /// Batches in order of offset, of those that are here all from the one that has the message `from` or a later one, up
+    /// to `max_bytes` of them but at least one.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn read(&self, from: u64, max_bytes: u64) -> Result<Vec<Archived>, StoreError> {
+        // Groups reach into each other where they are of different sources: all that have begun at the offset, and the next.
+        let (chosen, horizon) = {
+            let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
+            let mut later = groups.range(from.saturating_add(1)..).map(|(_, place)| *place);
+            let begun = groups.range(..=from).map(|(_, place)| *place).filter(|(_, place)| place.end_offset > from);
+            let chosen: Vec<(u64, Place)> = begun.chain(later.next()).collect();
+            (chosen, later.next().map_or(u64::MAX, |(_, place)| place.first_offset))
+        };
+        let mut files = Vec::new();
+        let mut found: Vec<(usize, u64, Record)> = Vec::new();
+        let mut head = Vec::new();
+        for (number, place) in chosen {
+            let name = file_name(number);
+            let Some(file) = self.open(&name)? else { continue };
+            head.resize(place.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize, 0);
+            file.read(place.at, &mut head).map_err(io_error(&*self.medium, "read", &name))?;
+            let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
+            for record in parse_group(&head).map_err(damaged)?.1 {
+                let end = record.first_offset + u64::from(record.message_count);
+                if end > from && record.first_offset < horizon {
+                    found.push((files.len(), place.at + record.at, record));
+                }
+            }
+            files.push((name, file));
+        }
+        found.sort_unstable_by_key(|(.., record)| record.first_offset);
+        let mut batches = Vec::new();
+        let mut total = 0;
+        for (index, at, record) in found {
+            let Some((name, file)) = files.get(index) else { break };
+            total += u64::from(record.bytes);
+            if total > max_bytes && !batches.is_empty() {
+                break;
+            }
+            let mut bytes = vec![0; record.bytes as usize];
+            file.read(at, &mut bytes).map_err(io_error(&*self.medium, "read", name))?;
+            let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
+            check_batch(&record, &bytes).map_err(damaged)?;
+            let Record { first_offset, message_count, source, ordered_us, .. } = record;
+            batches.push(Archived { first_offset, message_count, source, ordered_us, bytes });
+        }
+        Ok(batches)
+    }
+
+    /// Opens a file, unless retention took it meanwhile.
+    fn open(&self, name: &str) -> Result<Option<Box<dyn MediumFile>>, StoreError> {
+        match self.medium.open(name) {
+            Ok(file) => Ok(Some(file)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(io_error(&*self.medium, "open", name)(error)),
+        }
     }
 }
 
@@ -480,6 +608,28 @@ mod tests {
         assert!(medium.list().unwrap().len() > 1);
         log.destroy().unwrap();
         assert_eq!(medium.list().unwrap(), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_durable_is_read_beside_the_writer() {
+        let medium = SimulatedMedium::default();
+        let (mut log, _) = open(&medium);
+        let readable = log.readable();
+        // Of each position the offset is the same, and there are gaps that are filled later.
+        for position in [0, 1, 4, 5, 2, 9] {
+            append(&mut log, position, 5000).unwrap();
+        }
+        let read = |from, bytes| -> Vec<u64> {
+            readable.read(from, bytes).unwrap().iter().map(|batch| batch.first_offset).collect()
+        };
+        assert_eq!((read(0, 1), read(1, 1 << 20)), (vec![0], vec![1, 2]));
+        assert_eq!((read(3, 1 << 20), read(6, 1 << 20), read(10, 1)), (vec![4], vec![9], vec![]));
+        assert!(readable.read(5, 1).unwrap()[0].bytes.iter().all(|byte| *byte == 5));
+        // A new process finds the same.
+        drop(log);
+        assert_eq!(open(&medium).0.readable().read(2, 1).unwrap(), readable.read(2, 1).unwrap());
+        medium.damage("0000000000.replica", |bytes| bytes[BLOCK + 200] ^= 1);
+        assert!(matches!(readable.read(0, 1), Err(StoreError::Damaged { .. })));
     }
 
     #[test]

@@ -38,6 +38,15 @@ impl Channel {
         self.verbs.as_deref_mut()
     }
 
+    /// True when batches go over a queue pair.
+    #[must_use]
+    pub fn is_verbs(&self) -> bool {
+        #[cfg(feature = "rdma")]
+        return self.verbs.is_some();
+        #[cfg(not(feature = "rdma"))]
+        false
+    }
+
     /// The socket, for a [`super::Poller`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {

@@ -1,0 +1,305 @@
+//! Reads of what the region no longer holds: batches come back from replicas' disks, this broker's own and the others'.
+//!
+//! No one disk has all of a stream, as each replica has some sources' batches; offsets tell how they fit together.
+
+pub use crate::replica::store::Archived;
+use crate::replica::store::StreamFiles;
+use crossbeam_channel::{Receiver, Sender, bounded};
+use embarcadero_control::v1 as proto;
+use embarcadero_control::v1::control_client::ControlClient;
+use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
+use embarcadero_datapath::cxl::{Native, Region};
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::task::JoinSet;
+use tonic::Status;
+use tonic::transport::{Channel, Endpoint};
+
+/// Bytes that a replica is asked for at a time; one batch may be larger.
+const READ_BYTES: u64 = 2 << 20;
+/// Most that a replica answers.
+const ANSWER_BYTES: usize = 32 << 20;
+/// How long a replica may take to answer.
+const CALL: Duration = Duration::from_secs(5);
+
+/// A stream of one incarnation of a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ArchiveKey {
+    /// Slot of the topic.
+    pub topic: u32,
+    /// Incarnation of the slot.
+    pub incarnation: u32,
+    /// Broker whose order it is; [`embarcadero_datapath::cxl::order_index::StreamId::GLOBAL`].
+    pub stream: u32,
+}
+
+/// What this broker's own replica has, for readers beside it.
+pub struct Catalog {
+    /// `None` where nothing is on the disk; nothing of what has not been looked for yet.
+    streams: Mutex<BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>>,
+    /// The broker has a disk to look at.
+    replicates: bool,
+}
+
+impl Catalog {
+    /// Of a broker that replicates, or one that does not.
+    #[must_use]
+    pub fn new(replicates: bool) -> Self {
+        Self { streams: Mutex::default(), replicates }
+    }
+
+    fn streams(&self) -> MutexGuard<'_, BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A stream's files can be read from now on; or there are none, or none that can be relied on.
+    pub fn set(&self, key: ArchiveKey, files: Option<Arc<StreamFiles>>) {
+        self.streams().insert(key, files);
+    }
+
+    /// True once it is known whether a stream has files.
+    #[must_use]
+    pub fn knows(&self, key: ArchiveKey) -> bool {
+        self.streams().contains_key(&key)
+    }
+
+    /// The stream is no more.
+    pub fn forget(&self, key: ArchiveKey) {
+        self.streams().remove(&key);
+    }
+
+    /// Batches that are here, from the offset `from` on. May wait for the disk.
+    ///
+    /// # Errors
+    /// The disk's, in words, or nobody has looked at it yet.
+    pub fn read(&self, key: ArchiveKey, from: u64, max_bytes: u64) -> Result<Vec<Archived>, String> {
+        let files = self.streams().get(&key).cloned();
+        match files {
+            Some(Some(files)) => files.read(from, max_bytes).map_err(|error| error.to_string()),
+            None if self.replicates => Err("this broker has yet to look at its disk".to_owned()),
+            Some(None) | None => Ok(Vec::new()),
+        }
+    }
+}
+
+/// Why what was asked for does not come.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ArchiveError {
+    /// It is on no disk. The lowest later offset that is on one.
+    Missing(Option<u64>),
+    /// It may be on a disk that cannot be asked.
+    Unreachable(String),
+}
+
+/// Batches that follow each other, beginning with the one that was asked for.
+pub type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
+
+struct Request {
+    key: ArchiveKey,
+    from: u64,
+    reply: Sender<ArchiveAnswer>,
+}
+
+/// Where workers ask for batches.
+#[derive(Clone)]
+pub struct Archive {
+    requests: UnboundedSender<Request>,
+}
+
+impl Archive {
+    /// The two ends: one to ask, one to [`ArchiveReader::run`].
+    pub fn new(region: Region<Native>, broker: u32, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
+        let (requests, queue) = unbounded_channel();
+        (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
+    }
+
+    /// Asks for batches from the offset `from` on.
+    pub fn ask(&self, key: ArchiveKey, from: u64) -> Receiver<ArchiveAnswer> {
+        let (reply, answer) = bounded(1);
+        // If nobody reads, the answer's other end is gone, which the caller sees.
+        let _ = self.requests.send(Request { key, from, reply });
+        answer
+    }
+}
+
+/// A connection to a broker, and to which process.
+type Clients = Arc<Mutex<HashMap<u32, (u32, ControlClient<Channel>)>>>;
+
+/// Reads from disks for those who ask.
+pub struct ArchiveReader {
+    region: Region<Native>,
+    broker: u32,
+    catalog: Arc<Catalog>,
+    clients: Clients,
+    queue: UnboundedReceiver<Request>,
+}
+
+impl ArchiveReader {
+    /// Answers until nobody can ask any more.
+    pub async fn run(mut self) {
+        while let Some(Request { key, from, reply }) = self.queue.recv().await {
+            let answers = self.ask_all(key, from);
+            // Others need not wait for these disks.
+            tokio::spawn(async move {
+                let mut answers = answers;
+                let mut all = Vec::new();
+                while let Some(answer) = answers.join_next().await {
+                    all.push(answer.unwrap_or_else(|error| Err(error.to_string())));
+                }
+                let _ = reply.send(join(from, all));
+            });
+        }
+    }
+
+    /// Asks every broker that may have it.
+    fn ask_all(&self, key: ArchiveKey, from: u64) -> JoinSet<Result<Vec<Archived>, String>> {
+        let mut answers = JoinSet::new();
+        let catalog = Arc::clone(&self.catalog);
+        answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
+        let Some(head) = read_headship(&self.region) else {
+            answers.spawn(async { Err(NoHead.to_string()) });
+            return answers;
+        };
+        for id in (0..self.region.geometry().max_brokers).filter(|id| *id != self.broker) {
+            let Some(info) = read_broker(&self.region, id) else { continue };
+            if head.broker_mask & 1 << id != 0 {
+                answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
+            } else if info.running && read_replica_state(&self.region, id) == ReplicaState::Running {
+                answers.spawn(async move { Err(format!("broker {id} is not there")) });
+            }
+        }
+        answers
+    }
+}
+
+/// Asks one broker's replica.
+async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: u64) -> Result<Vec<Archived>, String> {
+    let failed = |what: String| format!("broker {}: {what}", info.id);
+    let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
+    let mut client = match known {
+        Some((incarnation, client)) if incarnation == info.incarnation => client,
+        _ => {
+            let endpoint = Endpoint::try_from(format!("http://{}", info.control)).map_err(|e| failed(e.to_string()))?;
+            let connected = endpoint.connect_timeout(CALL).timeout(CALL).connect().await;
+            ControlClient::new(connected.map_err(|e| failed(e.to_string()))?).max_decoding_message_size(ANSWER_BYTES)
+        }
+    };
+    let ArchiveKey { topic, incarnation, stream } = key;
+    let request = proto::ReadReplicaRequest { topic, incarnation, stream, from_offset: from, max_bytes: READ_BYTES };
+    let answer = client.read_replica(request).await;
+    let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
+    match answer {
+        Ok(answer) => {
+            clients.insert(info.id, (info.incarnation, client));
+            Ok(answer.into_inner().batches.into_iter().map(from_proto).collect())
+        }
+        Err(error) => {
+            clients.remove(&info.id);
+            Err(failed(error.message().to_owned()))
+        }
+    }
+}
+
+fn from_proto(batch: proto::ArchivedBatch) -> Archived {
+    let proto::ArchivedBatch { first_offset, message_count, source, ordered_us, bytes } = batch;
+    Archived { first_offset, message_count, source, ordered_us, bytes }
+}
+
+/// The answer to another broker that asks for what is on this one's disk.
+///
+/// # Errors
+/// The disk's.
+#[allow(clippy::result_large_err)] // tonic's own error type
+pub fn read_replica(
+    catalog: &Catalog,
+    request: proto::ReadReplicaRequest,
+) -> Result<proto::ReadReplicaResponse, Status> {
+    let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes } = request;
+    let key = ArchiveKey { topic, incarnation, stream };
+    let found = catalog.read(key, from_offset, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
+    let batches = found.into_iter().map(|batch| {
+        let Archived { first_offset, message_count, source, ordered_us, bytes } = batch;
+        proto::ArchivedBatch { first_offset, message_count, source, ordered_us, bytes }
+    });
+    Ok(proto::ReadReplicaResponse { batches: batches.collect() })
+}
+
+/// Puts together what disks have: all that follows without a gap from the batch that has the offset `from`.
+fn join(from: u64, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
+    let mut unreachable = None;
+    let mut batches: BTreeMap<u64, Archived> = BTreeMap::new();
+    for answer in answers {
+        match answer {
+            Ok(found) => batches.extend(found.into_iter().map(|batch| (batch.first_offset, batch))),
+            Err(error) => unreachable = Some(error),
+        }
+    }
+    let lowest = batches.keys().next().copied();
+    let mut due = from;
+    let mut joined = Vec::new();
+    for (first, batch) in batches {
+        let end = batch.end_offset();
+        let follows = if joined.is_empty() { first <= due } else { first == due };
+        if end <= due {
+            continue;
+        }
+        if !follows {
+            break;
+        }
+        due = end;
+        joined.push(batch);
+    }
+    match (joined.is_empty(), unreachable) {
+        (false, _) => Ok(joined),
+        (true, Some(error)) => Err(ArchiveError::Unreachable(error)),
+        (true, None) => Err(ArchiveError::Missing(lowest)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn batch(first_offset: u64, message_count: u32) -> Archived {
+        Archived { first_offset, message_count, source: 0, ordered_us: 0, bytes: Vec::new() }
+    }
+
+    #[test]
+    fn an_offset_that_is_on_no_disk_is_missing_unless_a_disk_did_not_answer() {
+        let one = || Ok(vec![batch(10, 5), batch(20, 5)]);
+        assert_eq!(join(7, vec![one()]), Err(ArchiveError::Missing(Some(10))));
+        assert_eq!(join(30, vec![Ok(vec![])]), Err(ArchiveError::Missing(None)));
+        assert_eq!(join(7, vec![one(), Err("no".to_owned())]), Err(ArchiveError::Unreachable("no".to_owned())));
+        assert_eq!(join(12, vec![one(), Err("no".to_owned())]), Ok(vec![batch(10, 5)]));
+    }
+
+    proptest! {
+        /// However batches are spread over disks, and however far each disk's answer reaches.
+        #[test]
+        fn what_is_joined_has_no_gaps_and_begins_where_asked(
+            batches in prop::collection::vec((1u32..5, 0usize..3), 1..40), from in 0u64..60, reach in prop::array::uniform3(1usize..20),
+        ) {
+            let mut disks: [Vec<Archived>; 3] = Default::default();
+            let mut end = 0;
+            for (count, disk) in batches {
+                disks[disk].push(batch(end, count));
+                end += u64::from(count);
+            }
+            let mut answers = Vec::new();
+            for (disk, reach) in disks.into_iter().zip(reach) {
+                answers.push(Ok(disk.into_iter().filter(|batch| batch.end_offset() > from).take(reach).collect()));
+            }
+            match join(from, answers) {
+                Ok(joined) => {
+                    prop_assert!(joined[0].first_offset <= from && joined[0].end_offset() > from);
+                    prop_assert!(joined.windows(2).all(|pair| pair[0].end_offset() == pair[1].first_offset));
+                }
+                missing => prop_assert!(from >= end && missing == Err(ArchiveError::Missing(None))),
+            }
+        }
+    }
+}
