@@ -11,7 +11,7 @@
 //! successor has it too.
 
 use super::fabric::{CoherentFabric, Fabric, Guard, LINE_BYTES, RegionOffset, Site};
-use super::layout::{ControlLine, HEAD_TOPIC_BYTES, SESSION_BYTES, Seat, SeatLine, SessionLine, TopicLine};
+use super::layout::{ControlLine, HEAD_TOPIC_BYTES, SESSION_BYTES, Seat, SeatLine, SessionLine, TailLine, TopicLine};
 use super::order_index::{StreamId, read_extent_at};
 use super::region::Region;
 use bytemuck::Zeroable;
@@ -191,11 +191,29 @@ pub fn inherit<F: Fabric>(region: &Region<F>, seat: Seat) -> Vec<u64> {
     }
     copy(layout.head.halves, layout.head.sessions - layout.head.halves);
     for topic in 0..u64::from(geometry.max_topics) {
-        copy(topic * HEAD_TOPIC_BYTES + 2 * LINE_BYTES, LINE_BYTES);
+        let tail = topic * HEAD_TOPIC_BYTES + 2 * LINE_BYTES;
+        copy_steady(region, source.add(tail), target.add(tail));
     }
     copy(layout.head.directories, layout.head.bytes - layout.head.directories);
     region.fabric().fence(Site::InheritFlush);
     begun
+}
+
+/// Copies a line whose words only grow as it was at one moment: two looks that see the same saw what stood between them
+/// (Afek et al., "Atomic snapshots of shared memory", J. ACM 1993). Its writer stops soon, as it leads no more.
+fn copy_steady<F: Fabric>(region: &Region<F>, from: RegionOffset, to: RegionOffset) {
+    let fabric = region.fabric();
+    let look = || fabric.observe_line::<TailLine>(from, Site::InheritRead);
+    let mut line = look();
+    for _ in 0..COPIES {
+        let again = look();
+        if again == line {
+            break;
+        }
+        line = again;
+    }
+    fabric.store_line(to, &line);
+    fabric.flush(to, LINE_BYTES, Site::InheritFlush);
 }
 
 fn copy_lines<F: Fabric>(region: &Region<F>, from: RegionOffset, to: RegionOffset, bytes: u64) {
@@ -241,7 +259,7 @@ fn copy_versioned<F: Fabric, T: super::fabric::Line>(
     true
 }
 
-/// Times that a line in the middle of a change is looked at.
+/// Times that a line that changes is looked at.
 const COPIES: u32 = 1000;
 
 /// Who orders, as the control block says.

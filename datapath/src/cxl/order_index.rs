@@ -175,12 +175,13 @@ impl<F: Fabric> OrderIndexWriter<F> {
             trimmed: tail.trimmed,
             segments,
         };
-        writer.take_stock();
+        writer.take_stock(tail.trimmed_offset);
         writer
     }
 
-    /// Looks at all entries that are kept, which another may have written.
-    fn take_stock(&mut self) {
+    /// Looks at all entries that are kept, which another may have written. The first of them, or the next that comes, has
+    /// `trimmed_offset`.
+    fn take_stock(&mut self, trimmed_offset: u64) {
         let per_segment = entries_per_segment(&self.region);
         for foreign in self.segments.iter().filter(|segment| !segment.own) {
             let used = (self.next - foreign.ordinal * per_segment).min(per_segment);
@@ -189,9 +190,18 @@ impl<F: Fabric> OrderIndexWriter<F> {
         }
         self.kept_bytes =
             (self.trimmed..self.next).filter_map(|at| self.entry(at)).map(|entry| u64::from(entry.bytes)).sum();
-        if let Some(last) = self.next.checked_sub(1).and_then(|last| self.entry(last)) {
-            // The word in the tail may be ahead of the tail: whoever wrote it died, or was read, in between.
-            self.next_offset = last.first_offset + u64::from(last.message_count);
+        // The word in the tail may be ahead of the tail: whoever wrote it died, or was read, in between.
+        let last = self.next.checked_sub(1).and_then(|last| self.entry(last));
+        let next_offset = match last {
+            Some(last) => last.first_offset + u64::from(last.message_count),
+            None => trimmed_offset,
+        };
+        if next_offset != self.next_offset {
+            self.next_offset = next_offset;
+            let fabric = self.region.fabric();
+            fabric.store(self.tail_at.add(NEXT_OFFSET), next_offset);
+            fabric.flush(self.tail_at, 64, Site::TailFlush);
+            fabric.fence(Site::TailFlush);
         }
     }
 
