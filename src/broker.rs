@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 #[derive(Args)]
 pub struct BrokerArgs {
@@ -41,11 +42,14 @@ pub fn run(args: BrokerArgs) -> Result<()> {
     config.control_listen = args.control.unwrap_or(config.control_listen);
     config.validate().map_err(|error| located(args.config.as_deref(), error.key, &error.value.clone(), error))?;
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot watch for signals")?;
+    let patience = Duration::from_millis(config.drain_ms);
     let mut broker = Broker::start(config)?;
     let info = broker.info();
     // One line on standard output tells a parent process where the broker is.
     println!("{}", json!({ "broker": info.id, "head": broker.is_head(), "data": info.data, "control": info.control }));
-    signals.forever().next();
+    if signals.forever().next() == Some(SIGTERM) {
+        broker.drain(patience, || signals.pending().next().is_some());
+    }
     broker.stop();
     Ok(())
 }

@@ -11,10 +11,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::net::TcpListener;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use support::{Cluster, assert_exactly_once, eventually, history, message};
+use support::{Cluster, Proxy, assert_exactly_once, eventually, history, message};
 
 /// Clients that live through it.
 const CLIENTS: u32 = 4;
@@ -32,6 +33,15 @@ fn client(cluster: &Cluster) -> Client {
     let config =
         ClientConfig { bootstrap, ack_level: 2, batch_size: 8 << 10, buffer_bytes: 512 << 10, ..cluster.config() };
     Client::connect(config).unwrap()
+}
+
+/// Starts broker `id` where a proxy is, which stays when the broker's process changes.
+fn proxied(cluster: &mut Cluster, id: u32) -> Proxy {
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let proxy = Proxy::start(free);
+    let (id, data, advertise) = (id.to_string(), free.to_string(), proxy.address.to_string());
+    cluster.add(&["--id", &id, "--data", &data, "--advertise", &advertise]);
+    proxy
 }
 
 /// A client process that publishes without end, as `number`.
@@ -71,13 +81,16 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
     let mut random = StdRng::seed_from_u64(seed);
     let disk = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(
-        4,
+        0,
         &["--size", "512MiB", "--segment-size", "1MiB"],
         &[
             ("EMBARCADERO_BROKER_REPLICA__PATH", disk.path().to_str().unwrap()),
             ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "1000"),
         ],
     );
+    // Clients reach brokers through proxies, which cut connections.
+    let proxies: Vec<Proxy> = (0..4).map(|id| proxied(&mut cluster, id)).collect();
+    cluster.await_brokers(4);
     let reading = client(&cluster);
     let options = TopicOptions { order: Order::Strong, ack_level: 2, replication_factor: 3, ..TopicOptions::default() };
     reading.create_topic("t", options).unwrap();
@@ -97,7 +110,7 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
             let head = reading.cluster().ok().and_then(|view| view.brokers.into_iter().find(|broker| broker.head));
             let head = head.and_then(|head| cluster.brokers.iter().position(|broker| broker.id == head.id));
             let any = random.random_range(0..cluster.brokers.len());
-            match random.random_range(0..5) {
+            match random.random_range(0..7) {
                 0 | 1 => {
                     let dead = cluster.kill(head.unwrap_or(any));
                     cluster.restart(&dead);
@@ -111,6 +124,15 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
                     std::thread::sleep(Duration::from_millis(random.random_range(10..400)));
                     cluster.brokers[any].signal("-CONT");
                 }
+                // Long enough for another to take over from it.
+                4 => {
+                    let stopped = head.unwrap_or(any);
+                    cluster.brokers[stopped].signal("-STOP");
+                    std::thread::sleep(Duration::from_millis(random.random_range(150..500)));
+                    cluster.brokers[stopped].signal("-CONT");
+                }
+                // In mid-batch, most likely: towards the broker or from it.
+                5 => proxies[random.random_range(0..proxies.len())].cut_after(random.random_range(0..200_000)),
                 _ => {
                     if let Some(mut child) = running.take() {
                         child.kill().unwrap();

@@ -44,7 +44,7 @@ fn heads_die(create: &[&str], rounds: u64) {
             let dead = cluster.kill(dead);
             deaths.store(round, Ordering::SeqCst);
             let next = cluster.head();
-            assert_ne!(cluster.brokers[next].id, dead.0);
+            assert_ne!(cluster.brokers[next].id, dead.id);
             cluster.restart(&dead);
         }
     });

@@ -35,7 +35,7 @@ use embarcadero_datapath::verbs::VerbsError;
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -83,12 +83,26 @@ pub struct Broker {
     info: BrokerInfo,
     region: Region<Native>,
     head: Arc<HeadSlot>,
-    stop: Arc<AtomicBool>,
+    exit: Exit,
     control_stop: Option<tokio::sync::oneshot::Sender<()>>,
     threads: Vec<JoinHandle<()>>,
     // Given up last.
     _id_lock: BrokerLock,
 }
+
+/// How a broker's threads are told to come to an end.
+#[derive(Clone, Default)]
+struct Exit {
+    /// Clients are sent to other brokers.
+    draining: Arc<AtomicBool>,
+    /// Those that are here still.
+    connections: Arc<AtomicUsize>,
+    /// Everything stops.
+    stop: Arc<AtomicBool>,
+}
+
+/// Time between two looks at whether all clients are gone.
+const DRAIN_POLL: Duration = Duration::from_millis(5);
 
 struct Start {
     config: BrokerConfig,
@@ -176,9 +190,23 @@ impl Broker {
         self.head.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
+    /// Takes nothing more from clients, acknowledges what it has, and sends them to other brokers. False when some were still
+    /// here after `patience`, or when `hurry` said to wait no longer. Then [`Broker::stop`].
+    pub fn drain(&self, patience: Duration, mut hurry: impl FnMut() -> bool) -> bool {
+        self.exit.draining.store(true, Ordering::Relaxed);
+        let begun = Instant::now();
+        let left = || self.exit.connections.load(Ordering::Relaxed);
+        while left() > 0 && begun.elapsed() < patience && !hurry() {
+            std::thread::sleep(DRAIN_POLL);
+        }
+        let left = left();
+        tracing::info!(broker = self.info.id, connections = left, "drained");
+        left == 0
+    }
+
     /// Stops all threads and marks the slot as left.
     pub fn stop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.exit.stop.store(true, Ordering::Relaxed);
         if let Some(stop) = self.control_stop.take() {
             let _ = stop.send(());
         }
@@ -237,7 +265,8 @@ impl Start {
         let region = self.file.region().clone();
         let pool = pool::allocator(&region, info).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), info.id, Arc::clone(&pool)));
-        let stop = Arc::new(AtomicBool::new(false));
+        let exit = Exit::default();
+        let stop = Arc::clone(&exit.stop);
         let (stages, promoted) = bounded(1);
         let mut threads = Vec::new();
         let catalog = if config.replica.path.is_some() {
@@ -249,7 +278,7 @@ impl Start {
             Arc::new(Catalog::new(false))
         };
         let (archive, reader) = Archive::new(region.clone(), info.id, Arc::clone(&catalog));
-        let accepted = spawn_workers(&self, &topics, &stop, promoted, archive, &mut threads)?;
+        let accepted = spawn_workers(&self, &topics, &exit, promoted, archive, &mut threads)?;
         threads.push(spawn_acceptor(data, accepted, Arc::clone(&stop))?);
         let head: Arc<HeadSlot> = Arc::default();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -309,7 +338,7 @@ impl Start {
         threads.push(spawn_control(runtime, control, service, reader, candidate, reign, stopped)?);
         let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
         tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = leads, "serving");
-        Ok(Broker { info, region, head, stop, control_stop: Some(control_stop), threads, _id_lock: id_lock })
+        Ok(Broker { info, region, head, exit, control_stop: Some(control_stop), threads, _id_lock: id_lock })
     }
 }
 
@@ -378,7 +407,7 @@ fn open_verbs(config: &BrokerConfig, file: &RegionFile) -> Result<Arc<VerbsHost>
 fn spawn_workers(
     start: &Start,
     topics: &Arc<TopicTable<Native>>,
-    stop: &Arc<AtomicBool>,
+    exit: &Exit,
     promoted: Receiver<HeadStages>,
     archive: Archive,
     threads: &mut Vec<JoinHandle<()>>,
@@ -405,7 +434,9 @@ fn spawn_workers(
         },
         #[cfg(feature = "rdma")]
         verbs: start.verbs.clone(),
-        stop: Arc::clone(stop),
+        draining: Arc::clone(&exit.draining),
+        connections: Arc::clone(&exit.connections),
+        stop: Arc::clone(&exit.stop),
     };
     // Every batch in flight can have an ack waiting here.
     let ack_slots = (sessions * SESSION_WINDOW as usize).min(1 << 17);

@@ -287,6 +287,8 @@ pub struct BrokerConfig {
     pub head_lease_ms: u64,
     /// How long a subscriber may hold what retention wants, milliseconds.
     pub delivery_patience_ms: u64,
+    /// How long a broker that is told to stop (SIGTERM) waits for its clients to be served and gone, milliseconds.
+    pub drain_ms: u64,
     /// SO_SNDBUF and SO_RCVBUF of data sockets, bytes; unset leaves them to the kernel, on loopback to
     /// 512 KiB.
     pub socket_buffer_bytes: Option<usize>,
@@ -319,6 +321,7 @@ impl Default for BrokerConfig {
             broker_lease_ms: 2000,
             head_lease_ms: 100,
             delivery_patience_ms: 5000,
+            drain_ms: 3000,
             socket_buffer_bytes: None,
         }
     }
@@ -351,6 +354,7 @@ impl BrokerConfig {
         within("broker_lease_ms", self.broker_lease_ms, self.heartbeat_ms * 5, 600_000)?;
         within("head_lease_ms", self.head_lease_ms, self.heartbeat_ms * 5, 600_000)?;
         within("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000)?;
+        within("drain_ms", self.drain_ms, 0, 3_600_000)?;
         within("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30)?;
         within("replica.file_bytes", self.replica.file_bytes, 1 << 20, 1 << 40)?;
         within("replica.patience_ms", self.replica.patience_ms, 100, 3_600_000)?;

@@ -185,7 +185,10 @@ impl SubscriberSession {
     /// # Errors
     /// The index cannot be read.
     pub fn position(&mut self, outbox: &mut Outbox) -> Result<(), TransportError> {
-        let next_offset = match self.extent() {
+        // Between two heads nobody can say; the client asks again.
+        let extent = read_extent(&self.region, self.stream).map_err(ReadError::from).map_err(unreadable)?;
+        let exists = extent.incarnation == u64::from(self.topic.config.incarnation);
+        let next_offset = match Some(extent).filter(|_| exists) {
             Some(extent) => {
                 let pinned = self.topic.pins.set(self.pin, outbox.lowest_position().min(extent.trimmed));
                 pinned.map_err(ReadError::from).and_then(|_| self.next_offset(&extent)).map_err(unreadable)?

@@ -22,7 +22,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::TcpStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Batches that one connection may receive before others have their turn.
@@ -75,6 +75,10 @@ pub struct Shared {
     /// The RDMA device, if the broker offers verbs.
     #[cfg(feature = "rdma")]
     pub verbs: Option<Arc<VerbsHost>>,
+    /// Set when the broker is about to leave: clients go to others.
+    pub draining: Arc<AtomicBool>,
+    /// Connections of all workers.
+    pub connections: Arc<AtomicUsize>,
     /// Set when the broker stops.
     pub stop: Arc<AtomicBool>,
 }
@@ -309,6 +313,7 @@ impl Worker {
             }
         }
         self.clients[slot] = None;
+        self.shared.connections.fetch_sub(1, Ordering::Relaxed);
         self.free.push(slot);
     }
 
@@ -374,6 +379,9 @@ impl Worker {
         let mut any = false;
         while let Ok(stream) = self.accepted.try_recv() {
             any = true;
+            if self.shared.draining.load(Ordering::Relaxed) {
+                continue;
+            }
             let link = match TcpConnection::new(stream, self.shared.sockets) {
                 Ok(link) => Channel::new(link),
                 Err(error) => {
@@ -392,6 +400,7 @@ impl Worker {
                 self.free.push(slot);
                 continue;
             }
+            self.shared.connections.fetch_add(1, Ordering::Relaxed);
             self.clients[slot] = Some(Client {
                 link,
                 role: Role::New,
@@ -416,8 +425,12 @@ impl Worker {
     /// Receives what a connection has, within its share.
     fn receive(&mut self, slot: usize) -> bool {
         let mut moved = false;
+        let draining = self.shared.draining.load(Ordering::Relaxed);
         for _ in 0..RECEIVE_BATCHES {
             let Some(Some(client)) = self.clients.get_mut(slot) else { return moved };
+            if draining && !matches!(client.role, Role::Leaving(_)) {
+                return moved;
+            }
             let session = match &mut client.role {
                 Role::Publisher(session) => Some(&mut **session),
                 // `turn` reads and discards what still comes.
@@ -561,6 +574,11 @@ impl Worker {
                 return true;
             }
         }
+        if self.shared.draining.load(Ordering::Relaxed) && self.is_drained(slot) {
+            let text = "this broker is leaving; go to another";
+            self.part(slot, &TransportError::refused(ErrorCode::Unavailable, text));
+            return true;
+        }
         let due = |client: &Client| {
             let open = matches!(client.role, Role::Publisher(_) | Role::Subscriber(_));
             client.waiting || (open && client.link.has_work())
@@ -569,6 +587,20 @@ impl Worker {
             moved |= self.receive(slot);
         }
         moved
+    }
+
+    /// True when a connection owes its client nothing that another broker could not give. Nothing more is received.
+    fn is_drained(&mut self, slot: usize) -> bool {
+        let Some(Some(client)) = self.clients.get_mut(slot) else { return false };
+        match &client.role {
+            Role::New => true,
+            Role::Publisher(session) => session.acks.is_empty() && client.outbox.is_empty(),
+            Role::Subscriber(_) => {
+                client.outbox.drop_unsent_batches();
+                !client.outbox.is_mid_way()
+            }
+            Role::Leaving(_) => false,
+        }
     }
 
     fn check_standing(

@@ -28,6 +28,8 @@ const QUEUED_PER_LINK: usize = 2;
 const DRIVE_EVERY: u32 = 128;
 /// Part of the progress timeout after which a publisher tries other connections.
 const SILENCE: u32 = 4;
+/// Time after which the brokers are asked for anew.
+const REFRESH: Duration = Duration::from_secs(1);
 /// First and longest wait before a connection is tried again.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -127,6 +129,8 @@ struct Driver {
     refused: Option<ClientError>,
     stats: PublisherStats,
     driven_at: Instant,
+    /// When the brokers were last asked for.
+    refreshed_at: Instant,
     /// When a batch was last acknowledged, or the first of those in flight was sealed.
     progressed_at: Instant,
 }
@@ -215,6 +219,7 @@ impl PublisherCore {
             refused: None,
             stats: PublisherStats::default(),
             driven_at: now,
+            refreshed_at: now,
             progressed_at: now,
         };
         let core = Arc::new(Self {
@@ -247,6 +252,7 @@ impl PublisherCore {
             self.reopen();
         }
         self.connect_due();
+        self.refresh_if_due();
         if idle {
             self.send_open(Occasion::Awaited);
         }
@@ -338,8 +344,17 @@ impl PublisherCore {
         }
     }
 
+    /// Brokers come and go while connections last.
+    fn refresh_if_due(&self) {
+        let due = |driver: &Driver| driver.failed.is_none() && driver.refreshed_at.elapsed() > REFRESH;
+        if due(&lock(&self.driver)) {
+            self.refresh_brokers();
+        }
+    }
+
     /// Takes up brokers that came back elsewhere, and new ones.
     fn refresh_brokers(&self) {
+        lock(&self.driver).refreshed_at = Instant::now();
         let Ok(cluster) = self.inner.cluster() else { return };
         let limit = self.inner.config.max_brokers;
         let mut driver = lock(&self.driver);

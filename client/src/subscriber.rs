@@ -112,6 +112,8 @@ struct Stream {
     due: Option<u64>,
     from: Start,
     retry_at: Instant,
+    /// Connections made so far.
+    connections: u64,
 }
 
 fn again(error: &io::Error) -> bool {
@@ -149,6 +151,7 @@ impl Stream {
         socket.set_nonblocking(true)?;
         (self.start, self.end) = (0, 0);
         self.socket = Some(socket);
+        self.connections += 1;
         Ok(())
     }
 
@@ -351,6 +354,7 @@ impl Subscriber {
             due: None,
             from,
             retry_at: now,
+            connections: 0,
         };
         let streams: Vec<Stream> = if topic.order.is_global() {
             // Spread subscribers over brokers.
@@ -581,15 +585,19 @@ impl Subscriber {
     pub fn drain_batches(&mut self, mut each: impl FnMut(Batch<'_>)) -> Result<(), ClientError> {
         let timeout = self.inner.config.progress_timeout();
         let mut reach: Vec<Option<u64>> = vec![None; self.streams.len()];
-        let mut asked = vec![false; self.streams.len()];
+        // On which connection: the answer is lost with it.
+        let mut asked = vec![0; self.streams.len()];
         let mut progress = Instant::now();
         loop {
             for (stream, asked) in self.streams.iter_mut().zip(&mut asked) {
                 match &mut stream.socket {
                     // A question is 64 bytes on a socket that carries nothing else this way.
-                    Some(socket) if !*asked => *asked = socket.write(&Position::blank().encode()).is_ok(),
-                    Some(_) => {}
-                    None => *asked = false,
+                    Some(socket) if *asked != stream.connections => {
+                        if socket.write(&Position::blank().encode()).is_ok() {
+                            *asked = stream.connections;
+                        }
+                    }
+                    Some(_) | None => {}
                 }
             }
             let reached = self.streams.iter().zip(&reach).all(|(stream, reach)| {

@@ -24,6 +24,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub struct Broker {
     pub child: Child,
     pub id: u32,
+    /// What it was started with.
+    arguments: Vec<String>,
     pub data: SocketAddr,
     pub control: String,
 }
@@ -126,6 +128,7 @@ impl Cluster {
         let said: serde_json::Value = serde_json::from_str(&line).expect("the broker did not start");
         self.brokers.push(Broker {
             child,
+            arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
             id: said["broker"].as_u64().unwrap() as u32,
             data: said["data"].as_str().unwrap().parse().unwrap(),
             control: said["control"].as_str().unwrap().to_owned(),
@@ -186,16 +189,23 @@ impl Cluster {
         self.inspect()["control_block"]["epoch"].as_u64().unwrap()
     }
 
-    /// kill -9; what is needed to start it again: id and control address.
-    pub fn kill(&mut self, index: usize) -> (u32, String) {
+    /// kill -9; what was killed, to start it again.
+    pub fn kill(&mut self, index: usize) -> Broker {
         let mut broker = self.brokers.remove(index);
         broker.kill();
-        (broker.id, broker.control.clone())
+        broker
     }
 
-    /// Starts a broker again that was killed.
-    pub fn restart(&mut self, (id, control): &(u32, String)) {
-        self.add(&["--id", &id.to_string(), "--control", control]);
+    /// Starts a broker again that was killed, under its id and control address.
+    pub fn restart(&mut self, dead: &Broker) {
+        let id = dead.id.to_string();
+        let mut arguments: Vec<&str> = dead.arguments.iter().map(String::as_str).collect();
+        for (flag, value) in [("--id", id.as_str()), ("--control", dead.control.as_str())] {
+            if !arguments.contains(&flag) {
+                arguments.extend([flag, value]);
+            }
+        }
+        self.add(&arguments);
     }
 
     /// The numbers of a publisher's session, read back from the region: to speak in its name.
