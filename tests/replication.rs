@@ -161,6 +161,13 @@ fn what_the_region_no_longer_holds_is_read_from_disks() {
 fn a_dead_replica_is_replaced_and_catches_up_when_it_returns() {
     let disk = tempfile::tempdir().unwrap();
     let mut cluster = start(4, &disk);
+    // Those that are started from now on write in the other way, into the same files.
+    let uring = Path::new("/proc/sys/kernel/io_uring_disabled");
+    if std::fs::read_to_string(uring).is_ok_and(|disabled| disabled.trim() == "0") {
+        cluster.set("EMBARCADERO_BROKER_REPLICA__IO", "uring");
+    } else {
+        println!("SKIPPED: replica.io: uring, as this kernel does not allow it");
+    }
     let publishing = client(&cluster, 2);
     publishing.create_topic("t", replicated(Order::Strong, 3)).unwrap();
     let publisher = publishing.publisher("t").unwrap();

@@ -1,7 +1,7 @@
 //! Puts a broker together and takes it apart.
 
 use crate::archive::{Archive, ArchiveReader, Catalog};
-use crate::config::{BrokerConfig, Coherence, ConfigError, Role, Transport};
+use crate::config::{BrokerConfig, Coherence, ConfigError, ReplicaIo, Role, Transport};
 use crate::control::{ControlService, HeadSlot};
 use crate::delegation::{Delegation, Landed};
 use crate::head::{Candidate, Election, Reach, Reign};
@@ -30,13 +30,14 @@ use embarcadero_datapath::poll::{Idle, PollBounds, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
 #[cfg(feature = "rdma")]
 use embarcadero_datapath::transport::verbs::VerbsHost;
+use embarcadero_datapath::uring::Uring;
 #[cfg(feature = "rdma")]
 use embarcadero_datapath::verbs::VerbsError;
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -477,6 +478,17 @@ fn stream_directory(base: &Path, broker: u32, identity: &Identity) -> PathBuf {
     base.join(region).join(format!("replica-{broker}")).join(topic).join(stream)
 }
 
+/// What a replica writes through, if that is to be io_uring.
+fn open_ring(io: ReplicaIo) -> Result<Option<Arc<Mutex<Uring>>>, BrokerError> {
+    match io {
+        ReplicaIo::Pwrite => Ok(None),
+        ReplicaIo::Uring => {
+            let ring = Uring::new().map_err(io_error("replicate through io_uring (replica.io)"))?;
+            Ok(Some(Arc::new(Mutex::new(ring))))
+        }
+    }
+}
+
 fn spawn_replica(
     start: &Start,
     topics: &Arc<TopicTable<Native>>,
@@ -488,9 +500,10 @@ fn spawn_replica(
     let failed = |source| io_error(format!("keep replicas in {} {with}", base.display()))(source);
     // Now rather than at the first batch.
     Directory::new(base.clone(), config.direct).probe().map_err(failed)?;
-    let (broker, direct) = (start.info.id, config.direct);
+    let (broker, direct, ring) = (start.info.id, config.direct, open_ring(config.io)?);
     let open = move |identity: &Identity| {
-        Box::new(Directory::new(stream_directory(&base, broker, identity), direct)) as Box<dyn Medium>
+        let directory = Directory::new(stream_directory(&base, broker, identity), direct);
+        Box::new(directory.through(ring.clone())) as Box<dyn Medium>
     };
     let options = ReplicaOptions {
         group_bytes: config.group_bytes,

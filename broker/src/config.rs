@@ -187,6 +187,17 @@ impl Default for RdmaConfig {
     }
 }
 
+/// How a replica writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ReplicaIo {
+    /// pwrite and `fdatasync`.
+    Pwrite,
+    /// io_uring, or the broker does not start: a write and its `fdatasync` are one system call. (The kernel does the second
+    /// in a thread of its own, which costs more than it saves where cores are few.)
+    Uring,
+}
+
 /// Replication: this broker's disk, for its own and others' batches.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -195,6 +206,8 @@ pub struct ReplicaConfig {
     pub path: Option<PathBuf>,
     /// Write past the page cache (O_DIRECT): much cheaper, but not every file system can.
     pub direct: bool,
+    /// How it writes.
+    pub io: ReplicaIo,
     /// Bytes that are made durable with one `fdatasync`, at most.
     pub group_bytes: u64,
     /// Bytes of a file, after which the next one begins.
@@ -210,6 +223,7 @@ impl Default for ReplicaConfig {
         Self {
             path: None,
             direct: true,
+            io: ReplicaIo::Pwrite,
             group_bytes: 4 << 20,
             file_bytes: 256 << 20,
             retention_bytes: 0,

@@ -825,7 +825,7 @@ fn no_schedule_breaks_a_promise() {
 /// Without one of the flushes, fences or invalidates, some schedule fails.
 #[test]
 fn every_flush_fence_and_invalidate_is_needed() {
-    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 3000) as usize;
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000) as usize;
     std::panic::set_hook(Box::new(|_| {}));
     let mut survivors = Vec::new();
     for site in Site::ALL {

@@ -1,6 +1,6 @@
 //! The data path of Embarcadero: the shared CXL region and the rules for touching it ([`cxl`]), the bytes that
 //! travel between clients and brokers ([`wire`]), how they travel ([`transport`], and `verbs` with feature `rdma`), and how
-//! threads wait ([`poll`]).
+//! threads wait ([`poll`]). [`uring`] writes files.
 //!
 //! All `unsafe` code of the project lives here and in `sys/`.
 
@@ -8,6 +8,7 @@ pub mod buffer;
 pub mod cxl;
 pub mod poll;
 pub mod transport;
+pub mod uring;
 #[cfg(feature = "rdma")]
 pub mod verbs;
 pub mod wire;

@@ -2,9 +2,11 @@
 
 use super::format::BLOCK;
 use embarcadero_datapath::buffer::Buffer;
+use embarcadero_datapath::uring::Uring;
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -65,6 +67,15 @@ pub trait MediumFile: Send {
     /// What the system reports. What was written since the last success may be lost then, whatever a later call says.
     fn sync(&mut self) -> io::Result<()>;
 
+    /// As `write` and then `sync`.
+    ///
+    /// # Errors
+    /// Those of the two.
+    fn write_durable(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        self.write(at, from)?;
+        self.sync()
+    }
+
     /// Makes durable what is in it, and has later reads come from the disk: what an earlier process wrote may be in the
     /// page cache only, and after a failed write-back the page cache says nothing about the disk.
     ///
@@ -83,13 +94,20 @@ pub trait MediumFile: Send {
 pub struct Directory {
     path: PathBuf,
     direct: bool,
+    ring: Option<Arc<Mutex<Uring>>>,
 }
 
 impl Directory {
     /// The directory at `path`; `direct` writes past the page cache.
     #[must_use]
     pub fn new(path: PathBuf, direct: bool) -> Self {
-        Self { path, direct }
+        Self { path, direct, ring: None }
+    }
+
+    /// Writes through `ring` from now on, if there is one.
+    #[must_use]
+    pub fn through(self, ring: Option<Arc<Mutex<Uring>>>) -> Self {
+        Self { ring, ..self }
     }
 
     /// Makes the directory if need be, and tries whether a block can be written and made durable in it.
@@ -112,7 +130,7 @@ impl Directory {
         } else {
             None
         };
-        Ok(DirectoryFile { file, direct })
+        Ok(DirectoryFile { file, direct, ring: self.ring.clone() })
     }
 }
 
@@ -157,9 +175,20 @@ struct DirectoryFile {
     file: File,
     /// The same file, past the page cache.
     direct: Option<File>,
+    ring: Option<Arc<Mutex<Uring>>>,
 }
 
 impl MediumFile for DirectoryFile {
+    fn write_durable(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        let Some(ring) = &self.ring else {
+            self.write(at, from)?;
+            return self.sync();
+        };
+        let to = self.direct.as_ref().unwrap_or(&self.file);
+        let mut ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+        ring.write_durable(to.as_fd(), self.file.as_fd(), at, from)
+    }
+
     fn bytes(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len())
     }

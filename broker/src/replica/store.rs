@@ -329,8 +329,7 @@ impl StreamLog {
         };
         let name = file_name(file.number);
         let failed = |action| io_error(&*self.medium, action, &name);
-        writer.write(file.bytes, group).map_err(failed("write"))?;
-        writer.sync().map_err(failed("make durable"))?;
+        writer.write_durable(file.bytes, group).map_err(failed("write, or make durable,"))?;
         let GroupHeader { from, through, bytes, sources, .. } = *header;
         let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
         let (first_offset, end_offset) = offsets(&parse_group(group).map_err(damaged)?.1);
