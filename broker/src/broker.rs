@@ -125,12 +125,7 @@ impl Broker {
         let region = file.region().clone();
         check_region(&config, &region)?;
         if config.transport == Transport::Verbs && !cfg!(feature = "rdma") {
-            return Err(ConfigError {
-                key: "transport",
-                value: "verbs".to_owned(),
-                bound: "tcp: this build has no RDMA (cargo feature rdma)".to_owned(),
-            }
-            .into());
+            return Err(not_built("transport", "verbs", "tcp: this build has no RDMA (cargo feature rdma)"));
         }
         if let Some(node) = config.cxl.numa_node {
             file.bind(node)?;
@@ -145,12 +140,7 @@ impl Broker {
             region.require_node(node)?;
         }
         if config.membership == Membership::Etcd && !cfg!(feature = "etcd") {
-            return Err(ConfigError {
-                key: "membership",
-                value: "etcd".to_owned(),
-                bound: "embedded: this build has no etcd (cargo feature etcd)".to_owned(),
-            }
-            .into());
+            return Err(not_built("membership", "etcd", "embedded: this build has no etcd (cargo feature etcd)"));
         }
         let (id, id_lock) = claim_id(&file, config.id)?;
         let seats = region.geometry().max_heads;
@@ -224,6 +214,11 @@ impl Drop for Broker {
             self.stop();
         }
     }
+}
+
+/// What was asked for needs a cargo feature that this build lacks.
+fn not_built(key: &'static str, value: &str, bound: &str) -> BrokerError {
+    ConfigError { key, value: value.to_owned(), bound: bound.to_owned() }.into()
 }
 
 fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {

@@ -3,15 +3,36 @@
 use super::report::{Report, Row};
 use super::{BenchArgs, ceiling, publish_goodput};
 use anyhow::{Context, Result};
+use std::path::PathBuf;
+
+/// A directory whose files are gone afterwards: a few runs would fill a disk.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    /// Makes it, or empties it.
+    fn renew(&self) -> Result<()> {
+        let _ = std::fs::remove_dir_all(&self.0);
+        std::fs::create_dir_all(&self.0).with_context(|| format!("cannot make {}", self.0.display()))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
 
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let directory = args.replicas.as_ref().context("--replicas is missing: a directory on the disk to be measured")?;
+    let on = args.replicas.as_ref().context("--replicas is missing: a directory on the disk to be measured")?;
+    let scratch = Scratch(on.join(format!("embarcadero-bench-{}", std::process::id())));
+    let directory = &scratch.0;
     let copies = args.replication_factor.max(2);
     let without = BenchArgs { ack: 1, replication_factor: 1, replicas: None, ..args.clone() };
-    let visible = BenchArgs { ack: 1, replication_factor: copies, ..args.clone() };
+    let visible = BenchArgs { ack: 1, replication_factor: copies, replicas: Some(directory.clone()), ..args.clone() };
     let durable = BenchArgs { ack: 2, ..visible.clone() };
     let (mut disk, mut off, mut level_1, mut level_2, mut bound) = (vec![], vec![], vec![], vec![], vec![]);
     for _ in 0..args.runs {
+        scratch.renew()?;
         // Every message is written as often as there are copies on disks, here to one disk.
         let written = ceiling::disk_write(directory, args.seconds)? / f64::from(copies - 1);
         let visible_without = publish_goodput(&without)?;

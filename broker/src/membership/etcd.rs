@@ -154,8 +154,9 @@ impl Etcd {
         latest_claim: impl Fn() -> u64 + Send + Sync + 'static,
     ) -> Result<Self, EtcdError> {
         let options = ConnectOptions::new().with_connect_timeout(CALL).with_keep_alive(CALL, CALL);
-        let failed = |source| EtcdError::Failed { endpoints: config.endpoints.join(", "), source };
-        let client = Client::connect(&config.endpoints, Some(options)).await.map_err(failed)?;
+        let connected = Client::connect(&config.endpoints, Some(options)).await;
+        let client =
+            connected.map_err(|source| EtcdError::Failed { endpoints: config.endpoints.join(", "), source })?;
         let prefix = format!("{}/{uuid}/", config.prefix.trim_end_matches('/'));
         let etcd = Self {
             client,
@@ -183,11 +184,18 @@ impl Etcd {
         self.config.endpoints.join(", ")
     }
 
+    fn failed(&self, source: etcd_client::Error) -> EtcdError {
+        EtcdError::Failed { endpoints: self.endpoints(), source }
+    }
+
+    fn silent(&self) -> EtcdError {
+        EtcdError::Silent { endpoints: self.endpoints() }
+    }
+
     async fn call<R>(&self, call: impl Future<Output = Result<R, etcd_client::Error>>) -> Result<R, EtcdError> {
         match tokio::time::timeout(CALL, call).await {
-            Ok(Ok(result)) => Ok(result),
-            Ok(Err(source)) => Err(EtcdError::Failed { endpoints: self.endpoints(), source }),
-            Err(_) => Err(EtcdError::Silent { endpoints: self.endpoints() }),
+            Ok(result) => result.map_err(|source| self.failed(source)),
+            Err(_) => Err(self.silent()),
         }
     }
 
@@ -356,7 +364,6 @@ impl Etcd {
     }
 
     async fn attend(&self) -> Result<std::convert::Infallible, EtcdError> {
-        let closed = || EtcdError::Silent { endpoints: self.endpoints() };
         let mut watcher = self.client.watch_client();
         let options = WatchOptions::new().with_prefix();
         let mut watch = self.call(watcher.watch(self.prefix.clone(), Some(options))).await?;
@@ -371,19 +378,19 @@ impl Etcd {
             tokio::select! {
                 _ = ticks.tick() => {
                     if unanswered > 1 {
-                        return Err(closed());
+                        return Err(self.silent());
                     }
                     self.call(keeper.keep_alive()).await?;
                     unanswered += 1;
                 }
-                answer = kept.message() => match self.call(async { answer }).await? {
+                answer = kept.message() => match answer.map_err(|source| self.failed(source))? {
                     Some(answer) if answer.ttl() > 0 => unanswered = 0,
-                    // The lease is gone: all is done again.
-                    Some(_) => return Err(closed()),
-                    None => return Err(closed()),
+                    // The lease, or the stream, is gone: all is done again.
+                    Some(_) | None => return Err(self.silent()),
                 },
                 news = watch.message() => {
-                    let news = self.call(async { news }).await?.filter(|news| !news.canceled()).ok_or_else(closed)?;
+                    let news = news.map_err(|source| self.failed(source))?;
+                    let news = news.filter(|news| !news.canceled()).ok_or_else(|| self.silent())?;
                     // Its own key may have gone with a lease that etcd ended.
                     let own = self.key(&format!("brokers/{}", self.member.broker));
                     let gone = news.events().iter().any(|event| {
