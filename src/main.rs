@@ -3,6 +3,7 @@
 
 mod bench;
 mod broker;
+mod brokers;
 mod cluster;
 mod consume;
 mod doctor;
@@ -36,6 +37,8 @@ enum Command {
     Region(region::RegionCommand),
     /// Run one broker in the foreground.
     Broker(broker::BrokerArgs),
+    /// List the brokers that are alive, and say who elects their head.
+    Brokers(brokers::BrokersArgs),
     /// Start, watch and stop a local cluster of broker processes on one region.
     Cluster(cluster::ClusterArgs),
     /// Create, list, describe or delete topics.
@@ -76,6 +79,7 @@ fn main() -> ExitCode {
     let result = match command {
         Command::Region(command) => region::run(command),
         Command::Broker(args) => broker::run(args),
+        Command::Brokers(args) => brokers::run(&args),
         Command::Cluster(args) => cluster::run(&args),
         Command::Topic(command) => topic::run(command),
         Command::Produce(args) => produce::run(&args),

@@ -53,6 +53,8 @@ fn etcd_elects_the_next_head() {
     let environment = [("EMBARCADERO_BROKER_CXL__COHERENCE", "none")];
     let mut cluster = cluster(&etcd, 3, &["--allocator", "partitioned", "--max-brokers", "4"], &environment);
     assert_eq!(membership(&cluster), "etcd");
+    let listed = cluster.assert_command(&["brokers"]);
+    assert!(listed.contains("\thead\n") && listed.ends_with("membership: etcd\n"), "{listed}");
     cluster.client_of_all().create_topic("t", strong()).unwrap();
     let rounds = AtomicU64::new(0);
     let mut epochs = vec![cluster.epoch()];
@@ -118,6 +120,7 @@ fn while_etcd_is_away_topics_go_on_and_nobody_is_elected() {
     eventually("the loss is told", || membership(&cluster).contains("no head can be elected"));
     let head = cluster.head();
     let dead = cluster.kill(head);
+    assert!(cluster.assert_command(&["brokers"]).contains("no head can be elected"));
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(cluster.epoch(), first, "nobody can have been elected");
     etcd.restart();

@@ -11,6 +11,7 @@ use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
 use embarcadero_datapath::cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
 use embarcadero_datapath::cxl::{Native, Region};
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -41,14 +42,19 @@ pub struct Catalog {
     /// `None` where nothing is on the disk; nothing of what has not been looked for yet.
     streams: Mutex<BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>>,
     /// The broker has a disk to look at.
-    replicates: bool,
+    replicates: AtomicBool,
 }
 
 impl Catalog {
     /// Of a broker that replicates, or one that does not.
     #[must_use]
     pub fn new(replicates: bool) -> Self {
-        Self { streams: Mutex::default(), replicates }
+        Self { streams: Mutex::default(), replicates: AtomicBool::new(replicates) }
+    }
+
+    /// The disk failed: nobody will look at it any more.
+    pub fn give_up(&self) {
+        self.replicates.store(false, Ordering::Relaxed);
     }
 
     fn streams(&self) -> MutexGuard<'_, BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>> {
@@ -79,7 +85,9 @@ impl Catalog {
         let files = self.streams().get(&key).cloned();
         match files {
             Some(Some(files)) => files.read(from, max_bytes).map_err(|error| error.to_string()),
-            None if self.replicates => Err("this broker has yet to look at its disk".to_owned()),
+            None if self.replicates.load(Ordering::Relaxed) => {
+                Err("this broker has yet to look at its disk".to_owned())
+            }
             Some(None) | None => Ok(Vec::new()),
         }
     }

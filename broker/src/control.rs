@@ -89,7 +89,9 @@ impl ControlService {
         loop {
             match read(&self.region) {
                 Ok(result) => return Ok(result),
-                Err(error) if Instant::now() >= deadline => return Err(Status::unavailable(error.to_string())),
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(Status::unavailable(format!("{error} (membership: {})", self.membership())));
+                }
                 Err(NoHead) => tokio::time::sleep(HEAD_POLL).await,
             }
         }

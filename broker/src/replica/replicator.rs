@@ -273,6 +273,7 @@ impl<F: Fabric> Replicator<F> {
         tracing::error!(%error, "this broker's replica failed; others take over, if there are any");
         self.failed = true;
         self.tasks.clear();
+        self.catalog.give_up();
         publish_replica_state(&self.region, self.broker, ReplicaState::Failed);
     }
 

@@ -1,0 +1,30 @@
+//! `embarcadero brokers`.
+
+use crate::settings::Connect;
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+
+/// Those that the head takes for alive, and who elects the head.
+#[derive(Args)]
+pub struct BrokersArgs {
+    #[command(flatten)]
+    connect: Connect,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: &BrokersArgs) -> Result<()> {
+    let cluster = args.connect.client()?.cluster()?;
+    if args.json {
+        println!("{}", json!({ "brokers": cluster.brokers, "membership": cluster.membership }));
+        return Ok(());
+    }
+    for broker in cluster.brokers {
+        let head = if broker.head { "\thead" } else { "" };
+        println!("{}\tdata {}\tcontrol {}{head}", broker.id, broker.data, broker.control);
+    }
+    println!("membership: {}", cluster.membership);
+    Ok(())
+}
