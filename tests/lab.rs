@@ -415,7 +415,9 @@ mod one_guest {
                 if let Some(error) = self.poll() {
                     break error;
                 }
-                assert!(begun.elapsed() < PATIENCE, "the write was not refused");
+                if begun.elapsed() > PATIENCE {
+                    panic!("the write was not refused; the broker said {:?}, and then {:?}", self.heard, self.refusal());
+                }
             };
             assert!(error.is_remote_access(), "{error}");
         }

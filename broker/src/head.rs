@@ -219,7 +219,7 @@ impl Candidate {
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
             Some(Arc::new(HeadControl { commands, topics }));
         tracing::info!(broker = self.info.id, epoch, "head");
-        Some(Reign { epoch, liveness: Liveness::new(region, self.broker_lease, live), shown })
+        Some(Reign { epoch, liveness: Liveness::new(region, self.broker_lease, live, Instant::now()), shown })
     }
 
     /// Shows which brokers live, and whose pins count.

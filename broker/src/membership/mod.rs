@@ -31,8 +31,7 @@ pub struct Liveness {
 
 impl Liveness {
     /// A broker is alive while its heartbeat moves at least once a `lease`; those in the mask `live` have just been seen.
-    pub fn new<F: Fabric>(region: &Region<F>, lease: Duration, live: u64) -> Self {
-        let now = Instant::now();
+    pub fn new<F: Fabric>(region: &Region<F>, lease: Duration, live: u64, now: Instant) -> Self {
         let seen = (0..region.geometry().max_brokers)
             .map(|broker| (read_pulse(region, broker).0, (live & 1 << broker != 0).then_some(now)))
             .collect();
