@@ -8,7 +8,7 @@ use embarcadero_datapath::cxl::batchlog::peek_entry;
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::headship::{Headship, last_led, read_headship_at};
 use embarcadero_datapath::cxl::layout::{
-    AllocatorKind, BatchEntry, BrokerHalf, DEFAULT_HEADS, Geometry, PinLine, Seat,
+    AllocatorKind, BatchEntry, BrokerHalf, DEFAULT_HEADS, Geometry, PinLine, RegionRole, Seat,
 };
 use embarcadero_datapath::cxl::order_index::{
     Extent, OrderIndexReader, StreamId, read_extent_at, read_sequencer_half_at,
@@ -76,6 +76,12 @@ pub enum RegionCommand {
         /// Batchlog entries of each topic and broker, a power of two.
         #[arg(long, default_value_t = 1024)]
         batchlog_slots: u32,
+        /// A mirror beside it, on another unit of memory: what its heads write, twice.
+        #[arg(long)]
+        mirror: Option<PathBuf>,
+        /// Size of the mirror: 64 bytes a batch that the region keeps, for each head, and its tables.
+        #[arg(long, value_parser = parse_bytes, default_value = "64MiB")]
+        mirror_size: u64,
         /// Do not allocate the pages now.
         #[arg(long)]
         sparse: bool,
@@ -101,12 +107,15 @@ pub enum RegionCommand {
         #[arg(long, default_value = "/dev/shm/embarcadero")]
         path: PathBuf,
         /// Directories with replica files, of all brokers.
-        #[arg(long, required = true, num_args = 1..)]
+        #[arg(long, required_unless_present = "mirror", num_args = 1..)]
         from: Vec<PathBuf>,
+        /// The mirror of the region that was lost: then what is missing is known to the last message.
+        #[arg(long)]
+        mirror: Option<PathBuf>,
         /// The region that was lost, if the files are of several.
         #[arg(long)]
         uuid: Option<uuid::Uuid>,
-        /// Go on although messages that were durable are in none of the files.
+        /// Go on although messages that were there are in none of the files; their offsets stay empty.
         #[arg(long)]
         accept_loss: bool,
         /// Only say what would be restored.
@@ -136,16 +145,28 @@ pub fn run(command: RegionCommand) -> Result<()> {
             max_topics,
             max_sessions,
             batchlog_slots,
+            mirror,
+            mirror_size,
             sparse,
             numa_node,
             force,
         } => {
             let tables = Geometry::with_segments_of(segment_size, allocator.into());
             let max_heads = max_heads.unwrap_or(DEFAULT_HEADS.min(max_brokers));
+            let role = if mirror.is_some() { RegionRole::Mirrored } else { RegionRole::Single };
             let geometry =
-                Geometry { max_brokers, max_heads, max_topics, max_sessions, batchlog_slots, ..tables }.fit(size)?;
-            let creation = Creation { reserve: !sparse, numa_node, force };
+                Geometry { max_brokers, max_heads, max_topics, max_sessions, batchlog_slots, role, ..tables }
+                    .fit(size)?;
+            let of_mirror = mirror.as_ref().map(|_| geometry.of_mirror(mirror_size)).transpose()?;
+            let creation = Creation { reserve: !sparse, numa_node, force, uuid: None };
             let file = RegionFile::create(&path, &geometry, FlushMethod::None, creation)?;
+            if let (Some(mirror), Some(of_mirror)) = (&mirror, of_mirror) {
+                let creation = Creation { reserve: !sparse, numa_node: None, force, uuid: Some(file.region().uuid()) };
+                if let Err(error) = RegionFile::create(mirror, &of_mirror, FlushMethod::None, creation) {
+                    file.destroy(true)?;
+                    return Err(error.into());
+                }
+            }
             println!(
                 "created {} ({}, {} segments of {} bytes)",
                 path.display(),
@@ -153,6 +174,9 @@ pub fn run(command: RegionCommand) -> Result<()> {
                 geometry.segment_count,
                 geometry.segment_bytes
             );
+            if let Some(mirror) = mirror {
+                println!("created its mirror {}", mirror.display());
+            }
             Ok(())
         }
         RegionCommand::Inspect { path, json } => {
@@ -166,8 +190,10 @@ pub fn run(command: RegionCommand) -> Result<()> {
             }
             Ok(())
         }
-        RegionCommand::Restore { path, from, uuid, accept_loss, dry_run } => {
-            restore(&path, &from, uuid, accept_loss, dry_run)
+        RegionCommand::Restore { path, from, mirror, uuid, accept_loss, dry_run } => {
+            let mirror = mirror.map(|mirror| RegionFile::open(&mirror, FlushMethod::None)).transpose()?;
+            let plan = Plan::read(find_media(&from)?, mirror.as_ref().map(RegionFile::region), uuid)?;
+            restore(&path, &plan, accept_loss, dry_run)
         }
         RegionCommand::Destroy { path, force } => {
             RegionFile::open(&path, FlushMethod::None)?.destroy(force)?;
@@ -177,8 +203,7 @@ pub fn run(command: RegionCommand) -> Result<()> {
     }
 }
 
-fn restore(path: &Path, from: &[PathBuf], uuid: Option<uuid::Uuid>, accept_loss: bool, dry_run: bool) -> Result<()> {
-    let plan = Plan::read(find_media(from)?, uuid)?;
+fn restore(path: &Path, plan: &Plan, accept_loss: bool, dry_run: bool) -> Result<()> {
     for damage in &plan.damage {
         eprintln!("{damage}");
     }

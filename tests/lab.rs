@@ -416,7 +416,8 @@ mod one_guest {
                     break error;
                 }
                 if begun.elapsed() > PATIENCE {
-                    panic!("the write was not refused; the broker said {:?}, and then {:?}", self.heard, self.refusal());
+                    let refusal = self.refusal();
+                    panic!("the write was not refused; the broker said {:?}, and then {refusal:?}", self.heard);
                 }
             };
             assert!(error.is_remote_access(), "{error}");

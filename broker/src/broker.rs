@@ -9,6 +9,7 @@ use crate::ingest::IngestLimits;
 use crate::membership::Membership;
 #[cfg(feature = "etcd")]
 use crate::membership::etcd::{Etcd, EtcdError};
+use crate::mirror;
 use crate::pool;
 use crate::replica::format::Identity;
 use crate::replica::medium::{Directory, Medium};
@@ -21,7 +22,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_control::v1::control_server::ControlServer;
 #[cfg(feature = "etcd")]
 use embarcadero_datapath::cxl::headship::latest_claim;
-use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
+use embarcadero_datapath::cxl::layout::{RegionRole, SESSION_WINDOW};
 use embarcadero_datapath::cxl::order_index::StreamId;
 use embarcadero_datapath::cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_datapath::cxl::tables::{BrokerInfo, publish_broker, read_broker};
@@ -108,6 +109,7 @@ const DRAIN_POLL: Duration = Duration::from_millis(5);
 struct Start {
     config: BrokerConfig,
     file: RegionFile,
+    mirror: Option<RegionFile>,
     info: BrokerInfo,
     id_lock: BrokerLock,
     #[cfg(feature = "rdma")]
@@ -133,6 +135,7 @@ impl Broker {
         if config.cxl.prefault {
             region.fabric().mapping().prefault().map_err(io_error("map the region's pages"))?;
         }
+        let mirror = open_mirror(&config, &region)?;
         #[cfg(feature = "rdma")]
         let verbs = (config.transport == Transport::Verbs).then(|| open_verbs(&config, &file)).transpose()?;
         // Now: registration pins pages, and the kernel may move them to do that.
@@ -163,6 +166,7 @@ impl Broker {
         let start = Start {
             config,
             file,
+            mirror,
             info,
             id_lock,
             #[cfg(feature = "rdma")]
@@ -236,6 +240,22 @@ fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), Br
     Ok(())
 }
 
+/// Opens the region's mirror. Of a region that has one, all that may be its head must know it.
+fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<RegionFile>, BrokerError> {
+    let Some(path) = &config.cxl.mirror else {
+        if config.role != Role::Follower {
+            region.require_role(RegionRole::Single)?;
+        }
+        return Ok(None);
+    };
+    let file = RegionFile::open(path, config.cxl.flush_method()?)?;
+    mirror::check(region, file.region())?;
+    if config.cxl.prefault {
+        file.region().fabric().mapping().prefault().map_err(io_error("map the mirror's pages"))?;
+    }
+    Ok(Some(file))
+}
+
 fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, BrokerLock), BrokerError> {
     let max = file.region().geometry().max_brokers;
     if let Some(id) = wanted {
@@ -299,11 +319,12 @@ impl Start {
             #[cfg(feature = "etcd")]
             etcd: etcd.clone(),
         };
-        let Self { config, file, info, id_lock, .. } = self;
+        let Self { config, file, mirror, info, id_lock, .. } = self;
         let candidate = Candidate {
             file,
             info: info.clone(),
             pool,
+            mirror,
             leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
             broker_lease: Duration::from_millis(config.broker_lease_ms),
             head_lease: Duration::from_millis(config.head_lease_ms),
@@ -437,7 +458,11 @@ fn spawn_workers(
     // Every batch in flight can have an ack waiting here.
     let ack_slots = (sessions * SESSION_WINDOW as usize).min(1 << 17);
     let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
-    let mut delegation = Some(Delegation::new(Arc::clone(topics), landed_queue, acks, config.flush_group));
+    let mut delegation = Delegation::new(Arc::clone(topics), landed_queue, acks, config.flush_group);
+    if let Some(mirror) = start.mirror.as_ref().filter(|_| start.info.id < topics.region().geometry().max_heads) {
+        delegation.tidy(mirror.region().clone());
+    }
+    let mut delegation = Some(delegation);
     let mut promoted = Some(promoted);
     let mut accepted = Vec::new();
     for (index, ordered) in ordered.into_iter().enumerate() {

@@ -60,6 +60,9 @@ pub struct CxlConfig {
     /// File on tmpfs or hugetlbfs, or a device-dax node (which may be called `device`).
     #[serde(alias = "device")]
     pub path: PathBuf,
+    /// The region's mirror, on another unit of memory, as `region create --mirror` made it. Of a region that has one, every
+    /// broker that may be the head names it.
+    pub mirror: Option<PathBuf>,
     /// What the platform gives.
     pub coherence: Coherence,
     /// Flush instruction where coherence is `none`.
@@ -78,6 +81,7 @@ impl Default for CxlConfig {
     fn default() -> Self {
         Self {
             path: PathBuf::from("/dev/shm/embarcadero"),
+            mirror: None,
             coherence: Coherence::Host,
             flush: FlushChoice::Auto,
             uuid: None,

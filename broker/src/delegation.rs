@@ -11,8 +11,9 @@ use embarcadero_datapath::cxl::headship::read_headship;
 use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::replication::read_completion;
+use embarcadero_datapath::cxl::segment::PartitionAllocator;
 use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_topic};
-use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
+use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_datapath::wire::BatchHeader;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -96,7 +97,8 @@ pub struct Delegation<F: Fabric> {
     acks: Vec<Sender<OrderedLocally>>,
     pulse: Pulse<F>,
     group: FlushGroup,
-    leftovers: Leftovers<F>,
+    /// Of the region, and of its mirror.
+    leftovers: Vec<Leftovers<F>>,
 }
 
 impl<F: Fabric> Delegation<F> {
@@ -109,8 +111,15 @@ impl<F: Fabric> Delegation<F> {
     ) -> Self {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
-        let leftovers = Leftovers::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()));
+        let leftovers = vec![Leftovers::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()))];
         Self { logs: (0..slots).map(|_| None).collect(), topics, landed, stalled: None, acks, pulse, group, leftovers }
+    }
+
+    /// Gives back what this broker took as the head in the region's mirror, too.
+    pub fn tidy(&mut self, mirror: Region<F>) {
+        let broker = self.topics.broker();
+        let pool = Arc::new(PartitionAllocator::of_broker(mirror.clone(), broker));
+        self.leftovers.push(Leftovers::new(mirror, broker, pool));
     }
 
     /// Takes up to `budget` batches; publishes groups, and what is left once nothing more is there. Returns how many
@@ -262,7 +271,7 @@ impl<F: Fabric> Delegation<F> {
         let max_brokers = region.geometry().max_brokers;
         let brokers = move || (0..max_brokers).filter(move |id| live & (1 << id) != 0);
         self.follow_topics();
-        self.leftovers.poll(brokers());
+        self.leftovers.iter_mut().for_each(|leftovers| leftovers.poll(brokers()));
         for slot in 0..self.logs.len() {
             let Some(Some(local)) = self.logs.get_mut(slot) else { continue };
             if local.topic.is_deleted() {

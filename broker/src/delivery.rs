@@ -134,7 +134,11 @@ impl SubscriberSession {
         let Some(extent) = self.extent() else { return Ok(false) };
         let next_offset = self.next_offset(&extent).map_err(unreadable)?;
         let committed = self.reader.committed();
-        let low = trimmed.max(extent.base).min(committed);
+        let mut low = trimmed.max(extent.base).min(committed);
+        // The earliest that is not lost.
+        while low < committed && self.reader.read(low).map_err(unreadable)?.bytes == 0 {
+            low += 1;
+        }
         let earliest =
             if low < committed { self.reader.read(low).map_err(unreadable)?.first_offset } else { next_offset };
         let archived = archive.is_some() && self.is_archived() && earliest > 0;
@@ -239,6 +243,10 @@ impl SubscriberSession {
                 Err(ReadError::NoHead(_)) => break,
                 Err(error) => return Err(unreadable(error)),
             };
+            if entry.bytes == 0 && outbox.lowest_position() != u64::MAX {
+                // What comes before what is lost goes out first.
+                break;
+            }
             self.queue(outbox, &entry)?;
             self.cursor += 1;
             queued += 1;
@@ -405,6 +413,15 @@ impl SubscriberSession {
     fn queue(&mut self, outbox: &mut Outbox, entry: &IndexEntry) -> Result<(), TransportError> {
         let at = RegionOffset(entry.location);
         let bytes = u64::from(entry.bytes);
+        if bytes == 0 {
+            let (first, end) = (entry.first_offset, entry.first_offset + u64::from(entry.message_count));
+            let text = format!(
+                "offsets {first} to {} of topic {} were lost with an earlier region; go on at {end}",
+                end - 1,
+                self.topic.config.name
+            );
+            return refuse(ErrorCode::OffsetOutOfRange, text, end);
+        }
         let layout = self.region.layout();
         if at.0 < layout.segments || at.0.saturating_add(bytes) > layout.region_bytes {
             return refuse(ErrorCode::Corrupt, format!("index entry {} points outside the pool", self.cursor), 0);

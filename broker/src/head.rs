@@ -9,7 +9,7 @@ use crate::membership::Liveness;
 #[cfg(feature = "etcd")]
 use crate::membership::etcd::Etcd;
 use crate::replica::completion::CompletionStage;
-use crate::sequencer::{Leases, Predecessor, Sequencer};
+use crate::sequencer::{Leases, Memory, Predecessor, Sequencer};
 use crate::worker::{HeadStages, now_us};
 use crossbeam_channel::{Sender, unbounded};
 use embarcadero_datapath::cxl::headship::{
@@ -58,6 +58,8 @@ pub struct Candidate {
     pub info: BrokerInfo,
     /// Allocator for the order indexes.
     pub pool: Arc<dyn SegmentAllocator>,
+    /// The region's mirror, if it has one.
+    pub mirror: Option<RegionFile>,
     /// Times that the sequencer goes by.
     pub leases: Leases,
     /// After what silence another broker is dead.
@@ -202,9 +204,10 @@ impl Candidate {
         let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id;
         let shown = self.publish(epoch, live);
         let (commands, queue) = unbounded();
-        let (seat, pool) = (Seat(self.info.id), Arc::clone(&self.pool));
-        let recovered =
-            Sequencer::recover(region.clone(), pool, (seat, epoch), predecessor, self.leases, queue, now_us());
+        let seat = Seat(self.info.id);
+        let mirror = self.mirror.as_ref().map(|file| file.region().clone());
+        let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
+        let recovered = Sequencer::recover(memory, (seat, epoch), predecessor, self.leases, queue, now_us());
         let sequencer = match recovered {
             Ok(sequencer) => sequencer,
             Err(error) => {

@@ -17,6 +17,7 @@ pub mod delivery;
 mod head;
 pub mod ingest;
 pub mod membership;
+pub mod mirror;
 pub mod pool;
 pub mod reclaim;
 pub mod replica;

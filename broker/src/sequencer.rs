@@ -1,6 +1,7 @@
 //! Global order: the head's sequencer takes batches from every broker's Batchlog and gives each its place.
 
 use crate::delegation::since;
+use crate::mirror::Mirror;
 use crate::replica::completion::trimmable;
 use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
@@ -87,8 +88,18 @@ pub enum Predecessor {
     MayGoOn,
 }
 
+/// Where a head writes.
+pub struct Memory<F: Fabric> {
+    /// The region.
+    pub region: Region<F>,
+    /// Allocator for the order indexes.
+    pub pool: Arc<dyn SegmentAllocator>,
+    /// Its mirror, if it has one.
+    pub mirror: Option<Region<F>>,
+}
+
 /// Takes a segment for each order index that a successor has to go on with in one of its own.
-fn spare_segments<F: Fabric>(
+pub(crate) fn spare_segments<F: Fabric>(
     region: &Region<F>,
     pool: &dyn SegmentAllocator,
     writer: Seat,
@@ -122,8 +133,39 @@ struct BrokerOrder<F: Fabric> {
 struct TopicOrder<F: Fabric> {
     config: TopicConfig,
     index: OrderIndexWriter<F>,
+    /// Its copy on the second region, if there is one.
+    mirror: Option<OrderIndexWriter<F>>,
     brokers: Vec<BrokerOrder<F>>,
     last_ordered_us: u64,
+}
+
+impl<F: Fabric> TopicOrder<F> {
+    /// As [`OrderIndexWriter::make_room`], in both regions.
+    #[inline]
+    fn make_room(&mut self) -> Result<(), PoolError> {
+        self.index.make_room()?;
+        self.mirror.as_mut().map_or(Ok(()), OrderIndexWriter::make_room)
+    }
+
+    /// As [`OrderIndexWriter::append`], in both regions.
+    #[inline]
+    fn append(&mut self, entry: IndexEntry) -> u64 {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.append(entry);
+        }
+        self.index.append(entry)
+    }
+
+    /// Shows what was appended: an acknowledgement that follows is of what both regions have.
+    fn publish(&mut self, epoch: u64) {
+        let indexes = [Some(&mut self.index), self.mirror.as_mut()];
+        for index in indexes.into_iter().flatten() {
+            index.write_back_entries();
+            index.publish_tail(epoch);
+            // SYNC: the tail is in memory before any commit record; pairs with `read_commit` in the ack stage.
+            index.fence();
+        }
+    }
 }
 
 struct Closing<F: Fabric> {
@@ -149,6 +191,7 @@ pub struct SequencerStats {
 pub struct Sequencer<F: Fabric> {
     region: Region<F>,
     pool: Arc<dyn SegmentAllocator>,
+    mirror: Option<Mirror<F>>,
     seat: Seat,
     epoch: u64,
     leases: Leases,
@@ -182,14 +225,14 @@ impl<F: Fabric> Sequencer<F> {
     /// # Errors
     /// [`PoolError`]: there are no segments to take over into from a head that may go on, and so that one stays.
     pub fn recover(
-        region: Region<F>,
-        pool: Arc<dyn SegmentAllocator>,
+        memory: Memory<F>,
         (seat, epoch): (Seat, u64),
         before: Predecessor,
         leases: Leases,
         commands: Receiver<Command>,
         now_us: u64,
     ) -> Result<Self, PoolError> {
+        let Memory { region, pool, mirror } = memory;
         // Found before anything is claimed.
         let mut spares = match before {
             Predecessor::Gone => Vec::new(),
@@ -207,9 +250,11 @@ impl<F: Fabric> Sequencer<F> {
         let stats = SequencerStats::default();
         let configs = (0..region.geometry().max_topics).map(|_| None).collect();
         let stalls = pulses.clone();
+        let mirror = mirror.map(|mirror| Mirror::take_over(mirror, seat, epoch)).transpose()?;
         let mut sequencer = Self {
             region,
             pool,
+            mirror,
             seat,
             epoch,
             leases,
@@ -238,6 +283,7 @@ impl<F: Fabric> Sequencer<F> {
         for spare in spares {
             let _ = sequencer.pool.release(spare);
         }
+        sequencer.follow_mirror()?;
         sequencer.recover_sessions(&begun, now_us);
         if sequencer.region.fabric().keeps(Guard::RetakeUndecided) {
             for slot in 0..sequencer.topics.len() {
@@ -273,7 +319,7 @@ impl<F: Fabric> Sequencer<F> {
                     entry.lap == lap_of(index, slots) && entry.session_slot < self.region.geometry().max_sessions;
                 if !intact
                     || read_commit_at(&self.region, self.seat, entry.session_slot, entry.sequence) != Commit::Unknown
-                    || topic.index.make_room().is_err()
+                    || topic.make_room().is_err()
                 {
                     continue;
                 }
@@ -337,7 +383,7 @@ impl<F: Fabric> Sequencer<F> {
         let last_ordered_us = index.next().checked_sub(1).and_then(|at| index.entry(at)).map_or(0, |e| e.ordered_us);
         let slot = config.id as usize;
         if let Some(place) = self.topics.get_mut(slot) {
-            *place = Some(TopicOrder { config, index, brokers, last_ordered_us });
+            *place = Some(TopicOrder { config, index, mirror: None, brokers, last_ordered_us });
         }
         self.backlog = true;
     }
@@ -442,7 +488,7 @@ impl<F: Fabric> Sequencer<F> {
             let available = state.reader.available(budget - taken);
             for _ in 0..available {
                 // One entry can release a whole window of held ones, which `order` checks room for itself.
-                if topic.index.make_room().is_err() {
+                if topic.make_room().is_err() {
                     self.backlog = true;
                     break;
                 }
@@ -509,7 +555,7 @@ impl<F: Fabric> Sequencer<F> {
             return;
         }
         while let Some(held) = order.next_held() {
-            if topic.index.make_room().is_err() {
+            if topic.make_room().is_err() {
                 order.hold_again(held);
                 self.starved = true;
                 self.backlog = true;
@@ -532,7 +578,7 @@ impl<F: Fabric> Sequencer<F> {
     ) {
         let entry = &arrival.entry;
         let position = topic.index.next();
-        let first_offset = topic.index.append(IndexEntry {
+        let first_offset = topic.append(IndexEntry {
             location: entry.location,
             client_id: entry.client_id,
             sequence: entry.sequence,
@@ -566,10 +612,7 @@ impl<F: Fabric> Sequencer<F> {
     /// acknowledgement is therefore never seen before the batch is.
     fn publish(&mut self, topic: &mut TopicOrder<F>, before: u64) {
         if topic.index.next() > before {
-            topic.index.write_back_entries();
-            topic.index.publish_tail(self.epoch);
-            // SYNC: the tail is in memory before any commit record; pairs with `read_commit` in the ack stage.
-            self.region.fabric().fence(Site::TailFlush);
+            topic.publish(self.epoch);
         }
         self.show_commits();
         for broker in 0..topic.brokers.len() {
@@ -589,6 +632,9 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     fn show_commits(&mut self) {
+        if let Some(mirror) = &self.mirror {
+            mirror.commit(&self.commits);
+        }
         for (slot, record, expected) in &self.commits {
             store_commit(&self.region, self.seat, *slot, record, *expected);
         }
@@ -604,7 +650,7 @@ impl<F: Fabric> Sequencer<F> {
             Command::OpenTopic(config, reply) => {
                 // The index is there before anyone can see the topic.
                 self.open_topic(config.clone());
-                publish_topic(&self.region, self.seat, &config);
+                self.show_topic(&config);
                 if self.leads() {
                     let _ = reply.send(());
                 }
@@ -626,6 +672,39 @@ impl<F: Fabric> Sequencer<F> {
                 }
             }
         }
+    }
+
+    /// In the mirror first: what is answered is there.
+    fn show_topic(&mut self, config: &TopicConfig) {
+        if let Some(mirror) = &self.mirror {
+            mirror.topic(config);
+            if config.state == TopicState::Live
+                && let Some(Some(topic)) = self.topics.get_mut(config.id as usize)
+            {
+                topic.mirror = Some(mirror.open(config));
+            }
+        }
+        publish_topic(&self.region, self.seat, config);
+    }
+
+    fn show_session(&self, session: &Session) {
+        if let Some(mirror) = &self.mirror {
+            mirror.session(session);
+        }
+        publish_session(&self.region, self.seat, session);
+    }
+
+    /// Brings the mirror up to what is in the region.
+    fn follow_mirror(&mut self) -> Result<(), PoolError> {
+        let Some(mirror) = &mut self.mirror else { return Ok(()) };
+        for config in self.configs.iter().flatten() {
+            mirror.topic(config);
+        }
+        for topic in self.topics.iter_mut().flatten() {
+            topic.mirror = Some(mirror.follow(&topic.config, &topic.index)?);
+        }
+        mirror.follow_sessions(&self.region);
+        Ok(())
     }
 
     fn open_session(
@@ -651,7 +730,7 @@ impl<F: Fabric> Sequencer<F> {
             committed,
             ack_level,
         };
-        publish_session(&self.region, self.seat, &session);
+        self.show_session(&session);
         if let Some(place) = self.sessions.get_mut(slot as usize) {
             *place = Some(SessionOrder::new(session, config.order, committed, now_us));
         }
@@ -691,7 +770,7 @@ impl<F: Fabric> Sequencer<F> {
             self.stats.fenced += 1;
         }
         let ended = Session { state, committed: order.expected(), ..order.session };
-        publish_session(&self.region, self.seat, &ended);
+        self.show_session(&ended);
     }
 
     fn close_topic(&mut self, id: u32, reply: Sender<()>) {
@@ -699,7 +778,7 @@ impl<F: Fabric> Sequencer<F> {
             let _ = reply.send(());
             return;
         };
-        publish_topic(&self.region, self.seat, &TopicConfig { state: TopicState::Deleting, ..config.clone() });
+        self.show_topic(&TopicConfig { state: TopicState::Deleting, ..config.clone() });
         for slot in 0..self.region.geometry().max_sessions {
             let here = self.sessions.get(slot as usize).and_then(Option::as_ref);
             if here.is_some_and(|order| order.session.topic == id) {
@@ -729,6 +808,10 @@ impl<F: Fabric> Sequencer<F> {
                 return;
             }
             topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
+            if let Some(mirror) = &mut topic.mirror {
+                mirror.trim_below(topic.index.earliest_offset());
+                mirror.reclaim(u64::MAX);
+            }
         }
         self.publish_decided();
         self.finish_closing(&brokers);
@@ -786,7 +869,7 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     fn finish_closing(&mut self, brokers: &[u32]) {
-        let (region, seat, epoch) = (&self.region, self.seat, self.epoch);
+        let (region, seat, epoch, mirror) = (&self.region, self.seat, self.epoch, &self.mirror);
         self.closing.retain_mut(|closing| {
             let Closing { config, order, reply } = closing;
             let incarnation = u64::from(config.incarnation);
@@ -795,8 +878,11 @@ impl<F: Fabric> Sequencer<F> {
             }
             if let Some(order) = order {
                 order.index.abandon();
+                order.mirror.iter_mut().for_each(OrderIndexWriter::abandon);
             }
-            publish_topic(region, seat, &TopicConfig { state: TopicState::Free, ..config.clone() });
+            let gone = TopicConfig { state: TopicState::Free, ..config.clone() };
+            mirror.iter().for_each(|mirror| mirror.topic(&gone));
+            publish_topic(region, seat, &gone);
             if still_leads(region, epoch) {
                 let _ = reply.send(());
             }

@@ -19,7 +19,7 @@ use embarcadero_broker::replica::format::{Identity, parse_group};
 use embarcadero_broker::replica::medium::{Medium, MediumFile};
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Leases, Predecessor, Sequencer};
+use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::headship::{Headship, latest_claim, latest_claimant, publish_headship, read_headship};
@@ -325,8 +325,8 @@ impl Host {
         let line = Headship { epoch, broker, incarnation: 1, broker_mask: mask, pinning_mask: mask };
         publish_headship(&self.region, &line);
         let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
-        let sequencer =
-            Sequencer::recover(region.clone(), pool, (seat, epoch), before, LEASES, commands, now_us).ok()?;
+        let memory = Memory { region: region.clone(), pool, mirror: None };
+        let sequencer = Sequencer::recover(memory, (seat, epoch), before, LEASES, commands, now_us).ok()?;
         Some((sequencer, CompletionStage::new(region, seat)))
     }
 

@@ -4,7 +4,7 @@ use super::BenchArgs;
 use super::report::{Report, Row};
 use anyhow::{Context, Result};
 use crossbeam_channel::{bounded, unbounded};
-use embarcadero_broker::sequencer::{Command, GROUP_BATCHES, Leases, Predecessor, Sequencer};
+use embarcadero_broker::sequencer::{Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer};
 use embarcadero_datapath::cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW, Seat};
@@ -33,7 +33,8 @@ fn order(method: FlushMethod, seconds: f64) -> Result<f64> {
     let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
     let (commands, queue) = unbounded();
     let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
-    let mut sequencer = Sequencer::recover(region.clone(), pool, (Seat(0), 1), Predecessor::Gone, leases, queue, 0)?;
+    let memory = Memory { region: region.clone(), pool, mirror: None };
+    let mut sequencer = Sequencer::recover(memory, (Seat(0), 1), Predecessor::Gone, leases, queue, 0)?;
     let config = TopicConfig {
         id: 0,
         incarnation: 1,

@@ -388,7 +388,8 @@ impl<F: Fabric> Task<F> {
                 Err(ReadError::NoHead(_)) => break,
                 Err(error) => return Err(StoreError::Memory(error.to_string())),
             };
-            if sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
+            // An entry without bytes stands for what an earlier region lost.
+            if entry.bytes > 0 && sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
                 let inside = entry.location >= layout.segments
                     && entry.location.saturating_add(entry.bytes.into()) <= layout.region_bytes;
                 if !inside {

@@ -1,21 +1,24 @@
 //! Rebuilds topics in an empty region from replica files: after the region was lost, or the whole cluster.
 
-use super::format::Identity;
+use super::format::{Identity, Record};
 use super::medium::{Directory, Medium};
 use super::store::{Located, Scan, StoreError, read_batch, scan};
 use crate::blog::Blog;
+use crate::mirror::{self, MirroredTopic};
 use bytemuck::Zeroable;
 use embarcadero_datapath::cxl::headship::{claim, latest_claim, lead};
-use embarcadero_datapath::cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
-use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId};
-use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, ReadError, StreamId};
+use embarcadero_datapath::cxl::region::{Region, RegionError};
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_datapath::cxl::session_table::{Session, SessionState, flush_commit, publish_session, store_commit};
+use embarcadero_datapath::cxl::session_table::{
+    Session, SessionState, flush_commit, publish_session, store_commit, store_progress,
+};
 use embarcadero_datapath::cxl::tables::{Order, TopicConfig, publish_topic};
 use embarcadero_datapath::cxl::{CoherentFabric, Fabric, Site};
 use embarcadero_datapath::wire::{BatchHeader, FRAME_BYTES, WireError};
 use std::collections::btree_map::Entry;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -67,6 +70,12 @@ pub enum RestoreError {
     /// The region is too small.
     #[error("{0}; make a larger region")]
     Pool(#[from] PoolError),
+    /// The mirror's memory is damaged.
+    #[error("the mirror: {0}")]
+    Mirror(#[from] ReadError),
+    /// It is not a mirror, or another region's.
+    #[error("the mirror: {0}")]
+    OtherMirror(#[from] RegionError),
     /// A replica holds what is not a batch.
     #[error("position {position} of topic {topic} is not a batch: {source}")]
     Batch {
@@ -111,8 +120,32 @@ type Copy = (usize, Located);
 /// A stream that will be rebuilt.
 struct StreamPlan {
     stream: u32,
-    /// At consecutive positions.
-    batches: Vec<Copy>,
+    /// Each begins at the offset at which the one before it ends.
+    pieces: Vec<Piece>,
+}
+
+/// A part of a stream.
+enum Piece {
+    Batch(Copy),
+    /// Offsets of which the messages are lost.
+    Lost(Range<u64>),
+}
+
+impl StreamPlan {
+    fn batches(&self) -> impl Iterator<Item = &Copy> {
+        self.pieces.iter().filter_map(|piece| match piece {
+            Piece::Batch(copy) => Some(copy),
+            Piece::Lost(_) => None,
+        })
+    }
+
+    /// The offset at which it begins.
+    fn first_offset(&self) -> Option<u64> {
+        self.pieces.first().map(|piece| match piece {
+            Piece::Batch((_, batch)) => batch.record.first_offset,
+            Piece::Lost(offsets) => offsets.start,
+        })
+    }
 }
 
 /// A topic that will be rebuilt.
@@ -120,7 +153,9 @@ pub struct TopicPlan {
     /// As it was.
     pub config: TopicConfig,
     streams: Vec<StreamPlan>,
-    /// Offsets that were durable and are in none of the files: the stream, and from where to where.
+    /// What the mirror says of its sessions, and what each expected next.
+    sessions: Vec<(Session, u64)>,
+    /// Offsets that were durable, or are in the mirror, and in none of the files: the stream, and from where to where.
     pub lost: Vec<(u32, Range<u64>)>,
     /// Batches behind the first that is missing of those that nobody was promised.
     pub unacknowledged: u64,
@@ -130,7 +165,7 @@ impl TopicPlan {
     /// Batches and their bytes.
     #[must_use]
     pub fn size(&self) -> (u64, u64) {
-        let batches = self.streams.iter().flat_map(|stream| &stream.batches);
+        let batches = self.streams.iter().flat_map(StreamPlan::batches);
         batches.fold((0, 0), |(count, bytes), (_, batch)| (count + 1, bytes + u64::from(batch.record.bytes)))
     }
 }
@@ -149,11 +184,23 @@ pub struct Plan {
 impl Plan {
     /// Reads and verifies all files. Of each topic, takes what is contiguous: behind a batch that is in no file, nothing
     /// was acknowledged, unless it had been durable, or gone by retention. Then what was before it is left out; and if it
-    /// had been durable, its offsets are lost.
+    /// had been durable, its offsets are lost. With the `mirror` of the region that was lost, all that the mirror has and no
+    /// file is lost, and nothing else is left out.
     ///
     /// # Errors
     /// [`RestoreError`].
-    pub fn read(media: Vec<Box<dyn Medium>>, region: Option<Uuid>) -> Result<Self, RestoreError> {
+    pub fn read<F: Fabric>(
+        media: Vec<Box<dyn Medium>>,
+        mirror: Option<&Region<F>>,
+        region: Option<Uuid>,
+    ) -> Result<Self, RestoreError> {
+        let mut mirrored = Vec::new();
+        if let Some(mirror) = mirror {
+            mirror.require_role(RegionRole::Mirror)?;
+            region.map_or(Ok(()), |region| mirror.require_uuid(region))?;
+            mirrored = mirror::read(mirror)?;
+        }
+        let region = region.or(mirror.map(Region::uuid));
         let mut scans: Vec<(usize, Identity, Scan)> = Vec::new();
         let mut damage = Vec::new();
         for (index, medium) in media.iter().enumerate() {
@@ -165,7 +212,7 @@ impl Plan {
         }
         let regions: BTreeSet<Uuid> = scans.iter().map(|(_, of, _)| Uuid::from_bytes(of.region)).collect();
         let region = match (region, regions.len()) {
-            (Some(region), _) if regions.contains(&region) => region,
+            (Some(region), _) if mirror.is_some() || regions.contains(&region) => region,
             (None, 1) => regions.first().copied().unwrap_or_default(),
             (None, 2..) => return Err(RestoreError::SeveralRegions(regions.iter().map(Uuid::to_string).collect())),
             _ => {
@@ -176,23 +223,29 @@ impl Plan {
         scans.retain(|(_, of, _)| of.region == *region.as_bytes());
         // Of several topics that had a slot one after another, the last.
         let mut newest: BTreeMap<u32, u32> = BTreeMap::new();
-        for (_, of, _) in &scans {
-            let known = newest.entry(of.topic.id).or_default();
-            *known = (*known).max(of.topic.incarnation);
+        let of_files = scans.iter().map(|(_, of, _)| &of.topic);
+        for config in of_files.chain(mirrored.iter().map(|topic| &topic.config)) {
+            let known = newest.entry(config.id).or_default();
+            *known = (*known).max(config.incarnation);
         }
         let mut topics = Vec::new();
         for (id, incarnation) in newest {
             let of_topic = scans.iter().filter(|(_, of, _)| (of.topic.id, of.topic.incarnation) == (id, incarnation));
             let mut streams: BTreeMap<u32, Vec<(usize, &Scan)>> = BTreeMap::new();
-            let mut config = None;
+            let mirror = mirrored.iter().find(|topic| (topic.config.id, topic.config.incarnation) == (id, incarnation));
+            let mut config = mirror.map(|topic| topic.config.clone());
+            if mirror.is_some() {
+                streams.entry(StreamId::GLOBAL).or_default();
+            }
             for (medium, of, scan) in of_topic {
                 streams.entry(of.stream).or_default().push((*medium, scan));
                 config = Some(of.topic.clone());
             }
             let Some(config) = config else { continue };
-            let mut topic = TopicPlan { config, streams: Vec::new(), lost: Vec::new(), unacknowledged: 0 };
+            let sessions = mirror.map_or_else(Vec::new, |topic| topic.sessions.clone());
+            let mut topic = TopicPlan { config, streams: Vec::new(), sessions, lost: Vec::new(), unacknowledged: 0 };
             for (stream, copies) in streams {
-                topic.add_stream(&media, stream, &copies)?;
+                topic.add_stream(&media, stream, &copies, mirror.filter(|_| stream == StreamId::GLOBAL))?;
             }
             topics.push(topic);
         }
@@ -247,6 +300,7 @@ impl TopicPlan {
         media: &[Box<dyn Medium>],
         stream: u32,
         copies: &[(usize, &Scan)],
+        mirror: Option<&MirroredTopic>,
     ) -> Result<(), RestoreError> {
         let mut known: BTreeMap<u64, Copy> = BTreeMap::new();
         for (medium, scan) in copies {
@@ -254,31 +308,78 @@ impl TopicPlan {
                 known.entry(batch.record.position).or_insert((*medium, batch));
             }
         }
+        let pieces = match mirror {
+            Some(mirror) => self.compare(mirror, known),
+            None => self.contiguous(stream, copies, known),
+        };
+        self.streams.push(StreamPlan { stream, pieces });
+        Ok(())
+    }
+
+    /// What is on disks, by position, as far as it can be known to be all.
+    fn contiguous(&mut self, stream: u32, copies: &[(usize, &Scan)], known: BTreeMap<u64, Copy>) -> Vec<Piece> {
         let durable = copies.iter().map(|(_, scan)| scan.durable_through).max().unwrap_or(0);
         let lost = copies.iter().map(|(_, scan)| scan.lost_through).max().unwrap_or(0);
-        let mut batches: Vec<Copy> = Vec::new();
+        let mut pieces: Vec<Piece> = Vec::new();
+        // Position and offset that are due.
+        let mut end = None;
         for (position, copy) in known {
-            let end = |(_, last): &Copy| {
-                let record = &last.record;
-                (record.position + 1, record.first_offset + u64::from(record.message_count))
-            };
-            match batches.last().map(end) {
+            let record = &copy.1.record;
+            match end {
                 Some((due, offset)) if due < position => {
                     if due >= durable {
                         self.unacknowledged += 1;
                         continue;
                     }
                     if position > lost {
-                        self.lost.push((stream, offset..copy.1.record.first_offset));
+                        self.lost.push((stream, offset..record.first_offset));
                     }
-                    batches.clear();
+                    pieces.clear();
                 }
                 _ => {}
             }
-            batches.push(copy);
+            end = Some((position + 1, end_offset(record)));
+            pieces.push(Piece::Batch(copy));
         }
-        self.streams.push(StreamPlan { stream, batches });
-        Ok(())
+        pieces
+    }
+
+    /// What the mirror has, each batch from a disk if one has it; and what disks have of before.
+    fn compare(&mut self, mirror: &MirroredTopic, known: BTreeMap<u64, Copy>) -> Vec<Piece> {
+        let mut known: BTreeMap<u64, Copy> =
+            known.into_values().map(|copy| (copy.1.record.first_offset, copy)).collect();
+        let earliest = mirror.batches.first().map_or(mirror.next_offset, |(first, _)| *first);
+        let mut kept = known.split_off(&earliest);
+        // Only what leads up to what the mirror has, without a gap.
+        let mut before = VecDeque::new();
+        let mut due = earliest;
+        for (first, copy) in known.into_iter().rev() {
+            if end_offset(&copy.1.record) != due {
+                break;
+            }
+            due = first;
+            before.push_front(Piece::Batch(copy));
+        }
+        let mut pieces: Vec<Piece> = before.into();
+        for (first, messages) in &mirror.batches {
+            let end = first + u64::from(*messages);
+            match (kept.remove(first), pieces.last_mut()) {
+                (Some(copy), _) if end_offset(&copy.1.record) == end => pieces.push(Piece::Batch(copy)),
+                (_, Some(Piece::Lost(offsets))) => offsets.end = end,
+                _ => pieces.push(Piece::Lost(*first..end)),
+            }
+        }
+        self.unacknowledged += kept.len() as u64;
+        let lost = pieces.iter().filter_map(|piece| match piece {
+            Piece::Lost(offsets) => Some((StreamId::GLOBAL, offsets.clone())),
+            Piece::Batch(_) => None,
+        });
+        self.lost.extend(lost);
+        if pieces.is_empty() && earliest > 0 {
+            // Offsets go on from where they stood.
+            pieces.push(Piece::Lost(earliest..earliest));
+        }
+        pieces
     }
 
     fn write<F: CoherentFabric>(
@@ -296,7 +397,7 @@ impl TopicPlan {
         let mut bytes = Vec::new();
         for plan in &self.streams {
             let of_broker = if plan.stream == StreamId::GLOBAL { RESTORED.0 } else { plan.stream };
-            let needed = plan.batches.iter().map(|(_, batch)| batch.record.source + 1).max().unwrap_or(0);
+            let needed = plan.batches().map(|(_, batch)| batch.record.source + 1).max().unwrap_or(0);
             let needed = needed.max(of_broker + 1);
             if needed > brokers {
                 return Err(RestoreError::Geometry { what: "brokers", found: brokers, needed });
@@ -310,10 +411,17 @@ impl TopicPlan {
                 0,
                 allocator(region, of_broker),
             );
-            if let Some((_, first)) = plan.batches.first() {
-                index.begin_at(first.record.first_offset);
+            if let Some(first) = plan.first_offset() {
+                index.begin_at(first);
             }
-            for (medium, batch) in &plan.batches {
+            for piece in &plan.pieces {
+                let (medium, batch) = match piece {
+                    Piece::Batch(copy) => copy,
+                    Piece::Lost(offsets) => {
+                        leave_empty(&mut index, region, offsets)?;
+                        continue;
+                    }
+                };
                 read_batch(&*media[*medium], batch, &mut bytes)?;
                 let record = &batch.record;
                 let failed =
@@ -376,15 +484,31 @@ impl TopicPlan {
             index.publish_tail(0);
             region.fabric().fence(Site::TailFlush);
         }
-        for (client_id, (_, commits)) in sessions {
-            let (found, needed) = (region.geometry().max_sessions, *next_slot + 1);
-            if needed > found {
-                return Err(RestoreError::Geometry { what: "sessions", found, needed });
+        for (session, expected) in &self.sessions {
+            // At level 2, a client was promised what is on disks; it sends the rest again.
+            if session.ack_level < 2 {
+                let (_, commits) = sessions.remove(&session.client_id).unwrap_or_default();
+                let session =
+                    Session { slot: *next_slot, committed: *expected, state: SessionState::Fenced, ..*session };
+                self.check_slot(region, *next_slot)?;
+                show_session(region, &session, &commits);
+                *next_slot += 1;
             }
+        }
+        for (client_id, (_, commits)) in sessions {
+            self.check_slot(region, *next_slot)?;
             self.write_session(region, *next_slot, client_id, &commits);
             *next_slot += 1;
         }
         publish_topic(region, RESTORED, &self.config);
+        Ok(())
+    }
+
+    fn check_slot<F: Fabric>(&self, region: &Region<F>, slot: u32) -> Result<(), RestoreError> {
+        let (found, needed) = (region.geometry().max_sessions, slot + 1);
+        if needed > found {
+            return Err(RestoreError::Geometry { what: "sessions", found, needed });
+        }
         Ok(())
     }
 
@@ -402,19 +526,47 @@ impl TopicPlan {
             let from = oldest.max((newest + 1).saturating_sub(SESSION_WINDOW));
             (from..).find(|sequence| !committed.contains_key(sequence)).unwrap_or(newest + 1)
         };
-        for record in committed.range((newest + 1).saturating_sub(SESSION_WINDOW)..).map(|(_, record)| record) {
-            store_commit(region, RESTORED, slot, record, expected);
-            flush_commit(region, RESTORED, slot, record.tag - 1);
-        }
-        region.fabric().fence(Site::RecordFlush);
         let TopicConfig { id: topic, incarnation: topic_incarnation, ack_level, .. } = self.config;
         let state = SessionState::Fenced;
-        publish_session(
-            region,
-            RESTORED,
-            &Session { slot, client_id, epoch, state, topic, topic_incarnation, committed: expected, ack_level },
-        );
+        let session =
+            Session { slot, client_id, epoch, state, topic, topic_incarnation, committed: expected, ack_level };
+        show_session(region, &session, commits);
     }
+}
+
+/// Writes a session, and the records of its last batches.
+fn show_session<F: Fabric>(region: &Region<F>, session: &Session, commits: &[CommitRecord]) {
+    let newest = commits.iter().map(|record| record.tag).max().unwrap_or(0);
+    for record in commits.iter().filter(|record| record.tag + SESSION_WINDOW > newest) {
+        store_commit(region, RESTORED, session.slot, record, session.committed);
+        flush_commit(region, RESTORED, session.slot, record.tag - 1);
+    }
+    store_progress(region, RESTORED, session.slot, session.committed);
+    region.fabric().fence(Site::RecordFlush);
+    publish_session(region, RESTORED, session);
+}
+
+/// Offset after the last message of a batch.
+fn end_offset(record: &Record) -> u64 {
+    record.first_offset + u64::from(record.message_count)
+}
+
+/// Index entries without bytes for offsets whose messages are lost; if there are none, they only go on from there.
+fn leave_empty<F: Fabric>(
+    index: &mut OrderIndexWriter<F>,
+    region: &Region<F>,
+    offsets: &Range<u64>,
+) -> Result<(), PoolError> {
+    let mut due = offsets.start;
+    let ordered_us = index.next().checked_sub(1).and_then(|last| index.entry(last)).map_or(0, |last| last.ordered_us);
+    while due < offsets.end {
+        let message_count = (offsets.end - due).min(u32::MAX.into()) as u32;
+        index.make_room()?;
+        let location = region.layout().segments;
+        index.append(IndexEntry { location, message_count, ordered_us, ..IndexEntry::zeroed() });
+        due += u64::from(message_count);
+    }
+    Ok(())
 }
 
 /// The allocator by which `broker` would take segments.

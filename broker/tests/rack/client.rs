@@ -55,7 +55,10 @@ impl Client {
 
     /// What it waits for.
     pub fn state(&self) -> String {
-        format!("client {}: {:?} under way, next {} of {}, {:?}", self.id, self.under_way, self.next, self.end, self.session)
+        format!(
+            "client {}: {:?} under way, next {} of {}, {:?}",
+            self.id, self.under_way, self.next, self.end, self.session
+        )
     }
 
     /// It crashes, and starts again: what was under way it never knew.

@@ -94,7 +94,8 @@ impl MediumFile for Handle {
     fn settle(&mut self) -> io::Result<()> {
         self.file.settle()?;
         // What a crash left of what was not durable is so now.
-        let batches = scan(&self.disk.files).and_then(|found| found.batches(&self.disk.files)).map_err(io::Error::other)?;
+        let batches =
+            scan(&self.disk.files).and_then(|found| found.batches(&self.disk.files)).map_err(io::Error::other)?;
         self.disk.history.synced(self.disk.host, batches.iter().map(|batch| batch.record.position));
         Ok(())
     }

@@ -10,12 +10,13 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_broker::ack::{AckQueue, Standing};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::membership::Liveness;
+use embarcadero_broker::mirror;
 use embarcadero_broker::replica::completion::CompletionStage;
 use embarcadero_broker::replica::format::Identity;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Predecessor, Sequencer, SessionError};
+use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_datapath::cxl::headship::{
     Headship, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at,
@@ -53,9 +54,11 @@ struct Head {
     epoch: u64,
     shown: u64,
     commands: Sender<Command>,
-    /// Who asked for a session, in which attempt, and where the answer comes.
-    asked: Vec<(usize, u64, Receiver<Result<Session, SessionError>>)>,
+    asked: Vec<Asked>,
 }
+
+/// A client that asked for a session, in which attempt, and where the answer comes.
+type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
 
 /// A broker process.
 struct Process {
@@ -63,6 +66,7 @@ struct Process {
     rack: Arc<Rack>,
     clock: Clock,
     region: Region<Simulated>,
+    mirror: Region<Simulated>,
     info: BrokerInfo,
     topics: Arc<TopicTable<Simulated>>,
     landed: Sender<Landed<Simulated>>,
@@ -84,7 +88,8 @@ pub struct Machine {
     rack: Arc<Rack>,
     clock: Clock,
     disk: Disk,
-    fabric: Simulated,
+    /// Of the region, and of the mirror.
+    fabrics: [Simulated; 2],
     process: Option<Process>,
     /// Rounds until it starts again; `None` once it left for good.
     down_for: Option<u64>,
@@ -111,7 +116,7 @@ impl Machine {
             rack: Arc::clone(rack),
             clock: Clock::drifting(),
             disk: Disk::new(host as u32, &rack.history),
-            fabric: rack.join(host),
+            fabrics: rack.join(host),
             process: None,
             down_for: Some(down_for),
         }
@@ -191,8 +196,8 @@ impl Machine {
     }
 
     fn start(&mut self) {
-        let (host, rack, clock, disk, fabric) = (self.host, &self.rack, self.clock, &self.disk, &self.fabric);
-        match or_crash(host, || Process::start(host, rack, clock, disk, fabric)) {
+        let (host, rack, clock, disk, fabrics) = (self.host, &self.rack, self.clock, &self.disk, &self.fabrics);
+        match or_crash(host, || Process::start(host, rack, clock, disk, fabrics)) {
             Some(process) => self.process = Some(process),
             None => self.crash(),
         }
@@ -200,19 +205,19 @@ impl Machine {
 
     fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.crashes);
-        self.fabric.crash();
+        self.fabrics.iter().for_each(Simulated::crash);
         self.process = None;
         self.disk.restart();
         self.rack.network.cut(self.host);
-        self.fabric = self.rack.join(self.host);
+        self.fabrics = self.rack.join(self.host);
         self.down_for = Some(random(0..30));
     }
 }
 
 impl Process {
-    fn start(host: usize, rack: &Arc<Rack>, clock: Clock, disk: &Disk, fabric: &Simulated) -> Self {
+    fn start(host: usize, rack: &Arc<Rack>, clock: Clock, disk: &Disk, fabrics: &[Simulated; 2]) -> Self {
         let id = host as u32;
-        let region = Region::open(fabric.clone()).expect("the superblock is visible");
+        let [region, mirror] = fabrics.clone().map(|fabric| Region::open(fabric).expect("the superblock is visible"));
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
         let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
         let incarnation = read_broker(&region, id).map_or(0, |old| old.incarnation) + 1;
@@ -229,7 +234,10 @@ impl Process {
         let (landed, queue) = unbounded();
         let (acks, _) = bounded(1);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
-        let delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
+        let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
+        if host < HEADS {
+            delegation.tidy(mirror.clone());
+        }
         let address = |port| std::net::SocketAddr::from(([10, 0, 0, host as u8], port));
         let info = BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true };
         publish_broker(&region, &info);
@@ -239,6 +247,7 @@ impl Process {
             rack: Arc::clone(rack),
             clock,
             region,
+            mirror,
             info,
             topics,
             landed,
@@ -456,8 +465,8 @@ impl Process {
         publish_headship(region, &line);
         let (commands, queue) = unbounded();
         let (seat, pool) = (Seat(broker), Arc::clone(self.topics.pool()));
-        let recovered =
-            Sequencer::recover(region.clone(), pool, (seat, epoch), predecessor, self.rack.leases, queue, now_us);
+        let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
+        let recovered = Sequencer::recover(memory, (seat, epoch), predecessor, self.rack.leases, queue, now_us);
         let Ok(sequencer) = recovered else { return };
         if read_topic_at(region, seat, 0).is_none() {
             // The first head, or one whose predecessor did not come to it.
@@ -473,7 +482,8 @@ impl Process {
 
 /// The whole order, as a host sees it that was never there before.
 pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
-    let region = Region::open(rack.join(HOSTS - 1)).expect("the superblock is visible");
+    let [fabric, _] = rack.join(HOSTS - 1);
+    let region = Region::open(fabric).expect("the superblock is visible");
     let mut reader = OrderIndexReader::new(region.clone(), GLOBAL);
     let committed = reader.poll();
     (0..committed)
@@ -482,6 +492,14 @@ pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
             (content_of(&region, &entry), entry.first_offset)
         })
         .collect()
+}
+
+/// The offset and messages of each batch, as the mirror has them.
+pub fn read_mirror(rack: &Rack) -> Vec<(u64, u32)> {
+    let [_, fabric] = rack.join(HOSTS - 1);
+    let region = Region::open(fabric).expect("the superblock is visible");
+    let topics = mirror::read(&region).expect("the mirror is whole");
+    topics.into_iter().next().map_or_else(Vec::new, |topic| topic.batches)
 }
 
 /// Time zero of the hosts' clocks.

@@ -219,7 +219,7 @@ impl<F: Fabric> BatchlogReader<F> {
 mod tests {
     use super::*;
     use crate::cxl::headship::{claim, lead};
-    use crate::cxl::layout::{AllocatorKind, Geometry, Layout};
+    use crate::cxl::layout::{AllocatorKind, Geometry, Layout, RegionRole};
     use crate::cxl::{Simulated, Turbulence, World};
     use bytemuck::Zeroable;
     use uuid::Uuid;
@@ -235,6 +235,7 @@ mod tests {
             segment_bytes: 1 << 20,
             segment_count: 1,
             allocator: AllocatorKind::Partitioned,
+            role: RegionRole::Single,
         };
         let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::ROUGH, None);
         let broker = Region::format(Simulated::join(&world, || {}), &geometry, Uuid::nil(), 0).unwrap();

@@ -92,7 +92,7 @@ lines! {
         pub segment_count: u32 = 24,
         pub allocator: u32 = 28,
         pub max_heads: u32 = 32,
-        pub reserved_low: u32 = 36,
+        pub role: u32 = 36,
         pub reserved: [u64; 2] = 40,
         pub reserved_high: u32 = 56,
         pub checksum: u32 = 60,
@@ -392,6 +392,42 @@ impl AllocatorKind {
     }
 }
 
+/// What a region is to the brokers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RegionRole {
+    /// All there is.
+    #[default]
+    Single,
+    /// It holds everything; its heads keep a copy of what they write in another, on a second unit of memory.
+    Mirrored,
+    /// That other.
+    Mirror,
+}
+
+impl RegionRole {
+    /// The number that the superblock holds.
+    #[must_use]
+    pub const fn code(self) -> u32 {
+        match self {
+            Self::Single => 0,
+            Self::Mirrored => 1,
+            Self::Mirror => 2,
+        }
+    }
+
+    /// The role of a superblock's number.
+    #[must_use]
+    pub const fn from_code(code: u32) -> Option<Self> {
+        match code {
+            0 => Some(Self::Single),
+            1 => Some(Self::Mirrored),
+            2 => Some(Self::Mirror),
+            _ => None,
+        }
+    }
+}
+
 /// The numbers from which every position follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -412,6 +448,8 @@ pub struct Geometry {
     pub segment_count: u32,
     /// Allocator of the segment pool.
     pub allocator: AllocatorKind,
+    /// What it is to the brokers.
+    pub role: RegionRole,
 }
 
 /// A number of the geometry is out of bounds.
@@ -439,7 +477,34 @@ impl Geometry {
             segment_bytes,
             segment_count: 1,
             allocator,
+            role: RegionRole::Single,
         }
+    }
+
+    /// Of a mirror of a region of this geometry, of at most `bytes`: the tables of its heads, and room for their order
+    /// indexes in segments of 1 MiB, of which each head has as many.
+    ///
+    /// # Errors
+    /// [`GeometryError`] when not even one segment a head fits.
+    pub fn of_mirror(&self, bytes: u64) -> Result<Self, GeometryError> {
+        let mirror = Self {
+            max_brokers: self.max_heads,
+            max_heads: self.max_heads,
+            max_topics: self.max_topics,
+            max_sessions: self.max_sessions,
+            batchlog_slots: 16,
+            segment_bytes: *SEGMENT_BYTES.start(),
+            segment_count: 1,
+            allocator: AllocatorKind::Partitioned,
+            role: RegionRole::Mirror,
+        }
+        .fit(bytes)?;
+        if mirror.segment_count < self.max_heads {
+            let least = Self { segment_count: self.max_heads, ..mirror };
+            let bound = format!("at least {}", Layout::new(&least).region_bytes);
+            return Err(GeometryError { field: "mirror size", value: bytes, bound });
+        }
+        Ok(mirror)
     }
 
     /// These tables, and as many segments as a region of `region_bytes` holds beside them.

@@ -247,6 +247,11 @@ impl<F: Fabric> OrderIndexWriter<F> {
         self.bytes
     }
 
+    /// Offset of the first message that is kept, or of the next that comes.
+    pub fn earliest_offset(&self) -> u64 {
+        self.entry(self.trimmed).map_or(self.next_offset, |entry| entry.first_offset)
+    }
+
     /// First position that is kept.
     pub fn trimmed(&self) -> u64 {
         self.trimmed
@@ -346,6 +351,12 @@ impl<F: Fabric> OrderIndexWriter<F> {
         self.published = self.next;
     }
 
+    /// Waits until the tail is in memory.
+    #[inline]
+    pub fn fence(&self) {
+        self.region.fabric().fence(Site::TailFlush);
+    }
+
     /// An entry that is still kept, as its writer sees it.
     pub fn entry(&self, position: u64) -> Option<IndexEntry> {
         if position < self.trimmed || position >= self.next {
@@ -392,6 +403,17 @@ impl<F: Fabric> OrderIndexWriter<F> {
             if !too_much && entry.ordered_us >= since_us {
                 break;
             }
+            self.kept_bytes -= u64::from(entry.bytes);
+            position += 1;
+        }
+        self.trim(position);
+    }
+
+    /// Lets go of the entries whose messages are all below `offset`.
+    pub fn trim_below(&mut self, offset: u64) {
+        let below = |entry: &IndexEntry| entry.first_offset + u64::from(entry.message_count) <= offset;
+        let mut position = self.trimmed;
+        while let Some(entry) = self.entry(position).filter(below) {
             self.kept_bytes -= u64::from(entry.bytes);
             position += 1;
         }

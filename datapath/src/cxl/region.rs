@@ -4,7 +4,7 @@ use super::cache::{FlushMethod, UnsupportedFlush};
 use super::fabric::{Fabric, RegionOffset, Site};
 use super::headship::Office;
 use super::layout::{
-    AllocatorKind, Geometry, GeometryError, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, SUPERBLOCK_BYTES,
+    AllocatorKind, Geometry, GeometryError, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, RegionRole, SUPERBLOCK_BYTES,
     SuperblockGeometry, SuperblockHead,
 };
 use super::native::{Mapping, Native};
@@ -20,6 +20,14 @@ use uuid::Uuid;
 /// Why a region cannot be made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum RegionError {
+    /// A mirror where the region itself should be, or the other way round.
+    #[error("the region's role is {found:?}, expected {expected:?}: see cxl.path and cxl.mirror")]
+    Role {
+        /// As created.
+        found: RegionRole,
+        /// As used.
+        expected: RegionRole,
+    },
     /// The file or device cannot be opened, sized or mapped.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
@@ -186,6 +194,7 @@ impl<F: Fabric> Region<F> {
             segment_count: geometry.segment_count,
             allocator: geometry.allocator.code(),
             max_heads: geometry.max_heads,
+            role: geometry.role.code(),
             ..SuperblockGeometry::zeroed()
         };
         body.checksum = checksum(&head, &body);
@@ -232,6 +241,11 @@ impl<F: Fabric> Region<F> {
             value: body.allocator.into(),
             bound: "1 to 3".to_owned(),
         })?;
+        let role = RegionRole::from_code(body.role).ok_or_else(|| GeometryError {
+            field: "role",
+            value: body.role.into(),
+            bound: "0 to 2".to_owned(),
+        })?;
         let geometry = Geometry {
             max_brokers: body.max_brokers,
             max_heads: body.max_heads,
@@ -241,6 +255,7 @@ impl<F: Fabric> Region<F> {
             segment_bytes: body.segment_bytes,
             segment_count: body.segment_count,
             allocator,
+            role,
         };
         geometry.validate()?;
         let layout = Layout::new(&geometry);
@@ -300,6 +315,15 @@ impl<F: Fabric> Region<F> {
         if self.uuid == expected { Ok(()) } else { Err(RegionError::Uuid { found: self.uuid, expected }) }
     }
 
+    /// Checks that the region has the role in which it is used.
+    ///
+    /// # Errors
+    /// [`RegionError::Role`] naming both.
+    pub fn require_role(&self, expected: RegionRole) -> Result<(), RegionError> {
+        let found = self.geometry.role;
+        if found == expected { Ok(()) } else { Err(RegionError::Role { found, expected }) }
+    }
+
     /// Checks that the region has the segment size which the configuration asks for.
     ///
     /// # Errors
@@ -356,6 +380,8 @@ pub struct Creation {
     pub numa_node: Option<u32>,
     /// Overwrite what a dax device holds.
     pub force: bool,
+    /// Identity; unset, a new one. A mirror has that of its region.
+    pub uuid: Option<Uuid>,
 }
 
 /// An open region and the file or device that holds it.
@@ -454,7 +480,7 @@ impl RegionFile {
         let created_ms = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_millis() as u64);
-        Region::format(native, geometry, Uuid::new_v4(), created_ms)
+        Region::format(native, geometry, creation.uuid.unwrap_or_else(Uuid::new_v4), created_ms)
     }
 
     /// Opens the region at `path`.
@@ -650,6 +676,7 @@ mod tests {
             segment_bytes: 1 << 20,
             segment_count: 4,
             allocator: AllocatorKind::Bitmap,
+            role: RegionRole::Single,
         }
     }
 

@@ -296,7 +296,7 @@ pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
 mod tests {
     use super::*;
     use crate::cxl::cache::FlushMethod;
-    use crate::cxl::layout::Geometry;
+    use crate::cxl::layout::{Geometry, RegionRole};
     use crate::cxl::{Mapping, Native};
     use std::collections::BTreeSet;
     use uuid::Uuid;
@@ -311,6 +311,7 @@ mod tests {
             segment_bytes: 1 << 20,
             segment_count: segments,
             allocator,
+            role: RegionRole::Single,
         };
         let bytes = Layout::new(&geometry).region_bytes;
         let native = Native::new(Mapping::anonymous(bytes).unwrap(), FlushMethod::None).unwrap();

@@ -128,6 +128,13 @@ pub fn store_commit<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, record
     fabric.store(progress_at(region, seat, slot), expected);
 }
 
+/// Writes the progress word of a session of which no batch commits now. Only the head may.
+pub fn store_progress<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, expected: u64) {
+    let at = progress_at(region, seat, slot);
+    region.fabric().store(at, expected);
+    region.fabric().flush(at, 8, Site::RecordFlush);
+}
+
 /// Starts the write-back of what [`store_commit`] wrote for one batch.
 #[inline]
 pub fn flush_commit<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) {

@@ -1,0 +1,172 @@
+//! The mirror: a second region, on another unit of memory, in which the head keeps a copy of what it writes: topics,
+//! sessions, and the global orders. Should the region be lost, it says what was in it to the last message that was
+//! acknowledged ([`crate::replica::restore`]).
+//!
+//! It has the tables of a region and is written by the same code, each head in its own area. What the mirror shows, the
+//! region shows already or is about to; what is acknowledged, both have.
+
+use crate::sequencer::spare_segments;
+use embarcadero_datapath::cxl::headship::{claim, inherit, last_led, lead};
+use embarcadero_datapath::cxl::layout::{CommitRecord, RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_datapath::cxl::order_index::{OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at};
+use embarcadero_datapath::cxl::region::{Region, RegionError};
+use embarcadero_datapath::cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_datapath::cxl::session_table::{
+    Commit, Session, flush_commit, publish_session, read_commit_at, read_progress_at, read_session_at, store_commit,
+};
+use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics_at, publish_topic};
+use embarcadero_datapath::cxl::{Fabric, Site};
+use std::sync::Arc;
+
+/// Checks that `mirror` is the mirror of `region`.
+///
+/// # Errors
+/// What differs.
+pub fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), RegionError> {
+    region.require_role(RegionRole::Mirrored)?;
+    mirror.require_role(RegionRole::Mirror)?;
+    mirror.require_uuid(region.uuid())
+}
+
+/// The mirror, as the head writes it.
+pub struct Mirror<F: Fabric> {
+    region: Region<F>,
+    seat: Seat,
+    epoch: u64,
+    pool: Arc<dyn SegmentAllocator>,
+}
+
+impl<F: Fabric> Mirror<F> {
+    /// Takes over from the head before, as in the region itself. That may be another one here: it came so far, and no further.
+    ///
+    /// # Errors
+    /// [`PoolError`] when there is no room to go on in.
+    pub fn take_over(region: Region<F>, seat: Seat, epoch: u64) -> Result<Self, PoolError> {
+        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
+        // Whoever it was may go on.
+        let mut spares = spare_segments(&region, &*pool, seat)?;
+        claim(&region, seat, epoch);
+        inherit(&region, seat);
+        let mirror = Self { region, seat, epoch, pool };
+        for config in live_topics_at(&mirror.region, seat) {
+            if config.order.is_global() {
+                mirror.open(&config).replace_last(&mut spares)?;
+            }
+        }
+        for spare in spares {
+            let _ = mirror.pool.release(spare);
+        }
+        lead(&mirror.region, seat, epoch);
+        Ok(mirror)
+    }
+
+    /// The copy of a topic's order.
+    pub fn open(&self, config: &TopicConfig) -> OrderIndexWriter<F> {
+        let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
+        let pool = Arc::clone(&self.pool);
+        OrderIndexWriter::open(self.region.clone(), id, self.seat, config.incarnation, self.epoch, pool)
+    }
+
+    /// The copy of a topic's order, with everything that `index` has.
+    ///
+    /// # Errors
+    /// [`PoolError`] when it has no room for that.
+    pub fn follow(&self, config: &TopicConfig, index: &OrderIndexWriter<F>) -> Result<OrderIndexWriter<F>, PoolError> {
+        let mut copy = self.open(config);
+        let follows = (index.earliest_offset()..=index.next_offset()).contains(&copy.next_offset());
+        if !follows {
+            // It is new, or was away.
+            copy.abandon();
+            copy.begin_at(index.earliest_offset());
+        }
+        for entry in (index.trimmed()..index.next()).filter_map(|position| index.entry(position)) {
+            if entry.first_offset >= copy.next_offset() {
+                copy.make_room()?;
+                copy.append(entry);
+            }
+        }
+        copy.write_back_entries();
+        copy.publish_tail(self.epoch);
+        copy.fence();
+        Ok(copy)
+    }
+
+    /// Copies what is known of sessions.
+    pub fn follow_sessions(&self, from: &Region<F>) {
+        for slot in 0..from.geometry().max_sessions {
+            let Some(session) = read_session_at(from, self.seat, slot) else { continue };
+            let expected = read_progress_at(from, self.seat, slot);
+            for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
+                if let Commit::At(record) = read_commit_at(from, self.seat, slot, sequence) {
+                    self.commit(&[(slot, record, expected)]);
+                }
+            }
+            self.session(&session);
+        }
+    }
+
+    /// Writes a topic's line.
+    pub fn topic(&self, config: &TopicConfig) {
+        publish_topic(&self.region, self.seat, config);
+    }
+
+    /// Writes a session's line.
+    pub fn session(&self, session: &Session) {
+        publish_session(&self.region, self.seat, session);
+    }
+
+    /// Writes commit records (slot, record, what is expected next).
+    pub fn commit(&self, commits: &[(u32, CommitRecord, u64)]) {
+        for (slot, record, expected) in commits {
+            store_commit(&self.region, self.seat, *slot, record, *expected);
+        }
+        for (slot, record, _) in commits {
+            flush_commit(&self.region, self.seat, *slot, record.tag - 1);
+        }
+        self.region.fabric().fence(Site::RecordFlush);
+    }
+}
+
+/// A topic, as a mirror has it.
+#[derive(Clone, Debug)]
+pub struct MirroredTopic {
+    /// As it was.
+    pub config: TopicConfig,
+    /// Offset of the next message.
+    pub next_offset: u64,
+    /// Offset of the first message of each batch that was kept, and how many it has. They follow each other.
+    pub batches: Vec<(u64, u32)>,
+    /// Its sessions, and what each expected next.
+    pub sessions: Vec<(Session, u64)>,
+}
+
+/// What a mirror says of the topics with a global order.
+///
+/// # Errors
+/// [`ReadError`]: its memory is damaged.
+pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadError> {
+    let Some(seat) = last_led(mirror) else { return Ok(Vec::new()) };
+    let sessions: Vec<(Session, u64)> = (0..mirror.geometry().max_sessions)
+        .filter_map(|slot| Some((read_session_at(mirror, seat, slot)?, read_progress_at(mirror, seat, slot))))
+        .collect();
+    let mut topics = Vec::new();
+    for config in live_topics_at(mirror, seat).into_iter().filter(|config| config.order.is_global()) {
+        let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
+        let extent = read_extent_at(mirror, seat, id);
+        let mut reader = OrderIndexReader::new(mirror.clone(), id);
+        let mut batches = Vec::new();
+        for position in extent.trimmed..reader.poll() {
+            let entry = reader.read(position)?;
+            batches.push((entry.first_offset, entry.message_count));
+        }
+        // The word in the tail may be ahead of it.
+        let next_offset =
+            batches.last().map_or(extent.earliest_offset, |(first, messages)| first + u64::from(*messages));
+        let of_topic = |(session, _): &&(Session, u64)| {
+            (session.topic, session.topic_incarnation) == (config.id, config.incarnation)
+        };
+        let sessions = sessions.iter().filter(of_topic).copied().collect();
+        topics.push(MirroredTopic { config, next_offset, batches, sessions });
+    }
+    Ok(topics)
+}
