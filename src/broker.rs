@@ -1,7 +1,7 @@
 //! `embarcadero broker`.
 
 use crate::settings::{load, located};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use embarcadero_broker::{Broker, BrokerConfig};
 use serde_json::json;
@@ -10,6 +10,9 @@ use signal_hook::iterator::Signals;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// Time between two looks for signals.
+const SIGNAL_PERIOD: Duration = Duration::from_millis(20);
 
 #[derive(Args)]
 pub struct BrokerArgs {
@@ -47,7 +50,17 @@ pub fn run(args: BrokerArgs) -> Result<()> {
     let info = broker.info();
     // One line on standard output tells a parent process where the broker is.
     println!("{}", json!({ "broker": info.id, "head": broker.is_head(), "data": info.data, "control": info.control }));
-    if signals.forever().next() == Some(SIGTERM) {
+    let signal = loop {
+        if broker.is_superseded() {
+            broker.stop();
+            bail!("another process has broker id {}", broker.info().id);
+        }
+        if let Some(signal) = signals.pending().next() {
+            break signal;
+        }
+        std::thread::sleep(SIGNAL_PERIOD);
+    };
+    if signal == SIGTERM {
         broker.drain(patience, || signals.pending().next().is_some());
     }
     broker.stop();

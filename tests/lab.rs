@@ -250,6 +250,30 @@ mod one_guest {
 
     #[test]
     #[ignore = "needs an RDMA device: scripts/lab has one"]
+    fn what_the_region_no_longer_holds_comes_from_disks_over_verbs() {
+        let disk = tempfile::tempdir().unwrap();
+        // The guest's file systems have no direct I/O.
+        let replica = [
+            ("EMBARCADERO_BROKER_REPLICA__PATH", disk.path().to_str().unwrap()),
+            ("EMBARCADERO_BROKER_REPLICA__DIRECT", "false"),
+        ];
+        let cluster = Cluster::start(2, REGION, &[&[VERBS], replica.as_slice()].concat());
+        let client = Client::connect(ClientConfig { transport: Transport::Verbs, ack_level: 2, ..small(&cluster) });
+        let client = client.unwrap();
+        let options = TopicOptions { ack_level: 2, replication_factor: 2, retention_bytes: 512 << 10, ..strong() };
+        client.create_topic("t", options).unwrap();
+        let publisher = client.publisher("t").unwrap();
+        for number in 0..4000 {
+            publisher.publish_wait(&message(0, number)).unwrap();
+        }
+        publisher.flush().unwrap();
+        let (_, streams) = client.describe_topic("t").unwrap();
+        assert!(streams[0].earliest_offset > 0, "all is in the region still: {streams:?}");
+        assert_exactly_once(&history(&client, "t")[&0], 4000);
+    }
+
+    #[test]
+    #[ignore = "needs an RDMA device: scripts/lab has one"]
     fn a_region_on_huge_pages() {
         shell(
             "mkdir -p /run/huge

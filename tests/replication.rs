@@ -5,6 +5,7 @@ mod support;
 
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Publisher, Start, TopicOptions};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 use support::{Cluster, PATIENCE, assert_exactly_once, eventually, history, message, parse, rebuild, run};
 use tempfile::TempDir;
 
@@ -30,6 +31,10 @@ fn publish(publisher: &Publisher, numbers: std::ops::Range<u64>) {
     for number in numbers {
         publisher.publish_wait(&message(0, number)).unwrap();
     }
+}
+
+fn now_us() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros() as u64
 }
 
 /// The directory in which a broker keeps its replicas.
@@ -111,7 +116,13 @@ fn what_the_region_no_longer_holds_is_read_from_disks() {
         let mut slow = client(&cluster, 1).subscriber("t", Start::Earliest).unwrap();
         let mut read = Vec::new();
         let publisher = publishing.publisher("t").unwrap();
+        let mut noted = 0;
         for part in 0..40 {
+            if part == 10 {
+                // Everything so far was ordered before this, and nothing more.
+                noted = 1 + now_us();
+                eventually("the clock goes on", || now_us() > noted);
+            }
             publish(&publisher, part * COUNT / 40..(part + 1) * COUNT / 40);
             publisher.flush().unwrap();
             for _ in 0..100 {
@@ -145,6 +156,10 @@ fn what_the_region_no_longer_holds_is_read_from_disks() {
             let mut middle = reading.subscriber("t", Start::Offset(12_345)).unwrap();
             middle.drain(|message| numbers.push(parse(message.payload).1)).unwrap();
             check(numbers, 12_345);
+            let mut numbers = Vec::new();
+            let mut timed = reading.subscriber("t", Start::Timestamp(noted)).unwrap();
+            timed.drain(|message| numbers.push(parse(message.payload).1)).unwrap();
+            check(numbers, COUNT / 4);
             // What no disk has any more either is said to be gone.
             for broker in 0..3 {
                 for file in files(&replica_of(&disk, broker)) {

@@ -37,6 +37,15 @@ pub struct ArchiveKey {
     pub stream: u32,
 }
 
+/// Where reading begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum From {
+    /// At the batch that has this offset.
+    Offset(u64),
+    /// At the first batch that was ordered at this time, microseconds since 1970, or later: that one alone is read.
+    Time(u64),
+}
+
 /// What this broker's own replica has, for readers beside it.
 pub struct Catalog {
     /// `None` where nothing is on the disk; nothing of what has not been looked for yet.
@@ -77,14 +86,22 @@ impl Catalog {
         self.streams().remove(&key);
     }
 
-    /// Batches that are here, from the offset `from` on. May wait for the disk.
+    /// Batches that are here. May wait for the disk.
     ///
     /// # Errors
     /// The disk's, in words, or nobody has looked at it yet.
-    pub fn read(&self, key: ArchiveKey, from: u64, max_bytes: u64) -> Result<Vec<Archived>, String> {
+    pub fn read(&self, key: ArchiveKey, from: From, max_bytes: u64) -> Result<Vec<Archived>, String> {
         let files = self.streams().get(&key).cloned();
         match files {
-            Some(Some(files)) => files.read(from, max_bytes).map_err(|error| error.to_string()),
+            Some(Some(files)) => match from {
+                From::Offset(offset) => files.read(offset, max_bytes),
+                From::Time(since_us) => files.first_since(since_us).and_then(|found| {
+                    let mut batches = found.map_or(Ok(Vec::new()), |offset| files.read(offset, 1))?;
+                    batches.truncate(1);
+                    Ok(batches)
+                }),
+            }
+            .map_err(|error| error.to_string()),
             None if self.replicates.load(Ordering::Relaxed) => {
                 Err("this broker has yet to look at its disk".to_owned())
             }
@@ -107,7 +124,7 @@ pub type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
 
 struct Request {
     key: ArchiveKey,
-    from: u64,
+    from: From,
     reply: Sender<ArchiveAnswer>,
 }
 
@@ -124,8 +141,8 @@ impl Archive {
         (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
     }
 
-    /// Asks for batches from the offset `from` on.
-    pub fn ask(&self, key: ArchiveKey, from: u64) -> Receiver<ArchiveAnswer> {
+    /// Asks for batches.
+    pub fn ask(&self, key: ArchiveKey, from: From) -> Receiver<ArchiveAnswer> {
         let (reply, answer) = bounded(1);
         // If nobody reads, the answer's other end is gone, which the caller sees.
         let _ = self.requests.send(Request { key, from, reply });
@@ -163,7 +180,7 @@ impl ArchiveReader {
     }
 
     /// Asks every broker that may have it.
-    fn ask_all(&self, key: ArchiveKey, from: u64) -> JoinSet<Result<Vec<Archived>, String>> {
+    fn ask_all(&self, key: ArchiveKey, from: From) -> JoinSet<Result<Vec<Archived>, String>> {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
         answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
@@ -184,7 +201,7 @@ impl ArchiveReader {
 }
 
 /// Asks one broker's replica.
-async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: u64) -> Result<Vec<Archived>, String> {
+async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) -> Result<Vec<Archived>, String> {
     let failed = |what: String| format!("broker {}: {what}", info.id);
     let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
     let mut client = match known {
@@ -196,7 +213,12 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: u64) -> 
         }
     };
     let ArchiveKey { topic, incarnation, stream } = key;
-    let request = proto::ReadReplicaRequest { topic, incarnation, stream, from_offset: from, max_bytes: READ_BYTES };
+    let (from_offset, since_us) = match from {
+        From::Offset(offset) => (offset, None),
+        From::Time(since_us) => (0, Some(since_us)),
+    };
+    let max_bytes = READ_BYTES;
+    let request = proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us };
     let answer = client.read_replica(request).await;
     let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
     match answer {
@@ -225,9 +247,10 @@ pub fn read_replica(
     catalog: &Catalog,
     request: proto::ReadReplicaRequest,
 ) -> Result<proto::ReadReplicaResponse, Status> {
-    let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes } = request;
+    let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us } = request;
     let key = ArchiveKey { topic, incarnation, stream };
-    let found = catalog.read(key, from_offset, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
+    let from = since_us.map_or(From::Offset(from_offset), From::Time);
+    let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
     let batches = found.into_iter().map(|batch| {
         let Archived { first_offset, message_count, source, ordered_us, bytes } = batch;
         proto::ArchivedBatch { first_offset, message_count, source, ordered_us, bytes }
@@ -235,8 +258,8 @@ pub fn read_replica(
     Ok(proto::ReadReplicaResponse { batches: batches.collect() })
 }
 
-/// Puts together what disks have: all that follows without a gap from the batch that has the offset `from`.
-fn join(from: u64, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
+/// Puts together what disks have: all that follows without a gap from the batch that was asked for.
+fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
     let mut unreachable = None;
     let mut batches: BTreeMap<u64, Archived> = BTreeMap::new();
     for answer in answers {
@@ -246,7 +269,14 @@ fn join(from: u64, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer
         }
     }
     let lowest = batches.keys().next().copied();
-    let mut due = from;
+    let mut due = match (from, lowest) {
+        (From::Offset(offset), _) => offset,
+        (From::Time(_), lowest) => lowest.unwrap_or(0),
+    };
+    // A disk that does not answer may have an earlier one.
+    if let (From::Time(_), Some(error)) = (from, &unreachable) {
+        return Err(ArchiveError::Unreachable(error.clone()));
+    }
     let mut joined = Vec::new();
     for (first, batch) in batches {
         let end = batch.end_offset();
@@ -279,6 +309,7 @@ mod tests {
     #[test]
     fn an_offset_that_is_on_no_disk_is_missing_unless_a_disk_did_not_answer() {
         let one = || Ok(vec![batch(10, 5), batch(20, 5)]);
+        let join = |from, answers| join(From::Offset(from), answers);
         assert_eq!(join(7, vec![one()]), Err(ArchiveError::Missing(Some(10))));
         assert_eq!(join(30, vec![Ok(vec![])]), Err(ArchiveError::Missing(None)));
         assert_eq!(join(7, vec![one(), Err("no".to_owned())]), Err(ArchiveError::Unreachable("no".to_owned())));
@@ -301,7 +332,7 @@ mod tests {
             for (disk, reach) in disks.into_iter().zip(reach) {
                 answers.push(Ok(disk.into_iter().filter(|batch| batch.end_offset() > from).take(reach).collect()));
             }
-            match join(from, answers) {
+            match join(From::Offset(from), answers) {
                 Ok(joined) => {
                     prop_assert!(joined[0].first_offset <= from && joined[0].end_offset() > from);
                     prop_assert!(joined.windows(2).all(|pair| pair[0].end_offset() == pair[1].first_offset));

@@ -101,6 +101,8 @@ struct Exit {
     connections: Arc<AtomicUsize>,
     /// Everything stops.
     stop: Arc<AtomicBool>,
+    /// A later process has this broker's place.
+    superseded: Arc<AtomicBool>,
 }
 
 /// Time between two looks at whether all clients are gone.
@@ -185,6 +187,12 @@ impl Broker {
         self.head.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
+    /// True once a later process, on another host, has this broker's place: it stood still for so long that it was taken for
+    /// dead, and has stopped now.
+    pub fn is_superseded(&self) -> bool {
+        self.exit.superseded.load(Ordering::Relaxed)
+    }
+
     /// Takes nothing more from clients, acknowledges what it has, and sends them to other brokers. False when some were still
     /// here after `patience`, or when `hurry` said to wait no longer. Then [`Broker::stop`].
     pub fn drain(&self, patience: Duration, mut hurry: impl FnMut() -> bool) -> bool {
@@ -208,7 +216,9 @@ impl Broker {
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
-        publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });
+        if !self.is_superseded() {
+            publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });
+        }
     }
 }
 
@@ -279,6 +289,8 @@ impl Start {
     fn run(self, data: TcpListener, control: TcpListener) -> Result<Broker, BrokerError> {
         let Self { config, info, .. } = &self;
         let region = self.file.region().clone();
+        // Before anything is read that an earlier process of this broker wrote: one that only stood still writes no more.
+        publish_broker(&region, &BrokerInfo { running: false, ..info.clone() });
         let pool = pool::allocator(&region, info).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), info.id, Arc::clone(&pool)));
         let exit = Exit::default();
@@ -454,11 +466,18 @@ fn spawn_workers(
         draining: Arc::clone(&exit.draining),
         connections: Arc::clone(&exit.connections),
         stop: Arc::clone(&exit.stop),
+        superseded: Arc::clone(&exit.superseded),
+        lease: match config.cxl.coherence {
+            // The head sees that a process is there, and keeps what it pinned.
+            Coherence::Host => Duration::MAX,
+            Coherence::Fabric | Coherence::None => Duration::from_millis(config.broker_lease_ms),
+        },
     };
     // Every batch in flight can have an ack waiting here.
     let ack_slots = (sessions * SESSION_WINDOW as usize).min(1 << 17);
     let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
-    let mut delegation = Delegation::new(Arc::clone(topics), landed_queue, acks, config.flush_group);
+    let mut delegation = Delegation::new(Arc::clone(topics), landed_queue, acks, config.flush_group)
+        .of_incarnation(start.info.incarnation);
     if let Some(mirror) = start.mirror.as_ref().filter(|_| start.info.id < topics.region().geometry().max_heads) {
         delegation.tidy(mirror.region().clone());
     }

@@ -12,7 +12,7 @@ use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::replication::read_completion;
 use embarcadero_datapath::cxl::segment::PartitionAllocator;
-use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_topic};
+use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_broker, read_topic};
 use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_datapath::wire::BatchHeader;
 use serde::{Deserialize, Serialize};
@@ -97,6 +97,10 @@ pub struct Delegation<F: Fabric> {
     acks: Vec<Sender<OrderedLocally>>,
     pulse: Pulse<F>,
     group: FlushGroup,
+    /// Which process of this broker this is; unset, the only one.
+    incarnation: Option<u32>,
+    /// A later process has this broker's place.
+    superseded: bool,
     /// Of the region, and of its mirror.
     leftovers: Vec<Leftovers<F>>,
 }
@@ -112,7 +116,41 @@ impl<F: Fabric> Delegation<F> {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
         let leftovers = vec![Leftovers::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()))];
-        Self { logs: (0..slots).map(|_| None).collect(), topics, landed, stalled: None, acks, pulse, group, leftovers }
+        Self {
+            logs: (0..slots).map(|_| None).collect(),
+            topics,
+            landed,
+            stalled: None,
+            acks,
+            pulse,
+            group,
+            incarnation: None,
+            superseded: false,
+            leftovers,
+        }
+    }
+
+    /// Writes only as long as the broker table names this process, or an earlier one. On one host no two processes of a
+    /// broker run at a time; of several hosts, one may have been taken for dead that only stood still.
+    #[must_use]
+    pub fn of_incarnation(self, incarnation: u32) -> Self {
+        Self { incarnation: Some(incarnation), ..self }
+    }
+
+    /// True once a later process has this broker's place: nothing that this one does counts any more, and it should end.
+    pub fn is_superseded(&self) -> bool {
+        self.superseded
+    }
+
+    /// Looks whether a later process has this broker's place.
+    fn look_for_successor(&mut self) -> bool {
+        if let Some(own) = self.incarnation
+            && !self.superseded
+        {
+            let (region, broker) = (self.topics.region(), self.topics.broker());
+            self.superseded = read_broker(region, broker).is_some_and(|now| now.incarnation > own);
+        }
+        self.superseded
     }
 
     /// Gives back what this broker took as the head in the region's mirror, too.
@@ -126,6 +164,9 @@ impl<F: Fabric> Delegation<F> {
     /// batches it took.
     pub fn poll(&mut self, now_us: u64, budget: usize) -> usize {
         let mut taken = 0;
+        if self.superseded {
+            return 0;
+        }
         while taken < budget {
             let Some(landed) = self.stalled.take().or_else(|| self.landed.try_recv().ok()) else { break };
             if let Err(landed) = self.append(landed, now_us) {
@@ -235,10 +276,11 @@ impl<F: Fabric> Delegation<F> {
     }
 
     fn publish(&mut self, slot: usize) {
-        let Some(Some(local)) = self.logs.get_mut(slot) else { return };
-        if local.unpublished == 0 {
+        let unpublished = |local: &LocalLog<F>| local.unpublished > 0;
+        if !self.logs.get(slot).is_some_and(|log| log.as_ref().is_some_and(unpublished)) || self.look_for_successor() {
             return;
         }
+        let Some(Some(local)) = self.logs.get_mut(slot) else { return };
         match &mut local.log {
             Log::Batchlog(writer) => {
                 writer.publish(local.written);
@@ -260,11 +302,16 @@ impl<F: Fabric> Delegation<F> {
 
     /// Says that this broker lives. Every few milliseconds.
     pub fn beat(&mut self) {
-        self.pulse.beat();
+        if !self.look_for_successor() {
+            self.pulse.beat();
+        }
     }
 
     /// Retention, reclaim, and topics that came or went. Every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
+        if self.superseded {
+            return;
+        }
         let region = self.topics.region().clone();
         let broker = self.topics.broker();
         let live = read_headship(&region).map_or(u64::MAX, |head| head.pinning_mask) | 1 << broker;
@@ -339,4 +386,88 @@ impl<F: Fabric> Delegation<F> {
 #[must_use]
 pub fn since(retention_ms: u64, now_us: u64) -> u64 {
     if retention_ms == 0 { 0 } else { now_us.saturating_sub(retention_ms.saturating_mul(1000)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::{bounded, unbounded};
+    use embarcadero_datapath::cxl::batchlog::BatchlogReader;
+    use embarcadero_datapath::cxl::headship::{Headship, claim, lead, publish_headship};
+    use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry, Layout};
+    use embarcadero_datapath::cxl::tables::{
+        BrokerInfo, Order, TopicConfig, publish_broker, publish_topic, read_pulse,
+    };
+    use embarcadero_datapath::cxl::{Simulated, Turbulence, World};
+
+    /// A batch of a topic, as it lies in a broker's Blog.
+    fn land(topic: &Arc<Topic<Simulated>>) -> Landed<Simulated> {
+        let header = BatchHeader { payload_bytes: 60, message_count: 1, topic_incarnation: 1, ..BatchHeader::zeroed() };
+        let at = topic.blog.reserve(header.batch_bytes()).expect("there is room");
+        Landed { topic: Arc::clone(topic), header, at, origin: Origin { worker: 0, token: 0 } }
+    }
+
+    /// A process that stood still while another took its place, on another host: what it received meanwhile is not shown,
+    /// and neither is its heartbeat.
+    #[test]
+    fn a_process_that_was_replaced_writes_nothing_any_more() {
+        let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
+        let geometry = Geometry {
+            max_brokers: 1,
+            max_heads: 1,
+            max_topics: 1,
+            max_sessions: 1,
+            batchlog_slots: 16,
+            segment_count: 4,
+            ..base
+        };
+        let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::CALM, None);
+        let [old, new] = [0, 1].map(|_| Simulated::join(&world, || {}));
+        Region::format(old.clone(), &geometry, uuid::Uuid::nil(), 0).expect("it fits");
+        let address = std::net::SocketAddr::from(([10, 0, 0, 1], 1));
+        let info = BrokerInfo { id: 0, incarnation: 1, data: address, control: address, process_id: 1, running: true };
+        let config = TopicConfig {
+            id: 0,
+            incarnation: 1,
+            state: TopicState::Live,
+            name: "t".to_owned(),
+            order: Order::Strong,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+            created_ms: 0,
+        };
+        let [old, new] = [old, new].map(|fabric| Region::open(fabric).expect("it is a region"));
+        claim(&old, Seat(0), 1);
+        publish_headship(&old, &Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: 1, pinning_mask: 1 });
+        publish_topic(&old, Seat(0), &config);
+        lead(&old, Seat(0), 1);
+        publish_broker(&old, &info);
+        let start = |region: &Region<Simulated>, incarnation| {
+            let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
+            let topics = Arc::new(TopicTable::new(region.clone(), 0, pool));
+            let topic = topics.get(0, 1).expect("there is a head").expect("the topic is there");
+            let ((landed, queue), (acks, _)) = (unbounded(), bounded(1));
+            let delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default());
+            (delegation.of_incarnation(incarnation), landed, topic)
+        };
+        let (mut delegation, landed, topic) = start(&old, 1);
+        landed.send(land(&topic)).expect("it is taken");
+        assert_eq!(delegation.poll(0, 8), 1);
+        let mut reader = BatchlogReader::new(new.clone(), 0, 0, 0);
+        assert_eq!(reader.available(8), 1);
+        reader.take();
+        let before = read_pulse(&new, 0);
+        publish_broker(&new, &BrokerInfo { incarnation: 2, ..info });
+        let (mut successor, landed_there, topic_there) = start(&new, 2);
+        landed.send(land(&topic)).expect("it is taken");
+        delegation.poll(1, 8);
+        delegation.beat();
+        assert!(delegation.is_superseded() && !successor.is_superseded());
+        assert_eq!((reader.available(8), read_pulse(&new, 0)), (0, before), "it wrote on");
+        landed_there.send(land(&topic_there)).expect("it is taken");
+        assert_eq!(successor.poll(1, 8), 1);
+        assert_eq!(reader.available(8), 1);
+    }
 }

@@ -1,7 +1,7 @@
 //! Delivery: batches go to subscribers in the order of the index, straight from CXL memory; what retention took from there,
 //! from replicas' disks.
 
-use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, Archived};
+use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, Archived, From};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::{Receiver, TryRecvError};
 use embarcadero_datapath::cxl::layout::IndexEntry;
@@ -41,17 +41,31 @@ pub struct SubscriberSession {
 
 /// A subscriber that reads what the region no longer holds.
 struct ArchiveRead {
-    /// Offset that is due.
-    due: u64,
+    /// What is due.
+    due: From,
     /// What was asked for.
     answer: Option<Receiver<ArchiveAnswer>>,
     /// It may begin later, at what is there; nothing was sent yet.
-    earliest: bool,
+    begins: bool,
 }
 
 impl ArchiveRead {
-    fn at(due: u64, earliest: bool) -> Option<Self> {
-        Some(Self { due, answer: None, earliest })
+    /// Goes on at an offset.
+    fn at(due: u64) -> Option<Self> {
+        Some(Self { due: From::Offset(due), answer: None, begins: false })
+    }
+
+    /// The offset that is due, once it is known.
+    fn offset(&self) -> u64 {
+        match self.due {
+            From::Offset(due) => due,
+            From::Time(_) => 0,
+        }
+    }
+
+    /// Begins at what is there.
+    fn begin(due: From) -> Option<Self> {
+        Some(Self { due, answer: None, begins: true })
     }
 }
 
@@ -126,8 +140,8 @@ impl SubscriberSession {
         self.topic.config.replication_factor > 1
     }
 
-    /// Finds where the stream starts; false when it does not exist yet. Goes to the `archive` for what the region lacks.
-    fn start(&mut self, outbox: &mut Outbox, archive: Option<&Archive>) -> Result<bool, TransportError> {
+    /// Finds where the stream starts; false when it does not exist yet. What the region lacks, disks may have.
+    fn start(&mut self, outbox: &mut Outbox) -> Result<bool, TransportError> {
         let Some(request) = self.request else { return Ok(true) };
         // Pinning from 0 keeps everything that is there now.
         let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
@@ -141,16 +155,21 @@ impl SubscriberSession {
         }
         let earliest =
             if low < committed { self.reader.read(low).map_err(unreadable)?.first_offset } else { next_offset };
-        let archived = archive.is_some() && self.is_archived() && earliest > 0;
+        let archived = self.is_archived() && earliest > 0;
         let (cursor, start_offset) = match request.start_kind {
             START_EARLIEST if archived => {
                 self.request = None;
-                self.archived = ArchiveRead::at(0, true);
+                self.archived = ArchiveRead::begin(From::Offset(0));
+                return Ok(true);
+            }
+            START_TIMESTAMP if archived && self.begins_after(low, committed, request.start)? => {
+                self.request = None;
+                self.archived = ArchiveRead::begin(From::Time(request.start));
                 return Ok(true);
             }
             START_OFFSET if archived && request.start < earliest => {
                 self.request = None;
-                self.archived = ArchiveRead::at(request.start, false);
+                self.archived = ArchiveRead::at(request.start);
                 (low, request.start)
             }
             START_EARLIEST => (low, earliest),
@@ -184,6 +203,11 @@ impl SubscriberSession {
         Ok(true)
     }
 
+    /// True when all that the region has was ordered at `since_us` or later, so that something before may be wanted too.
+    fn begins_after(&mut self, low: u64, committed: u64, since_us: u64) -> Result<bool, TransportError> {
+        Ok(low >= committed || self.reader.read(low).map_err(unreadable)?.ordered_us >= since_us)
+    }
+
     /// Answers "how far does the stream reach?".
     ///
     /// # Errors
@@ -210,18 +234,16 @@ impl SubscriberSession {
     pub fn poll(
         &mut self,
         outbox: &mut Outbox,
-        archive: Option<&Archive>,
+        archive: &Archive,
         patience: Duration,
     ) -> Result<usize, TransportError> {
         if self.topic.is_deleted() {
             return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name), 0);
         }
-        if !self.start(outbox, archive)? {
+        if !self.start(outbox)? {
             return Ok(0);
         }
-        if let (Some(_), Some(archive)) = (&self.archived, archive)
-            && !self.returns(outbox)?
-        {
+        if self.archived.is_some() && !self.returns(outbox)? {
             return self.poll_archive(outbox, archive);
         }
         let committed = self.reader.poll();
@@ -232,7 +254,7 @@ impl SubscriberSession {
         }
         let Ok(trimmed) = self.topic.pins.set(self.pin, reading.min(self.cursor)) else { return Ok(0) };
         if trimmed > self.cursor.min(reading) {
-            self.overtaken(outbox, trimmed, archive.is_some(), patience)?;
+            self.overtaken(outbox, trimmed, patience)?;
             return Ok(0);
         }
         self.unwanted_since = None;
@@ -255,13 +277,7 @@ impl SubscriberSession {
     }
 
     /// Retention passed this subscriber. What it is in the middle of stays for a while; then it has to go.
-    fn overtaken(
-        &mut self,
-        outbox: &mut Outbox,
-        trimmed: u64,
-        archive: bool,
-        patience: Duration,
-    ) -> Result<(), TransportError> {
+    fn overtaken(&mut self, outbox: &mut Outbox, trimmed: u64, patience: Duration) -> Result<(), TransportError> {
         let oldest = outbox.lowest_position();
         outbox.drop_unsent_batches();
         // What was dropped is due again.
@@ -288,8 +304,8 @@ impl SubscriberSession {
                 earliest,
             );
         }
-        if archive && self.is_archived() {
-            self.archived = ArchiveRead::at(self.next_offset, false);
+        if self.is_archived() {
+            self.archived = ArchiveRead::at(self.next_offset);
             self.topic.pins.clear(self.pin);
             return Ok(());
         }
@@ -302,7 +318,7 @@ impl SubscriberSession {
 
     /// Goes back to the region once it has what is due. False while it does not.
     fn returns(&mut self, outbox: &Outbox) -> Result<bool, TransportError> {
-        let Some(ArchiveRead { due, earliest: false, .. }) = self.archived else { return Ok(false) };
+        let Some(ArchiveRead { due: From::Offset(due), begins: false, .. }) = self.archived else { return Ok(false) };
         // What was queued from the region before is on its way still.
         let reading = outbox.lowest_position();
         if reading != u64::MAX || self.extent().is_none_or(|extent| extent.earliest_offset > due) {
@@ -347,29 +363,30 @@ impl SubscriberSession {
         read.answer = None;
         match answer {
             Ok(batches) => {
-                if std::mem::take(&mut read.earliest) {
+                if std::mem::take(&mut read.begins) {
                     self.begin_at(outbox, batches.first().map_or(0, |first| first.first_offset));
                 }
                 let count = batches.len();
-                for batch in batches {
-                    self.queue_archived(outbox, batch);
+                for batch in &batches {
+                    self.queue_archived(outbox, batch)?;
                 }
                 Ok(count)
             }
             // What disks no longer have either.
-            Err(ArchiveError::Missing(Some(lowest))) if read.earliest => {
-                read.due = lowest;
+            Err(ArchiveError::Missing(Some(lowest))) if read.begins => {
+                read.due = From::Offset(lowest);
                 Ok(0)
             }
-            Err(ArchiveError::Missing(None)) if read.earliest => {
-                read.earliest = false;
+            Err(ArchiveError::Missing(None)) if read.begins => {
+                read.begins = false;
                 let Some(extent) = self.extent() else { return Ok(0) };
                 self.begin_at(outbox, extent.earliest_offset);
                 Ok(0)
             }
             Err(ArchiveError::Missing(later)) => {
                 let earliest = later.or(self.extent().map(|extent| extent.earliest_offset)).unwrap_or(0);
-                let (due, topic) = (self.archived.as_ref().map_or(0, |read| read.due), &self.topic.config.name);
+                let due = self.archived.as_ref().map_or(0, ArchiveRead::offset);
+                let topic = &self.topic.config.name;
                 let text = format!(
                     "offset {due} is out of range: neither the region nor a replica has it of topic {topic}, but {earliest}"
                 );
@@ -384,14 +401,14 @@ impl SubscriberSession {
     /// Says where a subscriber to the earliest begins.
     fn begin_at(&mut self, outbox: &mut Outbox, start_offset: u64) {
         if let Some(read) = &mut self.archived {
-            read.due = start_offset;
+            read.due = From::Offset(start_offset);
         }
         let next_offset = self.extent().map_or(start_offset, |extent| extent.next_offset);
         let ready = SubscribeReady { start_offset, next_offset, ..SubscribeReady::blank() };
         outbox.push(Outgoing::frame(ready.encode()));
     }
 
-    fn queue_archived(&mut self, outbox: &mut Outbox, batch: Archived) {
+    fn queue_archived(&mut self, outbox: &mut Outbox, batch: &Archived) -> Result<(), TransportError> {
         let end = batch.end_offset();
         let frame = Deliver {
             first_offset: batch.first_offset,
@@ -402,12 +419,11 @@ impl SubscriberSession {
             stream: self.stream.stream,
             ..Deliver::blank()
         };
-        let mut bytes = frame.encode().to_vec();
-        bytes.extend_from_slice(&batch.bytes);
-        outbox.push(Outgoing::bytes(bytes));
+        outbox.push(Outgoing::copied(&frame.encode(), &batch.bytes).map_err(TransportError::Io)?);
         if let Some(read) = &mut self.archived {
-            read.due = end;
+            read.due = From::Offset(end);
         }
+        Ok(())
     }
 
     fn queue(&mut self, outbox: &mut Outbox, entry: &IndexEntry) -> Result<(), TransportError> {

@@ -81,6 +81,10 @@ pub struct Shared {
     pub connections: Arc<AtomicUsize>,
     /// Set when the broker stops.
     pub stop: Arc<AtomicBool>,
+    /// Set when a later process has this broker's place.
+    pub superseded: Arc<AtomicBool>,
+    /// After what silence the head no longer minds what this broker reads.
+    pub lease: Duration,
 }
 
 /// What the thread's queue pairs complete.
@@ -319,6 +323,9 @@ impl Worker {
 
     /// One turn of the loop: receive, order, acknowledge, deliver. True when anything moved.
     fn work(&mut self, looked: &mut Instant) -> bool {
+        if self.maintained.elapsed() >= self.shared.lease {
+            self.stood_still();
+        }
         let mut moved = self.accept();
         #[cfg(feature = "rdma")]
         {
@@ -354,7 +361,25 @@ impl Worker {
         moved
     }
 
+    /// This host stood still for so long that the head may have given back memory which subscribers were about to read:
+    /// they begin anew.
+    fn stood_still(&mut self) {
+        tracing::warn!(worker = self.index, "stood still beyond broker_lease_ms: subscribers have to connect again");
+        let reading = |client: &Client| matches!(client.role, Role::Subscriber(_));
+        let slots = 0..self.clients.len();
+        for slot in slots.filter(|slot| self.clients[*slot].as_ref().is_some_and(reading)).collect::<Vec<_>>() {
+            self.free(slot);
+        }
+        self.maintained = Instant::now();
+    }
+
     fn maintain(&mut self, now_us: u64) {
+        if self.delegation.as_ref().is_some_and(Delegation::is_superseded) {
+            tracing::error!("another process has this broker's id: it was taken for dead, and stops");
+            self.shared.superseded.store(true, Ordering::Relaxed);
+            self.shared.stop.store(true, Ordering::Relaxed);
+            return;
+        }
         let waiting = self.clients.iter().flatten().any(|client| client.waiting);
         if let Some(delegation) = &mut self.delegation {
             delegation.beat();
@@ -554,9 +579,7 @@ impl Worker {
                     .and_then(|()| if check { Self::check_standing(region, session, outbox) } else { Ok(()) })
             }
             Role::Subscriber(session) => {
-                // A queue pair sends from the region alone.
-                let archive = Some(&self.shared.archive).filter(|_| !client.link.is_verbs());
-                let polled = session.poll(&mut client.outbox, archive, self.shared.delivery_patience);
+                let polled = session.poll(&mut client.outbox, &self.shared.archive, self.shared.delivery_patience);
                 polled.map(|queued| moved |= queued > 0)
             }
             Role::Leaving(until) => {

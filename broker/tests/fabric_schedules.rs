@@ -88,15 +88,40 @@ fn geometry(deposed: bool) -> Geometry {
     }
 }
 
-fn config(replicated: bool) -> TopicConfig {
+/// What becomes of copies on disks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Replication {
+    None,
+    /// Sessions wait for it.
+    Awaited,
+    /// Nobody waits, and the head has taken host 2 for dead: retention does not mind what it copies.
+    Unpinned,
+}
+
+impl Replication {
+    fn of(choice: u64) -> Self {
+        match choice % 8 {
+            1 => Self::Awaited,
+            5 => Self::Unpinned,
+            _ => Self::None,
+        }
+    }
+
+    /// Brokers whose pins count.
+    fn pinning_mask(self) -> u64 {
+        if self == Self::Unpinned { 0b11 } else { 0b111 }
+    }
+}
+
+fn config(replication: Replication) -> TopicConfig {
     TopicConfig {
         id: 0,
         incarnation: 1,
         state: TopicState::Live,
         name: "simulated".to_owned(),
         order: Order::Strong,
-        ack_level: 1 + u8::from(replicated),
-        replication_factor: 1 + u8::from(replicated),
+        ack_level: 1 + u8::from(replication == Replication::Awaited),
+        replication_factor: 1 + u8::from(replication != Replication::None),
         retention_bytes: BATCH_BYTES * RETAINED,
         retention_ms: 0,
         created_ms: 0,
@@ -199,8 +224,9 @@ struct Host {
     topics: Arc<TopicTable<Simulated>>,
     delegation: Delegation<Simulated>,
     replicator: Option<Replicator<Simulated>>,
-    /// What all disks hold, if the topic is replicated.
+    /// What all disks hold, if sessions wait for that.
     durable: Option<Durable>,
+    replication: Replication,
     landed: Sender<Landed<Simulated>>,
     /// Batches that clients will send here: (session, sequence).
     inbox: Vec<(usize, u64)>,
@@ -287,7 +313,7 @@ impl Host {
         id: u32,
         region: Region<Simulated>,
         log: &Log,
-        durable: Option<&Durable>,
+        (replication, durable): (Replication, Option<&Durable>),
         acknowledged: &Acknowledged,
     ) -> Self {
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
@@ -297,7 +323,7 @@ impl Host {
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
         let delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
         let replicator = durable.filter(|_| id > 0).map(|durable| replicator(&topics, durable));
-        let durable = durable.cloned();
+        let durable = durable.filter(|_| replication == Replication::Awaited).cloned();
         let index = OrderIndexReader::new(region.clone(), GLOBAL);
         let reader = Reader { index, pin: None, cursor: 0, naps: id == 2, log: Arc::clone(log) };
         let (inbox, unacknowledged) = (Vec::new(), Vec::new());
@@ -309,6 +335,7 @@ impl Host {
             delegation,
             replicator,
             durable,
+            replication,
             landed,
             inbox,
             unacknowledged,
@@ -321,8 +348,8 @@ impl Host {
     /// Takes over, under an epoch of its own.
     fn take_over(&self, before: Predecessor, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
         let (broker, epoch) = (self.id, latest_claim(&self.region) + 1);
-        let mask = (1 << HOSTS) - 1;
-        let line = Headship { epoch, broker, incarnation: 1, broker_mask: mask, pinning_mask: mask };
+        let (broker_mask, pinning_mask) = ((1 << HOSTS) - 1, self.replication.pinning_mask());
+        let line = Headship { epoch, broker, incarnation: 1, broker_mask, pinning_mask };
         publish_headship(&self.region, &line);
         let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
         let memory = Memory { region: region.clone(), pool, mirror: None };
@@ -422,7 +449,9 @@ impl Host {
         }
         self.acknowledge(sessions);
         // The far reader is slow, so that retention overtakes it.
-        if self.id != 2 || now_us.is_multiple_of(8) || now_us >= ROUNDS as u64 {
+        // Nor does it read what is not kept for it.
+        let slow = self.id == 2 && !now_us.is_multiple_of(8) && now_us < ROUNDS as u64;
+        if !slow && (self.id != 2 || self.replication != Replication::Unpinned) {
             self.reader.poll(&self.region, &topic, 3);
         }
     }
@@ -442,6 +471,14 @@ fn interleave() {
     if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 5) {
         shuttle::thread::yield_now();
     }
+}
+
+/// Host 2 where nobody minds what it reads: it also stands still, which is why nobody does.
+fn doze() {
+    if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 100) {
+        (0..NAP).for_each(|_| shuttle::thread::yield_now());
+    }
+    interleave();
 }
 
 thread_local! {
@@ -487,8 +524,13 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let layout = Layout::new(&geometry);
     let bytes = layout.region_bytes;
     let world = World::new(bytes, choice, Turbulence::ROUGH, removed);
-    let fabrics: Vec<Simulated> =
-        (0..HOSTS).map(|host| Simulated::join(&world, if host == 0 { pause } else { interleave })).collect();
+    let replication = Replication::of(choice);
+    let hook = |host| match (host, replication) {
+        (0, _) => pause,
+        (2, Replication::Unpinned) => doze,
+        _ => interleave,
+    };
+    let fabrics: Vec<Simulated> = (0..HOSTS).map(|host| Simulated::join(&world, hook(host))).collect();
     // Everyone has looked at everything before: what lies in caches is stale.
     for fabric in &fabrics[1..] {
         assert!(Region::open(fabric.clone()).is_err());
@@ -514,24 +556,23 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
     let regions: Vec<Region<Simulated>> = std::iter::once(head_region).chain(others).collect();
     let log: Log = Arc::default();
-    let replicated = choice % 4 == 1;
-    let durable: Option<Durable> = replicated.then(Arc::default);
+    let durable: Option<Durable> = (replication != Replication::None).then(Arc::default);
     let acknowledged = Acknowledged::default();
     let mut hosts: Vec<Host> = (0..HOSTS)
         .zip(&regions)
-        .map(|(id, region)| Host::new(id, region.clone(), &log, durable.as_ref(), &acknowledged))
+        .map(|(id, region)| Host::new(id, region.clone(), &log, (replication, durable.as_ref()), &acknowledged))
         .collect();
 
     // The head opens topic and sessions.
     let (mut commands, queue) = unbounded();
     let (mut sequencer, completion) = hosts[0].take_over(Predecessor::Gone, queue, 0).expect("there is room");
     let (reply, _opened) = bounded(1);
-    commands.send(Command::OpenTopic(config(replicated), reply)).unwrap();
+    commands.send(Command::OpenTopic(config(replication), reply)).unwrap();
     let answers: Vec<_> = [11, 22]
         .map(|client_id| {
             let (reply, answer) = bounded(1);
             commands
-                .send(Command::OpenSession { topic: 0, client_id, ack_level: config(replicated).ack_level, reply })
+                .send(Command::OpenSession { topic: 0, client_id, ack_level: config(replication).ack_level, reply })
                 .unwrap();
             answer
         })
@@ -544,7 +585,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     };
     publish_broker(&regions[0], &slot_info(0));
     publish_broker(&regions[1], &slot_info(1));
-    if replicated {
+    if replication != Replication::None {
         publish_broker(&regions[2], &slot_info(2));
     }
 
@@ -633,8 +674,8 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     world.lock().unwrap().set_turbulence(Turbulence::CALM);
     hosts.iter_mut().for_each(|host| host.reader.naps = false);
     if crash {
-        let mask = 0b101;
-        let line = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: mask, pinning_mask: mask };
+        let pinning_mask = 0b101 & replication.pinning_mask();
+        let line = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: 0b101, pinning_mask };
         publish_headship(&regions[0], &line);
         let lost = hosts.remove(1);
         // Clients resend to the head whatever they have no ack for: all of it, here.
@@ -654,7 +695,8 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         count(&mut completion, sequencer.awaited_topics(), now as usize);
         let ordered = read_extent(&regions[head], GLOBAL).unwrap().next_offset;
         assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
-        let reached = |host: &Host| host.reader.cursor == host.reader.index.committed();
+        let reads = |host: &Host| host.id != 2 || replication != Replication::Unpinned;
+        let reached = |host: &Host| !reads(host) || host.reader.cursor == host.reader.index.committed();
         let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
         if ordered == total && hosts.iter().all(|host| reached(host) && idle(host)) {
             break;
@@ -727,7 +769,7 @@ fn check_tables(
     let (broker, seat) = (head as u32, Seat(head as u32));
     let epoch = latest_claim(far);
     publish_headship(&regions[head], &Headship { epoch, broker, incarnation: 1, broker_mask: 9, pinning_mask: 9 });
-    publish_topic(&regions[head], seat, &TopicConfig { retention_ms: 77, ..config(false) });
+    publish_topic(&regions[head], seat, &TopicConfig { retention_ms: 77, ..config(Replication::None) });
     let (reply, answer) = bounded(1);
     let Session { slot, client_id, epoch, .. } = sessions[1];
     commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();

@@ -12,7 +12,7 @@ use embarcadero_datapath::cxl::order_index::{OrderIndexReader, ReadError, Stream
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, publish_replicated, read_completion, read_replicated};
 use embarcadero_datapath::cxl::tables::{ReplicaState, publish_replica_state, read_broker, read_replica_state};
-use embarcadero_datapath::cxl::{Fabric, RegionOffset, Site};
+use embarcadero_datapath::cxl::{Fabric, Guard, RegionOffset, Site};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -361,6 +361,12 @@ impl<F: Fabric> Task<F> {
         Some(Due { positions: begin..until, sources })
     }
 
+    /// Retention took what was to be copied.
+    fn give_up(&self) -> bool {
+        self.topic.pins.clear(self.pin);
+        false
+    }
+
     /// Makes due batches durable, as far as one group reaches. False when retention took them first.
     fn copy(
         &mut self,
@@ -374,24 +380,35 @@ impl<F: Fabric> Task<F> {
         let Scratch { buffer, batches } = scratch;
         // Pinned while it is read.
         if self.topic.pins.set(self.pin, positions.start).map_or(true, |trimmed| trimmed > positions.start) {
-            self.topic.pins.clear(self.pin);
-            return Ok(false);
+            return Ok(self.give_up());
         }
         let end = positions.end.min(positions.start + SCAN_ENTRIES);
         let mut through = positions.start;
         let layout = region.layout();
+        let stream = self.stream;
+        // SYNC: after what was read; a head that took this broker for dead did not wait for its pin, and what is trimmed may be
+        // something else by now. Pairs with `OrderIndexWriter::trim`, which comes before memory is given back.
+        let was_kept = || {
+            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+            read_extent(region, stream).is_ok_and(|extent| extent.trimmed <= positions.start)
+                || !region.fabric().keeps(Guard::TrimAfterCopy)
+        };
         batches.clear();
         while through < end && batches.len() < GROUP_RECORDS {
             let entry = match self.reader.read(through) {
                 Ok(entry) => entry,
                 // What was read so far will do.
                 Err(ReadError::NoHead(_)) => break,
+                Err(_) if !was_kept() => return Ok(self.give_up()),
                 Err(error) => return Err(StoreError::Memory(error.to_string())),
             };
             // An entry without bytes stands for what an earlier region lost.
             if entry.bytes > 0 && sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
                 let inside = entry.location >= layout.segments
                     && entry.location.saturating_add(entry.bytes.into()) <= layout.region_bytes;
+                if !inside && !was_kept() {
+                    return Ok(self.give_up());
+                }
                 if !inside {
                     return Err(StoreError::Memory(format!("index entry {through} points outside the pool")));
                 }
@@ -427,6 +444,9 @@ impl<F: Fabric> Task<F> {
             fabric.invalidate(at, entry.bytes.into(), Site::PayloadRead);
             fabric.read_bytes(at, into);
         });
+        if !was_kept() {
+            return Ok(self.give_up());
+        }
         self.topic.pins.clear(self.pin);
         let Ok(header) = peek_group(buffer) else { return Ok(false) };
         self.log.append(&header, buffer)?;

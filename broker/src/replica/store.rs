@@ -475,6 +475,46 @@ impl StreamFiles {
         Ok(batches)
     }
 
+    /// Offset of the first batch here that was ordered at `since_us` (microseconds since 1970) or later.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn first_since(&self, since_us: u64) -> Result<Option<u64>, StoreError> {
+        let groups: Vec<(u64, Place)> =
+            self.groups.read().unwrap_or_else(PoisonError::into_inner).values().copied().collect();
+        // Groups begin in the order of the batches, so the first that begins late enough is found by halving.
+        let (mut low, mut high) = (0, groups.len());
+        while low < high {
+            let middle = low + (high - low) / 2;
+            let records = groups.get(middle).map_or(Ok(Vec::new()), |(number, place)| self.records(*number, place))?;
+            // One that retention took meanwhile was the oldest.
+            if records.first().is_none_or(|first| first.ordered_us < since_us) {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        let mut found = groups.get(low).map(|(_, place)| place.first_offset);
+        // Those that begin before may reach beyond.
+        let from = low.checked_sub(1).and_then(|before| groups.get(before)).map_or(0, |(_, place)| place.first_offset);
+        for (number, place) in groups.iter().take(low).filter(|(_, place)| place.end_offset > from) {
+            let records = self.records(*number, place)?;
+            let first = records.iter().find(|record| record.ordered_us >= since_us).map(|record| record.first_offset);
+            found = found.into_iter().chain(first).min();
+        }
+        Ok(found)
+    }
+
+    /// What is in a group; nothing of one that retention took.
+    fn records(&self, number: u64, place: &Place) -> Result<Vec<Record>, StoreError> {
+        let name = file_name(number);
+        let Some(file) = self.open(&name)? else { return Ok(Vec::new()) };
+        let mut head = vec![0; place.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize];
+        file.read(place.at, &mut head).map_err(io_error(&*self.medium, "read", &name))?;
+        let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
+        Ok(parse_group(&head).map_err(damaged)?.1)
+    }
+
     /// Opens a file, unless retention took it meanwhile.
     fn open(&self, name: &str) -> Result<Option<Box<dyn MediumFile>>, StoreError> {
         match self.medium.open(name) {
@@ -569,7 +609,13 @@ mod tests {
 
     /// A group of one batch of source 0 at `position`, filled with its number.
     fn append(log: &mut StreamLog, position: u64, bytes: u32) -> Result<(), StoreError> {
-        let entry = IndexEntry { bytes, first_offset: position, message_count: 1, ..IndexEntry::zeroed() };
+        let entry = IndexEntry {
+            bytes,
+            first_offset: position,
+            message_count: 1,
+            ordered_us: 1000 + position / 2,
+            ..IndexEntry::zeroed()
+        };
         let batches: [Indexed; 1] = [(position, entry)];
         let mut group = Buffer::zeroed(group_bytes(&batches) as usize).unwrap();
         write_group(&mut group, position..position + 1, 1, Completion::default(), &batches, |_, into| {
@@ -624,6 +670,8 @@ mod tests {
         assert_eq!((read(0, 1), read(1, 1 << 20)), (vec![0], vec![1, 2]));
         assert_eq!((read(3, 1 << 20), read(6, 1 << 20), read(10, 1)), (vec![4], vec![9], vec![]));
         assert!(readable.read(5, 1).unwrap()[0].bytes.iter().all(|byte| *byte == 5));
+        let since = |us| readable.first_since(us).unwrap();
+        assert_eq!([0, 1000, 1001, 1002, 1003, 1004].map(since), [0, 0, 2, 4, 9, 9].map(Some));
         // A new process finds the same.
         drop(log);
         assert_eq!(open(&medium).0.readable().read(2, 1).unwrap(), readable.read(2, 1).unwrap());

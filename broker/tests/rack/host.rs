@@ -234,7 +234,7 @@ impl Process {
         let (landed, queue) = unbounded();
         let (acks, _) = bounded(1);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
-        let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
+        let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group).of_incarnation(incarnation);
         if host < HEADS {
             delegation.tidy(mirror.clone());
         }

@@ -157,6 +157,8 @@ pub enum Guard {
     PinBeforeReuse,
     /// A batch counts as durable only when enough replicas say that it is on their disks.
     DiskBeforeAck,
+    /// A replica looks, after it copied, whether what it copied was trimmed meanwhile.
+    TrimAfterCopy,
 }
 
 impl Guard {
@@ -173,6 +175,7 @@ impl Guard {
         Self::DecidedBeforeReuse,
         Self::PinBeforeReuse,
         Self::DiskBeforeAck,
+        Self::TrimAfterCopy,
     ];
 }
 

@@ -13,6 +13,7 @@ pub mod verbs;
 pub use channel::Channel;
 pub use poller::{Poller, Ready, prepare_polling_thread};
 
+use crate::buffer::Buffer;
 use crate::cxl::{Native, RegionOffset};
 use crate::wire::batch::BodyError;
 use crate::wire::{BatchHeader, ErrorCode, FRAME_BYTES, Frame, WireError};
@@ -132,6 +133,8 @@ pub struct Outgoing {
 enum Head {
     Frame([u8; FRAME_BYTES]),
     Bytes(Vec<u8>),
+    /// A frame and a batch that lies in no region.
+    Copied(Buffer),
 }
 
 impl Outgoing {
@@ -153,19 +156,28 @@ impl Outgoing {
         Self { head: Head::Frame(frame), batch: Some((at, len)), position }
     }
 
-    /// The frame, unless it is bytes of another kind.
+    /// A frame and a batch that comes from elsewhere than the region.
+    ///
+    /// # Errors
+    /// There is no memory.
+    pub fn copied(frame: &[u8; FRAME_BYTES], batch: &[u8]) -> io::Result<Self> {
+        let mut bytes = Buffer::new(FRAME_BYTES + batch.len())?;
+        bytes.extend_from_slice(frame);
+        bytes.extend_from_slice(batch);
+        Ok(Self { head: Head::Copied(bytes), batch: None, position: u64::MAX })
+    }
+
+    /// True for what only a socket carries.
     #[cfg(feature = "rdma")]
-    fn as_frame(&self) -> Option<&[u8]> {
-        match &self.head {
-            Head::Frame(frame) => Some(frame),
-            Head::Bytes(_) => None,
-        }
+    fn is_for_socket(&self) -> bool {
+        matches!(self.head, Head::Bytes(_))
     }
 
     fn head(&self) -> &[u8] {
         match &self.head {
             Head::Frame(frame) => frame,
             Head::Bytes(bytes) => bytes,
+            Head::Copied(bytes) => bytes,
         }
     }
 
@@ -252,7 +264,7 @@ impl Outbox {
     #[cfg(feature = "rdma")]
     fn take_bytes(&mut self) -> Option<Outgoing> {
         let next = self.queue.get(self.posted)?;
-        if next.as_frame().is_some() { None } else { self.queue.remove(self.posted) }
+        if next.is_for_socket() { self.queue.remove(self.posted) } else { None }
     }
 
     fn advance(&mut self, mut bytes: u64) {

@@ -8,7 +8,7 @@
 //! the details.
 
 use super::tcp::TcpConnection;
-use super::{Isolation, Landing, Outbox, Outgoing, Placement, Received, TransportError};
+use super::{Head, Isolation, Landing, Outbox, Outgoing, Placement, Received, TransportError};
 use crate::cxl::{LINE_BYTES, Native, RegionOffset};
 use crate::verbs::{
     Completion, CompletionQueue, Context, DOORBELL, LocalPort, MemoryRegion, MemoryWindow, Outcome, PeerAddress,
@@ -243,6 +243,8 @@ pub struct VerbsEnd {
     // until the kernel gives up, close to a minute.
     leases: VecDeque<Landed>,
     pair: QueuePair<Sending>,
+    /// Batches from elsewhere than the region, and the request that reads each.
+    copies: VecDeque<(u64, MemoryRegion)>,
     ring: Option<Ring>,
     domain: Arc<ProtectionDomain>,
     host: Arc<VerbsHost>,
@@ -305,6 +307,7 @@ impl VerbsEnd {
         side.push(Outgoing::frame(accept.encode()));
         Ok(Self {
             pair,
+            copies: VecDeque::new(),
             leases: VecDeque::with_capacity(LEASES),
             ring,
             domain,
@@ -530,14 +533,18 @@ impl VerbsEnd {
         }
         let before = self.posted_outgoing.len();
         for outgoing in outbox.queue.iter().skip(outbox.posted) {
-            let Some(frame) = outgoing.as_frame() else { break };
-            if chain.count + 2 > room {
+            if outgoing.is_for_socket() || chain.count + 2 > room {
                 break;
             }
-            let Some((at, bytes)) = outgoing.batch else {
-                chain.push(Work::Send(frame), false);
-                self.posted_outgoing.push_back(0);
-                continue;
+            let frame = &outgoing.head()[..FRAME_BYTES];
+            let bytes = match (&outgoing.head, outgoing.batch) {
+                (Head::Copied(copied), _) => (copied.len() - FRAME_BYTES) as u64,
+                (_, Some((_, bytes))) => bytes,
+                (_, None) => {
+                    chain.push(Work::Send(frame), false);
+                    self.posted_outgoing.push_back(0);
+                    continue;
+                }
             };
             let Some(ring) = &mut self.ring else {
                 return Err(TransportError::refused(ErrorCode::BadFrame, "a publisher is sent no batches"));
@@ -550,7 +557,15 @@ impl VerbsEnd {
             let Some(line) = ring.place(whole) else { break };
             let to = ring.to.offset(line * LINE_BYTES);
             chain.push(Work::WriteInline(frame, to, None), false);
-            let from = self.host.region.range(at.0, bytes as u32);
+            let from = match (&outgoing.head, outgoing.batch) {
+                (Head::Copied(copied), _) => {
+                    let copy = MemoryRegion::local(&self.domain, copied)?;
+                    let from = copy.range(FRAME_BYTES as u64, bytes as u32);
+                    self.copies.push_back((chain.next_id() + 1, copy));
+                    from
+                }
+                (_, batch) => self.host.region.range(batch.map_or(0, |(at, _)| at.0), bytes as u32),
+            };
             let id = chain.push(Work::Write(Some(from), to.offset(FRAME_BYTES as u64), Some(line as u32)), true);
             self.posted_outgoing.push_back(id);
         }
@@ -574,6 +589,9 @@ impl VerbsEnd {
             self.posted_outgoing.pop_front();
             outbox.pop_posted();
         }
+        while self.copies.front().is_some_and(|(id, _)| *id <= self.done) {
+            self.copies.pop_front();
+        }
     }
 }
 
@@ -593,9 +611,14 @@ impl<'a> Chain<'a> {
         Self { requests: [blank; DOORBELL], count: 0, posted, signaled }
     }
 
+    /// The id that the next request gets.
+    fn next_id(&self) -> u64 {
+        self.posted + self.count as u64 + 1
+    }
+
     /// Adds a request, which asks for a completion if `signal`, or if none before it has for long. Returns its id.
     fn push(&mut self, work: Work<'a>, signal: bool) -> u64 {
-        let id = self.posted + self.count as u64 + 1;
+        let id = self.next_id();
         let signaled = signal || id - self.signaled >= SIGNAL_EVERY;
         if signaled {
             self.signaled = id;
