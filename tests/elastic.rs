@@ -78,3 +78,44 @@ fn brokers_join_and_leave_under_load() {
     });
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
+
+/// A broker that is gone for good keeps no memory: once retention has passed what it received, the head gives it back.
+#[test]
+fn the_memory_of_a_broker_that_is_gone_comes_back() {
+    for allocator in ["bitmap", "partitioned", "leader"] {
+        let create = ["--size", "64MiB", "--segment-size", "1MiB", "--max-brokers", "2", "--allocator", allocator];
+        let mut cluster = Cluster::start(2, &create, &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "300")]);
+        let client = cluster.client_of_all();
+        for (topic, order) in [("t", Order::Strong), ("own", Order::Broker)] {
+            let options = TopicOptions { order, retention_bytes: 4 << 20, ..TopicOptions::default() };
+            client.create_topic(topic, options).unwrap();
+            let publisher = client.publisher(topic).unwrap();
+            for number in 0..20_000 {
+                publisher.publish_wait(&message(0, number)).unwrap();
+            }
+            publisher.flush().unwrap();
+        }
+        let held = |cluster: &Cluster| {
+            let report = cluster.inspect();
+            let used = report["segments"]["used"].as_array().unwrap().clone();
+            let blog = |segment: &serde_json::Value| {
+                let owner = segment.to_string();
+                ["\"broker\":1", "\"topic\":0"].iter().all(|part| owner.contains(part))
+            };
+            used.iter().filter(|segment| blog(segment)).count()
+        };
+        let gone = cluster.brokers.iter().position(|broker| broker.id == 1).unwrap();
+        assert!(held(&cluster) > 0, "{allocator}: broker 1 received nothing");
+        let dead = cluster.kill(gone);
+        let publisher = cluster.client_of_all().publisher("t").unwrap();
+        for number in 0..20_000 {
+            publisher.publish_wait(&message(1, number)).unwrap();
+        }
+        publisher.flush().unwrap();
+        eventually("its segments come back", || held(&cluster) == 0);
+        // It can come back, too.
+        cluster.restart(&dead);
+        cluster.await_brokers(2);
+        cluster.assert_command(&["verify", "t"]);
+    }
+}

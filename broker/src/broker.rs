@@ -266,6 +266,22 @@ fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<
     Ok(Some(file))
 }
 
+/// How long the head may hold an id whose broker is gone, to see to what it left.
+const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Claims an id, which the head may be holding for a moment.
+fn claim(file: &RegionFile, id: u32) -> Result<BrokerLock, RegionError> {
+    let begun = Instant::now();
+    loop {
+        match file.claim_broker(id) {
+            Err(RegionError::BrokerIdTaken { .. }) if begun.elapsed() < CLAIM_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            claimed => return claimed,
+        }
+    }
+}
+
 fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, BrokerLock), BrokerError> {
     let max = file.region().geometry().max_brokers;
     if let Some(id) = wanted {
@@ -273,7 +289,7 @@ fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, BrokerLock),
             let bound = format!("0 to {}, the region's max_brokers - 1", max - 1);
             return Err(ConfigError { key: "id", value: id.to_string(), bound }.into());
         }
-        return Ok((id, file.claim_broker(id)?));
+        return Ok((id, claim(file, id)?));
     }
     for id in 0..max {
         match file.claim_broker(id) {

@@ -4,6 +4,7 @@
 //! but does not move its heartbeat is silent; it may go on at any moment, and then finds that it leads no more. Nothing
 //! that it writes until then counts (`embarcadero_datapath::cxl::headship`).
 
+use crate::absent;
 use crate::control::{HeadControl, HeadSlot};
 use crate::membership::Liveness;
 #[cfg(feature = "etcd")]
@@ -18,7 +19,7 @@ use embarcadero_datapath::cxl::headship::{
 };
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
 use embarcadero_datapath::cxl::region::RegionFile;
-use embarcadero_datapath::cxl::segment::SegmentAllocator;
+use embarcadero_datapath::cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_datapath::cxl::{Native, Region};
 use std::sync::{Arc, PoisonError};
@@ -27,6 +28,8 @@ use tokio::time::MissedTickBehavior;
 
 /// Time between two looks at the head, or at the other brokers' heartbeats.
 const PERIOD: Duration = Duration::from_millis(20);
+/// Looks at the other brokers between two at what those left that are gone.
+const TIDY_EVERY: u32 = 50;
 /// Looks that are let pass after a takeover that failed.
 const REST: u32 = 25;
 
@@ -85,6 +88,8 @@ pub struct Reign {
     epoch: u64,
     liveness: Liveness,
     shown: (u64, u64),
+    /// Looks until what others left is seen to.
+    tidy_in: u32,
 }
 
 /// The head as a follower sees it.
@@ -222,7 +227,12 @@ impl Candidate {
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
             Some(Arc::new(HeadControl { commands, topics }));
         tracing::info!(broker = self.info.id, epoch, "head");
-        Some(Reign { epoch, liveness: Liveness::new(region, self.broker_lease, live, Instant::now()), shown })
+        Some(Reign {
+            epoch,
+            liveness: Liveness::new(region, self.broker_lease, live, Instant::now()),
+            shown,
+            tidy_in: TIDY_EVERY,
+        })
     }
 
     /// Shows which brokers live, and whose pins count.
@@ -282,6 +292,25 @@ impl Candidate {
         if now != reign.shown {
             tracing::info!(mask = format!("{live:#b}"), "membership changed");
             reign.shown = self.publish(reign.epoch, live);
+        }
+        reign.tidy_in = reign.tidy_in.checked_sub(1).unwrap_or(TIDY_EVERY);
+        if reign.tidy_in == 0 && self.reach == Reach::Host {
+            self.tidy_up(live);
+        }
+    }
+
+    /// Gives back the memory of brokers that are gone. Holds their ids meanwhile: none of them starts.
+    fn tidy_up(&self, live: u64) {
+        let region = self.region();
+        let absent = absent::holders(region) & !live;
+        for broker in (0..region.geometry().max_brokers).filter(|broker| absent & 1 << broker != 0) {
+            // Taken by a process that stands still, or starts now.
+            let Ok(_claim) = self.file.claim_broker(broker) else { continue };
+            let pool: Arc<dyn SegmentAllocator> = match region.geometry().allocator {
+                AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
+                AllocatorKind::Bitmap | AllocatorKind::Leader => Arc::clone(&self.pool),
+            };
+            absent::tidy_up(region, broker, pool, now_us());
         }
     }
 

@@ -6,6 +6,7 @@
 //! longer holds. [`worker`] runs these stages; [`control`] is the gRPC side.
 #![forbid(unsafe_code)]
 
+mod absent;
 pub mod ack;
 mod archive;
 pub mod blog;

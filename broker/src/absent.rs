@@ -1,0 +1,43 @@
+//! What a broker left behind: while its process is gone, the head does for it what it would do when idle, so that memory
+//! comes back without it.
+
+use crate::delegation::{Delegation, FlushGroup};
+use crate::topics::TopicTable;
+use crossbeam_channel::bounded;
+use embarcadero_datapath::cxl::Fabric;
+use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
+use embarcadero_datapath::cxl::region::Region;
+use embarcadero_datapath::cxl::segment::{SegmentAllocator, SegmentUse, read_owner};
+use std::sync::Arc;
+
+/// Brokers that hold segments, a bit each.
+pub fn holders<F: Fabric>(region: &Region<F>) -> u64 {
+    let holder = |segment| match read_owner(region, segment) {
+        SegmentUse::Free => 0,
+        SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. } => 1 << broker,
+    };
+    (0..region.geometry().segment_count).fold(0, |mask, segment| mask | holder(segment))
+}
+
+/// Index entries that a round of maintenance looks at, at least.
+const ROUND_ENTRIES: u64 = 4096;
+
+/// Applies retention to what `broker` left, and gives back what nobody needs. The caller holds its claim on the id, so that
+/// no process of the broker does the same; `pool` is the allocator that it would use.
+pub fn tidy_up<F: Fabric>(region: &Region<F>, broker: u32, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
+    let kept = |topic| {
+        [StreamId::GLOBAL, broker]
+            .map(|stream| read_extent(region, StreamId { topic, stream }))
+            .into_iter()
+            .flatten()
+            .map(|extent| extent.committed.saturating_sub(extent.trimmed))
+            .max()
+    };
+    let entries = (0..region.geometry().max_topics).filter_map(kept).max().unwrap_or(0);
+    let topics = Arc::new(TopicTable::new(region.clone(), broker, pool));
+    let ((_, queue), (acks, _)) = (bounded(1), bounded(1));
+    let mut delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default());
+    for _ in 0..entries / ROUND_ENTRIES + 2 {
+        delegation.maintain(now_us);
+    }
+}
