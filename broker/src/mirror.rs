@@ -155,13 +155,16 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadErr
         let extent = read_extent_at(mirror, seat, id);
         let mut reader = OrderIndexReader::new(mirror.clone(), id);
         let mut batches = Vec::new();
+        // The word for the next offset in the tail may be ahead of it: what counts is where the last batch ends.
+        let mut next_offset = extent.earliest_offset;
         for position in extent.trimmed..reader.poll() {
             let entry = reader.read(position)?;
+            let end = entry.first_offset.checked_add(entry.message_count.into());
+            next_offset = end
+                .filter(|_| entry.first_offset == next_offset || batches.is_empty())
+                .ok_or(ReadError::Corrupt { position, found: entry.commit })?;
             batches.push((entry.first_offset, entry.message_count));
         }
-        // The word in the tail may be ahead of it.
-        let next_offset =
-            batches.last().map_or(extent.earliest_offset, |(first, messages)| first + u64::from(*messages));
         let of_topic = |(session, _): &&(Session, u64)| {
             (session.topic, session.topic_incarnation) == (config.id, config.incarnation)
         };

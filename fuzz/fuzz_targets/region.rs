@@ -1,6 +1,7 @@
 //! Any bytes in the place of a superblock are a region or are refused, and tables full of garbage read without panic.
 #![no_main]
 
+use embarcadero_broker::mirror;
 use embarcadero_datapath::cxl::headship::read_headship;
 use embarcadero_datapath::cxl::session_table::read_session;
 use embarcadero_datapath::cxl::tables::{live_topics, read_broker};
@@ -22,6 +23,7 @@ fuzz_target!(|bytes: &[u8]| {
         let bytes = &bytes[..bytes.len().min(1 << 20)];
         memory.write_bytes(RegionOffset(0), bytes);
         if let Ok(region) = Region::open(memory.clone()) {
+            let _ = mirror::read(&region);
             let _ = (live_topics(&region), read_headship(&region), read_broker(&region, 0), read_session(&region, 0));
         }
     });

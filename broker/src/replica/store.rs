@@ -441,14 +441,10 @@ impl StreamFiles {
         };
         let mut files = Vec::new();
         let mut found: Vec<(usize, u64, Record)> = Vec::new();
-        let mut head = Vec::new();
         for (number, place) in chosen {
             let name = file_name(number);
             let Some(file) = self.open(&name)? else { continue };
-            head.resize(place.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize, 0);
-            file.read(place.at, &mut head).map_err(io_error(&*self.medium, "read", &name))?;
-            let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
-            for record in parse_group(&head).map_err(damaged)?.1 {
+            for record in self.records_of(&name, &*file, &place)? {
                 let end = record.first_offset + u64::from(record.message_count);
                 if end > from && record.first_offset < horizon {
                     found.push((files.len(), place.at + record.at, record));
@@ -509,9 +505,13 @@ impl StreamFiles {
     fn records(&self, number: u64, place: &Place) -> Result<Vec<Record>, StoreError> {
         let name = file_name(number);
         let Some(file) = self.open(&name)? else { return Ok(Vec::new()) };
+        self.records_of(&name, &*file, place)
+    }
+
+    fn records_of(&self, name: &str, file: &dyn MediumFile, place: &Place) -> Result<Vec<Record>, StoreError> {
         let mut head = vec![0; place.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize];
-        file.read(place.at, &mut head).map_err(io_error(&*self.medium, "read", &name))?;
-        let damaged = |source| StoreError::Damaged { file: name.clone(), medium: self.medium.name(), source };
+        file.read(place.at, &mut head).map_err(io_error(&*self.medium, "read", name))?;
+        let damaged = |source| StoreError::Damaged { file: name.to_owned(), medium: self.medium.name(), source };
         Ok(parse_group(&head).map_err(damaged)?.1)
     }
 

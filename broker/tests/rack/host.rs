@@ -29,7 +29,7 @@ use embarcadero_datapath::cxl::tables::{BrokerInfo, publish_broker, read_broker,
 use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Simulated, Site};
 use embarcadero_datapath::wire::BatchHeader;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Bytes that a batch claims: 64 of header, 4 of length table, the rest one message.
 pub const BATCH_BYTES: u64 = 256;
@@ -500,9 +500,4 @@ pub fn read_mirror(rack: &Rack) -> Vec<(u64, u32)> {
     let region = Region::open(fabric).expect("the superblock is visible");
     let topics = mirror::read(&region).expect("the mirror is whole");
     topics.into_iter().next().map_or_else(Vec::new, |topic| topic.batches)
-}
-
-/// Time zero of the hosts' clocks.
-pub fn instant(base: Instant, now_us: u64) -> Instant {
-    base + Duration::from_micros(now_us)
 }

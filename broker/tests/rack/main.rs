@@ -31,7 +31,7 @@ use shuttle::scheduler::RandomScheduler;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use uuid::Uuid;
 
 /// Hosts, each with a broker.
@@ -122,7 +122,7 @@ impl Rack {
 
     /// A host's time as what the production code measures time with.
     pub fn instant(&self, now_us: u64) -> Instant {
-        host::instant(self.began, now_us)
+        self.began + Duration::from_micros(now_us)
     }
 }
 
