@@ -25,7 +25,7 @@ use embarcadero_datapath::cxl::headship::latest_claim;
 use embarcadero_datapath::cxl::layout::{RegionRole, SESSION_WINDOW};
 use embarcadero_datapath::cxl::order_index::StreamId;
 use embarcadero_datapath::cxl::region::{BrokerLock, RegionError, RegionFile};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, publish_broker, read_broker};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, last_incarnation, publish_broker};
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
@@ -159,7 +159,7 @@ impl Broker {
         let local = |socket: &TcpListener| socket.local_addr().map_err(io_error("read a socket's address"));
         let info = BrokerInfo {
             id,
-            incarnation: read_broker(&region, id).map_or(0, |old| old.incarnation) + 1,
+            incarnation: last_incarnation(&region, id) + 1,
             data: config.data_advertise.unwrap_or(local(&data)?),
             control: config.control_advertise.unwrap_or(local(&control)?),
             process_id: std::process::id(),

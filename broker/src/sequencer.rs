@@ -16,11 +16,12 @@ use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, read_completion_at};
 use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::session_table::{
-    Commit, Session, SessionState, flush_commit, publish_session, read_commit_at, read_progress_at, read_session_at,
-    store_commit,
+    Commit, Session, SessionState, flush_commit, mend_session, publish_session, read_commit_at, read_progress_at,
+    read_session_at, store_commit,
 };
 use embarcadero_datapath::cxl::tables::{
-    TopicConfig, TopicState, live_topics_at, publish_topic, read_pulse, read_released, read_stalls, read_topic_at,
+    TopicConfig, TopicState, live_topics_at, mend_topic, publish_topic, read_pulse, read_released, read_stalls,
+    read_topic_at,
 };
 use embarcadero_datapath::cxl::{Fabric, Guard, Site};
 use std::sync::Arc;
@@ -243,6 +244,8 @@ impl<F: Fabric> Sequencer<F> {
             claim(&region, seat, epoch);
         }
         let begun = inherit(&region, seat);
+        (0..region.geometry().max_topics).for_each(|topic| mend_topic(&region, seat, topic));
+        (0..region.geometry().max_sessions).for_each(|slot| mend_session(&region, seat, slot));
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
         let sessions = (0..region.geometry().max_sessions).map(|_| None).collect();
         let pulses = vec![0; region.geometry().max_brokers as usize];

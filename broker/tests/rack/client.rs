@@ -125,6 +125,8 @@ impl Client {
             Answer::Opened { attempt, session } if attempt == self.attempt && self.session.is_none() => {
                 self.heard_us = self.clock.now_us();
                 self.session = Some(session);
+                // What else comes of this attempt is old.
+                self.attempt += 1;
                 self.rack.history.count(|tally| &mut tally.epochs);
                 // Sequences name the same batches for ever: what is below `committed` is in the order, what is not is
                 // sent again under the new epoch.

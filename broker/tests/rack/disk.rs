@@ -28,10 +28,15 @@ impl Disk {
         self.files.set_fault(faults[random(0..faults.len() as u64) as usize]);
     }
 
+    /// It works again.
+    pub fn repair(&self) {
+        self.files.set_fault(Fault::None);
+    }
+
     /// Its host crashed: what was not durable is there, in part or not at all. A disk that failed works again.
     pub fn restart(&self) {
         self.files.lose_power(|| one_in(2));
-        self.files.set_fault(Fault::None);
+        self.repair();
     }
 }
 

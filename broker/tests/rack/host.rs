@@ -25,7 +25,7 @@ use embarcadero_datapath::cxl::layout::{IndexEntry, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexReader, ReadError};
 use embarcadero_datapath::cxl::segment::PartitionAllocator;
 use embarcadero_datapath::cxl::session_table::{Session, SessionState, read_session};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, publish_broker, read_broker, read_pulse, read_topic_at};
+use embarcadero_datapath::cxl::tables::{BrokerInfo, last_incarnation, publish_broker, read_pulse, read_topic_at};
 use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Simulated, Site};
 use embarcadero_datapath::wire::BatchHeader;
 use std::sync::Arc;
@@ -167,6 +167,7 @@ impl Machine {
     /// started again.
     pub fn repair(&mut self) {
         spare(self.host);
+        self.disk.repair();
         self.down_for = self.down_for.map(|_| 0);
         if self.process.as_ref().and_then(|process| process.replicator.as_ref()).is_some_and(Replicator::has_failed) {
             self.crash();
@@ -220,7 +221,7 @@ impl Process {
         let [region, mirror] = fabrics.clone().map(|fabric| Region::open(fabric).expect("the superblock is visible"));
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
         let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
-        let incarnation = read_broker(&region, id).map_or(0, |old| old.incarnation) + 1;
+        let incarnation = last_incarnation(&region, id) + 1;
         let replicator = if rack.replicated {
             let disk = disk.clone();
             let open = move |_: &Identity| -> Box<dyn Medium> { Box::new(disk.clone()) };
@@ -456,9 +457,10 @@ impl Process {
     /// As the candidate of a real broker does.
     fn take_over(&mut self, epoch: u64, now_us: u64) {
         let region = &self.region;
-        let before = last_led(region).and_then(|seat| read_headship_at(region, seat));
-        let gone = before.filter(|before| before.broker == self.info.id);
-        let predecessor = if gone == before { Predecessor::Gone } else { Predecessor::MayGoOn };
+        let led = last_led(region);
+        let before = led.and_then(|seat| read_headship_at(region, seat));
+        let gone = led.is_none_or(|seat| seat.0 == self.info.id);
+        let predecessor = if gone { Predecessor::Gone } else { Predecessor::MayGoOn };
         let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id;
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
         let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };

@@ -151,6 +151,18 @@ pub fn publish_topic<F: Fabric>(region: &Region<F>, seat: Seat, config: &TopicCo
     });
 }
 
+/// Has a topic go whose line an earlier head was changing when it died: either it was being made, and nobody was told, or it
+/// was to be deleted. Only the head may, before it leads.
+pub fn mend_topic<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32) {
+    let (fabric, at) = (region.fabric(), region.layout().head_topic(seat, topic));
+    let line: TopicLine = fabric.observe_line(at, Site::TopicRead);
+    if line.version & 1 == 1 {
+        let state = if line.state == TopicState::Live as u8 { TopicState::Deleting as u8 } else { line.state };
+        // Its name may be half of one and half of another.
+        fabric.publish_versioned(at, &TopicLine { state, name_bytes: 0, ..line }, Site::TopicFlush);
+    }
+}
+
 /// Reads a topic slot; `None` when it was never used, is being written, or makes no sense.
 ///
 /// # Errors
@@ -250,6 +262,11 @@ pub fn publish_broker<F: Fabric>(region: &Region<F>, info: &BrokerInfo) {
         ..BrokerLine::zeroed()
     };
     region.fabric().publish_versioned(region.layout().broker(info.id), &line, Site::BrokerSlotFlush);
+}
+
+/// The incarnation that the last process of a broker had, or was about to show when it died; 0 before the first.
+pub fn last_incarnation<F: Fabric>(region: &Region<F>, broker: u32) -> u32 {
+    region.fabric().observe_line::<BrokerLine>(region.layout().broker(broker), Site::BrokerSlotRead).incarnation
 }
 
 /// Reads a broker slot; `None` when it was never used.
