@@ -12,7 +12,7 @@ use embarcadero_datapath::cxl::layout::{BatchEntry, IndexEntry, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
 use embarcadero_datapath::cxl::replication::read_completion;
 use embarcadero_datapath::cxl::segment::PartitionAllocator;
-use embarcadero_datapath::cxl::tables::{Pulse, TopicState, publish_released, read_broker, read_topic};
+use embarcadero_datapath::cxl::tables::{Pulse, TopicState, last_incarnation, publish_released, read_topic};
 use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_datapath::wire::BatchHeader;
 use serde::{Deserialize, Serialize};
@@ -147,8 +147,7 @@ impl<F: Fabric> Delegation<F> {
         if let Some(own) = self.incarnation
             && !self.superseded
         {
-            let (region, broker) = (self.topics.region(), self.topics.broker());
-            self.superseded = read_broker(region, broker).is_some_and(|now| now.incarnation > own);
+            self.superseded = last_incarnation(self.topics.region(), self.topics.broker()) > own;
         }
         self.superseded
     }

@@ -75,7 +75,7 @@ pub fn mend_session<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) {
     let (fabric, at) = (region.fabric(), region.layout().session(seat, slot));
     let line: SessionLine = fabric.observe_line(at, Site::SessionRead);
     if line.version & 1 == 1 {
-        let (epoch, committed) = (line.epoch + 1, read_progress_at(region, seat, slot));
+        let (epoch, committed) = (line.epoch.saturating_add(1), read_progress_at(region, seat, slot));
         let fenced = SessionLine { epoch, state: SessionState::Fenced as u32, committed, ..line };
         fabric.publish_versioned(at, &fenced, Site::SessionFlush);
     }
