@@ -32,9 +32,9 @@ pub struct BenchArgs {
     /// Bytes of a message.
     #[arg(long, default_value_t = 1024)]
     message_bytes: usize,
-    /// Bytes of a batch.
-    #[arg(long, default_value_t = 512 << 10)]
-    batch_size: usize,
+    /// Bytes of a batch; by default the client's adaptive sizes.
+    #[arg(long)]
+    batch_size: Option<usize>,
     /// How bytes travel.
     #[arg(long, default_value = "tcp")]
     transport: TransportArg,
@@ -140,6 +140,11 @@ impl BenchArgs {
         }
     }
 
+    /// Bytes that the ceilings move at a time.
+    fn write_bytes(&self) -> usize {
+        self.batch_size.unwrap_or(512 << 10)
+    }
+
     fn region() -> PathBuf {
         PathBuf::from(format!("/dev/shm/embarcadero-bench-{}", std::process::id()))
     }
@@ -168,7 +173,7 @@ impl BenchArgs {
             ack_level: self.ack,
             batch_size: self.batch_size,
             // A disk takes longer to answer: as much is under way as a session may have.
-            buffer_bytes: (self.batch_size * if self.ack > 1 { 128 } else { 16 }).max(1 << 20),
+            buffer_bytes: (self.batch_size.unwrap_or(1 << 20) * if self.ack > 1 { 128 } else { 16 }).max(1 << 20),
             batch_checksum: self.checksum,
             transport: self.transport.into(),
             ..ClientConfig::at(cluster.control())
@@ -280,8 +285,8 @@ fn publish(args: &BenchArgs) -> Result<()> {
     let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
     for _ in 0..args.runs {
         ceilings.push(match args.transport {
-            TransportArg::Tcp => ceiling::tcp_receive_into_region(args.pair(), args.batch_size, args.seconds)?,
-            TransportArg::Verbs => ceiling::verbs_write(args.pair(), args.batch_size, args.seconds)?,
+            TransportArg::Tcp => ceiling::tcp_receive_into_region(args.pair(), args.write_bytes(), args.seconds)?,
+            TransportArg::Verbs => ceiling::verbs_write(args.pair(), args.write_bytes(), args.seconds)?,
         });
         rates.push(publish_goodput(args)?);
     }

@@ -184,7 +184,8 @@ fn the_control_plane_names_what_is_wrong() {
     let two = Client::connect(ClientConfig { ack_level: 2, ..cluster.config() }).unwrap();
     assert!(two.publisher("t").map(drop).unwrap_err().to_string().contains("offers at most 1"));
     let large =
-        Client::connect(ClientConfig { batch_size: 16 << 20, buffer_bytes: 64 << 20, ..cluster.config() }).unwrap();
+        Client::connect(ClientConfig { batch_size: Some(16 << 20), buffer_bytes: 64 << 20, ..cluster.config() })
+            .unwrap();
     assert!(large.publisher("t").map(drop).unwrap_err().to_string().contains("max_batch_bytes"));
     let publisher = client.publisher("t").unwrap();
     assert!(matches!(publisher.publish(&vec![0; 1 << 20]), Err(ClientError::MessageTooLarge { .. })));

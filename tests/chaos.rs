@@ -30,8 +30,13 @@ fn environment(name: &str, default: u64) -> u64 {
 
 fn client(cluster: &Cluster) -> Client {
     let bootstrap = cluster.brokers.iter().map(|broker| broker.control.clone()).collect();
-    let config =
-        ClientConfig { bootstrap, ack_level: 2, batch_size: 8 << 10, buffer_bytes: 512 << 10, ..cluster.config() };
+    let config = ClientConfig {
+        bootstrap,
+        ack_level: 2,
+        batch_size: Some(8 << 10),
+        buffer_bytes: 512 << 10,
+        ..cluster.config()
+    };
     Client::connect(config).unwrap()
 }
 

@@ -39,7 +39,8 @@ fn connections_cut_in_mid_batch_lose_and_repeat_nothing() {
     }
     cluster.await_brokers(4);
     let client =
-        Client::connect(ClientConfig { batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap();
+        Client::connect(ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() })
+            .unwrap();
     client.create_topic("cut", TopicOptions::default()).unwrap();
     let publisher = client.publisher("cut").unwrap();
     let mut ids = Vec::new();
@@ -106,7 +107,7 @@ fn a_broker_that_falls_silent_is_left() {
     let (swallow, swallowed) = swallowing(front, back);
     let mut cluster = Cluster::start(0, REGION, &[]);
     cluster.add(&["--data", &back.to_string(), "--advertise", &advertised]);
-    let config = ClientConfig { batch_size: 4096, progress_timeout_ms: 20_000, ..cluster.config() };
+    let config = ClientConfig { batch_size: Some(4096), progress_timeout_ms: 20_000, ..cluster.config() };
     let client = Client::connect(config).unwrap();
     client.create_topic("silent", TopicOptions::default()).unwrap();
     let publisher = client.publisher("silent").unwrap();
@@ -130,7 +131,7 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
     let (swallow, _) = swallowing(front, back);
     cluster.await_brokers(2);
     let client = Client::connect(ClientConfig {
-        batch_size: 4096,
+        batch_size: Some(4096),
         buffer_bytes: 256 << 10,
         progress_timeout_ms: 20_000,
         ..cluster.config()
@@ -167,7 +168,8 @@ fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
         &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")],
     );
     let client =
-        Client::connect(ClientConfig { batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap();
+        Client::connect(ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() })
+            .unwrap();
     client.create_topic("kill", TopicOptions { order: Order::Strong, ..TopicOptions::default() }).unwrap();
 
     let mut victim = cluster.command(&["produce", "kill"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
@@ -229,7 +231,8 @@ fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
 fn a_head_that_restarts_goes_on_where_the_region_stands() {
     let mut cluster = Cluster::start(2, REGION, &[("EMBARCADERO_BROKER_GAP_LEASE_MS", "500")]);
     let client =
-        Client::connect(ClientConfig { batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap();
+        Client::connect(ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() })
+            .unwrap();
     client.create_topic("head", TopicOptions::default()).unwrap();
     let first = client.publisher("head").unwrap();
     for number in 0..5000 {

@@ -30,7 +30,7 @@ fn verbs(cluster: &Cluster) -> Client {
 }
 
 fn small(cluster: &Cluster) -> ClientConfig {
-    ClientConfig { batch_size: 32 << 10, buffer_bytes: 1 << 20, ..cluster.config() }
+    ClientConfig { batch_size: Some(32 << 10), buffer_bytes: 1 << 20, ..cluster.config() }
 }
 
 fn strong() -> TopicOptions {

@@ -10,7 +10,7 @@ use std::time::Duration;
 use support::{Cluster, eventually, run};
 
 fn small(cluster: &Cluster) -> Client {
-    Client::connect(ClientConfig { batch_size: 64 << 10, buffer_bytes: 1 << 20, ..cluster.config() }).unwrap()
+    Client::connect(ClientConfig { batch_size: Some(64 << 10), buffer_bytes: 1 << 20, ..cluster.config() }).unwrap()
 }
 
 fn fill(client: &Client, topic: &str, bytes: u64) -> Result<u64, ClientError> {
@@ -115,7 +115,7 @@ fn retention_recycles_with_the_leader_allocator() {
 fn a_subscriber_that_is_overtaken_is_told() {
     let cluster = Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
     // Batches of half a segment: retention moves in steps that are shorter than what a broker queues.
-    let config = ClientConfig { batch_size: 512 << 10, buffer_bytes: 8 << 20, ..cluster.config() };
+    let config = ClientConfig { batch_size: Some(512 << 10), buffer_bytes: 8 << 20, ..cluster.config() };
     let client = Client::connect(config).unwrap();
     client.create_topic("fast", TopicOptions { retention_bytes: 16 << 20, ..TopicOptions::default() }).unwrap();
     let mut subscriber = client.subscriber("fast", Start::Earliest).unwrap();
@@ -159,7 +159,7 @@ fn retention_by_time_trims() {
 #[test]
 fn a_thousand_sessions_and_thirty_two_topics() {
     let cluster = Cluster::start(2, &["--size", "512MiB", "--segment-size", "1MiB", "--max-sessions", "1024"], &[]);
-    let config = ClientConfig { batch_size: 1024, buffer_bytes: 2048, max_brokers: 1, ..cluster.config() };
+    let config = ClientConfig { batch_size: Some(1024), buffer_bytes: 2048, max_brokers: 1, ..cluster.config() };
     let client = Client::connect(config).unwrap();
     for number in 0..32 {
         client.create_topic(&format!("t{number}"), TopicOptions::default()).unwrap();

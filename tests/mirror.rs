@@ -38,7 +38,8 @@ fn create(mirror: &Mirror) -> Vec<&str> {
 
 fn client(cluster: &Cluster, ack_level: u8) -> Client {
     let bootstrap = cluster.brokers.iter().map(|broker| broker.control.clone()).collect();
-    let config = ClientConfig { ack_level, bootstrap, batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() };
+    let config =
+        ClientConfig { ack_level, bootstrap, batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() };
     Client::connect(config).unwrap()
 }
 

@@ -19,7 +19,7 @@ fn start(brokers: u32, disk: &TempDir) -> Cluster {
 }
 
 fn client(cluster: &Cluster, ack_level: u8) -> Client {
-    let config = ClientConfig { ack_level, batch_size: 16 << 10, buffer_bytes: 1 << 20, ..cluster.config() };
+    let config = ClientConfig { ack_level, batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() };
     Client::connect(config).unwrap()
 }
 

@@ -1,6 +1,17 @@
-//! When a batch is full enough to go.
+//! When a batch is full enough to go. `[[DEVIATION_001]]`
 
-/// What a policy may look at.
+use std::time::Duration;
+
+/// Batches in a row that say the same before the size changes.
+const STEADY: u32 = 16;
+/// Batches that wait for a connection to take them, from which on the transport is the bottleneck.
+const CROWDED: usize = 8;
+/// Batches that the buffer should have room for, whatever their size, so that every connection has some.
+const AHEAD: usize = 16;
+/// Longest that a return to small batches is put off, in multiples of [`STEADY`].
+const MAX_PATIENCE: u32 = 64;
+
+/// What is looked at to say whether the open batch goes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Load {
     /// Batches sealed and not acknowledged.
@@ -15,59 +26,241 @@ pub struct Load {
     pub awaited: bool,
 }
 
-/// Decides when the open batch goes. A batch that cannot take the next message always goes.
-pub trait BatchPolicy: Send + Sync {
-    /// Bytes of a full batch, header included; buffers have this size.
-    fn capacity(&self) -> usize;
-
-    /// True when the open batch should go now.
-    fn goes(&self, load: Load) -> bool;
+/// What is known once a batch is sealed and offered to the connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sealed {
+    /// No further message fitted.
+    pub full: bool,
+    /// Since the batch before it.
+    pub interval: Duration,
+    /// Of it, spent on handing batches over.
+    pub sending: Duration,
+    /// Batches that no connection has taken yet. They are what was filled less what the transport completed, and it
+    /// completes as brokers acknowledge: a queue that stays says that batches are filled faster than both.
+    pub waiting: usize,
 }
 
-/// Batches of a fixed size. When nothing is under way, a batch goes with its first message, or once the application
-/// waits for it, so light load pays no delay; a stream fills its batches, however fast they are acknowledged.
+/// The controller of batch sizes: a function of what it is told, without a clock.
 ///
-/// The paper's policy with 512 KiB. `[[DEVIATION_001]]` (adaptive sizes) will be another implementation of the trait.
+/// Sizes lie between two bounds. They double while the transport is the bottleneck, so that fewer batches carry more:
+/// batches crowd before it, or handing them over takes half of the time. They halve while none waits and handing over
+/// takes less than a quarter, so that messages wait less for their batch to fill. Doubling at most halves both measures,
+/// so it never brings about what halving asks for. Where noise or a cost for each batch has the two follow each other all
+/// the same, the next halving is put off for twice as long, so that a steady load settles.
+///
+/// With equal bounds the size is fixed: the paper's policy, at 512 KiB.
 #[derive(Clone, Copy, Debug)]
-pub struct FixedSize {
-    bytes: usize,
+pub struct BatchSizer {
+    min: usize,
+    /// Largest that load makes it.
+    heavy: usize,
+    max: usize,
+    size: usize,
+    /// Batches in a row before which others crowded, or none waited.
+    crowded: u32,
+    calm: u32,
+    /// Calm batches before the size halves, in multiples of [`STEADY`].
+    patience: u32,
+    /// The last change was to halve.
+    halved: bool,
 }
 
-impl FixedSize {
-    /// Batches of `bytes`.
+impl BatchSizer {
+    /// Batches of `min` to `max` bytes, header included, `min` to begin with, of which `buffer_bytes` are held at most:
+    /// load makes them no larger than a sixteenth of that.
     #[must_use]
-    pub const fn new(bytes: usize) -> Self {
-        Self { bytes }
-    }
-}
-
-impl BatchPolicy for FixedSize {
-    fn capacity(&self) -> usize {
-        self.bytes
+    pub fn between(min: usize, max: usize, buffer_bytes: usize) -> Self {
+        let max = max.max(min);
+        let heavy = (buffer_bytes / AHEAD).clamp(min, max);
+        Self { min, heavy, max, size: min, crowded: 0, calm: 0, patience: 1, halved: false }
     }
 
+    /// Bytes of the next batch to be filled, header included.
     #[inline]
-    fn goes(&self, load: Load) -> bool {
+    #[must_use]
+    pub fn size(&self) -> usize {
+        self.size
+    }
+
+    /// Bytes of the largest batch that there may be, for a large message.
+    #[must_use]
+    pub fn largest(&self) -> usize {
+        self.max
+    }
+
+    /// True when the open batch should go now. A batch that cannot take the next message goes in any case.
+    ///
+    /// When nothing is under way, a batch goes with its first message, or once the application waits for it, so light
+    /// load pays no delay; a stream fills its batches, however fast they are acknowledged.
+    #[inline]
+    #[must_use]
+    pub fn goes(&self, load: Load) -> bool {
         let nothing_under_way = load.in_flight == 0;
         let lone = load.open_messages == 1 && !load.streaming;
-        load.open_bytes >= self.bytes || (nothing_under_way && (lone || load.awaited))
+        load.open_bytes >= self.size || (nothing_under_way && (lone || load.awaited))
+    }
+
+    /// Takes notice of a batch that was just sealed.
+    pub fn sealed(&mut self, sealed: Sealed) {
+        if !sealed.full {
+            // The application pauses: a load that was steady is over.
+            self.patience = 1;
+        }
+        let busy = sealed.waiting >= CROWDED || sealed.sending * 2 >= sealed.interval;
+        let idle = sealed.waiting == 0 && sealed.sending * 4 < sealed.interval;
+        if sealed.full && busy {
+            (self.crowded, self.calm) = (self.crowded + 1, 0);
+        } else if idle {
+            (self.crowded, self.calm) = (0, self.calm + 1);
+        } else {
+            (self.crowded, self.calm) = (0, 0);
+        }
+        if self.crowded == STEADY {
+            if self.halved {
+                self.patience = (self.patience * 2).min(MAX_PATIENCE);
+            }
+            self.change((self.size * 2).min(self.heavy), false);
+        } else if self.calm >= STEADY * self.patience {
+            self.change((self.size / 2).max(self.min), true);
+        }
+    }
+
+    fn change(&mut self, size: usize, halved: bool) {
+        (self.crowded, self.calm) = (0, 0);
+        if size != self.size {
+            (self.size, self.halved) = (size, halved);
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    const MIN: usize = 64 << 10;
+    const MAX: usize = 4 << 20;
+    const DOUBLINGS: usize = 6;
+
+    const BUFFER: usize = 64 << 20;
+
+    /// An application that publishes at a rate, a buffer, and a transport with a cost for each batch and each byte,
+    /// part of it in the thread that publishes. Times in nanoseconds, rates in bytes a nanosecond (GB/s).
+    struct Plant {
+        sizer: BatchSizer,
+        offered: f64,
+        rate: f64,
+        per_batch: f64,
+        /// Part of the transport's work that the publishing thread does.
+        own: f64,
+        /// Bytes that wait.
+        backlog: f64,
+        changes: usize,
+    }
+
+    impl Plant {
+        fn new(offered: f64, rate: f64, per_batch: f64, own: f64) -> Self {
+            let sizer = BatchSizer::between(MIN, MAX, BUFFER);
+            Self { sizer, offered, rate, per_batch, own, backlog: 0.0, changes: 0 }
+        }
+
+        fn fill(&mut self, batches: usize) {
+            for _ in 0..batches {
+                let size = self.sizer.size() as f64;
+                let service = self.per_batch + size / self.rate;
+                let sending = self.own * service;
+                let interval = (size / self.offered).max(sending);
+                // While a batch fills, the transport takes from the backlog; a full buffer holds the application up.
+                self.backlog = (self.backlog + size - interval / service * size).clamp(0.0, BUFFER as f64);
+                let before = self.sizer.size();
+                self.sizer.sealed(Sealed {
+                    full: true,
+                    interval: Duration::from_nanos(interval as u64),
+                    sending: Duration::from_nanos(sending as u64),
+                    waiting: (self.backlog / size) as usize,
+                });
+                self.changes += usize::from(self.sizer.size() != before);
+            }
+        }
+    }
+
+    fn any_sealed() -> impl Strategy<Value = Sealed> {
+        (any::<bool>(), 0u64..1000, 0u64..1000, 0usize..40).prop_map(|(full, a, b, waiting)| {
+            let (sending, interval) = (Duration::from_micros(a.min(b)), Duration::from_micros(a.max(b)));
+            Sealed { full, interval, sending, waiting }
+        })
+    }
 
     #[test]
     fn a_lone_message_goes_at_once_and_others_gather() {
-        let policy = FixedSize::new(1000);
+        let sizer = BatchSizer::between(1000, 1000, 10_000);
         let lone = Load { open_bytes: 70, open_messages: 1, ..Load::default() };
-        assert!(policy.goes(lone));
-        assert!(!policy.goes(Load { in_flight: 1, ..lone }));
-        assert!(!policy.goes(Load { streaming: true, ..lone }));
-        assert!(!policy.goes(Load { open_messages: 2, ..lone }));
-        assert!(policy.goes(Load { open_messages: 2, awaited: true, ..lone }));
-        assert!(policy.goes(Load { streaming: true, awaited: true, ..lone }));
-        assert!(policy.goes(Load { in_flight: 9, open_bytes: 1000, open_messages: 20, ..lone }));
+        assert!(sizer.goes(lone));
+        assert!(!sizer.goes(Load { in_flight: 1, ..lone }));
+        assert!(!sizer.goes(Load { streaming: true, ..lone }));
+        assert!(!sizer.goes(Load { open_messages: 2, ..lone }));
+        assert!(sizer.goes(Load { open_messages: 2, awaited: true, ..lone }));
+        assert!(sizer.goes(Load { streaming: true, awaited: true, ..lone }));
+        assert!(sizer.goes(Load { in_flight: 9, open_bytes: 1000, open_messages: 20, ..lone }));
+    }
+
+    #[test]
+    fn a_burst_is_not_a_load() {
+        let mut sizer = BatchSizer::between(MIN, MAX, BUFFER);
+        let interval = Duration::from_micros(10);
+        for _ in 0..100 {
+            let crowded = Sealed { full: true, interval, waiting: 100, ..Sealed::default() };
+            (0..STEADY - 1).for_each(|_| sizer.sealed(crowded));
+            sizer.sealed(Sealed { waiting: CROWDED - 1, ..crowded });
+        }
+        assert_eq!(sizer.size(), MIN);
+    }
+
+    proptest! {
+        #[test]
+        fn sizes_stay_within_their_bounds(
+            min in 1024usize..100_000, times in 1usize..100, told in prop::collection::vec(any_sealed(), 0..2000),
+        ) {
+            let mut sizer = BatchSizer::between(min, min * times, BUFFER);
+            for sealed in told {
+                let before = sizer.size();
+                sizer.sealed(sealed);
+                prop_assert!((min..=min * times).contains(&sizer.size()));
+                prop_assert!(sizer.size() <= before * 2 && sizer.size() * 2 >= before);
+            }
+        }
+
+        #[test]
+        fn a_steady_load_settles(
+            offered in 0.05f64..20.0, rate in 0.1f64..12.0, per_batch in 0f64..100_000.0, own in 0f64..1.0,
+        ) {
+            let mut plant = Plant::new(offered, rate, per_batch, own);
+            plant.fill(20_000);
+            plant.changes = 0;
+            plant.fill(100_000);
+            // At worst one look at the smaller size in each of the longest waits.
+            let looks = 100_000 / (STEADY * MAX_PATIENCE) as usize + 1;
+            prop_assert!(plant.changes <= 2 * looks, "{} changes", plant.changes);
+        }
+
+        #[test]
+        fn a_step_of_the_load_is_followed(rate in 0.5f64..12.0, light in 0.01f64..0.12, own in 0f64..1.0) {
+            // A saturated transport: up within a few sixteens of batches for each doubling.
+            let mut plant = Plant::new(20.0, rate, 5_000.0, own);
+            plant.fill(STEADY as usize * 4 * DOUBLINGS);
+            let heavy = plant.sizer.size();
+            prop_assert!(heavy >= 16 * MIN, "{heavy} bytes under a load that the transport cannot take");
+            // A load that it takes with ease: down as soon.
+            plant.offered = light * rate;
+            plant.fill(STEADY as usize * 4 * DOUBLINGS);
+            prop_assert_eq!(plant.sizer.size(), MIN);
+        }
+
+        #[test]
+        fn equal_bounds_fix_the_size(told in prop::collection::vec(any_sealed(), 0..500)) {
+            let mut sizer = BatchSizer::between(MIN, MIN, BUFFER);
+            told.into_iter().for_each(|sealed| sizer.sealed(sealed));
+            prop_assert_eq!(sizer.size(), MIN);
+        }
     }
 }

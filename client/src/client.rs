@@ -178,7 +178,7 @@ impl Inner {
             timeout: self.config.connect_timeout(),
             sockets: self.sockets(),
             #[cfg(feature = "rdma")]
-            batch_bytes: self.config.batch_size,
+            batch_bytes: self.config.batch_bytes().1,
             #[cfg(feature = "rdma")]
             acknowledged: self.config.ack_level > 0,
             #[cfg(feature = "rdma")]

@@ -43,9 +43,13 @@ pub struct ClientConfig {
     pub rdma: RdmaConfig,
     /// Acknowledgement level: 0 none, 1 ordered and visible.
     pub ack_level: u8,
-    /// Bytes of a batch, header included: the fixed policy. (Adaptive batching between `batch_size_min` and
-    /// `batch_size_max`, DEV-001, is planned.)
-    pub batch_size: usize,
+    /// Bytes of a batch, header included, whatever the load. Unset, batches have `batch_size_min` to `batch_size_max`
+    /// bytes, by load.
+    pub batch_size: Option<usize>,
+    /// Bytes of a batch under light load, header included.
+    pub batch_size_min: usize,
+    /// Bytes of a batch under heavy load, or with a large message, at most; brokers may allow less (`max_batch_bytes`).
+    pub batch_size_max: usize,
     /// Bytes that a publisher may hold until they are acknowledged.
     pub buffer_bytes: usize,
     /// Give each batch a checksum over its body.
@@ -68,7 +72,9 @@ impl Default for ClientConfig {
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
             ack_level: 1,
-            batch_size: 512 << 10,
+            batch_size: None,
+            batch_size_min: 64 << 10,
+            batch_size_max: 4 << 20,
             buffer_bytes: 16 << 20,
             batch_checksum: true,
             max_brokers: 0,
@@ -100,8 +106,15 @@ impl ClientConfig {
         };
         within("bootstrap (number of endpoints)", self.bootstrap.len() as u64, 1, 1024)?;
         within("ack_level", self.ack_level.into(), 0, 2)?;
-        within("batch_size", self.batch_size as u64, 1024, 64 << 20)?;
-        within("buffer_bytes", self.buffer_bytes as u64, 2 * self.batch_size as u64, 64 << 30)?;
+        let (least, most) = self.batch_bytes();
+        match self.batch_size {
+            Some(bytes) => within("batch_size", bytes as u64, 1024, 64 << 20)?,
+            None => {
+                within("batch_size_min", least as u64, 1024, 64 << 20)?;
+                within("batch_size_max", most as u64, least as u64, 64 << 20)?;
+            }
+        }
+        within("buffer_bytes", self.buffer_bytes as u64, 2 * most as u64, 64 << 30)?;
         within("rdma.ring_bytes", self.rdma.ring_bytes as u64, 64 << 10, 1 << 30)?;
         if self.transport == Transport::Verbs && !cfg!(feature = "rdma") {
             let bound = "tcp: this build has no RDMA (cargo feature rdma)".to_owned();
@@ -109,6 +122,11 @@ impl ClientConfig {
         }
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;
         within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
+    }
+
+    /// Bytes of the smallest and of the largest batch; the same where the size is fixed.
+    pub(crate) fn batch_bytes(&self) -> (usize, usize) {
+        self.batch_size.map_or((self.batch_size_min, self.batch_size_max), |fixed| (fixed, fixed))
     }
 
     pub(crate) fn connect_timeout(&self) -> Duration {
@@ -127,8 +145,10 @@ mod tests {
     #[test]
     fn defaults_are_valid_and_bounds_are_named() {
         ClientConfig::default().validate().unwrap();
-        let error = ClientConfig { batch_size: 10, ..ClientConfig::default() }.validate().unwrap_err();
+        let error = ClientConfig { batch_size: Some(10), ..ClientConfig::default() }.validate().unwrap_err();
         assert_eq!(error.to_string(), "batch_size is 10; it must be 1024 to 67108864");
+        let error = ClientConfig { batch_size_max: 1024, ..ClientConfig::default() }.validate().unwrap_err();
+        assert_eq!(error.to_string(), "batch_size_max is 1024; it must be 65536 to 67108864");
         assert!(serde_yaml::from_str::<ClientConfig>("batch_sise: 4096").is_err());
     }
 }

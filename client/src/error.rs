@@ -46,13 +46,13 @@ pub enum ClientError {
         text: String,
     },
     /// All batch buffers hold messages that are not acknowledged yet.
-    #[error("the publish buffer is full: {buffers} batches wait to be acknowledged; poll, wait, or raise buffer_bytes")]
+    #[error("the publish buffer is full: {bytes} bytes wait to be acknowledged; poll, wait, or raise buffer_bytes")]
     BufferFull {
-        /// Batches that it holds.
-        buffers: usize,
+        /// Bytes that it holds at most.
+        bytes: usize,
     },
     /// The message does not fit into a batch.
-    #[error("the message has {bytes} bytes; a batch of batch_size can hold {max}")]
+    #[error("the message has {bytes} bytes; the largest batch can hold {max}")]
     MessageTooLarge {
         /// Its size.
         bytes: usize,

@@ -4,7 +4,7 @@
 //! hand-over to another thread. The client's background thread steps in when the application does not call, and does
 //! what blocks: connecting and opening sessions.
 
-use crate::batching::{BatchPolicy, FixedSize, Load};
+use crate::batching::{BatchSizer, Load, Sealed};
 use crate::client::{Background, BrokerView, Inner, TopicView};
 use crate::error::ClientError;
 use crate::link::{Link, LinkEvent, refused};
@@ -120,6 +120,8 @@ struct Driver {
     /// Batches to hand to a connection, in order.
     queue: VecDeque<u64>,
     free: Vec<BatchBuilder>,
+    /// Bytes of all buffers: the open one's, of those in flight, and of those that are free.
+    held_bytes: usize,
     done: VecDeque<u64>,
     window: usize,
     checksum: bool,
@@ -141,6 +143,8 @@ struct Open {
     batch: u64,
     /// The batch before it was full.
     streaming: bool,
+    sealed_at: Instant,
+    sizer: BatchSizer,
 }
 
 /// Why the open batch may go.
@@ -159,7 +163,6 @@ enum Occasion {
 pub(crate) struct PublisherCore {
     inner: Arc<Inner>,
     topic: TopicView,
-    policy: FixedSize,
     /// Taken once a message. A lock that is let go by a plain store: an atomic read-modify-write would wait for the
     /// message's bytes to leave the store buffer.
     open: SpinMutex<Open, Yield>,
@@ -167,7 +170,6 @@ pub(crate) struct PublisherCore {
     in_flight: AtomicUsize,
     /// Batches below this are acknowledged.
     acknowledged: AtomicU64,
-    buffers: usize,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -186,11 +188,14 @@ impl PublisherCore {
         let session = open_session(&inner, topic, client_id)?;
         let (topic, cluster) = inner.topic(topic)?;
         let config = &inner.config;
-        if config.batch_size as u64 > session.max_batch_bytes {
+        let (least, most) = config.batch_bytes();
+        if least as u64 > session.max_batch_bytes {
+            let key = if config.batch_size.is_some() { "batch_size" } else { "batch_size_min" };
             let bound = format!("at most {}, the brokers' max_batch_bytes", session.max_batch_bytes);
-            return Err(ClientError::Config { key: "batch_size", value: config.batch_size.to_string(), bound });
+            return Err(ClientError::Config { key, value: least.to_string(), bound });
         }
-        let buffers = config.buffer_bytes / config.batch_size;
+        let sizer = BatchSizer::between(least, most.min(session.max_batch_bytes as usize), config.buffer_bytes);
+        let buffers = config.buffer_bytes / least;
         let mut brokers = cluster.brokers;
         if config.max_brokers > 0 && config.max_brokers < brokers.len() {
             // Different clients start with different brokers.
@@ -211,6 +216,7 @@ impl PublisherCore {
             in_flight: VecDeque::with_capacity(buffers),
             queue: VecDeque::with_capacity(buffers),
             free: Vec::with_capacity(buffers),
+            held_bytes: 0,
             done: VecDeque::with_capacity(REMEMBERED_BATCHES),
             window: session.window_batches as usize,
             checksum: config.batch_checksum,
@@ -224,12 +230,10 @@ impl PublisherCore {
         };
         let core = Arc::new(Self {
             topic,
-            policy: FixedSize::new(config.batch_size),
-            open: SpinMutex::new(Open { builder: None, batch: 0, streaming: false }),
+            open: SpinMutex::new(Open { builder: None, batch: 0, streaming: false, sealed_at: now, sizer }),
             driver: Mutex::new(driver),
             in_flight: AtomicUsize::new(0),
             acknowledged: AtomicU64::new(0),
-            buffers,
             inner,
         });
         core.connect_due();
@@ -383,7 +387,7 @@ impl PublisherCore {
             streaming: open.streaming,
             awaited: occasion == Occasion::Awaited,
         };
-        if !(matches!(occasion, Occasion::Full | Occasion::Flushed) || self.policy.goes(load)) {
+        if !(matches!(occasion, Occasion::Full | Occasion::Flushed) || open.sizer.goes(load)) {
             return;
         }
         let Some(mut builder) = open.builder.take() else { return };
@@ -399,7 +403,15 @@ impl PublisherCore {
         driver.in_flight.push_back(InFlight { builder, header, state: State::Queued });
         driver.queue.push_back(number);
         self.in_flight.store(driver.in_flight.len(), Ordering::Relaxed);
+        let offered_at = Instant::now();
         self.drive(&mut driver);
+        open.sizer.sealed(Sealed {
+            full: open.streaming,
+            interval: driver.driven_at - open.sealed_at,
+            sending: driver.driven_at - offered_at,
+            waiting: driver.queue.len(),
+        });
+        open.sealed_at = driver.driven_at;
     }
 
     /// Moves bytes and takes acks.
@@ -673,6 +685,21 @@ impl Driver {
         Some(Status::Acknowledged(offset.and_then(known)))
     }
 
+    /// A buffer for a batch of `size` bytes while all of them have `budget` bytes; `None` when too much is in flight.
+    fn buffer_of(&mut self, size: usize, budget: usize) -> Result<Option<BatchBuilder>, ClientError> {
+        if let Some(index) = self.free.iter().rposition(|builder| builder.capacity() == size) {
+            return Ok(Some(self.free.swap_remove(index)));
+        }
+        // Those that are free have a size of before.
+        while self.held_bytes + size > budget {
+            let Some(other) = self.free.pop() else { return Ok(None) };
+            self.held_bytes -= other.capacity();
+        }
+        let builder = BatchBuilder::new(size).map_err(ClientError::io("get memory for a batch"))?;
+        self.held_bytes += size;
+        Ok(Some(builder))
+    }
+
     /// True while a connection has yet to take what was given to it.
     fn wants_room(&self) -> bool {
         self.slots.iter().any(|slot| !slot.queue.is_empty())
@@ -754,7 +781,8 @@ impl Publisher {
     #[cold]
     fn next_builder(&self, open: &mut Open, bytes: usize) -> Result<(), ClientError> {
         let core = &*self.core;
-        let max = BatchBuilder::largest_message(core.policy.capacity());
+        let budget = core.inner.config.buffer_bytes;
+        let max = BatchBuilder::largest_message(open.sizer.largest());
         if bytes > max {
             return Err(ClientError::MessageTooLarge { bytes, max });
         }
@@ -763,14 +791,15 @@ impl Publisher {
         if let Some(error) = &driver.failed {
             return Err(error.clone());
         }
-        let builder = match driver.free.pop() {
+        let mut size = open.sizer.size();
+        while bytes > BatchBuilder::largest_message(size) {
+            size = (size * 2).min(open.sizer.largest());
+        }
+        let builder = match driver.buffer_of(size, budget)? {
             Some(builder) => builder,
-            None if driver.in_flight.len() < core.buffers => {
-                BatchBuilder::new(core.policy.capacity()).map_err(ClientError::io("get memory for a batch"))?
-            }
             None => {
                 core.drive(&mut driver);
-                driver.free.pop().ok_or(ClientError::BufferFull { buffers: core.buffers })?
+                driver.buffer_of(size, budget)?.ok_or(ClientError::BufferFull { bytes: budget })?
             }
         };
         open.builder = Some(builder);

@@ -59,7 +59,11 @@ fn transport_alone(args: &BenchArgs, bytes: usize) -> Result<(f64, f64)> {
 
 /// Batches of a size, filled with messages of up to 1 KiB.
 fn with_batches_of(args: &BenchArgs, bytes: u64) -> BenchArgs {
-    BenchArgs { batch_size: bytes as usize, message_bytes: args.message_bytes.min(bytes as usize / 4), ..args.clone() }
+    BenchArgs {
+        batch_size: Some(bytes as usize),
+        message_bytes: args.message_bytes.min(bytes as usize / 4),
+        ..args.clone()
+    }
 }
 
 fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
@@ -73,7 +77,7 @@ fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
         }
         let one = BenchArgs {
             message_bytes: bytes as usize,
-            batch_size: (2 * bytes as usize).max(args.batch_size),
+            batch_size: Some((2 * bytes as usize).max(args.write_bytes())),
             ..args.clone()
         };
         ack.push(publish_latency(&one)?.value_at_quantile(0.5) as f64 / 1e9);

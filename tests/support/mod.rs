@@ -166,7 +166,7 @@ impl Cluster {
     /// A client that knows every broker, as the first may die, and has buffers of a modest size.
     pub fn client_of_all(&self) -> Client {
         let bootstrap = self.brokers.iter().map(|broker| broker.control.clone()).collect();
-        let config = ClientConfig { bootstrap, batch_size: 16 << 10, buffer_bytes: 1 << 20, ..self.config() };
+        let config = ClientConfig { bootstrap, batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..self.config() };
         Client::connect(config).unwrap()
     }
 

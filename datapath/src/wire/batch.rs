@@ -173,6 +173,12 @@ impl BatchBuilder {
         })
     }
 
+    /// Most bytes that it can have.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.bytes.capacity()
+    }
+
     /// The sealed bytes, as a NIC that sends them in place names them.
     ///
     /// # Errors
