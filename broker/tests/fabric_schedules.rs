@@ -31,7 +31,8 @@ use embarcadero_datapath::cxl::session_table::{
     Commit, Session, SessionState, read_commit, read_progress, read_session,
 };
 use embarcadero_datapath::cxl::tables::{
-    BrokerInfo, Order, TopicConfig, TopicState, publish_broker, publish_topic, read_broker, read_topic,
+    BrokerInfo, Order, TopicConfig, TopicState, last_incarnation, publish_broker, publish_topic, read_broker,
+    read_topic,
 };
 use embarcadero_datapath::cxl::{Fabric, Guard, Mutation, Region, RegionOffset, Simulated, Site, Turbulence, World};
 use embarcadero_datapath::wire::BatchHeader;
@@ -778,6 +779,12 @@ fn check_tables(
     let (mask, retention, _, session) = look();
     assert_eq!((mask, retention, session), (Some(9), Some(77), Some(SessionState::Closed)), "tables are stale");
     assert_eq!(read_broker(far, 0).map(|info| info.incarnation), Some(8), "the broker slot is stale");
+    // A broker that dies while it shows itself anew is still known to have been there.
+    let (fabric, version) = (regions[0].fabric(), regions[0].layout().broker(0).add(56));
+    fabric.store(version, fabric.load(version) | 1);
+    fabric.flush(version, 8, Site::BrokerSlotFlush);
+    fabric.fence(Site::BrokerSlotFlush);
+    assert_eq!((read_broker(far, 0), last_incarnation(far, 0)), (None, 8), "a broker is forgotten");
 }
 
 /// A segment that the head takes in calm weather is seen as taken, and whose it is, by a host that looked before.

@@ -6,7 +6,7 @@ use embarcadero_datapath::cxl::layout::Seat;
 use embarcadero_datapath::cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, publish_completion, read_completion_at, read_replicated};
-use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics_at, read_broker};
+use embarcadero_datapath::cxl::tables::{TopicConfig, last_incarnation, live_topics_at};
 use embarcadero_datapath::cxl::{Fabric, Guard};
 
 /// Time between two counts, microseconds: far less than an `fdatasync` takes.
@@ -79,9 +79,10 @@ impl<F: Fabric> CompletionStage<F> {
         if shown.durable_through >= extent.committed && shown.awaited == awaited {
             return false;
         }
-        // SYNC: after the tail was read: whoever received a batch below it had shown itself before.
+        // SYNC: after the tail was read: whoever received a batch below it had shown itself before. Also those count that
+        // died while they showed themselves anew.
         self.known = (0..brokers)
-            .filter(|broker| self.known & 1 << broker != 0 || read_broker(region, *broker).is_some())
+            .filter(|broker| self.known & 1 << broker != 0 || last_incarnation(region, *broker) > 0)
             .fold(0, |mask, broker| mask | 1 << broker);
         let known = |broker: &u32| self.known & 1 << broker != 0;
         let sources = (0..brokers).filter(known).filter(|source| global || *source == stream);

@@ -11,7 +11,7 @@ use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
 use embarcadero_datapath::cxl::order_index::{OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, publish_replicated, read_completion, read_replicated};
-use embarcadero_datapath::cxl::tables::{ReplicaState, publish_replica_state, read_broker, read_replica_state};
+use embarcadero_datapath::cxl::tables::{ReplicaState, last_incarnation, publish_replica_state, read_replica_state};
 use embarcadero_datapath::cxl::{Fabric, Guard, RegionOffset, Site};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -212,7 +212,7 @@ impl<F: Fabric> Replicator<F> {
         let copies = u32::from(topic.config.replication_factor) - 1;
         let mut mine = 0;
         for source in 0..brokers {
-            if read_broker(&self.region, source).is_none() {
+            if last_incarnation(&self.region, source) == 0 {
                 continue;
             }
             let mut usable = usable;

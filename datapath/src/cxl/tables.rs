@@ -264,12 +264,13 @@ pub fn publish_broker<F: Fabric>(region: &Region<F>, info: &BrokerInfo) {
     region.fabric().publish_versioned(region.layout().broker(info.id), &line, Site::BrokerSlotFlush);
 }
 
-/// The incarnation that the last process of a broker had, or was about to show when it died; 0 before the first.
+/// The incarnation that the last process of a broker had, or was about to show when it died; 0 before the first. Also
+/// readable while [`read_broker`] finds a row that its writer left half written.
 pub fn last_incarnation<F: Fabric>(region: &Region<F>, broker: u32) -> u32 {
     region.fabric().observe_line::<BrokerLine>(region.layout().broker(broker), Site::BrokerSlotRead).incarnation
 }
 
-/// Reads a broker slot; `None` when it was never used.
+/// Reads a broker slot; `None` when it was never used, or is being written.
 pub fn read_broker<F: Fabric>(region: &Region<F>, broker: u32) -> Option<BrokerInfo> {
     if broker >= region.geometry().max_brokers {
         return None;
