@@ -2,7 +2,9 @@
 
 mod ceiling;
 mod datapath;
+mod deviations;
 mod failover;
+mod latency;
 mod replication;
 mod report;
 mod sequencer;
@@ -12,10 +14,11 @@ use crate::settings::TransportArg;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use datapath::DatapathArgs;
-use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, Status, TopicOptions};
+use deviations::DeviationArgs;
+use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, TopicOptions};
 use embarcadero_datapath::transport::prepare_polling_thread;
-use hdrhistogram::Histogram;
-use report::{Report, Row};
+use latency::{LatencyArgs, LoadArgs};
+use report::{Format, Report, Row};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +38,9 @@ pub struct BenchArgs {
     /// Bytes of a batch; by default the client's adaptive sizes.
     #[arg(long)]
     batch_size: Option<usize>,
+    /// Bytes that a publisher holds at most; by default 16 batches, with level 2 128.
+    #[arg(long)]
+    buffer_bytes: Option<usize>,
     /// How bytes travel.
     #[arg(long, default_value = "tcp")]
     transport: TransportArg,
@@ -63,17 +69,25 @@ pub struct BenchArgs {
     /// ceilings' receivers on the others.
     #[arg(long)]
     no_pin: bool,
+    /// Settings of the brokers that a comparison varies.
+    #[arg(skip)]
+    environment: Vec<(String, String)>,
     /// One JSON object a line.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "csv")]
     json: bool,
+    /// Comma-separated values.
+    #[arg(long)]
+    csv: bool,
 }
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
     /// Acknowledged publish goodput.
     Publish(BenchArgs),
-    /// Publish to acknowledgement, one message at a time.
-    Latency(BenchArgs),
+    /// Publish to acknowledgement and delivery: one message at a time, or at fixed rates.
+    Latency(LatencyArgs),
+    /// The same at parts of the most that can be published, up to all of it.
+    LatencyVsLoad(LoadArgs),
     /// Goodput from publish to subscriber.
     EndToEnd(BenchArgs),
     /// Batches ordered a second on one core, flushes on; and segment allocation.
@@ -84,6 +98,8 @@ pub enum BenchCommand {
     Failover(BenchArgs),
     /// Goodput with replication at levels 1 and 2, beside the disk's and that without.
     Replication(BenchArgs),
+    /// Each entry of the deviation register beside the paper's way, in turn.
+    Deviations(DeviationArgs),
     /// The transport alone and the whole publish path, by size.
     Datapath(DatapathArgs),
 }
@@ -91,12 +107,14 @@ pub enum BenchCommand {
 pub fn run(command: BenchCommand) -> Result<()> {
     match command {
         BenchCommand::Publish(args) => publish(&args),
-        BenchCommand::Latency(args) => latency(&args),
+        BenchCommand::Latency(args) => latency::run(&args),
+        BenchCommand::LatencyVsLoad(args) => latency::versus_load(&args),
         BenchCommand::EndToEnd(args) => end_to_end(&args),
         BenchCommand::Sequencer(args) => sequencer::run(&args),
         BenchCommand::Idle(args) => idle(&args),
         BenchCommand::Failover(args) => failover::run(&args),
         BenchCommand::Replication(args) => replication::run(&args),
+        BenchCommand::Deviations(args) => deviations::run(&args),
         BenchCommand::Datapath(args) => datapath::run(&args),
     }
 }
@@ -116,6 +134,14 @@ impl BenchArgs {
             "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "replication_factor": self.replication_factor, "seconds": self.seconds,
             "checksum": self.checksum, "pinned": self.near_core().is_some(),
         })
+    }
+
+    fn format(&self) -> Format {
+        match (self.json, self.csv) {
+            (true, _) => Format::Json,
+            (_, true) => Format::Csv,
+            _ => Format::Text,
+        }
     }
 
     /// Core of the publishing side; `None` where nothing is pinned.
@@ -164,16 +190,18 @@ impl BenchArgs {
             transport: Some(self.transport),
             cores: self.far_cores(),
             replicas: self.replicas.clone(),
+            environment: self.environment.clone(),
             ready_file: None,
         })
     }
 
     fn client(&self, cluster: &Cluster) -> Result<Client> {
+        // A disk takes longer to answer: as much is under way as a session may have.
+        let batches = if self.ack > 1 { 128 } else { 16 };
         let config = ClientConfig {
             ack_level: self.ack,
             batch_size: self.batch_size,
-            // A disk takes longer to answer: as much is under way as a session may have.
-            buffer_bytes: (self.batch_size.unwrap_or(1 << 20) * if self.ack > 1 { 128 } else { 16 }).max(1 << 20),
+            buffer_bytes: self.buffer_bytes.unwrap_or(batches * self.batch_size.unwrap_or(1 << 20)).max(1 << 20),
             batch_checksum: self.checksum,
             transport: self.transport.into(),
             ..ClientConfig::at(cluster.control())
@@ -292,57 +320,7 @@ fn publish(args: &BenchArgs) -> Result<()> {
     }
     let row =
         Row::new("publish.goodput", "B/s", &rates).with_ceiling(args.ceiling_name("tcp_recv_into_region"), &ceilings);
-    Report::new(args.parameters(), args.json).print(&[row])
-}
-
-/// Publishes one message at a time: from publish to acknowledgement, nanoseconds.
-fn publish_one_by_one(publisher: &Publisher, message: &[u8], time: Duration) -> Result<Histogram<u64>> {
-    let mut histogram = Histogram::new_with_bounds(1, 60_000_000_000, 3)?;
-    let begun = Instant::now();
-    while begun.elapsed() < time {
-        let sent = Instant::now();
-        let id = publisher.publish_wait(message)?;
-        while publisher.poll(id)? == Status::Pending {
-            std::hint::spin_loop();
-        }
-        histogram.record(sent.elapsed().as_nanos() as u64)?;
-    }
-    Ok(histogram)
-}
-
-/// One run on a cluster of its own.
-fn publish_latency(args: &BenchArgs) -> Result<Histogram<u64>> {
-    let message = vec![b'm'; args.message_bytes];
-    let cluster = args.cluster()?;
-    let client = args.client(&cluster)?;
-    args.topic(&client, "bench")?;
-    let publisher = client.publisher("bench")?;
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            pin(args.near_core())?;
-            publish_one_by_one(&publisher, &message, Duration::from_secs_f64(args.seconds))
-        });
-        thread.join().map_err(|_| anyhow::anyhow!("the publisher thread died"))?
-    })
-}
-
-fn latency(args: &BenchArgs) -> Result<()> {
-    let (mut ceilings, mut medians, mut tails) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..args.runs {
-        ceilings.push(match args.transport {
-            TransportArg::Tcp => ceiling::tcp_ping_pong(args.pair(), args.message_bytes, args.seconds)?,
-            TransportArg::Verbs => 2.0 * ceiling::verbs_ping_pong(args.pair(), args.message_bytes, args.seconds)?,
-        });
-        let histogram = publish_latency(args)?;
-        medians.push(histogram.value_at_quantile(0.5) as f64 / 1e9);
-        tails.push(histogram.value_at_quantile(0.99) as f64 / 1e9);
-    }
-    let rows = [
-        Row::new("latency.publish_to_ack.p50", "s", &medians)
-            .with_ceiling(args.ceiling_name("tcp_ping_pong.p50"), &ceilings),
-        Row::new("latency.publish_to_ack.p99", "s", &tails),
-    ];
-    Report::new(args.parameters(), args.json).print(&rows)
+    Report::new(args.parameters(), args.format()).print(&[row])
 }
 
 /// Publishes and subscribes at once; (publish alone, publish while subscribed to, delivered).
@@ -391,7 +369,7 @@ fn end_to_end(args: &BenchArgs) -> Result<()> {
         Row::new("end_to_end.goodput", "B/s", &delivered).with_ceiling("publish_in_the_same_run", &published),
         Row::new("end_to_end.goodput_vs_publish_alone", "B/s", &delivered).with_ceiling("publish_alone", &alone),
     ];
-    Report::new(args.parameters(), args.json).print(&rows)
+    Report::new(args.parameters(), args.format()).print(&rows)
 }
 
 fn cpu_seconds(pid: u32) -> Result<f64> {
@@ -402,17 +380,19 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks / 100.0)
 }
 
+/// Processors that the first of idle brokers takes.
+fn idle_cpu(args: &BenchArgs, seconds: f64) -> Result<f64> {
+    let cluster = args.cluster()?;
+    let client = args.client(&cluster)?;
+    args.topic(&client, "bench")?;
+    std::thread::sleep(Duration::from_millis(500));
+    let pid = cluster.brokers.first().map_or(0, crate::cluster::BrokerProcess::id);
+    let before = cpu_seconds(pid)?;
+    std::thread::sleep(Duration::from_secs_f64(seconds));
+    Ok((cpu_seconds(pid)? - before) / seconds)
+}
+
 fn idle(args: &BenchArgs) -> Result<()> {
-    let mut shares = Vec::new();
-    for _ in 0..args.runs {
-        let cluster = args.cluster()?;
-        let client = args.client(&cluster)?;
-        args.topic(&client, "bench")?;
-        std::thread::sleep(Duration::from_millis(500));
-        let pid = cluster.brokers.first().map_or(0, crate::cluster::BrokerProcess::id);
-        let before = cpu_seconds(pid)?;
-        std::thread::sleep(Duration::from_secs(5));
-        shares.push((cpu_seconds(pid)? - before) / 5.0);
-    }
-    Report::new(args.parameters(), args.json).print(&[Row::new("idle.broker_cpu", "cores", &shares)])
+    let shares = (0..args.runs).map(|_| idle_cpu(args, 5.0)).collect::<Result<Vec<_>>>()?;
+    Report::new(args.parameters(), args.format()).print(&[Row::new("idle.broker_cpu", "cores", &shares)])
 }

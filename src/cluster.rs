@@ -44,6 +44,9 @@ pub struct ClusterArgs {
     /// Directory for the brokers' replicas; without it they replicate nothing (unless the configuration says so).
     #[arg(long)]
     pub replicas: Option<PathBuf>,
+    /// Settings of the brokers, as environment variables.
+    #[arg(skip)]
+    pub environment: Vec<(String, String)>,
     /// Write the first broker's control endpoint to this file once all brokers serve.
     #[arg(long)]
     pub ready_file: Option<PathBuf>,
@@ -73,6 +76,7 @@ impl BrokerProcess {
         if let Some(directory) = &args.replicas {
             command.env("EMBARCADERO_BROKER_REPLICA__PATH", directory);
         }
+        command.envs(args.environment.iter().cloned());
         if !args.cores.is_empty() {
             let mut cores = args.cores.clone();
             cores.rotate_left(index as usize % args.cores.len());

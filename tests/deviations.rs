@@ -39,6 +39,17 @@ fn register_markers_and_metrics_agree() {
     assert_eq!(entries, rows, "entries of the register and rows of its table differ");
 }
 
+/// The table of metrics was measured with the code that is here.
+#[test]
+fn the_metrics_are_as_new_as_the_code() {
+    let check = std::process::Command::new(env!("CARGO_BIN_EXE_embarcadero"))
+        .args(["bench", "deviations", "--check", "docs/deviations.md"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stderr));
+}
+
 #[test]
 fn the_protocol_describes_every_field() {
     let text = std::fs::read_to_string(root().join("docs/protocol.md")).unwrap();

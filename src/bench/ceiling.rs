@@ -22,7 +22,8 @@ pub struct Pair {
     pub far: Option<usize>,
 }
 
-fn connected() -> Result<(TcpStream, TcpStream)> {
+/// Two ends of a connection over loopback, prepared as brokers and clients do.
+pub fn connected() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
     let near = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
     let (far, _) = listener.accept()?;

@@ -2,8 +2,9 @@
 //! manner of perftest, and if asked beside perftest itself.
 
 use super::ceiling;
-use super::report::{Report, Row};
-use super::{BenchArgs, publish_goodput, publish_latency};
+use super::latency::one_at_a_time;
+use super::report::{Format, Report, Row};
+use super::{BenchArgs, publish_goodput};
 use crate::settings::{TransportArg, parse_bytes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -32,7 +33,7 @@ pub fn run(args: &DatapathArgs) -> Result<()> {
     if let Some(device) = &args.perftest {
         return beside_perftest(&args.bench, device);
     }
-    if !args.bench.json {
+    if args.bench.format() == Format::Text {
         println!(
             "{:>9} {:>14} {:>12} {:>12} {:>14} {:>12}",
             "#bytes", "BW [MB/s]", "rate [M/s]", "lat [us]", "publish [MB/s]", "ack [us]"
@@ -80,7 +81,7 @@ fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
             batch_size: Some((2 * bytes as usize).max(args.write_bytes())),
             ..args.clone()
         };
-        ack.push(publish_latency(&one)?.value_at_quantile(0.5) as f64 / 1e9);
+        ack.push(one_at_a_time(&one)?.value_at_quantile(0.5) as f64 / 1e9);
     }
     let rows = [
         Row::new("transport.bandwidth", "B/s", &bandwidth),
@@ -88,11 +89,11 @@ fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
         Row::new("publish.goodput", "B/s", &publish).with_ceiling("transport.bandwidth", &bandwidth),
         Row::new("publish_to_ack.p50", "s", &ack).with_ceiling("transport.latency.p50", &latency),
     ];
-    if args.json {
+    if args.format() != Format::Text {
         let mut parameters = args.parameters();
         parameters["bytes"] = json!(bytes);
         let rows: Vec<_> = rows.into_iter().filter(|row| row.median().is_finite()).collect();
-        return Report::new(parameters, true).print(&rows);
+        return Report::new(parameters, args.format()).print(&rows);
     }
     let [bandwidth, latency, publish, ack] = rows.map(|row| row.median());
     let publish = if publish.is_finite() { format!("{:.1}", publish / 1e6) } else { "-".to_owned() };
@@ -152,12 +153,12 @@ fn beside_perftest(args: &BenchArgs, device: &str) -> Result<()> {
         let message = args.message_bytes as u64;
         let write = perftest("ib_write_lat", device, message, 4, args.seconds)?;
         latencies.push((write + perftest("ib_send_lat", device, message, 4, args.seconds)?) / 1e6);
-        ack.push(publish_latency(args)?.value_at_quantile(0.5) as f64 / 1e9);
+        ack.push(one_at_a_time(args)?.value_at_quantile(0.5) as f64 / 1e9);
     }
     let rows = [
         Row::new("transport.bandwidth", "B/s", &alone).with_ceiling("ib_write_bw", &bandwidths),
         Row::new("publish.goodput", "B/s", &publish).with_ceiling("ib_write_bw", &bandwidths),
         Row::new("publish_to_ack.p50", "s", &ack).with_ceiling("ib_write_lat + ib_send_lat", &latencies),
     ];
-    Report::new(args.parameters(), args.json).print(&rows)
+    Report::new(args.parameters(), args.format()).print(&rows)
 }

@@ -21,7 +21,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         Row::new("failover.head_killed.longest_gap", "s", &head).with_ceiling("nobody killed", &quiet),
         Row::new("failover.broker_killed.longest_gap", "s", &other).with_ceiling("nobody killed", &quiet),
     ];
-    Report::new(args.parameters(), args.json).print(&rows)
+    Report::new(args.parameters(), args.format()).print(&rows)
 }
 
 /// One run on a cluster of its own: longest time without an acknowledgement, seconds, while a broker is killed.

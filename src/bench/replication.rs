@@ -47,5 +47,5 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         Row::new("replication.ack_1", "B/s", &level_1).with_ceiling("without replication", &off),
         Row::new("replication.ack_2", "B/s", &level_2).with_ceiling("min(ack 1 without replication, disk)", &bound),
     ];
-    Report::new(durable.parameters(), args.json).print(&rows)
+    Report::new(durable.parameters(), args.format()).print(&rows)
 }

@@ -2,29 +2,47 @@
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use std::sync::Once;
 
 /// One figure: the median of its runs.
 pub struct Row {
-    name: &'static str,
+    name: String,
     unit: &'static str,
     runs: Vec<f64>,
     ceiling: Option<(&'static str, f64)>,
 }
 
-fn median(values: &[f64]) -> f64 {
+/// The middle one; not a number if there are none.
+pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 impl Row {
-    pub fn new(name: &'static str, unit: &'static str, runs: &[f64]) -> Self {
-        Self { name, unit, runs: runs.to_vec(), ceiling: None }
+    pub fn new(name: impl Into<String>, unit: &'static str, runs: &[f64]) -> Self {
+        Self { name: name.into(), unit, runs: runs.to_vec(), ceiling: None }
     }
 
     /// The median of its runs; not a number if there are none.
     pub fn median(&self) -> f64 {
         median(&self.runs)
+    }
+
+    /// Least and most of its runs.
+    pub fn spread(&self) -> (f64, f64) {
+        let least = self.runs.iter().copied().fold(f64::INFINITY, f64::min);
+        (least, self.runs.iter().copied().fold(f64::NEG_INFINITY, f64::max))
+    }
+
+    fn show(&self) {
+        let show = |value: f64| human(value, self.unit);
+        let (value, (least, most)) = (self.median(), self.spread());
+        print!("{:<42} {} ({} to {}, {} runs)", self.name, show(value), show(least), show(most), self.runs.len());
+        if let Some((name, ceiling)) = self.ceiling {
+            print!("  {name} {}  ratio {:.2}", show(ceiling), value / ceiling);
+        }
+        println!();
     }
 
     pub fn with_ceiling(mut self, name: &'static str, runs: &[f64]) -> Self {
@@ -33,57 +51,98 @@ impl Row {
     }
 }
 
+/// What rows look like.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+    /// Comma-separated values, with a header before the first row.
+    Csv,
+}
+
+static CSV_HEADER: Once = Once::new();
+
 /// Rows of one bench.
 pub struct Report {
     parameters: Value,
-    json: bool,
+    format: Format,
 }
 
 impl Report {
-    pub fn new(parameters: Value, json: bool) -> Self {
-        Self { parameters, json }
+    pub fn new(parameters: Value, format: Format) -> Self {
+        Self { parameters, format }
     }
 
     pub fn print(&self, rows: &[Row]) -> Result<()> {
-        let machine = std::fs::read_to_string("/proc/cpuinfo")
-            .ok()
-            .and_then(|text| {
-                Some(text.lines().find(|line| line.starts_with("model name"))?.split(':').nth(1)?.trim().to_owned())
-            })
-            .unwrap_or_default();
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        for row in rows {
-            let value = row.median();
-            let least = row.runs.iter().copied().fold(f64::INFINITY, f64::min);
-            let most = row.runs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            if self.json {
-                let ceiling = row.ceiling.map(|(name, value)| json!({ "name": name, "value": value }));
-                let line = json!({
-                    "name": row.name, "value": value, "unit": row.unit, "min": least, "max": most,
-                    "runs": row.runs.len(), "ceiling": ceiling, "ratio": row.ceiling.map(|(_, ceiling)| value / ceiling),
-                    "parameters": self.parameters, "commit": env!("EMBARCADERO_COMMIT"),
-                    "machine": format!("{machine}, {cores} cores"),
-                });
-                println!("{}", serde_json::to_string(&line)?);
-                continue;
+        match self.format {
+            Format::Text => rows.iter().for_each(Row::show),
+            Format::Json => {
+                for row in rows {
+                    println!("{}", serde_json::to_string(&self.object(row))?);
+                }
             }
-            let show = |value: f64| human(value, row.unit);
-            print!("{:<38} {} ({} to {}, {} runs)", row.name, show(value), show(least), show(most), row.runs.len());
-            if let Some((name, ceiling)) = row.ceiling {
-                print!("  {name} {}  ratio {:.2}", show(ceiling), value / ceiling);
-            }
-            println!();
+            Format::Csv => self.print_csv(rows)?,
         }
+        Ok(())
+    }
+
+    fn object(&self, row: &Row) -> Value {
+        let (value, (least, most)) = (row.median(), row.spread());
+        let ceiling = row.ceiling.map(|(name, value)| json!({ "name": name, "value": value }));
+        json!({
+            "name": row.name, "value": value, "unit": row.unit, "min": least, "max": most, "runs": row.runs.len(),
+            "ceiling": ceiling, "ratio": row.ceiling.map(|(_, ceiling)| value / ceiling),
+            "parameters": self.parameters, "commit": env!("EMBARCADERO_COMMIT"), "machine": machine(),
+        })
+    }
+
+    fn print_csv(&self, rows: &[Row]) -> Result<()> {
+        let mut out = csv::Writer::from_writer(std::io::stdout());
+        let columns = ["name", "value", "unit", "min", "max", "runs", "ceiling", "ceiling_value", "ratio"];
+        let mut failed = None;
+        CSV_HEADER.call_once(|| {
+            failed = out.write_record(columns.iter().chain(&["parameters", "commit", "machine"])).err();
+        });
+        failed.map_or(Ok(()), Err)?;
+        for row in rows {
+            let (value, (least, most)) = (row.median(), row.spread());
+            let (ceiling, bound, ratio) = match row.ceiling {
+                Some((name, bound)) => (name, bound.to_string(), (value / bound).to_string()),
+                None => ("", String::new(), String::new()),
+            };
+            let (runs, parameters) = (row.runs.len().to_string(), self.parameters.to_string());
+            let [value, least, most] = [value, least, most].map(|value| value.to_string());
+            let figures: [&str; 9] = [&row.name, &value, row.unit, &least, &most, &runs, ceiling, &bound, &ratio];
+            let of_run: [&str; 3] = [&parameters, env!("EMBARCADERO_COMMIT"), &machine()];
+            out.write_record(figures.iter().chain(&of_run))?;
+        }
+        out.flush()?;
         Ok(())
     }
 }
 
-fn human(value: f64, unit: &str) -> String {
+/// Processor and cores of this host.
+pub fn machine() -> String {
+    let model = std::fs::read_to_string("/proc/cpuinfo")
+        .ok()
+        .and_then(|text| {
+            Some(text.lines().find(|line| line.starts_with("model name"))?.split(':').nth(1)?.trim().to_owned())
+        })
+        .unwrap_or_default();
+    format!("{model}, {} cores", super::host_cores())
+}
+
+/// A value as people read it.
+pub fn human(value: f64, unit: &str) -> String {
     match unit {
         "B/s" => format!("{:.0} MB/s", value / 1e6),
         "s" if value < 1e-6 => format!("{:.1} ns", value * 1e9),
+        "s" if value >= 1.0 => format!("{value:.2} s"),
         "s" => format!("{:.1} us", value * 1e6),
         "1/s" => format!("{:.2} M/s", value / 1e6),
+        "" => format!("{value:.3}"),
         _ => format!("{value:.4} {unit}"),
     }
 }

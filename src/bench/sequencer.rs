@@ -10,7 +10,7 @@ use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW, Seat};
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, SegmentAllocator};
 use embarcadero_datapath::cxl::tables::{Order, Pulse, TopicConfig, TopicState};
-use embarcadero_datapath::cxl::{Mapping, Native, Region};
+use embarcadero_datapath::cxl::{Fabric, Mapping, Native, Region};
 use serde_json::json;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,18 +18,41 @@ use uuid::Uuid;
 
 const BROKERS: u32 = 4;
 const SESSIONS: u32 = 16;
+/// Entries that are published together, as brokers do by default.
+const GROUP: u64 = 8;
 
-fn region(allocator: AllocatorKind, method: FlushMethod) -> Result<Region<Native>> {
+/// A region in memory that nobody else maps, behind the fabric that `wrap` makes of it.
+pub fn region<F: Fabric>(
+    allocator: AllocatorKind,
+    method: FlushMethod,
+    wrap: impl FnOnce(Native) -> F,
+) -> Result<Region<F>> {
     let tables = Geometry::with_segments_of(16 << 20, allocator);
     let geometry = Geometry { max_brokers: BROKERS, max_heads: 1, max_topics: 1, segment_count: 64, ..tables };
     let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes).context("cannot map memory")?;
     mapping.prefault().context("cannot map memory")?;
-    Ok(Region::format(Native::new(mapping, method)?, &geometry, Uuid::new_v4(), 0)?)
+    Ok(Region::format(wrap(Native::new(mapping, method)?), &geometry, Uuid::new_v4(), 0)?)
 }
 
-/// Batches ordered a second, counting only the time inside the sequencer.
-fn order(method: FlushMethod, seconds: f64) -> Result<f64> {
-    let region = region(AllocatorKind::Partitioned, method)?;
+/// What ordering took.
+pub struct Ordered {
+    pub batches: u64,
+    /// In the brokers: entries of Batchlogs, published in groups.
+    pub appending: Duration,
+    /// In the sequencer.
+    pub ordering: Duration,
+}
+
+impl Ordered {
+    /// Batches a second of the sequencer alone.
+    pub fn rate(&self) -> f64 {
+        self.batches as f64 / self.ordering.as_secs_f64()
+    }
+}
+
+/// Has batches of several sessions appended at several brokers and ordered, one after the other, until the sequencer has
+/// worked for `seconds`.
+pub fn order<F: Fabric>(region: Region<F>, seconds: f64) -> Result<Ordered> {
     let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
     let (commands, queue) = unbounded();
     let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
@@ -63,9 +86,10 @@ fn order(method: FlushMethod, seconds: f64) -> Result<f64> {
         .map(|broker| (BatchlogWriter::new(region.clone(), 0, broker), Pulse::new(region.clone(), broker)))
         .collect();
     let mut sequences = vec![0u64; SESSIONS as usize];
-    let (mut spent, mut batches) = (Duration::ZERO, 0u64);
+    let mut ordered = Ordered { batches: 0, appending: Duration::ZERO, ordering: Duration::ZERO };
     let per_round = (SESSION_WINDOW - 1).min(64);
-    while spent.as_secs_f64() < seconds {
+    while ordered.ordering.as_secs_f64() < seconds {
+        let begun = Instant::now();
         for (session, next) in sessions.iter().zip(&mut sequences) {
             for _ in 0..per_round {
                 let broker = (*next % u64::from(BROKERS)) as usize;
@@ -80,30 +104,35 @@ fn order(method: FlushMethod, seconds: f64) -> Result<f64> {
                     ..bytemuck::Zeroable::zeroed()
                 };
                 anyhow::ensure!(logs[broker].0.has_room(), "the Batchlog is too small for the bench");
-                logs[broker].0.append(entry);
+                let appended = logs[broker].0.append(entry);
                 *next += 1;
+                // A group of entries has one flush of the head.
+                if (appended + 1).is_multiple_of(GROUP) {
+                    logs[broker].0.publish(Written::default());
+                }
             }
         }
         for (log, pulse) in &mut logs {
             log.publish(Written::default());
             pulse.announce(1);
         }
+        ordered.appending += begun.elapsed();
         let begun = Instant::now();
         let mut taken = 0;
         while taken < per_round * u64::from(SESSIONS) {
             taken += sequencer.poll(1, GROUP_BATCHES);
         }
-        spent += begun.elapsed();
-        batches += taken;
+        ordered.ordering += begun.elapsed();
+        ordered.batches += taken;
         sequencer.maintain(2);
     }
-    anyhow::ensure!(sequencer.stats().ordered == batches, "not every batch was ordered");
-    Ok(batches as f64 / spent.as_secs_f64())
+    anyhow::ensure!(sequencer.stats().ordered == ordered.batches, "not every batch was ordered");
+    Ok(ordered)
 }
 
 /// Median time of allocating one segment, seconds.
-fn allocation() -> Result<f64> {
-    let allocator = BitmapAllocator::new(region(AllocatorKind::Bitmap, FlushMethod::None)?);
+pub fn allocation() -> Result<f64> {
+    let allocator = BitmapAllocator::new(region(AllocatorKind::Bitmap, FlushMethod::None, |native| native)?);
     let mut times = Vec::new();
     for _ in 0..2000 {
         let begun = Instant::now();
@@ -119,13 +148,16 @@ fn allocation() -> Result<f64> {
 
 pub fn run(args: &BenchArgs) -> Result<()> {
     let method = FlushSupport::detect().best().context("this CPU has no flush instruction")?;
-    let flushed = (0..args.runs).map(|_| order(method, args.seconds)).collect::<Result<Vec<_>>>()?;
-    let coherent = (0..args.runs).map(|_| order(FlushMethod::None, args.seconds)).collect::<Result<Vec<_>>>()?;
+    let rate = |method| -> Result<f64> {
+        Ok(order(region(AllocatorKind::Partitioned, method, |native| native)?, args.seconds)?.rate())
+    };
+    let flushed = (0..args.runs).map(|_| rate(method)).collect::<Result<Vec<_>>>()?;
+    let coherent = (0..args.runs).map(|_| rate(FlushMethod::None)).collect::<Result<Vec<_>>>()?;
     let allocations = (0..args.runs).map(|_| allocation()).collect::<Result<Vec<_>>>()?;
     let rows = [
         Row::new("sequencer.batches", "1/s", &flushed).with_ceiling("sequencer.batches.coherent", &coherent),
         Row::new("segment.allocate", "s", &allocations),
     ];
     let parameters = json!({ "brokers": BROKERS, "sessions": SESSIONS, "flush": method, "seconds": args.seconds });
-    Report::new(parameters, args.json).print(&rows)
+    Report::new(parameters, args.format()).print(&rows)
 }
