@@ -127,7 +127,7 @@ impl SubscriberSession {
 
     /// Offset after the last complete message.
     fn next_offset(&mut self, extent: &Extent) -> Result<u64, ReadError> {
-        let committed = self.reader.poll();
+        let committed = self.reader.poll_beyond(extent)?;
         if committed <= extent.trimmed {
             return Ok(extent.next_offset);
         }
@@ -146,7 +146,10 @@ impl SubscriberSession {
         // Pinning from 0 keeps everything that is there now.
         let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
         let Some(extent) = self.extent() else { return Ok(false) };
-        let next_offset = self.next_offset(&extent).map_err(unreadable)?;
+        let next_offset = match self.next_offset(&extent) {
+            Err(ReadError::NoHead(_)) => return Ok(false),
+            known => known.map_err(unreadable)?,
+        };
         let committed = self.reader.committed();
         let mut low = trimmed.max(extent.base).min(committed);
         // The earliest that is not lost.
@@ -321,11 +324,14 @@ impl SubscriberSession {
         let Some(ArchiveRead { due: From::Offset(due), begins: false, .. }) = self.archived else { return Ok(false) };
         // What was queued from the region before is on its way still.
         let reading = outbox.lowest_position();
-        if reading != u64::MAX || self.extent().is_none_or(|extent| extent.earliest_offset > due) {
+        let Some(extent) = self.extent().filter(|extent| reading == u64::MAX && extent.earliest_offset <= due) else {
             return Ok(false);
-        }
+        };
         let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
-        let committed = self.reader.poll();
+        let Ok(committed) = self.reader.poll_beyond(&extent) else {
+            self.topic.pins.clear(self.pin);
+            return Ok(false);
+        };
         let low = trimmed.min(committed);
         let after = |entry: &IndexEntry| entry.first_offset + u64::from(entry.message_count) > due;
         let cursor = self.reader.partition_point(low, committed, after).map_err(unreadable)?;

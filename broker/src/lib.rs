@@ -24,6 +24,7 @@ pub mod reclaim;
 pub mod replica;
 pub mod sequencer;
 pub mod session;
+pub mod testbed;
 pub mod topics;
 pub mod worker;
 

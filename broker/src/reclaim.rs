@@ -125,7 +125,7 @@ impl<F: Fabric> Reclaimer<F> {
         if extent.incarnation != u64::from(topic.config.incarnation) {
             return 0;
         }
-        let committed = self.reader.poll();
+        let Ok(committed) = self.reader.poll_beyond(&extent) else { return 0 };
         self.scan(topic, extent.trimmed, committed);
         let trimmed = extent.trimmed;
         let candidates: Vec<u32> = retired
@@ -275,5 +275,32 @@ impl<F: Fabric> Leftovers<F> {
             // Who reads on at or above what was there then has seen the other segment.
             pinned < *left.replaced_at.get_or_insert(extent.committed)
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testbed::{Testbed, region};
+    use embarcadero_datapath::cxl::Native;
+    use embarcadero_datapath::cxl::cache::FlushMethod;
+    use embarcadero_datapath::cxl::headship::claim;
+    use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
+
+    /// A broker that has just started must not take the order for empty, and its segments for free, because the head
+    /// changes while it looks.
+    #[test]
+    fn between_two_heads_an_order_is_not_taken_for_empty() {
+        let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
+        let mut testbed = Testbed::new(region.clone(), 1).unwrap();
+        let batches = testbed.append();
+        testbed.order(batches);
+        let stream = StreamId { topic: 0, stream: StreamId::GLOBAL };
+        let extent = read_extent(&region, stream).unwrap();
+        assert_eq!(extent.committed, batches);
+        claim(&region, Seat(0), 2);
+        let mut reader = OrderIndexReader::new(region, stream);
+        assert_eq!(reader.poll(), 0, "nobody can say");
+        assert_eq!(reader.poll_beyond(&extent), Err(NoHead));
     }
 }

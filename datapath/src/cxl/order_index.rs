@@ -634,6 +634,15 @@ impl<F: Fabric> OrderIndexReader<F> {
         Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, segment: None }
     }
 
+    /// As [`OrderIndexReader::poll`], at least as far as an extent that was read before.
+    ///
+    /// # Errors
+    /// [`NoHead`]: the head has changed since, and nobody can say.
+    pub fn poll_beyond(&mut self, extent: &Extent) -> Result<u64, NoHead> {
+        let committed = self.poll();
+        if committed < extent.committed { Err(NoHead) } else { Ok(committed) }
+    }
+
     /// One past the last complete entry, as memory says now; as before, while there is no head.
     #[inline]
     pub fn poll(&mut self) -> u64 {

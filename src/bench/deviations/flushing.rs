@@ -1,9 +1,10 @@
 //! DEV-002: write-backs in groups, and the paper's after every write. DEV-004: one metadata line, and the paper's two.
 //! DEV-007: order words by the batch, and the paper's in the header of every message.
 
-use super::sequencer::{order, region};
+use super::sequencer::order;
 use super::{Better, Comparison, DeviationArgs};
 use anyhow::{Context, Result};
+use embarcadero_broker::testbed::region;
 use embarcadero_datapath::cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::cxl::layout::{AllocatorKind, BatchEntry};

@@ -1,8 +1,9 @@
 //! DEV-005: a pool of segments, and the paper's contiguous logs.
 
-use super::sequencer::{allocation, region};
+use super::sequencer::allocation;
 use super::{Better, Comparison, DeviationArgs};
 use anyhow::Result;
+use embarcadero_broker::testbed::region;
 use embarcadero_datapath::cxl::cache::FlushMethod;
 use embarcadero_datapath::cxl::layout::AllocatorKind;
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PoolError, SegmentAllocator};

@@ -3,10 +3,10 @@
 
 use super::super::ceiling::connected;
 use super::super::{BenchArgs, pin};
-use super::sequencer::region;
 use super::{Better, Comparison, DeviationArgs};
 use anyhow::{Context, Result};
 use crossbeam_channel::bounded;
+use embarcadero_broker::testbed::region;
 use embarcadero_datapath::cxl::cache::FlushSupport;
 use embarcadero_datapath::cxl::layout::AllocatorKind;
 use embarcadero_datapath::cxl::{Fabric, Native, Region, RegionOffset, Site};
