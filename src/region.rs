@@ -356,7 +356,7 @@ impl Report {
     /// What is there, as the head has it, or the one that was it last.
     fn read(region: &Region<Native>) -> Self {
         let geometry = *region.geometry();
-        let seat = last_led(region).unwrap_or(Seat(0));
+        let seat = last_led(region).map_or(Seat(0), |(seat, _)| seat);
         let brokers = (0..geometry.max_brokers).filter_map(|broker| {
             let (heartbeat, batches_published) = read_pulse(region, broker);
             let replica = read_replica_state(region, broker);

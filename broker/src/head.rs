@@ -203,10 +203,14 @@ impl Candidate {
     fn lead(&self, epoch: u64) -> Option<Reign> {
         let region = self.region();
         let led = last_led(region);
-        let before = led.and_then(|seat| read_headship_at(region, seat));
+        let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
         // One whose line cannot be read is in the middle of changing it, or died there.
-        let predecessor = if led.is_none() || gone.is_some() { Predecessor::Gone } else { Predecessor::MayGoOn };
+        let predecessor = match led {
+            None => Predecessor::Gone(0),
+            Some((_, led)) if gone.is_some() => Predecessor::Gone(led),
+            Some(_) => Predecessor::MayGoOn,
+        };
         let gone = gone.map_or(0, |gone| 1 << gone.broker);
         let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id;
         let shown = self.publish(epoch, live);

@@ -7,12 +7,12 @@
 
 use crate::sequencer::spare_segments;
 use embarcadero_datapath::cxl::headship::{claim, inherit, last_led, lead};
-use embarcadero_datapath::cxl::layout::{CommitRecord, RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_datapath::cxl::layout::{RegionRole, SESSION_WINDOW, Seat};
 use embarcadero_datapath::cxl::order_index::{OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at};
 use embarcadero_datapath::cxl::region::{Region, RegionError};
 use embarcadero_datapath::cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_datapath::cxl::session_table::{
-    Commit, Session, flush_commit, publish_session, read_commit_at, read_progress_at, read_session_at, store_commit,
+    Commit, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at, read_session_at,
 };
 use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics_at, publish_topic};
 use embarcadero_datapath::cxl::{Fabric, Site};
@@ -43,13 +43,16 @@ impl<F: Fabric> Mirror<F> {
     /// [`PoolError`] when there is no room to go on in.
     pub fn take_over(region: Region<F>, seat: Seat, epoch: u64) -> Result<Self, PoolError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
-        // Whoever it was may go on.
-        let mut spares = spare_segments(&region, &*pool, seat)?;
+        // Whoever it was may go on, unless it was this broker.
+        let mut spares = match last_led(&region) {
+            Some((led, _)) if led != seat => spare_segments(&region, &*pool)?,
+            _ => Vec::new(),
+        };
         claim(&region, seat, epoch);
-        inherit(&region, seat);
+        let own = inherit(&region, seat).from.is_none_or(|(from, _)| from == seat);
         let mirror = Self { region, seat, epoch, pool };
         for config in live_topics_at(&mirror.region, seat) {
-            if config.order.is_global() {
+            if config.order.is_global() && !own {
                 mirror.open(&config).replace_last(&mut spares)?;
             }
         }
@@ -98,7 +101,7 @@ impl<F: Fabric> Mirror<F> {
             let expected = read_progress_at(from, self.seat, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
                 if let Commit::At(record) = read_commit_at(from, self.seat, slot, sequence) {
-                    self.commit(&[(slot, record, expected)]);
+                    self.commit(&[SessionCommit { slot, record, expected }]);
                 }
             }
             self.session(&session);
@@ -115,14 +118,9 @@ impl<F: Fabric> Mirror<F> {
         publish_session(&self.region, self.seat, session);
     }
 
-    /// Writes commit records (slot, record, what is expected next).
-    pub fn commit(&self, commits: &[(u32, CommitRecord, u64)]) {
-        for (slot, record, expected) in commits {
-            store_commit(&self.region, self.seat, *slot, record, *expected);
-        }
-        for (slot, record, _) in commits {
-            flush_commit(&self.region, self.seat, *slot, record.tag - 1);
-        }
+    /// Writes commit records.
+    pub fn commit(&self, commits: &[SessionCommit]) {
+        publish_commits(&self.region, self.seat, commits);
         self.region.fabric().fence(Site::RecordFlush);
     }
 }
@@ -145,7 +143,7 @@ pub struct MirroredTopic {
 /// # Errors
 /// [`ReadError`]: its memory is damaged.
 pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadError> {
-    let Some(seat) = last_led(mirror) else { return Ok(Vec::new()) };
+    let Some((seat, _)) = last_led(mirror) else { return Ok(Vec::new()) };
     let sessions: Vec<(Session, u64)> = (0..mirror.geometry().max_sessions)
         .filter_map(|slot| Some((read_session_at(mirror, seat, slot)?, read_progress_at(mirror, seat, slot))))
         .collect();

@@ -7,17 +7,15 @@ use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_datapath::cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
-use embarcadero_datapath::cxl::headship::{claim, inherit, last_led, lead, read_headship_at, still_leads};
+use embarcadero_datapath::cxl::headship::{Inheritance, claim, inherit, last_led, lead, read_headship_at, still_leads};
 use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
-use embarcadero_datapath::cxl::order_index::{
-    ConsumedWriter, OrderIndexWriter, StreamId, is_open_elsewhere, lowest_pin,
-};
+use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, is_open, lowest_pin};
 use embarcadero_datapath::cxl::region::Region;
 use embarcadero_datapath::cxl::replication::{Completion, read_completion_at};
 use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_datapath::cxl::session_table::{
-    Commit, Session, SessionState, flush_commit, mend_session, publish_session, read_commit_at, read_progress_at,
-    read_session_at, store_commit,
+    Commit, Session, SessionCommit, SessionState, mend_session, publish_commits, publish_session, read_commit_at,
+    read_progress_at, read_session_at,
 };
 use embarcadero_datapath::cxl::tables::{
     TopicConfig, TopicState, live_topics_at, mend_topic, publish_topic, read_pulse, read_released, read_stalls,
@@ -83,8 +81,8 @@ pub struct Leases {
 /// What is known of the head before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Predecessor {
-    /// It never writes again, or there was none.
-    Gone,
+    /// The head of this epoch never writes again; 0 if there was none.
+    Gone(u64),
     /// It may go on at any moment.
     MayGoOn,
 }
@@ -103,13 +101,12 @@ pub struct Memory<F: Fabric> {
 pub(crate) fn spare_segments<F: Fabric>(
     region: &Region<F>,
     pool: &dyn SegmentAllocator,
-    writer: Seat,
 ) -> Result<Vec<u32>, PoolError> {
-    let Some(seat) = last_led(region) else { return Ok(Vec::new()) };
+    let Some((seat, _)) = last_led(region) else { return Ok(Vec::new()) };
     let mut spares = Vec::new();
     for topic in live_topics_at(region, seat) {
         let id = StreamId { topic: topic.id, stream: StreamId::GLOBAL };
-        if !topic.order.is_global() || !is_open_elsewhere(region, id, seat, writer) {
+        if !topic.order.is_global() || !is_open(region, id, seat) {
             continue;
         }
         match pool.allocate() {
@@ -215,7 +212,7 @@ pub struct Sequencer<F: Fabric> {
     /// Stall counters of the brokers, as last seen.
     stalls: Vec<u64>,
     /// Commits of the present group, to be shown once the index is.
-    commits: Vec<(u32, CommitRecord, u64)>,
+    commits: Vec<SessionCommit>,
     stats: SequencerStats,
 }
 
@@ -236,14 +233,14 @@ impl<F: Fabric> Sequencer<F> {
         let Memory { region, pool, mirror } = memory;
         // Found before anything is claimed.
         let mut spares = match before {
-            Predecessor::Gone => Vec::new(),
-            Predecessor::MayGoOn => spare_segments(&region, &*pool, seat)?,
+            Predecessor::Gone(_) => Vec::new(),
+            Predecessor::MayGoOn => spare_segments(&region, &*pool)?,
         };
         let in_time = region.fabric().keeps(Guard::ClaimBeforeInherit);
         if in_time {
             claim(&region, seat, epoch);
         }
-        let begun = inherit(&region, seat);
+        let Inheritance { begun, from } = inherit(&region, seat);
         (0..region.geometry().max_topics).for_each(|topic| mend_topic(&region, seat, topic));
         (0..region.geometry().max_sessions).for_each(|slot| mend_session(&region, seat, slot));
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
@@ -278,7 +275,8 @@ impl<F: Fabric> Sequencer<F> {
         for config in live_topics_at(&sequencer.region, seat) {
             sequencer.open_topic(config);
         }
-        if before == Predecessor::MayGoOn {
+        // Another may have led after the caller looked, and before the claim.
+        if before != Predecessor::Gone(from.map_or(0, |(_, led)| led)) {
             for topic in sequencer.topics.iter_mut().flatten() {
                 topic.index.replace_last(&mut spares)?;
             }
@@ -437,7 +435,7 @@ impl<F: Fabric> Sequencer<F> {
                 session_epoch: entry.session_epoch,
                 tag: entry.sequence + 1,
             };
-            self.commits.push((order.session.slot, record, order.expected()));
+            self.commits.push(SessionCommit { slot: order.session.slot, record, expected: order.expected() });
         }
         self.show_commits();
         self.region.fabric().fence(Site::RecordFlush);
@@ -571,7 +569,7 @@ impl<F: Fabric> Sequencer<F> {
 
     #[inline]
     fn commit(
-        commits: &mut Vec<(u32, CommitRecord, u64)>,
+        commits: &mut Vec<SessionCommit>,
         stats: &mut SequencerStats,
         epoch: u64,
         topic: &mut TopicOrder<F>,
@@ -608,7 +606,7 @@ impl<F: Fabric> Sequencer<F> {
             session_epoch: entry.session_epoch,
             tag: entry.sequence + 1,
         };
-        commits.push((order.session.slot, record, order.expected()));
+        commits.push(SessionCommit { slot: order.session.slot, record, expected: order.expected() });
     }
 
     /// Shows a group: first its index entries, then the tail, then the sessions and what brokers may reuse. An
@@ -638,12 +636,7 @@ impl<F: Fabric> Sequencer<F> {
         if let Some(mirror) = &self.mirror {
             mirror.commit(&self.commits);
         }
-        for (slot, record, expected) in &self.commits {
-            store_commit(&self.region, self.seat, *slot, record, *expected);
-        }
-        for (slot, record, _) in &self.commits {
-            flush_commit(&self.region, self.seat, *slot, record.tag - 1);
-        }
+        publish_commits(&self.region, self.seat, &self.commits);
         self.commits.clear();
     }
 
@@ -891,5 +884,60 @@ impl<F: Fabric> Sequencer<F> {
             }
             false
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testbed::{Testbed, region};
+    use crossbeam_channel::unbounded;
+    use embarcadero_datapath::cxl::Native;
+    use embarcadero_datapath::cxl::cache::FlushMethod;
+    use embarcadero_datapath::cxl::layout::AllocatorKind;
+    use embarcadero_datapath::cxl::order_index::read_directory;
+    use embarcadero_datapath::cxl::segment::PartitionAllocator;
+
+    const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+
+    fn take_over(region: &Region<Native>, seat: Seat, epoch: u64, before: Predecessor) -> Sequencer<Native> {
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
+        let memory = Memory { region: region.clone(), pool, mirror: None };
+        Sequencer::recover(memory, (seat, epoch), before, LEASES, unbounded().1, 0).unwrap()
+    }
+
+    /// The segment that is being filled, as a head has it.
+    fn open_segment(region: &Region<Native>, seat: Seat) -> u32 {
+        read_directory(region, StreamId { topic: 0, stream: StreamId::GLOBAL }, seat, 0).unwrap()
+    }
+
+    fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
+        let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
+        let mut testbed = Testbed::new(region.clone(), 1).unwrap();
+        let batches = testbed.append();
+        testbed.order(batches);
+        (region, testbed)
+    }
+
+    /// A candidate looked, and nobody led; by the time that it claims its epoch another does, and may go on.
+    #[test]
+    fn a_head_that_was_not_seen_is_not_taken_for_gone() {
+        let (region, _still_there) = led_by_seat_0();
+        let successor = take_over(&region, Seat(1), 2, Predecessor::Gone(0));
+        assert!(successor.leads());
+        assert_ne!(open_segment(&region, Seat(1)), open_segment(&region, Seat(0)));
+    }
+
+    /// A successor of a head that is gone fills that one's segment; when the broker is back and takes over again, the segment
+    /// is its own, and another may still write into it.
+    #[test]
+    fn an_own_segment_that_another_fills_is_replaced() {
+        let (region, gone) = led_by_seat_0();
+        drop(gone);
+        let shared = open_segment(&region, Seat(0));
+        let _still_there = take_over(&region, Seat(1), 2, Predecessor::Gone(1));
+        assert_eq!(open_segment(&region, Seat(1)), shared);
+        let _back = take_over(&region, Seat(0), 3, Predecessor::MayGoOn);
+        assert_ne!(open_segment(&region, Seat(0)), shared);
     }
 }

@@ -51,7 +51,7 @@ pub fn region<F: Fabric>(
     wrap: impl FnOnce(Native) -> F,
 ) -> Result<Region<F>, TestbedError> {
     let tables = Geometry::with_segments_of(16 << 20, allocator);
-    let geometry = Geometry { max_brokers: BROKERS, max_heads: 1, max_topics: 1, segment_count: 64, ..tables };
+    let geometry = Geometry { max_brokers: BROKERS, max_heads: 2, max_topics: 1, segment_count: 64, ..tables };
     let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes)?;
     mapping.prefault()?;
     Ok(Region::format(wrap(Native::new(mapping, method)?), &geometry, Uuid::new_v4(), 0)?)
@@ -77,7 +77,7 @@ impl<F: Fabric> Testbed<F> {
         let (commands, queue) = unbounded();
         let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
         let memory = Memory { region: region.clone(), pool, mirror: None };
-        let mut sequencer = Sequencer::recover(memory, (Seat(0), 1), Predecessor::Gone, leases, queue, 0)?;
+        let mut sequencer = Sequencer::recover(memory, (Seat(0), 1), Predecessor::Gone(0), leases, queue, 0)?;
         let topic = TopicConfig {
             id: 0,
             incarnation: 1,

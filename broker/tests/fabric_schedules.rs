@@ -566,7 +566,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
 
     // The head opens topic and sessions.
     let (mut commands, queue) = unbounded();
-    let (mut sequencer, completion) = hosts[0].take_over(Predecessor::Gone, queue, 0).expect("there is room");
+    let (mut sequencer, completion) = hosts[0].take_over(Predecessor::Gone(0), queue, 0).expect("there is room");
     let (reply, _opened) = bounded(1);
     commands.send(Command::OpenTopic(config(replication), reply)).unwrap();
     let answers: Vec<_> = [11, 22]

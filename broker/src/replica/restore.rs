@@ -12,7 +12,7 @@ use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, ReadError, Stream
 use embarcadero_datapath::cxl::region::{Region, RegionError};
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_datapath::cxl::session_table::{
-    Session, SessionState, flush_commit, publish_session, store_commit, store_progress,
+    Session, SessionCommit, SessionState, publish_commits, publish_session, store_progress,
 };
 use embarcadero_datapath::cxl::tables::{Order, TopicConfig, publish_topic};
 use embarcadero_datapath::cxl::{CoherentFabric, Fabric, Site};
@@ -537,10 +537,10 @@ impl TopicPlan {
 /// Writes a session, and the records of its last batches.
 fn show_session<F: Fabric>(region: &Region<F>, session: &Session, commits: &[CommitRecord]) {
     let newest = commits.iter().map(|record| record.tag).max().unwrap_or(0);
-    for record in commits.iter().filter(|record| record.tag + SESSION_WINDOW > newest) {
-        store_commit(region, RESTORED, session.slot, record, session.committed);
-        flush_commit(region, RESTORED, session.slot, record.tag - 1);
-    }
+    let kept = commits.iter().filter(|record| record.tag + SESSION_WINDOW > newest);
+    let (slot, expected) = (session.slot, session.committed);
+    let committed: Vec<_> = kept.map(|record| SessionCommit { slot, record: *record, expected }).collect();
+    publish_commits(region, RESTORED, &committed);
     store_progress(region, RESTORED, session.slot, session.committed);
     region.fabric().fence(Site::RecordFlush);
     publish_session(region, RESTORED, session);

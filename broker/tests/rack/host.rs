@@ -458,9 +458,13 @@ impl Process {
     fn take_over(&mut self, epoch: u64, now_us: u64) {
         let region = &self.region;
         let led = last_led(region);
-        let before = led.and_then(|seat| read_headship_at(region, seat));
-        let gone = led.is_none_or(|seat| seat.0 == self.info.id);
-        let predecessor = if gone { Predecessor::Gone } else { Predecessor::MayGoOn };
+        let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
+        let predecessor = match led {
+            None => Predecessor::Gone(0),
+            // Its own past self.
+            Some((seat, led)) if seat.0 == self.info.id => Predecessor::Gone(led),
+            Some(_) => Predecessor::MayGoOn,
+        };
         let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id;
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
         let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };

@@ -89,11 +89,11 @@ pub fn latest_claimant<F: Fabric>(region: &Region<F>) -> Option<(u32, u64)> {
     (claimed > 0).then_some((seat.0, claimed))
 }
 
-/// The area that has everything: that of the head in office, or of the one before while another takes over. For
-/// inspection, and for the successor.
-pub fn last_led<F: Fabric>(region: &Region<F>) -> Option<Seat> {
+/// The area that has everything: that of the head in office, or of the one before while another takes over; and the epoch
+/// under which that one led. For inspection, and for the successor.
+pub fn last_led<F: Fabric>(region: &Region<F>) -> Option<(Seat, u64)> {
     let (seat, _, led) = seats(region).max_by_key(|(_, _, led)| *led)?;
-    (led > 0).then_some(seat)
+    (led > 0).then_some((seat, led))
 }
 
 /// Reads what the head says: `read` is given the area to read from, perhaps more than once.
@@ -164,18 +164,30 @@ pub fn stand<F: CoherentFabric>(region: &Region<F>, before: u64, epoch: u64) -> 
     region.fabric().compare_exchange(region.layout().election(), before, epoch)
 }
 
-/// Copies the area of the head before, if that was another broker. After [`claim`], before [`lead`]. Returns the position
-/// that each topic's global order had reached when it began: whatever was committed before is near it, or after it.
+/// What a successor took over.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// Position that each topic's global order had reached when it began: whatever was committed before is near it, or
+    /// after it.
+    pub begun: Vec<u64>,
+    /// Whose area it was, and the epoch under which that one led. It may be a later one than was there before the claim.
+    pub from: Option<(Seat, u64)>,
+}
+
+/// Copies the area of the head before, if that was another broker. After [`claim`], before [`lead`].
 ///
 /// The predecessor may go on writing meanwhile. What depends on something else is read before it: how far Batchlogs are
 /// consumed, what is durable, and what sessions committed, before the tails that cover them all.
-pub fn inherit<F: Fabric>(region: &Region<F>, seat: Seat) -> Vec<u64> {
+pub fn inherit<F: Fabric>(region: &Region<F>, seat: Seat) -> Inheritance {
     let (layout, geometry) = (region.layout(), region.geometry());
-    let Some(from) = last_led(region) else { return vec![0; geometry.max_topics as usize] };
+    let Some((from, led)) = last_led(region) else {
+        return Inheritance { begun: vec![0; geometry.max_topics as usize], from: None };
+    };
     let reached = |topic| read_extent_at(region, from, StreamId { topic, stream: StreamId::GLOBAL }).committed;
     let begun = (0..geometry.max_topics).map(reached).collect();
+    let inheritance = Inheritance { begun, from: Some((from, led)) };
     if from == seat {
-        return begun;
+        return inheritance;
     }
     let source = layout.head_area(from);
     let target = layout.head_area(seat);
@@ -196,7 +208,7 @@ pub fn inherit<F: Fabric>(region: &Region<F>, seat: Seat) -> Vec<u64> {
     }
     copy(layout.head.directories, layout.head.bytes - layout.head.directories);
     region.fabric().fence(Site::InheritFlush);
-    begun
+    inheritance
 }
 
 /// Copies a line whose words only grow as it was at one moment: two looks that see the same saw what stood between them

@@ -130,6 +130,15 @@ impl Native {
         unsafe { AtomicU64::from_ptr(from.cast()) }
     }
 
+    /// A line, looked up once for all its words.
+    #[inline]
+    fn line(&self, at: RegionOffset) -> &[AtomicU64; 8] {
+        let from = self.address(at, LINE_BYTES);
+        assert!(at.0.is_multiple_of(LINE_BYTES), "{at:?} is not aligned to a line");
+        // SAFETY: in bounds, aligned, alive as long as `self`, and its words are only ever accessed atomically.
+        unsafe { &*from.cast() }
+    }
+
     #[inline]
     fn for_lines(&self, at: RegionOffset, len: u64, mut each: impl FnMut(*const u8)) {
         let first = at.0 & !(LINE_BYTES - 1);
@@ -170,9 +179,19 @@ impl Fabric for Native {
             unsafe { cache::direct_store(to, &words) };
             return;
         }
-        for (index, word) in words.iter().enumerate() {
-            self.store(at.add(index as u64 * 8), *word);
+        for (to, word) in self.line(at).iter().zip(words) {
+            to.store(word, Ordering::Release);
         }
+    }
+
+    #[inline]
+    fn load_line<T: Line>(&self, at: RegionOffset) -> T {
+        let line = self.line(at);
+        let mut words = [0u64; 8];
+        for (word, from) in words.iter_mut().zip(line).rev() {
+            *word = from.load(Ordering::Acquire);
+        }
+        bytemuck::cast(words)
     }
 
     #[inline]

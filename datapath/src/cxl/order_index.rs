@@ -206,13 +206,13 @@ impl<F: Fabric> OrderIndexWriter<F> {
     }
 
     /// Puts a copy in the place of the segment that an earlier head was filling, where that head may go on and write into
-    /// it. Takes the segment for it from `spares` first.
+    /// it, whoever took it from the pool. Takes the segment for it from `spares` first.
     ///
     /// # Errors
     /// [`PoolError`] when there is none.
     pub fn replace_last(&mut self, spares: &mut Vec<u32>) -> Result<(), PoolError> {
         let per_segment = entries_per_segment(&self.region);
-        let Some(IndexSegment { ordinal, segment, own: false }) = self.segments.back().copied() else { return Ok(()) };
+        let Some(IndexSegment { ordinal, segment, .. }) = self.segments.back().copied() else { return Ok(()) };
         if self.next.is_multiple_of(per_segment) || !self.region.fabric().keeps(Guard::OwnSegment) {
             return Ok(());
         }
@@ -578,16 +578,10 @@ pub fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat, o
     (word >> 32 == ordinal + 1).then_some(word as u32)
 }
 
-/// True when a head that is not `writer` was filling a segment of this global order: [`OrderIndexWriter::replace_last`]
-/// will need another.
-pub fn is_open_elsewhere<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat, writer: Seat) -> bool {
-    let (extent, per_segment) = (read_extent_at(region, seat, id), entries_per_segment(region));
-    let open = extent.committed > extent.base && !extent.committed.is_multiple_of(per_segment);
-    let segment = open.then(|| read_directory(region, id, seat, extent.committed / per_segment)).flatten();
-    segment.is_some_and(|segment| match read_owner(region, segment) {
-        SegmentUse::Index { holder, .. } => holder != writer.0,
-        _ => true,
-    })
+/// True when the head of that seat was filling a segment of a global order: [`OrderIndexWriter::replace_last`] needs another.
+pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat) -> bool {
+    let extent = read_extent_at(region, seat, id);
+    extent.committed > extent.base && !extent.committed.is_multiple_of(entries_per_segment(region))
 }
 
 fn commit_word(position: u64) -> u32 {

@@ -1,6 +1,6 @@
 //! The session table: what is committed of each session, as everyone may read it.
 
-use super::fabric::{Fabric, RegionOffset, Site};
+use super::fabric::{Fabric, LINE_BYTES, RegionOffset, Site};
 use super::headship::{NoHead, of_head};
 use super::layout::{CommitRecord, SESSION_WINDOW, Seat, SessionLine};
 use super::region::Region;
@@ -127,18 +127,46 @@ fn progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> RegionOf
     region.layout().session(seat, slot).add(64)
 }
 
-/// Writes a commit record and the progress word, unflushed. Only the sequencer may.
+/// A batch that has its place in the order.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionCommit {
+    /// Slot of its session.
+    pub slot: u32,
+    /// Where it is.
+    pub record: CommitRecord,
+    /// What the session expects next.
+    pub expected: u64,
+}
+
+/// Writes commit records and progress words and starts their write-back; a fence must follow. Only the sequencer may.
+///
+/// Two records of a session share a line, and all of them its progress word: what neighbours in `batches` share is
+/// written back once.
 #[inline]
-pub fn store_commit<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, record: &CommitRecord, expected: u64) {
-    let at = record_at(region, seat, slot, record.tag - 1);
-    let words: [u64; 4] = bytemuck::cast(*record);
+pub fn publish_commits<F: Fabric>(region: &Region<F>, seat: Seat, batches: &[SessionCommit]) {
     let fabric = region.fabric();
-    // SYNC: the tag is stored last; pairs with `read_commit`, which loads it first. On memory that is not coherent
-    // the record lies within one line and travels whole.
-    for (index, word) in words.iter().enumerate() {
-        fabric.store(at.add(index as u64 * 8), *word);
+    for SessionCommit { slot, record, expected } in batches {
+        let at = record_at(region, seat, *slot, record.tag - 1);
+        let words: [u64; 4] = bytemuck::cast(*record);
+        // SYNC: the tag is stored last; pairs with `read_commit`, which loads it first. On memory that is not coherent
+        // the record lies within one line and travels whole.
+        for (index, word) in words.iter().enumerate() {
+            fabric.store(at.add(index as u64 * 8), *word);
+        }
+        fabric.store(progress_at(region, seat, *slot), *expected);
     }
-    fabric.store(progress_at(region, seat, slot), expected);
+    let (mut last_line, mut last_slot) = (u64::MAX, u32::MAX);
+    for SessionCommit { slot, record, .. } in batches {
+        let at = record_at(region, seat, *slot, record.tag - 1);
+        if at.0 / LINE_BYTES != last_line {
+            last_line = at.0 / LINE_BYTES;
+            fabric.flush(at, 32, Site::RecordFlush);
+        }
+        if *slot != last_slot {
+            last_slot = *slot;
+            fabric.flush(progress_at(region, seat, *slot), 8, Site::RecordFlush);
+        }
+    }
 }
 
 /// Writes the progress word of a session of which no batch commits now. Only the head may.
@@ -146,13 +174,6 @@ pub fn store_progress<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, expe
     let at = progress_at(region, seat, slot);
     region.fabric().store(at, expected);
     region.fabric().flush(at, 8, Site::RecordFlush);
-}
-
-/// Starts the write-back of what [`store_commit`] wrote for one batch.
-#[inline]
-pub fn flush_commit<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) {
-    region.fabric().flush(record_at(region, seat, slot, sequence), 32, Site::RecordFlush);
-    region.fabric().flush(progress_at(region, seat, slot), 8, Site::RecordFlush);
 }
 
 /// What became of a batch; [`Commit::Unknown`] while there is no head. Sequence numbers never repeat within a slot, so an
