@@ -5,6 +5,7 @@ mod datapath;
 mod deviations;
 mod failover;
 mod latency;
+mod peers;
 mod replication;
 mod report;
 mod sequencer;
@@ -18,6 +19,7 @@ use deviations::DeviationArgs;
 use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, TopicOptions};
 use embarcadero_datapath::transport::prepare_polling_thread;
 use latency::{LatencyArgs, LoadArgs};
+use peers::PeerArgs;
 use report::{Format, Report, Row};
 use serde_json::json;
 use std::path::PathBuf;
@@ -100,6 +102,8 @@ pub enum BenchCommand {
     Replication(BenchArgs),
     /// Each entry of the deviation register beside the paper's way, in turn.
     Deviations(DeviationArgs),
+    /// Acknowledged publishing beside NATS JetStream and Redis Streams; see scripts/compare.
+    Peers(PeerArgs),
     /// The transport alone and the whole publish path, by size.
     Datapath(DatapathArgs),
 }
@@ -115,6 +119,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Failover(args) => failover::run(&args),
         BenchCommand::Replication(args) => replication::run(&args),
         BenchCommand::Deviations(args) => deviations::run(&args),
+        BenchCommand::Peers(args) => peers::run(&args),
         BenchCommand::Datapath(args) => datapath::run(&args),
     }
 }
