@@ -8,6 +8,7 @@ mod latency;
 mod peers;
 mod replication;
 mod report;
+mod scale;
 mod sequencer;
 
 use crate::cluster::{Cluster, ClusterArgs};
@@ -21,6 +22,7 @@ use embarcadero_datapath::transport::prepare_polling_thread;
 use latency::{LatencyArgs, LoadArgs};
 use peers::PeerArgs;
 use report::{Format, Report, Row};
+use scale::ScaleArgs;
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -71,6 +73,9 @@ pub struct BenchArgs {
     /// ceilings' receivers on the others.
     #[arg(long)]
     no_pin: bool,
+    /// Bytes of the region, where a bench needs more.
+    #[arg(skip)]
+    region_bytes: Option<u64>,
     /// Settings of the brokers that a comparison varies.
     #[arg(skip)]
     environment: Vec<(String, String)>,
@@ -102,6 +107,8 @@ pub enum BenchCommand {
     Replication(BenchArgs),
     /// Each entry of the deviation register beside the paper's way, in turn.
     Deviations(DeviationArgs),
+    /// What publishing costs as the log grows, and with many topics and sessions.
+    Scale(ScaleArgs),
     /// Acknowledged publishing beside NATS JetStream and Redis Streams; see scripts/compare.
     Peers(PeerArgs),
     /// The transport alone and the whole publish path, by size.
@@ -119,6 +126,7 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Failover(args) => failover::run(&args),
         BenchCommand::Replication(args) => replication::run(&args),
         BenchCommand::Deviations(args) => deviations::run(&args),
+        BenchCommand::Scale(args) => scale::run(&args),
         BenchCommand::Peers(args) => peers::run(&args),
         BenchCommand::Datapath(args) => datapath::run(&args),
     }
@@ -188,7 +196,7 @@ impl BenchArgs {
         Cluster::start(&ClusterArgs {
             brokers: self.brokers,
             region: Self::region(),
-            size: if verbs { PINNED_REGION_BYTES } else { REGION_BYTES },
+            size: self.region_bytes.unwrap_or(if verbs { PINNED_REGION_BYTES } else { REGION_BYTES }),
             segment_size: if verbs { PINNED_SEGMENT_BYTES } else { SEGMENT_BYTES },
             port: 0,
             config: None,
