@@ -59,7 +59,7 @@ fn batchlog() -> BatchlogWriter<Native> {
     log
 }
 
-#[library_benchmark(config = at_most(176, TIMES))]
+#[library_benchmark(config = at_most(104, TIMES))]
 #[bench::groups_of_8(batchlog())]
 fn batchlog_publish(mut log: BatchlogWriter<Native>) -> BatchlogWriter<Native> {
     for index in 0..TIMES {
@@ -80,7 +80,7 @@ fn testbed() -> Testbed<Native> {
     testbed
 }
 
-#[library_benchmark(config = at_most(842, 1024))]
+#[library_benchmark(config = at_most(708, 1024))]
 #[bench::of_16_sessions_at_4_brokers(testbed())]
 fn sequence(mut testbed: Testbed<Native>) -> Testbed<Native> {
     testbed.order(1024);
