@@ -99,7 +99,7 @@ pub enum Pace {
 
 /// What came of a run.
 pub struct Outcome {
-    /// Nanoseconds from when each message was due.
+    /// Nanoseconds from when each message was due; with [`Pace::Most`] without meaning.
     pub to_ack: Histogram<u64>,
     /// The same, where a subscriber reads along.
     pub to_delivery: Histogram<u64>,
@@ -161,7 +161,6 @@ impl Loop<'_> {
     }
 
     fn since_due(&self, index: u64, now: u64) -> u64 {
-        // As fast as possible, nothing is ever late.
         now.saturating_sub(self.pace.due(index, self.time))
     }
 
