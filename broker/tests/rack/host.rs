@@ -189,8 +189,12 @@ impl Machine {
             Some(true) => {}
             Some(false) => {
                 self.rack.history.count(|tally| &mut tally.departures);
-                self.process = None;
-                self.down_for = one_in(2).then(|| random(1..40));
+                let leaving = self.process.take();
+                // It lets go of what it pinned, and may crash in the middle of that too.
+                match or_crash(self.host, || drop(leaving)) {
+                    Some(()) => self.down_for = one_in(2).then(|| random(1..40)),
+                    None => self.crash(),
+                }
             }
             None => self.crash(),
         }
