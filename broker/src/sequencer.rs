@@ -240,7 +240,7 @@ impl<F: Fabric> Sequencer<F> {
         if in_time {
             claim(&region, seat, epoch);
         }
-        let Inheritance { begun, from } = inherit(&region, seat);
+        let Inheritance { begun, from, contested } = inherit(&region, seat);
         (0..region.geometry().max_topics).for_each(|topic| mend_topic(&region, seat, topic));
         (0..region.geometry().max_sessions).for_each(|slot| mend_session(&region, seat, slot));
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
@@ -275,8 +275,8 @@ impl<F: Fabric> Sequencer<F> {
         for config in live_topics_at(&sequencer.region, seat) {
             sequencer.open_topic(config);
         }
-        // Another may have led after the caller looked, and before the claim.
-        if before != Predecessor::Gone(from.map_or(0, |(_, led)| led)) {
+        // Another may have led after the caller looked, and before the claim, or may be about to.
+        if contested || before != Predecessor::Gone(from.map_or(0, |(_, led)| led)) {
             for topic in sequencer.topics.iter_mut().flatten() {
                 topic.index.replace_last(&mut spares)?;
             }
@@ -926,6 +926,17 @@ mod tests {
         let successor = take_over(&region, Seat(1), 2, Predecessor::Gone(0));
         assert!(successor.leads());
         assert_ne!(open_segment(&region, Seat(1)), open_segment(&region, Seat(0)));
+    }
+
+    /// A candidate claimed after the head that is gone had led, and stands still: it may be about to fill that one's segment.
+    #[test]
+    fn a_segment_that_another_may_have_taken_over_is_replaced() {
+        let (region, gone) = led_by_seat_0();
+        drop(gone);
+        let shared = open_segment(&region, Seat(0));
+        claim(&region, Seat(1), 2);
+        let _back = take_over(&region, Seat(0), 3, Predecessor::Gone(1));
+        assert_ne!(open_segment(&region, Seat(0)), shared);
     }
 
     /// A successor of a head that is gone fills that one's segment; when the broker is back and takes over again, the segment

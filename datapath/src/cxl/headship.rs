@@ -172,6 +172,9 @@ pub struct Inheritance {
     pub begun: Vec<u64>,
     /// Whose area it was, and the epoch under which that one led. It may be a later one than was there before the claim.
     pub from: Option<(Seat, u64)>,
+    /// Another claimed an epoch after that one had led: whether or not it came to lead, it may be about to go on in the same
+    /// segments. Of two candidates at least one sees the other, as each claims before it looks.
+    pub contested: bool,
 }
 
 /// Copies the area of the head before, if that was another broker. After [`claim`], before [`lead`].
@@ -181,11 +184,12 @@ pub struct Inheritance {
 pub fn inherit<F: Fabric>(region: &Region<F>, seat: Seat) -> Inheritance {
     let (layout, geometry) = (region.layout(), region.geometry());
     let Some((from, led)) = last_led(region) else {
-        return Inheritance { begun: vec![0; geometry.max_topics as usize], from: None };
+        return Inheritance { begun: vec![0; geometry.max_topics as usize], from: None, contested: false };
     };
     let reached = |topic| read_extent_at(region, from, StreamId { topic, stream: StreamId::GLOBAL }).committed;
     let begun = (0..geometry.max_topics).map(reached).collect();
-    let inheritance = Inheritance { begun, from: Some((from, led)) };
+    let contested = seats(region).any(|(other, claimed, _)| other != seat && claimed > led);
+    let inheritance = Inheritance { begun, from: Some((from, led)), contested };
     if from == seat {
         return inheritance;
     }
