@@ -4,8 +4,10 @@ mod ceiling;
 mod datapath;
 mod deviations;
 mod failover;
+mod grid;
 mod latency;
 mod peers;
+mod plot;
 mod replication;
 mod report;
 mod scale;
@@ -18,9 +20,12 @@ use clap::{Args, Subcommand};
 use datapath::DatapathArgs;
 use deviations::DeviationArgs;
 use embarcadero_client::{Client, ClientConfig, Order, Publisher, Start, TopicOptions};
+use embarcadero_datapath::cxl::layout::MAX_BROKERS;
 use embarcadero_datapath::transport::prepare_polling_thread;
+use grid::GridArgs;
 use latency::{LatencyArgs, LoadArgs};
 use peers::PeerArgs;
+use plot::PlotArgs;
 use report::{Format, Report, Row};
 use scale::ScaleArgs;
 use serde_json::json;
@@ -89,16 +94,17 @@ pub struct BenchArgs {
 
 #[derive(Subcommand)]
 pub enum BenchCommand {
-    /// Acknowledged publish goodput.
-    Publish(BenchArgs),
+    /// Acknowledged publish goodput, and what the machine can do.
+    Publish(GridArgs),
     /// Publish to acknowledgement and delivery: one message at a time, or at fixed rates.
     Latency(LatencyArgs),
     /// The same at parts of the most that can be published, up to all of it.
     LatencyVsLoad(LoadArgs),
     /// Goodput from publish to subscriber.
-    EndToEnd(BenchArgs),
-    /// Batches ordered a second on one core, flushes on; and segment allocation.
-    Sequencer(BenchArgs),
+    EndToEnd(GridArgs),
+    /// Batches of --publishers sessions at --brokers brokers that one core orders a second, flushes on; and segment
+    /// allocation.
+    Sequencer(GridArgs),
     /// CPU of an idle broker.
     Idle(BenchArgs),
     /// Longest time without an acknowledgement when the head, or another broker, is killed.
@@ -109,10 +115,12 @@ pub enum BenchCommand {
     Deviations(DeviationArgs),
     /// What publishing costs as the log grows, and with many topics and sessions.
     Scale(ScaleArgs),
-    /// Acknowledged publishing beside NATS JetStream and Redis Streams; see scripts/compare.
+    /// Acknowledged publishing beside NATS JetStream, Redis Streams, Kafka or Redpanda; see scripts/compare.
     Peers(PeerArgs),
     /// The transport alone and the whole publish path, by size.
     Datapath(DatapathArgs),
+    /// Draws what benches printed with --json.
+    Plot(PlotArgs),
 }
 
 pub fn run(command: BenchCommand) -> Result<()> {
@@ -129,12 +137,18 @@ pub fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Scale(args) => scale::run(&args),
         BenchCommand::Peers(args) => peers::run(&args),
         BenchCommand::Datapath(args) => datapath::run(&args),
+        BenchCommand::Plot(args) => plot::run(&args),
     }
 }
 
 const REGION_BYTES: u64 = 2 << 30;
 const SEGMENT_BYTES: u64 = 64 << 20;
 const RETENTION_BYTES: u64 = 512 << 20;
+/// With more brokers than this each must have several segments of a small region.
+const FEW_BROKERS: u32 = 4;
+const MANY_BROKERS_SEGMENT_BYTES: u64 = 8 << 20;
+/// What all publishers hold together at most.
+const ALL_BUFFERS_BYTES: usize = 1 << 30;
 /// Over verbs the whole region is pinned, and in the lab a guest has not much memory.
 const PINNED_REGION_BYTES: u64 = 512 << 20;
 const PINNED_SEGMENT_BYTES: u64 = 16 << 20;
@@ -188,16 +202,28 @@ impl BenchArgs {
         PathBuf::from(format!("/dev/shm/embarcadero-bench-{}", std::process::id()))
     }
 
-    fn cluster(&self) -> Result<Cluster> {
+    fn check(&self) -> Result<()> {
         if self.message_bytes == 0 || self.publishers == 0 || self.runs == 0 {
             bail!("--message-bytes, --publishers and --runs must be at least 1");
         }
+        if !(1..=MAX_BROKERS).contains(&self.brokers) {
+            bail!("--brokers must be 1 to {MAX_BROKERS}");
+        }
+        Ok(())
+    }
+
+    fn cluster(&self) -> Result<Cluster> {
+        self.check()?;
         let verbs = self.transport == TransportArg::Verbs;
         Cluster::start(&ClusterArgs {
             brokers: self.brokers,
             region: Self::region(),
             size: self.region_bytes.unwrap_or(if verbs { PINNED_REGION_BYTES } else { REGION_BYTES }),
-            segment_size: if verbs { PINNED_SEGMENT_BYTES } else { SEGMENT_BYTES },
+            segment_size: match self.brokers {
+                _ if verbs => PINNED_SEGMENT_BYTES,
+                0..=FEW_BROKERS => SEGMENT_BYTES,
+                _ => MANY_BROKERS_SEGMENT_BYTES,
+            },
             port: 0,
             config: None,
             transport: Some(self.transport),
@@ -211,10 +237,17 @@ impl BenchArgs {
     fn client(&self, cluster: &Cluster) -> Result<Client> {
         // A disk takes longer to answer: as much is under way as a session may have.
         let batches = if self.ack > 1 { 128 } else { 16 };
+        let bytes = batches * self.batch_size.unwrap_or(1 << 20);
+        let share = ALL_BUFFERS_BYTES / self.publishers as usize;
+        let defaults = ClientConfig::default();
+        // Many publishers have little each.
+        let batch_size_max = defaults.batch_size_max.min(share / 2).max(defaults.batch_size_min);
+        let least = 2 * self.batch_size.unwrap_or(batch_size_max);
         let config = ClientConfig {
             ack_level: self.ack,
             batch_size: self.batch_size,
-            buffer_bytes: self.buffer_bytes.unwrap_or(batches * self.batch_size.unwrap_or(1 << 20)).max(1 << 20),
+            batch_size_max,
+            buffer_bytes: self.buffer_bytes.unwrap_or(bytes.min(share)).max(least),
             batch_checksum: self.checksum,
             transport: self.transport.into(),
             ..ClientConfig::at(cluster.control())
@@ -322,18 +355,26 @@ fn publish_goodput(args: &BenchArgs) -> Result<f64> {
     goodput(args, &client, "bench", None)
 }
 
-fn publish(args: &BenchArgs) -> Result<()> {
-    let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
-    for _ in 0..args.runs {
-        ceilings.push(match args.transport {
-            TransportArg::Tcp => ceiling::tcp_receive_into_region(args.pair(), args.write_bytes(), args.seconds)?,
-            TransportArg::Verbs => ceiling::verbs_write(args.pair(), args.write_bytes(), args.seconds)?,
-        });
-        rates.push(publish_goodput(args)?);
+fn publish(args: &GridArgs) -> Result<()> {
+    for point in args.points()? {
+        let bench = &point.bench;
+        let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
+        for _ in 0..bench.runs {
+            ceilings.push(match bench.transport {
+                TransportArg::Tcp => {
+                    ceiling::tcp_receive_into_region(bench.pair(), bench.write_bytes(), bench.seconds)?
+                }
+                TransportArg::Verbs => ceiling::verbs_write(bench.pair(), bench.write_bytes(), bench.seconds)?,
+            });
+            rates.push(publish_goodput(bench)?);
+        }
+        let name = bench.ceiling_name("tcp_recv_into_region");
+        let goodput = Row::new("publish.goodput", "B/s", &rates).with_ceiling(name, &ceilings);
+        let messages: Vec<f64> = rates.iter().map(|rate| rate / bench.message_bytes as f64).collect();
+        point.print(bench.parameters(), &[goodput, Row::new("publish.messages", "1/s", &messages)])?;
     }
-    let row =
-        Row::new("publish.goodput", "B/s", &rates).with_ceiling(args.ceiling_name("tcp_recv_into_region"), &ceilings);
-    Report::new(args.parameters(), args.format()).print(&[row])
+    let bench = &args.bench;
+    Report::new(bench.parameters(), bench.format()).print(&ceiling::of_the_machine(bench)?)
 }
 
 /// Publishes and subscribes at once; (publish alone, publish while subscribed to, delivered).
@@ -370,19 +411,23 @@ fn publish_and_subscribe(args: &BenchArgs) -> Result<(f64, f64, f64)> {
     Ok((alone, published, delivered))
 }
 
-fn end_to_end(args: &BenchArgs) -> Result<()> {
-    let (mut alone, mut published, mut delivered) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..args.runs {
-        let (a, p, d) = publish_and_subscribe(args)?;
-        alone.push(a);
-        published.push(p);
-        delivered.push(d);
+fn end_to_end(args: &GridArgs) -> Result<()> {
+    for point in args.points()? {
+        let bench = &point.bench;
+        let (mut alone, mut published, mut delivered) = (Vec::new(), Vec::new(), Vec::new());
+        for _ in 0..bench.runs {
+            let (a, p, d) = publish_and_subscribe(bench)?;
+            alone.push(a);
+            published.push(p);
+            delivered.push(d);
+        }
+        let rows = [
+            Row::new("end_to_end.goodput", "B/s", &delivered).with_ceiling("publish_in_the_same_run", &published),
+            Row::new("end_to_end.goodput_vs_publish_alone", "B/s", &delivered).with_ceiling("publish_alone", &alone),
+        ];
+        point.print(bench.parameters(), &rows)?;
     }
-    let rows = [
-        Row::new("end_to_end.goodput", "B/s", &delivered).with_ceiling("publish_in_the_same_run", &published),
-        Row::new("end_to_end.goodput_vs_publish_alone", "B/s", &delivered).with_ceiling("publish_alone", &alone),
-    ];
-    Report::new(args.parameters(), args.format()).print(&rows)
+    Ok(())
 }
 
 fn cpu_seconds(pid: u32) -> Result<f64> {

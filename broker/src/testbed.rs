@@ -12,8 +12,12 @@ use embarcadero_datapath::cxl::{Fabric, Mapping, Native, Region, RegionError};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Brokers whose Batchlogs there are.
+/// Brokers whose Batchlogs there are, unless said otherwise.
 pub const BROKERS: u32 = 4;
+/// Segments that each broker has.
+const SEGMENTS: u32 = 16;
+/// Bytes of all segments.
+const SEGMENTS_BYTES: u64 = 1 << 30;
 /// Entries that are published together, as brokers do by default.
 const GROUP: u64 = 8;
 
@@ -50,8 +54,23 @@ pub fn region<F: Fabric>(
     method: FlushMethod,
     wrap: impl FnOnce(Native) -> F,
 ) -> Result<Region<F>, TestbedError> {
-    let tables = Geometry::with_segments_of(16 << 20, allocator);
-    let geometry = Geometry { max_brokers: BROKERS, max_heads: 2, max_topics: 1, segment_count: 64, ..tables };
+    region_of(BROKERS, allocator, method, wrap)
+}
+
+/// As [`region`], for 1 to 32 brokers; the more they are, the smaller are segments.
+///
+/// # Errors
+/// [`TestbedError`].
+pub fn region_of<F: Fabric>(
+    brokers: u32,
+    allocator: AllocatorKind,
+    method: FlushMethod,
+    wrap: impl FnOnce(Native) -> F,
+) -> Result<Region<F>, TestbedError> {
+    let segment_bytes = SEGMENTS_BYTES / u64::from(SEGMENTS * brokers.next_power_of_two());
+    let tables = Geometry::with_segments_of(segment_bytes, allocator);
+    let segment_count = SEGMENTS * brokers;
+    let geometry = Geometry { max_brokers: brokers, max_heads: brokers.min(2), max_topics: 1, segment_count, ..tables };
     let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes)?;
     mapping.prefault()?;
     Ok(Region::format(wrap(Native::new(mapping, method)?), &geometry, Uuid::new_v4(), 0)?)
@@ -86,8 +105,8 @@ impl<F: Fabric> Testbed<F> {
             order: Order::Strong,
             ack_level: 1,
             replication_factor: 1,
-            // Entries of one byte keep half of the broker's index segments in use.
-            retention_bytes: 1 << 20,
+            // Entries are of one byte, and this many keep at most half of the head's segments in use.
+            retention_bytes: u64::from(SEGMENTS) * region.geometry().segment_bytes / 256,
             retention_ms: 0,
             created_ms: 0,
         };
@@ -101,7 +120,7 @@ impl<F: Fabric> Testbed<F> {
             sequencer.poll(0, 1);
             opened.push(answer.recv()??);
         }
-        let logs = (0..BROKERS)
+        let logs = (0..region.geometry().max_brokers)
             .map(|broker| (BatchlogWriter::new(region.clone(), 0, broker), Pulse::new(region.clone(), broker)))
             .collect();
         Ok(Self { region, sequencer, logs, sequences: vec![0; opened.len()], sessions: opened })
@@ -128,7 +147,8 @@ impl<F: Fabric> Testbed<F> {
         let mut appended = 0;
         for (session, next) in self.sessions.iter().zip(&mut self.sequences) {
             for _ in 0..(SESSION_WINDOW - 1).min(64) {
-                let log = &mut self.logs[(*next % u64::from(BROKERS)) as usize].0;
+                let broker = (*next % self.logs.len() as u64) as usize;
+                let log = &mut self.logs[broker].0;
                 if !log.has_room() {
                     break;
                 }

@@ -1,10 +1,14 @@
-//! What the machine can do without us: raw TCP into the same kind of region, raw verbs, and a ping-pong of each.
+//! What the machine can do without us: raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory and
+//! the disk.
 
+use super::BenchArgs;
+use super::report::Row;
 use anyhow::{Context, Result};
 use embarcadero_datapath::buffer::Buffer;
-use embarcadero_datapath::cxl::cache::FlushMethod;
+use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
 use embarcadero_datapath::cxl::region::{Creation, RegionFile};
+use embarcadero_datapath::cxl::{Fabric, LINE_BYTES, Mapping, Native, RegionOffset, Site};
 use embarcadero_datapath::transport::tcp::{SocketOptions, prepare, receive_into};
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read, Write};
@@ -45,7 +49,7 @@ pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) ->
 
 fn receive(cores: Pair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
     super::pin(cores.far)?;
-    let path = super::BenchArgs::region().with_extension("ceiling");
+    let path = BenchArgs::region().with_extension("ceiling");
     let geometry = Geometry::with_segments_of(super::SEGMENT_BYTES, AllocatorKind::Bitmap).fit(super::REGION_BYTES)?;
     let file =
         RegionFile::create(&path, &geometry, FlushMethod::None, Creation { reserve: true, ..Creation::default() })?;
@@ -67,7 +71,7 @@ fn receive(cores: Pair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<
     let begun = Instant::now();
     loop {
         let want = (batch_bytes as u64).min(window - at);
-        let place = embarcadero_datapath::cxl::RegionOffset(start + at);
+        let place = RegionOffset(start + at);
         match receive_into(&far, region.fabric(), place, want, &mut []) {
             Ok(0) => break,
             Ok(received) => {
@@ -316,6 +320,54 @@ mod with_rdma {
             latency
         })
     }
+}
+
+/// Bytes of memory that one core writes: more than caches hold.
+const SPAN: u64 = 256 << 20;
+
+/// Writes all of `memory` piece by piece, again and again for `seconds`: bytes a second.
+fn write_all_of(memory: &Native, piece: u64, seconds: f64, write: impl Fn(RegionOffset)) -> f64 {
+    let (begun, mut bytes) = (Instant::now(), 0);
+    while begun.elapsed().as_secs_f64() < seconds {
+        write(RegionOffset(bytes % (memory.bytes() - memory.bytes() % piece)));
+        bytes += piece;
+    }
+    bytes as f64 / begun.elapsed().as_secs_f64()
+}
+
+/// What one core does: copies of a batch into memory, through the caches and past them, and lines that it dirties and
+/// writes back; and the network's round trip.
+pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
+    let batch = vec![b'm'; args.write_bytes()];
+    let (piece, seconds) = (batch.len() as u64, args.seconds / 4.0);
+    let memory = Mapping::anonymous(SPAN.max(piece)).context("cannot map memory")?;
+    memory.prefault().context("cannot map memory")?;
+    let memory = Native::new(memory, FlushSupport::detect().best().unwrap_or(FlushMethod::None))?;
+    let in_far_thread = |write: &(dyn Fn(RegionOffset) + Sync), piece| -> Result<Vec<f64>> {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                super::pin(args.pair().far)?;
+                Ok((0..args.runs).map(|_| write_all_of(&memory, piece, seconds, write)).collect())
+            });
+            thread.join().map_err(|_| anyhow::anyhow!("the writing thread died"))?
+        })
+    };
+    let copied = in_far_thread(&|at| memory.write_bytes(at, &batch), piece)?;
+    let streamed = in_far_thread(&|at| memory.write_past_caches(at, &batch), piece)?;
+    let flush = |at: RegionOffset| {
+        memory.store(at, at.0);
+        memory.flush(at, LINE_BYTES, Site::PayloadFlush);
+        memory.fence(Site::PayloadFlush);
+    };
+    let flushed: Vec<f64> = in_far_thread(&flush, LINE_BYTES)?.iter().map(|rate| rate / LINE_BYTES as f64).collect();
+    let round_trips =
+        (0..args.runs).map(|_| tcp_ping_pong(args.pair(), args.message_bytes, seconds)).collect::<Result<Vec<_>>>()?;
+    Ok(vec![
+        Row::new("ceiling.memcpy", "B/s", &copied),
+        Row::new("ceiling.non_temporal_store", "B/s", &streamed),
+        Row::new("ceiling.line_flush_and_fence", "1/s", &flushed),
+        Row::new("ceiling.tcp_ping_pong.p50", "s", &round_trips),
+    ])
 }
 
 /// One thread appends to a file in `directory`, `fdatasync` after every 4 MiB, through the page cache or past it, whichever

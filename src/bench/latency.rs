@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// What is shown of a distribution.
 const QUANTILES: [(f64, &str); 5] = [(0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9"), (0.9999, "p99.99")];
+/// Points of a distribution for each halving of what is left of it.
+const DISTRIBUTION_STEPS: u32 = 4;
 /// Messages that are published before acks and deliveries are looked at.
 const BURST: u64 = 64;
 /// How long the last acks and deliveries may take.
@@ -264,26 +266,40 @@ pub fn open_loop(args: &BenchArgs, client: &Client, pace: Pace, delivered: bool)
     Ok(outcome)
 }
 
-/// A value of each run, for each quantile.
-#[derive(Default)]
-struct Quantiles([Vec<f64>; QUANTILES.len()]);
+/// A value of each run, for each quantile; and all runs together.
+struct Quantiles {
+    runs: [Vec<f64>; QUANTILES.len()],
+    together: Histogram<u64>,
+}
 
 impl Quantiles {
-    fn add(&mut self, histogram: &Histogram<u64>) {
-        for ((quantile, _), runs) in QUANTILES.iter().zip(&mut self.0) {
-            runs.push(histogram.value_at_quantile(*quantile) as f64 / 1e9);
-        }
+    fn new() -> Result<Self> {
+        Ok(Self { runs: Default::default(), together: histogram()? })
     }
 
-    fn rows(&self, what: &str) -> impl Iterator<Item = Row> {
-        QUANTILES.iter().zip(&self.0).map(move |((_, name), runs)| Row::new(format!("{what}.{name}"), "s", runs))
+    fn add(&mut self, histogram: &Histogram<u64>) -> Result<()> {
+        for ((quantile, _), runs) in QUANTILES.iter().zip(&mut self.runs) {
+            runs.push(histogram.value_at_quantile(*quantile) as f64 / 1e9);
+        }
+        Ok(self.together.add(histogram)?)
+    }
+
+    fn rows(&self, what: &str) -> Vec<Row> {
+        let steps = self.together.iter_quantiles(DISTRIBUTION_STEPS);
+        let mut points: Vec<_> = steps.map(|step| (step.quantile(), step.value_iterated_to() as f64 / 1e9)).collect();
+        let rows = QUANTILES.iter().zip(&self.runs);
+        // The first row takes the distribution.
+        rows.map(|((_, name), runs)| {
+            Row::new(format!("{what}.{name}"), "s", runs).with_distribution(std::mem::take(&mut points))
+        })
+        .collect()
     }
 }
 
 pub fn run(args: &LatencyArgs) -> Result<()> {
     let bench = &args.bench;
     if args.rates.is_empty() {
-        let (mut ceilings, mut quantiles) = (Vec::new(), Quantiles::default());
+        let (mut ceilings, mut quantiles) = (Vec::new(), Quantiles::new()?);
         for _ in 0..bench.runs {
             ceilings.push(match bench.transport {
                 TransportArg::Tcp => ceiling::tcp_ping_pong(bench.pair(), bench.message_bytes, bench.seconds)?,
@@ -291,33 +307,33 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
                     2.0 * ceiling::verbs_ping_pong(bench.pair(), bench.message_bytes, bench.seconds)?
                 }
             });
-            quantiles.add(&one_at_a_time(bench)?);
+            quantiles.add(&one_at_a_time(bench)?)?;
         }
         let ceiling = bench.ceiling_name("tcp_ping_pong.p50");
-        let mut rows: Vec<_> = quantiles.rows("latency.publish_to_ack").collect();
-        rows[0] = Row::new("latency.publish_to_ack.p50", "s", &quantiles.0[0]).with_ceiling(ceiling, &ceilings);
+        let mut rows = quantiles.rows("latency.publish_to_ack");
+        let first = rows.remove(0).with_ceiling(ceiling, &ceilings);
+        rows.insert(0, first);
         return Report::new(bench.parameters(), bench.format()).print(&rows);
     }
     for rate in &args.rates {
-        let (mut to_ack, mut to_delivery) = (Quantiles::default(), Quantiles::default());
+        let (mut to_ack, mut to_delivery) = (Quantiles::new()?, Quantiles::new()?);
         for _ in 0..bench.runs {
             let cluster = bench.cluster()?;
             let client = bench.client(&cluster)?;
             let outcome = open_loop(bench, &client, Pace::Rate(*rate), true)?;
-            to_ack.add(&outcome.to_ack);
-            to_delivery.add(&outcome.to_delivery);
+            to_ack.add(&outcome.to_ack)?;
+            to_delivery.add(&outcome.to_delivery)?;
         }
         let mut parameters = bench.parameters();
         parameters["rate"] = json!(rate);
-        let rows: Vec<_> =
-            to_ack.rows("latency.publish_to_ack").chain(to_delivery.rows("latency.publish_to_delivery")).collect();
+        let mut rows = to_ack.rows("latency.publish_to_ack");
+        rows.extend(to_delivery.rows("latency.publish_to_delivery"));
         Report::new(parameters, bench.format()).print(&rows)?;
     }
     Ok(())
 }
 
 /// Of one load, over all runs.
-#[derive(Default)]
 struct Loaded {
     quantiles: Quantiles,
     offered: Vec<f64>,
@@ -328,7 +344,8 @@ pub fn versus_load(args: &LoadArgs) -> Result<()> {
     for (delivered, what) in [(false, "latency_vs_load.publish_to_ack"), (true, "latency_vs_load.publish_to_delivery")]
     {
         let bench = &args.bench;
-        let mut by_load: Vec<Loaded> = args.loads.iter().map(|_| Loaded::default()).collect();
+        let loaded = || Ok(Loaded { quantiles: Quantiles::new()?, offered: Vec::new(), goodput: Vec::new() });
+        let mut by_load = args.loads.iter().map(|_| loaded()).collect::<Result<Vec<_>>>()?;
         for _ in 0..bench.runs {
             let cluster = bench.cluster()?;
             let client = bench.client(&cluster)?;
@@ -339,7 +356,7 @@ pub fn versus_load(args: &LoadArgs) -> Result<()> {
                 let rate = most * load / bench.message_bytes as f64;
                 let outcome = open_loop(bench, &client, Pace::Rate(rate), delivered)
                     .with_context(|| format!("at load {load}, {rate:.0} messages a second"))?;
-                loaded.quantiles.add(if delivered { &outcome.to_delivery } else { &outcome.to_ack });
+                loaded.quantiles.add(if delivered { &outcome.to_delivery } else { &outcome.to_ack })?;
                 loaded.offered.push(most * load);
                 loaded.goodput.push(outcome.goodput);
             }

@@ -1,12 +1,19 @@
 //! `bench peers`: the same acknowledged publishing to servers of others, by clients as lean as their protocols allow.
 //! `scripts/compare` starts the servers.
 
+mod kafka;
+mod nats;
+mod redis;
+
 use super::latency::one_at_a_time;
 use super::report::{Report, Row};
 use super::{BenchArgs, pin, publish_goodput};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use hdrhistogram::Histogram;
+use kafka::Kafka;
+use nats::Nats;
+use redis::Redis;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -21,6 +28,9 @@ pub struct PeerArgs {
     /// Redis, HOST:PORT. Messages go to a stream (XADD).
     #[arg(long)]
     redis: Option<String>,
+    /// Apache Kafka or Redpanda, HOST:PORT. Messages go to a topic of one partition, which the server creates.
+    #[arg(long)]
+    kafka: Option<String>,
     /// Messages that a connection to a peer has under way at most.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=65536))]
     window: u64,
@@ -40,11 +50,11 @@ trait Peer: Sync {
     /// Gets a fresh connection, which has this number, to where it can publish.
     fn open(&self, number: u32, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()>;
 
-    /// The request by which that connection publishes a message.
-    fn request(&self, number: u32, message: &[u8]) -> Vec<u8>;
+    /// The bytes by which that connection publishes a message `count` times.
+    fn requests(&self, number: u32, message: &[u8], count: usize) -> Vec<u8>;
 
-    /// Reads one acknowledgement.
-    fn acknowledgement(&self, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()>;
+    /// Reads one answer to requests for `count` messages each; says how many messages it acknowledges.
+    fn acknowledgement(&self, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>, count: u64) -> Result<u64>;
 }
 
 fn line(reader: &mut BufReader<TcpStream>) -> Result<String> {
@@ -54,110 +64,6 @@ fn line(reader: &mut BufReader<TcpStream>) -> Result<String> {
         bail!("the peer closed the connection");
     }
     Ok(line.trim_end().to_owned())
-}
-
-/// NATS client protocol (docs.nats.io, "Client Protocol") and JetStream's API ("JetStream wire API").
-struct Nats {
-    address: String,
-}
-
-/// What answers to a connection are addressed to.
-fn inbox(number: u32) -> String {
-    format!("_INBOX.{}.{number}", std::process::id())
-}
-
-impl Nats {
-    /// The body of the next message that comes.
-    fn body(writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<String> {
-        loop {
-            let line = line(reader)?;
-            match line.split_whitespace().next() {
-                Some("MSG") => {
-                    let bytes: usize = line.rsplit(' ').next().unwrap_or_default().parse().context("not a length")?;
-                    anyhow::ensure!(bytes <= MAX_ANSWER_BYTES, "an answer of {bytes} bytes");
-                    let mut body = vec![0; bytes + 2];
-                    reader.read_exact(&mut body)?;
-                    return Ok(String::from_utf8_lossy(&body).trim_end().to_owned());
-                }
-                Some("PING") => writer.write_all(b"PONG\r\n")?,
-                Some("-ERR") => bail!("NATS refuses: {line}"),
-                _ => {}
-            }
-        }
-    }
-}
-
-impl Peer for Nats {
-    fn address(&self) -> &str {
-        &self.address
-    }
-
-    fn open(&self, number: u32, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()> {
-        anyhow::ensure!(line(reader)?.starts_with("INFO"), "{} is not a NATS server", self.address);
-        let stream = serde_json::json!({
-            "name": STREAM, "subjects": [STREAM], "storage": "memory", "retention": "limits", "discard": "old",
-            "max_bytes": KEPT_BYTES, "num_replicas": 1,
-        });
-        let (stream, inbox) = (stream.to_string(), inbox(number));
-        write!(
-            writer,
-            "CONNECT {{\"verbose\":false,\"pedantic\":false}}\r\nSUB {inbox} 1\r\n\
-             PUB $JS.API.STREAM.CREATE.{STREAM} {inbox} {}\r\n{stream}\r\n",
-            stream.len()
-        )?;
-        let answer = Self::body(writer, reader)?;
-        anyhow::ensure!(!answer.contains("\"error\""), "NATS has no stream for us: {answer}");
-        Ok(())
-    }
-
-    fn request(&self, number: u32, message: &[u8]) -> Vec<u8> {
-        let mut request = format!("PUB {STREAM} {} {}\r\n", inbox(number), message.len()).into_bytes();
-        request.extend_from_slice(message);
-        request.extend_from_slice(b"\r\n");
-        request
-    }
-
-    fn acknowledgement(&self, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()> {
-        let answer = Self::body(writer, reader)?;
-        anyhow::ensure!(answer.contains("\"seq\""), "NATS did not store a message: {answer}");
-        Ok(())
-    }
-}
-
-/// Redis serialization protocol, version 2 (redis.io, "RESP").
-struct Redis {
-    address: String,
-}
-
-impl Peer for Redis {
-    fn address(&self) -> &str {
-        &self.address
-    }
-
-    fn open(&self, _: u32, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()> {
-        writer.write_all(b"*1\r\n$4\r\nPING\r\n")?;
-        let answer = line(reader)?;
-        anyhow::ensure!(answer == "+PONG", "{} is not a Redis server: {answer}", self.address);
-        Ok(())
-    }
-
-    fn request(&self, _: u32, message: &[u8]) -> Vec<u8> {
-        let kept = (KEPT_BYTES / message.len()).to_string();
-        let words: [&[u8]; 8] = [b"XADD", STREAM.as_bytes(), b"MAXLEN", b"~", kept.as_bytes(), b"*", b"m", message];
-        let mut request = format!("*{}\r\n", words.len()).into_bytes();
-        for word in words {
-            request.extend_from_slice(format!("${}\r\n", word.len()).as_bytes());
-            request.extend_from_slice(word);
-            request.extend_from_slice(b"\r\n");
-        }
-        request
-    }
-
-    fn acknowledgement(&self, _: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()> {
-        let answer = line(reader)?;
-        anyhow::ensure!(answer.starts_with('$'), "Redis did not store a message: {answer}");
-        line(reader).map(drop)
-    }
 }
 
 struct Connection {
@@ -183,20 +89,18 @@ fn stream(peer: &dyn Peer, number: u32, args: &PeerArgs, message: &[u8]) -> Resu
     let mut connection = Connection::open(peer, number)?;
     // A quarter of the window in one write.
     let group = (args.window / 4).max(1);
-    let requests = peer.request(number, message).repeat(group as usize);
+    let requests = peer.requests(number, message, group as usize);
     let (mut sent, mut acked) = (0, 0);
     let begun = Instant::now();
     while begun.elapsed().as_secs_f64() < args.bench.seconds {
         connection.writer.write_all(&requests)?;
         sent += group;
         while sent - acked > args.window - group {
-            peer.acknowledgement(&mut connection.writer, &mut connection.reader)?;
-            acked += 1;
+            acked += peer.acknowledgement(&mut connection.writer, &mut connection.reader, group)?;
         }
     }
     while acked < sent {
-        peer.acknowledgement(&mut connection.writer, &mut connection.reader)?;
-        acked += 1;
+        acked += peer.acknowledgement(&mut connection.writer, &mut connection.reader, group)?;
     }
     Ok(acked)
 }
@@ -222,7 +126,7 @@ fn goodput(peer: &dyn Peer, args: &PeerArgs) -> Result<f64> {
 
 /// One message at a time: the median from publish to acknowledgement, seconds.
 fn latency(peer: &dyn Peer, args: &BenchArgs) -> Result<f64> {
-    let request = peer.request(0, &vec![b'm'; args.message_bytes]);
+    let request = peer.requests(0, &vec![b'm'; args.message_bytes], 1);
     let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| -> Result<f64> {
@@ -232,7 +136,7 @@ fn latency(peer: &dyn Peer, args: &BenchArgs) -> Result<f64> {
             while begun.elapsed().as_secs_f64() < args.seconds {
                 let sent = Instant::now();
                 connection.writer.write_all(&request)?;
-                peer.acknowledgement(&mut connection.writer, &mut connection.reader)?;
+                peer.acknowledgement(&mut connection.writer, &mut connection.reader, 1)?;
                 histogram.record(sent.elapsed().as_nanos() as u64)?;
             }
             Ok(histogram.value_at_quantile(0.5) as f64 / 1e9)
@@ -254,6 +158,7 @@ pub fn run(args: &PeerArgs) -> Result<()> {
     let bench = &args.bench;
     let nats = args.nats.clone().map(|address| Nats { address });
     let redis = args.redis.clone().map(|address| Redis { address });
+    let kafka = args.kafka.clone().map(|address| Kafka { address });
     let mut peers = Vec::new();
     let mut add = |peer, goodput_name, latency_name| {
         peers.push(Measured { peer, goodput_name, latency_name, goodput: Vec::new(), latency: Vec::new() });
@@ -264,8 +169,11 @@ pub fn run(args: &PeerArgs) -> Result<()> {
     if let Some(redis) = &redis {
         add(redis, "redis_streams.goodput", "redis_streams.publish_to_ack.p50");
     }
+    if let Some(kafka) = &kafka {
+        add(kafka, "kafka.goodput", "kafka.publish_to_ack.p50");
+    }
     if peers.is_empty() {
-        bail!("name a peer: --nats or --redis");
+        bail!("name a peer: --nats, --redis or --kafka");
     }
     let (mut ours, mut our_latency) = (Vec::new(), Vec::new());
     for _ in 0..bench.runs {

@@ -10,6 +10,8 @@ pub struct Row {
     unit: &'static str,
     runs: Vec<f64>,
     ceiling: Option<(&'static str, f64)>,
+    /// Quantiles and values, of all runs together.
+    distribution: Vec<(f64, f64)>,
 }
 
 /// The middle one; not a number if there are none.
@@ -21,7 +23,7 @@ pub fn median(values: &[f64]) -> f64 {
 
 impl Row {
     pub fn new(name: impl Into<String>, unit: &'static str, runs: &[f64]) -> Self {
-        Self { name: name.into(), unit, runs: runs.to_vec(), ceiling: None }
+        Self { name: name.into(), unit, runs: runs.to_vec(), ceiling: None, distribution: Vec::new() }
     }
 
     /// The median of its runs; not a number if there are none.
@@ -47,6 +49,12 @@ impl Row {
 
     pub fn with_ceiling(mut self, name: &'static str, runs: &[f64]) -> Self {
         self.ceiling = Some((name, median(runs)));
+        self
+    }
+
+    /// With what its runs found together; in JSON only.
+    pub fn with_distribution(mut self, points: Vec<(f64, f64)>) -> Self {
+        self.distribution = points;
         self
     }
 }
@@ -88,14 +96,19 @@ impl Report {
         Ok(())
     }
 
-    fn object(&self, row: &Row) -> Value {
+    /// A row as JSON.
+    pub fn object(&self, row: &Row) -> Value {
         let (value, (least, most)) = (row.median(), row.spread());
         let ceiling = row.ceiling.map(|(name, value)| json!({ "name": name, "value": value }));
-        json!({
+        let mut object = json!({
             "name": row.name, "value": value, "unit": row.unit, "min": least, "max": most, "runs": row.runs.len(),
             "ceiling": ceiling, "ratio": row.ceiling.map(|(_, ceiling)| value / ceiling),
             "parameters": self.parameters, "commit": env!("EMBARCADERO_COMMIT"), "machine": machine(),
-        })
+        });
+        if !row.distribution.is_empty() {
+            object["distribution"] = json!(row.distribution);
+        }
+        object
     }
 
     fn print_csv(&self, rows: &[Row]) -> Result<()> {
@@ -140,6 +153,7 @@ pub fn human(value: f64, unit: &str) -> String {
         "B/s" => format!("{:.0} MB/s", value / 1e6),
         "s" if value < 1e-6 => format!("{:.1} ns", value * 1e9),
         "s" if value >= 1.0 => format!("{value:.2} s"),
+        "s" if value >= 1e-3 => format!("{:.2} ms", value * 1e3),
         "s" => format!("{:.1} us", value * 1e6),
         "1/s" => format!("{:.2} M/s", value / 1e6),
         "" => format!("{value:.3}"),

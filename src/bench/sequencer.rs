@@ -1,9 +1,9 @@
 //! The sequencer alone: Batchlogs are filled, then the time is taken that ordering them needs.
 
-use super::BenchArgs;
+use super::grid::GridArgs;
 use super::report::{Report, Row};
 use anyhow::{Context, Result};
-use embarcadero_broker::testbed::{BROKERS, Testbed, region};
+use embarcadero_broker::testbed::{Testbed, region, region_of};
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::cxl::layout::AllocatorKind;
 use embarcadero_datapath::cxl::segment::{BitmapAllocator, SegmentAllocator};
@@ -32,7 +32,12 @@ impl Ordered {
 /// Has batches of several sessions appended at several brokers and ordered, one after the other, until the sequencer has
 /// worked for `seconds`.
 pub fn order<F: Fabric>(region: Region<F>, seconds: f64) -> Result<Ordered> {
-    let mut testbed = Testbed::new(region, SESSIONS)?;
+    order_of(region, SESSIONS, seconds)
+}
+
+/// As [`order`], of so many sessions.
+fn order_of<F: Fabric>(region: Region<F>, sessions: u32, seconds: f64) -> Result<Ordered> {
+    let mut testbed = Testbed::new(region, sessions)?;
     let mut ordered = Ordered { batches: 0, appending: Duration::ZERO, ordering: Duration::ZERO };
     while ordered.ordering.as_secs_f64() < seconds {
         let begun = Instant::now();
@@ -64,18 +69,24 @@ pub fn allocation() -> Result<f64> {
     Ok(times[times.len() / 2])
 }
 
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub fn run(args: &GridArgs) -> Result<()> {
     let method = FlushSupport::detect().best().context("this CPU has no flush instruction")?;
-    let rate = |method| -> Result<f64> {
-        Ok(order(region(AllocatorKind::Partitioned, method, |native| native)?, args.seconds)?.rate())
-    };
-    let flushed = (0..args.runs).map(|_| rate(method)).collect::<Result<Vec<_>>>()?;
-    let coherent = (0..args.runs).map(|_| rate(FlushMethod::None)).collect::<Result<Vec<_>>>()?;
-    let allocations = (0..args.runs).map(|_| allocation()).collect::<Result<Vec<_>>>()?;
-    let rows = [
-        Row::new("sequencer.batches", "1/s", &flushed).with_ceiling("sequencer.batches.coherent", &coherent),
-        Row::new("segment.allocate", "s", &allocations),
-    ];
-    let parameters = json!({ "brokers": BROKERS, "sessions": SESSIONS, "flush": method, "seconds": args.seconds });
-    Report::new(parameters, args.format()).print(&rows)
+    for point in args.points()? {
+        let bench = &point.bench;
+        let rate = |method| -> Result<f64> {
+            let region = region_of(bench.brokers, AllocatorKind::Partitioned, method, |native| native)?;
+            Ok(order_of(region, bench.publishers, bench.seconds)?.rate())
+        };
+        let flushed = (0..bench.runs).map(|_| rate(method)).collect::<Result<Vec<_>>>()?;
+        let coherent = (0..bench.runs).map(|_| rate(FlushMethod::None)).collect::<Result<Vec<_>>>()?;
+        let rows =
+            [Row::new("sequencer.batches", "1/s", &flushed).with_ceiling("sequencer.batches.coherent", &coherent)];
+        let parameters = json!({
+            "brokers": bench.brokers, "publishers": bench.publishers, "flush": method, "seconds": bench.seconds,
+        });
+        point.print(parameters, &rows)?;
+    }
+    let bench = &args.bench;
+    let allocations = (0..bench.runs).map(|_| allocation()).collect::<Result<Vec<_>>>()?;
+    Report::new(json!({}), bench.format()).print(&[Row::new("segment.allocate", "s", &allocations)])
 }

@@ -122,6 +122,23 @@ impl Native {
         look(unsafe { std::slice::from_raw_parts(from, len as usize) })
     }
 
+    /// Writes bytes past the caches: when this returns they are in the region's memory, without a flush.
+    pub fn write_past_caches(&self, at: RegionOffset, from: &[u8]) {
+        let before = at.0.next_multiple_of(LINE_BYTES) - at.0;
+        let (head, rest) = from.split_at(from.len().min(before as usize));
+        let (lines, tail) = rest.as_chunks();
+        for (at, edge) in [(at, head), (at.add((from.len() - tail.len()) as u64), tail)] {
+            self.write_bytes(at, edge);
+            if !edge.is_empty() {
+                self.flush(at, edge.len() as u64, Site::PayloadFlush);
+            }
+        }
+        let to = self.address(at.add(head.len() as u64), size_of_val(lines) as u64);
+        // SAFETY: in bounds, and at a line unless there is none; `from` is ordinary memory that cannot overlap a range
+        // which the caller reserved.
+        unsafe { cache::store_lines(to, lines) };
+    }
+
     #[inline]
     fn word(&self, at: RegionOffset) -> &AtomicU64 {
         let from = self.address(at, 8);
@@ -253,5 +270,28 @@ impl CoherentFabric for Native {
     #[inline]
     fn compare_exchange(&self, at: RegionOffset, before: u64, after: u64) -> bool {
         self.word(at).compare_exchange(before, after, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_written_past_caches_is_there_and_nothing_else(at in 0u64..200, from: Vec<u8>) {
+            const BYTES: usize = 4096;
+            let from = &from[..from.len().min(BYTES - at as usize)];
+            let method = FlushSupport::detect().best().unwrap_or(FlushMethod::None);
+            let native = Native::new(Mapping::anonymous(BYTES as u64).unwrap(), method).unwrap();
+            let mut expected = vec![7; BYTES];
+            native.write_bytes(RegionOffset(0), &expected);
+            native.write_past_caches(RegionOffset(at), from);
+            expected[at as usize..][..from.len()].copy_from_slice(from);
+            let mut found = vec![0; BYTES];
+            native.read_bytes(RegionOffset(0), &mut found);
+            prop_assert_eq!(found, expected);
+        }
     }
 }
