@@ -3,11 +3,13 @@
 
 mod support;
 
+use embarcadero_client::{ClientError, MessageId, TopicOptions};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use support::{Cluster, write_text};
 
 const PUBLISHERS: usize = 4;
@@ -105,4 +107,30 @@ fn broker_order_loses_nothing() {
 #[test]
 fn no_order_loses_nothing() {
     publish_and_consume("none", 200 << 20, true);
+}
+
+/// Whoever seals its batch, and whenever.
+#[test]
+fn a_message_is_known_from_when_it_was_given_out() {
+    let cluster = Cluster::start(1, &["--size", "256MiB", "--segment-size", "4MiB"], &[]);
+    let client = cluster.client();
+    client.create_topic("known", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("known").unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::Relaxed) {
+                publisher.flush().unwrap();
+            }
+        });
+        let polled: Result<(), ClientError> = (0..100_000).try_for_each(|_| {
+            let id = publisher.publish_wait(b"m")?;
+            publisher.poll(id).map(drop)
+        });
+        done.store(true, Ordering::Relaxed);
+        polled.unwrap();
+    });
+    let Err(ClientError::UnknownId { .. }) = publisher.poll(MessageId { batch: 1 << 40, index: 0 }) else {
+        panic!("an identity that was never given out is known");
+    };
 }

@@ -862,7 +862,11 @@ impl Publisher {
             None => {
                 drop(driver);
                 let mut open = core.open.lock();
-                if id.batch == open.batch && open.builder.as_ref().is_some_and(|b| id.index < b.message_count()) {
+                if id.batch < open.batch {
+                    // Another thread sealed it since we looked.
+                    Ok(Status::Pending)
+                } else if id.batch == open.batch && open.builder.as_ref().is_some_and(|b| id.index < b.message_count())
+                {
                     core.seal(&mut open, Occasion::Awaited);
                     Ok(Status::Pending)
                 } else {
