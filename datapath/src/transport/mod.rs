@@ -6,6 +6,7 @@
 
 mod channel;
 mod poller;
+pub mod roce;
 pub mod tcp;
 #[cfg(feature = "rdma")]
 pub mod verbs;
