@@ -81,6 +81,9 @@ pub struct BenchArgs {
     /// Bytes of the region, where a bench needs more.
     #[arg(skip)]
     region_bytes: Option<u64>,
+    /// An open loop publishes so many messages together, when the last of them is due; 0 and 1 are the same.
+    #[arg(skip)]
+    messages_at_once: u64,
     /// Settings of the brokers that a comparison varies.
     #[arg(skip)]
     environment: Vec<(String, String)>,

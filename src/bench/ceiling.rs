@@ -2,6 +2,7 @@
 //! the disk.
 
 use super::BenchArgs;
+use super::latency::histogram;
 use super::report::Row;
 use anyhow::{Context, Result};
 use embarcadero_datapath::buffer::Buffer;
@@ -10,6 +11,7 @@ use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
 use embarcadero_datapath::cxl::region::{Creation, RegionFile};
 use embarcadero_datapath::cxl::{Fabric, LINE_BYTES, Mapping, Native, RegionOffset, Site};
 use embarcadero_datapath::transport::tcp::{SocketOptions, prepare, receive_into};
+use hdrhistogram::Histogram;
 use std::fs::OpenOptions;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -320,6 +322,32 @@ mod with_rdma {
             latency
         })
     }
+}
+
+/// Time between messages that are due where nothing is done for them.
+const NOTHING_EVERY: u64 = 1_000;
+
+/// What the machine itself adds to latencies: threads on both cores that never rest look at the clock, and on the near one
+/// something is due every microsecond. How long each waited, nanoseconds: longer than that only while the thread did not
+/// run, though it wanted to.
+pub fn nothing_to_do(cores: Pair, seconds: f64) -> Result<Histogram<u64>> {
+    let look = |core| -> Result<Histogram<u64>> {
+        super::pin(core)?;
+        let (mut waits, begun, mut due) = (histogram()?, Instant::now(), 0);
+        while (due as f64) < seconds * 1e9 {
+            let now = begun.elapsed().as_nanos() as u64;
+            while due <= now {
+                waits.record(now - due)?;
+                due += NOTHING_EVERY;
+            }
+        }
+        Ok(waits)
+    };
+    std::thread::scope(|scope| {
+        let (near, far) = (scope.spawn(|| look(cores.near)), scope.spawn(|| look(cores.far)));
+        far.join().map_err(|_| anyhow::anyhow!("the far thread died"))??;
+        near.join().map_err(|_| anyhow::anyhow!("the near thread died"))?
+    })
 }
 
 /// Bytes of memory that one core writes: more than caches hold.

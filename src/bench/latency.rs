@@ -48,7 +48,8 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
-fn histogram() -> Result<Histogram<u64>> {
+/// Of nanoseconds.
+pub fn histogram() -> Result<Histogram<u64>> {
     Ok(Histogram::new_with_bounds(1, 600_000_000_000, 3)?)
 }
 
@@ -174,10 +175,11 @@ impl Loop<'_> {
         ahead: u64,
     ) -> Result<()> {
         let now = self.now();
-        if now >= self.time.as_nanos() as u64 {
+        let at_once = self.args.messages_at_once.max(1);
+        if now >= self.time.as_nanos() as u64 || self.pace.due(self.sent + at_once - 1, self.time) > now {
             return Ok(());
         }
-        for _ in 0..BURST {
+        for _ in 0..BURST.max(at_once) {
             if self.pace.due(self.sent, self.time) > now || self.sent - self.delivered > ahead {
                 break;
             }
@@ -284,15 +286,21 @@ impl Quantiles {
         Ok(self.together.add(histogram)?)
     }
 
+    /// The first row takes the distribution.
     fn rows(&self, what: &str) -> Vec<Row> {
         let steps = self.together.iter_quantiles(DISTRIBUTION_STEPS);
         let mut points: Vec<_> = steps.map(|step| (step.quantile(), step.value_iterated_to() as f64 / 1e9)).collect();
         let rows = QUANTILES.iter().zip(&self.runs);
-        // The first row takes the distribution.
         rows.map(|((_, name), runs)| {
             Row::new(format!("{what}.{name}"), "s", runs).with_distribution(std::mem::take(&mut points))
         })
         .collect()
+    }
+
+    /// The same beside the same quantiles of a loop that had nothing to do.
+    fn rows_beside(&self, what: &str, nothing: &Self) -> Vec<Row> {
+        let rows = self.rows(what).into_iter().zip(&nothing.runs);
+        rows.map(|(row, runs)| row.with_ceiling("nothing_to_do", runs)).collect()
     }
 }
 
@@ -316,8 +324,9 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
         return Report::new(bench.parameters(), bench.format()).print(&rows);
     }
     for rate in &args.rates {
-        let (mut to_ack, mut to_delivery) = (Quantiles::new()?, Quantiles::new()?);
+        let (mut to_ack, mut to_delivery, mut nothing) = (Quantiles::new()?, Quantiles::new()?, Quantiles::new()?);
         for _ in 0..bench.runs {
+            nothing.add(&ceiling::nothing_to_do(bench.pair(), bench.seconds)?)?;
             let cluster = bench.cluster()?;
             let client = bench.client(&cluster)?;
             let outcome = open_loop(bench, &client, Pace::Rate(*rate), true)?;
@@ -326,8 +335,8 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
         }
         let mut parameters = bench.parameters();
         parameters["rate"] = json!(rate);
-        let mut rows = to_ack.rows("latency.publish_to_ack");
-        rows.extend(to_delivery.rows("latency.publish_to_delivery"));
+        let mut rows = to_ack.rows_beside("latency.publish_to_ack", &nothing);
+        rows.extend(to_delivery.rows_beside("latency.publish_to_delivery", &nothing));
         Report::new(parameters, bench.format()).print(&rows)?;
     }
     Ok(())
@@ -345,8 +354,10 @@ pub fn versus_load(args: &LoadArgs) -> Result<()> {
     {
         let bench = &args.bench;
         let loaded = || Ok(Loaded { quantiles: Quantiles::new()?, offered: Vec::new(), goodput: Vec::new() });
+        let mut nothing = Quantiles::new()?;
         let mut by_load = args.loads.iter().map(|_| loaded()).collect::<Result<Vec<_>>>()?;
         for _ in 0..bench.runs {
+            nothing.add(&ceiling::nothing_to_do(bench.pair(), bench.seconds)?)?;
             let cluster = bench.cluster()?;
             let client = bench.client(&cluster)?;
             // The first pass touches memory.
@@ -369,7 +380,7 @@ pub fn versus_load(args: &LoadArgs) -> Result<()> {
             }
             let goodput = Row::new(format!("{what}.goodput"), "B/s", &loaded.goodput);
             let goodput = goodput.with_ceiling("offered", &loaded.offered);
-            let rows: Vec<_> = std::iter::once(goodput).chain(loaded.quantiles.rows(what)).collect();
+            let rows: Vec<_> = std::iter::once(goodput).chain(loaded.quantiles.rows_beside(what, &nothing)).collect();
             Report::new(parameters, bench.format()).print(&rows)?;
         }
     }
