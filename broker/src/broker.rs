@@ -640,7 +640,9 @@ fn spawn_control(
     listener.set_nonblocking(true).map_err(io_error("prepare the control socket"))?;
     let incoming = {
         let _context = runtime.enter();
-        tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?
+        let listener = tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?;
+        // An answer is several small writes: without this the last would wait for a delayed acknowledgement, 40 ms.
+        tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true))
     };
     spawn("control".to_owned(), move || {
         runtime.block_on(async move {
@@ -654,7 +656,7 @@ fn spawn_control(
             tokio::spawn(candidate.run(reign));
             let served = tonic::transport::Server::builder()
                 .add_service(ControlServer::new(service))
-                .serve_with_incoming_shutdown(tokio_stream::wrappers::TcpListenerStream::new(incoming), async {
+                .serve_with_incoming_shutdown(incoming, async {
                     let _ = stop.await;
                 });
             if let Err(error) = served.await {

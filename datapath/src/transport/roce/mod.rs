@@ -1,8 +1,8 @@
 //! RoCEv2 in user space: the protocol of reliable connections, free of input, output and `unsafe`.
 //!
 //! A [`QueuePair`] is driven from outside: packets and the time go in ([`QueuePair::receive`]), packets come out
-//! ([`QueuePair::transmit`]), and completions are polled. One half is the [`requester`], which sends what was posted, the
-//! other the [`responder`], which does what the peer asks for.
+//! ([`QueuePair::transmit`]), and completions are polled. One half is the requester, which sends what was posted, the
+//! other the responder, which does what the peer asks for.
 //!
 //! Sources: InfiniBand Architecture Specification volume 1 ("IBTA" below) chapter 9, transport layer; its annexes A16
 //! (RoCE) and A17 (RoCEv2); Linux, drivers/infiniband/sw/rxe, where the specification leaves a choice.
