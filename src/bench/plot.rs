@@ -513,7 +513,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]
-        fn any_figure_is_drawn_or_refused(
+        fn any_figure_is_charted_or_refused(
             value in figure(), ceiling in figure(), parameter in figure(), points in vec((figure(), figure()), 0..5)
         ) {
             let line = json!({
@@ -523,13 +523,11 @@ mod tests {
             // What is not a number becomes null, which is refused.
             let Ok(row) = serde_json::from_value::<Printed>(line) else { return Ok(()) };
             if row.check().is_ok() {
-                prepare_font(None).unwrap();
                 let other = Printed { parameters: [("load".to_owned(), json!(7))].into(), ..row.clone() };
-                let directory = tempfile::tempdir().unwrap();
                 for chart in charts(&[row, other]) {
-                    let [svg, png] = [Picture::Svg, Picture::Png].map(|format| chart.draw(directory.path(), format).unwrap());
-                    prop_assert!(std::fs::read_to_string(svg).unwrap().contains("</svg>"));
-                    prop_assert!(std::fs::read(png).unwrap().starts_with(b"\x89PNG"));
+                    let Content::Lines(_, _, lines) = chart.content else { continue };
+                    let mut points = lines.iter().flat_map(|line| &line.points);
+                    prop_assert!(points.all(|(x, y)| x.is_finite() && y.is_finite()));
                 }
             }
         }
