@@ -250,7 +250,7 @@ impl BenchArgs {
             ack_level: self.ack,
             batch_size: self.batch_size,
             batch_size_max,
-            buffer_bytes: self.buffer_bytes.unwrap_or(bytes.min(share)).max(least),
+            buffer_bytes: self.buffer_bytes.unwrap_or_else(|| bytes.max(1 << 20).min(share).max(least)),
             batch_checksum: self.checksum,
             transport: self.transport.into(),
             ..ClientConfig::at(cluster.control())

@@ -58,7 +58,7 @@ fn what_we_publish_as_kafka_clients_do_another_implementation_reads() {
         .stdout(std::fs::File::create(&read).unwrap())
         .stderr(Stdio::piped())
         .spawn()
-        .unwrap();
+        .expect("kcat, which hw-setup/deps installs");
     let log = BufReader::new(kcat.stderr.take().unwrap());
     let _kcat = Killed(kcat);
     let mut lines = log.lines().map_while(Result::ok);

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 /// What is shown of a distribution.
 const QUANTILES: [(f64, &str); 5] = [(0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9"), (0.9999, "p99.99")];
+/// What latencies under load are shown beside: [`ceiling::nothing_to_do`].
+pub const NOTHING_TO_DO: &str = "nothing_to_do";
 /// Points of a distribution for each halving of what is left of it.
 const DISTRIBUTION_STEPS: u32 = 4;
 /// Messages that are published before acks and deliveries are looked at.
@@ -300,7 +302,7 @@ impl Quantiles {
     /// The same beside the same quantiles of a loop that had nothing to do.
     fn rows_beside(&self, what: &str, nothing: &Self) -> Vec<Row> {
         let rows = self.rows(what).into_iter().zip(&nothing.runs);
-        rows.map(|(row, runs)| row.with_ceiling("nothing_to_do", runs)).collect()
+        rows.map(|(row, runs)| row.with_ceiling(NOTHING_TO_DO, runs)).collect()
     }
 }
 

@@ -3,6 +3,7 @@
 //! Four kinds of picture, each drawn where the rows have something for it: a figure over a parameter that varies, latency
 //! over goodput, the distribution of latencies, and how near figures come to their ceilings.
 
+use super::latency::NOTHING_TO_DO;
 use super::report::human;
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -41,13 +42,15 @@ enum Picture {
 /// Where Debian's package fonts-dejavu-core and RHEL's dejavu-sans-fonts put it.
 const FONTS: [&str; 2] =
     ["/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf", "/usr/share/fonts/dejavu-sans-fonts/DejaVuSans.ttf"];
-/// Least value on a logarithmic axis: a nanosecond is 1e-9.
+/// Least value on a logarithmic axis, and least ceiling: a nanosecond is 1e-9.
 const LEAST: f64 = 1e-12;
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 600;
 /// Longest line of a file of rows, and most rows.
 const MAX_LINE_BYTES: u64 = 1 << 20;
 const MAX_ROWS: usize = 100_000;
+/// Bars in one picture; more go to another.
+const MAX_BARS: usize = 64;
 
 #[derive(Clone, Deserialize)]
 struct Ceiling {
@@ -72,14 +75,21 @@ struct Printed {
 const FIGURES: Range<f64> = 0.0..1e18;
 
 impl Printed {
-    /// Figures that no bench prints would make axes that cannot be drawn.
+    /// Names become names of files, and figures that no bench prints would make axes that cannot be drawn.
     fn check(&self) -> Result<()> {
+        let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        if let Some(wrong) = self.parameters.keys().chain([&self.name]).find(|name| !name.bytes().all(is_name)) {
+            bail!("{wrong:?} is no name of a figure or a parameter: letters, digits, points, _ and -");
+        }
         let ceiling = self.ceiling.iter().map(|ceiling| ceiling.value);
-        let distribution = self.distribution.iter().flat_map(|(quantile, value)| [*quantile, *value]);
+        let values = self.distribution.iter().map(|(_, value)| *value);
         let numbers = self.parameters.values().filter_map(serde_json::Value::as_f64);
-        let mut figures = [self.value].into_iter().chain(ceiling).chain(distribution).chain(numbers);
+        let mut figures = [self.value].into_iter().chain(ceiling).chain(values).chain(numbers);
         if let Some(wrong) = figures.find(|figure| !FIGURES.contains(figure)) {
             bail!("{} has a figure of {wrong}; it must be 0 to {:e}", self.name, FIGURES.end);
+        }
+        if let Some((wrong, _)) = self.distribution.iter().find(|(quantile, _)| !(0.0..=1.0).contains(quantile)) {
+            bail!("{} has a quantile of {wrong}; it must be 0 to 1", self.name);
         }
         Ok(())
     }
@@ -261,9 +271,6 @@ fn latency_over_goodput(rows: &[Printed]) -> Vec<Chart> {
 /// At most how long each part of the messages took.
 fn distributions(rows: &[Printed]) -> Vec<Chart> {
     let with: Vec<_> = rows.iter().filter(|row| row.distribution.len() > 1).collect();
-    if with.is_empty() {
-        return Vec::new();
-    }
     let varying = varying(&with);
     let points = with.iter().flat_map(|row| {
         let label = format!("{} {}", row.name.trim_end_matches(".p50"), row.label(&varying));
@@ -277,9 +284,10 @@ fn distributions(rows: &[Printed]) -> Vec<Chart> {
     }]
 }
 
-/// Every figure that has a ceiling, as a part of it.
+/// Every figure that has a ceiling, as a part of it; but latencies are many times those of a loop with nothing to do.
 fn ratios(rows: &[Printed]) -> Vec<Chart> {
-    let with = || rows.iter().filter(|row| row.ceiling.as_ref().is_some_and(|ceiling| ceiling.value > 0.0));
+    let has = |ceiling: &Ceiling| ceiling.value >= LEAST && ceiling.name != NOTHING_TO_DO;
+    let with = || rows.iter().filter(|row| row.ceiling.as_ref().is_some_and(has));
     let varying = varying(&with().collect::<Vec<_>>());
     let bars: Vec<_> = with()
         .filter_map(|row| {
@@ -288,14 +296,12 @@ fn ratios(rows: &[Printed]) -> Vec<Chart> {
             Some((label, row.value / ceiling.value))
         })
         .collect();
-    if bars.is_empty() {
-        return Vec::new();
-    }
-    vec![Chart {
-        file: "ratios".to_owned(),
+    let pictures = bars.chunks(MAX_BARS).enumerate().map(|(number, bars)| Chart {
+        file: if number == 0 { "ratios".to_owned() } else { format!("ratios.{}", number + 1) },
         title: "figures as parts of their ceilings".to_owned(),
-        content: Content::Bars(bars),
-    }]
+        content: Content::Bars(bars.to_vec()),
+    });
+    pictures.collect()
 }
 
 fn draw_lines<DB, X, Y>(
@@ -406,11 +412,14 @@ impl Chart {
     }
 }
 
+/// Those that have something in them: an axis without a value has no range.
 fn charts(rows: &[Printed]) -> Vec<Chart> {
-    [over_parameters(rows), latency_over_goodput(rows), distributions(rows), ratios(rows)]
-        .into_iter()
-        .flatten()
-        .collect()
+    let all = [over_parameters(rows), latency_over_goodput(rows), distributions(rows), ratios(rows)];
+    let has_points = |chart: &Chart| match &chart.content {
+        Content::Lines(_, _, lines) => lines.iter().any(|line| !line.points.is_empty()),
+        Content::Bars(bars) => !bars.is_empty(),
+    };
+    all.into_iter().flatten().filter(has_points).collect()
 }
 
 fn prepare_font(chosen: Option<&Path>) -> Result<()> {
@@ -510,24 +519,36 @@ mod tests {
         prop_oneof![1 => any::<f64>(), 3 => 0.0..1f64, 3 => 0.0..1e17f64, 1 => Just(0.0)]
     }
 
+    #[test]
+    fn what_would_be_no_file_is_refused() {
+        for (name, parameter) in [("../x", "load"), ("x/y", "load"), ("x", "a/b"), ("x", "a b")] {
+            let line = json!({ "name": name, "value": 1.0, "unit": "s", "parameters": { parameter: 1 } });
+            assert!(serde_json::from_value::<Printed>(line).unwrap().check().is_err(), "{name} {parameter}");
+        }
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
+        #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
         #[test]
-        fn any_figure_is_charted_or_refused(
-            value in figure(), ceiling in figure(), parameter in figure(), points in vec((figure(), figure()), 0..5)
+        fn any_figure_is_drawn_or_refused(
+            name in prop_oneof![Just("any"), Just("latency_vs_load.x.goodput"), Just("latency_vs_load.x.p50")],
+            (value, ceiling, parameter) in (figure(), figure(), figure()),
+            points in vec((prop_oneof![0.0..=1f64, Just(1.0), figure()], figure()), 0..5),
         ) {
             let line = json!({
-                "name": "any", "value": value, "unit": "s", "ceiling": { "name": "bound", "value": ceiling },
+                "name": name, "value": value, "unit": "s", "ceiling": { "name": "bound", "value": ceiling },
                 "parameters": { "load": parameter }, "distribution": points,
             });
             // What is not a number becomes null, which is refused.
             let Ok(row) = serde_json::from_value::<Printed>(line) else { return Ok(()) };
             if row.check().is_ok() {
+                prepare_font(None).unwrap();
                 let other = Printed { parameters: [("load".to_owned(), json!(7))].into(), ..row.clone() };
+                let directory = tempfile::tempdir().unwrap();
                 for chart in charts(&[row, other]) {
-                    let Content::Lines(_, _, lines) = chart.content else { continue };
-                    let mut points = lines.iter().flat_map(|line| &line.points);
-                    prop_assert!(points.all(|(x, y)| x.is_finite() && y.is_finite()));
+                    let [svg, png] = [Picture::Svg, Picture::Png].map(|format| chart.draw(directory.path(), format).unwrap());
+                    prop_assert!(std::fs::read_to_string(svg).unwrap().contains("</svg>"));
+                    prop_assert!(std::fs::read(png).unwrap().starts_with(b"\x89PNG"));
                 }
             }
         }
