@@ -193,6 +193,8 @@ impl BenchArgs {
             (TransportArg::Tcp, name) => name,
             (TransportArg::Verbs, "tcp_recv_into_region") => "verbs_write_with_imm",
             (TransportArg::Verbs, _) => "verbs_ping_pong.round_trip_p50",
+            (TransportArg::Roce, "tcp_recv_into_region") => "roce_write_with_imm",
+            (TransportArg::Roce, _) => "roce_ping_pong.round_trip_p50",
         }
     }
 
@@ -264,7 +266,7 @@ impl BenchArgs {
             ack_level: if self.replication_factor > 1 { 2 } else { 1 },
             replication_factor: self.replication_factor,
             retention_bytes: match self.transport {
-                TransportArg::Tcp => RETENTION_BYTES,
+                TransportArg::Tcp | TransportArg::Roce => RETENTION_BYTES,
                 TransportArg::Verbs => PINNED_RETENTION_BYTES,
             },
             ..TopicOptions::default()
@@ -367,7 +369,7 @@ fn publish(args: &GridArgs) -> Result<()> {
                 TransportArg::Tcp => {
                     ceiling::tcp_receive_into_region(bench.pair(), bench.write_bytes(), bench.seconds)?
                 }
-                TransportArg::Verbs => ceiling::verbs_write(bench.pair(), bench.write_bytes(), bench.seconds)?,
+                other => ceiling::verbs_write(other, bench.pair(), bench.write_bytes(), bench.seconds)?,
             });
             rates.push(publish_goodput(bench)?);
         }

@@ -73,7 +73,7 @@ fn rdma_devices() -> Finding {
 
 #[cfg(feature = "rdma")]
 fn rdma_devices() -> Finding {
-    use embarcadero_datapath::verbs::{DeviceReport, survey};
+    use embarcadero_datapath::verbs::ibverbs::{DeviceReport, survey};
     const NAME: &str = "RDMA devices";
     let describe = |report: &DeviceReport| {
         let ports = report.ports.iter().map(|port| {

@@ -112,7 +112,7 @@ fn print_version(verbose: bool) {
         println!("native libraries at build time: {}", env!("EMBARCADERO_LIBRARIES"));
         println!(
             "transports: {}",
-            if cfg!(feature = "rdma") { "tcp, verbs" } else { "tcp (built without feature rdma)" }
+            if cfg!(feature = "rdma") { "tcp, verbs, roce" } else { "tcp, roce (built without feature rdma)" }
         );
     }
 }

@@ -76,6 +76,7 @@ fn line_of(text: &str, key: &str) -> Option<usize> {
 pub enum TransportArg {
     Tcp,
     Verbs,
+    Roce,
 }
 
 impl TransportArg {
@@ -84,6 +85,7 @@ impl TransportArg {
         match self {
             Self::Tcp => "tcp",
             Self::Verbs => "verbs",
+            Self::Roce => "roce",
         }
     }
 }
@@ -93,6 +95,7 @@ impl From<TransportArg> for Transport {
         match argument {
             TransportArg::Tcp => Self::Tcp,
             TransportArg::Verbs => Self::Verbs,
+            TransportArg::Roce => Self::Roce,
         }
     }
 }

@@ -29,11 +29,9 @@ use embarcadero_datapath::cxl::tables::{BrokerInfo, last_incarnation, publish_br
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
-#[cfg(feature = "rdma")]
 use embarcadero_datapath::transport::verbs::VerbsHost;
 use embarcadero_datapath::uring::Uring;
-#[cfg(feature = "rdma")]
-use embarcadero_datapath::verbs::VerbsError;
+use embarcadero_datapath::verbs::{Context, VerbsError};
 use std::io;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -60,9 +58,13 @@ pub enum BrokerError {
         source: io::Error,
     },
     /// Its RDMA device.
-    #[cfg(feature = "rdma")]
-    #[error("transport is verbs, but {0}")]
-    Verbs(#[from] VerbsError),
+    #[error("transport is {}, but {source}", if *.transport == Transport::Roce { "roce" } else { "verbs" })]
+    Verbs {
+        /// What was asked for.
+        transport: Transport,
+        /// What is missing.
+        source: VerbsError,
+    },
     /// Its membership.
     #[cfg(feature = "etcd")]
     #[error("membership is etcd, but {0}")]
@@ -114,7 +116,6 @@ struct Start {
     mirror: Option<RegionFile>,
     info: BrokerInfo,
     id_lock: BrokerLock,
-    #[cfg(feature = "rdma")]
     verbs: Option<Arc<VerbsHost>>,
 }
 
@@ -138,8 +139,7 @@ impl Broker {
             region.fabric().mapping().prefault().map_err(io_error("map the region's pages"))?;
         }
         let mirror = open_mirror(&config, &region)?;
-        #[cfg(feature = "rdma")]
-        let verbs = (config.transport == Transport::Verbs).then(|| open_verbs(&config, &file)).transpose()?;
+        let verbs = (config.transport != Transport::Tcp).then(|| open_verbs(&config, &file)).transpose()?;
         // Now: registration pins pages, and the kernel may move them to do that.
         if let Some(node) = config.cxl.numa_node {
             region.require_node(node)?;
@@ -165,15 +165,7 @@ impl Broker {
             process_id: std::process::id(),
             running: true,
         };
-        let start = Start {
-            config,
-            file,
-            mirror,
-            info,
-            id_lock,
-            #[cfg(feature = "rdma")]
-            verbs,
-        };
+        let start = Start { config, file, mirror, info, id_lock, verbs };
         start.run(data, control)
     }
 
@@ -409,19 +401,26 @@ fn poll_bounds(config: &BrokerConfig, cores: usize) -> PollBounds {
     bounds
 }
 
-/// Opens the RDMA device and registers the region on it.
-#[cfg(feature = "rdma")]
+/// Opens the RDMA device, which may be this process itself, and registers the region on it.
 fn open_verbs(config: &BrokerConfig, file: &RegionFile) -> Result<Arc<VerbsHost>, BrokerError> {
-    file.require_registrable()?;
+    let unusable = |source| BrokerError::Verbs { transport: config.transport, source };
     let region = file.region();
     let nodes = || region.fabric().mapping().nodes();
     let before = nodes();
+    let device = if config.transport == Transport::Roce {
+        let listen = config.data_listen.ip();
+        Context::software(config.roce.address.or((!listen.is_unspecified()).then_some(listen)))
+    } else {
+        file.require_registrable()?;
+        Context::find(config.rdma.device.as_deref())
+    };
     let host = VerbsHost::open(
         region.fabric(),
-        config.rdma.device.as_deref(),
+        device.map_err(unusable)?,
         config.rdma.isolation,
         config.rdma.lease_bytes.min(region.geometry().segment_bytes / 4),
-    )?;
+    )
+    .map_err(unusable)?;
     if config.max_batch_bytes > host.max_message_bytes() {
         let bound = format!("at most {}, the largest message of {}", host.max_message_bytes(), host.device());
         let value = config.max_batch_bytes.to_string();
@@ -477,7 +476,6 @@ fn spawn_workers(
             send_buffer_bytes: config.socket_buffer_bytes,
             receive_buffer_bytes: config.socket_buffer_bytes,
         },
-        #[cfg(feature = "rdma")]
         verbs: start.verbs.clone(),
         draining: Arc::clone(&exit.draining),
         connections: Arc::clone(&exit.connections),

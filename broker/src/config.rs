@@ -10,7 +10,7 @@ use embarcadero_datapath::transport::Isolation;
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 /// A value that cannot be.
@@ -170,6 +170,18 @@ pub enum Transport {
     Tcp,
     /// RDMA verbs beside TCP: clients choose. Without an RDMA device the broker does not start.
     Verbs,
+    /// The same with a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW. Clients over
+    /// verbs and clients with NICs in software can come.
+    Roce,
+}
+
+/// The NIC in software.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoceConfig {
+    /// Address of this host that packets go from and come to; unset takes that of `data_listen`, or if that is any
+    /// address, the first that other hosts can reach.
+    pub address: Option<IpAddr>,
 }
 
 /// RDMA verbs.
@@ -271,8 +283,10 @@ pub struct BrokerConfig {
     pub cxl: CxlConfig,
     /// What clients may use.
     pub transport: Transport,
-    /// RDMA verbs, where `transport` is `verbs`.
+    /// RDMA verbs, where `transport` is `verbs`; isolation and windows also with `roce`.
     pub rdma: RdmaConfig,
+    /// The NIC in software, where `transport` is `roce`.
+    pub roce: RoceConfig,
     /// Replication.
     pub replica: ReplicaConfig,
     /// Where publishers and subscribers connect; port 0 takes a free one.
@@ -323,6 +337,7 @@ impl Default for BrokerConfig {
             cxl: CxlConfig::default(),
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
+            roce: RoceConfig::default(),
             replica: ReplicaConfig::default(),
             data_listen: loopback,
             control_listen: loopback,

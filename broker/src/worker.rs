@@ -11,13 +11,11 @@ use crossbeam_channel::{Receiver, Sender};
 use embarcadero_datapath::cxl::Native;
 use embarcadero_datapath::poll::{Idle, Step};
 use embarcadero_datapath::transport::tcp::{SocketOptions, TcpConnection};
-#[cfg(feature = "rdma")]
 use embarcadero_datapath::transport::verbs::{VerbsEnd, VerbsHost, VerbsQueue};
 use embarcadero_datapath::transport::{
     Channel, Connection, Outbox, Outgoing, Poller, Ready, Received, TransportError, prepare_polling_thread,
 };
 use embarcadero_datapath::wire::{ErrorCode, Frame, VerbsConnect};
-#[cfg(feature = "rdma")]
 use std::collections::HashMap;
 use std::io;
 use std::net::TcpStream;
@@ -73,7 +71,6 @@ pub struct Shared {
     /// Kernel buffers.
     pub sockets: SocketOptions,
     /// The RDMA device, if the broker offers verbs.
-    #[cfg(feature = "rdma")]
     pub verbs: Option<Arc<VerbsHost>>,
     /// Set when the broker is about to leave: clients go to others.
     pub draining: Arc<AtomicBool>,
@@ -88,7 +85,6 @@ pub struct Shared {
 }
 
 /// What the thread's queue pairs complete.
-#[cfg(feature = "rdma")]
 struct Completions {
     queue: VerbsQueue,
     /// Number of a queue pair, and the slot of its connection.
@@ -96,7 +92,6 @@ struct Completions {
 }
 
 /// Token of the completion queue's descriptor.
-#[cfg(feature = "rdma")]
 const COMPLETIONS: u64 = u64::MAX;
 
 /// One polling thread.
@@ -105,7 +100,6 @@ pub struct Worker {
     shared: Shared,
     memory: Native,
     poller: Poller,
-    #[cfg(feature = "rdma")]
     verbs: Option<Completions>,
     ready: Vec<Ready>,
     clients: Vec<Option<Client>>,
@@ -169,7 +163,6 @@ impl Worker {
         let memory = shared.topics.region().fabric().clone();
         let WorkerSetup { index, accepted, ordered, idle, core, delegation, promoted, heartbeat } = setup;
         let poller = Poller::new()?;
-        #[cfg(feature = "rdma")]
         let verbs = match &shared.verbs {
             None => None,
             Some(host) => {
@@ -183,7 +176,6 @@ impl Worker {
             shared,
             memory,
             poller,
-            #[cfg(feature = "rdma")]
             verbs,
             ready: Vec::with_capacity(64),
             clients: Vec::new(),
@@ -230,7 +222,6 @@ impl Worker {
 
     /// Before the thread sleeps: has the device wake it, and looks a last time. True when there is something to do.
     fn has_completions(&mut self) -> bool {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             if let Err(error) = verbs.queue.arm() {
                 tracing::error!(worker = self.index, %error, "the RDMA device cannot be waited for");
@@ -241,7 +232,6 @@ impl Worker {
     }
 
     /// Hands completions to their connections. True when there were any.
-    #[cfg(feature = "rdma")]
     fn complete(&mut self) -> bool {
         let Some(Completions { queue, slots }) = &mut self.verbs else { return false };
         let clients = &mut self.clients;
@@ -264,7 +254,6 @@ impl Worker {
     }
 
     /// Ends the connections of a device that can no longer be used.
-    #[cfg(feature = "rdma")]
     fn lose_device(&mut self, error: &io::Error) {
         let Some(verbs) = self.verbs.take() else { return };
         tracing::error!(worker = self.index, %error, "the RDMA device is lost; its connections close");
@@ -274,7 +263,6 @@ impl Worker {
     }
 
     /// Takes what the device announces.
-    #[cfg(feature = "rdma")]
     fn heed_device(&mut self) {
         let (Some(host), Some(_)) = (&self.shared.verbs, &self.verbs) else { return };
         while let Some(event) = host.take_event() {
@@ -286,7 +274,6 @@ impl Worker {
     }
 
     /// Makes a queue pair for a connection that asks for one.
-    #[cfg(feature = "rdma")]
     fn upgrade(&mut self, slot: usize, request: &VerbsConnect) -> Result<(), TransportError> {
         let (Some(host), Some(Completions { queue, slots })) = (&self.shared.verbs, &mut self.verbs) else {
             return Err(no_verbs());
@@ -298,14 +285,8 @@ impl Worker {
         Ok(())
     }
 
-    #[cfg(not(feature = "rdma"))]
-    fn upgrade(&mut self, _: usize, _: &VerbsConnect) -> Result<(), TransportError> {
-        Err(no_verbs())
-    }
-
     /// Frees a slot, and what its connection holds.
     fn free(&mut self, slot: usize) {
-        #[cfg(feature = "rdma")]
         if let Some(Some(client)) = self.clients.get_mut(slot)
             && let Some(number) = client.link.verbs().map(|verbs| verbs.number())
         {
@@ -327,10 +308,7 @@ impl Worker {
             self.stood_still();
         }
         let mut moved = self.accept();
-        #[cfg(feature = "rdma")]
-        {
-            moved |= self.complete();
-        }
+        moved |= self.complete();
         let ready = std::mem::take(&mut self.ready);
         for ready in &ready {
             moved |= self.serve(*ready);
@@ -348,7 +326,6 @@ impl Worker {
         let check = looked.elapsed() >= IDLE_CHECK;
         if check {
             *looked = Instant::now();
-            #[cfg(feature = "rdma")]
             self.heed_device();
         }
         for slot in 0..self.clients.len() {
@@ -692,8 +669,7 @@ impl Worker {
 }
 
 fn no_verbs() -> TransportError {
-    let text =
-        "this broker does not offer verbs: start it with transport: verbs (its log says if it has lost its device)";
+    let text = "this broker does not offer verbs: start it with transport: verbs, or roce (its log says if it has lost its device)";
     TransportError::refused(ErrorCode::NoTransport, text)
 }
 

@@ -1,14 +1,12 @@
 //! A client of one cluster.
 
 use crate::config::ClientConfig;
-#[cfg(feature = "rdma")]
 use crate::config::Transport;
 use crate::control::Control;
 use crate::error::ClientError;
 use crate::link::LinkOptions;
 use crate::publisher::{Publisher, PublisherCore};
 use crate::subscriber::{Start, Subscriber};
-#[cfg(feature = "rdma")]
 use crate::verbs::VerbsDevice;
 use embarcadero_control::v1 as proto;
 use embarcadero_datapath::cxl::tables::Order;
@@ -161,7 +159,6 @@ pub(crate) struct Inner {
     pub(crate) config: ClientConfig,
     control: Mutex<Control>,
     publishers: Mutex<Vec<Weak<PublisherCore>>>,
-    #[cfg(feature = "rdma")]
     device: Mutex<Option<Arc<VerbsDevice>>>,
     stop: AtomicBool,
 }
@@ -177,22 +174,18 @@ impl Inner {
         Ok(LinkOptions {
             timeout: self.config.connect_timeout(),
             sockets: self.sockets(),
-            #[cfg(feature = "rdma")]
             batch_bytes: self.config.batch_bytes().1,
-            #[cfg(feature = "rdma")]
             acknowledged: self.config.ack_level > 0,
-            #[cfg(feature = "rdma")]
-            device: (self.config.transport == Transport::Verbs).then(|| self.device()).transpose()?,
+            device: (self.config.transport != Transport::Tcp).then(|| self.device()).transpose()?,
         })
     }
 
     /// The RDMA device in use; another one, if its port went down.
-    #[cfg(feature = "rdma")]
     fn device(&self) -> Result<Arc<VerbsDevice>, ClientError> {
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         match device.as_ref().filter(|device| device.is_usable()) {
             Some(device) => Ok(Arc::clone(device)),
-            None => Ok(Arc::clone(device.insert(VerbsDevice::open(&self.config.rdma)?))),
+            None => Ok(Arc::clone(device.insert(VerbsDevice::open(&self.config)?))),
         }
     }
 
@@ -268,7 +261,6 @@ impl Client {
             config,
             control,
             publishers: Mutex::new(Vec::new()),
-            #[cfg(feature = "rdma")]
             device: Mutex::new(None),
             stop: AtomicBool::new(false),
         });

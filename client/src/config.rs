@@ -3,6 +3,7 @@
 use crate::error::ClientError;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// How bytes travel.
@@ -13,6 +14,20 @@ pub enum Transport {
     Tcp,
     /// RDMA verbs. Never falls back to TCP.
     Verbs,
+    /// The same with a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW.
+    Roce,
+}
+
+impl Transport {
+    /// As it is configured.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+            Self::Roce => "roce",
+        }
+    }
 }
 
 /// RDMA verbs.
@@ -31,6 +46,14 @@ impl Default for RdmaConfig {
     }
 }
 
+/// The NIC in software.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RoceConfig {
+    /// Address of this host that packets go from and come to; unset takes the one from which the brokers are reached.
+    pub address: Option<IpAddr>,
+}
+
 /// A client's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -39,8 +62,10 @@ pub struct ClientConfig {
     pub bootstrap: Vec<String>,
     /// How bytes travel.
     pub transport: Transport,
-    /// RDMA verbs, where `transport` is `verbs`.
+    /// RDMA verbs, where `transport` is `verbs`; its ring also with `roce`.
     pub rdma: RdmaConfig,
+    /// The NIC in software, where `transport` is `roce`.
+    pub roce: RoceConfig,
     /// Acknowledgement level: 0 none, 1 ordered and visible.
     pub ack_level: u8,
     /// Bytes of a batch, header included, whatever the load. Unset, batches have `batch_size_min` to `batch_size_max`
@@ -71,6 +96,7 @@ impl Default for ClientConfig {
             bootstrap: vec!["127.0.0.1:7000".to_owned()],
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
+            roce: RoceConfig::default(),
             ack_level: 1,
             batch_size: None,
             batch_size_min: 64 << 10,

@@ -24,7 +24,6 @@ mod error;
 mod link;
 mod publisher;
 mod subscriber;
-#[cfg(feature = "rdma")]
 mod verbs;
 
 pub use client::{BrokerView, Client, ClusterView, StreamView, TopicOptions, TopicView};

@@ -1,7 +1,6 @@
 //! A publisher's connection to one broker. Never blocks once it is connected.
 
 use crate::error::ClientError;
-#[cfg(feature = "rdma")]
 use crate::verbs::{PublishPair, VerbsDevice};
 use embarcadero_datapath::transport::tcp::{SocketOptions, connect};
 use embarcadero_datapath::wire::batch::BatchBuilder;
@@ -9,7 +8,6 @@ use embarcadero_datapath::wire::{ERROR_TEXT_BYTES, ErrorCode, ErrorFrame, FRAME_
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
-#[cfg(feature = "rdma")]
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,19 +32,15 @@ pub(crate) struct LinkOptions {
     pub(crate) timeout: Duration,
     pub(crate) sockets: SocketOptions,
     /// Largest batch, header and body.
-    #[cfg(feature = "rdma")]
     pub(crate) batch_bytes: usize,
     /// Batches are acknowledged.
-    #[cfg(feature = "rdma")]
     pub(crate) acknowledged: bool,
     /// The device, for a link over verbs.
-    #[cfg(feature = "rdma")]
     pub(crate) device: Option<Arc<VerbsDevice>>,
 }
 
 pub(crate) struct Link {
     /// Beside the socket, if batches and frames travel over a queue pair.
-    #[cfg(feature = "rdma")]
     verbs: Option<Box<PublishPair>>,
     stream: TcpStream,
     buffer: Box<[u8]>,
@@ -58,7 +52,6 @@ impl Link {
     /// Connects and sends the opening frame; the answer comes through [`Link::poll`].
     pub(crate) fn open(address: SocketAddr, options: &LinkOptions, open: OpenPublish) -> io::Result<Self> {
         let mut stream = connect(address, options.timeout, options.sockets)?;
-        #[cfg(feature = "rdma")]
         let verbs = match &options.device {
             Some(device) => {
                 let pair = PublishPair::open(device, &mut stream, options)?;
@@ -68,29 +61,18 @@ impl Link {
         };
         stream.write_all(&open.encode())?;
         stream.set_nonblocking(true)?;
-        Ok(Self {
-            #[cfg(feature = "rdma")]
-            verbs,
-            stream,
-            buffer: vec![0; READ_BYTES].into_boxed_slice(),
-            start: 0,
-            end: 0,
-        })
+        Ok(Self { verbs, stream, buffer: vec![0; READ_BYTES].into_boxed_slice(), start: 0, end: 0 })
     }
 
     /// What to wait for: the socket (also for room, if `writable`), and what else becomes readable.
     pub(crate) fn descriptors(&self, writable: bool) -> impl Iterator<Item = (RawFd, bool)> {
-        #[cfg(feature = "rdma")]
         let (pair, writable) =
             (self.verbs.as_ref().map(|verbs| (verbs.descriptor(), false)), writable && self.verbs.is_none());
-        #[cfg(not(feature = "rdma"))]
-        let pair = None;
         std::iter::once((self.stream.as_raw_fd(), writable)).chain(pair)
     }
 
     /// Call before the last look that comes before waiting for [`Link::descriptors`].
     pub(crate) fn arm(&mut self) -> io::Result<()> {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             return verbs.arm();
         }
@@ -100,7 +82,6 @@ impl Link {
     /// Hands a sealed batch, of which `written` bytes are handed over, to the transport; returns how many it took.
     /// [`Link::flush`] must follow.
     pub(crate) fn write(&mut self, batch: &mut BatchBuilder, written: usize) -> io::Result<usize> {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             return verbs.stage(batch).map(|staged| if staged { batch.bytes().len() } else { 0 });
         }
@@ -113,7 +94,6 @@ impl Link {
 
     /// Batches that were handed over and are still read in place, at most; of a link without acknowledgements.
     pub(crate) fn in_use(&mut self) -> usize {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             return verbs.in_use();
         }
@@ -122,7 +102,6 @@ impl Link {
 
     /// Sends what the last calls of [`Link::write`] took.
     pub(crate) fn flush(&mut self) -> io::Result<()> {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             return verbs.flush();
         }
@@ -131,15 +110,12 @@ impl Link {
 
     /// Takes the next frame.
     pub(crate) fn poll(&mut self) -> LinkEvent {
-        #[cfg(feature = "rdma")]
         let failed = match self.verbs.as_mut().map(|verbs| verbs.poll()) {
             Some(Ok(Some(frame))) => return LinkEvent::Frame(frame),
             Some(Ok(None)) | None => false,
             // The socket may know why.
             Some(Err(_)) => true,
         };
-        #[cfg(not(feature = "rdma"))]
-        let failed = false;
         match self.poll_socket() {
             LinkEvent::Nothing if failed => LinkEvent::Lost,
             event => event,

@@ -3,7 +3,6 @@
 use crate::client::{BrokerView, Inner, TopicView};
 use crate::error::ClientError;
 use crate::link::{decode_refusal, refused};
-#[cfg(feature = "rdma")]
 use crate::verbs::{RingItem, RingPair};
 use embarcadero_datapath::transport::tcp::{connect, wait_any};
 use embarcadero_datapath::wire::batch::{BatchView, MAX_BATCH_BYTES, Messages};
@@ -103,7 +102,6 @@ struct Stream {
     broker: BrokerView,
     socket: Option<TcpStream>,
     /// Beside the socket, if deliveries arrive over verbs.
-    #[cfg(feature = "rdma")]
     ring: Option<Box<RingPair>>,
     buffer: Vec<u8>,
     start: usize,
@@ -124,7 +122,6 @@ impl Stream {
     fn connect(&mut self, inner: &Inner, topic: &TopicView) -> io::Result<()> {
         let options = inner.link_options().map_err(io::Error::other)?;
         let mut socket = connect(self.broker.data, options.timeout, options.sockets)?;
-        #[cfg(feature = "rdma")]
         {
             // The old ring goes before the new one comes.
             self.ring = None;
@@ -180,7 +177,6 @@ impl Stream {
 
     /// Takes the next item. An outer error is final, an inner one means that the connection is lost.
     fn take(&mut self) -> Result<io::Result<Item>, ClientError> {
-        #[cfg(feature = "rdma")]
         if self.ring.is_some() {
             match self.take_from_ring()? {
                 Ok(Item::Nothing) => {}
@@ -197,7 +193,6 @@ impl Stream {
         self.take_from_socket()
     }
 
-    #[cfg(feature = "rdma")]
     fn take_from_ring(&mut self) -> Result<io::Result<Item>, ClientError> {
         while let Some(ring) = &mut self.ring {
             let range = match ring.take() {
@@ -232,7 +227,6 @@ impl Stream {
 
     /// What the ranges of items are in.
     fn bytes(&self) -> &[u8] {
-        #[cfg(feature = "rdma")]
         if let Some(ring) = &self.ring {
             return ring.bytes();
         }
@@ -242,7 +236,6 @@ impl Stream {
     /// What to wait for. Look once more after this, and before waiting.
     fn descriptors(&mut self) -> io::Result<impl Iterator<Item = (RawFd, bool)> + use<>> {
         let socket = self.socket.as_ref().map(|socket| (socket.as_raw_fd(), false));
-        #[cfg(feature = "rdma")]
         let ring = match &mut self.ring {
             Some(ring) if socket.is_some() => {
                 ring.arm()?;
@@ -250,8 +243,6 @@ impl Stream {
             }
             _ => None,
         };
-        #[cfg(not(feature = "rdma"))]
-        let ring = None;
         Ok(socket.into_iter().chain(ring))
     }
 
@@ -346,7 +337,6 @@ impl Subscriber {
             id,
             broker: broker.clone(),
             socket: None,
-            #[cfg(feature = "rdma")]
             ring: None,
             buffer: vec![0; BUFFER_BYTES],
             start: 0,
@@ -446,7 +436,6 @@ impl Subscriber {
             }
             missing |= stream.socket.is_none();
         }
-        #[cfg(feature = "rdma")]
         if self.streams.iter().any(|stream| stream.ring.is_some()) {
             // What came before the rings were armed shows on no descriptor.
             if let found @ Some(_) = self.look()? {

@@ -1,7 +1,7 @@
 //! A client's end of a verbs connection: batches are written from their buffers into the broker's landing windows,
 //! deliveries arrive in a ring. `datapath/src/transport/verbs.rs` is the other end.
 
-use crate::config::RdmaConfig;
+use crate::config::{ClientConfig, Transport};
 use crate::error::ClientError;
 use crate::link::LinkOptions;
 use embarcadero_datapath::buffer::Buffer;
@@ -15,7 +15,7 @@ use embarcadero_datapath::wire::batch::BatchBuilder;
 use embarcadero_datapath::wire::{ERROR_TEXT_BYTES, FRAME_BYTES, Frame, VerbsConnect};
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,31 +30,42 @@ pub(crate) struct VerbsDevice {
 }
 
 impl VerbsDevice {
-    /// Opens the first of the configured devices that can be used.
-    pub(crate) fn open(config: &RdmaConfig) -> Result<Arc<Self>, ClientError> {
+    /// Opens the first of the configured devices that can be used; with `transport: roce` this process is the device.
+    pub(crate) fn open(config: &ClientConfig) -> Result<Arc<Self>, ClientError> {
+        let transport = config.transport.name();
         let unusable =
-            |error: &dyn std::fmt::Display| ClientError::Unreachable(format!("transport is verbs, but {error}"));
-        let named: Vec<Option<&str>> = match &config.devices[..] {
-            [] => vec![None],
-            names => names.iter().map(|name| Some(name.as_str())).collect(),
-        };
-        let mut last = None;
-        for name in named {
-            match Context::find(name) {
-                Ok((context, port)) => {
-                    let domain = ProtectionDomain::new(&context).map_err(|error| unusable(&error))?;
-                    return Ok(Arc::new(Self { port, domain }));
-                }
-                Err(error) => last = Some(unusable(&error)),
+            |error: &dyn std::fmt::Display| ClientError::Unreachable(format!("transport is {transport}, but {error}"));
+        let found = if config.transport == Transport::Roce {
+            Context::software(config.roce.address.or_else(|| address_towards(&config.bootstrap)))
+        } else {
+            match &config.rdma.devices[..] {
+                [] => Context::find(None),
+                [first, others @ ..] => others
+                    .iter()
+                    .fold(Context::find(Some(first)), |found, other| found.or_else(|_| Context::find(Some(other)))),
             }
-        }
-        Err(last.unwrap_or_else(|| unusable(&"no device is configured")))
+        };
+        let (context, port) = found.map_err(|error| unusable(&error))?;
+        let domain = ProtectionDomain::new(&context).map_err(|error| unusable(&error))?;
+        Ok(Arc::new(Self { port, domain }))
     }
 
     /// True while its port is up.
     pub(crate) fn is_usable(&self) -> bool {
         self.domain.context().is_active(self.port.number)
     }
+}
+
+/// The address of this host from which it reaches one of the endpoints.
+fn address_towards(endpoints: &[String]) -> Option<IpAddr> {
+    let towards = |to: SocketAddr| {
+        // Nothing is sent: connecting only chooses a route.
+        let any = if to.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+        let socket = UdpSocket::bind((any, 0)).ok()?;
+        socket.connect(to).ok()?;
+        socket.local_addr().ok().map(|address| address.ip())
+    };
+    endpoints.iter().filter_map(|endpoint| endpoint.to_socket_addrs().ok()).flatten().find_map(towards)
 }
 
 /// A connected queue pair, and the frames that arrive on it.

@@ -38,7 +38,6 @@ impl Buffer {
     }
 
     /// The pages, to keep them alive and to find them.
-    #[cfg(feature = "rdma")]
     pub(crate) fn pages(&self) -> &Arc<memmap2::MmapRaw> {
         &self.pages
     }

@@ -9,6 +9,5 @@ pub mod cxl;
 pub mod poll;
 pub mod transport;
 pub mod uring;
-#[cfg(feature = "rdma")]
 pub mod verbs;
 pub mod wire;

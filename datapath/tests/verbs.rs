@@ -1,7 +1,5 @@
-//! The verbs layer against a real device: two queue pairs of this process, connected to each other.
-//!
-//! Needs an RDMA device (`scripts/lab run -- ...` has one), hence ignored elsewhere.
-#![cfg(feature = "rdma")]
+//! The verbs layer: two queue pairs of this process, connected to each other, of a NIC in software (which needs
+//! CAP_NET_RAW) and of a device of the host (`scripts/lab run -- ...` has one; ignored elsewhere).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use embarcadero_datapath::buffer::Buffer;
@@ -9,10 +7,57 @@ use embarcadero_datapath::verbs::{
     Completion, CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, Outcome, ProtectionDomain, QueuePair,
     QueuePairOptions, Request, Sending, SharedReceiveQueue, Work, WorkError, windows_are_enforced,
 };
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const BYTES: usize = 1 << 20;
+
+type Open = fn() -> (Arc<Context>, LocalPort);
+
+fn hardware() -> (Arc<Context>, LocalPort) {
+    Context::find(None).unwrap()
+}
+
+fn software() -> (Arc<Context>, LocalPort) {
+    Context::software(Some(Ipv4Addr::LOCALHOST.into())).unwrap()
+}
+
+fn software_over_ipv6() -> (Arc<Context>, LocalPort) {
+    Context::software(Some(Ipv6Addr::LOCALHOST.into())).unwrap()
+}
+
+macro_rules! on_all {
+    ($($test:ident),* $(,)?) => {
+        mod on_a_device_of_the_host {
+            $(#[test]
+            #[ignore = "needs an RDMA device: scripts/lab has one"]
+            fn $test() {
+                super::$test(super::hardware);
+            })*
+        }
+        mod on_a_nic_in_software {
+            $(#[test]
+            fn $test() {
+                super::$test(super::software);
+            })*
+        }
+        mod on_a_nic_in_software_over_ipv6 {
+            $(#[test]
+            fn $test() {
+                super::$test(super::software_over_ipv6);
+            })*
+        }
+    };
+}
+on_all!(
+    a_window_is_open_to_its_queue_pair_alone,
+    a_write_outside_a_registration_is_refused_and_changes_nothing,
+    the_probe_of_windows_answers,
+    a_closed_window_refuses_and_others_are_not_disturbed,
+    a_chain_arrives_in_order_and_a_write_without_bytes_signals,
+    large_writes_arrive_whole,
+);
 
 /// A side that is written to, and the side that writes.
 struct Pair {
@@ -27,15 +72,15 @@ struct Host {
     domain: Arc<ProtectionDomain>,
     receives: Arc<SharedReceiveQueue>,
     memory: Buffer,
-    region: Arc<MemoryRegion>,
+    region: MemoryRegion,
 }
 
 impl Host {
-    fn new() -> Self {
-        let (context, port) = Context::find(None).unwrap();
+    fn new(open: Open) -> Self {
+        let (context, port) = open();
         let domain = ProtectionDomain::new(&context).unwrap();
         let memory = Buffer::zeroed(BYTES).unwrap();
-        let region = Arc::new(MemoryRegion::for_windows(&domain, &memory).unwrap());
+        let region = MemoryRegion::for_windows(&domain, &memory).unwrap();
         let receives = SharedReceiveQueue::new(&domain, 64).unwrap();
         Self { port, domain, receives, memory, region }
     }
@@ -76,10 +121,8 @@ fn request(work: Work<'_>) -> Request<'_> {
     Request { id: 7, signaled: true, work }
 }
 
-#[test]
-#[ignore = "needs an RDMA device: scripts/lab has one"]
-fn a_window_is_open_to_its_queue_pair_alone() {
-    let host = Host::new();
+fn a_window_is_open_to_its_queue_pair_alone(open: Open) {
+    let host = Host::new(open);
     let mut pair = host.pair();
     let mut other = host.pair();
     let window = MemoryWindow::new(&host.region, 4096, 8192).unwrap();
@@ -101,10 +144,8 @@ fn a_window_is_open_to_its_queue_pair_alone() {
     assert!(error.is_remote_access(), "{error}");
 }
 
-#[test]
-#[ignore = "needs an RDMA device: scripts/lab has one"]
-fn a_write_outside_a_registration_is_refused_and_changes_nothing() {
-    let host = Host::new();
+fn a_write_outside_a_registration_is_refused_and_changes_nothing(open: Open) {
+    let host = Host::new(open);
     let mut memory = Buffer::zeroed(8192).unwrap();
     memory.fill(5);
     let writable = MemoryRegion::writable(&host.domain, &memory).unwrap();
@@ -118,25 +159,21 @@ fn a_write_outside_a_registration_is_refused_and_changes_nothing() {
         assert!(error.is_remote_access(), "{error}");
     }
     // Another domain's queue pair has no key to it.
-    let stranger = Host::new();
+    let stranger = Host::new(open);
     let mut pair = stranger.pair();
     pair.near.post(&[request(Work::WriteInline(&[6; 64], writable.remote(0, 64), None))]).unwrap();
     assert!(failure(wait(&mut pair.near_queue)).is_remote_access());
     assert!(memory.iter().all(|byte| *byte == 5));
 }
 
-#[test]
-#[ignore = "needs an RDMA device: scripts/lab has one"]
-fn the_probe_of_windows_answers() {
-    let host = Host::new();
+fn the_probe_of_windows_answers(open: Open) {
+    let host = Host::new(open);
     let enforced = windows_are_enforced(host.domain.context(), &host.port).unwrap();
     println!("this device keeps a peer inside a window: {enforced}");
 }
 
-#[test]
-#[ignore = "needs an RDMA device: scripts/lab has one"]
-fn a_closed_window_refuses_and_others_are_not_disturbed() {
-    let mut host = Host::new();
+fn a_closed_window_refuses_and_others_are_not_disturbed(open: Open) {
+    let mut host = Host::new(open);
     let mut pair = host.pair();
     let mut other = host.pair();
     let window = MemoryWindow::new(&host.region, 0, 4096).unwrap();
@@ -157,10 +194,8 @@ fn a_closed_window_refuses_and_others_are_not_disturbed() {
     assert!(host.memory[4096..4160].iter().all(|byte| *byte == 3));
 }
 
-#[test]
-#[ignore = "needs an RDMA device: scripts/lab has one"]
-fn a_chain_arrives_in_order_and_a_write_without_bytes_signals() {
-    let host = Host::new();
+fn a_chain_arrives_in_order_and_a_write_without_bytes_signals(open: Open) {
+    let host = Host::new(open);
     let mut pair = host.pair();
     let window = MemoryWindow::new(&host.region, 0, 65536).unwrap();
     pair.far.post(&[request(Work::Open(&window))]).unwrap();
@@ -189,4 +224,38 @@ fn a_chain_arrives_in_order_and_a_write_without_bytes_signals() {
     assert_eq!(outcomes, expected);
     assert_eq!(wait(&mut pair.near_queue).id, 9);
     assert!((0..10).all(|number| host.memory[64 * number] == if number % 2 == 0 { 9 } else { 0 }));
+}
+
+fn large_writes_arrive_whole(open: Open) {
+    let (context, port) = open();
+    let domain = ProtectionDomain::new(&context).unwrap();
+    let receives = SharedReceiveQueue::new(&domain, 64).unwrap();
+    const LEN: usize = 8 << 20;
+    let (mut source, memory) = (Buffer::zeroed(LEN).unwrap(), Buffer::zeroed(LEN).unwrap());
+    for (index, byte) in source.iter_mut().enumerate() {
+        *byte = (index % 251) as u8;
+    }
+    let region = MemoryRegion::for_windows(&domain, &memory).unwrap();
+    let host = Host { port, domain, receives, memory, region };
+    let mut pair = host.pair();
+    let window = MemoryWindow::new(&host.region, 0, LEN as u64).unwrap();
+    pair.far.post(&[request(Work::Open(&window))]).unwrap();
+    wait(&mut pair.far_queue);
+    let local = MemoryRegion::local(&host.domain, &source).unwrap();
+    // The last is as large as soft-RoCE takes (rxe_param.h, RXE_MAX_MSG_SZ).
+    for len in [1, 63, 4095, 4096, 4097, 65_536, 1_000_001, LEN as u32] {
+        let at = LEN as u64 - u64::from(len);
+        let write = Work::Write(Some(local.range(at, len)), window.remote().offset(at), Some(len));
+        pair.near.post(&[request(write)]).unwrap();
+        // Both are polled: who writes also answers.
+        let (mut sent, mut written) = (None, None);
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while (sent.is_none() || written.is_none()) && Instant::now() < deadline {
+            pair.near_queue.poll(|completion| sent = Some(completion.outcome)).unwrap();
+            pair.far_queue.poll(|completion| written = Some(completion.outcome)).unwrap();
+        }
+        assert_eq!((sent, written), (Some(Outcome::Sent), Some(Outcome::Written { bytes: len, immediate: len })));
+        assert!(host.memory[at as usize..] == source[at as usize..], "{len} bytes differ");
+        host.receives.post(1).unwrap();
+    }
 }

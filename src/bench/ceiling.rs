@@ -137,34 +137,19 @@ fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
     Ok(histogram.value_at_quantile(0.5) as f64 / 1e9)
 }
 
-#[cfg(feature = "rdma")]
-pub use with_rdma::{verbs_ping_pong, verbs_write};
-#[cfg(not(feature = "rdma"))]
-pub use without_rdma::{verbs_ping_pong, verbs_write};
+pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
 
-#[cfg(not(feature = "rdma"))]
-mod without_rdma {
-    use super::{Pair, Result};
-    use anyhow::bail;
-
-    pub fn verbs_write(_: Pair, _: usize, _: f64) -> Result<f64> {
-        bail!("this build has no RDMA (cargo feature rdma)")
-    }
-
-    pub fn verbs_ping_pong(_: Pair, _: usize, _: f64) -> Result<f64> {
-        bail!("this build has no RDMA (cargo feature rdma)")
-    }
-}
-
-#[cfg(feature = "rdma")]
-mod with_rdma {
+/// A device of the host, or a NIC in software.
+mod verbs {
     use super::{Context as _, Duration, Instant, Pair, Result};
+    use crate::settings::TransportArg;
     use anyhow::bail;
     use embarcadero_datapath::buffer::Buffer;
     use embarcadero_datapath::verbs::{
         CompletionQueue, Context, MemoryRegion, Outcome, ProtectionDomain, QueuePair, QueuePairOptions, RemoteRange,
         Request, Sending, SharedReceiveQueue, Work,
     };
+    use std::net::Ipv4Addr;
     use std::sync::Arc;
 
     /// Requests that are under way at most.
@@ -186,8 +171,11 @@ mod with_rdma {
         arrived: u64,
     }
 
-    fn ends(bytes: usize) -> Result<(End, End)> {
-        let (context, port) = Context::find(None)?;
+    fn ends(transport: TransportArg, bytes: usize) -> Result<(End, End)> {
+        let (context, port) = match transport {
+            TransportArg::Roce => Context::software(Some(Ipv4Addr::LOCALHOST.into()))?,
+            _ => Context::find(None)?,
+        };
         let domain = ProtectionDomain::new(&context).context("cannot make a protection domain")?;
         let half = || -> Result<_> {
             let receives = SharedReceiveQueue::new(&domain, 2 * DEPTH)?;
@@ -241,8 +229,8 @@ mod with_rdma {
     }
 
     /// One thread WRITEs with immediate data, another takes the completions: bytes a second.
-    pub fn verbs_write(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
-        let (mut near, mut far) = ends(bytes)?;
+    pub fn write(transport: TransportArg, cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+        let (mut near, mut far) = ends(transport, bytes)?;
         let stop = std::sync::atomic::AtomicBool::new(false);
         let ordering = std::sync::atomic::Ordering::Relaxed;
         std::thread::scope(|scope| {
@@ -284,8 +272,8 @@ mod with_rdma {
     }
 
     /// Two threads write to each other in turn, both polling: half the round trip, the median, seconds.
-    pub fn verbs_ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
-        let (mut near, mut far) = ends(bytes)?;
+    pub fn ping_pong(transport: TransportArg, cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+        let (mut near, mut far) = ends(transport, bytes)?;
         let stop = std::sync::atomic::AtomicBool::new(false);
         let ordering = std::sync::atomic::Ordering::Relaxed;
         std::thread::scope(|scope| {

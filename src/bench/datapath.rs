@@ -52,9 +52,10 @@ fn transport_alone(args: &BenchArgs, bytes: usize) -> Result<(f64, f64)> {
             ceiling::tcp_receive_into_region(cores, bytes, seconds)?,
             ceiling::tcp_ping_pong(cores, bytes, seconds)? / 2.0,
         ),
-        TransportArg::Verbs => {
-            (ceiling::verbs_write(cores, bytes, seconds)?, ceiling::verbs_ping_pong(cores, bytes, seconds)?)
-        }
+        other => (
+            ceiling::verbs_write(other, cores, bytes, seconds)?,
+            ceiling::verbs_ping_pong(other, cores, bytes, seconds)?,
+        ),
     })
 }
 
@@ -148,7 +149,7 @@ fn beside_perftest(args: &BenchArgs, device: &str) -> Result<()> {
     for _ in 0..args.runs {
         // MiB/s and microseconds.
         bandwidths.push(perftest("ib_write_bw", device, WRITE, 3, args.seconds)? * f64::from(1 << 20));
-        alone.push(ceiling::verbs_write(args.pair(), WRITE as usize, args.seconds)?);
+        alone.push(ceiling::verbs_write(args.transport, args.pair(), WRITE as usize, args.seconds)?);
         publish.push(publish_goodput(args)?);
         let message = args.message_bytes as u64;
         let write = perftest("ib_write_lat", device, message, 4, args.seconds)?;

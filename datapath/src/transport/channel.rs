@@ -1,7 +1,6 @@
 //! A broker's end of a connection, whatever carries it.
 
 use super::tcp::TcpConnection;
-#[cfg(feature = "rdma")]
 use super::verbs::VerbsEnd;
 use super::{Connection, Landing, Outbox, Received, TransportError};
 use crate::cxl::Native;
@@ -10,7 +9,6 @@ use std::os::fd::RawFd;
 /// A TCP connection, with a queue pair beside it once the peer has asked for one.
 pub struct Channel {
     // First, so that it is dropped first: the NIC lets go of memory before anybody else does.
-    #[cfg(feature = "rdma")]
     verbs: Option<Box<VerbsEnd>>,
     socket: TcpConnection,
 }
@@ -19,21 +17,15 @@ impl Channel {
     /// A connection over TCP.
     #[must_use]
     pub fn new(socket: TcpConnection) -> Self {
-        Self {
-            #[cfg(feature = "rdma")]
-            verbs: None,
-            socket,
-        }
+        Self { verbs: None, socket }
     }
 
     /// Moves batches and frames over to a queue pair.
-    #[cfg(feature = "rdma")]
     pub fn upgrade(&mut self, verbs: VerbsEnd) {
         self.verbs = Some(Box::new(verbs));
     }
 
     /// The queue pair, if there is one.
-    #[cfg(feature = "rdma")]
     pub fn verbs(&mut self) -> Option<&mut VerbsEnd> {
         self.verbs.as_deref_mut()
     }
@@ -41,10 +33,7 @@ impl Channel {
     /// True when batches go over a queue pair.
     #[must_use]
     pub fn is_verbs(&self) -> bool {
-        #[cfg(feature = "rdma")]
-        return self.verbs.is_some();
-        #[cfg(not(feature = "rdma"))]
-        false
+        self.verbs.is_some()
     }
 
     /// The socket, for a [`super::Poller`].
@@ -65,7 +54,6 @@ impl Channel {
 
     /// The peer is to write nothing more into the region: its landing windows close before this returns.
     pub fn close_windows(&mut self) {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             verbs.close_windows();
         }
@@ -74,7 +62,6 @@ impl Channel {
     /// True when [`Connection::receive`] has something to take that the socket does not show.
     #[must_use]
     pub fn has_work(&self) -> bool {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &self.verbs {
             return verbs.has_work();
         }
@@ -84,7 +71,6 @@ impl Channel {
     /// True when [`Connection::send`] has something to do even if the outbox is empty.
     #[must_use]
     pub fn has_to_send(&self) -> bool {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &self.verbs {
             return verbs.has_to_send();
         }
@@ -94,7 +80,6 @@ impl Channel {
     /// True when what waits in `outbox` waits for room in the socket.
     #[must_use]
     pub fn waits_for_socket(&self, outbox: &Outbox) -> bool {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &self.verbs {
             return verbs.waits_for_socket();
         }
@@ -104,7 +89,6 @@ impl Channel {
 
 impl Connection for Channel {
     fn receive(&mut self, memory: &Native, landing: &mut impl Landing) -> Result<Received, TransportError> {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             match verbs.receive(memory, landing)? {
                 Received::Nothing => {}
@@ -115,7 +99,6 @@ impl Connection for Channel {
     }
 
     fn send(&mut self, memory: &Native, outbox: &mut Outbox) -> Result<u64, TransportError> {
-        #[cfg(feature = "rdma")]
         if let Some(verbs) = &mut self.verbs {
             return verbs.send(&mut self.socket, memory, outbox);
         }

@@ -8,7 +8,6 @@ mod channel;
 mod poller;
 pub mod roce;
 pub mod tcp;
-#[cfg(feature = "rdma")]
 pub mod verbs;
 
 pub use channel::Channel;
@@ -169,7 +168,6 @@ impl Outgoing {
     }
 
     /// True for what only a socket carries.
-    #[cfg(feature = "rdma")]
     fn is_for_socket(&self) -> bool {
         matches!(self.head, Head::Bytes(_))
     }
@@ -256,13 +254,11 @@ impl Outbox {
     }
 
     /// The NIC is done with the first.
-    #[cfg(feature = "rdma")]
     fn pop_posted(&mut self) {
         self.posted -= usize::from(self.queue.pop_front().is_some());
     }
 
     /// Takes out what is no frame and comes next.
-    #[cfg(feature = "rdma")]
     fn take_bytes(&mut self) -> Option<Outgoing> {
         let next = self.queue.get(self.posted)?;
         if next.is_for_socket() { self.queue.remove(self.posted) } else { None }

@@ -38,6 +38,12 @@ impl Poller {
         Ok(Self { epoll, events: vec![libc::epoll_event { events: 0, u64: 0 }; 64] })
     }
 
+    /// Readable when one of its sockets is ready.
+    #[must_use]
+    pub fn descriptor(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
     fn control(&self, operation: libc::c_int, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
         let mut events = (libc::EPOLLIN | libc::EPOLLRDHUP) as u32;
         if writable {

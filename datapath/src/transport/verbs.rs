@@ -44,25 +44,23 @@ pub struct VerbsHost {
     context: Arc<Context>,
     port: LocalPort,
     domain: Arc<ProtectionDomain>,
-    region: Arc<MemoryRegion>,
+    region: MemoryRegion,
     memory: Native,
     windows: bool,
     lease_bytes: u64,
 }
 
 impl VerbsHost {
-    /// Opens a device (the first with an active port, unless `device` names one) and registers the whole region.
-    /// Landing windows have at most `lease_bytes`.
+    /// Registers the whole region on a device. Landing windows have at most `lease_bytes`.
     ///
     /// # Errors
     /// [`VerbsError`], which says what is missing.
     pub fn open(
         memory: &Native,
-        device: Option<&str>,
+        (context, port): (Arc<Context>, LocalPort),
         isolation: Isolation,
         lease_bytes: u64,
     ) -> Result<Arc<Self>, VerbsError> {
-        let (context, port) = Context::find(device)?;
         let domain = ProtectionDomain::new(&context).map_err(context.error("make a protection domain"))?;
         let whole = (memory, RegionOffset(0), crate::cxl::Fabric::bytes(memory));
         let region = MemoryRegion::for_windows(&domain, &whole).map_err(context.error("register the region"))?;
@@ -73,15 +71,7 @@ impl VerbsHost {
                 windows_are_enforced(&context, &port).map_err(context.error("try the memory windows"))?
             }
         };
-        Ok(Arc::new(Self {
-            context,
-            port,
-            domain,
-            region: Arc::new(region),
-            memory: memory.clone(),
-            windows,
-            lease_bytes,
-        }))
+        Ok(Arc::new(Self { context, port, domain, region, memory: memory.clone(), windows, lease_bytes }))
     }
 
     /// The device's name.

@@ -27,7 +27,7 @@ pub fn windows_are_enforced(context: &Arc<Context>, port: &LocalPort) -> io::Res
     }
     let domain = ProtectionDomain::new(context)?;
     let memory = Buffer::zeroed(2 * PAGE)?;
-    let region = Arc::new(MemoryRegion::for_windows(&domain, &memory)?);
+    let region = MemoryRegion::for_windows(&domain, &memory)?;
     let receives = SharedReceiveQueue::new(&domain, 1)?;
     let (mut near_queue, mut far_queue) = (CompletionQueue::new(context, 16)?, CompletionQueue::new(context, 16)?);
     let options = |shared| QueuePairOptions { send_depth: 4, receive_depth: 1, inline_bytes: 64, shared };

@@ -5,10 +5,8 @@
 
 use super::{BatchHeader, FRAME_BYTES, WireError, crc32c};
 use crate::buffer::Buffer;
-#[cfg(feature = "rdma")]
 use crate::verbs::{LocalRange, MemoryRegion, ProtectionDomain};
 use std::io;
-#[cfg(feature = "rdma")]
 use std::sync::Arc;
 
 /// Flag of [`BatchHeader`]: `body_checksum` holds the CRC32C of the body.
@@ -153,7 +151,6 @@ pub struct BatchBuilder {
     bytes: Buffer,
     lengths: Vec<u32>,
     /// The buffer as NICs know it, one for each device that sent from it.
-    #[cfg(feature = "rdma")]
     registrations: Vec<MemoryRegion>,
 }
 
@@ -165,12 +162,7 @@ impl BatchBuilder {
     pub fn new(capacity: usize) -> io::Result<Self> {
         let mut bytes = Buffer::new(capacity.max(FRAME_BYTES))?;
         bytes.resize(FRAME_BYTES);
-        Ok(Self {
-            bytes,
-            lengths: Vec::with_capacity(1024),
-            #[cfg(feature = "rdma")]
-            registrations: Vec::new(),
-        })
+        Ok(Self { bytes, lengths: Vec::with_capacity(1024), registrations: Vec::new() })
     }
 
     /// Most bytes that it can have.
@@ -183,7 +175,6 @@ impl BatchBuilder {
     ///
     /// # Errors
     /// The buffer cannot be registered on the device.
-    #[cfg(feature = "rdma")]
     pub fn local(&mut self, domain: &Arc<ProtectionDomain>) -> io::Result<LocalRange> {
         let len = self.bytes.len() as u32;
         if let Some(known) = self.registrations.iter().find(|region| Arc::ptr_eq(region.domain(), domain)) {

@@ -49,8 +49,13 @@ impl PathMtu {
     /// The largest for which a link whose frames carry `link_mtu` bytes has room.
     #[must_use]
     pub const fn of_link(link_mtu: usize) -> Option<Self> {
-        let room = link_mtu.saturating_sub(packet::MAX_HEADER_BYTES + packet::MAX_TRAILER_BYTES);
-        Some(match room {
+        Self::of_payload(link_mtu.saturating_sub(packet::MAX_HEADER_BYTES + packet::MAX_TRAILER_BYTES))
+    }
+
+    /// The largest of at most so many bytes.
+    #[must_use]
+    pub const fn of_payload(bytes: usize) -> Option<Self> {
+        Some(match bytes {
             4096.. => Self::Mtu4096,
             2048.. => Self::Mtu2048,
             1024.. => Self::Mtu1024,

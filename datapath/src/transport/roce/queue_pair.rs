@@ -208,6 +208,12 @@ impl<B: AsRef<[u8]>> QueuePair<B> {
         }
     }
 
+    /// Whether a receive waits to be used.
+    #[must_use]
+    pub fn has_receive(&self) -> bool {
+        self.responder.has_receive()
+    }
+
     /// The next completion.
     pub fn poll(&mut self) -> Option<Completion> {
         self.completions.pop_front()

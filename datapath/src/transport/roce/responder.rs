@@ -111,6 +111,10 @@ impl Responder {
         self.receives.push_back(receive);
     }
 
+    pub fn has_receive(&self) -> bool {
+        !self.receives.is_empty()
+    }
+
     /// Receives that were not used, that of a message which did not become whole first.
     pub fn take_receives(&mut self) -> impl Iterator<Item = Receive> {
         let begun = match self.current.take() {

@@ -1,0 +1,164 @@
+//! Completion queues, and what they say.
+
+use super::super::completion::{Completion, Outcome, WorkError};
+use super::device::Context;
+use super::{check, set_nonblocking};
+use rdma_sys as ffi;
+use std::ffi::CStr;
+use std::io;
+use std::mem::zeroed;
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+/// Completions taken by one call.
+const POLLED: usize = 32;
+
+/// What a status means.
+pub(in super::super) fn status_text(status: u32) -> String {
+    // SAFETY: takes a number and returns a static string, also for numbers that it does not know.
+    unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) }.to_string_lossy().into_owned()
+}
+
+pub(in super::super) fn is_flush(status: u32) -> bool {
+    status == ffi::IBV_WC_WR_FLUSH_ERR
+}
+
+pub(in super::super) fn is_remote_access(status: u32) -> bool {
+    status == ffi::IBV_WC_REM_ACCESS_ERR
+}
+
+pub(super) struct RawQueue {
+    queue: NonNull<ffi::ibv_cq>,
+    channel: NonNull<ffi::ibv_comp_channel>,
+    _context: Arc<Context>,
+}
+
+// SAFETY: libibverbs serialises calls on a queue and its channel.
+unsafe impl Send for RawQueue {}
+// SAFETY: as above.
+unsafe impl Sync for RawQueue {}
+
+impl RawQueue {
+    pub(super) fn raw(&self) -> *mut ffi::ibv_cq {
+        self.queue.as_ptr()
+    }
+}
+
+impl Drop for RawQueue {
+    fn drop(&mut self) {
+        // SAFETY: queue pairs hold this, so none uses it any more; every event was acknowledged as it was taken; each is
+        // given back once, the queue before its channel.
+        unsafe {
+            ffi::ibv_destroy_cq(self.queue.as_ptr());
+            ffi::ibv_destroy_comp_channel(self.channel.as_ptr());
+        }
+    }
+}
+
+/// A completion queue, polled by one thread.
+pub struct CompletionQueue {
+    raw: Arc<RawQueue>,
+    polled: Box<[ffi::ibv_wc; POLLED]>,
+    armed: bool,
+}
+
+// SAFETY: `polled` is scratch memory; its pointers are never followed.
+unsafe impl Send for CompletionQueue {}
+
+impl CompletionQueue {
+    /// A queue for `depth` completions. The caller sees to it that no more can be outstanding: the device does not
+    /// recover from an overrun.
+    ///
+    /// # Errors
+    /// What the library reports.
+    pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
+        // SAFETY: the context is open.
+        let channel = unsafe { ffi::ibv_create_comp_channel(context.raw()) };
+        let channel = NonNull::new(channel).ok_or_else(io::Error::last_os_error)?;
+        // SAFETY: context and channel live; no user data is attached.
+        let queue = unsafe {
+            let depth = depth.cast_signed();
+            ffi::ibv_create_cq(context.raw(), depth, std::ptr::null_mut(), channel.as_ptr(), 0)
+        };
+        let Some(queue) = NonNull::new(queue) else {
+            let error = io::Error::last_os_error();
+            // SAFETY: made above, and nothing uses it.
+            unsafe { ffi::ibv_destroy_comp_channel(channel.as_ptr()) };
+            return Err(error);
+        };
+        let raw = Arc::new(RawQueue { queue, channel, _context: Arc::clone(context) });
+        // SAFETY: plain data, for which zero is valid.
+        let queue = Self { raw, polled: Box::new(unsafe { zeroed() }), armed: false };
+        let descriptor = queue.descriptor();
+        set_nonblocking(descriptor)?;
+        Ok(queue)
+    }
+
+    pub(super) fn handle(&self) -> &Arc<RawQueue> {
+        &self.raw
+    }
+
+    /// Readable when there are completions after [`CompletionQueue::arm`].
+    #[must_use]
+    pub fn descriptor(&self) -> RawFd {
+        // SAFETY: the channel lives.
+        unsafe { self.raw.channel.as_ref() }.fd
+    }
+
+    /// Takes what is complete, at most 32; returns how many that was. Does not allocate.
+    ///
+    /// # Errors
+    /// What `ibv_poll_cq` reports: the device is gone.
+    #[inline]
+    pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
+        // SAFETY: the array has as many places as stated.
+        let count = unsafe { ffi::ibv_poll_cq(self.raw.raw(), POLLED as i32, self.polled.as_mut_ptr()) };
+        let Ok(count) = usize::try_from(count) else {
+            return Err(io::Error::other(format!("the completion queue cannot be polled ({count})")));
+        };
+        for work in self.polled.iter().take(count) {
+            each(completion(work));
+        }
+        Ok(count)
+    }
+
+    /// Makes [`CompletionQueue::descriptor`] readable at the next completion. Poll once more before waiting for it.
+    ///
+    /// # Errors
+    /// What `ibv_req_notify_cq` reports.
+    pub fn arm(&mut self) -> io::Result<()> {
+        self.clear();
+        self.armed = true;
+        // SAFETY: the queue lives.
+        check(unsafe { ffi::ibv_req_notify_cq(self.raw.raw(), 0) })
+    }
+
+    /// Takes back that the descriptor is readable.
+    fn clear(&mut self) {
+        if !std::mem::take(&mut self.armed) {
+            return;
+        }
+        let (mut queue, mut context) = (std::ptr::null_mut(), std::ptr::null_mut());
+        // SAFETY: the channel lives and does not block; the library fills in both pointers when it returns 0.
+        while unsafe { ffi::ibv_get_cq_event(self.raw.channel.as_ptr(), &raw mut queue, &raw mut context) } == 0 {
+            // SAFETY: one event was taken from this queue, the only one of its channel.
+            unsafe { ffi::ibv_ack_cq_events(queue, 1) };
+        }
+    }
+}
+
+fn completion(work: &ffi::ibv_wc) -> Completion {
+    let outcome = if work.status != ffi::IBV_WC_SUCCESS {
+        Outcome::Failed(WorkError::Hardware { status: work.status, vendor: work.vendor_err })
+    } else if work.opcode == ffi::IBV_WC_RECV_RDMA_WITH_IMM {
+        // SAFETY: a completion of this kind has immediate data.
+        let immediate = u32::from_be(unsafe { work.__bindgen_anon_1.imm_data });
+        Outcome::Written { bytes: work.byte_len, immediate }
+    } else if work.opcode & ffi::IBV_WC_RECV != 0 {
+        Outcome::Message { bytes: work.byte_len }
+    } else {
+        Outcome::Sent
+    };
+    Completion { queue_pair: work.qp_num, id: work.wr_id, outcome }
+}

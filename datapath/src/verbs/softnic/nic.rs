@@ -1,0 +1,113 @@
+//! The NIC itself: an address of this host.
+
+use super::super::{LocalPort, VerbsError};
+use super::memory::{Domain, Keys};
+use super::socket;
+use crate::transport::roce::{Nanos, PathMtu};
+use nix::ifaddrs::{InterfaceAddress, getifaddrs};
+use nix::net::if_::InterfaceFlags;
+use socket2::Socket;
+use std::io;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Largest message, bytes: its packets are far fewer than packets have numbers.
+const MAX_MESSAGE_BYTES: u32 = 1 << 30;
+/// Bytes a second of a port that does not say (10 Gbit/s).
+const LINE_RATE: f64 = 1.25e9;
+
+/// A NIC in software.
+pub struct Nic {
+    name: String,
+    interface: String,
+    pub(super) address: IpAddr,
+    pub(super) line_rate: f64,
+    pub(super) keys: Arc<Keys>,
+    begun: Instant,
+    _port: Socket,
+}
+
+fn address_of(interface: &InterfaceAddress) -> Option<IpAddr> {
+    let address = interface.address.as_ref()?;
+    let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+    v4.or_else(|| address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
+}
+
+fn is_up(interface: &InterfaceAddress) -> bool {
+    interface.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING)
+}
+
+/// A number that the kernel says of an interface (Documentation/ABI/testing/sysfs-class-net).
+fn number(interface: &str, attribute: &str) -> Option<usize> {
+    std::fs::read_to_string(format!("/sys/class/net/{interface}/{attribute}")).ok()?.trim().parse().ok()
+}
+
+impl Nic {
+    /// A NIC at that address, or at the first that other hosts can reach.
+    ///
+    /// # Errors
+    /// [`VerbsError`].
+    pub(in super::super) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+        let refuse = |action, source: io::Error| VerbsError::Call { name: "roce".to_owned(), action, source };
+        let interfaces = getifaddrs().map_err(|error| refuse("list the addresses", error.into()))?;
+        // IPv4 before IPv6, what others reach before the loopback.
+        let found = interfaces
+            .filter(is_up)
+            .filter_map(|interface| address_of(&interface).map(|address| (interface, address)))
+            .filter(|(_, address)| match (wanted, address) {
+                (Some(wanted), _) => wanted == *address,
+                // Of no use without naming an interface.
+                (None, IpAddr::V6(address)) => !address.is_unicast_link_local(),
+                (None, IpAddr::V4(_)) => true,
+            })
+            .min_by_key(|(_, address)| (address.is_loopback(), address.is_ipv6()));
+        let Some((interface, address)) = found else { return Err(VerbsError::NoAddress(wanted)) };
+        let name = format!("roce-{address}");
+        let call = |action, source| VerbsError::Call { name: name.clone(), action, source };
+        let interface = interface.interface_name;
+        let small = || call("use the interface", io::Error::other(format!("{interface} carries too small packets")));
+        let mtu = number(&interface, "mtu").and_then(PathMtu::of_link).ok_or_else(small)?;
+        let port = socket::take_port(address).map_err(|error| call("take UDP port 4791", error))?;
+        let gid = match address {
+            IpAddr::V4(address) => address.to_ipv6_mapped(),
+            IpAddr::V6(address) => address,
+        };
+        let local = LocalPort {
+            number: 1,
+            gid_index: 0,
+            gid: Ipv6Addr::octets(&gid),
+            lid: 0,
+            mtu: mtu.bytes() as u32,
+            ethernet: true,
+            max_message_bytes: MAX_MESSAGE_BYTES,
+        };
+        let line_rate = number(&interface, "speed").map_or(LINE_RATE, |megabits| megabits as f64 * 125e3);
+        let keys = Arc::new(Keys::default());
+        let nic = Self { name, interface, address, line_rate, keys, begun: Instant::now(), _port: port };
+        Ok((Arc::new(nic), local))
+    }
+
+    pub(in super::super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether the interface is up and still has the address.
+    pub(in super::super) fn is_active(&self) -> bool {
+        getifaddrs().is_ok_and(|mut interfaces| {
+            interfaces.any(|interface| {
+                is_up(&interface)
+                    && interface.interface_name == self.interface
+                    && address_of(&interface) == Some(self.address)
+            })
+        })
+    }
+
+    pub(in super::super) fn domain(&self) -> Domain {
+        Domain::new(&self.keys)
+    }
+
+    pub(super) fn now(&self) -> Nanos {
+        self.begun.elapsed().as_nanos() as Nanos
+    }
+}

@@ -1,0 +1,272 @@
+//! Completion queues: where queue pairs are driven.
+
+use super::super::queue_pair::QueuePairOptions;
+use super::super::{Completion, LocalPort};
+use super::memory::Domain;
+use super::nic::Nic;
+use super::pair::{Pair, Side};
+use super::socket::{PAIRS, Sockets};
+use crate::transport::Poller;
+use crate::transport::roce::{Nanos, packet};
+use socket2::Socket;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+/// How often it is looked whose time has come.
+const TICK: Nanos = 1_000_000;
+/// How long the keeper leaves packets to whoever polls.
+const PATIENCE: Duration = Duration::from_millis(1);
+/// How long it sleeps at most.
+const LONGEST: Duration = Duration::from_secs(1);
+const PACKETS: u64 = 0;
+const OTHER: u64 = 1;
+
+/// The queue pairs of a queue.
+pub(super) struct Port {
+    nic: Arc<Nic>,
+    state: Mutex<State>,
+    /// How often the queue's owner drove it.
+    polled: AtomicU64,
+    /// Has the owner look.
+    wake: UnixStream,
+    /// The keeper ends when this is dropped.
+    _keeper: UnixStream,
+}
+
+struct State {
+    sockets: Sockets,
+    sides: HashMap<u32, Side>,
+    /// Those that have something to send, or soon will.
+    busy: VecDeque<u32>,
+    completions: Vec<Completion>,
+    looked_at: Nanos,
+    /// Counts numbers, so that one that was given back is not soon used again.
+    next: u32,
+}
+
+impl Port {
+    pub fn nic(&self) -> &Nic {
+        &self.nic
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a queue pair under a number of its own.
+    pub fn add(&self, make: impl FnOnce(u32) -> Side) -> io::Result<u32> {
+        let mut state = self.lock();
+        for _ in 0..PAIRS {
+            let number = state.sockets.first + state.next % PAIRS;
+            state.next = state.next.wrapping_add(1);
+            if let Entry::Vacant(free) = state.sides.entry(number) {
+                free.insert(make(number));
+                return Ok(number);
+            }
+        }
+        Err(io::Error::other(format!("a completion queue has room for {PAIRS} queue pairs")))
+    }
+
+    pub fn remove(&self, number: u32) {
+        self.lock().sides.remove(&number);
+    }
+
+    /// Does something with a queue pair, which may then have something to send.
+    pub fn with<R>(
+        &self,
+        number: u32,
+        act: impl FnOnce(&mut Side, &mut Vec<Completion>) -> io::Result<R>,
+    ) -> io::Result<R> {
+        let State { sides, busy, completions, .. } = &mut *self.lock();
+        let side = sides.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
+        let result = act(side, completions)?;
+        if !std::mem::replace(&mut side.busy, true) {
+            busy.push_back(number);
+        }
+        Ok(result)
+    }
+
+    /// Sends what may go.
+    pub fn send(&self) {
+        self.lock().send(&self.nic, self.nic.now());
+    }
+}
+
+impl State {
+    /// Takes a burst of packets, answers, and sends what may go.
+    fn drive(&mut self, nic: &Nic) -> io::Result<()> {
+        let now = nic.now();
+        let mut reach = nic.keys.reach();
+        let Self { sockets, sides, busy, completions, .. } = self;
+        sockets.receive(|bytes| {
+            // What is no packet, or nobody's, is dropped (IBTA 9.6.1).
+            let Ok(packet) = packet::decode(bytes) else { return };
+            let Some(side) = sides.get_mut(&packet.queue_pair) else { return };
+            side.take(&packet, now, &mut reach);
+            side.collect(completions);
+            if !std::mem::replace(&mut side.busy, true) {
+                busy.push_back(packet.queue_pair);
+            }
+        })?;
+        drop(reach);
+        if now >= self.looked_at + TICK {
+            self.looked_at = now;
+            for (number, side) in &mut self.sides {
+                if !side.busy && side.wake_at().is_some_and(|at| at <= now) {
+                    side.busy = true;
+                    self.busy.push_back(*number);
+                }
+            }
+        }
+        self.send(nic, now);
+        Ok(())
+    }
+
+    fn send(&mut self, nic: &Nic, now: Nanos) {
+        if self.busy.is_empty() && self.sockets.is_flushed() {
+            return;
+        }
+        let reach = nic.keys.reach();
+        let Self { sockets, sides, busy, completions, .. } = self;
+        sockets.flush();
+        for _ in 0..busy.len() {
+            let Some(number) = busy.pop_front() else { break };
+            let Some(side) = sides.get_mut(&number) else { continue };
+            let mut ended = false;
+            while !ended && sockets.has_room() {
+                let room = sockets.room();
+                ended = side.transmit(now, &reach, room, |packet| sockets.stage(packet)) < room;
+                if !ended {
+                    sockets.flush();
+                }
+            }
+            side.collect(completions);
+            // A rate may let it send before it is looked for again.
+            side.busy = !ended || side.wake_at().is_some_and(|at| at < now + TICK);
+            if side.busy {
+                busy.push_back(number);
+            }
+        }
+        sockets.flush();
+    }
+
+    /// How long nothing has to be done if nothing comes.
+    fn rest(&self, now: Nanos) -> Duration {
+        let soonest = self.sides.values().filter_map(Side::wake_at).min();
+        soonest.map_or(LONGEST, |at| Duration::from_nanos(at.saturating_sub(now))).clamp(PATIENCE, LONGEST)
+    }
+}
+
+/// A completion queue, and the NIC's work for its queue pairs.
+pub struct Queue {
+    port: Arc<Port>,
+    poller: Poller,
+    woken: UnixStream,
+    taken: Vec<Completion>,
+}
+
+impl Queue {
+    /// # Errors
+    /// What the kernel reports: `EPERM` without CAP_NET_RAW.
+    pub(in super::super) fn new(nic: &Arc<Nic>) -> io::Result<Self> {
+        let sockets = Sockets::open(nic.address)?;
+        let poller = Poller::new()?;
+        let (wake, woken) = UnixStream::pair()?;
+        let (keeper, kept) = UnixStream::pair()?;
+        wake.set_nonblocking(true)?;
+        woken.set_nonblocking(true)?;
+        poller.add(sockets.descriptor(), PACKETS, false)?;
+        poller.add(woken.as_raw_fd(), OTHER, false)?;
+        let waiter = sockets.waiter()?;
+        let state = State {
+            sockets,
+            sides: HashMap::new(),
+            busy: VecDeque::new(),
+            completions: Vec::new(),
+            looked_at: 0,
+            next: rand::random(),
+        };
+        let port = Arc::new(Port {
+            nic: Arc::clone(nic),
+            state: Mutex::new(state),
+            polled: AtomicU64::new(0),
+            wake,
+            _keeper: keeper,
+        });
+        let weak = Arc::downgrade(&port);
+        std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
+            // Without it the owner's polling still drives the port.
+            let _ = keep(&weak, &waiter, &kept);
+        })?;
+        Ok(Self { port, poller, woken, taken: Vec::new() })
+    }
+
+    pub(in super::super) fn descriptor(&self) -> RawFd {
+        self.poller.descriptor()
+    }
+
+    pub(in super::super) fn pair(
+        &self,
+        domain: &Domain,
+        port: &LocalPort,
+        options: &QueuePairOptions<'_>,
+    ) -> io::Result<Pair> {
+        Pair::new(&self.port, domain, port, options)
+    }
+
+    #[inline]
+    pub(in super::super) fn poll(&mut self, each: impl FnMut(Completion)) -> io::Result<usize> {
+        self.port.polled.fetch_add(1, Ordering::Relaxed);
+        let mut state = self.port.lock();
+        state.drive(&self.port.nic)?;
+        std::mem::swap(&mut state.completions, &mut self.taken);
+        drop(state);
+        let count = self.taken.len();
+        self.taken.drain(..).for_each(each);
+        Ok(count)
+    }
+
+    #[allow(clippy::unnecessary_wraps, reason = "devices of the host may refuse")]
+    pub(in super::super) fn arm(&mut self) -> io::Result<()> {
+        // It is readable while packets wait; what the keeper said is taken back.
+        let mut said = [0; 64];
+        while self.woken.read(&mut said).is_ok_and(|read| read > 0) {}
+        Ok(())
+    }
+}
+
+/// Drives a port when nobody else does: the keeper's life.
+fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
+    let mut poller = Poller::new()?;
+    poller.add(packets.as_raw_fd(), PACKETS, false)?;
+    poller.add(ends.as_raw_fd(), OTHER, false)?;
+    let mut ready = Vec::new();
+    let (mut rest, mut polled, mut in_charge) = (LONGEST, 0, false);
+    loop {
+        poller.wait(rest, &mut ready)?;
+        if ready.iter().any(|ready| ready.token == OTHER) {
+            return Ok(());
+        }
+        if !in_charge && !ready.is_empty() {
+            std::thread::sleep(PATIENCE);
+        }
+        let Some(port) = port.upgrade() else { return Ok(()) };
+        in_charge = port.polled.load(Ordering::Relaxed) == polled;
+        polled = port.polled.load(Ordering::Relaxed);
+        let mut state = port.lock();
+        if in_charge {
+            state.drive(&port.nic)?;
+            if !state.completions.is_empty() {
+                // Full, it wakes as well.
+                let _ = (&port.wake).write(&[0]);
+            }
+        }
+        rest = state.rest(port.nic.now());
+    }
+}
