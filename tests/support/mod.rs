@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a test fails by panicking
 
 pub mod etcd;
+pub mod verbs;
 
 use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
 use embarcadero_datapath::wire::OpenPublish;
