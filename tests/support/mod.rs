@@ -4,6 +4,7 @@
 
 pub mod etcd;
 pub mod verbs;
+pub mod wire;
 
 use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
 use embarcadero_datapath::wire::OpenPublish;

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::thread::JoinHandle;
 
 pub const REGION: &[&str] = &["--size", "192MiB", "--segment-size", "4MiB"];
+
 /// Runs shell commands.
 pub fn shell(commands: &str) -> String {
     let said = Command::new("sh").args(["-ec", commands]).output().unwrap();

@@ -38,9 +38,11 @@ fn is_up(interface: &InterfaceAddress) -> bool {
     interface.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING)
 }
 
-/// A number that the kernel says of an interface (Documentation/ABI/testing/sysfs-class-net).
-fn number(interface: &str, attribute: &str) -> Option<usize> {
-    std::fs::read_to_string(format!("/sys/class/net/{interface}/{attribute}")).ok()?.trim().parse().ok()
+/// Bytes a second of an interface (Documentation/ABI/testing/sysfs-class-net, speed); `None` where it does not say.
+fn line_rate(interface: &str) -> Option<f64> {
+    let megabits: i32 =
+        std::fs::read_to_string(format!("/sys/class/net/{interface}/speed")).ok()?.trim().parse().ok()?;
+    (megabits > 0).then_some(f64::from(megabits) * 125e3)
 }
 
 impl Nic {
@@ -66,9 +68,10 @@ impl Nic {
         let name = format!("roce-{address}");
         let call = |action, source| VerbsError::Call { name: name.clone(), action, source };
         let interface = interface.interface_name;
-        let small = || call("use the interface", io::Error::other(format!("{interface} carries too small packets")));
-        let mtu = number(&interface, "mtu").and_then(PathMtu::of_link).ok_or_else(small)?;
         let port = socket::take_port(address).map_err(|error| call("take UDP port 4791", error))?;
+        let bytes = socket::link_mtu(&port, &interface).map_err(|error| call("learn the MTU", error))?;
+        let small = || call("use the interface", io::Error::other(format!("{interface} carries only {bytes} bytes")));
+        let mtu = PathMtu::of_link(bytes).ok_or_else(small)?;
         let gid = match address {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
@@ -82,7 +85,7 @@ impl Nic {
             ethernet: true,
             max_message_bytes: MAX_MESSAGE_BYTES,
         };
-        let line_rate = number(&interface, "speed").map_or(LINE_RATE, |megabits| megabits as f64 * 125e3);
+        let line_rate = line_rate(&interface).unwrap_or(LINE_RATE);
         let keys = Arc::new(Keys::default());
         let nic = Self { name, interface, address, line_rate, keys, begun: Instant::now(), _port: port };
         Ok((Arc::new(nic), local))

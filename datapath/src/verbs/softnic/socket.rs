@@ -38,6 +38,23 @@ pub(super) fn take_port(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
+/// Bytes that a frame of an interface carries (netdevice(7), SIOCGIFMTU).
+pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
+    // SAFETY: plain data, for which zero is valid.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    // The last byte stays 0.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(interface.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the request lives across the call, which reads its name and writes its number.
+    if unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, and so it has written the number.
+    Ok(unsafe { request.ifr_ifru.ifru_mtu }.max(0) as usize)
+}
+
 /// The part of all queue pairs' numbers of an address that this queue alone uses, while the socket lives.
 fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
     let queues = 1 << QUEUE_BITS;

@@ -1,0 +1,181 @@
+//! Two hosts, each a network namespace, and the wire between them, which loses, repeats, reorders and damages packets of
+//! RoCEv2 as it is told.
+
+use super::verbs::shell;
+use nix::sched::{CloneFlags, setns};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Of a thousand packets, how many the wire treats so.
+#[derive(Clone, Copy, Default)]
+pub struct Faults {
+    pub lost: u32,
+    pub repeated: u32,
+    pub reordered: u32,
+    pub damaged: u32,
+}
+
+/// Addresses of the two hosts.
+pub const NEAR: &str = "10.77.0.1";
+pub const FAR: &str = "10.77.0.2";
+
+pub struct Wire {
+    name: String,
+    stop: Arc<AtomicBool>,
+    /// Packets that were treated as [`Faults`] say.
+    pub harmed: Arc<AtomicU64>,
+    relays: Vec<JoinHandle<()>>,
+}
+
+impl Wire {
+    /// The seed is printed if a test fails.
+    pub fn new(faults: Faults) -> Self {
+        let seed: u64 = rand::random();
+        println!("wire: seed {seed}");
+        let name = format!("emb{}-{:x}", std::process::id(), rand::random::<u16>());
+        // Frames of 9000 bytes hold the largest packets of RoCEv2.
+        shell(&format!(
+            "for side in near far wire; do ip netns add {name}-$side; done
+            for side in near far; do
+                ip link add name $side netns {name}-wire mtu 9000 type veth peer name e0 mtu 9000 netns {name}-$side
+                ip -n {name}-wire link set $side up promisc on
+                ip -n {name}-$side link set lo up
+                ip -n {name}-$side link set e0 up
+            done
+            ip -n {name}-near addr add {NEAR}/24 dev e0
+            ip -n {name}-far addr add {FAR}/24 dev e0"
+        ));
+        let mut wire = Self { name, stop: Arc::default(), harmed: Arc::default(), relays: Vec::new() };
+        for (index, [from, to]) in [["near", "far"], ["far", "near"]].into_iter().enumerate() {
+            let (namespace, stop, harmed) = (wire.namespace("wire"), Arc::clone(&wire.stop), Arc::clone(&wire.harmed));
+            let rng = StdRng::seed_from_u64(seed ^ index as u64);
+            wire.relays.push(std::thread::spawn(move || {
+                enter(&namespace);
+                relay(&port(from), &port(to), faults, rng, &stop, &harmed);
+            }));
+        }
+        wire
+    }
+
+    pub fn namespace(&self, side: &str) -> String {
+        format!("{}-{side}", self.name)
+    }
+
+    /// What makes a program run on a host.
+    pub fn command(&self, side: &str) -> Vec<String> {
+        ["ip", "netns", "exec", &self.namespace(side)].map(str::to_owned).to_vec()
+    }
+
+    /// Does something on a host, in a thread, as are those that it starts.
+    pub fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                enter(&self.namespace(side));
+                act()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    pub fn link(&self, side: &str, state: &str) {
+        shell(&format!("ip -n {} link set e0 {state}", self.namespace(side)));
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for relay in self.relays.drain(..) {
+            let _ = relay.join();
+        }
+        let name = &self.name;
+        shell(&format!("for side in near far wire; do ip netns del {name}-$side || true; done"));
+    }
+}
+
+fn enter(namespace: &str) {
+    let file = File::open(format!("/run/netns/{namespace}")).unwrap();
+    setns(file, CloneFlags::CLONE_NEWNET).unwrap();
+}
+
+/// packet(7): what is sent does not come back.
+const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
+/// packet(7): with each frame comes what its sender left for a NIC to do, its checksum or its division into several.
+const PACKET_VNET_HDR: libc::c_int = 15;
+const VNET_BYTES: usize = 10;
+
+/// All frames of an interface that others sent.
+fn port(interface: &str) -> Socket {
+    let socket = Socket::new(Domain::PACKET, Type::RAW, None).unwrap();
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: the storage is large and aligned enough for every family; a link-layer address has the length stated.
+    let address = unsafe {
+        let address = storage.view_as::<libc::sockaddr_ll>();
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+        address.sll_ifindex = nix::net::if_::if_nametoindex(interface).unwrap() as i32;
+        SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t)
+    };
+    for option in [PACKET_IGNORE_OUTGOING, PACKET_VNET_HDR] {
+        let on: libc::c_int = 1;
+        let (descriptor, len) = (socket.as_raw_fd(), size_of_val(&on) as libc::socklen_t);
+        // SAFETY: the option's value is an int, and lives across the call.
+        let result = unsafe { libc::setsockopt(descriptor, libc::SOL_PACKET, option, (&raw const on).cast(), len) };
+        assert_eq!(result, 0);
+    }
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::RcvBufForce, &(32 << 20)).unwrap();
+    socket.bind(&address).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+    socket
+}
+
+/// IPv4, UDP, to port 4791.
+fn is_roce(frame: &[u8]) -> bool {
+    frame.len() > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 4791u16.to_be_bytes()
+}
+
+fn relay(mut from: &Socket, mut to: &Socket, faults: Faults, mut rng: StdRng, stop: &AtomicBool, harmed: &AtomicU64) {
+    let mut frame = vec![0; 128 << 10];
+    let mut held: Option<Vec<u8>> = None;
+    while !stop.load(Ordering::Relaxed) {
+        let Ok(len) = from.read(&mut frame) else {
+            if let Some(frame) = held.take() {
+                let _ = to.write(&frame);
+            }
+            continue;
+        };
+        let frame = &mut frame[..len];
+        let mut happens = |of_a_thousand: u32| {
+            let happens = rng.random_range(0..1000) < of_a_thousand;
+            harmed.fetch_add(happens.into(), Ordering::Relaxed);
+            happens
+        };
+        if is_roce(&frame[VNET_BYTES..]) {
+            if happens(faults.lost) {
+                continue;
+            }
+            if happens(faults.damaged) {
+                let at = rng.random_range(VNET_BYTES + 14..len);
+                frame[at] ^= 1 << rng.random_range(0..8);
+            } else if happens(faults.repeated) {
+                let _ = to.write(frame);
+            } else if held.is_none() && happens(faults.reordered) {
+                held = Some(frame.to_vec());
+                continue;
+            }
+        }
+        // A link that is down takes nothing.
+        let _ = to.write(frame);
+        if let Some(frame) = held.take() {
+            let _ = to.write(&frame);
+        }
+    }
+}
