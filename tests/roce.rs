@@ -13,6 +13,7 @@ use rand::Rng;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 use support::verbs::{REGION, order_and_integrity, over, small, strong};
 use support::wire::{FAR, Faults, NEAR, Wire};
 use support::{Cluster, assert_exactly_once, history, message};
@@ -128,6 +129,10 @@ fn send_anything(stop: &AtomicBool) -> u64 {
             bytes[at] ^= 1 << rng.random_range(0..8);
         }
         sent += u64::from(socket.send_to(&bytes, &SocketAddr::new(to, 0).into()).is_ok());
+        // He does not fill the wire, which any flood could.
+        if sent.is_multiple_of(32) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
     sent
 }

@@ -150,6 +150,12 @@ impl<B: AsRef<[u8]>> Requester<B> {
         self.lost_at = None;
     }
 
+    /// How long an answer may take. What was sent again and again may meet a path that is down, or a peer that stands still:
+    /// it is not sent more often than that helps (IBTA 9.7.6.1.3 leaves devices the choice, above the attribute).
+    fn patience(&self, attributes: &Attributes) -> Nanos {
+        attributes.timeout << self.retries
+    }
+
     /// Takes a packet for lost if it is time. A failure ends the queue pair.
     pub fn look_at_time(&mut self, attributes: &Attributes, now: Nanos) -> Result<(), Failure> {
         if self.lost_at.is_none_or(|at| now < at) {
@@ -222,7 +228,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
         if self.next.since(self.sent_end) > 0 {
             self.sent_end = self.next;
         }
-        self.lost_at = self.lost_at.or(Some(now + attributes.timeout));
+        self.lost_at = self.lost_at.or(Some(now + self.patience(attributes)));
         true
     }
 
@@ -259,7 +265,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
             self.next = psn;
         }
         (self.retries, self.not_ready) = (0, 0);
-        self.lost_at = (self.next != self.oldest).then_some(now + attributes.timeout);
+        self.lost_at = (self.next != self.oldest).then_some(now + self.patience(attributes));
     }
 
     /// Takes an acknowledgement. A failure ends the queue pair.

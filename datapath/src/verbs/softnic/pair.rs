@@ -2,7 +2,7 @@
 
 use super::super::memory::{LocalRange, Window as AnyWindow};
 use super::super::queue_pair::{
-    PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, SharedReceiveQueue, TIMEOUT, Work,
+    PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, SharedReceiveQueue, Work,
 };
 use super::super::{Completion, DOORBELL, LocalPort, Outcome};
 use super::memory::{Domain, LocalBytes, Reach};
@@ -19,8 +19,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Packets under way at most, as Linux's soft-RoCE has it (rxe_param.h, RXE_MAX_UNACKED_PSNS).
 const WINDOW: u32 = 128;
-/// The timer's unit (IBTA 1.4, 9.7.6.1.3).
-const TIMEOUT_UNIT: Nanos = 4096;
+/// How long a packet may stay without an answer before it is sent again, at first: far longer than any path or polling
+/// thread takes. With [`RETRIES`], a peer is given up after a second.
+const TIMEOUT: Nanos = 4_000_000;
 /// Id of the completion that says of a queue pair without work that it failed.
 const OF_NO_REQUEST: u64 = u64::MAX;
 
@@ -284,7 +285,7 @@ impl Pair {
             path_mtu,
             send_psn: Psn::new(self.address.first_psn),
             receive_psn: Psn::new(peer.first_psn & 0xff_ffff),
-            timeout: TIMEOUT_UNIT << TIMEOUT,
+            timeout: TIMEOUT,
             retries: RETRIES,
             not_ready_retries: RNR_RETRIES,
             rnr_timer: RNR_TIMER,
