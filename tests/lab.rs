@@ -13,35 +13,37 @@ use support::{Cluster, assert_exactly_once, history, message};
 
 const VERBS: (&str, &str) = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
 
+/// Publishes to topic `t` by an implementation of its own on pyverbs, and reads that.
+fn publishes_by_pyverbs(cluster: &Cluster) {
+    let client = over(Transport::Verbs, cluster);
+    let next = client.describe_topic("t").unwrap().1[0].next_offset;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/pyverbs_publish.py");
+    for round in 0..3u64 {
+        let messages = ["first".to_owned(), format!("round {round}"), "x".repeat(1000)];
+        let said =
+            Command::new("/usr/bin/python3").args([script, cluster.control(), "t"]).args(&messages).output().unwrap();
+        let errors = String::from_utf8_lossy(&said.stderr);
+        assert!(said.status.success(), "{errors}");
+        let offset: u64 = String::from_utf8(said.stdout).unwrap().trim().parse().unwrap();
+        assert_eq!(offset, next + round * 3);
+        let mut subscriber = client.subscriber("t", embarcadero_client::Start::Offset(offset)).unwrap();
+        for expected in &messages {
+            let message = subscriber.next(support::PATIENCE).unwrap().unwrap();
+            assert_eq!(message.payload, expected.as_bytes());
+        }
+    }
+}
+
 mod one_guest {
     use super::*;
     use std::process::Stdio;
-    use support::PATIENCE;
 
     #[test]
     #[ignore = "needs an RDMA device: scripts/lab has one"]
     fn an_independent_implementation_publishes_over_verbs() {
         let cluster = Cluster::start(1, REGION, &[VERBS]);
-        let client = over(Transport::Verbs, &cluster);
-        client.create_topic("t", strong()).unwrap();
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/interop/pyverbs_publish.py");
-        for round in 0..3u64 {
-            let messages = ["first".to_owned(), format!("round {round}"), "x".repeat(1000)];
-            let said = Command::new("/usr/bin/python3")
-                .args([script, cluster.control(), "t"])
-                .args(&messages)
-                .output()
-                .unwrap();
-            let errors = String::from_utf8_lossy(&said.stderr);
-            assert!(said.status.success(), "{errors}");
-            let offset: u64 = String::from_utf8(said.stdout).unwrap().trim().parse().unwrap();
-            assert_eq!(offset, round * 3);
-            let mut subscriber = client.subscriber("t", embarcadero_client::Start::Offset(offset)).unwrap();
-            for expected in &messages {
-                let message = subscriber.next(PATIENCE).unwrap().unwrap();
-                assert_eq!(message.payload, expected.as_bytes());
-            }
-        }
+        over(Transport::Verbs, &cluster).create_topic("t", strong()).unwrap();
+        publishes_by_pyverbs(&cluster);
     }
 
     #[test]
@@ -102,6 +104,133 @@ mod one_guest {
         Command::new("ip").args(["addr", "add", "10.0.0.1/24", "dev", "d0"]).stderr(Stdio::null()).status().unwrap();
         publisher.flush().unwrap();
         assert_exactly_once(&history(&client, "t")[&0], 2200);
+    }
+}
+
+mod rxe_and_nics_in_software {
+    use super::*;
+    use support::wire::enter;
+
+    const KERNEL: &str = "10.9.0.1";
+    const SOFTWARE: &str = "10.9.0.2";
+    const NAMESPACE: &str = "/run/netns/soft";
+
+    /// A wire from a device of the kernel's soft-RoCE, here, to a namespace, where NICs in software are.
+    struct Bridge;
+
+    impl Bridge {
+        fn new() -> Self {
+            shell(&format!(
+                "modprobe -a veth sch_netem
+                ip netns add soft
+                ip link add kernel mtu 4500 type veth peer name soft mtu 4500 netns soft
+                ip addr add {KERNEL}/24 dev kernel
+                ip -n soft addr add {SOFTWARE}/24 dev soft
+                ip link set kernel up
+                ip -n soft link set soft up
+                ip -n soft link set lo up
+                rdma link add rxe9 type rxe netdev kernel
+                ip link set d0 down"
+            ));
+            Self
+        }
+    }
+
+    impl Drop for Bridge {
+        fn drop(&mut self) {
+            shell(
+                "rdma link delete rxe9
+                ip netns del soft
+                ip link set d0 up
+                ip addr add 10.0.0.1/24 dev d0 2>/dev/null || true",
+            );
+        }
+    }
+
+    /// Does something where NICs are in software.
+    fn in_software<R: Send>(act: impl FnOnce() -> R + Send) -> R {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                enter(NAMESPACE);
+                act()
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    fn software_broker() -> Cluster {
+        let mut cluster = Cluster::start(0, REGION, &[("EMBARCADERO_BROKER_TRANSPORT", "roce")]);
+        let any = format!("{SOFTWARE}:0");
+        cluster.add_under(&["ip", "netns", "exec", "soft"], &["--data", &any, "--control", &any]);
+        cluster
+    }
+
+    fn kernel_broker() -> Cluster {
+        let mut cluster = Cluster::start(0, REGION, &[VERBS, ("EMBARCADERO_BROKER_RDMA__DEVICE", "rxe9")]);
+        let any = format!("{KERNEL}:0");
+        cluster.add(&["--data", &any, "--control", &any]);
+        cluster
+    }
+
+    #[test]
+    #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+    fn clients_over_verbs_and_a_broker_in_software() {
+        let _bridge = Bridge::new();
+        let cluster = software_broker();
+        order_and_integrity(Transport::Verbs, &cluster, 1000);
+        publishes_by_pyverbs(&cluster);
+    }
+
+    #[test]
+    #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+    fn clients_in_software_and_a_broker_over_verbs() {
+        let _bridge = Bridge::new();
+        let cluster = kernel_broker();
+        in_software(|| order_and_integrity(Transport::Roce, &cluster, 1000));
+    }
+
+    #[test]
+    #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+    fn both_ways_over_a_wire_that_loses_repeats_and_reorders() {
+        let _bridge = Bridge::new();
+        shell(
+            "tc qdisc add dev kernel root netem delay 100us loss 1% duplicate 1% reorder 98%
+            tc -n soft qdisc add dev soft root netem delay 100us loss 1% duplicate 1% reorder 98%",
+        );
+        let cluster = software_broker();
+        order_and_integrity(Transport::Verbs, &cluster, 300);
+        drop(cluster);
+        let cluster = kernel_broker();
+        in_software(|| order_and_integrity(Transport::Roce, &cluster, 300));
+    }
+
+    /// 8 MiB is what soft-RoCE takes at most (rxe_param.h, RXE_MAX_MSG_SZ).
+    #[test]
+    #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+    fn batches_of_all_sizes() {
+        let _bridge = Bridge::new();
+        let publish_all = |transport, cluster: &Cluster| {
+            let config =
+                ClientConfig { transport, batch_size: Some(2 << 20), buffer_bytes: 8 << 20, ..cluster.config() };
+            let client = Client::connect(config).unwrap();
+            client.create_topic("t", strong()).unwrap();
+            let publisher = client.publisher("t").unwrap();
+            let sizes = [64, 4096 - 64, 4096, 10_001, 65_536, 1 << 20];
+            for size in sizes {
+                publisher.publish_wait(&vec![size as u8; size]).unwrap();
+                publisher.flush().unwrap();
+            }
+            let mut subscriber = client.subscriber("t", embarcadero_client::Start::Earliest).unwrap();
+            for size in sizes {
+                let message = subscriber.next(support::PATIENCE).unwrap().unwrap();
+                assert!(message.payload == vec![size as u8; size], "{size} bytes differ");
+            }
+        };
+        let cluster = software_broker();
+        publish_all(Transport::Verbs, &cluster);
+        drop(cluster);
+        let cluster = kernel_broker();
+        in_software(|| publish_all(Transport::Roce, &cluster));
     }
 }
 

@@ -110,17 +110,19 @@ def call(endpoint, method, request):
 # --- The data path -------------------------------------------------------------------------------------------------------
 
 def open_device():
-    """The first device, and the index of its RoCE v2 address over IPv4."""
-    context = Context(name=get_device_list()[0].name.decode())
-    for index in range(context.query_port(1).gid_tbl_len):
-        try:
-            entry = context.query_gid_ex(1, index)
-        except Exception:
-            break
-        address = ipaddress.IPv6Address(context.query_gid(1, index).gid)
-        if entry.gid_type == e.IBV_GID_TYPE_ROCE_V2 and address.ipv4_mapped:
-            return context, index, address.packed
-    raise SystemExit("no RoCE v2 address over IPv4")
+    """The first device whose port is up, and the index of its RoCE v2 address over IPv4."""
+    for device in get_device_list():
+        context = Context(name=device.name.decode())
+        port = context.query_port(1)
+        for index in range(port.gid_tbl_len if port.state == e.IBV_PORT_ACTIVE else 0):
+            try:
+                entry = context.query_gid_ex(1, index)
+            except Exception:
+                break
+            address = ipaddress.IPv6Address(context.query_gid(1, index).gid)
+            if entry.gid_type == e.IBV_GID_TYPE_ROCE_V2 and address.ipv4_mapped:
+                return context, index, address.packed
+    raise SystemExit("no device with a RoCE v2 address over IPv4")
 
 
 def read_exactly(sock, count):

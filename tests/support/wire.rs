@@ -58,7 +58,7 @@ impl Wire {
             let (namespace, stop, harmed) = (wire.namespace("wire"), Arc::clone(&wire.stop), Arc::clone(&wire.harmed));
             let rng = StdRng::seed_from_u64(seed ^ index as u64);
             wire.relays.push(std::thread::spawn(move || {
-                enter(&namespace);
+                enter(&format!("/run/netns/{namespace}"));
                 relay(&port(from), &port(to), faults, rng, &stop, &harmed);
             }));
         }
@@ -78,7 +78,7 @@ impl Wire {
     pub fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                enter(&self.namespace(side));
+                enter(&format!("/run/netns/{}", self.namespace(side)));
                 act()
             });
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
@@ -101,8 +101,9 @@ impl Drop for Wire {
     }
 }
 
-fn enter(namespace: &str) {
-    let file = File::open(format!("/run/netns/{namespace}")).unwrap();
+/// Moves the calling thread, and those that it starts, to a namespace.
+pub fn enter(namespace: &str) {
+    let file = File::open(namespace).unwrap();
     setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
 
