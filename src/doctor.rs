@@ -5,6 +5,7 @@ mod measure;
 use anyhow::Result;
 use clap::Args;
 use embarcadero_datapath::cxl::cache::FlushSupport;
+use embarcadero_datapath::verbs::{CompletionQueue, Context};
 use measure::{Measure, measure};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -106,6 +107,19 @@ fn rdma_devices() -> Finding {
     }
 }
 
+/// Whether `transport: roce` would work: it is tried.
+fn nic_in_software() -> Finding {
+    const NAME: &str = "NIC in software (transport: roce)";
+    let opened = Context::software(None).and_then(|(context, port)| {
+        CompletionQueue::new(&context, 1).map_err(context.error("open the sockets"))?;
+        Ok(format!("{} mtu {}", context.name(), port.mtu))
+    });
+    match opened {
+        Ok(found) => finding(NAME, true, found, ""),
+        Err(error) => finding(NAME, false, error.to_string(), "CAP_NET_RAW: hw-setup/services apply --transport roce"),
+    }
+}
+
 fn findings() -> Vec<Finding> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let flush = FlushSupport::detect();
@@ -157,6 +171,7 @@ fn findings() -> Vec<Finding> {
             "regions lie on tmpfs, which emulates them; with a CXL device: hw-setup/cxl apply",
         ),
         rdma_devices(),
+        nic_in_software(),
         finding(
             "native libraries at build time",
             !libraries.contains("not found"),
