@@ -3,6 +3,7 @@
 mod ceiling;
 mod datapath;
 mod deviations;
+mod engine;
 mod failover;
 mod grid;
 mod latency;

@@ -4,7 +4,7 @@
 use super::ceiling;
 use super::latency::one_at_a_time;
 use super::report::{Format, Report, Row};
-use super::{BenchArgs, publish_goodput};
+use super::{BenchArgs, engine, publish_goodput};
 use crate::settings::{TransportArg, parse_bytes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -41,6 +41,10 @@ pub fn run(args: &DatapathArgs) -> Result<()> {
     }
     for size in &args.sizes {
         one_size(&args.bench, *size)?;
+    }
+    if args.bench.transport == TransportArg::Roce {
+        let rows = engine::rows(args.bench.runs, args.bench.seconds)?;
+        return Report::new(args.bench.parameters(), args.bench.format()).print(&rows);
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 //! All from the IP header on: links differ in what comes before. Every field is big-endian but the checksum at the end.
 
 use super::psn::Psn;
-use crc_fast::{CrcAlgorithm, Digest};
+use crc32fast::Hasher;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// UDP port of RoCEv2 (annex A17.4; assigned by IANA).
@@ -324,10 +324,10 @@ fn icrc(ip_bytes: usize, packet: &[u8]) -> u32 {
     for at in [ip_bytes + 6, ip_bytes + 7, ip_bytes + UDP_BYTES + 4] {
         ip[at] = 0xff;
     }
-    let mut digest = Digest::new(CrcAlgorithm::Crc32IsoHdlc);
-    digest.update(masked);
-    digest.update(&packet[headers..]);
-    digest.finalize() as u32
+    let mut hasher = Hasher::new();
+    hasher.update(masked);
+    hasher.update(&packet[headers..]);
+    hasher.finalize()
 }
 
 /// Bytes of the IP header, where the packet ends, and both addresses.
