@@ -153,10 +153,10 @@ const FEW_BROKERS: u32 = 4;
 const MANY_BROKERS_SEGMENT_BYTES: u64 = 8 << 20;
 /// What all publishers hold together at most.
 const ALL_BUFFERS_BYTES: usize = 1 << 30;
-/// Over verbs the whole region is pinned, and in the lab a guest has not much memory.
-const PINNED_REGION_BYTES: u64 = 512 << 20;
-const PINNED_SEGMENT_BYTES: u64 = 16 << 20;
-const PINNED_RETENTION_BYTES: u64 = 192 << 20;
+/// Over RDMA the whole region is pinned, and in the lab a guest has not much memory.
+const SMALL_REGION_BYTES: u64 = 512 << 20;
+const SMALL_SEGMENT_BYTES: u64 = 16 << 20;
+const SMALL_RETENTION_BYTES: u64 = 192 << 20;
 
 impl BenchArgs {
     fn parameters(&self) -> serde_json::Value {
@@ -220,13 +220,13 @@ impl BenchArgs {
 
     fn cluster(&self) -> Result<Cluster> {
         self.check()?;
-        let verbs = self.transport == TransportArg::Verbs;
+        let small = self.transport != TransportArg::Tcp;
         Cluster::start(&ClusterArgs {
             brokers: self.brokers,
             region: Self::region(),
-            size: self.region_bytes.unwrap_or(if verbs { PINNED_REGION_BYTES } else { REGION_BYTES }),
+            size: self.region_bytes.unwrap_or(if small { SMALL_REGION_BYTES } else { REGION_BYTES }),
             segment_size: match self.brokers {
-                _ if verbs => PINNED_SEGMENT_BYTES,
+                _ if small => SMALL_SEGMENT_BYTES,
                 0..=FEW_BROKERS => SEGMENT_BYTES,
                 _ => MANY_BROKERS_SEGMENT_BYTES,
             },
@@ -267,8 +267,8 @@ impl BenchArgs {
             ack_level: if self.replication_factor > 1 { 2 } else { 1 },
             replication_factor: self.replication_factor,
             retention_bytes: match self.transport {
-                TransportArg::Tcp | TransportArg::Roce => RETENTION_BYTES,
-                TransportArg::Verbs => PINNED_RETENTION_BYTES,
+                TransportArg::Tcp => RETENTION_BYTES,
+                TransportArg::Verbs | TransportArg::Roce => SMALL_RETENTION_BYTES,
             },
             ..TopicOptions::default()
         };

@@ -129,9 +129,6 @@ impl Broker {
         let file = RegionFile::open(&config.cxl.path, config.cxl.flush_method()?)?;
         let region = file.region().clone();
         check_region(&config, &region)?;
-        if config.transport == Transport::Verbs && !cfg!(feature = "rdma") {
-            return Err(not_built("transport", "verbs", "tcp: this build has no RDMA (cargo feature rdma)"));
-        }
         if let Some(node) = config.cxl.numa_node {
             file.bind(node)?;
         }

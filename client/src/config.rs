@@ -142,10 +142,6 @@ impl ClientConfig {
         }
         within("buffer_bytes", self.buffer_bytes as u64, 2 * most as u64, 64 << 30)?;
         within("rdma.ring_bytes", self.rdma.ring_bytes as u64, 64 << 10, 1 << 30)?;
-        if self.transport == Transport::Verbs && !cfg!(feature = "rdma") {
-            let bound = "tcp: this build has no RDMA (cargo feature rdma)".to_owned();
-            return Err(ClientError::Config { key: "transport", value: "verbs".to_owned(), bound });
-        }
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;
         within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
     }

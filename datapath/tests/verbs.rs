@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use embarcadero_datapath::buffer::Buffer;
+use embarcadero_datapath::transport::Poller;
 use embarcadero_datapath::verbs::{
     Completion, CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, Outcome, ProtectionDomain, QueuePair,
     QueuePairOptions, Request, Sending, SharedReceiveQueue, Work, WorkError, windows_are_enforced,
@@ -57,6 +58,8 @@ on_all!(
     a_closed_window_refuses_and_others_are_not_disturbed,
     a_chain_arrives_in_order_and_a_write_without_bytes_signals,
     large_writes_arrive_whole,
+    a_peer_that_does_not_poll_answers_all_the_same,
+    a_queue_that_was_armed_wakes_its_owner,
 );
 
 /// A side that is written to, and the side that writes.
@@ -224,6 +227,61 @@ fn a_chain_arrives_in_order_and_a_write_without_bytes_signals(open: Open) {
     assert_eq!(outcomes, expected);
     assert_eq!(wait(&mut pair.near_queue).id, 9);
     assert!((0..10).all(|number| host.memory[64 * number] == if number % 2 == 0 { 9 } else { 0 }));
+}
+
+/// A side with 64 KiB to send to another's window.
+fn writer(host: &Host) -> (Pair, MemoryWindow, MemoryRegion, Buffer) {
+    let mut pair = host.pair();
+    let window = MemoryWindow::new(&host.region, 0, 65536).unwrap();
+    pair.far.post(&[request(Work::Open(&window))]).unwrap();
+    wait(&mut pair.far_queue);
+    let source = Buffer::zeroed(65536).unwrap();
+    let local = MemoryRegion::local(&host.domain, &source).unwrap();
+    (pair, window, local, source)
+}
+
+fn a_peer_that_does_not_poll_answers_all_the_same(open: Open) {
+    let host = Host::new(open);
+    let (mut pair, window, local, _source) = writer(&host);
+    for number in 0..20 {
+        let write = Work::Write(Some(local.range(0, 65536)), window.remote(), Some(number));
+        pair.near.post(&[request(write)]).unwrap();
+        assert_eq!(wait(&mut pair.near_queue).outcome, Outcome::Sent);
+    }
+    let mut arrived = 0;
+    while arrived < 20 {
+        pair.far_queue
+            .poll(|completion| {
+                assert_eq!(completion.outcome, Outcome::Written { bytes: 65536, immediate: arrived });
+                arrived += 1;
+            })
+            .unwrap();
+    }
+}
+
+fn a_queue_that_was_armed_wakes_its_owner(open: Open) {
+    let host = Host::new(open);
+    let (pair, window, local, _source) = writer(&host);
+    let Pair { mut near, mut near_queue, far: _far, mut far_queue } = pair;
+    let mut poller = Poller::new().unwrap();
+    poller.add(far_queue.descriptor(), 7, false).unwrap();
+    far_queue.arm().unwrap();
+    far_queue.poll(|completion| panic!("{completion:?}")).unwrap();
+    let writing = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        near.post(&[request(Work::Write(Some(local.range(0, 65536)), window.remote(), Some(9)))]).unwrap();
+        assert_eq!(wait(&mut near_queue).outcome, Outcome::Sent);
+    });
+    let (mut ready, mut found) = (Vec::new(), None);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while found.is_none() {
+        poller.wait(Duration::from_secs(20), &mut ready).unwrap();
+        assert!(Instant::now() < deadline && ready.iter().any(|ready| ready.token == 7));
+        far_queue.arm().unwrap();
+        far_queue.poll(|completion| found = Some(completion.outcome)).unwrap();
+    }
+    assert_eq!(found, Some(Outcome::Written { bytes: 65536, immediate: 9 }));
+    writing.join().unwrap();
 }
 
 fn large_writes_arrive_whole(open: Open) {

@@ -51,7 +51,8 @@ fn responder() -> QueuePair<Vec<u8>> {
 
 /// A message from the packet numbered `first` on, encoded back to back; where each packet ends.
 fn message(first: u32, payload: &[u8], bytes: &mut Vec<u8>, ends: &mut Vec<usize>) -> Result<()> {
-    (bytes.clear(), ends.clear());
+    bytes.clear();
+    ends.clear();
     for index in 0..PACKETS {
         let opcode = match index {
             0 => Opcode::WriteFirst,

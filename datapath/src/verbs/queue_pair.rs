@@ -72,9 +72,7 @@ pub struct PeerAddress {
     pub mtu: u32,
 }
 
-/// How long a packet may stay without an answer, as devices encode it: 4.096 us * 2^14 = 67 ms (IBTA 1.4, 9.7.6.1.3).
-pub(super) const TIMEOUT: u8 = 14;
-/// How often it is sent again then.
+/// How often a packet that is not answered is sent again.
 pub(super) const RETRIES: u8 = 7;
 /// Receiver not ready: tried for ever (7, IBTA 1.4, 9.7.5.2.8), after 0.64 ms (12).
 pub(super) const RNR_RETRIES: u8 = 7;

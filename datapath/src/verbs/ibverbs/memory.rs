@@ -113,7 +113,7 @@ impl Drop for MemoryRegion {
     }
 }
 
-/// A type-2 memory window: opened over part of a region for the peer of one queue pair, by a [`super::Work::Open`] on
+/// A type-2 memory window: opened over part of a region for the peer of one queue pair, by a `Work::Open` on
 /// it. Dropping it closes it: once `drop` returns, a write through it fails with a remote access error.
 pub struct MemoryWindow {
     window: NonNull<ffi::ibv_mw>,

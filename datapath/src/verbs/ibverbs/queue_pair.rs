@@ -1,9 +1,7 @@
 //! Reliable connected queue pairs (RC).
 
 use super::super::memory::{LocalRange, RemoteRange, Window};
-use super::super::queue_pair::{
-    self, PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, TIMEOUT, Work,
-};
+use super::super::queue_pair::{self, PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, Work};
 use super::super::{DOORBELL, LocalPort, of_another_device};
 use super::check;
 use super::completion::{CompletionQueue, RawQueue};
@@ -86,6 +84,9 @@ impl Drop for QueuePair {
         unsafe { ffi::ibv_destroy_qp(self.pair.as_ptr()) };
     }
 }
+
+/// How long a packet may stay without an answer: 4.096 us * 2^14 = 67 ms (IBTA 1.4, 9.7.6.1.3).
+const TIMEOUT: u8 = 14;
 
 impl QueuePair {
     /// A queue pair of a port, in the INIT state, whose peer may write where windows or registrations let it.
