@@ -13,6 +13,7 @@ pub mod psn;
 mod queue_pair;
 mod requester;
 mod responder;
+mod round_trip;
 
 pub use queue_pair::{Attributes, Completion, Failure, Full, QueuePair};
 pub use requester::{Operation, Work};

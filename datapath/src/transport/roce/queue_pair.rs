@@ -27,9 +27,10 @@ pub struct Attributes {
     pub send_psn: Psn,
     /// Number of the first packet that the peer sends.
     pub receive_psn: Psn,
-    /// How long a packet may stay without an answer; twice as long each time that it was sent again.
+    /// How long a packet may stay without an answer at least; longer on a path that takes longer, and twice as long each time
+    /// that it was sent again, to a second.
     pub timeout: Nanos,
-    /// How often it is sent again then, before the queue pair fails; at most 20.
+    /// How often it is sent again then, before the queue pair fails.
     pub retries: u8,
     /// How often it is sent again when the peer has no receive; 7 is without end.
     pub not_ready_retries: u8,

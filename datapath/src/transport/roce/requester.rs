@@ -3,6 +3,7 @@
 use super::congestion::Congestion;
 use super::packet::{Aeth, Opcode, Packet, Reth, Syndrome, rnr_nanos};
 use super::psn::Psn;
+use super::round_trip::RoundTrip;
 use super::queue_pair::{Attributes, Completion, Failure, Full};
 use super::{MAX_MESSAGE_BYTES, Nanos};
 use std::collections::VecDeque;
@@ -84,6 +85,7 @@ pub(super) struct Requester<B> {
     congestion: Congestion,
     /// When the oldest packet is taken for lost; while nothing is under way, none.
     lost_at: Option<Nanos>,
+    round_trip: RoundTrip,
     retries: u8,
     not_ready: u8,
     /// The receiver asked for time.
@@ -101,6 +103,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
             sent_end: first,
             congestion: Congestion::new(attributes.window, attributes.line_rate),
             lost_at: None,
+            round_trip: RoundTrip::default(),
             retries: 0,
             not_ready: 0,
             wait_until: 0,
@@ -148,12 +151,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     fn go_back(&mut self) {
         self.next = self.oldest;
         self.lost_at = None;
-    }
-
-    /// How long an answer may take. What was sent again and again may meet a path that is down, or a peer that stands still:
-    /// it is not sent more often than that helps (IBTA 9.7.6.1.3 leaves devices the choice, above the attribute).
-    fn patience(&self, attributes: &Attributes) -> Nanos {
-        attributes.timeout << self.retries
+        self.round_trip.sent_again();
     }
 
     /// Takes a packet for lost if it is time. A failure ends the queue pair.
@@ -165,6 +163,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
             return Err(Failure::NoAnswer);
         }
         self.retries += 1;
+        self.round_trip.missed();
         self.congestion.lost();
         self.go_back();
         Ok(())
@@ -224,11 +223,14 @@ impl<B: AsRef<[u8]>> Requester<B> {
         };
         send(&packet);
         self.congestion.sent(piece.len(), now);
+        if packet.wants_ack && self.next.since(self.sent_end) >= 0 {
+            self.round_trip.sent(self.next, now);
+        }
         self.next = self.next.plus(taken);
         if self.next.since(self.sent_end) > 0 {
             self.sent_end = self.next;
         }
-        self.lost_at = self.lost_at.or(Some(now + self.patience(attributes)));
+        self.lost_at = self.lost_at.or(Some(now + self.round_trip.patience(attributes.timeout)));
         true
     }
 
@@ -259,13 +261,14 @@ impl<B: AsRef<[u8]>> Requester<B> {
             return;
         }
         self.congestion.acknowledged(packets.cast_unsigned());
+        self.round_trip.answered(psn, now);
         self.oldest = psn;
         if self.next.since(psn) < 0 {
             // It was sent before we went back.
             self.next = psn;
         }
         (self.retries, self.not_ready) = (0, 0);
-        self.lost_at = (self.next != self.oldest).then_some(now + self.patience(attributes));
+        self.lost_at = (self.next != self.oldest).then_some(now + self.round_trip.patience(attributes.timeout));
     }
 
     /// Takes an acknowledgement. A failure ends the queue pair.

@@ -11,6 +11,7 @@ mod nic;
 mod pair;
 mod queue;
 mod socket;
+mod wire;
 
 pub(super) use memory::Domain;
 pub use memory::{Registration, Window};

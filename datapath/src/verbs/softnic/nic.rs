@@ -2,7 +2,9 @@
 
 use super::super::{LocalPort, VerbsError};
 use super::memory::{Domain, Keys};
-use super::socket;
+use super::queue::Port;
+use super::socket::{self, Sockets};
+use super::wire::Wire;
 use crate::transport::roce::{Nanos, PathMtu};
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
@@ -108,6 +110,11 @@ impl Nic {
 
     pub(in super::super) fn domain(&self) -> Domain {
         Domain::new(&self.keys)
+    }
+
+    /// What drives a new completion queue.
+    pub(super) fn port(self: &Arc<Self>) -> io::Result<Arc<Port>> {
+        Port::new(self, Wire::Kernel(Sockets::open(self.address)?))
     }
 
     pub(super) fn now(&self) -> Nanos {

@@ -66,6 +66,8 @@ impl AsRef<[u8]> for Payload {
 /// A queue pair as its port keeps it.
 pub(super) struct Side {
     number: u32,
+    /// The completion queue that it belongs to.
+    pub queue: u32,
     pub domain: u32,
     engine: Option<roce::QueuePair<Payload>>,
     shared: Option<Arc<Receives>>,
@@ -234,6 +236,7 @@ pub struct Pair {
 impl Pair {
     pub(super) fn new(
         port: &Arc<Port>,
+        queue: u32,
         domain: &Domain,
         local: &LocalPort,
         options: &QueuePairOptions<'_>,
@@ -246,6 +249,7 @@ impl Pair {
         };
         let number = port.add(|number| Side {
             number,
+            queue,
             domain: domain.number,
             engine: None,
             shared,

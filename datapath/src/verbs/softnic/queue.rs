@@ -5,7 +5,7 @@ use super::super::{Completion, LocalPort};
 use super::memory::Domain;
 use super::nic::Nic;
 use super::pair::{Pair, Side};
-use super::socket::{PAIRS, Sockets};
+use super::wire::{PAIRS, Wire};
 use crate::transport::Poller;
 use crate::transport::roce::{Nanos, packet};
 use socket2::Socket;
@@ -24,33 +24,73 @@ const TICK: Nanos = 1_000_000;
 const PATIENCE: Duration = Duration::from_millis(1);
 /// How long it sleeps at most.
 const LONGEST: Duration = Duration::from_secs(1);
+/// How long where it has to look for packets.
+const NAP: Duration = Duration::from_micros(100);
 const PACKETS: u64 = 0;
 const OTHER: u64 = 1;
 
-/// The queue pairs of a queue.
+/// Queue pairs that are driven together, of one completion queue, or of all that share a wire.
 pub(super) struct Port {
     nic: Arc<Nic>,
     state: Mutex<State>,
-    /// How often the queue's owner drove it.
+    /// How often a queue's owner drove it.
     polled: AtomicU64,
-    /// Has the owner look.
-    wake: UnixStream,
     /// The keeper ends when this is dropped.
     _keeper: UnixStream,
 }
 
 struct State {
-    sockets: Sockets,
+    wire: Wire,
     sides: HashMap<u32, Side>,
     /// Those that have something to send, or soon will.
     busy: VecDeque<u32>,
-    completions: Vec<Completion>,
+    /// Of each completion queue.
+    sinks: HashMap<u32, Sink>,
     looked_at: Nanos,
+    /// The first number that its queue pairs may have.
+    first: u32,
     /// Counts numbers, so that one that was given back is not soon used again.
     next: u32,
+    /// Completion queues that there ever were.
+    queues: u32,
+}
+
+/// What one completion queue is told.
+struct Sink {
+    completions: Vec<Completion>,
+    /// Has the owner look.
+    wake: UnixStream,
 }
 
 impl Port {
+    /// A port at a wire, and its keeper.
+    pub fn new(nic: &Arc<Nic>, wire: Wire) -> io::Result<Arc<Self>> {
+        let (keeper, kept) = UnixStream::pair()?;
+        let (waiter, first) = (wire.waiter()?, wire.first());
+        let state = State {
+            wire,
+            sides: HashMap::new(),
+            busy: VecDeque::new(),
+            sinks: HashMap::new(),
+            looked_at: 0,
+            first,
+            next: rand::random(),
+            queues: 0,
+        };
+        let port = Arc::new(Self {
+            nic: Arc::clone(nic),
+            state: Mutex::new(state),
+            polled: AtomicU64::new(0),
+            _keeper: keeper,
+        });
+        let weak = Arc::downgrade(&port);
+        std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
+            // Without it the owner's polling still drives the port.
+            let _ = keep(&weak, waiter.as_ref(), &kept);
+        })?;
+        Ok(port)
+    }
+
     pub fn nic(&self) -> &Nic {
         &self.nic
     }
@@ -63,7 +103,7 @@ impl Port {
     pub fn add(&self, make: impl FnOnce(u32) -> Side) -> io::Result<u32> {
         let mut state = self.lock();
         for _ in 0..PAIRS {
-            let number = state.sockets.first + state.next % PAIRS;
+            let number = state.first + state.next % PAIRS;
             state.next = state.next.wrapping_add(1);
             if let Entry::Vacant(free) = state.sides.entry(number) {
                 free.insert(make(number));
@@ -83,9 +123,10 @@ impl Port {
         number: u32,
         act: impl FnOnce(&mut Side, &mut Vec<Completion>) -> io::Result<R>,
     ) -> io::Result<R> {
-        let State { sides, busy, completions, .. } = &mut *self.lock();
+        let State { sides, busy, sinks, .. } = &mut *self.lock();
         let side = sides.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
-        let result = act(side, completions)?;
+        let sink = sinks.get_mut(&side.queue).ok_or(io::ErrorKind::NotFound)?;
+        let result = act(side, &mut sink.completions)?;
         if !std::mem::replace(&mut side.busy, true) {
             busy.push_back(number);
         }
@@ -99,17 +140,20 @@ impl Port {
 }
 
 impl State {
-    /// Takes a burst of packets, answers, and sends what may go.
-    fn drive(&mut self, nic: &Nic) -> io::Result<()> {
+    /// Takes a burst of packets, answers, and sends what may go. Wakes the owners of all queues but `of` that have
+    /// something to take.
+    fn drive(&mut self, nic: &Nic, of: Option<u32>) -> io::Result<()> {
         let now = nic.now();
         let mut reach = nic.keys.reach();
-        let Self { sockets, sides, busy, completions, .. } = self;
-        sockets.receive(|bytes| {
+        let Self { wire, sides, busy, sinks, .. } = self;
+        wire.receive(now, |bytes| {
             // What is no packet, or nobody's, is dropped (IBTA 9.6.1).
             let Ok(packet) = packet::decode(bytes) else { return };
             let Some(side) = sides.get_mut(&packet.queue_pair) else { return };
             side.take(&packet, now, &mut reach);
-            side.collect(completions);
+            if let Some(sink) = sinks.get_mut(&side.queue) {
+                side.collect(&mut sink.completions);
+            }
             if !std::mem::replace(&mut side.busy, true) {
                 busy.push_back(packet.queue_pair);
             }
@@ -125,35 +169,43 @@ impl State {
             }
         }
         self.send(nic, now);
+        for (queue, sink) in &self.sinks {
+            if Some(*queue) != of && !sink.completions.is_empty() {
+                // Full, it wakes as well.
+                let _ = (&sink.wake).write(&[0]);
+            }
+        }
         Ok(())
     }
 
     fn send(&mut self, nic: &Nic, now: Nanos) {
-        if self.busy.is_empty() && self.sockets.is_flushed() {
+        if self.busy.is_empty() && self.wire.is_flushed() {
             return;
         }
         let reach = nic.keys.reach();
-        let Self { sockets, sides, busy, completions, .. } = self;
-        sockets.flush();
+        let Self { wire, sides, busy, sinks, .. } = self;
+        wire.flush();
         for _ in 0..busy.len() {
             let Some(number) = busy.pop_front() else { break };
             let Some(side) = sides.get_mut(&number) else { continue };
             let mut ended = false;
-            while !ended && sockets.has_room() {
-                let room = sockets.room();
-                ended = side.transmit(now, &reach, room, |packet| sockets.stage(packet)) < room;
+            while !ended && wire.has_room() {
+                let room = wire.room();
+                ended = side.transmit(now, &reach, room, |packet| wire.stage(packet)) < room;
                 if !ended {
-                    sockets.flush();
+                    wire.flush();
                 }
             }
-            side.collect(completions);
+            if let Some(sink) = sinks.get_mut(&side.queue) {
+                side.collect(&mut sink.completions);
+            }
             // A rate may let it send before it is looked for again.
             side.busy = !ended || side.wake_at().is_some_and(|at| at < now + TICK);
             if side.busy {
                 busy.push_back(number);
             }
         }
-        sockets.flush();
+        wire.flush();
     }
 
     /// How long nothing has to be done if nothing comes.
@@ -166,6 +218,7 @@ impl State {
 /// A completion queue, and the NIC's work for its queue pairs.
 pub struct Queue {
     port: Arc<Port>,
+    number: u32,
     poller: Poller,
     woken: UnixStream,
     taken: Vec<Completion>,
@@ -175,36 +228,21 @@ impl Queue {
     /// # Errors
     /// What the kernel reports: `EPERM` without CAP_NET_RAW.
     pub(in super::super) fn new(nic: &Arc<Nic>) -> io::Result<Self> {
-        let sockets = Sockets::open(nic.address)?;
+        let port = nic.port()?;
         let poller = Poller::new()?;
         let (wake, woken) = UnixStream::pair()?;
-        let (keeper, kept) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        poller.add(sockets.descriptor(), PACKETS, false)?;
         poller.add(woken.as_raw_fd(), OTHER, false)?;
-        let waiter = sockets.waiter()?;
-        let state = State {
-            sockets,
-            sides: HashMap::new(),
-            busy: VecDeque::new(),
-            completions: Vec::new(),
-            looked_at: 0,
-            next: rand::random(),
-        };
-        let port = Arc::new(Port {
-            nic: Arc::clone(nic),
-            state: Mutex::new(state),
-            polled: AtomicU64::new(0),
-            wake,
-            _keeper: keeper,
-        });
-        let weak = Arc::downgrade(&port);
-        std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
-            // Without it the owner's polling still drives the port.
-            let _ = keep(&weak, &waiter, &kept);
-        })?;
-        Ok(Self { port, poller, woken, taken: Vec::new() })
+        let mut state = port.lock();
+        if let Some(descriptor) = state.wire.descriptor() {
+            poller.add(descriptor, PACKETS, false)?;
+        }
+        let number = state.queues;
+        state.queues += 1;
+        state.sinks.insert(number, Sink { completions: Vec::new(), wake });
+        drop(state);
+        Ok(Self { port, number, poller, woken, taken: Vec::new() })
     }
 
     pub(in super::super) fn descriptor(&self) -> RawFd {
@@ -217,15 +255,17 @@ impl Queue {
         port: &LocalPort,
         options: &QueuePairOptions<'_>,
     ) -> io::Result<Pair> {
-        Pair::new(&self.port, domain, port, options)
+        Pair::new(&self.port, self.number, domain, port, options)
     }
 
     #[inline]
     pub(in super::super) fn poll(&mut self, each: impl FnMut(Completion)) -> io::Result<usize> {
         self.port.polled.fetch_add(1, Ordering::Relaxed);
         let mut state = self.port.lock();
-        state.drive(&self.port.nic)?;
-        std::mem::swap(&mut state.completions, &mut self.taken);
+        state.drive(&self.port.nic, Some(self.number))?;
+        if let Some(sink) = state.sinks.get_mut(&self.number) {
+            std::mem::swap(&mut sink.completions, &mut self.taken);
+        }
         drop(state);
         let count = self.taken.len();
         self.taken.drain(..).for_each(each);
@@ -241,13 +281,21 @@ impl Queue {
     }
 }
 
-/// Drives a port when nobody else does: the keeper's life.
-fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
+impl Drop for Queue {
+    fn drop(&mut self) {
+        self.port.lock().sinks.remove(&self.number);
+    }
+}
+
+/// Drives a port when nobody else does: the keeper's life. Without `packets` it cannot wait for them, and looks.
+fn keep(port: &Weak<Port>, packets: Option<&Socket>, ends: &UnixStream) -> io::Result<()> {
     let mut poller = Poller::new()?;
-    poller.add(packets.as_raw_fd(), PACKETS, false)?;
+    if let Some(packets) = packets {
+        poller.add(packets.as_raw_fd(), PACKETS, false)?;
+    }
     poller.add(ends.as_raw_fd(), OTHER, false)?;
     let mut ready = Vec::new();
-    let (mut rest, mut polled, mut in_charge) = (LONGEST, 0, false);
+    let (mut rest, mut polled, mut in_charge) = (PATIENCE, 0, false);
     loop {
         poller.wait(rest, &mut ready)?;
         if ready.iter().any(|ready| ready.token == OTHER) {
@@ -257,16 +305,16 @@ fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()
             std::thread::sleep(PATIENCE);
         }
         let Some(port) = port.upgrade() else { return Ok(()) };
-        in_charge = port.polled.load(Ordering::Relaxed) == polled;
-        polled = port.polled.load(Ordering::Relaxed);
+        let before = std::mem::replace(&mut polled, port.polled.load(Ordering::Relaxed));
+        in_charge = before == polled;
         let mut state = port.lock();
         if in_charge {
-            state.drive(&port.nic)?;
-            if !state.completions.is_empty() {
-                // Full, it wakes as well.
-                let _ = (&port.wake).write(&[0]);
-            }
+            state.drive(&port.nic, None)?;
         }
-        rest = state.rest(port.nic.now());
+        rest = match packets {
+            Some(_) => state.rest(port.nic.now()),
+            None if in_charge => NAP,
+            None => PATIENCE,
+        };
     }
 }

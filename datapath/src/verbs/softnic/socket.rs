@@ -4,6 +4,7 @@
 //! (packet(7)): unlike a UDP socket it shows the IP header, over which the ICRC goes. A filter in the kernel hands each
 //! queue the packets for its own queue pairs alone, so that queues share nothing.
 
+use super::wire::PAIRS;
 use crate::transport::roce::PathMtu;
 use crate::transport::roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, UDP_PORT};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
@@ -21,10 +22,6 @@ const PACKET_BYTES: usize = PathMtu::Mtu4096.bytes() + MAX_HEADER_BYTES + MAX_TR
 /// Bytes of packets that the kernel keeps for us, if we may have so many: a burst of each of a hundred peers.
 const RECEIVE_BUFFER: usize = 32 << 20;
 const SEND_BUFFER: usize = 4 << 20;
-/// Bits of a queue pair's number that stand for the queue; the others are counted in it. A number has 24 bits.
-const QUEUE_BITS: u32 = 12;
-/// Queue pairs that a queue can have.
-pub(super) const PAIRS: u32 = 1 << (24 - QUEUE_BITS);
 
 /// Takes the UDP port of RoCEv2 at an address, so that the kernel does not answer its packets as unreachable. What comes
 /// there is dropped; other processes of the same user can have it too.
@@ -57,7 +54,7 @@ pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
 
 /// The part of all queue pairs' numbers of an address that this queue alone uses, while the socket lives.
 fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
-    let queues = 1 << QUEUE_BITS;
+    let queues = 1 << 24 >> PAIRS.ilog2();
     let start: u32 = rand::random_range(0..queues);
     for offset in 0..queues {
         // Numbers 0 and 1 are not for connections (IBTA 10.2.4.3).
@@ -169,8 +166,8 @@ impl Sockets {
         self.receives.try_clone()
     }
 
-    /// Takes a burst of packets, from their IP headers on. Returns how many there were.
-    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) -> io::Result<usize> {
+    /// As [`super::wire::Wire::receive`].
+    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
         let rooms = self.incoming.chunks_exact_mut(PACKET_BYTES);
@@ -188,7 +185,7 @@ impl Sockets {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {
                 // ENETDOWN is said once when an interface goes down (packet(7)); it may come back.
-                Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(0),
+                Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(()),
                 _ => Err(error),
             };
         };
@@ -198,16 +195,12 @@ impl Sockets {
                 each(&room[..(message.msg_len as usize).min(PACKET_BYTES)]);
             }
         }
-        Ok(count)
+        Ok(())
     }
 
     /// Packets that can be staged now.
     pub fn room(&self) -> usize {
         BURST - self.staged.len()
-    }
-
-    pub fn has_room(&self) -> bool {
-        self.room() > 0
     }
 
     /// True when nothing is staged.

@@ -1,0 +1,212 @@
+//! DPDK's environment and its Ethernet ports, safely. (Its programmer's guide, "Environment Abstraction Layer", "Poll Mode
+//! Driver" and "Mbuf Library", says what the calls do.)
+
+use dpdk_sys as ffi;
+use std::ffi::{CStr, CString};
+use std::io;
+use std::mem::zeroed;
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Packets taken, or sent, with one call.
+pub(super) const BURST: usize = 64;
+/// Descriptors of a queue.
+const DESCRIPTORS: u16 = 1024;
+/// Packet buffers: those of both queues, and of a burst each way; a power of two less one wastes no memory.
+const BUFFERS: u32 = 4095;
+/// What a frame has around its packet: header, one VLAN tag, checksum.
+const AROUND_BYTES: usize = 14 + 4 + 4;
+/// Room that DPDK keeps before a frame (RTE_PKTMBUF_HEADROOM).
+const HEADROOM: usize = 128;
+
+fn error_of(number: i32, what: &str) -> io::Error {
+    // SAFETY: takes a number, and returns a string of the thread's own that stays until its next call.
+    let text = unsafe { CStr::from_ptr(ffi::rte_strerror(number)) }.to_string_lossy().into_owned();
+    io::Error::other(format!("DPDK cannot {what}: {text}"))
+}
+
+fn check(result: i32, what: &str) -> io::Result<()> {
+    if result < 0 { Err(error_of(-result, what)) } else { Ok(()) }
+}
+
+/// Sets up DPDK for this process, which can be done once; later calls must say the same.
+fn start(arguments: &[String]) -> io::Result<()> {
+    static STARTED: Mutex<Option<(Vec<String>, Result<(), String>)>> = Mutex::new(None);
+    let mut started = STARTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (said, result) = started.get_or_insert_with(|| (arguments.to_vec(), init(arguments)));
+    if said != arguments {
+        return Err(io::Error::other("DPDK was set up with other arguments, and can be only once in a process"));
+    }
+    result.clone().map_err(io::Error::other)
+}
+
+fn init(arguments: &[String]) -> Result<(), String> {
+    let all = ["embarcadero"].into_iter().chain(arguments.iter().map(String::as_str));
+    let all: Vec<CString> = all.map(CString::new).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
+    // It pins the thread that calls it, and keeps the strings: hence a thread of its own, and strings that stay.
+    let all: &'static [CString] = Vec::leak(all);
+    let thread = std::thread::Builder::new().name("dpdk-init".to_owned()).spawn(move || {
+        let mut pointers: Vec<_> = all.iter().map(|argument| argument.as_ptr().cast_mut()).collect();
+        pointers.push(std::ptr::null_mut());
+        // SAFETY: as many strings as stated, with an end, which stay; the call is made once in this process.
+        let result = unsafe { ffi::rte_eal_init(all.len() as i32, pointers.as_mut_ptr()) };
+        // SAFETY: reads a number of this thread.
+        if result < 0 { Err(unsafe { ffi::embarcadero_rte_errno() }) } else { Ok(()) }
+    });
+    let result = thread.map_err(|error| error.to_string())?.join().map_err(|_| "DPDK ended its thread".to_owned())?;
+    result.map_err(|number| format!("{} (arguments: {})", error_of(number, "be set up"), arguments.join(" ")))
+}
+
+/// A started port with one queue each way.
+pub(in super::super) struct EthPort {
+    id: u16,
+    pool: NonNull<ffi::rte_mempool>,
+    pub(super) mac: [u8; 6],
+    /// Bytes that a frame carries.
+    pub mtu: usize,
+    taken: AtomicBool,
+}
+
+// SAFETY: the calls of the control path may be made from any thread; those of a queue go through [`Queues`], of which
+// there is one.
+unsafe impl Send for EthPort {}
+// SAFETY: as above.
+unsafe impl Sync for EthPort {}
+
+impl EthPort {
+    /// Sets DPDK up and starts the port of that name, or the first.
+    ///
+    /// # Errors
+    /// What DPDK reports.
+    pub fn open(arguments: &[String], name: Option<&str>, mtu: u16) -> io::Result<Self> {
+        start(arguments)?;
+        let mut id = 0;
+        match name {
+            Some(name) => {
+                let c_name = CString::new(name)?;
+                // SAFETY: name and number live across the call.
+                let result = unsafe { ffi::rte_eth_dev_get_port_by_name(c_name.as_ptr(), &raw mut id) };
+                check(result, &format!("find port {name}"))?;
+            }
+            // SAFETY: takes nothing.
+            None if unsafe { ffi::rte_eth_dev_count_avail() } == 0 => {
+                return Err(io::Error::other("DPDK has no port: bind a NIC (hw-setup/dpdk), or name a --vdev in dpdk.eal"));
+            }
+            None => {}
+        }
+        let room = HEADROOM + AROUND_BYTES + usize::from(mtu);
+        let pool_name = CString::new(format!("embarcadero-{id}"))?;
+        // SAFETY: the name lives across the call.
+        let pool = unsafe {
+            let socket = ffi::rte_eth_dev_socket_id(id);
+            ffi::rte_pktmbuf_pool_create(pool_name.as_ptr(), BUFFERS, 0, 0, room.next_multiple_of(64) as u16, socket)
+        };
+        // SAFETY: reads a number of this thread.
+        let pool = NonNull::new(pool).ok_or_else(|| error_of(unsafe { ffi::embarcadero_rte_errno() }, "make a pool"))?;
+        // SAFETY: plain data, for which zero is valid.
+        let mut options: ffi::rte_eth_conf = unsafe { zeroed() };
+        options.rxmode.mtu = mtu.into();
+        // SAFETY: the options live across the call, which copies them.
+        check(unsafe { ffi::rte_eth_dev_configure(id, 1, 1, &raw const options) }, "configure the port")?;
+        // SAFETY: the port is configured and not started; the pool stays as long as the process, and no options are given.
+        unsafe {
+            let socket = ffi::rte_eth_dev_socket_id(id).cast_unsigned();
+            let receives = ffi::rte_eth_rx_queue_setup(id, 0, DESCRIPTORS, socket, std::ptr::null(), pool.as_ptr());
+            check(receives, "make a receive queue")?;
+            check(ffi::rte_eth_tx_queue_setup(id, 0, DESCRIPTORS, socket, std::ptr::null()), "make a send queue")?;
+            check(ffi::rte_eth_dev_start(id), "start the port")?;
+        }
+        let mut mac = ffi::rte_ether_addr { addr_bytes: [0; 6] };
+        // SAFETY: the address lives across the call.
+        check(unsafe { ffi::rte_eth_macaddr_get(id, &raw mut mac) }, "learn the port's address")?;
+        Ok(Self { id, pool, mac: mac.addr_bytes, mtu: mtu.into(), taken: AtomicBool::new(false) })
+    }
+
+    /// Whether its link is up.
+    pub fn is_up(&self) -> bool {
+        // SAFETY: the port is started.
+        unsafe { ffi::embarcadero_link_is_up(self.id) != 0 }
+    }
+}
+
+impl Drop for EthPort {
+    fn drop(&mut self) {
+        // SAFETY: the port is started, and nobody has its queues.
+        unsafe {
+            ffi::rte_eth_dev_stop(self.id);
+            ffi::rte_eth_dev_close(self.id);
+        }
+    }
+}
+
+/// The two queues of a port, which one thread uses at a time.
+pub(super) struct Queues {
+    port: std::sync::Arc<EthPort>,
+}
+
+impl Queues {
+    /// # Errors
+    /// Another has them.
+    pub fn of(port: &std::sync::Arc<EthPort>) -> io::Result<Self> {
+        if port.taken.swap(true, Ordering::Acquire) {
+            return Err(io::Error::other("the queues of the port are in use"));
+        }
+        Ok(Self { port: std::sync::Arc::clone(port) })
+    }
+
+    /// Takes a burst of frames. Those of several buffers are longer than we said frames may be, and are dropped.
+    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) {
+        let mut buffers = [std::ptr::null_mut(); BURST];
+        // SAFETY: the port is started, and as many places are there as stated.
+        let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, 0, buffers.as_mut_ptr(), BURST as u16) };
+        for buffer in &buffers[..usize::from(count)] {
+            // SAFETY: the buffer is ours from here on; its segment has as many bytes as it says, and it is freed once,
+            // after they were looked at.
+            unsafe {
+                if ffi::embarcadero_mbuf_next(*buffer).is_null() {
+                    let len = usize::from(ffi::embarcadero_mbuf_data_len(*buffer));
+                    each(std::slice::from_raw_parts(ffi::embarcadero_mbuf_data(*buffer).cast::<u8>(), len));
+                }
+                ffi::rte_pktmbuf_free(*buffer);
+            }
+        }
+    }
+
+    /// Sends frames, which are copied; how many of the first were taken.
+    pub fn send<'a>(&mut self, frames: impl Iterator<Item = &'a [u8]>) -> usize {
+        let mut buffers = [std::ptr::null_mut(); BURST];
+        let mut made = 0;
+        for (place, frame) in buffers.iter_mut().zip(frames) {
+            // SAFETY: the pool lives as long as the process.
+            let buffer = unsafe { ffi::rte_pktmbuf_alloc(self.port.pool.as_ptr()) };
+            if buffer.is_null() {
+                break;
+            }
+            // SAFETY: the buffer is ours; null when it has not so much room.
+            let room = unsafe { ffi::rte_pktmbuf_append(buffer, frame.len() as u16) }.cast::<u8>();
+            if room.is_null() {
+                // SAFETY: it is ours, and freed once.
+                unsafe { ffi::rte_pktmbuf_free(buffer) };
+                break;
+            }
+            // SAFETY: as much room as the frame has bytes was just added.
+            unsafe { std::ptr::copy_nonoverlapping(frame.as_ptr(), room, frame.len()) };
+            *place = buffer;
+            made += 1;
+        }
+        // SAFETY: the port is started; what the queue takes belongs to it.
+        let taken = unsafe { ffi::embarcadero_tx_burst(self.port.id, 0, buffers.as_mut_ptr(), made as u16) };
+        for buffer in &buffers[usize::from(taken)..made] {
+            // SAFETY: it was not taken, and is freed once.
+            unsafe { ffi::rte_pktmbuf_free(*buffer) };
+        }
+        taken.into()
+    }
+}
+
+impl Drop for Queues {
+    fn drop(&mut self) {
+        self.port.taken.store(false, Ordering::Release);
+    }
+}

@@ -1,0 +1,220 @@
+//! Packets in Ethernet frames, and the neighbours that they go to (ARP, RFC 826).
+
+use super::super::super::DpdkConfig;
+use super::eal::{BURST, EthPort, Queues};
+use crate::transport::roce::Nanos;
+use crate::transport::roce::packet::Packet;
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+
+const HEADER_BYTES: usize = 14;
+const IPV4: [u8; 2] = 0x0800u16.to_be_bytes();
+const ARP: [u8; 2] = 0x0806u16.to_be_bytes();
+const BROADCAST: [u8; 6] = [0xff; 6];
+/// How often a neighbour is asked for at most.
+const ASK_EVERY: Nanos = 10_000_000;
+/// Neighbours that are remembered at most.
+const NEIGHBOURS: usize = 4096;
+
+type Mac = [u8; 6];
+
+/// A question or an answer about an address: whether it answers, of whom, and whose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Arp {
+    answers: bool,
+    from: (Mac, Ipv4Addr),
+    to: (Mac, Ipv4Addr),
+}
+
+impl Arp {
+    /// Ethernet, IPv4, and the lengths of their addresses.
+    const KIND: [u8; 6] = [0, 1, 8, 0, 6, 4];
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; 28] = bytes.first_chunk()?;
+        let address = |at: usize| Some(Ipv4Addr::from(*bytes[at..].first_chunk::<4>()?));
+        let mac = |at: usize| bytes[at..].first_chunk::<6>().copied();
+        let answers = match bytes[6..8] {
+            [0, 1] => false,
+            [0, 2] => true,
+            _ => return None,
+        };
+        let arp = Self { answers, from: (mac(8)?, address(14)?), to: (mac(18)?, address(24)?) };
+        (bytes[..6] == Self::KIND).then_some(arp)
+    }
+
+    fn encode(&self) -> [u8; 28] {
+        let mut bytes = [0; 28];
+        bytes[..6].copy_from_slice(&Self::KIND);
+        bytes[7] = 1 + u8::from(self.answers);
+        bytes[8..14].copy_from_slice(&self.from.0);
+        bytes[14..18].copy_from_slice(&self.from.1.octets());
+        bytes[18..24].copy_from_slice(&self.to.0);
+        bytes[24..].copy_from_slice(&self.to.1.octets());
+        bytes
+    }
+}
+
+/// Where packets go next.
+struct Route {
+    address: Ipv4Addr,
+    mask: u32,
+    gateway: Option<Ipv4Addr>,
+}
+
+impl Route {
+    fn next(&self, to: Ipv4Addr) -> Option<Ipv4Addr> {
+        let near = u32::from(to) & self.mask == u32::from(self.address) & self.mask;
+        if near { Some(to) } else { self.gateway }
+    }
+}
+
+/// A port of DPDK at an address.
+pub(in super::super) struct Ethernet {
+    queues: Queues,
+    mac: Mac,
+    route: Route,
+    neighbours: HashMap<Ipv4Addr, Mac>,
+    asked: HashMap<Ipv4Addr, Nanos>,
+    now: Nanos,
+    outgoing: Vec<u8>,
+    /// Where in `outgoing` each frame ends.
+    ends: Vec<usize>,
+}
+
+impl Ethernet {
+    /// # Errors
+    /// Another has the port's queues.
+    pub fn new(port: &Arc<EthPort>, address: Ipv4Addr, config: &DpdkConfig) -> io::Result<Self> {
+        let mask = u32::MAX.checked_shl(32 - u32::from(config.prefix_length)).unwrap_or(0);
+        Ok(Self {
+            queues: Queues::of(port)?,
+            mac: port.mac,
+            route: Route { address, mask, gateway: config.gateway },
+            neighbours: HashMap::new(),
+            asked: HashMap::new(),
+            now: 0,
+            outgoing: Vec::new(),
+            ends: Vec::with_capacity(2 * BURST),
+        })
+    }
+
+    /// As [`super::super::wire::Wire::receive`].
+    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&[u8])) {
+        self.now = now;
+        let Self { queues, mac, route, neighbours, asked, outgoing, ends, .. } = self;
+        queues.receive(|frame| {
+            let Some((header, packet)) = frame.split_first_chunk::<HEADER_BYTES>() else { return };
+            if header[12..] == IPV4 {
+                each(packet);
+            } else if header[12..] == ARP
+                && let Some(arp) = Arp::decode(packet)
+                && arp.to.1 == route.address
+            {
+                // Who was asked for, and who asks: he will be answered.
+                if (asked.remove(&arp.from.1).is_some() || !arp.answers) && neighbours.len() < NEIGHBOURS {
+                    neighbours.insert(arp.from.1, arp.from.0);
+                }
+                if !arp.answers && ends.len() < BURST {
+                    let answer = Arp { answers: true, from: (*mac, route.address), to: arp.from };
+                    put(outgoing, ends, arp.from.0, *mac, ARP, &answer.encode());
+                }
+            }
+        });
+    }
+
+    /// Packets that can be staged now.
+    pub fn room(&self) -> usize {
+        BURST.saturating_sub(self.ends.len())
+    }
+
+    /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
+    pub fn stage(&mut self, packet: &Packet<'_>) {
+        let IpAddr::V4(to) = packet.to else { return };
+        let Some(next) = self.route.next(to) else { return };
+        let Some(neighbour) = self.neighbours.get(&next).copied() else {
+            self.ask(next);
+            return;
+        };
+        begin(&mut self.outgoing, neighbour, self.mac, IPV4);
+        // What the protocol makes is sound.
+        if packet.encode(&mut self.outgoing).is_ok() {
+            self.ends.push(self.outgoing.len());
+        } else {
+            self.outgoing.truncate(self.ends.last().copied().unwrap_or(0));
+        }
+    }
+
+    fn ask(&mut self, address: Ipv4Addr) {
+        let last = self.asked.get(&address).copied();
+        if last.is_some_and(|last| self.now < last + ASK_EVERY) || self.asked.len() >= NEIGHBOURS {
+            return;
+        }
+        self.asked.insert(address, self.now);
+        let question = Arp { answers: false, from: (self.mac, self.route.address), to: ([0; 6], address) };
+        put(&mut self.outgoing, &mut self.ends, BROADCAST, self.mac, ARP, &question.encode());
+    }
+
+    pub fn is_flushed(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    /// As [`super::super::wire::Wire::flush`].
+    pub fn flush(&mut self) {
+        let mut sent = 0;
+        while sent < self.ends.len() {
+            let start = |index: usize| if index == 0 { 0 } else { self.ends[index - 1] };
+            let frames = (sent..self.ends.len()).map(|index| &self.outgoing[start(index)..self.ends[index]]);
+            match self.queues.send(frames) {
+                0 => break,
+                taken => sent += taken,
+            }
+        }
+        if let Some(gone) = sent.checked_sub(1).map(|last| self.ends[last]) {
+            self.outgoing.drain(..gone);
+            self.ends.drain(..sent);
+            self.ends.iter_mut().for_each(|end| *end -= gone);
+        }
+    }
+}
+
+fn begin(outgoing: &mut Vec<u8>, to: Mac, from: Mac, kind: [u8; 2]) {
+    outgoing.extend(to);
+    outgoing.extend(from);
+    outgoing.extend(kind);
+}
+
+fn put(outgoing: &mut Vec<u8>, ends: &mut Vec<usize>, to: Mac, from: Mac, kind: [u8; 2], bytes: &[u8]) {
+    begin(outgoing, to, from, kind);
+    outgoing.extend(bytes);
+    ends.push(outgoing.len());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn what_is_not_near_goes_to_the_gateway() {
+        let gateway = Some(Ipv4Addr::new(10, 0, 0, 254));
+        let route = Route { address: Ipv4Addr::new(10, 0, 0, 1), mask: 0xffff_ff00, gateway };
+        assert_eq!(route.next(Ipv4Addr::new(10, 0, 0, 7)), Some(Ipv4Addr::new(10, 0, 0, 7)));
+        assert_eq!(route.next(Ipv4Addr::new(10, 0, 1, 7)), gateway);
+    }
+
+    proptest! {
+        #[test]
+        fn arp_is_read_as_it_was_made(answers: bool, from: (Mac, u32), to: (Mac, u32)) {
+            let arp = Arp { answers, from: (from.0, from.1.into()), to: (to.0, to.1.into()) };
+            prop_assert_eq!(Arp::decode(&arp.encode()), Some(arp));
+        }
+
+        #[test]
+        fn any_bytes_are_read_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = Arp::decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! What carries packets: the kernel's sockets, or a port of DPDK.
+
+#[cfg(feature = "dpdk")]
+use super::dpdk::Ethernet;
+use super::socket::Sockets;
+use crate::transport::roce::Nanos;
+use crate::transport::roce::packet::Packet;
+use socket2::Socket;
+use std::io;
+use std::os::fd::RawFd;
+
+/// Queue pairs that a port can have: of the 24 bits of their numbers, the other bits stand for the port.
+pub(super) const PAIRS: u32 = 1 << 12;
+
+pub(super) enum Wire {
+    Kernel(Sockets),
+    #[cfg(feature = "dpdk")]
+    Dpdk(Box<Ethernet>),
+}
+
+macro_rules! on {
+    ($value:expr, $wire:ident => $result:expr) => {
+        match $value {
+            Self::Kernel($wire) => $result,
+            #[cfg(feature = "dpdk")]
+            Self::Dpdk($wire) => $result,
+        }
+    };
+}
+
+impl Wire {
+    /// The number of its first queue pair, of [`PAIRS`].
+    pub fn first(&self) -> u32 {
+        match self {
+            Self::Kernel(sockets) => sockets.first,
+            // The address is ours alone.
+            #[cfg(feature = "dpdk")]
+            Self::Dpdk(_) => PAIRS,
+        }
+    }
+
+    /// Readable when there are packets; `None` where they have to be looked for.
+    pub fn descriptor(&self) -> Option<RawFd> {
+        match self {
+            Self::Kernel(sockets) => Some(sockets.descriptor()),
+            #[cfg(feature = "dpdk")]
+            Self::Dpdk(_) => None,
+        }
+    }
+
+    /// The same, to keep.
+    pub fn waiter(&self) -> io::Result<Option<Socket>> {
+        match self {
+            Self::Kernel(sockets) => sockets.waiter().map(Some),
+            #[cfg(feature = "dpdk")]
+            Self::Dpdk(_) => Ok(None),
+        }
+    }
+
+    /// Takes a burst of packets, from their IP headers on.
+    #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
+    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&[u8])) -> io::Result<()> {
+        match self {
+            Self::Kernel(sockets) => sockets.receive(each),
+            #[cfg(feature = "dpdk")]
+            Self::Dpdk(ethernet) => {
+                ethernet.receive(now, each);
+                Ok(())
+            }
+        }
+    }
+
+    /// Packets that can be staged now.
+    pub fn room(&self) -> usize {
+        on!(self, wire => wire.room())
+    }
+
+    pub fn has_room(&self) -> bool {
+        self.room() > 0
+    }
+
+    /// Puts a packet to those that the next flush sends. There must be room.
+    pub fn stage(&mut self, packet: &Packet<'_>) {
+        on!(self, wire => wire.stage(packet));
+    }
+
+    /// True when nothing is staged.
+    pub fn is_flushed(&self) -> bool {
+        on!(self, wire => wire.is_flushed())
+    }
+
+    /// Sends what is staged. What there is no room for stays; what cannot be sent is lost, as on any wire.
+    pub fn flush(&mut self) {
+        on!(self, wire => wire.flush());
+    }
+}
