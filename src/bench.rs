@@ -196,6 +196,8 @@ impl BenchArgs {
             (TransportArg::Verbs, _) => "verbs_ping_pong.round_trip_p50",
             (TransportArg::Roce, "tcp_recv_into_region") => "roce_write_with_imm",
             (TransportArg::Roce, _) => "roce_ping_pong.round_trip_p50",
+            (TransportArg::Dpdk, "tcp_recv_into_region") => "dpdk_write_with_imm",
+            (TransportArg::Dpdk, _) => "dpdk_ping_pong.round_trip_p50",
         }
     }
 
@@ -211,6 +213,11 @@ impl BenchArgs {
     fn check(&self) -> Result<()> {
         if self.message_bytes == 0 || self.publishers == 0 || self.runs == 0 {
             bail!("--message-bytes, --publishers and --runs must be at least 1");
+        }
+        if self.transport == TransportArg::Dpdk {
+            bail!(
+                "benches start all brokers on this host; over DPDK each needs a port of its own, which they do not arrange"
+            );
         }
         if !(1..=MAX_BROKERS).contains(&self.brokers) {
             bail!("--brokers must be 1 to {MAX_BROKERS}");
@@ -268,7 +275,7 @@ impl BenchArgs {
             replication_factor: self.replication_factor,
             retention_bytes: match self.transport {
                 TransportArg::Tcp => RETENTION_BYTES,
-                TransportArg::Verbs | TransportArg::Roce => SMALL_RETENTION_BYTES,
+                _ => SMALL_RETENTION_BYTES,
             },
             ..TopicOptions::default()
         };

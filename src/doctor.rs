@@ -5,7 +5,7 @@ mod measure;
 use anyhow::Result;
 use clap::Args;
 use embarcadero_datapath::cxl::cache::FlushSupport;
-use embarcadero_datapath::verbs::{CompletionQueue, Context};
+use embarcadero_datapath::verbs::{CompletionQueue, Context, dpdk_version};
 use measure::{Measure, measure};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -120,6 +120,12 @@ fn nic_in_software() -> Finding {
     }
 }
 
+fn dpdk() -> Finding {
+    let version = dpdk_version();
+    let found = version.clone().unwrap_or_else(|| "this build has none".to_owned());
+    finding("DPDK", version.is_some(), found, "optional: hw-setup/deps apply, and build with --features dpdk")
+}
+
 fn findings() -> Vec<Finding> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let flush = FlushSupport::detect();
@@ -131,7 +137,6 @@ fn findings() -> Vec<Finding> {
     let shmem = read("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_else(|| "not built".to_owned());
     let dax = entries("/sys/bus/dax/devices");
     let libraries = env!("EMBARCADERO_LIBRARIES");
-    let dpdk = !libraries.contains("libdpdk not found");
     vec![
         finding(
             "cores",
@@ -176,9 +181,9 @@ fn findings() -> Vec<Finding> {
             "native libraries at build time",
             !libraries.contains("not found"),
             libraries,
-            "optional: libdpdk-dev. hw-setup/deps apply installs the others",
+            "hw-setup/deps apply installs them",
         ),
-        finding("DPDK", dpdk, if dpdk { "found" } else { "not found" }, "optional; this build has no DPDK transport"),
+        dpdk(),
     ]
 }
 

@@ -77,6 +77,7 @@ pub enum TransportArg {
     Tcp,
     Verbs,
     Roce,
+    Dpdk,
 }
 
 impl TransportArg {
@@ -86,6 +87,7 @@ impl TransportArg {
             Self::Tcp => "tcp",
             Self::Verbs => "verbs",
             Self::Roce => "roce",
+            Self::Dpdk => "dpdk",
         }
     }
 }
@@ -96,6 +98,7 @@ impl From<TransportArg> for Transport {
             TransportArg::Tcp => Self::Tcp,
             TransportArg::Verbs => Self::Verbs,
             TransportArg::Roce => Self::Roce,
+            TransportArg::Dpdk => Self::Dpdk,
         }
     }
 }

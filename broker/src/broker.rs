@@ -58,7 +58,7 @@ pub enum BrokerError {
         source: io::Error,
     },
     /// Its RDMA device.
-    #[error("transport is {}, but {source}", if *.transport == Transport::Roce { "roce" } else { "verbs" })]
+    #[error("transport is {}, but {source}", .transport.name())]
     Verbs {
         /// What was asked for.
         transport: Transport,
@@ -404,12 +404,16 @@ fn open_verbs(config: &BrokerConfig, file: &RegionFile) -> Result<Arc<VerbsHost>
     let region = file.region();
     let nodes = || region.fabric().mapping().nodes();
     let before = nodes();
-    let device = if config.transport == Transport::Roce {
-        let listen = config.data_listen.ip();
-        Context::software(config.roce.address.or((!listen.is_unspecified()).then_some(listen)))
-    } else {
-        file.require_registrable()?;
-        Context::find(config.rdma.device.as_deref())
+    let device = match config.transport {
+        Transport::Roce => {
+            let listen = config.data_listen.ip();
+            Context::software(config.roce.address.or((!listen.is_unspecified()).then_some(listen)))
+        }
+        Transport::Dpdk => Context::dpdk(&config.dpdk),
+        Transport::Tcp | Transport::Verbs => {
+            file.require_registrable()?;
+            Context::find(config.rdma.device.as_deref())
+        }
     };
     let host = VerbsHost::open(
         region.fabric(),

@@ -7,10 +7,11 @@ use embarcadero_datapath::cxl::LINE_BYTES;
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::poll::PollPolicy;
 use embarcadero_datapath::transport::Isolation;
+use embarcadero_datapath::verbs::{DpdkConfig, RoceConfig};
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 /// A value that cannot be.
@@ -173,15 +174,21 @@ pub enum Transport {
     /// The same with a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW. Clients over
     /// verbs and clients with NICs in software can come.
     Roce,
+    /// The same at a port of DPDK, without the kernel's network. Needs a build with cargo feature `dpdk`.
+    Dpdk,
 }
 
-/// The NIC in software.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct RoceConfig {
-    /// Address of this host that packets go from and come to; unset takes that of `data_listen`, or if that is any
-    /// address, the first that other hosts can reach.
-    pub address: Option<IpAddr>,
+impl Transport {
+    /// As it is configured.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+            Self::Roce => "roce",
+            Self::Dpdk => "dpdk",
+        }
+    }
 }
 
 /// RDMA verbs.
@@ -283,10 +290,12 @@ pub struct BrokerConfig {
     pub cxl: CxlConfig,
     /// What clients may use.
     pub transport: Transport,
-    /// RDMA verbs, where `transport` is `verbs`; isolation and windows also with `roce`.
+    /// RDMA verbs, where `transport` is `verbs`; isolation and windows also with `roce` and `dpdk`.
     pub rdma: RdmaConfig,
     /// The NIC in software, where `transport` is `roce`.
     pub roce: RoceConfig,
+    /// DPDK, where `transport` is `dpdk`.
+    pub dpdk: DpdkConfig,
     /// Replication.
     pub replica: ReplicaConfig,
     /// Where publishers and subscribers connect; port 0 takes a free one.
@@ -338,6 +347,7 @@ impl Default for BrokerConfig {
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
             roce: RoceConfig::default(),
+            dpdk: DpdkConfig::default(),
             replica: ReplicaConfig::default(),
             data_listen: loopback,
             control_listen: loopback,

@@ -1,9 +1,9 @@
 //! What a client is told.
 
 use crate::error::ClientError;
+use embarcadero_datapath::verbs::{DpdkConfig, RoceConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use std::net::IpAddr;
 use std::time::Duration;
 
 /// How bytes travel.
@@ -16,6 +16,8 @@ pub enum Transport {
     Verbs,
     /// The same with a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW.
     Roce,
+    /// The same at a port of DPDK. Needs a build with cargo feature `dpdk`.
+    Dpdk,
 }
 
 impl Transport {
@@ -26,6 +28,7 @@ impl Transport {
             Self::Tcp => "tcp",
             Self::Verbs => "verbs",
             Self::Roce => "roce",
+            Self::Dpdk => "dpdk",
         }
     }
 }
@@ -46,14 +49,6 @@ impl Default for RdmaConfig {
     }
 }
 
-/// The NIC in software.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct RoceConfig {
-    /// Address of this host that packets go from and come to; unset takes the one from which the brokers are reached.
-    pub address: Option<IpAddr>,
-}
-
 /// A client's configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -62,10 +57,12 @@ pub struct ClientConfig {
     pub bootstrap: Vec<String>,
     /// How bytes travel.
     pub transport: Transport,
-    /// RDMA verbs, where `transport` is `verbs`; its ring also with `roce`.
+    /// RDMA verbs, where `transport` is `verbs`; its ring also with `roce` and `dpdk`.
     pub rdma: RdmaConfig,
     /// The NIC in software, where `transport` is `roce`.
     pub roce: RoceConfig,
+    /// DPDK, where `transport` is `dpdk`.
+    pub dpdk: DpdkConfig,
     /// Acknowledgement level: 0 none, 1 ordered and visible.
     pub ack_level: u8,
     /// Bytes of a batch, header included, whatever the load. Unset, batches have `batch_size_min` to `batch_size_max`
@@ -97,6 +94,7 @@ impl Default for ClientConfig {
             transport: Transport::Tcp,
             rdma: RdmaConfig::default(),
             roce: RoceConfig::default(),
+            dpdk: DpdkConfig::default(),
             ack_level: 1,
             batch_size: None,
             batch_size_min: 64 << 10,

@@ -30,20 +30,20 @@ pub(crate) struct VerbsDevice {
 }
 
 impl VerbsDevice {
-    /// Opens the first of the configured devices that can be used; with `transport: roce` this process is the device.
+    /// Opens the first of the configured devices that can be used; with `roce` and `dpdk` this process is the device.
     pub(crate) fn open(config: &ClientConfig) -> Result<Arc<Self>, ClientError> {
         let transport = config.transport.name();
         let unusable =
             |error: &dyn std::fmt::Display| ClientError::Unreachable(format!("transport is {transport}, but {error}"));
-        let found = if config.transport == Transport::Roce {
-            Context::software(config.roce.address.or_else(|| address_towards(&config.bootstrap)))
-        } else {
-            match &config.rdma.devices[..] {
+        let found = match config.transport {
+            Transport::Roce => Context::software(config.roce.address.or_else(|| address_towards(&config.bootstrap))),
+            Transport::Dpdk => Context::dpdk(&config.dpdk),
+            Transport::Tcp | Transport::Verbs => match &config.rdma.devices[..] {
                 [] => Context::find(None),
                 [first, others @ ..] => others
                     .iter()
                     .fold(Context::find(Some(first)), |found, other| found.or_else(|_| Context::find(Some(other)))),
-            }
+            },
         };
         let (context, port) = found.map_err(|error| unusable(&error))?;
         let domain = ProtectionDomain::new(&context).map_err(|error| unusable(&error))?;

@@ -11,8 +11,11 @@ use std::sync::Arc;
 #[derive(Debug, thiserror::Error)]
 pub enum VerbsError {
     /// The build cannot speak to any.
-    #[error("this build has no RDMA (cargo feature rdma)")]
-    NotBuilt,
+    #[error("this build has no {0}")]
+    NotBuilt(&'static str),
+    /// What has no default is missing in the configuration.
+    #[error("{0} is not set")]
+    Unset(&'static str),
     /// The kernel has none.
     #[error("this host has no RDMA device; soft-RoCE makes one of any network interface: hw-setup/soft-roce apply")]
     NoDevice,
@@ -101,7 +104,7 @@ impl Context {
         #[cfg(feature = "rdma")]
         return ibverbs::Context::find(name).map(|(context, port)| (Arc::new(Self::Hardware(context)), port));
         #[cfg(not(feature = "rdma"))]
-        Err(VerbsError::NotBuilt)
+        Err(VerbsError::NotBuilt("RDMA (cargo feature rdma)"))
     }
 
     /// A NIC in software, at that address of this host, or at the first that other hosts can reach (else at a loopback
@@ -113,7 +116,19 @@ impl Context {
         softnic::Nic::open(address).map(|(nic, port)| (Arc::new(Self::Software(nic)), port))
     }
 
-    /// Name, as in /sys/class/infiniband; of a NIC in software `roce-` and its address.
+    /// A NIC in software at a port of DPDK. DPDK is set up once in a process.
+    ///
+    /// # Errors
+    /// [`VerbsError`], naming what is missing.
+    #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
+    pub fn dpdk(config: &softnic::DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+        #[cfg(feature = "dpdk")]
+        return softnic::Nic::open_dpdk(config).map(|(nic, port)| (Arc::new(Self::Software(nic)), port));
+        #[cfg(not(feature = "dpdk"))]
+        Err(VerbsError::NotBuilt("DPDK (cargo feature dpdk)"))
+    }
+
+    /// Name, as in /sys/class/infiniband; of a NIC in software `roce-` or `dpdk-` and its address.
     #[must_use]
     pub fn name(&self) -> &str {
         either!(self, device => device.name())

@@ -24,6 +24,7 @@ pub use probe::windows_are_enforced;
 pub use queue_pair::{
     DOORBELL, Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
 };
+pub use softnic::{DpdkConfig, RoceConfig};
 
 /// Does the same whatever the device is.
 macro_rules! either {
@@ -36,6 +37,15 @@ macro_rules! either {
     };
 }
 use either;
+
+/// The version of DPDK; `None` in a build without.
+#[must_use]
+pub fn dpdk_version() -> Option<String> {
+    #[cfg(feature = "dpdk")]
+    return Some(softnic::dpdk_version());
+    #[cfg(not(feature = "dpdk"))]
+    None
+}
 
 /// What belongs to one device was used with another.
 #[cfg(feature = "rdma")]

@@ -3,8 +3,8 @@
 use super::congestion::Congestion;
 use super::packet::{Aeth, Opcode, Packet, Reth, Syndrome, rnr_nanos};
 use super::psn::Psn;
-use super::round_trip::RoundTrip;
 use super::queue_pair::{Attributes, Completion, Failure, Full};
+use super::round_trip::RoundTrip;
 use super::{MAX_MESSAGE_BYTES, Nanos};
 use std::collections::VecDeque;
 

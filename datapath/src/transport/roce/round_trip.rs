@@ -31,9 +31,7 @@ impl RoundTrip {
         let passed = now.saturating_sub(at);
         self.time = Some(match self.time {
             None => (passed, passed / 2),
-            Some((time, variation)) => {
-                ((7 * time + passed) / 8, (3 * variation + time.abs_diff(passed)) / 4)
-            }
+            Some((time, variation)) => ((7 * time + passed) / 8, (3 * variation + time.abs_diff(passed)) / 4),
         });
         self.doublings = 0;
     }

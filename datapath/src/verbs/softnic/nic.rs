@@ -1,6 +1,10 @@
-//! The NIC itself: an address of this host.
+//! The NIC itself: an address, and what it is attached to.
 
 use super::super::{LocalPort, VerbsError};
+#[cfg(feature = "dpdk")]
+use super::DpdkConfig;
+#[cfg(feature = "dpdk")]
+use super::dpdk::{EthPort, Ethernet};
 use super::memory::{Domain, Keys};
 use super::queue::Port;
 use super::socket::{self, Sockets};
@@ -12,6 +16,8 @@ use socket2::Socket;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
+#[cfg(feature = "dpdk")]
+use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Instant;
 
 /// Largest message, bytes: its packets are far fewer than packets have numbers.
@@ -22,12 +28,20 @@ const LINE_RATE: f64 = 1.25e9;
 /// A NIC in software.
 pub struct Nic {
     name: String,
-    interface: String,
+    link: Link,
     pub(super) address: IpAddr,
     pub(super) line_rate: f64,
     pub(super) keys: Arc<Keys>,
     begun: Instant,
-    _port: Socket,
+}
+
+/// What it is attached to.
+enum Link {
+    /// An interface of the kernel, by name. The port is kept from answering by itself.
+    Kernel { interface: String, _port: Socket },
+    /// A port of DPDK, which all completion queues share.
+    #[cfg(feature = "dpdk")]
+    Dpdk { port: Arc<EthPort>, config: DpdkConfig, shared: Mutex<Weak<Port>> },
 }
 
 fn address_of(interface: &InterfaceAddress) -> Option<IpAddr> {
@@ -74,6 +88,28 @@ impl Nic {
         let bytes = socket::link_mtu(&port, &interface).map_err(|error| call("learn the MTU", error))?;
         let small = || call("use the interface", io::Error::other(format!("{interface} carries only {bytes} bytes")));
         let mtu = PathMtu::of_link(bytes).ok_or_else(small)?;
+        let line_rate = line_rate(&interface).unwrap_or(LINE_RATE);
+        Ok(Self::at(name, Link::Kernel { interface, _port: port }, address, mtu, line_rate))
+    }
+
+    /// A NIC at a port of DPDK.
+    ///
+    /// # Errors
+    /// [`VerbsError`].
+    #[cfg(feature = "dpdk")]
+    pub(in super::super) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+        let Some(address) = config.address else { return Err(VerbsError::Unset("dpdk.address")) };
+        let name = format!("dpdk-{address}");
+        let call = |action, source| VerbsError::Call { name: name.clone(), action, source };
+        let port = EthPort::open(&config.eal, config.port.as_deref(), config.mtu);
+        let port = port.map_err(|error| call("open the port", error))?;
+        let small = || call("use the port", io::Error::other(format!("dpdk.mtu is {}, too small", config.mtu)));
+        let mtu = PathMtu::of_link(port.mtu).ok_or_else(small)?;
+        let link = Link::Dpdk { port: Arc::new(port), config: config.clone(), shared: Mutex::new(Weak::new()) };
+        Ok(Self::at(name, link, address.into(), mtu, LINE_RATE))
+    }
+
+    fn at(name: String, link: Link, address: IpAddr, mtu: PathMtu, line_rate: f64) -> (Arc<Self>, LocalPort) {
         let gid = match address {
             IpAddr::V4(address) => address.to_ipv6_mapped(),
             IpAddr::V6(address) => address,
@@ -87,10 +123,8 @@ impl Nic {
             ethernet: true,
             max_message_bytes: MAX_MESSAGE_BYTES,
         };
-        let line_rate = line_rate(&interface).unwrap_or(LINE_RATE);
         let keys = Arc::new(Keys::default());
-        let nic = Self { name, interface, address, line_rate, keys, begun: Instant::now(), _port: port };
-        Ok((Arc::new(nic), local))
+        (Arc::new(Self { name, link, address, line_rate, keys, begun: Instant::now() }), local)
     }
 
     pub(in super::super) fn name(&self) -> &str {
@@ -99,11 +133,14 @@ impl Nic {
 
     /// Whether the interface is up and still has the address.
     pub(in super::super) fn is_active(&self) -> bool {
+        let name = match &self.link {
+            Link::Kernel { interface, .. } => interface,
+            #[cfg(feature = "dpdk")]
+            Link::Dpdk { port, .. } => return port.is_up(),
+        };
         getifaddrs().is_ok_and(|mut interfaces| {
             interfaces.any(|interface| {
-                is_up(&interface)
-                    && interface.interface_name == self.interface
-                    && address_of(&interface) == Some(self.address)
+                is_up(&interface) && interface.interface_name == *name && address_of(&interface) == Some(self.address)
             })
         })
     }
@@ -114,7 +151,19 @@ impl Nic {
 
     /// What drives a new completion queue.
     pub(super) fn port(self: &Arc<Self>) -> io::Result<Arc<Port>> {
-        Port::new(self, Wire::Kernel(Sockets::open(self.address)?))
+        match (&self.link, self.address) {
+            #[cfg(feature = "dpdk")]
+            (Link::Dpdk { port, config, shared }, IpAddr::V4(address)) => {
+                let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(port) = shared.upgrade() {
+                    return Ok(port);
+                }
+                let port = Port::new(self, Wire::Dpdk(Box::new(Ethernet::new(port, address, config)?)))?;
+                *shared = Arc::downgrade(&port);
+                Ok(port)
+            }
+            _ => Port::new(self, Wire::Kernel(Sockets::open(self.address)?)),
+        }
     }
 
     pub(super) fn now(&self) -> Nanos {

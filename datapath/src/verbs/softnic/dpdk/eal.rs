@@ -6,8 +6,8 @@ use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::zeroed;
 use std::ptr::NonNull;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Packets taken, or sent, with one call.
 pub(super) const BURST: usize = 64;
@@ -17,6 +17,8 @@ const DESCRIPTORS: u16 = 1024;
 const BUFFERS: u32 = 4095;
 /// What a frame has around its packet: header, one VLAN tag, checksum.
 const AROUND_BYTES: usize = 14 + 4 + 4;
+/// What the driver of memif lets be configured.
+const MEMIF_MTU: u16 = 1500;
 /// Room that DPDK keeps before a frame (RTE_PKTMBUF_HEADROOM).
 const HEADROOM: usize = 128;
 
@@ -30,15 +32,27 @@ fn check(result: i32, what: &str) -> io::Result<()> {
     if result < 0 { Err(error_of(-result, what)) } else { Ok(()) }
 }
 
+/// As DPDK says it.
+pub(in super::super::super) fn version() -> String {
+    // SAFETY: takes nothing and returns a static string.
+    unsafe { CStr::from_ptr(ffi::rte_version()) }.to_string_lossy().into_owned()
+}
+
 /// Sets up DPDK for this process, which can be done once; later calls must say the same.
 fn start(arguments: &[String]) -> io::Result<()> {
-    static STARTED: Mutex<Option<(Vec<String>, Result<(), String>)>> = Mutex::new(None);
-    let mut started = STARTED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let (said, result) = started.get_or_insert_with(|| (arguments.to_vec(), init(arguments)));
-    if said != arguments {
+    static STARTED: Mutex<Option<Started>> = Mutex::new(None);
+    let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
+    let started = started.get_or_insert_with(|| Started { arguments: arguments.to_vec(), result: init(arguments) });
+    if started.arguments != arguments {
         return Err(io::Error::other("DPDK was set up with other arguments, and can be only once in a process"));
     }
-    result.clone().map_err(io::Error::other)
+    started.result.clone().map_err(io::Error::other)
+}
+
+/// How DPDK was set up, and what came of it.
+struct Started {
+    arguments: Vec<String>,
+    result: Result<(), String>,
 }
 
 fn init(arguments: &[String]) -> Result<(), String> {
@@ -91,7 +105,9 @@ impl EthPort {
             }
             // SAFETY: takes nothing.
             None if unsafe { ffi::rte_eth_dev_count_avail() } == 0 => {
-                return Err(io::Error::other("DPDK has no port: bind a NIC (hw-setup/dpdk), or name a --vdev in dpdk.eal"));
+                return Err(io::Error::other(
+                    "DPDK has no port: bind a NIC (hw-setup/dpdk), or name a --vdev in dpdk.eal",
+                ));
             }
             None => {}
         }
@@ -103,10 +119,17 @@ impl EthPort {
             ffi::rte_pktmbuf_pool_create(pool_name.as_ptr(), BUFFERS, 0, 0, room.next_multiple_of(64) as u16, socket)
         };
         // SAFETY: reads a number of this thread.
-        let pool = NonNull::new(pool).ok_or_else(|| error_of(unsafe { ffi::embarcadero_rte_errno() }, "make a pool"))?;
+        let pool =
+            NonNull::new(pool).ok_or_else(|| error_of(unsafe { ffi::embarcadero_rte_errno() }, "make a pool"))?;
         // SAFETY: plain data, for which zero is valid.
-        let mut options: ffi::rte_eth_conf = unsafe { zeroed() };
-        options.rxmode.mtu = mtu.into();
+        let (mut options, mut info): (ffi::rte_eth_conf, ffi::rte_eth_dev_info) = unsafe { (zeroed(), zeroed()) };
+        // SAFETY: the port is there; the information lives across the call, and its driver's name is a static string.
+        let driver = unsafe {
+            check(ffi::rte_eth_dev_info_get(id, &raw mut info), "look at the port")?;
+            CStr::from_ptr(info.driver_name)
+        };
+        // Says that it takes 1518 bytes, and takes what its buffers hold (drivers/net/memif/rte_eth_memif.c).
+        options.rxmode.mtu = if driver == c"net_memif" { mtu.min(MEMIF_MTU) } else { mtu }.into();
         // SAFETY: the options live across the call, which copies them.
         check(unsafe { ffi::rte_eth_dev_configure(id, 1, 1, &raw const options) }, "configure the port")?;
         // SAFETY: the port is configured and not started; the pool stays as long as the process, and no options are given.
@@ -142,17 +165,17 @@ impl Drop for EthPort {
 
 /// The two queues of a port, which one thread uses at a time.
 pub(super) struct Queues {
-    port: std::sync::Arc<EthPort>,
+    port: Arc<EthPort>,
 }
 
 impl Queues {
     /// # Errors
     /// Another has them.
-    pub fn of(port: &std::sync::Arc<EthPort>) -> io::Result<Self> {
+    pub fn of(port: &Arc<EthPort>) -> io::Result<Self> {
         if port.taken.swap(true, Ordering::Acquire) {
             return Err(io::Error::other("the queues of the port are in use"));
         }
-        Ok(Self { port: std::sync::Arc::clone(port) })
+        Ok(Self { port: Arc::clone(port) })
     }
 
     /// Takes a burst of frames. Those of several buffers are longer than we said frames may be, and are dropped.

@@ -1,6 +1,6 @@
 //! Packets in Ethernet frames, and the neighbours that they go to (ARP, RFC 826).
 
-use super::super::super::DpdkConfig;
+use super::super::DpdkConfig;
 use super::eal::{BURST, EthPort, Queues};
 use crate::transport::roce::Nanos;
 use crate::transport::roce::packet::Packet;
@@ -82,6 +82,9 @@ pub(in super::super) struct Ethernet {
     outgoing: Vec<u8>,
     /// Where in `outgoing` each frame ends.
     ends: Vec<usize>,
+    /// Packets from here to here, which no port gives back, and those of them that are being looked at.
+    looped: Vec<Vec<u8>>,
+    looking: Vec<Vec<u8>>,
 }
 
 impl Ethernet {
@@ -98,12 +101,16 @@ impl Ethernet {
             now: 0,
             outgoing: Vec::new(),
             ends: Vec::with_capacity(2 * BURST),
+            looped: Vec::new(),
+            looking: Vec::new(),
         })
     }
 
     /// As [`super::super::wire::Wire::receive`].
     pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&[u8])) {
         self.now = now;
+        std::mem::swap(&mut self.looped, &mut self.looking);
+        self.looking.drain(..).for_each(|packet| each(&packet));
         let Self { queues, mac, route, neighbours, asked, outgoing, ends, .. } = self;
         queues.receive(|frame| {
             let Some((header, packet)) = frame.split_first_chunk::<HEADER_BYTES>() else { return };
@@ -133,6 +140,13 @@ impl Ethernet {
     /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
     pub fn stage(&mut self, packet: &Packet<'_>) {
         let IpAddr::V4(to) = packet.to else { return };
+        if to == self.route.address {
+            let mut looped = Vec::new();
+            if packet.encode(&mut looped).is_ok() {
+                self.looped.push(looped);
+            }
+            return;
+        }
         let Some(next) = self.route.next(to) else { return };
         let Some(neighbour) = self.neighbours.get(&next).copied() else {
             self.ask(next);

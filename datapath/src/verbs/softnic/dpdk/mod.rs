@@ -4,4 +4,5 @@ mod eal;
 mod ethernet;
 
 pub(super) use eal::EthPort;
+pub(in super::super) use eal::version;
 pub(super) use ethernet::Ethernet;
