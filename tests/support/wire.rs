@@ -36,16 +36,20 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// The seed is printed if a test fails.
+    /// With room for the largest packets of RoCEv2. The seed is printed if a test fails.
     pub fn new(faults: Faults) -> Self {
+        Self::with_mtu(faults, "9000")
+    }
+
+    /// As [`Wire::new`], for frames that carry `mtu` bytes.
+    pub fn with_mtu(faults: Faults, mtu: &str) -> Self {
         let seed: u64 = rand::random();
         println!("wire: seed {seed}");
         let name = format!("emb{}-{:x}", std::process::id(), rand::random::<u16>());
-        // Frames of 9000 bytes hold the largest packets of RoCEv2.
         shell(&format!(
             "for side in near far wire; do ip netns add {name}-$side; done
             for side in near far; do
-                ip link add name $side netns {name}-wire mtu 9000 type veth peer name e0 mtu 9000 netns {name}-$side
+                ip link add name $side netns {name}-wire mtu {mtu} type veth peer name e0 mtu {mtu} netns {name}-$side
                 ip -n {name}-wire link set $side up promisc on
                 ip -n {name}-$side link set lo up
                 ip -n {name}-$side link set e0 up

@@ -17,8 +17,12 @@ const DESCRIPTORS: u16 = 1024;
 const BUFFERS: u32 = 4095;
 /// What a frame has around its packet: header, one VLAN tag, checksum.
 const AROUND_BYTES: usize = 14 + 4 + 4;
-/// What the driver of memif lets be configured.
-const MEMIF_MTU: u16 = 1500;
+/// Drivers that let no more than this be configured, and take what their buffers hold (drivers/net/memif/rte_eth_memif.c,
+/// drivers/net/af_packet/rte_eth_af_packet.c: `max_rx_pktlen`).
+const MODEST: [&CStr; 2] = [c"net_memif", c"net_af_packet"];
+const MODEST_MTU: u16 = 1500;
+/// The room of DPDK's own pools (RTE_MBUF_DEFAULT_BUF_SIZE); AF_XDP takes none with less (Linux, XDP_UMEM_MIN_CHUNK_SIZE).
+const LEAST_ROOM: usize = 2048 + 128;
 /// Room that DPDK keeps before a frame (RTE_PKTMBUF_HEADROOM).
 const HEADROOM: usize = 128;
 
@@ -111,7 +115,7 @@ impl EthPort {
             }
             None => {}
         }
-        let room = HEADROOM + AROUND_BYTES + usize::from(mtu);
+        let room = (HEADROOM + AROUND_BYTES + usize::from(mtu)).max(LEAST_ROOM);
         let pool_name = CString::new(format!("embarcadero-{id}"))?;
         // SAFETY: the name lives across the call.
         let pool = unsafe {
@@ -128,8 +132,7 @@ impl EthPort {
             check(ffi::rte_eth_dev_info_get(id, &raw mut info), "look at the port")?;
             CStr::from_ptr(info.driver_name)
         };
-        // Says that it takes 1518 bytes, and takes what its buffers hold (drivers/net/memif/rte_eth_memif.c).
-        options.rxmode.mtu = if driver == c"net_memif" { mtu.min(MEMIF_MTU) } else { mtu }.into();
+        options.rxmode.mtu = if MODEST.contains(&driver) { mtu.min(MODEST_MTU) } else { mtu }.into();
         // SAFETY: the options live across the call, which copies them.
         check(unsafe { ffi::rte_eth_dev_configure(id, 1, 1, &raw const options) }, "configure the port")?;
         // SAFETY: the port is configured and not started; the pool stays as long as the process, and no options are given.
