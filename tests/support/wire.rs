@@ -47,9 +47,10 @@ impl Wire {
         println!("wire: seed {seed}");
         let name = format!("emb{}-{:x}", std::process::id(), rand::random::<u16>());
         shell(&format!(
-            "for side in near far wire; do ip netns add {name}-$side; done
+            "one='numtxqueues 1 numrxqueues 1'
+            for side in near far wire; do ip netns add {name}-$side; done
             for side in near far; do
-                ip link add name $side netns {name}-wire mtu {mtu} type veth peer name e0 mtu {mtu} netns {name}-$side
+                ip link add name $side $one netns {name}-wire mtu {mtu} type veth peer name e0 $one mtu {mtu} netns {name}-$side
                 ip -n {name}-wire link set $side up promisc on
                 ip -n {name}-$side link set lo up
                 ip -n {name}-$side link set e0 up

@@ -14,7 +14,7 @@ pub(super) const BURST: usize = 64;
 /// Descriptors of a queue.
 const DESCRIPTORS: u16 = 1024;
 /// Packet buffers: those of both queues, and of a burst each way; a power of two less one wastes no memory.
-const BUFFERS: u32 = 4095;
+const BUFFERS: u32 = 16383;
 /// What a frame has around its packet: header, one VLAN tag, checksum.
 const AROUND_BYTES: usize = 14 + 4 + 4;
 /// Drivers that let no more than this be configured, and take what their buffers hold (drivers/net/memif/rte_eth_memif.c,
