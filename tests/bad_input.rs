@@ -214,6 +214,22 @@ fn regions_and_configurations_that_do_not_fit_are_refused() {
     refused(&broker, &[("EMBARCADERO_BROKER_CXL__NUMA_NODE", "1000")], "cannot bind to a NUMA node");
     let verbs = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
     let missing = if cfg!(feature = "rdma") { "no RDMA device" } else { "this build has no RDMA" };
+    let dpdk = ("EMBARCADERO_BROKER_TRANSPORT", "dpdk");
+    if cfg!(feature = "dpdk") {
+        let address = ("EMBARCADERO_BROKER_DPDK__ADDRESS", "10.78.0.1");
+        refused(&broker, &[dpdk], "dpdk.address is not set");
+        refused(&broker, &[dpdk, address, ("EMBARCADERO_BROKER_DPDK__MTU", "9001")], "dpdk.mtu is 9001");
+        refused(
+            &broker,
+            &[dpdk, address, ("EMBARCADERO_BROKER_DPDK__PREFIX_LENGTH", "33")],
+            "dpdk.prefix_length is 33",
+        );
+        refused(&broker, &[dpdk, address, ("EMBARCADERO_BROKER_DPDK__EAL", r#"["--no-such"]"#)], "--no-such");
+    } else {
+        refused(&broker, &[dpdk], "this build has no DPDK");
+    }
+    let roce = ("EMBARCADERO_BROKER_TRANSPORT", "roce");
+    refused(&broker, &[roce, ("EMBARCADERO_BROKER_ROCE__ADDRESS", "192.0.2.77")], "has the address 192.0.2.77");
     refused(&broker, &[verbs, ("EMBARCADERO_BROKER_RDMA__DEVICE", "nosuch0")], missing);
     refused(&["region", "destroy", "--path", region], &[], "in use by broker 0");
     refused(&["region", "create", "--path", region], &[], "exists already");

@@ -16,6 +16,16 @@ pub enum VerbsError {
     /// What has no default is missing in the configuration.
     #[error("{0} is not set")]
     Unset(&'static str),
+    /// A setting cannot be.
+    #[error("{key} is {value}; it must be {bound}")]
+    OutOfBounds {
+        /// Which.
+        key: &'static str,
+        /// As configured.
+        value: u16,
+        /// What it may be.
+        bound: &'static str,
+    },
     /// The kernel has none.
     #[error("this host has no RDMA device; soft-RoCE makes one of any network interface: hw-setup/soft-roce apply")]
     NoDevice,
