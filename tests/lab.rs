@@ -109,6 +109,10 @@ mod one_guest {
 
 mod rxe_and_nics_in_software {
     use super::*;
+    #[cfg(feature = "dpdk")]
+    use embarcadero_client::Start;
+    #[cfg(feature = "dpdk")]
+    use std::{io::Write, process::Stdio};
     use support::wire::enter;
 
     const KERNEL: &str = "10.9.0.1";
@@ -202,6 +206,57 @@ mod rxe_and_nics_in_software {
         drop(cluster);
         let cluster = kernel_broker();
         in_software(|| order_and_integrity(Transport::Roce, &cluster, 300));
+    }
+
+    /// DPDK's device on the interface of the namespace, at an address that the kernel does not know of.
+    #[cfg(feature = "dpdk")]
+    const PORT: [(&str, &str); 3] = [
+        (
+            "DPDK__EAL",
+            r#"["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "-m", "256",
+            "--vdev=net_af_packet0,iface=soft,blocksz=65536,framesz=8192,framecnt=512"]"#,
+        ),
+        ("DPDK__ADDRESS", "10.9.0.3"),
+        ("DPDK__MTU", "8150"),
+    ];
+
+    #[test]
+    #[cfg(feature = "dpdk")]
+    #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+    fn clients_over_verbs_and_a_broker_over_dpdk() {
+        let _bridge = Bridge::new();
+        let mut cluster = Cluster::start(0, REGION, &[("EMBARCADERO_BROKER_TRANSPORT", "dpdk")]);
+        for (name, value) in PORT {
+            cluster.set(&format!("EMBARCADERO_BROKER_{name}"), value);
+        }
+        let any = format!("{SOFTWARE}:0");
+        cluster.add_under(&["ip", "netns", "exec", "soft"], &["--data", &any, "--control", &any]);
+        order_and_integrity(Transport::Verbs, &cluster, 1000);
+        publishes_by_pyverbs(&cluster);
+    }
+
+    #[test]
+    #[cfg(feature = "dpdk")]
+    #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+    fn clients_over_dpdk_and_a_broker_over_verbs() {
+        let _bridge = Bridge::new();
+        let cluster = kernel_broker();
+        over(Transport::Verbs, &cluster).create_topic("t", strong()).unwrap();
+        let run = |arguments: &[&str], input: &str| {
+            let mut command = cluster.command(arguments);
+            command.env("EMBARCADERO_CLIENT_TRANSPORT", "dpdk").stdin(Stdio::piped());
+            command.envs(PORT.map(|(name, value)| (format!("EMBARCADERO_CLIENT_{name}"), value)));
+            let mut child = in_software(|| command.spawn().unwrap());
+            child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+            assert!(child.wait().unwrap().success(), "{arguments:?}");
+        };
+        let lines: String = (0..2000).map(|number| format!("line {number}\n")).collect();
+        run(&["produce", "t"], &lines);
+        run(&["verify", "t"], "");
+        let mut subscriber = over(Transport::Verbs, &cluster).subscriber("t", Start::Earliest).unwrap();
+        for line in lines.lines() {
+            assert_eq!(subscriber.next(support::PATIENCE).unwrap().unwrap().payload, line.as_bytes());
+        }
     }
 
     /// 8 MiB is what soft-RoCE takes at most (rxe_param.h, RXE_MAX_MSG_SZ).
