@@ -83,12 +83,7 @@ pub enum TransportArg {
 impl TransportArg {
     /// As configuration files say it.
     pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Verbs => "verbs",
-            Self::Roce => "roce",
-            Self::Dpdk => "dpdk",
-        }
+        Transport::from(self).name()
     }
 }
 

@@ -1,7 +1,7 @@
 //! Puts a broker together and takes it apart.
 
 use crate::archive::{Archive, ArchiveReader, Catalog};
-use crate::config::{BrokerConfig, Coherence, ConfigError, ReplicaIo, Role, Transport};
+use crate::config::{BrokerConfig, Coherence, ConfigError, ReplicaIo, Role};
 use crate::control::{ControlService, HeadSlot};
 use crate::delegation::{Delegation, Landed};
 use crate::head::{Candidate, Election, Reach, Reign};
@@ -28,6 +28,7 @@ use embarcadero_datapath::cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_datapath::cxl::tables::{BrokerInfo, last_incarnation, publish_broker};
 use embarcadero_datapath::cxl::{Native, Region};
 use embarcadero_datapath::poll::{Idle, PollBounds, Step};
+use embarcadero_datapath::transport::Transport;
 use embarcadero_datapath::transport::tcp::{SocketOptions, listen};
 use embarcadero_datapath::transport::verbs::VerbsHost;
 use embarcadero_datapath::uring::Uring;

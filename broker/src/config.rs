@@ -6,7 +6,7 @@ use crate::membership::Membership;
 use embarcadero_datapath::cxl::LINE_BYTES;
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::poll::PollPolicy;
-use embarcadero_datapath::transport::Isolation;
+use embarcadero_datapath::transport::{Isolation, Transport};
 use embarcadero_datapath::verbs::{DpdkConfig, RoceConfig};
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
 use schemars::JsonSchema;
@@ -163,34 +163,6 @@ impl Default for ThreadConfig {
     }
 }
 
-/// How clients' bytes reach the region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Transport {
-    /// TCP.
-    Tcp,
-    /// RDMA verbs beside TCP: clients choose. Without an RDMA device the broker does not start.
-    Verbs,
-    /// The same with a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW. Clients over
-    /// verbs and clients with NICs in software can come.
-    Roce,
-    /// The same at a port of DPDK, without the kernel's network. Needs a build with cargo feature `dpdk`.
-    Dpdk,
-}
-
-impl Transport {
-    /// As it is configured.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Verbs => "verbs",
-            Self::Roce => "roce",
-            Self::Dpdk => "dpdk",
-        }
-    }
-}
-
 /// RDMA verbs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -288,7 +260,7 @@ pub struct BrokerConfig {
     pub etcd: EtcdConfig,
     /// The region.
     pub cxl: CxlConfig,
-    /// What clients may use.
+    /// What clients may use; TCP besides.
     pub transport: Transport,
     /// RDMA verbs, where `transport` is `verbs`; isolation and windows also with `roce` and `dpdk`.
     pub rdma: RdmaConfig,

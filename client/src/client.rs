@@ -1,7 +1,6 @@
 //! A client of one cluster.
 
 use crate::config::ClientConfig;
-use crate::config::Transport;
 use crate::control::Control;
 use crate::error::ClientError;
 use crate::link::LinkOptions;
@@ -10,6 +9,7 @@ use crate::subscriber::{Start, Subscriber};
 use crate::verbs::VerbsDevice;
 use embarcadero_control::v1 as proto;
 use embarcadero_datapath::cxl::tables::Order;
+use embarcadero_datapath::transport::Transport;
 use embarcadero_datapath::transport::tcp::SocketOptions;
 use serde::Serialize;
 use std::net::SocketAddr;

@@ -1,37 +1,11 @@
 //! What a client is told.
 
 use crate::error::ClientError;
+use embarcadero_datapath::transport::Transport;
 use embarcadero_datapath::verbs::{DpdkConfig, RoceConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
-
-/// How bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Transport {
-    /// TCP.
-    Tcp,
-    /// RDMA verbs. Never falls back to TCP.
-    Verbs,
-    /// The same with a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW.
-    Roce,
-    /// The same at a port of DPDK. Needs a build with cargo feature `dpdk`.
-    Dpdk,
-}
-
-impl Transport {
-    /// As it is configured.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Verbs => "verbs",
-            Self::Roce => "roce",
-            Self::Dpdk => "dpdk",
-        }
-    }
-}
 
 /// RDMA verbs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

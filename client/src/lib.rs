@@ -27,8 +27,9 @@ mod subscriber;
 mod verbs;
 
 pub use client::{BrokerView, Client, ClusterView, StreamView, TopicOptions, TopicView};
-pub use config::{ClientConfig, RdmaConfig, Transport};
+pub use config::{ClientConfig, RdmaConfig};
 pub use embarcadero_datapath::cxl::tables::Order;
+pub use embarcadero_datapath::transport::Transport;
 pub use error::ClientError;
 pub use publisher::{MessageId, Publisher, PublisherStats, Status};
 pub use subscriber::{Batch, Message, Start, Subscriber};

@@ -1,11 +1,12 @@
 //! A client's end of a verbs connection: batches are written from their buffers into the broker's landing windows,
 //! deliveries arrive in a ring. `datapath/src/transport/verbs.rs` is the other end.
 
-use crate::config::{ClientConfig, Transport};
+use crate::config::ClientConfig;
 use crate::error::ClientError;
 use crate::link::LinkOptions;
 use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::cxl::LINE_BYTES;
+use embarcadero_datapath::transport::Transport;
 use embarcadero_datapath::transport::verbs::{LEASES, SEND_DEPTH, SIGNAL_EVERY, WANTS_LEASE, accepted};
 use embarcadero_datapath::verbs::{
     CompletionQueue, Context, DOORBELL, LocalPort, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain,

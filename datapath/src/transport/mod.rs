@@ -67,6 +67,33 @@ impl TransportError {
     }
 }
 
+/// What carries batches. Nothing falls back to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP.
+    Tcp,
+    /// RDMA verbs, by a device of the host.
+    Verbs,
+    /// RDMA by a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW. It speaks to devices too.
+    Roce,
+    /// The same at a port of DPDK, without the kernel's network. Needs a build with cargo feature `dpdk`.
+    Dpdk,
+}
+
+impl Transport {
+    /// As it is configured.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Verbs => "verbs",
+            Self::Roce => "roce",
+            Self::Dpdk => "dpdk",
+        }
+    }
+}
+
 /// How a session is kept inside its landing windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
