@@ -1,6 +1,6 @@
 //! The data path of Embarcadero: the shared CXL region and the rules for touching it ([`cxl`]), the bytes that
-//! travel between clients and brokers ([`wire`]), how they travel ([`transport`], and `verbs` with feature `rdma`), and how
-//! threads wait ([`poll`]). [`uring`] writes files.
+//! travel between clients and brokers ([`wire`]), how they travel ([`transport`], over [`verbs`] where a NIC places them),
+//! and how threads wait ([`poll`]). [`uring`] writes files.
 //!
 //! All `unsafe` code of the project lives here and in `sys/`.
 

@@ -121,7 +121,8 @@ impl Ethernet {
                 && arp.to.1 == route.address
             {
                 // Who was asked for, and who asks: he will be answered.
-                if (asked.remove(&arp.from.1).is_some() || !arp.answers) && neighbours.len() < NEIGHBOURS {
+                if asked.remove(&arp.from.1).is_some() || !arp.answers {
+                    make_room(neighbours);
                     neighbours.insert(arp.from.1, arp.from.0);
                 }
                 if !arp.answers && ends.len() < BURST {
@@ -163,9 +164,10 @@ impl Ethernet {
 
     fn ask(&mut self, address: Ipv4Addr) {
         let last = self.asked.get(&address).copied();
-        if last.is_some_and(|last| self.now < last + ASK_EVERY) || self.asked.len() >= NEIGHBOURS {
+        if last.is_some_and(|last| self.now < last + ASK_EVERY) {
             return;
         }
+        make_room(&mut self.asked);
         self.asked.insert(address, self.now);
         let question = Arp { answers: false, from: (self.mac, self.route.address), to: ([0; 6], address) };
         put(&mut self.outgoing, &mut self.ends, BROADCAST, self.mac, ARP, &question.encode());
@@ -191,6 +193,13 @@ impl Ethernet {
             self.ends.drain(..sent);
             self.ends.iter_mut().for_each(|end| *end -= gone);
         }
+    }
+}
+
+/// Strangers can fill what is remembered: then all is forgotten, and asked for again where it is needed.
+fn make_room<T>(remembered: &mut HashMap<Ipv4Addr, T>) {
+    if remembered.len() >= NEIGHBOURS {
+        remembered.clear();
     }
 }
 
