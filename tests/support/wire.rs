@@ -2,7 +2,7 @@
 //! RoCEv2 as it is told.
 
 use super::verbs::shell;
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
@@ -146,6 +146,18 @@ fn port(interface: &str) -> Socket {
 /// IPv4, UDP, to port 4791.
 fn is_roce(frame: &[u8]) -> bool {
     frame.len() > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 4791u16.to_be_bytes()
+}
+
+/// Does something in a network of its own that has the loopback alone: no device of the host's has UDP port 4791 there.
+pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            shell("ip link set lo up");
+            act()
+        });
+        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 fn relay(mut from: &Socket, mut to: &Socket, faults: Faults, mut rng: StdRng, stop: &AtomicBool, harmed: &AtomicU64) {
