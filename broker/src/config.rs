@@ -7,7 +7,7 @@ use embarcadero_datapath::cxl::LINE_BYTES;
 use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_datapath::poll::PollPolicy;
 use embarcadero_datapath::transport::{Isolation, Transport};
-use embarcadero_datapath::verbs::{DpdkConfig, RoceConfig};
+use embarcadero_datapath::verbs::{DpdkConfig, OutOfBounds, RoceConfig};
 use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -355,6 +355,11 @@ impl BrokerConfig {
                 Err(ConfigError { key, value: value.to_string(), bound: format!("{low} to {high}") })
             }
         };
+        self.dpdk.validate().map_err(|OutOfBounds { key, value, bound }| ConfigError {
+            key,
+            value: value.to_string(),
+            bound: bound.to_owned(),
+        })?;
         within("id", self.id.unwrap_or(0).into(), 0, 31)?;
         within("threads.workers", self.threads.workers as u64, 0, MAX_WORKERS as u64)?;
         within("threads.sleep_max_us", self.threads.sleep_max_us, 20, 1_000_000)?;

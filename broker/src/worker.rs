@@ -669,7 +669,7 @@ impl Worker {
 }
 
 fn no_verbs() -> TransportError {
-    let text = "this broker does not offer verbs: start it with transport: verbs, or roce (its log says if it has lost its device)";
+    let text = "this broker does not offer RDMA: start it with transport: verbs, roce or dpdk (its log says if it has lost its device)";
     TransportError::refused(ErrorCode::NoTransport, text)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::error::ClientError;
 use embarcadero_datapath::transport::Transport;
-use embarcadero_datapath::verbs::{DpdkConfig, RoceConfig};
+use embarcadero_datapath::verbs::{DpdkConfig, OutOfBounds, RoceConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -114,6 +114,11 @@ impl ClientConfig {
         }
         within("buffer_bytes", self.buffer_bytes as u64, 2 * most as u64, 64 << 30)?;
         within("rdma.ring_bytes", self.rdma.ring_bytes as u64, 64 << 10, 1 << 30)?;
+        self.dpdk.validate().map_err(|OutOfBounds { key, value, bound }| ClientError::Config {
+            key,
+            value: value.to_string(),
+            bound: bound.to_owned(),
+        })?;
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;
         within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
     }

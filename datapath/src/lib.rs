@@ -2,7 +2,7 @@
 //! travel between clients and brokers ([`wire`]), how they travel ([`transport`], over [`verbs`] where a NIC places them),
 //! and how threads wait ([`poll`]). [`uring`] writes files.
 //!
-//! All `unsafe` code of the project lives here and in `sys/`.
+//! All `unsafe` code of the project, but for its tests, lives here and in `sys/`.
 
 pub mod buffer;
 pub mod cxl;

@@ -17,15 +17,8 @@ pub enum VerbsError {
     #[error("{0} is not set")]
     Unset(&'static str),
     /// A setting cannot be.
-    #[error("{key} is {value}; it must be {bound}")]
-    OutOfBounds {
-        /// Which.
-        key: &'static str,
-        /// As configured.
-        value: u16,
-        /// What it may be.
-        bound: &'static str,
-    },
+    #[error(transparent)]
+    OutOfBounds(#[from] softnic::OutOfBounds),
     /// The kernel has none.
     #[error("this host has no RDMA device; soft-RoCE makes one of any network interface: hw-setup/soft-roce apply")]
     NoDevice,

@@ -24,7 +24,7 @@ pub use probe::windows_are_enforced;
 pub use queue_pair::{
     DOORBELL, Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
 };
-pub use softnic::{DpdkConfig, RoceConfig};
+pub use softnic::{DpdkConfig, OutOfBounds, RoceConfig};
 
 /// Does the same whatever the device is.
 macro_rules! either {

@@ -31,6 +31,35 @@ pub struct DpdkConfig {
     pub mtu: u16,
 }
 
+/// A setting that cannot be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{key} is {value}; it must be {bound}")]
+pub struct OutOfBounds {
+    /// Which.
+    pub key: &'static str,
+    /// As configured.
+    pub value: u16,
+    /// What it may be.
+    pub bound: &'static str,
+}
+
+impl DpdkConfig {
+    /// Whether its numbers can be.
+    ///
+    /// # Errors
+    /// The first that cannot.
+    pub fn validate(&self) -> Result<(), OutOfBounds> {
+        let bounds = [
+            ("dpdk.mtu", self.mtu, 576..=9000, "576 to 9000"),
+            ("dpdk.prefix_length", self.prefix_length.into(), 0..=32, "0 to 32"),
+        ];
+        match bounds.into_iter().find(|(_, value, allowed, _)| !allowed.contains(value)) {
+            Some((key, value, _, bound)) => Err(OutOfBounds { key, value, bound }),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Default for DpdkConfig {
     fn default() -> Self {
         Self { eal: Vec::new(), port: None, address: None, prefix_length: 24, gateway: None, mtu: 4200 }

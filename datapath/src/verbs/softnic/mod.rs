@@ -16,7 +16,7 @@ mod queue;
 mod socket;
 mod wire;
 
-pub use config::{DpdkConfig, RoceConfig};
+pub use config::{DpdkConfig, OutOfBounds, RoceConfig};
 #[cfg(feature = "dpdk")]
 pub(super) use dpdk::version as dpdk_version;
 pub(super) use memory::Domain;

@@ -99,15 +99,7 @@ impl Nic {
     #[cfg(feature = "dpdk")]
     pub(in super::super) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let Some(address) = config.address else { return Err(VerbsError::Unset("dpdk.address")) };
-        let bounds = [
-            ("dpdk.mtu", config.mtu, 576..=9000, "576 to 9000"),
-            ("dpdk.prefix_length", config.prefix_length.into(), 0..=32, "0 to 32"),
-        ];
-        for (key, value, allowed, bound) in bounds {
-            if !allowed.contains(&value) {
-                return Err(VerbsError::OutOfBounds { key, value, bound });
-            }
-        }
+        config.validate()?;
         let name = format!("dpdk-{address}");
         let call = |action, source| VerbsError::Call { name: name.clone(), action, source };
         let port = EthPort::open(&config.eal, config.port.as_deref(), config.mtu);

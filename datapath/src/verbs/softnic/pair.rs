@@ -19,8 +19,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Packets under way at most, as Linux's soft-RoCE has it (rxe_param.h, RXE_MAX_UNACKED_PSNS).
 const WINDOW: u32 = 128;
-/// How long a packet may stay without an answer before it is sent again, at first: far longer than any path or polling
-/// thread takes. With [`RETRIES`], a peer is given up after a second.
+/// How long a packet may stay without an answer at least: longer than most paths and polling threads take. With [`RETRIES`],
+/// a peer is given up after a second, or later if answers took longer.
 const TIMEOUT: Nanos = 4_000_000;
 /// Id of the completion that says of a queue pair without work that it failed.
 const OF_NO_REQUEST: u64 = u64::MAX;

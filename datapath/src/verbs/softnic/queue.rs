@@ -47,8 +47,6 @@ struct State {
     /// Of each completion queue.
     sinks: HashMap<u32, Sink>,
     looked_at: Nanos,
-    /// The first number that its queue pairs may have.
-    first: u32,
     /// Counts numbers, so that one that was given back is not soon used again.
     next: u32,
     /// Completion queues that there ever were.
@@ -66,14 +64,13 @@ impl Port {
     /// A port at a wire, and its keeper.
     pub fn new(nic: &Arc<Nic>, wire: Wire) -> io::Result<Arc<Self>> {
         let (keeper, kept) = UnixStream::pair()?;
-        let (waiter, first) = (wire.waiter()?, wire.first());
+        let waiter = wire.waiter()?;
         let state = State {
             wire,
             sides: HashMap::new(),
             busy: VecDeque::new(),
             sinks: HashMap::new(),
             looked_at: 0,
-            first,
             next: rand::random(),
             queues: 0,
         };
@@ -103,7 +100,7 @@ impl Port {
     pub fn add(&self, make: impl FnOnce(u32) -> Side) -> io::Result<u32> {
         let mut state = self.lock();
         for _ in 0..PAIRS {
-            let number = state.first + state.next % PAIRS;
+            let number = state.wire.first() + state.next % PAIRS;
             state.next = state.next.wrapping_add(1);
             if let Entry::Vacant(free) = state.sides.entry(number) {
                 free.insert(make(number));
