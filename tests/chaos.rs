@@ -11,11 +11,10 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::net::TcpListener;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use support::{Cluster, Proxy, assert_exactly_once, eventually, history, message};
+use support::{Cluster, Proxy, assert_exactly_once, eventually, history, loopback, message};
 
 /// Clients that live through it.
 const CLIENTS: u32 = 4;
@@ -42,7 +41,7 @@ fn client(cluster: &Cluster) -> Client {
 
 /// Starts broker `id` where a proxy is, which stays when the broker's process changes.
 fn proxied(cluster: &mut Cluster, id: u32) -> Proxy {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let free = loopback();
     let proxy = Proxy::start(free);
     let (id, data, advertise) = (id.to_string(), free.to_string(), proxy.address.to_string());
     cluster.add(&["--id", &id, "--data", &data, "--advertise", &advertise]);

@@ -10,7 +10,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
-use support::{Cluster, Proxy, assert_exactly_once, eventually, history, message};
+use support::{Cluster, Proxy, assert_exactly_once, eventually, history, loopback, message};
 
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
 
@@ -26,12 +26,12 @@ fn assert_offsets(publisher: &Publisher, ids: &[MessageId], seen: &[(u64, u64)])
 
 #[test]
 fn connections_cut_in_mid_batch_lose_and_repeat_nothing() {
-    // The proxy must know the broker's port before the broker does: reserve both ends first.
+    // The proxy must know the broker's port before the broker does: both ends are chosen first.
     let mut cluster = Cluster::start(1, REGION, &[]);
     let mut proxies = Vec::new();
     for _ in 0..3 {
         let front = TcpListener::bind("127.0.0.1:0").unwrap();
-        let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let back = loopback();
         let index =
             cluster.add(&["--data", &back.to_string(), "--advertise", &front.local_addr().unwrap().to_string()]);
         assert_eq!(cluster.brokers[index].data, front.local_addr().unwrap());
@@ -102,7 +102,7 @@ fn swallowing(front: TcpListener, back: SocketAddr) -> (Arc<AtomicBool>, Arc<Ato
 #[test]
 fn a_broker_that_falls_silent_is_left() {
     let front = TcpListener::bind("127.0.0.1:0").unwrap();
-    let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let back = loopback();
     let advertised = front.local_addr().unwrap().to_string();
     let (swallow, swallowed) = swallowing(front, back);
     let mut cluster = Cluster::start(0, REGION, &[]);
@@ -126,7 +126,7 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
     let environment = [("EMBARCADERO_BROKER_GAP_LEASE_MS", "300")];
     let mut cluster = Cluster::start(1, REGION, &environment);
     let front = TcpListener::bind("127.0.0.1:0").unwrap();
-    let back = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let back = loopback();
     cluster.add(&["--data", &back.to_string(), "--advertise", &front.local_addr().unwrap().to_string()]);
     let (swallow, _) = swallowing(front, back);
     cluster.await_brokers(2);

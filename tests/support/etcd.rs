@@ -1,7 +1,7 @@
 //! A real etcd.
 
-use super::eventually;
-use std::net::{IpAddr, TcpListener};
+use super::{address_at, eventually};
+use std::net::IpAddr;
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
 
@@ -16,8 +16,8 @@ pub struct Etcd {
 impl Etcd {
     /// One that serves at `address`.
     pub fn start(address: IpAddr) -> Self {
-        let free = || TcpListener::bind((address, 0)).unwrap().local_addr().unwrap();
-        let (client, peer) = (format!("http://{}", free()), format!("http://{}", free()));
+        let url = || format!("http://{}", address_at(address));
+        let (client, peer) = (url(), url());
         let mut etcd = Self { child: None, data: tempfile::tempdir().unwrap(), client, peer };
         etcd.restart();
         etcd

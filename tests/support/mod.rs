@@ -11,7 +11,7 @@ use embarcadero_datapath::wire::OpenPublish;
 use embarcadero_datapath::wire::batch::BatchOrigin;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
@@ -67,6 +67,27 @@ pub fn region_path() -> PathBuf {
     PathBuf::from(format!("/dev/shm/embarcadero-test-{}-{number}", std::process::id()))
 }
 
+/// An address at `host` for something that is started later, or started again: of a port below those that the kernel
+/// gives to whoever asks for any (`ip_local_port_range`, from 32768), so that nobody gets it in between.
+pub fn address_at(host: IpAddr) -> SocketAddr {
+    const FIRST: u32 = 12_000;
+    const PORTS: u32 = 20_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        // Test programs that run at the same time begin at different places.
+        let number = NEXT.fetch_add(1, Ordering::Relaxed) + 64 * std::process::id();
+        let address = SocketAddr::new(host, (FIRST + number % PORTS) as u16);
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+}
+
+/// As [`address_at`], on loopback.
+pub fn loopback() -> SocketAddr {
+    address_at(Ipv4Addr::LOCALHOST.into())
+}
+
 pub fn run(arguments: &[&str]) -> Output {
     Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
@@ -114,10 +135,11 @@ impl Cluster {
     /// As [`Cluster::add`], by a command that becomes the program behind it.
     pub fn add_under(&mut self, command: &[&str], arguments: &[&str]) -> usize {
         let line = [command, &[PROGRAM]].concat();
+        let control = ["--control", &loopback().to_string()].map(str::to_owned);
         let mut child = Command::new(line[0])
             .args(&line[1..])
             .args(["broker", "--region", self.region.to_str().unwrap()])
-            .args(if arguments.contains(&"--control") { &[][..] } else { &["--control", "127.0.0.1:0"] })
+            .args(if arguments.contains(&"--control") { &[] } else { &control[..] })
             .args(arguments)
             .envs(self.environment.iter().cloned())
             .env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", "8")
