@@ -7,6 +7,7 @@ mod engine;
 mod failover;
 mod grid;
 mod latency;
+mod memif;
 mod peers;
 mod plot;
 mod replication;
@@ -85,6 +86,9 @@ pub struct BenchArgs {
     /// An open loop publishes so many messages together, when the last of them is due; 0 and 1 are the same.
     #[arg(skip)]
     messages_at_once: u64,
+    /// Over DPDK: devices that reach each other, for the transport alone.
+    #[arg(skip)]
+    devices: Option<memif::Devices>,
     /// Settings of the brokers that a comparison varies.
     #[arg(skip)]
     environment: Vec<(String, String)>,
@@ -214,10 +218,8 @@ impl BenchArgs {
         if self.message_bytes == 0 || self.publishers == 0 || self.runs == 0 {
             bail!("--message-bytes, --publishers and --runs must be at least 1");
         }
-        if self.transport == TransportArg::Dpdk {
-            bail!(
-                "benches start all brokers on this host; over DPDK each needs a port of its own, which they do not arrange"
-            );
+        if self.transport == TransportArg::Dpdk && self.brokers > 1 {
+            bail!("over DPDK the bench's port has one peer: --brokers must be 1");
         }
         if !(1..=MAX_BROKERS).contains(&self.brokers) {
             bail!("--brokers must be 1 to {MAX_BROKERS}");
@@ -227,6 +229,10 @@ impl BenchArgs {
 
     fn cluster(&self) -> Result<Cluster> {
         self.check()?;
+        let mut environment = self.environment.clone();
+        if self.transport == TransportArg::Dpdk {
+            environment.extend(memif::broker());
+        }
         let small = self.transport != TransportArg::Tcp;
         Cluster::start(&ClusterArgs {
             brokers: self.brokers,
@@ -242,7 +248,7 @@ impl BenchArgs {
             transport: Some(self.transport),
             cores: self.far_cores(),
             replicas: self.replicas.clone(),
-            environment: self.environment.clone(),
+            environment,
             ready_file: None,
         })
     }
@@ -263,6 +269,7 @@ impl BenchArgs {
             buffer_bytes: self.buffer_bytes.unwrap_or_else(|| bytes.max(1 << 20).min(share).max(least)),
             batch_checksum: self.checksum,
             transport: self.transport.into(),
+            dpdk: if self.transport == TransportArg::Dpdk { memif::client() } else { defaults.dpdk },
             ..ClientConfig::at(cluster.control())
         };
         Ok(Client::connect(config)?)
@@ -377,7 +384,7 @@ fn publish(args: &GridArgs) -> Result<()> {
                 TransportArg::Tcp => {
                     ceiling::tcp_receive_into_region(bench.pair(), bench.write_bytes(), bench.seconds)?
                 }
-                other => ceiling::verbs_write(other, bench.pair(), bench.write_bytes(), bench.seconds)?,
+                _ => ceiling::verbs_write(bench, bench.write_bytes())?,
             });
             rates.push(publish_goodput(bench)?);
         }

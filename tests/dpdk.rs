@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 use support::verbs::{REGION, shell, strong};
 use support::wire::{Faults, Wire};
-use support::{Cluster, assert_exactly_once, eventually, history, message};
+use support::{Cluster, PROGRAM, assert_exactly_once, eventually, history, message};
 
 /// Addresses of the ports, which the kernel does not know of.
 const BROKER: &str = "10.78.0.1";
@@ -102,6 +102,18 @@ fn a_client_that_is_killed_disturbs_nobody() {
     let seen = history(&tcp, "t");
     assert_exactly_once(&seen[&0], seen[&0].len() as u64);
     assert_exactly_once(&seen[&1], 5000);
+}
+
+/// Runs are brokers of their own: the client's port, which stays, finds each.
+#[test]
+fn a_port_outlives_its_peer() {
+    let arguments = ["bench", "publish", "--transport", "dpdk", "--runs", "3", "--seconds", "0.2", "--json"];
+    let bench = Command::new(PROGRAM).args(arguments).output().unwrap();
+    assert!(bench.status.success(), "{}", String::from_utf8_lossy(&bench.stderr));
+    let said = String::from_utf8(bench.stdout).unwrap();
+    let rows = said.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let goodput = rows.filter(|row| row["name"] == "publish.goodput").map(|row| row["min"].as_f64().unwrap());
+    assert!(goodput.sum::<f64>() > 0.0, "{said}");
 }
 
 /// Over a device on the interface `e0` of two namespaces.

@@ -35,6 +35,8 @@ pub struct Landed<F: Fabric> {
     pub header: BatchHeader,
     /// Where it lies.
     pub at: RegionOffset,
+    /// Its bytes are in memory: no cache has to be flushed.
+    pub in_memory: bool,
     /// Where it came from.
     pub origin: Origin,
 }
@@ -198,7 +200,9 @@ impl<F: Fabric> Delegation<F> {
                 if !writer.has_room() {
                     return Err(landed);
                 }
-                fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                if !landed.in_memory {
+                    fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                }
                 writer.append(BatchEntry {
                     location: landed.at.0,
                     client_id: header.client_id,
@@ -215,7 +219,9 @@ impl<F: Fabric> Delegation<F> {
                 if index.make_room().is_err() {
                     return Err(landed);
                 }
-                fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                if !landed.in_memory {
+                    fabric.flush(landed.at, bytes, Site::PayloadFlush);
+                }
                 let position = index.next();
                 let first_offset = index.append(IndexEntry {
                     location: landed.at.0,
@@ -403,7 +409,7 @@ mod tests {
     fn land(topic: &Arc<Topic<Simulated>>) -> Landed<Simulated> {
         let header = BatchHeader { payload_bytes: 60, message_count: 1, topic_incarnation: 1, ..BatchHeader::zeroed() };
         let at = topic.blog.reserve(header.batch_bytes()).expect("there is room");
-        Landed { topic: Arc::clone(topic), header, at, origin: Origin { worker: 0, token: 0 } }
+        Landed { topic: Arc::clone(topic), header, at, in_memory: false, origin: Origin { worker: 0, token: 0 } }
     }
 
     /// A process that stood still while another took its place, on another host: what it received meanwhile is not shown,

@@ -130,7 +130,7 @@ impl PublisherSession {
         self.open.resume_from
     }
 
-    /// A batch is complete: checks its body and hands it to the delegation.
+    /// A batch is complete: checks its body and hands it to the delegation. `in_memory` as [`Landed::in_memory`].
     ///
     /// # Errors
     /// The body does not fit its header; the batch is given up.
@@ -139,6 +139,7 @@ impl PublisherSession {
         memory: &Native,
         header: BatchHeader,
         at: RegionOffset,
+        in_memory: bool,
         origin: Origin,
     ) -> Result<(), TransportError> {
         self.check(memory, &header, at)?;
@@ -146,7 +147,7 @@ impl PublisherSession {
         if self.wants_acks() {
             self.acks.expect(header.sequence);
         }
-        let landed = Landed { topic: Arc::clone(&self.topic), header, at, origin };
+        let landed = Landed { topic: Arc::clone(&self.topic), header, at, in_memory, origin };
         self.landed.try_send(landed).map_err(|_| {
             self.topic.blog.settle(at);
             TransportError::refused(ErrorCode::Unavailable, "the broker is shutting down")

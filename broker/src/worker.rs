@@ -451,8 +451,9 @@ impl Worker {
                 }
                 Ok(Received::Batch(header, at)) => {
                     let origin = Origin { worker: self.index, token: token(slot, client.generation) };
+                    let in_memory = client.link.writes_past_caches();
                     match &mut client.role {
-                        Role::Publisher(session) => session.complete(&self.memory, header, at, origin),
+                        Role::Publisher(session) => session.complete(&self.memory, header, at, in_memory, origin),
                         _ => Err(TransportError::refused(ErrorCode::BadFrame, "unexpected batch")),
                     }
                 }

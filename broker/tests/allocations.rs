@@ -61,7 +61,8 @@ fn a_million_messages_pass_without_an_allocation() {
         let Ok(Frame::BatchHeader(header)) = Frame::decode(frame) else { panic!("not a batch") };
         let at = topic.blog.reserve(header.batch_bytes()).unwrap();
         waiting.expect(header.sequence);
-        let batch = Landed { topic: Arc::clone(&topic), header, at, origin: Origin { worker: 0, token: 0 } };
+        let batch =
+            Landed { topic: Arc::clone(&topic), header, at, in_memory: false, origin: Origin { worker: 0, token: 0 } };
         assert!(landed.try_send(batch).is_ok());
         assert_eq!(delegation.poll(1, 8), 1);
         testbed.order(1);

@@ -398,7 +398,7 @@ impl Host {
         };
         assert_eq!(header.batch_bytes(), BATCH_BYTES);
         let origin = Origin { worker: 0, token: 0 };
-        self.landed.send(Landed { topic: Arc::clone(topic), header, at, origin }).unwrap();
+        self.landed.send(Landed { topic: Arc::clone(topic), header, at, in_memory: false, origin }).unwrap();
         self.unacknowledged.push((session, sequence));
     }
 

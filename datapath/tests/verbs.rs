@@ -1,9 +1,11 @@
 //! The verbs layer: two queue pairs of this process, connected to each other, of a NIC in software (which needs
-//! root) and of a device of the host (`scripts/lab run -- ...` has one; ignored elsewhere).
+//! root), also at a port of DPDK, and of a device of the host (`scripts/lab run -- ...` has one; ignored elsewhere).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use embarcadero_datapath::buffer::Buffer;
 use embarcadero_datapath::transport::Poller;
+#[cfg(feature = "dpdk")]
+use embarcadero_datapath::verbs::DpdkConfig;
 use embarcadero_datapath::verbs::{
     Completion, CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, Outcome, ProtectionDomain, QueuePair,
     QueuePairOptions, Request, Sending, SharedReceiveQueue, Work, WorkError, windows_are_enforced,
@@ -28,6 +30,33 @@ fn software() -> (Arc<Context>, LocalPort) {
 
 fn software_over_ipv6() -> (Arc<Context>, LocalPort) {
     Context::software(Some(Ipv6Addr::LOCALHOST.into())).unwrap()
+}
+
+/// A port that all tests of this process share.
+#[cfg(feature = "dpdk")]
+fn port_of_dpdk() -> DpdkConfig {
+    let eal = ["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "-m", "256", "--vdev=net_ring0"];
+    DpdkConfig {
+        eal: eal.map(str::to_owned).into(),
+        address: Some(Ipv4Addr::new(10, 78, 0, 1)),
+        ..DpdkConfig::default()
+    }
+}
+
+#[cfg(feature = "dpdk")]
+fn dpdk() -> (Arc<Context>, LocalPort) {
+    Context::dpdk(&port_of_dpdk()).unwrap()
+}
+
+#[cfg(feature = "dpdk")]
+#[test]
+fn a_port_of_dpdk_has_one_address() {
+    let (first, _) = dpdk();
+    let (again, _) = dpdk();
+    assert_eq!(first.name(), again.name());
+    let other = DpdkConfig { address: Some(Ipv4Addr::new(10, 78, 0, 2)), ..port_of_dpdk() };
+    let error = Context::dpdk(&other).err().expect("the port has another address").to_string();
+    assert!(error.contains("other settings"), "{error}");
 }
 
 /// Runs a test in a network of its own: no device of the host's has UDP port 4791 there.
@@ -59,6 +88,13 @@ macro_rules! on_all {
             $(#[test]
             fn $test() {
                 super::alone(super::$test, super::software_over_ipv6);
+            })*
+        }
+        #[cfg(feature = "dpdk")]
+        mod on_a_port_of_dpdk {
+            $(#[test]
+            fn $test() {
+                super::$test(super::dpdk);
             })*
         }
     };

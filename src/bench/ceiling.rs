@@ -141,68 +141,101 @@ pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
 
 /// A device of the host, or a NIC in software.
 mod verbs {
-    use super::{Context as _, Duration, Instant, Pair, Result};
+    use super::super::{SMALL_RETENTION_BYTES, memif};
+    use super::{BenchArgs, Context as _, Duration, FlushMethod, Instant, Mapping, Native, RegionOffset, Result};
     use crate::settings::TransportArg;
     use anyhow::bail;
     use embarcadero_datapath::buffer::Buffer;
     use embarcadero_datapath::verbs::{
-        CompletionQueue, Context, MemoryRegion, Outcome, ProtectionDomain, QueuePair, QueuePairOptions, RemoteRange,
-        Request, Sending, SharedReceiveQueue, Work,
+        CompletionQueue, Context, DpdkConfig, LocalPort, MemoryRegion, Outcome, ProtectionDomain, QueuePair,
+        QueuePairOptions, RemoteRange, Request, Sending, SharedReceiveQueue, VerbsError, Work,
     };
     use std::net::Ipv4Addr;
-    use std::sync::Arc;
+    use std::sync::{Arc, Mutex, PoisonError};
 
     /// Requests that are under way at most.
     const DEPTH: u32 = 128;
     /// Requests posted together, of which the last has a completion.
     const CHAIN: usize = 8;
 
-    /// One of two ends that write into each other's buffer.
+    /// One of two ends that write from a buffer into memory like a region's.
     struct End {
         pair: QueuePair<Sending>,
         queue: CompletionQueue,
         receives: Arc<SharedReceiveQueue>,
-        region: MemoryRegion,
-        _buffer: Buffer,
+        from: MemoryRegion,
+        _into: MemoryRegion,
         to: RemoteRange,
+        /// Bytes of the other end's memory, and where in it the next write goes.
+        span: u64,
+        next: u64,
         posted: u64,
         done: u64,
         /// WRITEs of the other end that are complete.
         arrived: u64,
     }
 
-    fn ends(transport: TransportArg, bytes: usize) -> Result<(End, End)> {
-        let (context, port) = match transport {
-            TransportArg::Roce => Context::software(Some(Ipv4Addr::LOCALHOST.into()))?,
+    /// Ports that share memory stay open: their driver, closing the second, frees what they share again.
+    static SHARING: Mutex<Vec<(Arc<Context>, LocalPort)>> = Mutex::new(Vec::new());
+
+    /// Devices of both ends, which may be one.
+    fn devices(args: &BenchArgs) -> Result<[(Arc<Context>, LocalPort); 2]> {
+        // The end that receives listens.
+        let open = |[near, far]: [DpdkConfig; 2]| {
+            let far = Context::dpdk(&far)?;
+            Ok::<_, VerbsError>([Context::dpdk(&near)?, far])
+        };
+        let one = match (args.transport, &args.devices) {
+            (TransportArg::Dpdk, Some(devices)) => return Ok(open(devices.pair())?),
+            (TransportArg::Dpdk, None) => {
+                let ends = open(memif::pair())?;
+                SHARING.lock().unwrap_or_else(PoisonError::into_inner).extend(ends.clone());
+                return Ok(ends);
+            }
+            (TransportArg::Roce, _) => Context::software(Some(Ipv4Addr::LOCALHOST.into()))?,
             _ => Context::find(None)?,
         };
-        let domain = ProtectionDomain::new(&context).context("cannot make a protection domain")?;
-        let half = || -> Result<_> {
+        Ok([one.clone(), one])
+    }
+
+    fn ends(args: &BenchArgs, bytes: usize, span: u64) -> Result<(End, End)> {
+        let [near, far] = devices(args)?;
+        let half = |(context, port): (Arc<Context>, LocalPort)| -> Result<_> {
+            let domain = ProtectionDomain::new(&context).context("cannot make a protection domain")?;
             let receives = SharedReceiveQueue::new(&domain, 2 * DEPTH)?;
             let buffer = Buffer::zeroed(bytes)?;
-            let region = MemoryRegion::writable(&domain, &buffer).context("cannot register a buffer")?;
+            let from = MemoryRegion::local(&domain, &buffer).context("cannot register a buffer")?;
+            let memory = Mapping::anonymous(span).context("cannot map memory")?;
+            memory.prefault().context("cannot map memory")?;
+            let memory = Native::new(memory, FlushMethod::None)?;
+            let into = MemoryRegion::writable(&domain, &(&memory, RegionOffset(0), span));
+            let into = into.context("cannot register memory")?;
             let queue = CompletionQueue::new(&context, 4 * DEPTH)?;
             let options =
                 QueuePairOptions { send_depth: DEPTH, receive_depth: 0, inline_bytes: 64, shared: Some(&receives) };
             let pair = QueuePair::new(&domain, &queue, &port, &options).context("cannot make a queue pair")?;
-            Ok((pair, queue, receives, region, buffer))
+            Ok((pair, queue, receives, from, into))
         };
-        let (near, far) = (half()?, half()?);
+        let (near, far) = (half(near)?, half(far)?);
         let (near_address, far_address) = (near.0.address(), far.0.address());
-        let (near_memory, far_memory) = (near.3.remote(0, bytes as u64), far.3.remote(0, bytes as u64));
-        let end = |(pair, queue, receives, region, buffer): (QueuePair<_>, _, _, _, _), peer, to| -> Result<End> {
+        let (near_memory, far_memory) = (near.4.remote(0, span), far.4.remote(0, span));
+        let end = |(pair, queue, receives, from, into): (QueuePair<_>, _, _, _, _), peer, to| -> Result<End> {
             let pair = pair.receive_from(&peer)?.send()?;
-            Ok(End { pair, queue, receives, region, _buffer: buffer, to, posted: 0, done: 0, arrived: 0 })
+            Ok(End { pair, queue, receives, from, _into: into, to, span, next: 0, posted: 0, done: 0, arrived: 0 })
         };
         Ok((end(near, far_address, far_memory)?, end(far, near_address, near_memory)?))
     }
 
     impl End {
         fn write(&mut self, bytes: usize, count: usize) -> Result<()> {
-            let work = Work::Write(Some(self.region.range(0, bytes as u32)), self.to, Some(0));
-            let mut chain = [Request { id: 0, signaled: false, work }; CHAIN];
+            let mut chain = [Request { id: 0, signaled: false, work: Work::Send(&[]) }; CHAIN];
             for request in &mut chain[..count] {
                 self.posted += 1;
+                let work = Work::Write(Some(self.from.range(0, bytes as u32)), self.to.offset(self.next), Some(0));
+                self.next += bytes as u64;
+                if self.next + bytes as u64 > self.span {
+                    self.next = 0;
+                }
                 *request = Request { id: self.posted, signaled: false, work };
             }
             chain[count - 1].signaled = true;
@@ -229,8 +262,10 @@ mod verbs {
     }
 
     /// One thread WRITEs with immediate data, another takes the completions: bytes a second.
-    pub fn write(transport: TransportArg, cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
-        let (mut near, mut far) = ends(transport, bytes)?;
+    pub fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
+        let (cores, seconds) = (args.pair(), args.seconds);
+        // As much memory as the benched topic's retention uses.
+        let (mut near, mut far) = ends(args, bytes, SMALL_RETENTION_BYTES.max(bytes as u64))?;
         let stop = std::sync::atomic::AtomicBool::new(false);
         let ordering = std::sync::atomic::Ordering::Relaxed;
         std::thread::scope(|scope| {
@@ -272,8 +307,9 @@ mod verbs {
     }
 
     /// Two threads write to each other in turn, both polling: half the round trip, the median, seconds.
-    pub fn ping_pong(transport: TransportArg, cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
-        let (mut near, mut far) = ends(transport, bytes)?;
+    pub fn ping_pong(args: &BenchArgs, bytes: usize) -> Result<f64> {
+        let (cores, seconds) = (args.pair(), args.seconds);
+        let (mut near, mut far) = ends(args, bytes, bytes as u64)?;
         let stop = std::sync::atomic::AtomicBool::new(false);
         let ordering = std::sync::atomic::Ordering::Relaxed;
         std::thread::scope(|scope| {

@@ -4,7 +4,7 @@
 use super::ceiling;
 use super::latency::one_at_a_time;
 use super::report::{Format, Report, Row};
-use super::{BenchArgs, engine, publish_goodput};
+use super::{BenchArgs, engine, memif, publish_goodput};
 use crate::settings::{TransportArg, parse_bytes};
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -24,6 +24,13 @@ pub struct DatapathArgs {
     /// the same, and one message at a time with ib_write_lat and ib_send_lat.
     #[arg(long, value_name = "DEVICE")]
     perftest: Option<String>,
+    /// Over DPDK: two devices that reach each other, as for its --vdev, instead of shared memory. What the transport does
+    /// between them is all that is measured then.
+    #[arg(long, num_args = 2, value_names = ["NEAR", "FAR"])]
+    devices: Option<Vec<String>>,
+    /// What frames of those devices carry (dpdk.mtu).
+    #[arg(long, default_value_t = memif::MTU, requires = "devices")]
+    mtu: u16,
 }
 
 /// Smallest batch: a header and a message.
@@ -33,18 +40,25 @@ pub fn run(args: &DatapathArgs) -> Result<()> {
     if let Some(device) = &args.perftest {
         return beside_perftest(&args.bench, device);
     }
-    if args.bench.format() == Format::Text {
+    let mut bench = args.bench.clone();
+    if let Some([near, far]) = args.devices.as_deref() {
+        if bench.transport != TransportArg::Dpdk {
+            bail!("--devices is of --transport dpdk");
+        }
+        bench.devices = Some(memif::Devices { near: near.clone(), far: far.clone(), mtu: args.mtu });
+    }
+    if bench.format() == Format::Text {
         println!(
             "{:>9} {:>14} {:>12} {:>12} {:>14} {:>12}",
             "#bytes", "BW [MB/s]", "rate [M/s]", "lat [us]", "publish [MB/s]", "ack [us]"
         );
     }
     for size in &args.sizes {
-        one_size(&args.bench, *size)?;
+        one_size(&bench, *size)?;
     }
-    if args.bench.transport == TransportArg::Roce {
-        let rows = engine::rows(args.bench.runs, args.bench.seconds)?;
-        return Report::new(args.bench.parameters(), args.bench.format()).print(&rows);
+    if bench.transport == TransportArg::Roce {
+        let rows = engine::rows(bench.runs, bench.seconds)?;
+        return Report::new(bench.parameters(), bench.format()).print(&rows);
     }
     Ok(())
 }
@@ -56,10 +70,7 @@ fn transport_alone(args: &BenchArgs, bytes: usize) -> Result<(f64, f64)> {
             ceiling::tcp_receive_into_region(cores, bytes, seconds)?,
             ceiling::tcp_ping_pong(cores, bytes, seconds)? / 2.0,
         ),
-        other => (
-            ceiling::verbs_write(other, cores, bytes, seconds)?,
-            ceiling::verbs_ping_pong(other, cores, bytes, seconds)?,
-        ),
+        _ => (ceiling::verbs_write(args, bytes)?, ceiling::verbs_ping_pong(args, bytes)?),
     })
 }
 
@@ -78,6 +89,9 @@ fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
         let (rate, time) = transport_alone(args, bytes as usize)?;
         bandwidth.push(rate);
         latency.push(time);
+        if args.devices.is_some() {
+            continue;
+        }
         if bytes >= LEAST_BATCH {
             publish.push(publish_goodput(&with_batches_of(args, bytes))?);
         }
@@ -101,13 +115,14 @@ fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
         return Report::new(parameters, args.format()).print(&rows);
     }
     let [bandwidth, latency, publish, ack] = rows.map(|row| row.median());
-    let publish = if publish.is_finite() { format!("{:.1}", publish / 1e6) } else { "-".to_owned() };
+    let or_not = |figure: f64| if figure.is_finite() { format!("{figure:.1}") } else { "-".to_owned() };
     println!(
-        "{bytes:>9} {:>14.1} {:>12.4} {:>12.1} {publish:>14} {:>12.1}",
+        "{bytes:>9} {:>14.1} {:>12.4} {:>12.1} {:>14} {:>12}",
         bandwidth / 1e6,
         bandwidth / bytes as f64 / 1e6,
         latency * 1e6,
-        ack * 1e6
+        or_not(publish / 1e6),
+        or_not(ack * 1e6)
     );
     Ok(())
 }
@@ -153,7 +168,7 @@ fn beside_perftest(args: &BenchArgs, device: &str) -> Result<()> {
     for _ in 0..args.runs {
         // MiB/s and microseconds.
         bandwidths.push(perftest("ib_write_bw", device, WRITE, 3, args.seconds)? * f64::from(1 << 20));
-        alone.push(ceiling::verbs_write(args.transport, args.pair(), WRITE as usize, args.seconds)?);
+        alone.push(ceiling::verbs_write(args, WRITE as usize)?);
         publish.push(publish_goodput(args)?);
         let message = args.message_bytes as u64;
         let write = perftest("ib_write_lat", device, message, 4, args.seconds)?;

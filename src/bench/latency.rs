@@ -313,7 +313,7 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
         for _ in 0..bench.runs {
             ceilings.push(match bench.transport {
                 TransportArg::Tcp => ceiling::tcp_ping_pong(bench.pair(), bench.message_bytes, bench.seconds)?,
-                other => 2.0 * ceiling::verbs_ping_pong(other, bench.pair(), bench.message_bytes, bench.seconds)?,
+                _ => 2.0 * ceiling::verbs_ping_pong(bench, bench.message_bytes)?,
             });
             quantiles.add(&one_at_a_time(bench)?)?;
         }

@@ -13,6 +13,13 @@ static inline int embarcadero_rte_errno(void) { return rte_errno; }
 /* The first byte of a packet. */
 static inline void *embarcadero_mbuf_data(const struct rte_mbuf *mbuf) { return rte_pktmbuf_mtod(mbuf, void *); }
 
+/* Makes the first bytes of a buffer of one segment its packet. */
+static inline void embarcadero_mbuf_set_len(struct rte_mbuf *mbuf, uint16_t len)
+{
+    rte_pktmbuf_data_len(mbuf) = len;
+    rte_pktmbuf_pkt_len(mbuf) = len;
+}
+
 /* Bytes in this segment, and in all segments. */
 static inline uint16_t embarcadero_mbuf_data_len(const struct rte_mbuf *mbuf) { return rte_pktmbuf_data_len(mbuf); }
 static inline uint32_t embarcadero_mbuf_packet_len(const struct rte_mbuf *mbuf) { return rte_pktmbuf_pkt_len(mbuf); }

@@ -329,7 +329,7 @@ impl Process {
             ..BatchHeader::zeroed()
         };
         self.connections[at].acks.expect(batch.sequence);
-        let landed = Landed { topic, header, at: place, origin: Origin { worker: 0, token: 0 } };
+        let landed = Landed { topic, header, at: place, in_memory: false, origin: Origin { worker: 0, token: 0 } };
         self.landed.send(landed).expect("the delegation is there");
     }
 

@@ -209,8 +209,8 @@ pub(super) unsafe fn direct_store(to: *mut u8, from: &[u64; 8]) {
     }
 }
 
-/// Copies whole lines past the caches (MOVNTDQ), and waits until they have left the core, as other stores may pass them
-/// otherwise. On processors without such stores it is a copy.
+/// Copies whole lines past the caches (MOVNTDQ); on processors without such stores it is a copy. Other stores may pass them
+/// until [`lines_stored`].
 ///
 /// # Safety
 /// `to` is mapped for as many lines, 64-byte aligned if there is one, and overlaps no line of `lines`.
@@ -218,17 +218,27 @@ pub(super) unsafe fn store_lines(to: *mut u8, lines: &[[u8; 64]]) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: by the caller; SSE2 is part of x86_64.
     unsafe {
-        use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+        use core::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
         let mut to = to.cast::<__m128i>();
         for word in lines.as_flattened().as_chunks::<16>().0 {
             _mm_stream_si128(to, _mm_loadu_si128(word.as_ptr().cast()));
             to = to.add(1);
         }
-        _mm_sfence();
     }
     #[cfg(not(target_arch = "x86_64"))]
     // SAFETY: by the caller.
     unsafe {
         std::ptr::copy_nonoverlapping(lines.as_ptr().cast::<u8>(), to, size_of_val(lines));
     }
+}
+
+/// Waits until lines that were stored past the caches have left the core.
+pub(crate) fn lines_stored() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86_64.
+    unsafe {
+        core::arch::x86_64::_mm_sfence();
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
 }

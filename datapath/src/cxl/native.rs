@@ -124,6 +124,12 @@ impl Native {
 
     /// Writes bytes past the caches: when this returns they are in the region's memory, without a flush.
     pub fn write_past_caches(&self, at: RegionOffset, from: &[u8]) {
+        self.stream(at, from);
+        cache::lines_stored();
+    }
+
+    /// As [`Native::write_past_caches`], but they are there only after [`cache::lines_stored`].
+    pub(crate) fn stream(&self, at: RegionOffset, from: &[u8]) {
         let before = at.0.next_multiple_of(LINE_BYTES) - at.0;
         let (head, rest) = from.split_at(from.len().min(before as usize));
         let (lines, tail) = rest.as_chunks();

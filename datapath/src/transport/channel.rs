@@ -36,6 +36,12 @@ impl Channel {
         self.verbs.is_some()
     }
 
+    /// True when batches are in the region's memory once they are complete, and no cache of this host has to be flushed.
+    #[must_use]
+    pub fn writes_past_caches(&self) -> bool {
+        self.verbs.as_ref().is_some_and(|verbs| verbs.writes_past_caches())
+    }
+
     /// The socket, for a [`super::Poller`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {

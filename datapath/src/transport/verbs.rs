@@ -323,6 +323,11 @@ impl VerbsEnd {
         self.pair.number()
     }
 
+    /// As [`Context::writes_past_caches`].
+    pub(super) fn writes_past_caches(&self) -> bool {
+        self.host.context.writes_past_caches()
+    }
+
     /// Takes a completion of its queue pair.
     pub fn completed(&mut self, completion: Completion) {
         match completion.outcome {

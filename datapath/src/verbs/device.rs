@@ -175,6 +175,16 @@ impl Context {
         }
     }
 
+    /// Whether what peers write into a region is in its memory once it is complete. Hardware may leave it in this host's
+    /// caches (Intel, "Data Direct I/O Technology").
+    pub(crate) fn writes_past_caches(&self) -> bool {
+        match self {
+            #[cfg(feature = "rdma")]
+            Self::Hardware(_) => false,
+            Self::Software(_) => true,
+        }
+    }
+
     /// Whether it has type-2 memory windows.
     ///
     /// # Errors

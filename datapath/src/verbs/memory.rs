@@ -14,6 +14,11 @@ use std::sync::Arc;
 pub trait Pinned {
     /// Where they are, and what keeps them there.
     fn pages(&self) -> (*mut u8, usize, Arc<dyn Any + Send + Sync>);
+
+    /// Of which region they are, and where in it they begin.
+    fn region(&self) -> Option<(&Native, RegionOffset)> {
+        None
+    }
 }
 
 impl Pinned for Buffer {
@@ -27,6 +32,10 @@ impl Pinned for (&Native, RegionOffset, u64) {
     fn pages(&self) -> (*mut u8, usize, Arc<dyn Any + Send + Sync>) {
         let (memory, at, len) = *self;
         (memory.address(at, len), len as usize, Arc::new(memory.clone()) as _)
+    }
+
+    fn region(&self) -> Option<(&Native, RegionOffset)> {
+        Some((self.0, self.1))
     }
 }
 

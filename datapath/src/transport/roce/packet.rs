@@ -432,12 +432,31 @@ pub fn decode(bytes: &[u8]) -> Result<Packet<'_>, NotAPacket> {
 #[error("the packet's headers do not go together")]
 pub struct Unsound;
 
+/// Memory that a packet is written to.
+pub trait Put {
+    /// Appends bytes.
+    fn put(&mut self, bytes: &[u8]);
+
+    /// All that it has.
+    fn bytes(&self) -> &[u8];
+}
+
+impl Put for Vec<u8> {
+    fn put(&mut self, bytes: &[u8]) {
+        self.extend_from_slice(bytes);
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+}
+
 impl Packet<'_> {
     /// Appends the packet, from its IP header on, to `into`, with a time to live of 64.
     ///
     /// # Errors
     /// [`Unsound`]; nothing is appended then.
-    pub fn encode(&self, into: &mut Vec<u8>) -> Result<(), Unsound> {
+    pub fn encode(&self, into: &mut impl Put) -> Result<(), Unsound> {
         const TIME_TO_LIVE: u8 = 64;
         let sound = self.reth.is_some() == self.opcode.has_reth()
             && self.aeth.is_some() == self.opcode.has_aeth()
@@ -451,7 +470,7 @@ impl Packet<'_> {
             + 4 * usize::from(self.aeth.is_some())
             + 4 * usize::from(self.immediate.is_some());
         let udp_bytes = UDP_BYTES + BTH_BYTES + extended + self.payload.len() + pad + ICRC_BYTES;
-        let start = into.len();
+        let start = into.bytes().len();
         let ip_bytes = match (self.from, self.to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 let mut header = [0; IPV4_BYTES];
@@ -463,43 +482,43 @@ impl Packet<'_> {
                 header[16..].copy_from_slice(&Ipv4Addr::octets(&to));
                 let checksum = ipv4_checksum(&header);
                 header[10..12].copy_from_slice(&checksum.to_be_bytes());
-                into.extend(header);
+                into.put(&header);
                 IPV4_BYTES
             }
             (IpAddr::V6(from), IpAddr::V6(to)) => {
-                into.extend((0x6000_0000 | u32::from(self.ecn as u8) << 20).to_be_bytes());
-                into.extend((udp_bytes as u16).to_be_bytes());
-                into.extend([UDP, TIME_TO_LIVE]);
-                into.extend(Ipv6Addr::octets(&from));
-                into.extend(Ipv6Addr::octets(&to));
+                into.put(&(0x6000_0000 | u32::from(self.ecn as u8) << 20).to_be_bytes());
+                into.put(&(udp_bytes as u16).to_be_bytes());
+                into.put(&[UDP, TIME_TO_LIVE]);
+                into.put(&Ipv6Addr::octets(&from));
+                into.put(&Ipv6Addr::octets(&to));
                 IPV6_BYTES
             }
             _ => return Err(Unsound),
         };
         for word in [self.source_port, UDP_PORT, udp_bytes as u16, 0] {
-            into.extend(word.to_be_bytes());
+            into.put(&word.to_be_bytes());
         }
         // Path migrated: there is no other path (IBTA 17.2.8).
         const MIGRATED: u8 = 0x40;
-        into.extend([self.opcode as u8, u8::from(self.solicited) << 7 | MIGRATED | (pad as u8) << 4]);
-        into.extend(PARTITIONS[0].to_be_bytes());
-        into.extend((self.queue_pair & QUEUE_PAIR_MASK).to_be_bytes());
-        into.extend((u32::from(self.wants_ack) << 31 | self.psn.get()).to_be_bytes());
+        into.put(&[self.opcode as u8, u8::from(self.solicited) << 7 | MIGRATED | (pad as u8) << 4]);
+        into.put(&PARTITIONS[0].to_be_bytes());
+        into.put(&(self.queue_pair & QUEUE_PAIR_MASK).to_be_bytes());
+        into.put(&(u32::from(self.wants_ack) << 31 | self.psn.get()).to_be_bytes());
         if let Some(reth) = self.reth {
-            into.extend(reth.address.to_be_bytes());
-            into.extend(reth.rkey.to_be_bytes());
-            into.extend(reth.bytes.to_be_bytes());
+            into.put(&reth.address.to_be_bytes());
+            into.put(&reth.rkey.to_be_bytes());
+            into.put(&reth.bytes.to_be_bytes());
         }
         if let Some(aeth) = self.aeth {
-            into.extend((u32::from(aeth.syndrome.byte()) << 24 | aeth.messages & 0x00ff_ffff).to_be_bytes());
+            into.put(&(u32::from(aeth.syndrome.byte()) << 24 | aeth.messages & 0x00ff_ffff).to_be_bytes());
         }
         if let Some(immediate) = self.immediate {
-            into.extend(immediate.to_be_bytes());
+            into.put(&immediate.to_be_bytes());
         }
-        into.extend(self.payload);
-        into.extend(&[0; 3][..pad]);
-        let checksum = icrc(ip_bytes, &into[start..]);
-        into.extend(checksum.to_le_bytes());
+        into.put(self.payload);
+        into.put(&[0; 3][..pad]);
+        let checksum = icrc(ip_bytes, &into.bytes()[start..]);
+        into.put(&checksum.to_le_bytes());
         Ok(())
     }
 }

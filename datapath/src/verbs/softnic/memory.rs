@@ -1,6 +1,7 @@
 //! Registered memory, and the keys to it.
 
 use super::super::memory::{LocalRange, Pinned, Rights};
+use crate::cxl::{Native, RegionOffset, cache};
 use crate::transport::roce::packet::Reth;
 use crate::transport::roce::{Access, Memory, NoAccess};
 use std::any::Any;
@@ -13,6 +14,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 struct Pages {
     start: *mut u8,
     len: usize,
+    /// Of which region, and where in it.
+    region: Option<(Native, RegionOffset)>,
     _keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -32,8 +35,12 @@ impl Pages {
         unsafe { std::slice::from_raw_parts(self.start.add(at), len) }
     }
 
+    /// What a region gets is in its memory, past the caches, after [`cache::lines_stored`].
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(self.holds(at, bytes.len()));
+        if let Some((region, start)) = &self.region {
+            return region.stream(start.add(at as u64), bytes);
+        }
         // SAFETY: inside the pages, which are mapped writable; a packet's bytes are no part of registered memory.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at), bytes.len()) }
     }
@@ -130,9 +137,9 @@ impl Keys {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the memory is not registered"))
     }
 
-    /// What the peers of a domain's queue pairs may do, as long as the guard lives.
+    /// What the peers of a domain's queue pairs may do, as long as the guard lives. What they wrote is there afterwards.
     pub fn reach(&self) -> Reach<'_> {
-        Reach { entries: self.entries.read().unwrap_or_else(PoisonError::into_inner), domain: 0 }
+        Reach { entries: self.entries.read().unwrap_or_else(PoisonError::into_inner), domain: 0, wrote: false }
     }
 }
 
@@ -141,6 +148,16 @@ pub(super) struct Reach<'a> {
     entries: RwLockReadGuard<'a, HashMap<u32, Entry>>,
     /// Domain of the queue pair that is looked at.
     pub domain: u32,
+    /// Somebody wrote.
+    wrote: bool,
+}
+
+impl Drop for Reach<'_> {
+    fn drop(&mut self) {
+        if self.wrote {
+            cache::lines_stored();
+        }
+    }
 }
 
 impl Reach<'_> {
@@ -164,6 +181,7 @@ impl Memory for Reach<'_> {
         let entry = self.entry(queue_pair, rkey).ok_or(NoAccess)?;
         let at = entry.find(address, bytes.len() as u64).ok_or(NoAccess)?;
         entry.pages.write(at, bytes);
+        self.wrote = true;
         Ok(())
     }
 
@@ -186,7 +204,8 @@ impl Domain {
 
     pub(in super::super) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
         let (start, len, keep) = memory.pages();
-        let pages = Arc::new(Pages { start, len, _keep: keep });
+        let region = memory.region().map(|(region, at)| (region.clone(), at));
+        let pages = Arc::new(Pages { start, len, region, _keep: keep });
         let holder = if rights == Rights::RemoteWrite { Holder::Domain } else { Holder::Host };
         let entry = Entry { pages: Arc::clone(&pages), at: 0, len, domain: self.number, holder };
         Registration { key: self.keys.insert(entry), pages, domain: self.clone() }

@@ -44,6 +44,18 @@ enum Link {
     Dpdk { port: Arc<EthPort>, config: DpdkConfig, shared: Mutex<Weak<Port>> },
 }
 
+/// The NICs at ports of DPDK, which stay until the process ends: a port that was closed cannot be opened again (DPDK's
+/// `rte_eth_dev_close`).
+#[cfg(feature = "dpdk")]
+static ATTACHED: Mutex<Vec<(Arc<Nic>, LocalPort)>> = Mutex::new(Vec::new());
+
+/// Closes the ports that nobody uses: drivers leave the kernel's interfaces as they were.
+#[cfg(feature = "dpdk")]
+extern "C" fn detach() {
+    let mut attached = ATTACHED.lock().unwrap_or_else(PoisonError::into_inner);
+    attached.retain(|(nic, _)| Arc::strong_count(nic) > 1);
+}
+
 fn address_of(interface: &InterfaceAddress) -> Option<IpAddr> {
     let address = interface.address.as_ref()?;
     let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
@@ -92,7 +104,7 @@ impl Nic {
         Ok(Self::at(name, Link::Kernel { interface, _port: port }, address, mtu, line_rate))
     }
 
-    /// A NIC at a port of DPDK.
+    /// The NIC at a port of DPDK, which is one for the whole process.
     ///
     /// # Errors
     /// [`VerbsError`].
@@ -102,12 +114,34 @@ impl Nic {
         config.validate()?;
         let name = format!("dpdk-{address}");
         let call = |action, source| VerbsError::Call { name: name.clone(), action, source };
+        let mut attached = ATTACHED.lock().unwrap_or_else(PoisonError::into_inner);
+        for (nic, local) in attached.iter() {
+            if let Link::Dpdk { port, config: known, .. } = &nic.link
+                && known.port == config.port
+            {
+                if known != config {
+                    let other = || io::Error::other("this process has it open with other settings");
+                    return Err(call("open the port", other()));
+                }
+                // Nobody uses it: what waits on a broken link can begin anew.
+                if Arc::strong_count(nic) == 1 && !port.is_up() {
+                    port.restart().map_err(|error| call("start the port again", error))?;
+                }
+                return Ok((Arc::clone(nic), *local));
+            }
+        }
         let port = EthPort::open(&config.eal, config.port.as_deref(), config.mtu);
         let port = port.map_err(|error| call("open the port", error))?;
         let small = || call("use the port", io::Error::other(format!("dpdk.mtu is {}, too small", config.mtu)));
         let mtu = PathMtu::of_link(port.mtu).ok_or_else(small)?;
         let link = Link::Dpdk { port: Arc::new(port), config: config.clone(), shared: Mutex::new(Weak::new()) };
-        Ok(Self::at(name, link, address.into(), mtu, LINE_RATE))
+        let opened = Self::at(name, link, address.into(), mtu, LINE_RATE);
+        if attached.is_empty() {
+            // SAFETY: the function stays, and does not unwind.
+            unsafe { libc::atexit(detach) };
+        }
+        attached.push(opened.clone());
+        Ok(opened)
     }
 
     fn at(name: String, link: Link, address: IpAddr, mtu: PathMtu, line_rate: f64) -> (Arc<Self>, LocalPort) {

@@ -11,12 +11,12 @@ use crate::transport::roce::{Nanos, packet};
 use socket2::Socket;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often it is looked whose time has come.
 const TICK: Nanos = 1_000_000;
@@ -24,8 +24,12 @@ const TICK: Nanos = 1_000_000;
 const PATIENCE: Duration = Duration::from_millis(1);
 /// How long it sleeps at most.
 const LONGEST: Duration = Duration::from_secs(1);
-/// How long where it has to look for packets.
+/// How long where it has to look for packets and none came.
 const NAP: Duration = Duration::from_micros(100);
+/// How long it looks for packets without rest after the last, or after an owner went to sleep.
+const LOOKING: Duration = Duration::from_micros(200);
+/// An owner that did not look for so long sleeps.
+const ASLEEP: Duration = Duration::from_micros(10);
 const PACKETS: u64 = 0;
 const OTHER: u64 = 1;
 
@@ -35,8 +39,10 @@ pub(super) struct Port {
     state: Mutex<State>,
     /// How often a queue's owner drove it.
     polled: AtomicU64,
-    /// The keeper ends when this is dropped.
-    _keeper: UnixStream,
+    /// The keeper has to be told when to look for packets.
+    blind: bool,
+    /// It ends when this is dropped.
+    keeper: UnixStream,
 }
 
 struct State {
@@ -64,6 +70,7 @@ impl Port {
     /// A port at a wire, and its keeper.
     pub fn new(nic: &Arc<Nic>, wire: Wire) -> io::Result<Arc<Self>> {
         let (keeper, kept) = UnixStream::pair()?;
+        keeper.set_nonblocking(true)?;
         let waiter = wire.waiter()?;
         let state = State {
             wire,
@@ -78,12 +85,16 @@ impl Port {
             nic: Arc::clone(nic),
             state: Mutex::new(state),
             polled: AtomicU64::new(0),
-            _keeper: keeper,
+            blind: waiter.is_none(),
+            keeper,
         });
         let weak = Arc::downgrade(&port);
         std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
             // Without it the owner's polling still drives the port.
-            let _ = keep(&weak, waiter.as_ref(), &kept);
+            let _ = match waiter {
+                Some(packets) => keep(&weak, &packets, &kept),
+                None => keep_looking(&weak, kept),
+            };
         })?;
         Ok(port)
     }
@@ -139,11 +150,14 @@ impl Port {
 impl State {
     /// Takes a burst of packets, answers, and sends what may go. Wakes the owners of all queues but `of` that have
     /// something to take.
-    fn drive(&mut self, nic: &Nic, of: Option<u32>) -> io::Result<()> {
+    /// True when there were packets, or more is to be sent.
+    fn drive(&mut self, nic: &Nic, of: Option<u32>) -> io::Result<bool> {
         let now = nic.now();
         let mut reach = nic.keys.reach();
         let Self { wire, sides, busy, sinks, .. } = self;
+        let mut came = false;
         wire.receive(now, |bytes| {
+            came = true;
             // What is no packet, or nobody's, is dropped (IBTA 9.6.1).
             let Ok(packet) = packet::decode(bytes) else { return };
             let Some(side) = sides.get_mut(&packet.queue_pair) else { return };
@@ -172,7 +186,7 @@ impl State {
                 let _ = (&sink.wake).write(&[0]);
             }
         }
-        Ok(())
+        Ok(came || !self.busy.is_empty())
     }
 
     fn send(&mut self, nic: &Nic, now: Nanos) {
@@ -274,6 +288,10 @@ impl Queue {
         // It is readable while packets wait; what the keeper said is taken back.
         let mut said = [0; 64];
         while self.woken.read(&mut said).is_ok_and(|read| read > 0) {}
+        if self.port.blind {
+            // Full, it wakes as well.
+            let _ = (&self.port.keeper).write(&[0]);
+        }
         Ok(())
     }
 }
@@ -284,12 +302,10 @@ impl Drop for Queue {
     }
 }
 
-/// Drives a port when nobody else does: the keeper's life. Without `packets` it cannot wait for them, and looks.
-fn keep(port: &Weak<Port>, packets: Option<&Socket>, ends: &UnixStream) -> io::Result<()> {
+/// Drives a port when nobody else does: the keeper's life.
+fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
     let mut poller = Poller::new()?;
-    if let Some(packets) = packets {
-        poller.add(packets.as_raw_fd(), PACKETS, false)?;
-    }
+    poller.add(packets.as_raw_fd(), PACKETS, false)?;
     poller.add(ends.as_raw_fd(), OTHER, false)?;
     let mut ready = Vec::new();
     let (mut rest, mut polled, mut in_charge) = (PATIENCE, 0, false);
@@ -308,10 +324,40 @@ fn keep(port: &Weak<Port>, packets: Option<&Socket>, ends: &UnixStream) -> io::R
         if in_charge {
             state.drive(&port.nic, None)?;
         }
-        rest = match packets {
-            Some(_) => state.rest(port.nic.now()),
-            None if in_charge => NAP,
-            None => PATIENCE,
+        rest = state.rest(port.nic.now());
+    }
+}
+
+/// As [`keep`], where packets wake nobody: it looks for them while owners sleep.
+fn keep_looking(port: &Weak<Port>, mut calls: UnixStream) -> io::Result<()> {
+    let (mut polled, mut polled_at) = (0, Instant::now());
+    let mut rest = PATIENCE;
+    let mut said = [0; 64];
+    loop {
+        calls.set_read_timeout(Some(rest))?;
+        let mut looks_until = match calls.read(&mut said) {
+            Ok(0) => return Ok(()),
+            Ok(_) => Instant::now() + LOOKING,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Instant::now(),
+            Err(error) => return Err(error),
         };
+        loop {
+            let Some(port) = port.upgrade() else { return Ok(()) };
+            let before = std::mem::replace(&mut polled, port.polled.load(Ordering::Relaxed));
+            let now = Instant::now();
+            if before != polled {
+                polled_at = now;
+            }
+            let in_charge = now > polled_at + ASLEEP;
+            if in_charge && port.lock().drive(&port.nic, None)? {
+                looks_until = now + LOOKING;
+            }
+            if now >= looks_until {
+                rest = if in_charge { NAP } else { PATIENCE };
+                break;
+            }
+            drop(port);
+            std::thread::yield_now();
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! DPDK's environment and its Ethernet ports, safely. (Its programmer's guide, "Environment Abstraction Layer", "Poll Mode
 //! Driver" and "Mbuf Library", says what the calls do.)
 
+use crate::transport::roce::packet::Put;
 use dpdk_sys as ffi;
+use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::zeroed;
-use std::ptr::NonNull;
+use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,8 +23,9 @@ const AROUND_BYTES: usize = 14 + 4 + 4;
 /// drivers/net/af_packet/rte_eth_af_packet.c: `max_rx_pktlen`).
 const MODEST: [&CStr; 2] = [c"net_memif", c"net_af_packet"];
 const MODEST_MTU: u16 = 1500;
-/// The room of DPDK's own pools (RTE_MBUF_DEFAULT_BUF_SIZE); AF_XDP takes none with less (Linux, XDP_UMEM_MIN_CHUNK_SIZE).
-const LEAST_ROOM: usize = 2048 + 128;
+/// With what a pool keeps for a buffer, 64 bytes and its rte_mbuf, this makes a page. A pool puts no buffer across pages, and
+/// AF_XDP's driver expects them without gaps (drivers/net/af_xdp/rte_eth_af_xdp.c, `xdp_umem_configure`, before 24.07).
+const LEAST_ROOM: usize = 4096 - 64 - 128;
 /// Room that DPDK keeps before a frame (RTE_PKTMBUF_HEADROOM).
 const HEADROOM: usize = 128;
 
@@ -66,7 +69,7 @@ fn init(arguments: &[String]) -> Result<(), String> {
     let all: &'static [CString] = Vec::leak(all);
     let thread = std::thread::Builder::new().name("dpdk-init".to_owned()).spawn(move || {
         let mut pointers: Vec<_> = all.iter().map(|argument| argument.as_ptr().cast_mut()).collect();
-        pointers.push(std::ptr::null_mut());
+        pointers.push(null_mut());
         // SAFETY: as many strings as stated, with an end, which stay; the call is made once in this process.
         let result = unsafe { ffi::rte_eal_init(all.len() as i32, pointers.as_mut_ptr()) };
         // SAFETY: reads a number of this thread.
@@ -74,6 +77,29 @@ fn init(arguments: &[String]) -> Result<(), String> {
     });
     let result = thread.map_err(|error| error.to_string())?.join().map_err(|_| "DPDK ended its thread".to_owned())?;
     result.map_err(|number| format!("{} (arguments: {})", error_of(number, "be set up"), arguments.join(" ")))
+}
+
+/// Makes buffers for a port, of which the one that was used last comes first, while it is in caches (the guide, "Stack
+/// Mempool Driver").
+fn pool(port: u16, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
+    let name = CString::new(format!("embarcadero-{port}"))?;
+    let (bytes, private_bytes) = (size_of::<ffi::rte_mbuf>() + room, size_of::<ffi::rte_pktmbuf_pool_private>());
+    // SAFETY: plain data, for which zero is valid.
+    let mut private: ffi::rte_pktmbuf_pool_private = unsafe { zeroed() };
+    private.mbuf_data_room_size = room as u16;
+    // SAFETY: what `rte_pktmbuf_pool_create` does too, but for its flags: name and data live across the calls, which copy
+    // them, and the pool stays as long as the process.
+    unsafe {
+        let (socket, flags) = (ffi::rte_eth_dev_socket_id(port), ffi::RTE_MEMPOOL_F_NO_SPREAD);
+        let pool =
+            ffi::rte_mempool_create_empty(name.as_ptr(), BUFFERS, bytes as u32, 0, private_bytes as u32, socket, flags);
+        let pool = NonNull::new(pool).ok_or_else(|| error_of(ffi::embarcadero_rte_errno(), "make a pool"))?;
+        check(ffi::rte_mempool_set_ops_byname(pool.as_ptr(), c"stack".as_ptr(), null_mut()), "use stacks")?;
+        ffi::rte_pktmbuf_pool_init(pool.as_ptr(), (&raw mut private).cast());
+        check(ffi::rte_mempool_populate_default(pool.as_ptr()), "fill a pool")?;
+        ffi::rte_mempool_obj_iter(pool.as_ptr(), Some(ffi::rte_pktmbuf_init), null_mut());
+        Ok(pool)
+    }
 }
 
 /// A started port with one queue each way.
@@ -115,16 +141,7 @@ impl EthPort {
             }
             None => {}
         }
-        let room = (HEADROOM + AROUND_BYTES + usize::from(mtu)).max(LEAST_ROOM);
-        let pool_name = CString::new(format!("embarcadero-{id}"))?;
-        // SAFETY: the name lives across the call.
-        let pool = unsafe {
-            let socket = ffi::rte_eth_dev_socket_id(id);
-            ffi::rte_pktmbuf_pool_create(pool_name.as_ptr(), BUFFERS, 0, 0, room.next_multiple_of(64) as u16, socket)
-        };
-        // SAFETY: reads a number of this thread.
-        let pool =
-            NonNull::new(pool).ok_or_else(|| error_of(unsafe { ffi::embarcadero_rte_errno() }, "make a pool"))?;
+        let pool = pool(id, (HEADROOM + AROUND_BYTES + usize::from(mtu)).max(LEAST_ROOM).next_multiple_of(64))?;
         // SAFETY: plain data, for which zero is valid.
         let (mut options, mut info): (ffi::rte_eth_conf, ffi::rte_eth_dev_info) = unsafe { (zeroed(), zeroed()) };
         // SAFETY: the port is there; the information lives across the call, and its driver's name is a static string.
@@ -147,6 +164,18 @@ impl EthPort {
         // SAFETY: the address lives across the call.
         check(unsafe { ffi::rte_eth_macaddr_get(id, &raw mut mac) }, "learn the port's address")?;
         Ok(Self { id, pool, mac: mac.addr_bytes, mtu: mtu.into(), taken: AtomicBool::new(false) })
+    }
+
+    /// Stops and starts it.
+    ///
+    /// # Errors
+    /// What DPDK reports.
+    pub fn restart(&self) -> io::Result<()> {
+        // SAFETY: the port is started and configured.
+        unsafe {
+            check(ffi::rte_eth_dev_stop(self.id), "stop the port")?;
+            check(ffi::rte_eth_dev_start(self.id), "start the port")
+        }
     }
 
     /// Whether its link is up.
@@ -183,7 +212,7 @@ impl Queues {
 
     /// Takes a burst of frames. Those of several buffers are longer than we said frames may be, and are dropped.
     pub fn receive(&mut self, mut each: impl FnMut(&[u8])) {
-        let mut buffers = [std::ptr::null_mut(); BURST];
+        let mut buffers = [null_mut(); BURST];
         // SAFETY: the port is started, and as many places are there as stated.
         let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, 0, buffers.as_mut_ptr(), BURST as u16) };
         for buffer in &buffers[..usize::from(count)] {
@@ -199,35 +228,80 @@ impl Queues {
         }
     }
 
-    /// Sends frames, which are copied; how many of the first were taken.
-    pub fn send<'a>(&mut self, frames: impl Iterator<Item = &'a [u8]>) -> usize {
-        let mut buffers = [std::ptr::null_mut(); BURST];
-        let mut made = 0;
-        for (place, frame) in buffers.iter_mut().zip(frames) {
-            // SAFETY: the pool lives as long as the process.
-            let buffer = unsafe { ffi::rte_pktmbuf_alloc(self.port.pool.as_ptr()) };
-            if buffer.is_null() {
-                break;
-            }
-            // SAFETY: the buffer is ours; null when it has not so much room.
-            let room = unsafe { ffi::rte_pktmbuf_append(buffer, frame.len() as u16) }.cast::<u8>();
-            if room.is_null() {
-                // SAFETY: it is ours, and freed once.
-                unsafe { ffi::rte_pktmbuf_free(buffer) };
-                break;
-            }
-            // SAFETY: as much room as the frame has bytes was just added.
-            unsafe { std::ptr::copy_nonoverlapping(frame.as_ptr(), room, frame.len()) };
-            *place = buffer;
-            made += 1;
+    /// Where frames to be sent are made.
+    pub fn pool(&self) -> Pool {
+        Pool(self.port.pool)
+    }
+
+    /// Sends a burst of the first frames, and takes those away that the port took; how many.
+    pub fn send(&mut self, frames: &mut VecDeque<Frame>) -> usize {
+        let mut buffers = [null_mut(); BURST];
+        let count = frames.len().min(BURST);
+        for (place, frame) in buffers.iter_mut().zip(frames.iter()) {
+            // SAFETY: the buffer is ours, and has the bytes.
+            unsafe { ffi::embarcadero_mbuf_set_len(frame.buffer.as_ptr(), frame.len as u16) };
+            *place = frame.buffer.as_ptr();
         }
-        // SAFETY: the port is started; what the queue takes belongs to it.
-        let taken = unsafe { ffi::embarcadero_tx_burst(self.port.id, 0, buffers.as_mut_ptr(), made as u16) };
-        for buffer in &buffers[usize::from(taken)..made] {
-            // SAFETY: it was not taken, and is freed once.
-            unsafe { ffi::rte_pktmbuf_free(*buffer) };
-        }
+        // SAFETY: the port is started; what it takes is its own, and is forgotten here.
+        let taken = unsafe { ffi::embarcadero_tx_burst(self.port.id, 0, buffers.as_mut_ptr(), count as u16) };
+        frames.drain(..usize::from(taken)).for_each(std::mem::forget);
         taken.into()
+    }
+}
+
+/// Packet buffers, which stay as long as the process.
+#[derive(Clone, Copy)]
+pub(super) struct Pool(NonNull<ffi::rte_mempool>);
+
+impl Pool {
+    /// An empty frame, if there is a buffer.
+    pub fn frame(self) -> Option<Frame> {
+        // SAFETY: the pool lives as long as the process; a buffer that it gives has room for its first byte.
+        unsafe {
+            let buffer = NonNull::new(ffi::rte_pktmbuf_alloc(self.0.as_ptr()))?;
+            let start = NonNull::new(ffi::embarcadero_mbuf_data(buffer.as_ptr()).cast())?;
+            let room = ffi::rte_pktmbuf_tailroom(buffer.as_ptr()).into();
+            Some(Frame { buffer, start, room, len: 0 })
+        }
+    }
+}
+
+/// A frame that is being made, in its buffer.
+pub(super) struct Frame {
+    buffer: NonNull<ffi::rte_mbuf>,
+    start: NonNull<u8>,
+    room: usize,
+    len: usize,
+}
+
+// SAFETY: it owns its buffer; pools can be used from any thread.
+unsafe impl Send for Frame {}
+
+impl Frame {
+    /// Bytes that can still be put.
+    pub fn room(&self) -> usize {
+        self.room - self.len
+    }
+}
+
+impl Put for Frame {
+    fn put(&mut self, bytes: &[u8]) {
+        assert!(bytes.len() <= self.room());
+        // SAFETY: there is room behind those that it has, in a buffer that is ours.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(self.len), bytes.len()) };
+        self.len += bytes.len();
+    }
+
+    fn bytes(&self) -> &[u8] {
+        // SAFETY: so many were put.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Frame {
+    fn drop(&mut self) {
+        // SAFETY: it is ours, and freed once.
+        unsafe { ffi::rte_pktmbuf_free(self.buffer.as_ptr()) };
     }
 }
 

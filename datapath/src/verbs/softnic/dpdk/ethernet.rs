@@ -1,10 +1,10 @@
 //! Packets in Ethernet frames, and the neighbours that they go to (ARP, RFC 826).
 
 use super::super::DpdkConfig;
-use super::eal::{BURST, EthPort, Queues};
+use super::eal::{BURST, EthPort, Frame, Pool, Queues};
 use crate::transport::roce::Nanos;
-use crate::transport::roce::packet::Packet;
-use std::collections::HashMap;
+use crate::transport::roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put};
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
@@ -55,6 +55,12 @@ impl Arp {
         bytes[24..].copy_from_slice(&self.to.1.octets());
         bytes
     }
+
+    fn frame(&self, pool: Pool, to: Mac) -> Option<Frame> {
+        let mut frame = begin(pool, to, self.from.0, ARP)?;
+        frame.put(&self.encode());
+        Some(frame)
+    }
 }
 
 /// Where packets go next.
@@ -79,9 +85,7 @@ pub(in super::super) struct Ethernet {
     neighbours: HashMap<Ipv4Addr, Mac>,
     asked: HashMap<Ipv4Addr, Nanos>,
     now: Nanos,
-    outgoing: Vec<u8>,
-    /// Where in `outgoing` each frame ends.
-    ends: Vec<usize>,
+    outgoing: VecDeque<Frame>,
     /// Packets from here to here, which no port gives back, and those of them that are being looked at.
     looped: Vec<Vec<u8>>,
     looking: Vec<Vec<u8>>,
@@ -99,8 +103,7 @@ impl Ethernet {
             neighbours: HashMap::new(),
             asked: HashMap::new(),
             now: 0,
-            outgoing: Vec::new(),
-            ends: Vec::with_capacity(2 * BURST),
+            outgoing: VecDeque::with_capacity(2 * BURST),
             looped: Vec::new(),
             looking: Vec::new(),
         })
@@ -111,7 +114,8 @@ impl Ethernet {
         self.now = now;
         std::mem::swap(&mut self.looped, &mut self.looking);
         self.looking.drain(..).for_each(|packet| each(&packet));
-        let Self { queues, mac, route, neighbours, asked, outgoing, ends, .. } = self;
+        let Self { queues, mac, route, neighbours, asked, outgoing, .. } = self;
+        let pool = queues.pool();
         queues.receive(|frame| {
             let Some((header, packet)) = frame.split_first_chunk::<HEADER_BYTES>() else { return };
             if header[12..] == IPV4 {
@@ -125,9 +129,9 @@ impl Ethernet {
                     make_room(neighbours);
                     neighbours.insert(arp.from.1, arp.from.0);
                 }
-                if !arp.answers && ends.len() < BURST {
+                if !arp.answers && outgoing.len() < BURST {
                     let answer = Arp { answers: true, from: (*mac, route.address), to: arp.from };
-                    put(outgoing, ends, arp.from.0, *mac, ARP, &answer.encode());
+                    outgoing.extend(answer.frame(pool, arp.from.0));
                 }
             }
         });
@@ -135,7 +139,7 @@ impl Ethernet {
 
     /// Packets that can be staged now.
     pub fn room(&self) -> usize {
-        BURST.saturating_sub(self.ends.len())
+        BURST.saturating_sub(self.outgoing.len())
     }
 
     /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
@@ -153,12 +157,13 @@ impl Ethernet {
             self.ask(next);
             return;
         };
-        begin(&mut self.outgoing, neighbour, self.mac, IPV4);
+        // Without a buffer it is lost.
+        let Some(mut frame) = begin(self.queues.pool(), neighbour, self.mac, IPV4) else { return };
         // What the protocol makes is sound.
-        if packet.encode(&mut self.outgoing).is_ok() {
-            self.ends.push(self.outgoing.len());
-        } else {
-            self.outgoing.truncate(self.ends.last().copied().unwrap_or(0));
+        if packet.payload.len() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES <= frame.room()
+            && packet.encode(&mut frame).is_ok()
+        {
+            self.outgoing.push_back(frame);
         }
     }
 
@@ -170,29 +175,16 @@ impl Ethernet {
         make_room(&mut self.asked);
         self.asked.insert(address, self.now);
         let question = Arp { answers: false, from: (self.mac, self.route.address), to: ([0; 6], address) };
-        put(&mut self.outgoing, &mut self.ends, BROADCAST, self.mac, ARP, &question.encode());
+        self.outgoing.extend(question.frame(self.queues.pool(), BROADCAST));
     }
 
     pub fn is_flushed(&self) -> bool {
-        self.ends.is_empty()
+        self.outgoing.is_empty()
     }
 
     /// As [`super::super::wire::Wire::flush`].
     pub fn flush(&mut self) {
-        let mut sent = 0;
-        while sent < self.ends.len() {
-            let start = |index: usize| if index == 0 { 0 } else { self.ends[index - 1] };
-            let frames = (sent..self.ends.len()).map(|index| &self.outgoing[start(index)..self.ends[index]]);
-            match self.queues.send(frames) {
-                0 => break,
-                taken => sent += taken,
-            }
-        }
-        if let Some(gone) = sent.checked_sub(1).map(|last| self.ends[last]) {
-            self.outgoing.drain(..gone);
-            self.ends.drain(..sent);
-            self.ends.iter_mut().for_each(|end| *end -= gone);
-        }
+        while !self.outgoing.is_empty() && self.queues.send(&mut self.outgoing) > 0 {}
     }
 }
 
@@ -203,16 +195,11 @@ fn make_room<T>(remembered: &mut HashMap<Ipv4Addr, T>) {
     }
 }
 
-fn begin(outgoing: &mut Vec<u8>, to: Mac, from: Mac, kind: [u8; 2]) {
-    outgoing.extend(to);
-    outgoing.extend(from);
-    outgoing.extend(kind);
-}
-
-fn put(outgoing: &mut Vec<u8>, ends: &mut Vec<usize>, to: Mac, from: Mac, kind: [u8; 2], bytes: &[u8]) {
-    begin(outgoing, to, from, kind);
-    outgoing.extend(bytes);
-    ends.push(outgoing.len());
+/// A frame with its header.
+fn begin(pool: Pool, to: Mac, from: Mac, kind: [u8; 2]) -> Option<Frame> {
+    let mut frame = pool.frame()?;
+    [&to[..], &from, &kind].into_iter().for_each(|field| frame.put(field));
+    Some(frame)
 }
 
 #[cfg(test)]
