@@ -300,13 +300,14 @@ fn ipv4_checksum(header: &[u8; IPV4_BYTES]) -> u16 {
     !((folded & 0xffff) + (folded >> 16)) as u16
 }
 
-/// The invariant checksum (annex A17.3.3; IBTA 7.8.1) over everything before it: fields that routers change count as ones.
-fn icrc(ip_bytes: usize, packet: &[u8]) -> u32 {
+/// The invariant checksum (annex A17.3.3; IBTA 7.8.1) over the start of a packet, at least its IP, UDP and base headers, and the
+/// rest: fields that routers change count as ones.
+fn icrc<const N: usize>(ip_bytes: usize, start: &[u8], rest: [&[u8]; N]) -> u32 {
     let headers = ip_bytes + UDP_BYTES + BTH_BYTES;
     let mut masked = [0xff; 8 + IPV6_BYTES + UDP_BYTES + BTH_BYTES];
     // Eight bytes of ones stand for the local route header of InfiniBand.
     let masked = &mut masked[..8 + headers];
-    masked[8..].copy_from_slice(&packet[..headers]);
+    masked[8..].copy_from_slice(&start[..headers]);
     let ip = &mut masked[8..];
     if ip_bytes == IPV4_BYTES {
         // Type of service, time to live, header checksum.
@@ -326,7 +327,8 @@ fn icrc(ip_bytes: usize, packet: &[u8]) -> u32 {
     }
     let mut hasher = Hasher::new();
     hasher.update(masked);
-    hasher.update(&packet[headers..]);
+    hasher.update(&start[headers..]);
+    rest.iter().for_each(|bytes| hasher.update(bytes));
     hasher.finalize()
 }
 
@@ -383,7 +385,7 @@ pub fn decode(bytes: &[u8]) -> Result<Packet<'_>, NotAPacket> {
         return Err(NotAPacket::Other);
     }
     let (covered, checksum) = bytes.split_last_chunk::<ICRC_BYTES>().ok_or(NotAPacket::Short)?;
-    if icrc(ip_bytes, covered) != u32::from_le_bytes(*checksum) {
+    if icrc(ip_bytes, covered, []) != u32::from_le_bytes(*checksum) {
         return Err(NotAPacket::Checksum);
     }
     let mut fields = Fields(&covered[ip_bytes + UDP_BYTES..]);
@@ -436,18 +438,25 @@ pub struct Unsound;
 pub trait Put {
     /// Appends bytes.
     fn put(&mut self, bytes: &[u8]);
-
-    /// All that it has.
-    fn bytes(&self) -> &[u8];
 }
 
 impl Put for Vec<u8> {
     fn put(&mut self, bytes: &[u8]) {
         self.extend_from_slice(bytes);
     }
+}
 
-    fn bytes(&self) -> &[u8] {
-        self
+/// All that comes before a payload.
+struct Headers {
+    bytes: [u8; MAX_HEADER_BYTES],
+    len: usize,
+}
+
+impl Put for Headers {
+    #[inline]
+    fn put(&mut self, bytes: &[u8]) {
+        self.bytes[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
     }
 }
 
@@ -470,7 +479,7 @@ impl Packet<'_> {
             + 4 * usize::from(self.aeth.is_some())
             + 4 * usize::from(self.immediate.is_some());
         let udp_bytes = UDP_BYTES + BTH_BYTES + extended + self.payload.len() + pad + ICRC_BYTES;
-        let start = into.bytes().len();
+        let mut headers = Headers { bytes: [0; MAX_HEADER_BYTES], len: 0 };
         let ip_bytes = match (self.from, self.to) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 let mut header = [0; IPV4_BYTES];
@@ -482,43 +491,42 @@ impl Packet<'_> {
                 header[16..].copy_from_slice(&Ipv4Addr::octets(&to));
                 let checksum = ipv4_checksum(&header);
                 header[10..12].copy_from_slice(&checksum.to_be_bytes());
-                into.put(&header);
+                headers.put(&header);
                 IPV4_BYTES
             }
             (IpAddr::V6(from), IpAddr::V6(to)) => {
-                into.put(&(0x6000_0000 | u32::from(self.ecn as u8) << 20).to_be_bytes());
-                into.put(&(udp_bytes as u16).to_be_bytes());
-                into.put(&[UDP, TIME_TO_LIVE]);
-                into.put(&Ipv6Addr::octets(&from));
-                into.put(&Ipv6Addr::octets(&to));
+                headers.put(&(0x6000_0000 | u32::from(self.ecn as u8) << 20).to_be_bytes());
+                headers.put(&(udp_bytes as u16).to_be_bytes());
+                headers.put(&[UDP, TIME_TO_LIVE]);
+                headers.put(&Ipv6Addr::octets(&from));
+                headers.put(&Ipv6Addr::octets(&to));
                 IPV6_BYTES
             }
             _ => return Err(Unsound),
         };
         for word in [self.source_port, UDP_PORT, udp_bytes as u16, 0] {
-            into.put(&word.to_be_bytes());
+            headers.put(&word.to_be_bytes());
         }
         // Path migrated: there is no other path (IBTA 17.2.8).
         const MIGRATED: u8 = 0x40;
-        into.put(&[self.opcode as u8, u8::from(self.solicited) << 7 | MIGRATED | (pad as u8) << 4]);
-        into.put(&PARTITIONS[0].to_be_bytes());
-        into.put(&(self.queue_pair & QUEUE_PAIR_MASK).to_be_bytes());
-        into.put(&(u32::from(self.wants_ack) << 31 | self.psn.get()).to_be_bytes());
+        headers.put(&[self.opcode as u8, u8::from(self.solicited) << 7 | MIGRATED | (pad as u8) << 4]);
+        headers.put(&PARTITIONS[0].to_be_bytes());
+        headers.put(&(self.queue_pair & QUEUE_PAIR_MASK).to_be_bytes());
+        headers.put(&(u32::from(self.wants_ack) << 31 | self.psn.get()).to_be_bytes());
         if let Some(reth) = self.reth {
-            into.put(&reth.address.to_be_bytes());
-            into.put(&reth.rkey.to_be_bytes());
-            into.put(&reth.bytes.to_be_bytes());
+            headers.put(&reth.address.to_be_bytes());
+            headers.put(&reth.rkey.to_be_bytes());
+            headers.put(&reth.bytes.to_be_bytes());
         }
         if let Some(aeth) = self.aeth {
-            into.put(&(u32::from(aeth.syndrome.byte()) << 24 | aeth.messages & 0x00ff_ffff).to_be_bytes());
+            headers.put(&(u32::from(aeth.syndrome.byte()) << 24 | aeth.messages & 0x00ff_ffff).to_be_bytes());
         }
         if let Some(immediate) = self.immediate {
-            into.put(&immediate.to_be_bytes());
+            headers.put(&immediate.to_be_bytes());
         }
-        into.put(self.payload);
-        into.put(&[0; 3][..pad]);
-        let checksum = icrc(ip_bytes, &into.bytes()[start..]);
-        into.put(&checksum.to_le_bytes());
+        let (headers, pad) = (&headers.bytes[..headers.len], &[0; 3][..pad]);
+        let checksum = icrc(ip_bytes, headers, [self.payload, pad]);
+        [headers, self.payload, pad, &checksum.to_le_bytes()].into_iter().for_each(|bytes| into.put(bytes));
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -39,8 +39,10 @@ pub(super) struct Port {
     state: Mutex<State>,
     /// How often a queue's owner drove it.
     polled: AtomicU64,
-    /// The keeper has to be told when to look for packets.
+    /// The keeper has to be told when to look for packets...
     blind: bool,
+    /// ...which is of use once some came, or something was to be sent.
+    active: AtomicBool,
     /// It ends when this is dropped.
     keeper: UnixStream,
 }
@@ -86,6 +88,7 @@ impl Port {
             state: Mutex::new(state),
             polled: AtomicU64::new(0),
             blind: waiter.is_none(),
+            active: AtomicBool::new(false),
             keeper,
         });
         let weak = Arc::downgrade(&port);
@@ -131,6 +134,7 @@ impl Port {
         number: u32,
         act: impl FnOnce(&mut Side, &mut Vec<Completion>) -> io::Result<R>,
     ) -> io::Result<R> {
+        self.active.store(true, Ordering::Relaxed);
         let State { sides, busy, sinks, .. } = &mut *self.lock();
         let side = sides.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
         let sink = sinks.get_mut(&side.queue).ok_or(io::ErrorKind::NotFound)?;
@@ -273,7 +277,9 @@ impl Queue {
     pub(in super::super) fn poll(&mut self, each: impl FnMut(Completion)) -> io::Result<usize> {
         self.port.polled.fetch_add(1, Ordering::Relaxed);
         let mut state = self.port.lock();
-        state.drive(&self.port.nic, Some(self.number))?;
+        if state.drive(&self.port.nic, Some(self.number))? {
+            self.port.active.store(true, Ordering::Relaxed);
+        }
         if let Some(sink) = state.sinks.get_mut(&self.number) {
             std::mem::swap(&mut sink.completions, &mut self.taken);
         }
@@ -288,7 +294,7 @@ impl Queue {
         // It is readable while packets wait; what the keeper said is taken back.
         let mut said = [0; 64];
         while self.woken.read(&mut said).is_ok_and(|read| read > 0) {}
-        if self.port.blind {
+        if self.port.blind && self.port.active.swap(false, Ordering::Relaxed) {
             // Full, it wakes as well.
             let _ = (&self.port.keeper).write(&[0]);
         }

@@ -291,11 +291,6 @@ impl Put for Frame {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(self.len), bytes.len()) };
         self.len += bytes.len();
     }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: so many were put.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
-    }
 }
 
 impl Drop for Frame {
