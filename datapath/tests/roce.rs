@@ -76,24 +76,28 @@ struct Side {
     completed: Vec<Completion>,
 }
 
+fn attributes(local: u8, peer: u8, path_mtu: PathMtu, (send, receive): (u32, u32)) -> Attributes {
+    Attributes {
+        local: IpAddr::from([10, 0, 0, local]),
+        peer: IpAddr::from([10, 0, 0, peer]),
+        number: local.into(),
+        peer_number: peer.into(),
+        source_port: 0xc000,
+        path_mtu,
+        send_psn: Psn::new(send),
+        receive_psn: Psn::new(receive),
+        timeout: 1_000_000,
+        retries: 50,
+        not_ready_retries: 7,
+        rnr_timer: 1,
+        window: 32,
+        line_rate: 1.25e9,
+    }
+}
+
 impl Side {
-    fn new(local: u8, peer: u8, mtu: PathMtu, (send, receive): (u32, u32)) -> Self {
-        let attributes = Attributes {
-            local: IpAddr::from([10, 0, 0, local]),
-            peer: IpAddr::from([10, 0, 0, peer]),
-            number: local.into(),
-            peer_number: peer.into(),
-            source_port: 0xc000,
-            path_mtu: mtu,
-            send_psn: Psn::new(send),
-            receive_psn: Psn::new(receive),
-            timeout: 1_000_000,
-            retries: 50,
-            not_ready_retries: 7,
-            rnr_timer: 1,
-            window: 32,
-            line_rate: 1.25e9,
-        };
+    fn new(local: u8, peer: u8, mtu: PathMtu, psns: (u32, u32)) -> Self {
+        let attributes = attributes(local, peer, mtu, psns);
         Self { pair: QueuePair::new(attributes), memory: Window::of(local.into()), completed: Vec::new() }
     }
 
@@ -400,8 +404,11 @@ fn a_window_that_closes_in_the_middle_of_a_write_stops_it() {
 #[test]
 fn a_peer_that_is_gone_is_given_up() {
     let mut link = Link::new(1, Faults { lost: 1000, ..Faults::default() }, PathMtu::Mtu1024, (1, 1));
+    link.sides[0].pair = QueuePair::new(Attributes { retries: 7, ..attributes(1, 2, PathMtu::Mtu1024, (1, 1)) });
     link.sides[0].post(1, Operation::Send { immediate: None }, b"anybody?");
     link.settle();
+    // Sent eight times, after 1 ms, then twice as long each time (RFC 6298, 5.5).
+    assert!((255_000_000..256_000_000).contains(&link.now), "given up after {} ns", link.now);
     assert_eq!(link.sides[0].pair.failure(), Some(Failure::NoAnswer));
     assert_eq!(link.sides[0].completed, [Completion::Flushed { id: 1, failure: Failure::NoAnswer }]);
 }
