@@ -41,6 +41,15 @@ pub struct Landed<F: Fabric> {
     pub origin: Origin,
 }
 
+impl<F: Fabric> Landed<F> {
+    /// Has its bytes be in memory, unless they are.
+    fn flush(&self, fabric: &F) {
+        if !self.in_memory {
+            fabric.flush(self.at, self.header.batch_bytes(), Site::PayloadFlush);
+        }
+    }
+}
+
 /// A batch got its place in this broker's own order (topics without a global one).
 #[derive(Clone, Copy, Debug)]
 pub struct OrderedLocally {
@@ -200,9 +209,7 @@ impl<F: Fabric> Delegation<F> {
                 if !writer.has_room() {
                     return Err(landed);
                 }
-                if !landed.in_memory {
-                    fabric.flush(landed.at, bytes, Site::PayloadFlush);
-                }
+                landed.flush(fabric);
                 writer.append(BatchEntry {
                     location: landed.at.0,
                     client_id: header.client_id,
@@ -219,9 +226,7 @@ impl<F: Fabric> Delegation<F> {
                 if index.make_room().is_err() {
                     return Err(landed);
                 }
-                if !landed.in_memory {
-                    fabric.flush(landed.at, bytes, Site::PayloadFlush);
-                }
+                landed.flush(fabric);
                 let position = index.next();
                 let first_offset = index.append(IndexEntry {
                     location: landed.at.0,
