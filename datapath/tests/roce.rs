@@ -180,7 +180,7 @@ impl Link {
 
     /// Until both sides have done what was posted.
     fn settle(&mut self) {
-        for _ in 0..2_000_000 {
+        for _ in 0..20_000_000 {
             let failed = self.sides.iter().any(|side| side.pair.failure().is_some());
             if failed || self.sides.iter().all(|side| side.pair.is_idle()) && self.under_way.is_empty() {
                 // Last words.

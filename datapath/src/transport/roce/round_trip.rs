@@ -15,8 +15,10 @@ pub(super) struct RoundTrip {
     time: Option<(Nanos, Nanos)>,
     /// A packet that was sent once, and when.
     sample: Option<(Psn, Nanos)>,
-    /// Times that the answer stayed away since the last sample.
+    /// Times that the answer stayed away since the last sample, less those that answers took back.
     doublings: u32,
+    /// One stayed away since the last answer.
+    missed: bool,
 }
 
 impl RoundTrip {
@@ -27,7 +29,13 @@ impl RoundTrip {
 
     /// All before `psn` is answered.
     pub fn answered(&mut self, psn: Psn, now: Nanos) {
-        let Some((_, at)) = self.sample.take_if(|(sampled, _)| psn.since(*sampled) > 0) else { return };
+        let missed = std::mem::take(&mut self.missed);
+        let Some((_, at)) = self.sample.take_if(|(sampled, _)| psn.since(*sampled) > 0) else {
+            // On a path that loses much a sample may be long in coming. The first answer after a silence may be to what went
+            // before it, and so says nothing of the patience; a second one does.
+            self.doublings = self.doublings.saturating_sub((!missed).into());
+            return;
+        };
         let passed = now.saturating_sub(at);
         self.time = Some(match self.time {
             None => (passed, passed / 2),
@@ -43,6 +51,7 @@ impl RoundTrip {
 
     /// The answer stayed away.
     pub fn missed(&mut self) {
+        self.missed = true;
         self.doublings = (self.doublings + 1).min(MOST_DOUBLINGS);
     }
 
@@ -79,5 +88,18 @@ mod tests {
         assert!((20 * MS..25 * MS).contains(&settled), "{settled}");
         (0..40).for_each(|_| trip.missed());
         assert_eq!(trip.patience(4 * MS), LONGEST);
+    }
+
+    #[test]
+    fn patience_comes_back_where_all_is_sent_again() {
+        let mut trip = RoundTrip::default();
+        (0..4).for_each(|_| trip.missed());
+        // Perhaps of what went before the silence.
+        trip.answered(Psn::new(1), 0);
+        assert_eq!(trip.patience(MS), 16 * MS);
+        for (answers, patience) in [(2, 8), (3, 4), (4, 2), (5, 1), (6, 1)] {
+            trip.answered(Psn::new(answers), 0);
+            assert_eq!(trip.patience(MS), patience * MS);
+        }
     }
 }
