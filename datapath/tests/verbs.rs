@@ -1,5 +1,6 @@
 //! The verbs layer: two queue pairs of this process, connected to each other, of a NIC in software (which needs
-//! root), also at a port of DPDK, and of a device of the host (`scripts/lab run -- ...` has one; ignored elsewhere).
+//! root), also at a port of DPDK, of a device of the host, and of one of each (`scripts/lab run -- ...` has one; ignored
+//! elsewhere).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use embarcadero_datapath::buffer::Buffer;
@@ -12,24 +13,40 @@ use embarcadero_datapath::verbs::{
 };
 use nix::sched::{CloneFlags, unshare};
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
 use std::process::Command;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 const BYTES: usize = 1 << 20;
 
-type Open = fn() -> (Arc<Context>, LocalPort);
+type Device = (Arc<Context>, LocalPort);
+/// Opens the device that writes, and the one that is written to.
+type Open = fn() -> [Device; 2];
 
-fn hardware() -> (Arc<Context>, LocalPort) {
-    Context::find(None).unwrap()
+fn hardware() -> [Device; 2] {
+    [0; 2].map(|_| Context::find(None).unwrap())
 }
 
-fn software() -> (Arc<Context>, LocalPort) {
-    Context::software(Some(Ipv4Addr::LOCALHOST.into())).unwrap()
+fn software() -> [Device; 2] {
+    [0; 2].map(|_| Context::software(Some(Ipv4Addr::LOCALHOST.into())).unwrap())
 }
 
-fn software_over_ipv6() -> (Arc<Context>, LocalPort) {
-    Context::software(Some(Ipv6Addr::LOCALHOST.into())).unwrap()
+fn software_over_ipv6() -> [Device; 2] {
+    [0; 2].map(|_| Context::software(Some(Ipv6Addr::LOCALHOST.into())).unwrap())
+}
+
+const KERNEL: &str = "10.9.1.1";
+const SOFTWARE: Ipv4Addr = Ipv4Addr::new(10, 9, 1, 2);
+
+fn kernels_to_ours() -> [Device; 2] {
+    [Context::find(Some("rxe8")).unwrap(), Context::software(Some(SOFTWARE.into())).unwrap()]
+}
+
+fn ours_to_the_kernels() -> [Device; 2] {
+    let [kernels, ours] = kernels_to_ours();
+    [ours, kernels]
 }
 
 /// A port that all tests of this process share.
@@ -44,28 +61,64 @@ fn port_of_dpdk() -> DpdkConfig {
 }
 
 #[cfg(feature = "dpdk")]
-fn dpdk() -> (Arc<Context>, LocalPort) {
-    Context::dpdk(&port_of_dpdk()).unwrap()
+fn dpdk() -> [Device; 2] {
+    [0; 2].map(|_| Context::dpdk(&port_of_dpdk()).unwrap())
 }
 
 #[cfg(feature = "dpdk")]
 #[test]
 fn a_port_of_dpdk_has_one_address() {
-    let (first, _) = dpdk();
-    let (again, _) = dpdk();
+    let [(first, _), (again, _)] = dpdk();
     assert_eq!(first.name(), again.name());
     let other = DpdkConfig { address: Some(Ipv4Addr::new(10, 78, 0, 2)), ..port_of_dpdk() };
     let error = Context::dpdk(&other).err().expect("the port has another address").to_string();
     assert!(error.contains("other settings"), "{error}");
 }
 
+fn shell(commands: &str) {
+    assert!(Command::new("sh").args(["-ec", commands]).status().unwrap().success(), "{commands}");
+}
+
 /// Runs a test in a network of its own: no device of the host's has UDP port 4791 there.
 fn alone(test: fn(Open), open: Open) {
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
-        assert!(Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap().success());
+        shell("ip link set lo up");
         test(open);
     });
+    thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+}
+
+/// Runs a test on a wire between the kernel's soft-RoCE and a network of the test's own, where a NIC in software is.
+fn between(test: fn(Open), open: Open) {
+    /// The network stays as long as this, and with it the interfaces.
+    struct Wire(#[allow(dead_code)] std::fs::File);
+    impl Drop for Wire {
+        fn drop(&mut self) {
+            shell("rdma link delete rxe8; ip link del kernel8");
+        }
+    }
+    let (networks, network) = channel();
+    let (ready, is_ready) = channel();
+    let thread = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        networks.send(std::fs::File::open("/proc/thread-self/ns/net").unwrap()).unwrap();
+        is_ready.recv().unwrap();
+        shell(&format!("ip addr add {SOFTWARE}/24 dev soft8; ip link set soft8 up; ip link set lo up"));
+        test(open);
+    });
+    let network = network.recv().unwrap();
+    shell(&format!(
+        "modprobe veth
+        ip link add kernel8 mtu 4500 type veth peer name soft8 mtu 4500 netns /proc/{}/fd/{}
+        ip addr add {KERNEL}/24 dev kernel8
+        ip link set kernel8 up
+        rdma link add rxe8 type rxe netdev kernel8",
+        std::process::id(),
+        network.as_raw_fd()
+    ));
+    let _wire = Wire(network);
+    ready.send(()).unwrap();
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
@@ -90,6 +143,20 @@ macro_rules! on_all {
                 super::alone(super::$test, super::software_over_ipv6);
             })*
         }
+        mod from_the_kernels_soft_roce_to_a_nic_in_software {
+            $(#[test]
+            #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+            fn $test() {
+                super::between(super::$test, super::kernels_to_ours);
+            })*
+        }
+        mod from_a_nic_in_software_to_the_kernels_soft_roce {
+            $(#[test]
+            #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+            fn $test() {
+                super::between(super::$test, super::ours_to_the_kernels);
+            })*
+        }
         #[cfg(feature = "dpdk")]
         mod on_a_port_of_dpdk {
             $(#[test]
@@ -108,6 +175,8 @@ on_all!(
     large_writes_arrive_whole,
     a_peer_that_does_not_poll_answers_all_the_same,
     a_queue_that_was_armed_wakes_its_owner,
+    a_writer_waits_for_receives,
+    numbers_of_packets_wrap,
 );
 
 /// A side that is written to, and the side that writes.
@@ -118,9 +187,11 @@ struct Pair {
     far_queue: CompletionQueue,
 }
 
+/// Memory that is written to, and who writes.
 struct Host {
-    port: LocalPort,
+    writer: (Arc<ProtectionDomain>, LocalPort),
     domain: Arc<ProtectionDomain>,
+    port: LocalPort,
     receives: Arc<SharedReceiveQueue>,
     memory: Buffer,
     region: MemoryRegion,
@@ -128,22 +199,33 @@ struct Host {
 
 impl Host {
     fn new(open: Open) -> Self {
-        let (context, port) = open();
-        let domain = ProtectionDomain::new(&context).unwrap();
-        let memory = Buffer::zeroed(BYTES).unwrap();
+        Self::with(open, BYTES, 64)
+    }
+
+    fn with(open: Open, bytes: usize, receives: u32) -> Self {
+        let [near, (far, port)] = open();
+        let domain = ProtectionDomain::new(&far).unwrap();
+        let memory = Buffer::zeroed(bytes).unwrap();
         let region = MemoryRegion::for_windows(&domain, &memory).unwrap();
-        let receives = SharedReceiveQueue::new(&domain, 64).unwrap();
-        Self { port, domain, receives, memory, region }
+        let receives = SharedReceiveQueue::new(&domain, receives).unwrap();
+        Self { writer: (ProtectionDomain::new(&near.0).unwrap(), near.1), domain, port, receives, memory, region }
     }
 
     fn pair(&self) -> Pair {
-        let make = |shared| {
-            let queue = CompletionQueue::new(self.domain.context(), 128).unwrap();
+        self.pair_from(rand::random())
+    }
+
+    /// Whose packets are numbered from `psn` on, each way.
+    fn pair_from(&self, psn: u32) -> Pair {
+        let make = |domain: &Arc<ProtectionDomain>, port, shared| {
+            let queue = CompletionQueue::new(domain.context(), 128).unwrap();
             let options = QueuePairOptions { send_depth: 32, receive_depth: 1, inline_bytes: 64, shared };
-            (QueuePair::new(&self.domain, &queue, &self.port, &options).unwrap(), queue)
+            let mut pair = QueuePair::new(domain, &queue, port, &options).unwrap();
+            pair.number_packets_from(psn);
+            (pair, queue)
         };
-        let (near, near_queue) = make(None);
-        let (far, far_queue) = make(Some(&self.receives));
+        let (near, near_queue) = make(&self.writer.0, &self.writer.1, None);
+        let (far, far_queue) = make(&self.domain, &self.port, Some(&self.receives));
         let (near_address, far_address) = (near.address(), far.address());
         let near = near.receive_from(&far_address).unwrap().send().unwrap();
         let far = far.receive_from(&near_address).unwrap().send().unwrap();
@@ -182,7 +264,7 @@ fn a_window_is_open_to_its_queue_pair_alone(open: Open) {
 
     let mut source = Buffer::zeroed(8192).unwrap();
     source.fill(0xab);
-    let local = MemoryRegion::local(&host.domain, &source).unwrap();
+    let local = MemoryRegion::local(&host.writer.0, &source).unwrap();
     let write = |at: u64, len: u32| Work::Write(Some(local.range(0, len)), window.remote().offset(at), Some(42));
     pair.near.post(&[request(write(0, 8192))]).unwrap();
     assert_eq!(wait(&mut pair.near_queue).outcome, Outcome::Sent);
@@ -203,7 +285,7 @@ fn a_write_outside_a_registration_is_refused_and_changes_nothing(open: Open) {
     for (at, len) in [(8129u64, 64usize), (8192, 64), (0, 8193)] {
         let mut pair = host.pair();
         let source = Buffer::zeroed(len).unwrap();
-        let local = MemoryRegion::local(&host.domain, &source).unwrap();
+        let local = MemoryRegion::local(&host.writer.0, &source).unwrap();
         let to = writable.remote(0, 8192).offset(at);
         pair.near.post(&[request(Work::Write(Some(local.range(0, len as u32)), to, None))]).unwrap();
         let error = failure(wait(&mut pair.near_queue));
@@ -287,7 +369,7 @@ fn writer(host: &Host) -> (Pair, MemoryWindow, MemoryRegion, Buffer) {
     pair.far.post(&[request(Work::Open(&window))]).unwrap();
     wait(&mut pair.far_queue);
     let source = Buffer::zeroed(65536).unwrap();
-    let local = MemoryRegion::local(&host.domain, &source).unwrap();
+    let local = MemoryRegion::local(&host.writer.0, &source).unwrap();
     (pair, window, local, source)
 }
 
@@ -336,35 +418,76 @@ fn a_queue_that_was_armed_wakes_its_owner(open: Open) {
 }
 
 fn large_writes_arrive_whole(open: Open) {
-    let (context, port) = open();
-    let domain = ProtectionDomain::new(&context).unwrap();
-    let receives = SharedReceiveQueue::new(&domain, 64).unwrap();
     const LEN: usize = 8 << 20;
-    let (mut source, memory) = (Buffer::zeroed(LEN).unwrap(), Buffer::zeroed(LEN).unwrap());
+    let host = Host::with(open, LEN, 64);
+    let mut source = Buffer::zeroed(LEN).unwrap();
     for (index, byte) in source.iter_mut().enumerate() {
         *byte = (index % 251) as u8;
     }
-    let region = MemoryRegion::for_windows(&domain, &memory).unwrap();
-    let host = Host { port, domain, receives, memory, region };
     let mut pair = host.pair();
     let window = MemoryWindow::new(&host.region, 0, LEN as u64).unwrap();
     pair.far.post(&[request(Work::Open(&window))]).unwrap();
     wait(&mut pair.far_queue);
-    let local = MemoryRegion::local(&host.domain, &source).unwrap();
+    let local = MemoryRegion::local(&host.writer.0, &source).unwrap();
     // The last is as large as soft-RoCE takes (rxe_param.h, RXE_MAX_MSG_SZ).
-    for len in [1, 63, 4095, 4096, 4097, 65_536, 1_000_001, LEN as u32] {
+    for len in [1, 63, 64, 4095, 4096, 4097, 65_536, 1_000_001, LEN as u32] {
         let at = LEN as u64 - u64::from(len);
         let write = Work::Write(Some(local.range(at, len)), window.remote().offset(at), Some(len));
         pair.near.post(&[request(write)]).unwrap();
-        // Both are polled: who writes also answers.
-        let (mut sent, mut written) = (None, None);
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while (sent.is_none() || written.is_none()) && Instant::now() < deadline {
-            pair.near_queue.poll(|completion| sent = Some(completion.outcome)).unwrap();
-            pair.far_queue.poll(|completion| written = Some(completion.outcome)).unwrap();
-        }
-        assert_eq!((sent, written), (Some(Outcome::Sent), Some(Outcome::Written { bytes: len, immediate: len })));
+        let written = Outcome::Written { bytes: len, immediate: len };
+        assert_eq!(poll_both(&mut pair, 1, 1), [vec![Outcome::Sent], vec![written]], "{len} bytes");
         assert!(host.memory[at as usize..] == source[at as usize..], "{len} bytes differ");
         host.receives.post(1).unwrap();
+    }
+}
+
+/// Polls both sides until `near` and `far` many completions came; who writes also answers.
+fn poll_both(pair: &mut Pair, near: usize, far: usize) -> [Vec<Outcome>; 2] {
+    let mut outcomes = [Vec::new(), Vec::new()];
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while (outcomes[0].len() < near || outcomes[1].len() < far) && Instant::now() < deadline {
+        pair.near_queue.poll(|completion| outcomes[0].push(completion.outcome)).unwrap();
+        pair.far_queue.poll(|completion| outcomes[1].push(completion.outcome)).unwrap();
+    }
+    outcomes
+}
+
+fn a_writer_waits_for_receives(open: Open) {
+    let host = Host::with(open, BYTES, 1);
+    let (mut pair, window, local, _source) = writer(&host);
+    let write = |number| request(Work::Write(Some(local.range(0, 65536)), window.remote(), Some(number)));
+    let written = |number| Outcome::Written { bytes: 65536, immediate: number };
+    assert_eq!(pair.near.post(&[0, 1, 2].map(write)).unwrap(), 3);
+    assert_eq!(poll_both(&mut pair, 1, 1), [vec![Outcome::Sent], vec![written(0)]]);
+    // It is told that there is none, several times.
+    let until = Instant::now() + Duration::from_millis(50);
+    while Instant::now() < until {
+        pair.near_queue.poll(|completion| panic!("{completion:?}")).unwrap();
+        pair.far_queue.poll(|completion| panic!("{completion:?}")).unwrap();
+    }
+    for number in 1..3 {
+        host.receives.post(1).unwrap();
+        assert_eq!(poll_both(&mut pair, 1, 1), [vec![Outcome::Sent], vec![written(number)]]);
+    }
+}
+
+/// They are of 24 bits (IBTA 9.2.9).
+fn numbers_of_packets_wrap(open: Open) {
+    let mut host = Host::new(open);
+    let mut pair = host.pair_from(0xff_ffff - 40);
+    let window = MemoryWindow::new(&host.region, 0, 65536).unwrap();
+    pair.far.post(&[request(Work::Open(&window))]).unwrap();
+    wait(&mut pair.far_queue);
+    let mut source = Buffer::zeroed(65536).unwrap();
+    for round in 0..8u8 {
+        // Several packets, of which the numbers wrap in the midst of one write.
+        source.fill(round + 1);
+        host.memory.fill(0);
+        let local = MemoryRegion::local(&host.writer.0, &source).unwrap();
+        let write = Work::Write(Some(local.range(0, 65536)), window.remote(), Some(round.into()));
+        pair.near.post(&[request(write)]).unwrap();
+        let written = Outcome::Written { bytes: 65536, immediate: round.into() };
+        assert_eq!(poll_both(&mut pair, 1, 1), [vec![Outcome::Sent], vec![written]]);
+        assert!(host.memory[..65536] == source[..], "write {round} differs");
     }
 }

@@ -114,6 +114,10 @@ impl Pair {
         either!(self, pair => pair.number())
     }
 
+    fn number_packets_from(&mut self, psn: u32) {
+        either!(self, pair => pair.number_packets_from(psn));
+    }
+
     fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
         either!(self, pair => pair.post_receive(id, into))
     }
@@ -144,6 +148,12 @@ impl QueuePair<Initial> {
             _ => return Err(of_another_device()),
         };
         Ok(Self { kind, state: PhantomData })
+    }
+
+    /// Numbers its packets from `psn` on, of which 24 bits count; otherwise from a random number on. The peer is to be given the
+    /// address as it is afterwards.
+    pub fn number_packets_from(&mut self, psn: u32) {
+        self.kind.number_packets_from(psn & 0xff_ffff);
     }
 
     /// Connects the receiving half: READY TO RECEIVE. The path MTU is the smaller of both ends'.

@@ -199,6 +199,11 @@ impl QueuePair {
         unsafe { self.pair.as_ref() }.qp_num
     }
 
+    /// As [`queue_pair::QueuePair::number_packets_from`].
+    pub fn number_packets_from(&mut self, psn: u32) {
+        self.first_psn = psn;
+    }
+
     /// What a peer needs to connect.
     #[must_use]
     pub fn address(&self) -> PeerAddress {

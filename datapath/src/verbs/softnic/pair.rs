@@ -316,6 +316,10 @@ impl Pair {
         self.address.queue_pair
     }
 
+    pub(in super::super) fn number_packets_from(&mut self, psn: u32) {
+        self.address.first_psn = psn;
+    }
+
     pub(in super::super) fn post_receive(&self, id: u64, into: LocalRange) -> io::Result<()> {
         let buffer = self.domain.keys.local(self.domain.number, into)?;
         self.port.with(self.number(), |side, _| {
