@@ -8,8 +8,10 @@
 mod support;
 
 use std::io::Write;
+use std::ops::Range;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use support::verbs::{REGION, shell, strong};
 use support::wire::{Faults, Wire};
 use support::{Cluster, PROGRAM, assert_exactly_once, eventually, history, message};
@@ -21,54 +23,63 @@ const CLIENT: &str = "10.78.0.2";
 /// Of the broker's sockets.
 const CONTROL: &str = "10.79.0.1";
 
+/// Settings of a port besides its address.
+type Settings<'a> = [(&'a str, &'a str)];
+
 /// Arguments of DPDK for one virtual device and no other, as the environment says them.
 fn eal(device: &str) -> String {
     format!(r#"["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "-m", "256", "--vdev={device}"]"#)
 }
 
-fn broker_variables<'a>(eal: &'a str, mtu: &'a str) -> [(&'a str, &'a str); 4] {
-    [
-        ("EMBARCADERO_BROKER_TRANSPORT", "dpdk"),
-        ("EMBARCADERO_BROKER_DPDK__EAL", eal),
-        ("EMBARCADERO_BROKER_DPDK__ADDRESS", BROKER),
-        ("EMBARCADERO_BROKER_DPDK__MTU", mtu),
-    ]
+/// The environment of a program (`BROKER`, `CLIENT`) at a port.
+fn environment(program: &str, address: &str, port: &Settings) -> Vec<(String, String)> {
+    let of_port = [("ADDRESS", address)].into_iter().chain(port.iter().copied());
+    let of_port = of_port.map(|(key, value)| (format!("EMBARCADERO_{program}_DPDK__{key}"), value.to_owned()));
+    of_port.chain([(format!("EMBARCADERO_{program}_TRANSPORT"), "dpdk".to_owned())]).collect()
 }
 
-fn over_dpdk<'a>(command: &'a mut Command, eal: &str, mtu: &str) -> &'a mut Command {
+/// Brokers, at a port if there are any.
+fn brokers(count: u32, address: &str, port: &Settings) -> Cluster {
+    let environment = environment("BROKER", address, port);
+    let environment: Vec<_> = environment.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    Cluster::start(count, REGION, &environment)
+}
+
+/// A client's command at a port.
+fn command(cluster: &Cluster, port: &Settings, arguments: &[&str]) -> Command {
+    let mut command = cluster.command(arguments);
     command
-        .env("EMBARCADERO_CLIENT_TRANSPORT", "dpdk")
-        .env("EMBARCADERO_CLIENT_DPDK__EAL", eal)
-        .env("EMBARCADERO_CLIENT_DPDK__ADDRESS", CLIENT)
-        .env("EMBARCADERO_CLIENT_DPDK__MTU", mtu)
+        .envs(environment("CLIENT", CLIENT, port))
         .env("EMBARCADERO_CLIENT_BATCH_SIZE", "32768")
-        .env("EMBARCADERO_CLIENT_BUFFER_BYTES", "1048576")
+        .env("EMBARCADERO_CLIENT_BUFFER_BYTES", "1048576");
+    command
 }
 
-/// Publishes messages `0..count` of `publisher` from a process.
-fn produce(cluster: &Cluster, eal: &str, mtu: &str, publisher: u32, count: u64) -> Child {
-    let mut command = cluster.command(&["produce", "t", "--length-prefixed"]);
-    let mut child = over_dpdk(&mut command, eal, mtu).stdin(Stdio::piped()).spawn().unwrap();
-    let mut feed = child.stdin.take().unwrap();
-    std::thread::spawn(move || {
-        for number in 0..count {
-            let message = message(publisher, number);
-            let record = [&(message.len() as u32).to_le_bytes()[..], &message].concat();
-            if feed.write_all(&record).is_err() {
-                return;
-            }
-        }
-    });
+/// Publishes what comes on its standard input.
+const PRODUCE: [&str; 3] = ["produce", "t", "--length-prefixed"];
+
+/// Hands messages of `publisher` to a process that publishes them. False once it is gone.
+fn feed(process: &mut impl Write, publisher: u32, mut numbers: Range<u64>) -> bool {
+    numbers.all(|number| {
+        let message = message(publisher, number);
+        process.write_all(&[&(message.len() as u32).to_le_bytes()[..], &message].concat()).is_ok()
+    })
+}
+
+/// Publishes messages `0..count` of `publisher` by a command.
+fn produce(mut command: Command, publisher: u32, count: u64) -> Child {
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut input = child.stdin.take().unwrap();
+    std::thread::spawn(move || feed(&mut input, publisher, 0..count));
     child
 }
 
-fn order_and_integrity(cluster: &Cluster, eal: &str, mtu: &str, count: u64) {
+/// What clients' commands publish is delivered to them, and is what TCP delivers.
+fn order_and_integrity(cluster: &Cluster, command: impl Fn(&[&str]) -> Command, count: u64) {
     let tcp = cluster.client();
     tcp.create_topic("t", strong()).unwrap();
-    assert!(produce(cluster, eal, mtu, 0, count).wait().unwrap().success());
-    // What came over DPDK is delivered over it too, and is what TCP delivers.
-    let mut verify = cluster.command(&["verify", "t"]);
-    assert!(over_dpdk(&mut verify, eal, mtu).status().unwrap().success());
+    assert!(produce(command(&PRODUCE), 0, count).wait().unwrap().success());
+    assert!(command(&["verify", "t"]).status().unwrap().success());
     assert_exactly_once(&history(&tcp, "t")[&0], count);
 }
 
@@ -83,22 +94,23 @@ fn memif(directory: &tempfile::TempDir) -> [String; 2] {
 fn order_and_integrity_over_memif() {
     let directory = tempfile::tempdir().unwrap();
     let [server, client] = memif(&directory);
-    let cluster = Cluster::start(1, REGION, &broker_variables(&server, "4200"));
-    order_and_integrity(&cluster, &client, "4200", 20_000);
+    let cluster = brokers(1, BROKER, &[("EAL", &server)]);
+    order_and_integrity(&cluster, |arguments| command(&cluster, &[("EAL", &client)], arguments), 20_000);
 }
 
 #[test]
 fn a_client_that_is_killed_disturbs_nobody() {
     let directory = tempfile::tempdir().unwrap();
     let [server, client] = memif(&directory);
-    let cluster = Cluster::start(1, REGION, &broker_variables(&server, "4200"));
+    let cluster = brokers(1, BROKER, &[("EAL", &server)]);
+    let command = || command(&cluster, &[("EAL", &client)], &PRODUCE);
     let tcp = cluster.client();
     tcp.create_topic("t", strong()).unwrap();
-    let mut victim = produce(&cluster, &client, "4200", 0, 100_000);
+    let mut victim = produce(command(), 0, 100_000);
     eventually("the victim publishes", || tcp.describe_topic("t").unwrap().1[0].batches > 2);
     victim.kill().unwrap();
     victim.wait().unwrap();
-    assert!(produce(&cluster, &client, "4200", 1, 5000).wait().unwrap().success());
+    assert!(produce(command(), 1, 5000).wait().unwrap().success());
     let seen = history(&tcp, "t");
     assert_exactly_once(&seen[&0], seen[&0].len() as u64);
     assert_exactly_once(&seen[&1], 5000);
@@ -116,12 +128,9 @@ fn a_port_outlives_its_peer() {
     assert!(goodput.sum::<f64>() > 0.0, "{said}");
 }
 
-/// Over a device on the interface `e0` of two namespaces.
-fn between_namespaces(device: &str, mtu: &str, faults: Faults) {
-    let wire = Wire::with_mtu(faults, mtu);
-    let eal = eal(device);
-    let mut cluster = Cluster::start(0, REGION, &broker_variables(&eal, mtu));
-    // The device takes all that comes on its interface: sockets have another.
+/// A broker at a port on the near one of two hosts. The device takes all that comes on its interface: sockets have another.
+fn broker_on(wire: &Wire, address: &str, port: &Settings) -> Cluster {
+    let mut cluster = brokers(0, address, port);
     let (near, far) = (wire.namespace("near"), wire.namespace("far"));
     shell(&format!(
         "ip link add c0 netns {near} type veth peer name c0 netns {far}
@@ -133,23 +142,96 @@ fn between_namespaces(device: &str, mtu: &str, faults: Faults) {
     let (command, any) = (wire.command("near"), format!("{CONTROL}:0"));
     let command: Vec<&str> = command.iter().map(String::as_str).collect();
     cluster.add_under(&command, &["--data", &any, "--control", &any]);
-    wire.on("far", || order_and_integrity(&cluster, &eal, mtu, 5000));
+    cluster
+}
+
+/// Over a device on the interface `e0` of two hosts.
+fn between_hosts(port: &Settings, mtu: &str, faults: Faults) {
+    let wire = Wire::with_mtu(faults, mtu);
+    let port = [port, &[("MTU", mtu)]].concat();
+    let cluster = broker_on(&wire, BROKER, &port);
+    wire.on("far", || order_and_integrity(&cluster, |arguments| command(&cluster, &port, arguments), 5000));
     assert!(faults.lost == 0 || wire.harmed.load(Ordering::Relaxed) > 10, "the wire did no harm");
 }
 
-const AF_PACKET: &str = "net_af_packet0,iface=e0,blocksz=65536,framesz=8192,framecnt=512";
+/// Frames of this device carry so many bytes.
+const MTU: &str = "8150";
+
+fn af_packet(interface: &str, queues: u16) -> String {
+    eal(&format!("net_af_packet0,iface={interface},blocksz=65536,framesz=8192,framecnt=512,qpairs={queues}"))
+}
 
 #[test]
 fn order_and_integrity_over_af_packet() {
-    between_namespaces(AF_PACKET, "8150", Faults::default());
+    between_hosts(&[("EAL", &af_packet("e0", 1))], MTU, Faults::default());
 }
 
 #[test]
 fn order_and_integrity_over_af_packet_and_a_wire_that_loses_repeats_and_reorders() {
-    between_namespaces(AF_PACKET, "8150", Faults { lost: 20, repeated: 10, reordered: 10, damaged: 5 });
+    let faults = Faults { lost: 20, repeated: 10, reordered: 10, damaged: 5 };
+    between_hosts(&[("EAL", &af_packet("e0", 1))], MTU, faults);
+}
+
+/// The kernel gives a queue the packets of a flow, whoever has their queue pairs.
+#[test]
+fn order_and_integrity_over_several_queues() {
+    between_hosts(&[("EAL", &af_packet("e0", 4)), ("QUEUES", "4")], MTU, Faults::default());
 }
 
 #[test]
 fn order_and_integrity_over_af_xdp() {
-    between_namespaces("net_af_xdp0,iface=e0", "1500", Faults::default());
+    between_hosts(&[("EAL", &eal("net_af_xdp0,iface=e0"))], "1500", Faults::default());
+}
+
+#[test]
+fn order_and_integrity_in_a_vlan() {
+    let wire = Wire::new(Faults::default());
+    let port = [("EAL", &*af_packet("v0", 1)), ("MTU", MTU), ("VLAN", "7")];
+    // The wire's relays see frames without their tags.
+    let (near, far) = (wire.namespace("near"), wire.namespace("far"));
+    shell(&format!(
+        "ip link add v0 netns {near} mtu {MTU} type veth peer name v0 netns {far} mtu {MTU}
+        ip -n {near} link set v0 up
+        ip -n {far} link set v0 up"
+    ));
+    let cluster = broker_on(&wire, BROKER, &port);
+    wire.on("far", || order_and_integrity(&cluster, |arguments| command(&cluster, &port, arguments), 5000));
+}
+
+/// The peer's neighbour discovery is the kernel's.
+#[test]
+fn order_and_integrity_over_ipv6_to_a_nic_over_the_kernels_sockets() {
+    let wire = Wire::with_mtu(Faults::default(), MTU);
+    let port = [("EAL", &*af_packet("e0", 1)), ("MTU", MTU)];
+    let cluster = broker_on(&wire, "fd78::1", &port);
+    shell(&format!("ip -n {} addr add fd78::2/64 dev e0 nodad", wire.namespace("far")));
+    let over_sockets = |arguments: &[&str]| {
+        let mut command = cluster.command(arguments);
+        command.env("EMBARCADERO_CLIENT_TRANSPORT", "roce").env("EMBARCADERO_CLIENT_ROCE__ADDRESS", "fd78::2");
+        command
+    };
+    wire.on("far", || order_and_integrity(&cluster, over_sockets, 5000));
+}
+
+#[test]
+fn a_link_that_goes_down_and_comes_back_loses_nothing() {
+    let wire = Wire::with_mtu(Faults::default(), MTU);
+    let port = [("EAL", &*af_packet("e0", 1)), ("MTU", MTU)];
+    let cluster = broker_on(&wire, BROKER, &port);
+    wire.on("far", || {
+        let tcp = cluster.client();
+        tcp.create_topic("t", strong()).unwrap();
+        let mut child = command(&cluster, &port, &PRODUCE).stdin(Stdio::piped()).spawn().unwrap();
+        let mut input = child.stdin.take().unwrap();
+        assert!(feed(&mut input, 0, 0..2000));
+        eventually("it publishes", || tcp.describe_topic("t").unwrap().1[0].batches > 2);
+        wire.link("far", "down");
+        assert!(feed(&mut input, 0, 2000..2200));
+        // Longer than a queue pair waits for answers.
+        std::thread::sleep(Duration::from_secs(2));
+        wire.link("far", "up");
+        drop(input);
+        assert!(child.wait().unwrap().success());
+        assert_exactly_once(&history(&tcp, "t")[&0], 2200);
+    });
 }

@@ -357,7 +357,7 @@ impl BrokerConfig {
         };
         self.dpdk.validate().map_err(|OutOfBounds { key, value, bound }| ConfigError {
             key,
-            value: value.to_string(),
+            value,
             bound: bound.to_owned(),
         })?;
         within("id", self.id.unwrap_or(0).into(), 0, 31)?;

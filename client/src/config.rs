@@ -116,7 +116,7 @@ impl ClientConfig {
         within("rdma.ring_bytes", self.rdma.ring_bytes as u64, 64 << 10, 1 << 30)?;
         self.dpdk.validate().map_err(|OutOfBounds { key, value, bound }| ClientError::Config {
             key,
-            value: value.to_string(),
+            value,
             bound: bound.to_owned(),
         })?;
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;

@@ -49,13 +49,14 @@ fn ours_to_the_kernels() -> [Device; 2] {
     [ours, kernels]
 }
 
-/// A port that all tests of this process share.
+/// A port that all tests of this process share. Its driver makes a queue of each core that DPDK believes to have.
 #[cfg(feature = "dpdk")]
 fn port_of_dpdk() -> DpdkConfig {
-    let eal = ["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "-m", "256", "--vdev=net_ring0"];
+    let fixed = "--no-huge --no-shconf --no-pci --no-telemetry --lcores=(0-1)@0 -m 384".split(' ').map(str::to_owned);
     DpdkConfig {
-        eal: eal.map(str::to_owned).into(),
-        address: Some(Ipv4Addr::new(10, 78, 0, 1)),
+        eal: fixed.chain((0..3).map(|number| format!("--vdev=net_ring{number}"))).collect(),
+        port: Some("net_ring0".to_owned()),
+        address: Some(Ipv4Addr::new(10, 78, 0, 1).into()),
         ..DpdkConfig::default()
     }
 }
@@ -65,12 +66,29 @@ fn dpdk() -> [Device; 2] {
     [0; 2].map(|_| Context::dpdk(&port_of_dpdk()).unwrap())
 }
 
+/// Each completion queue is at a queue of its own.
+#[cfg(feature = "dpdk")]
+fn queues_of_dpdk() -> [Device; 2] {
+    let address = Some(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1).into());
+    let port = Some("net_ring1".to_owned());
+    let config = DpdkConfig { port, address, vlan: Some(78), queues: 2, ..port_of_dpdk() };
+    [0; 2].map(|_| Context::dpdk(&config).unwrap())
+}
+
+#[cfg(feature = "dpdk")]
+#[test]
+fn a_port_has_no_more_queues_than_its_driver_says() {
+    let config = DpdkConfig { port: Some("net_ring2".to_owned()), queues: 3, ..port_of_dpdk() };
+    let error = Context::dpdk(&config).err().expect("it has three queues").to_string();
+    assert!(error.contains("dpdk.queues is 3, but the port has no more than 2"), "{error}");
+}
+
 #[cfg(feature = "dpdk")]
 #[test]
 fn a_port_of_dpdk_has_one_address() {
     let [(first, _), (again, _)] = dpdk();
     assert_eq!(first.name(), again.name());
-    let other = DpdkConfig { address: Some(Ipv4Addr::new(10, 78, 0, 2)), ..port_of_dpdk() };
+    let other = DpdkConfig { address: Some(Ipv4Addr::new(10, 78, 0, 2).into()), ..port_of_dpdk() };
     let error = Context::dpdk(&other).err().expect("the port has another address").to_string();
     assert!(error.contains("other settings"), "{error}");
 }
@@ -162,6 +180,13 @@ macro_rules! on_all {
             $(#[test]
             fn $test() {
                 super::$test(super::dpdk);
+            })*
+        }
+        #[cfg(feature = "dpdk")]
+        mod on_several_queues_of_a_port_of_dpdk {
+            $(#[test]
+            fn $test() {
+                super::$test(super::queues_of_dpdk);
             })*
         }
     };

@@ -35,7 +35,7 @@ fn arguments(megabytes: u32, devices: impl IntoIterator<Item = String>) -> Vec<S
 }
 
 fn at_port(eal: Vec<String>, port: &str, last: u8, mtu: u16) -> DpdkConfig {
-    DpdkConfig { eal, port: Some(port.to_owned()), address: Some(address(last)), mtu, ..DpdkConfig::default() }
+    DpdkConfig { eal, port: Some(port.to_owned()), address: Some(address(last).into()), mtu, ..DpdkConfig::default() }
 }
 
 /// The bench's process at one of its ports.

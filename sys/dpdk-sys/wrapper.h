@@ -20,12 +20,18 @@ static inline void embarcadero_mbuf_set_len(struct rte_mbuf *mbuf, uint16_t len)
     rte_pktmbuf_pkt_len(mbuf) = len;
 }
 
-/* Bytes in this segment, and in all segments. */
+/* Bytes in this segment. */
 static inline uint16_t embarcadero_mbuf_data_len(const struct rte_mbuf *mbuf) { return rte_pktmbuf_data_len(mbuf); }
-static inline uint32_t embarcadero_mbuf_packet_len(const struct rte_mbuf *mbuf) { return rte_pktmbuf_pkt_len(mbuf); }
 
 /* The segment that follows. */
 static inline struct rte_mbuf *embarcadero_mbuf_next(const struct rte_mbuf *mbuf) { return mbuf->next; }
+
+/* What a port said of a packet, and the VLAN tag that it took out. */
+static inline uint64_t embarcadero_mbuf_flags(const struct rte_mbuf *mbuf) { return mbuf->ol_flags; }
+static inline uint16_t embarcadero_mbuf_vlan_tci(const struct rte_mbuf *mbuf) { return mbuf->vlan_tci; }
+
+/* Flows of UDP, which a port can spread over its queues. */
+static inline uint64_t embarcadero_rss_udp(void) { return RTE_ETH_RSS_NONFRAG_IPV4_UDP | RTE_ETH_RSS_NONFRAG_IPV6_UDP; }
 
 /* Bursts: the packets taken from a queue, and those that a queue took. */
 static inline uint16_t embarcadero_rx_burst(uint16_t port, uint16_t queue, struct rte_mbuf **mbufs, uint16_t count)

@@ -8,6 +8,7 @@
 //! (RoCE) and A17 (RoCEv2); Linux, drivers/infiniband/sw/rxe, where the specification leaves a choice.
 
 pub mod congestion;
+pub mod ethernet;
 pub mod packet;
 pub mod psn;
 mod queue_pair;

@@ -293,9 +293,10 @@ fn be16(bytes: &[u8], at: usize) -> u16 {
     u16::from_be_bytes([bytes[at], bytes[at + 1]])
 }
 
-/// The Internet checksum (RFC 1071) of an IPv4 header; 0 over a header that has the right one.
-fn ipv4_checksum(header: &[u8; IPV4_BYTES]) -> u16 {
-    let sum: u32 = header.as_chunks::<2>().0.iter().map(|word| u32::from(u16::from_be_bytes(*word))).sum();
+/// The Internet checksum (RFC 1071) of bytes, an even number below 2^16; 0 over those that have the right one.
+#[inline]
+pub(super) fn internet_checksum(bytes: &[u8]) -> u16 {
+    let sum: u32 = bytes.as_chunks::<2>().0.iter().map(|word| u32::from(u16::from_be_bytes(*word))).sum();
     let folded = (sum & 0xffff) + (sum >> 16);
     !((folded & 0xffff) + (folded >> 16)) as u16
 }
@@ -345,7 +346,7 @@ fn ip_header(bytes: &[u8]) -> Result<(usize, usize, IpAddr, IpAddr, Ecn), NotAPa
             let header: &[u8; IPV4_BYTES] = bytes.first_chunk().ok_or(NotAPacket::Short)?;
             // More fragments, or not the first.
             let fragment = be16(header, 6) & 0x3fff != 0;
-            if header[0] != 0x45 || fragment || ipv4_checksum(header) != 0 {
+            if header[0] != 0x45 || fragment || internet_checksum(header) != 0 {
                 return Err(NotAPacket::Ipv4);
             }
             if header[9] != UDP {
@@ -428,6 +429,14 @@ pub fn decode(bytes: &[u8]) -> Result<Packet<'_>, NotAPacket> {
     })
 }
 
+/// The queue pair of the receiver, if these bytes are a packet; nothing else is looked at.
+#[must_use]
+pub fn queue_pair(bytes: &[u8]) -> Option<u32> {
+    let ip_bytes = if bytes.first()? >> 4 == 4 { IPV4_BYTES } else { IPV6_BYTES };
+    let number = bytes.get(ip_bytes + UDP_BYTES + 4..)?.first_chunk()?;
+    Some(u32::from_be_bytes(*number) & QUEUE_PAIR_MASK)
+}
+
 /// A packet that cannot be written: addresses of two families, headers that its opcode does not have or lacks, or a payload
 /// that does not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -489,7 +498,7 @@ impl Packet<'_> {
                 header[6..10].copy_from_slice(&[0x40, 0, TIME_TO_LIVE, UDP]);
                 header[12..16].copy_from_slice(&Ipv4Addr::octets(&from));
                 header[16..].copy_from_slice(&Ipv4Addr::octets(&to));
-                let checksum = ipv4_checksum(&header);
+                let checksum = internet_checksum(&header);
                 header[10..12].copy_from_slice(&checksum.to_be_bytes());
                 headers.put(&header);
                 IPV4_BYTES
@@ -606,7 +615,7 @@ mod tests {
         // One hop, and congestion.
         (write[1], write[8]) = (3, 63);
         (write[10], write[11]) = (0, 0);
-        let checksum = ipv4_checksum(write.first_chunk().unwrap()).to_be_bytes();
+        let checksum = internet_checksum(&write[..IPV4_BYTES]).to_be_bytes();
         write[10..12].copy_from_slice(&checksum);
         let packet = decode(&write).unwrap();
         assert_eq!((packet.psn, packet.ecn), (before, Ecn::Congested));

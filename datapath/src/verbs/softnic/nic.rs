@@ -6,7 +6,7 @@ use super::DpdkConfig;
 #[cfg(feature = "dpdk")]
 use super::dpdk::{EthPort, Ethernet};
 use super::memory::{Domain, Keys};
-use super::queue::Port;
+use super::queue::Ports;
 use super::socket::{self, Sockets};
 use super::wire::Wire;
 use crate::transport::roce::{Nanos, PathMtu};
@@ -39,9 +39,9 @@ pub struct Nic {
 enum Link {
     /// An interface of the kernel, by name. The port is kept from answering by itself.
     Kernel { interface: String, _port: Socket },
-    /// A port of DPDK, which all completion queues share.
+    /// A port of DPDK, whose queues the completion queues share.
     #[cfg(feature = "dpdk")]
-    Dpdk { port: Arc<EthPort>, config: DpdkConfig, shared: Mutex<Weak<Port>> },
+    Dpdk { port: Arc<EthPort>, config: DpdkConfig, shared: Mutex<Weak<Ports>> },
 }
 
 /// The NICs at ports of DPDK, which stay until the process ends: a port that was closed cannot be opened again (DPDK's
@@ -130,12 +130,15 @@ impl Nic {
                 return Ok((Arc::clone(nic), *local));
             }
         }
-        let port = EthPort::open(&config.eal, config.port.as_deref(), config.mtu);
+        let port = EthPort::open(&config.eal, config.port.as_deref(), config.mtu, config.queues);
         let port = port.map_err(|error| call("open the port", error))?;
+        if address.is_ipv6() {
+            port.take_groups().map_err(|error| call("look for neighbours", error))?;
+        }
         let small = || call("use the port", io::Error::other(format!("dpdk.mtu is {}, too small", config.mtu)));
         let mtu = PathMtu::of_link(port.mtu).ok_or_else(small)?;
         let link = Link::Dpdk { port: Arc::new(port), config: config.clone(), shared: Mutex::new(Weak::new()) };
-        let opened = Self::at(name, link, address.into(), mtu, LINE_RATE);
+        let opened = Self::at(name, link, address, mtu, LINE_RATE);
         if attached.is_empty() {
             // SAFETY: the function stays, and does not unwind.
             unsafe { libc::atexit(detach) };
@@ -184,20 +187,21 @@ impl Nic {
         Domain::new(&self.keys)
     }
 
-    /// What drives a new completion queue.
-    pub(super) fn port(self: &Arc<Self>) -> io::Result<Arc<Port>> {
-        match (&self.link, self.address) {
+    /// What may drive a new completion queue.
+    pub(super) fn ports(self: &Arc<Self>) -> io::Result<Arc<Ports>> {
+        match &self.link {
             #[cfg(feature = "dpdk")]
-            (Link::Dpdk { port, config, shared }, IpAddr::V4(address)) => {
+            Link::Dpdk { port, config, shared } => {
                 let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-                if let Some(port) = shared.upgrade() {
-                    return Ok(port);
+                if let Some(ports) = shared.upgrade() {
+                    return Ok(ports);
                 }
-                let port = Port::new(self, Wire::Dpdk(Box::new(Ethernet::new(port, address, config)?)))?;
-                *shared = Arc::downgrade(&port);
-                Ok(port)
+                let queues = Ethernet::all(port, self.address, config)?;
+                let ports = Ports::new(self, queues.into_iter().map(|queue| Wire::Dpdk(Box::new(queue))).collect())?;
+                *shared = Arc::downgrade(&ports);
+                Ok(ports)
             }
-            _ => Port::new(self, Wire::Kernel(Sockets::open(self.address)?)),
+            Link::Kernel { .. } => Ports::new(self, vec![Wire::Kernel(Sockets::open(self.address)?)]),
         }
     }
 

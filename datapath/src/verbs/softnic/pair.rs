@@ -6,7 +6,7 @@ use super::super::queue_pair::{
 };
 use super::super::{Completion, DOORBELL, LocalPort, Outcome};
 use super::memory::{Domain, LocalBytes, Reach};
-use super::queue::Port;
+use super::queue::PortHandle;
 use crate::transport::roce::packet::{Opcode, Packet};
 use crate::transport::roce::psn::Psn;
 use crate::transport::roce::{self, Attributes, Nanos, Operation, PathMtu};
@@ -228,14 +228,14 @@ fn takes_receive(opcode: Opcode) -> bool {
 
 /// A queue pair. It is wrapped in types that know its state.
 pub struct Pair {
-    port: Arc<Port>,
+    port: PortHandle,
     domain: Domain,
     address: PeerAddress,
 }
 
 impl Pair {
     pub(super) fn new(
-        port: &Arc<Port>,
+        port: &PortHandle,
         queue: u32,
         domain: &Domain,
         local: &LocalPort,
@@ -262,7 +262,7 @@ impl Pair {
         })?;
         let first_psn = rand::random::<u32>() & 0xff_ffff;
         let address = PeerAddress { gid: local.gid, lid: 0, queue_pair: number, first_psn, mtu: local.mtu };
-        Ok(Self { port: Arc::clone(port), domain: domain.clone(), address })
+        Ok(Self { port: port.clone(), domain: domain.clone(), address })
     }
 
     /// Connects both halves.

@@ -12,6 +12,7 @@ use socket2::Socket;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
+use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,7 +34,63 @@ const ASLEEP: Duration = Duration::from_micros(10);
 const PACKETS: u64 = 0;
 const OTHER: u64 = 1;
 
-/// Queue pairs that are driven together, of one completion queue, or of all that share a wire.
+/// The ports of one NIC, which live and end together: those of DPDK hand each other packets.
+pub(super) struct Ports(Vec<Port>);
+
+impl Ports {
+    /// A port at each of the wires, and its keeper.
+    pub fn new(nic: &Arc<Nic>, wires: Vec<Wire>) -> io::Result<Arc<Self>> {
+        let (ports, kept): (Vec<_>, Vec<_>) =
+            wires.into_iter().map(|wire| Port::new(nic, wire)).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
+        let ports = Arc::new(Self(ports));
+        for (index, Kept { packets, ends }) in kept.into_iter().enumerate() {
+            let ports = Arc::downgrade(&ports);
+            std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
+                // Without it the owner's polling still drives the port.
+                let _ = match packets {
+                    Some(packets) => keep(&ports, index, &packets, &ends),
+                    None => keep_looking(&ports, index, ends),
+                };
+            })?;
+        }
+        Ok(ports)
+    }
+
+    /// The one with the fewest completion queues.
+    fn idlest(self: &Arc<Self>) -> PortHandle {
+        let index = (0..self.0.len()).min_by_key(|index| self.0[*index].lock().sinks.len()).unwrap_or(0);
+        PortHandle { ports: Arc::clone(self), index }
+    }
+}
+
+/// One of the ports of a NIC.
+#[derive(Clone)]
+pub(super) struct PortHandle {
+    ports: Arc<Ports>,
+    index: usize,
+}
+
+impl PortHandle {
+    fn upgrade(ports: &Weak<Ports>, index: usize) -> Option<Self> {
+        Some(Self { ports: ports.upgrade()?, index })
+    }
+}
+
+impl Deref for PortHandle {
+    type Target = Port;
+
+    fn deref(&self) -> &Port {
+        &self.ports.0[self.index]
+    }
+}
+
+/// What a keeper waits with: a socket that is readable when packets came, if there is one, and when the port ends.
+struct Kept {
+    packets: Option<Socket>,
+    ends: UnixStream,
+}
+
+/// Queue pairs that are driven together: of one completion queue, or of all that share a wire.
 pub(super) struct Port {
     nic: Arc<Nic>,
     state: Mutex<State>,
@@ -69,11 +126,10 @@ struct Sink {
 }
 
 impl Port {
-    /// A port at a wire, and its keeper.
-    pub fn new(nic: &Arc<Nic>, wire: Wire) -> io::Result<Arc<Self>> {
-        let (keeper, kept) = UnixStream::pair()?;
+    fn new(nic: &Arc<Nic>, wire: Wire) -> io::Result<(Self, Kept)> {
+        let (keeper, ends) = UnixStream::pair()?;
         keeper.set_nonblocking(true)?;
-        let waiter = wire.waiter()?;
+        let packets = wire.waiter()?;
         let state = State {
             wire,
             sides: HashMap::new(),
@@ -83,23 +139,15 @@ impl Port {
             next: rand::random(),
             queues: 0,
         };
-        let port = Arc::new(Self {
+        let port = Self {
             nic: Arc::clone(nic),
             state: Mutex::new(state),
             polled: AtomicU64::new(0),
-            blind: waiter.is_none(),
+            blind: packets.is_none(),
             active: AtomicBool::new(false),
             keeper,
-        });
-        let weak = Arc::downgrade(&port);
-        std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
-            // Without it the owner's polling still drives the port.
-            let _ = match waiter {
-                Some(packets) => keep(&weak, &packets, &kept),
-                None => keep_looking(&weak, kept),
-            };
-        })?;
-        Ok(port)
+        };
+        Ok((port, Kept { packets, ends }))
     }
 
     pub fn nic(&self) -> &Nic {
@@ -159,9 +207,7 @@ impl State {
         let now = nic.now();
         let mut reach = nic.keys.reach();
         let Self { wire, sides, busy, sinks, .. } = self;
-        let mut came = false;
-        wire.receive(now, |bytes| {
-            came = true;
+        let came = wire.receive(now, |bytes| {
             // What is no packet, or nobody's, is dropped (IBTA 9.6.1).
             let Ok(packet) = packet::decode(bytes) else { return };
             let Some(side) = sides.get_mut(&packet.queue_pair) else { return };
@@ -190,7 +236,7 @@ impl State {
                 let _ = (&sink.wake).write(&[0]);
             }
         }
-        Ok(came || !self.busy.is_empty())
+        Ok(came > 0 || !self.busy.is_empty())
     }
 
     fn send(&mut self, nic: &Nic, now: Nanos) {
@@ -232,7 +278,7 @@ impl State {
 
 /// A completion queue, and the NIC's work for its queue pairs.
 pub struct Queue {
-    port: Arc<Port>,
+    port: PortHandle,
     number: u32,
     poller: Poller,
     woken: UnixStream,
@@ -243,7 +289,7 @@ impl Queue {
     /// # Errors
     /// What the kernel reports: `EPERM` without CAP_NET_RAW.
     pub(in super::super) fn new(nic: &Arc<Nic>) -> io::Result<Self> {
-        let port = nic.port()?;
+        let port = nic.ports()?.idlest();
         let poller = Poller::new()?;
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
@@ -309,7 +355,7 @@ impl Drop for Queue {
 }
 
 /// Drives a port when nobody else does: the keeper's life.
-fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
+fn keep(ports: &Weak<Ports>, index: usize, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
     let mut poller = Poller::new()?;
     poller.add(packets.as_raw_fd(), PACKETS, false)?;
     poller.add(ends.as_raw_fd(), OTHER, false)?;
@@ -323,7 +369,7 @@ fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()
         if !in_charge && !ready.is_empty() {
             std::thread::sleep(PATIENCE);
         }
-        let Some(port) = port.upgrade() else { return Ok(()) };
+        let Some(port) = PortHandle::upgrade(ports, index) else { return Ok(()) };
         let before = std::mem::replace(&mut polled, port.polled.load(Ordering::Relaxed));
         in_charge = before == polled;
         let mut state = port.lock();
@@ -335,7 +381,7 @@ fn keep(port: &Weak<Port>, packets: &Socket, ends: &UnixStream) -> io::Result<()
 }
 
 /// As [`keep`], where packets wake nobody: it looks for them while owners sleep.
-fn keep_looking(port: &Weak<Port>, mut calls: UnixStream) -> io::Result<()> {
+fn keep_looking(ports: &Weak<Ports>, index: usize, mut calls: UnixStream) -> io::Result<()> {
     let (mut polled, mut polled_at) = (0, Instant::now());
     let mut rest = PATIENCE;
     let mut said = [0; 64];
@@ -348,7 +394,7 @@ fn keep_looking(port: &Weak<Port>, mut calls: UnixStream) -> io::Result<()> {
             Err(error) => return Err(error),
         };
         loop {
-            let Some(port) = port.upgrade() else { return Ok(()) };
+            let Some(port) = PortHandle::upgrade(ports, index) else { return Ok(()) };
             let before = std::mem::replace(&mut polled, port.polled.load(Ordering::Relaxed));
             let now = Instant::now();
             if before != polled {

@@ -167,7 +167,7 @@ impl Sockets {
     }
 
     /// As [`super::wire::Wire::receive`].
-    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) -> io::Result<()> {
+    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
         let rooms = self.incoming.chunks_exact_mut(PACKET_BYTES);
@@ -185,7 +185,7 @@ impl Sockets {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {
                 // ENETDOWN is said once when an interface goes down (packet(7)); it may come back.
-                Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(()),
+                Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(0),
                 _ => Err(error),
             };
         };
@@ -195,7 +195,7 @@ impl Sockets {
                 each(&room[..(message.msg_len as usize).min(PACKET_BYTES)]);
             }
         }
-        Ok(())
+        Ok(count)
     }
 
     /// Packets that can be staged now.

@@ -1,4 +1,4 @@
-//! What carries packets: the kernel's sockets, or a port of DPDK.
+//! What carries packets: the kernel's sockets, or a queue of a port of DPDK.
 
 #[cfg(feature = "dpdk")]
 use super::dpdk::Ethernet;
@@ -33,9 +33,8 @@ impl Wire {
     pub fn first(&self) -> u32 {
         match self {
             Self::Kernel(sockets) => sockets.first,
-            // The address is ours alone.
             #[cfg(feature = "dpdk")]
-            Self::Dpdk(_) => PAIRS,
+            Self::Dpdk(ethernet) => ethernet.first(),
         }
     }
 
@@ -57,16 +56,13 @@ impl Wire {
         }
     }
 
-    /// Takes a burst of packets, from their IP headers on.
+    /// Takes a burst of packets, from their IP headers on; how many came, for whomever.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
-    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&[u8])) -> io::Result<()> {
+    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&[u8])) -> io::Result<usize> {
         match self {
             Self::Kernel(sockets) => sockets.receive(each),
             #[cfg(feature = "dpdk")]
-            Self::Dpdk(ethernet) => {
-                ethernet.receive(now, each);
-                Ok(())
-            }
+            Self::Dpdk(ethernet) => Ok(ethernet.receive(now, each)),
         }
     }
 

@@ -1,24 +1,30 @@
 //! DPDK's environment and its Ethernet ports, safely. (Its programmer's guide, "Environment Abstraction Layer", "Poll Mode
 //! Driver" and "Mbuf Library", says what the calls do.)
 
-use crate::transport::roce::packet::Put;
+use crate::transport::roce::{ethernet, packet::Put};
 use dpdk_sys as ffi;
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::zeroed;
+use std::ops::Deref;
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Packets taken, or sent, with one call.
 pub(super) const BURST: usize = 64;
 /// Descriptors of a queue.
 const DESCRIPTORS: u16 = 1024;
-/// Packet buffers: those of both queues, and of a burst each way; a power of two less one wastes no memory.
-const BUFFERS: u32 = 16383;
-/// What a frame has around its packet: header, one VLAN tag, checksum.
-const AROUND_BYTES: usize = 14 + 4 + 4;
+/// Packet buffers of a port; its queues have a pool each.
+const BUFFERS: usize = 16384;
+/// Those of a queue at least: both its rings full, and bursts that are looked at, or wait at another queue.
+const LEAST_BUFFERS: usize = 4096;
+/// How long whoever had a queue may take to put it down.
+const PUT_DOWN: Duration = Duration::from_secs(1);
+/// What a frame has around its packet: header and checksum.
+const AROUND_BYTES: usize = ethernet::MAX_HEADER_BYTES + 4;
 /// Drivers that let no more than this be configured, and take what their buffers hold (drivers/net/memif/rte_eth_memif.c,
 /// drivers/net/af_packet/rte_eth_af_packet.c: `max_rx_pktlen`).
 const MODEST: [&CStr; 2] = [c"net_memif", c"net_af_packet"];
@@ -79,10 +85,10 @@ fn init(arguments: &[String]) -> Result<(), String> {
     result.map_err(|number| format!("{} (arguments: {})", error_of(number, "be set up"), arguments.join(" ")))
 }
 
-/// Makes buffers for a port, of which the one that was used last comes first, while it is in caches (the guide, "Stack
-/// Mempool Driver").
-fn pool(port: u16, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
-    let name = CString::new(format!("embarcadero-{port}"))?;
+/// Makes buffers for a queue, of which the one that was used last comes first, while it is in caches (the guide, "Stack
+/// Mempool Driver"). One less than a power of two wastes no memory.
+fn pool(port: u16, queue: u16, buffers: usize, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
+    let name = CString::new(format!("embarcadero-{port}-{queue}"))?;
     let (bytes, private_bytes) = (size_of::<ffi::rte_mbuf>() + room, size_of::<ffi::rte_pktmbuf_pool_private>());
     // SAFETY: plain data, for which zero is valid.
     let mut private: ffi::rte_pktmbuf_pool_private = unsafe { zeroed() };
@@ -91,8 +97,8 @@ fn pool(port: u16, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
     // them, and the pool stays as long as the process.
     unsafe {
         let (socket, flags) = (ffi::rte_eth_dev_socket_id(port), ffi::RTE_MEMPOOL_F_NO_SPREAD);
-        let pool =
-            ffi::rte_mempool_create_empty(name.as_ptr(), BUFFERS, bytes as u32, 0, private_bytes as u32, socket, flags);
+        let (buffers, bytes, private_bytes) = (buffers as u32 - 1, bytes as u32, private_bytes as u32);
+        let pool = ffi::rte_mempool_create_empty(name.as_ptr(), buffers, bytes, 0, private_bytes, socket, flags);
         let pool = NonNull::new(pool).ok_or_else(|| error_of(ffi::embarcadero_rte_errno(), "make a pool"))?;
         check(ffi::rte_mempool_set_ops_byname(pool.as_ptr(), c"stack".as_ptr(), null_mut()), "use stacks")?;
         ffi::rte_pktmbuf_pool_init(pool.as_ptr(), (&raw mut private).cast());
@@ -102,28 +108,34 @@ fn pool(port: u16, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
     }
 }
 
-/// A started port with one queue each way.
+/// A started port with as many queues each way as it was opened with.
 pub(in super::super) struct EthPort {
     id: u16,
-    pool: NonNull<ffi::rte_mempool>,
     pub(super) mac: [u8; 6],
     /// Bytes that a frame carries.
     pub mtu: usize,
+    queues: Vec<QueueState>,
+}
+
+/// A queue's pool, and whether somebody has the queue.
+struct QueueState {
+    pool: Pool,
     taken: AtomicBool,
 }
 
 // SAFETY: the calls of the control path may be made from any thread; those of a queue go through [`Queues`], of which
-// there is one.
+// there is one a queue.
 unsafe impl Send for EthPort {}
 // SAFETY: as above.
 unsafe impl Sync for EthPort {}
 
 impl EthPort {
-    /// Sets DPDK up and starts the port of that name, or the first.
+    /// Sets DPDK up and starts the port of that name, or the first. Of several queues, the port chooses one for each flow
+    /// of UDP (the guide, "Receive Side Scaling"), or does so by rules of its own.
     ///
     /// # Errors
-    /// What DPDK reports.
-    pub fn open(arguments: &[String], name: Option<&str>, mtu: u16) -> io::Result<Self> {
+    /// What DPDK reports; the port has not so many queues.
+    pub fn open(arguments: &[String], name: Option<&str>, mtu: u16, queues: u16) -> io::Result<Self> {
         start(arguments)?;
         let mut id = 0;
         match name {
@@ -141,7 +153,6 @@ impl EthPort {
             }
             None => {}
         }
-        let pool = pool(id, (HEADROOM + AROUND_BYTES + usize::from(mtu)).max(LEAST_ROOM).next_multiple_of(64))?;
         // SAFETY: plain data, for which zero is valid.
         let (mut options, mut info): (ffi::rte_eth_conf, ffi::rte_eth_dev_info) = unsafe { (zeroed(), zeroed()) };
         // SAFETY: the port is there; the information lives across the call, and its driver's name is a static string.
@@ -149,21 +160,57 @@ impl EthPort {
             check(ffi::rte_eth_dev_info_get(id, &raw mut info), "look at the port")?;
             CStr::from_ptr(info.driver_name)
         };
-        options.rxmode.mtu = if MODEST.contains(&driver) { mtu.min(MODEST_MTU) } else { mtu }.into();
-        // SAFETY: the options live across the call, which copies them.
-        check(unsafe { ffi::rte_eth_dev_configure(id, 1, 1, &raw const options) }, "configure the port")?;
-        // SAFETY: the port is configured and not started; the pool stays as long as the process, and no options are given.
-        unsafe {
-            let socket = ffi::rte_eth_dev_socket_id(id).cast_unsigned();
-            let receives = ffi::rte_eth_rx_queue_setup(id, 0, DESCRIPTORS, socket, std::ptr::null(), pool.as_ptr());
-            check(receives, "make a receive queue")?;
-            check(ffi::rte_eth_tx_queue_setup(id, 0, DESCRIPTORS, socket, std::ptr::null()), "make a send queue")?;
-            check(ffi::rte_eth_dev_start(id), "start the port")?;
+        let most = info.max_rx_queues.min(info.max_tx_queues);
+        if queues > most {
+            return Err(io::Error::other(format!("dpdk.queues is {queues}, but the port has no more than {most}")));
         }
+        options.rxmode.mtu = if MODEST.contains(&driver) { mtu.min(MODEST_MTU) } else { mtu }.into();
+        // SAFETY: takes nothing.
+        let flows = unsafe { ffi::embarcadero_rss_udp() } & info.flow_type_rss_offloads;
+        if queues > 1 && flows != 0 {
+            options.rxmode.mq_mode = ffi::RTE_ETH_MQ_RX_RSS;
+            options.rx_adv_conf.rss_conf.rss_hf = flows;
+        }
+        // SAFETY: the options live across the call, which copies them.
+        check(unsafe { ffi::rte_eth_dev_configure(id, queues, queues, &raw const options) }, "configure the port")?;
+        let room = (HEADROOM + AROUND_BYTES + usize::from(mtu)).max(LEAST_ROOM).next_multiple_of(64);
+        let buffers = (BUFFERS / usize::from(queues).next_power_of_two()).max(LEAST_BUFFERS);
+        let mut states = Vec::new();
+        for queue in 0..queues {
+            let pool = pool(id, queue, buffers, room)?;
+            // SAFETY: the port is configured and not started; the pool stays as long as the process, and no options are given.
+            unsafe {
+                let (socket, none) = (ffi::rte_eth_dev_socket_id(id).cast_unsigned(), std::ptr::null());
+                let receives = ffi::rte_eth_rx_queue_setup(id, queue, DESCRIPTORS, socket, none, pool.as_ptr());
+                check(receives, "make a receive queue")?;
+                let sends = ffi::rte_eth_tx_queue_setup(id, queue, DESCRIPTORS, socket, std::ptr::null());
+                check(sends, "make a send queue")?;
+            }
+            states.push(QueueState { pool: Pool(pool), taken: AtomicBool::new(false) });
+        }
+        // SAFETY: the port and its queues are configured.
+        check(unsafe { ffi::rte_eth_dev_start(id) }, "start the port")?;
         let mut mac = ffi::rte_ether_addr { addr_bytes: [0; 6] };
         // SAFETY: the address lives across the call.
         check(unsafe { ffi::rte_eth_macaddr_get(id, &raw mut mac) }, "learn the port's address")?;
-        Ok(Self { id, pool, mac: mac.addr_bytes, mtu: mtu.into(), taken: AtomicBool::new(false) })
+        Ok(Self { id, mac: mac.addr_bytes, mtu: mtu.into(), queues: states })
+    }
+
+    /// Has it take frames to groups too, by which IPv6 looks for neighbours. Devices that cannot be told take them anyway.
+    ///
+    /// # Errors
+    /// What DPDK reports.
+    pub fn take_groups(&self) -> io::Result<()> {
+        // SAFETY: the port is started.
+        match unsafe { ffi::rte_eth_allmulticast_enable(self.id) } {
+            result if result == -libc::ENOTSUP => Ok(()),
+            result => check(result, "take frames to groups"),
+        }
+    }
+
+    /// Queues each way.
+    pub fn queues(&self) -> u16 {
+        self.queues.len() as u16
     }
 
     /// Stops and starts it.
@@ -195,42 +242,51 @@ impl Drop for EthPort {
     }
 }
 
-/// The two queues of a port, which one thread uses at a time.
+/// A queue each way of a port, which one thread uses at a time.
 pub(super) struct Queues {
     port: Arc<EthPort>,
+    index: u16,
 }
 
 impl Queues {
+    /// The queues of that number. Who had them may still be about to put them down, for which this waits.
+    ///
     /// # Errors
     /// Another has them.
-    pub fn of(port: &Arc<EthPort>) -> io::Result<Self> {
-        if port.taken.swap(true, Ordering::Acquire) {
-            return Err(io::Error::other("the queues of the port are in use"));
+    pub fn of(port: &Arc<EthPort>, index: u16) -> io::Result<Self> {
+        let begun = Instant::now();
+        while port.queues[usize::from(index)].taken.swap(true, Ordering::Acquire) {
+            if begun.elapsed() > PUT_DOWN {
+                return Err(io::Error::other(format!("queue {index} of the port is in use")));
+            }
+            std::thread::yield_now();
         }
-        Ok(Self { port: Arc::clone(port) })
+        Ok(Self { port: Arc::clone(port), index })
     }
 
-    /// Takes a burst of frames. Those of several buffers are longer than we said frames may be, and are dropped.
-    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) {
+    /// Their number.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Takes a burst of frames; how many. Those of several buffers are longer than we said frames may be, and are dropped.
+    pub fn receive(&mut self, mut each: impl FnMut(Received)) -> usize {
         let mut buffers = [null_mut(); BURST];
-        // SAFETY: the port is started, and as many places are there as stated.
-        let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, 0, buffers.as_mut_ptr(), BURST as u16) };
-        for buffer in &buffers[..usize::from(count)] {
-            // SAFETY: the buffer is ours from here on; its segment has as many bytes as it says, and it is freed once,
-            // after they were looked at.
-            unsafe {
-                if ffi::embarcadero_mbuf_next(*buffer).is_null() {
-                    let len = usize::from(ffi::embarcadero_mbuf_data_len(*buffer));
-                    each(std::slice::from_raw_parts(ffi::embarcadero_mbuf_data(*buffer).cast::<u8>(), len));
-                }
-                ffi::rte_pktmbuf_free(*buffer);
+        // SAFETY: the port is started, the queue is ours, and as many places are there as stated.
+        let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, self.index, buffers.as_mut_ptr(), BURST as u16) };
+        for buffer in buffers[..usize::from(count)].iter().filter_map(|buffer| NonNull::new(*buffer)) {
+            let received = Received(Buffer(buffer));
+            // SAFETY: the buffer is ours from here on.
+            if unsafe { ffi::embarcadero_mbuf_next(buffer.as_ptr()) }.is_null() {
+                each(received);
             }
         }
+        count.into()
     }
 
     /// Where frames to be sent are made.
     pub fn pool(&self) -> Pool {
-        Pool(self.port.pool)
+        self.port.queues[usize::from(self.index)].pool
     }
 
     /// Sends a burst of the first frames, and takes those away that the port took; how many.
@@ -238,14 +294,19 @@ impl Queues {
         let mut buffers = [null_mut(); BURST];
         let count = frames.len().min(BURST);
         for (place, frame) in buffers.iter_mut().zip(frames.iter()) {
-            // SAFETY: the buffer is ours, and has the bytes.
-            unsafe { ffi::embarcadero_mbuf_set_len(frame.buffer.as_ptr(), frame.len as u16) };
-            *place = frame.buffer.as_ptr();
+            frame.set_len();
+            *place = frame.buffer.0.as_ptr();
         }
-        // SAFETY: the port is started; what it takes is its own, and is forgotten here.
-        let taken = unsafe { ffi::embarcadero_tx_burst(self.port.id, 0, buffers.as_mut_ptr(), count as u16) };
+        // SAFETY: the port is started and the queue ours; what it takes is its own, and is forgotten here.
+        let taken = unsafe { ffi::embarcadero_tx_burst(self.port.id, self.index, buffers.as_mut_ptr(), count as u16) };
         frames.drain(..usize::from(taken)).for_each(std::mem::forget);
         taken.into()
+    }
+}
+
+impl Drop for Queues {
+    fn drop(&mut self) {
+        self.port.queues[usize::from(self.index)].taken.store(false, Ordering::Release);
     }
 }
 
@@ -258,29 +319,79 @@ impl Pool {
     pub fn frame(self) -> Option<Frame> {
         // SAFETY: the pool lives as long as the process; a buffer that it gives has room for its first byte.
         unsafe {
-            let buffer = NonNull::new(ffi::rte_pktmbuf_alloc(self.0.as_ptr()))?;
-            let start = NonNull::new(ffi::embarcadero_mbuf_data(buffer.as_ptr()).cast())?;
-            let room = ffi::rte_pktmbuf_tailroom(buffer.as_ptr()).into();
+            let buffer = Buffer(NonNull::new(ffi::rte_pktmbuf_alloc(self.0.as_ptr()))?);
+            let start = NonNull::new(ffi::embarcadero_mbuf_data(buffer.0.as_ptr()).cast())?;
+            let room = ffi::rte_pktmbuf_tailroom(buffer.0.as_ptr()).into();
             Some(Frame { buffer, start, room, len: 0 })
+        }
+    }
+}
+
+/// A buffer that is ours.
+struct Buffer(NonNull<ffi::rte_mbuf>);
+
+// SAFETY: nobody else has it; its pool can be used from any thread.
+unsafe impl Send for Buffer {}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: it is ours, and freed once.
+        unsafe { ffi::rte_pktmbuf_free(self.0.as_ptr()) };
+    }
+}
+
+/// A frame that came.
+pub(super) struct Received(Buffer);
+
+impl Received {
+    /// The VLAN tag that the port took out of it.
+    pub fn tag(&self) -> Option<u16> {
+        let buffer = self.0.0.as_ptr();
+        // SAFETY: the buffer is ours.
+        let (flags, tag) = unsafe { (ffi::embarcadero_mbuf_flags(buffer), ffi::embarcadero_mbuf_vlan_tci(buffer)) };
+        (flags & u64::from(ffi::RTE_MBUF_F_RX_VLAN_STRIPPED) != 0).then_some(tag)
+    }
+}
+
+impl Deref for Received {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let buffer = self.0.0.as_ptr();
+        // SAFETY: the buffer is ours, of one segment, which has as many bytes as it says.
+        unsafe {
+            let len = usize::from(ffi::embarcadero_mbuf_data_len(buffer));
+            std::slice::from_raw_parts(ffi::embarcadero_mbuf_data(buffer).cast::<u8>(), len)
         }
     }
 }
 
 /// A frame that is being made, in its buffer.
 pub(super) struct Frame {
-    buffer: NonNull<ffi::rte_mbuf>,
+    buffer: Buffer,
     start: NonNull<u8>,
     room: usize,
     len: usize,
 }
 
-// SAFETY: it owns its buffer; pools can be used from any thread.
+// SAFETY: it owns its buffer, into which it points.
 unsafe impl Send for Frame {}
 
 impl Frame {
     /// Bytes that can still be put.
     pub fn room(&self) -> usize {
         self.room - self.len
+    }
+
+    fn set_len(&self) {
+        // SAFETY: the buffer is ours, and has the bytes.
+        unsafe { ffi::embarcadero_mbuf_set_len(self.buffer.0.as_ptr(), self.len as u16) };
+    }
+
+    /// As if it had come.
+    pub fn looped(self) -> Received {
+        self.set_len();
+        Received(self.buffer)
     }
 }
 
@@ -290,18 +401,5 @@ impl Put for Frame {
         // SAFETY: there is room behind those that it has, in a buffer that is ours.
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(self.len), bytes.len()) };
         self.len += bytes.len();
-    }
-}
-
-impl Drop for Frame {
-    fn drop(&mut self) {
-        // SAFETY: it is ours, and freed once.
-        unsafe { ffi::rte_pktmbuf_free(self.buffer.as_ptr()) };
-    }
-}
-
-impl Drop for Queues {
-    fn drop(&mut self) {
-        self.port.taken.store(false, Ordering::Release);
     }
 }

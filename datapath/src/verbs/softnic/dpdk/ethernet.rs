@@ -1,140 +1,83 @@
-//! Packets in Ethernet frames, and the neighbours that they go to (ARP, RFC 826).
+//! Packets in Ethernet frames, at the queues of a port.
 
 use super::super::DpdkConfig;
-use super::eal::{BURST, EthPort, Frame, Pool, Queues};
+use super::super::wire::PAIRS;
+use super::eal::{BURST, EthPort, Frame, Pool, Queues, Received};
 use crate::transport::roce::Nanos;
-use crate::transport::roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put};
-use std::collections::{HashMap, VecDeque};
+use crate::transport::roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
+use crate::transport::roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put};
+use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-const HEADER_BYTES: usize = 14;
-const IPV4: [u8; 2] = 0x0800u16.to_be_bytes();
-const ARP: [u8; 2] = 0x0806u16.to_be_bytes();
-const BROADCAST: [u8; 6] = [0xff; 6];
-/// How often a neighbour is asked for at most.
-const ASK_EVERY: Nanos = 10_000_000;
-/// Neighbours that are remembered at most.
-const NEIGHBOURS: usize = 4096;
+/// Frames that wait at a queue for what came at another; more are lost, as on any wire.
+const STRAYS: usize = 1024;
 
-type Mac = [u8; 6];
-
-/// A question or an answer about an address: whether it answers, of whom, and whose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Arp {
-    answers: bool,
-    from: (Mac, Ipv4Addr),
-    to: (Mac, Ipv4Addr),
-}
-
-impl Arp {
-    /// Ethernet, IPv4, and the lengths of their addresses.
-    const KIND: [u8; 6] = [0, 1, 8, 0, 6, 4];
-
-    fn decode(bytes: &[u8]) -> Option<Self> {
-        let bytes: &[u8; 28] = bytes.first_chunk()?;
-        let address = |at: usize| Some(Ipv4Addr::from(*bytes[at..].first_chunk::<4>()?));
-        let mac = |at: usize| bytes[at..].first_chunk::<6>().copied();
-        let answers = match bytes[6..8] {
-            [0, 1] => false,
-            [0, 2] => true,
-            _ => return None,
-        };
-        let arp = Self { answers, from: (mac(8)?, address(14)?), to: (mac(18)?, address(24)?) };
-        (bytes[..6] == Self::KIND).then_some(arp)
-    }
-
-    fn encode(&self) -> [u8; 28] {
-        let mut bytes = [0; 28];
-        bytes[..6].copy_from_slice(&Self::KIND);
-        bytes[7] = 1 + u8::from(self.answers);
-        bytes[8..14].copy_from_slice(&self.from.0);
-        bytes[14..18].copy_from_slice(&self.from.1.octets());
-        bytes[18..24].copy_from_slice(&self.to.0);
-        bytes[24..].copy_from_slice(&self.to.1.octets());
-        bytes
-    }
-
-    fn frame(&self, pool: Pool, to: Mac) -> Option<Frame> {
-        let mut frame = begin(pool, to, self.from.0, ARP)?;
-        frame.put(&self.encode());
-        Some(frame)
-    }
-}
-
-/// Where packets go next.
-struct Route {
-    address: Ipv4Addr,
-    mask: u32,
-    gateway: Option<Ipv4Addr>,
-}
-
-impl Route {
-    fn next(&self, to: Ipv4Addr) -> Option<Ipv4Addr> {
-        let near = u32::from(to) & self.mask == u32::from(self.address) & self.mask;
-        if near { Some(to) } else { self.gateway }
-    }
-}
-
-/// A port of DPDK at an address.
+/// A port of DPDK at an address, as one of its queues sees it. The port chooses a queue by a packet's flow, not by its queue
+/// pair: what came at another queue is handed to the one that has the queue pair.
 pub(in super::super) struct Ethernet {
     queues: Queues,
-    mac: Mac,
-    route: Route,
-    neighbours: HashMap<Ipv4Addr, Mac>,
-    asked: HashMap<Ipv4Addr, Nanos>,
+    station: Station<Arc<Neighbours>>,
     now: Nanos,
     outgoing: VecDeque<Frame>,
-    /// Packets from here to here, which no port gives back, and those of them that are being looked at.
-    looped: Vec<Vec<u8>>,
-    looking: Vec<Vec<u8>>,
+    strays: Receiver<Received>,
+    /// Where strays of each queue go, this one's too: no port gives back what it sends to itself.
+    owners: Vec<SyncSender<Received>>,
 }
 
 impl Ethernet {
+    /// All queues of a port at an address.
+    ///
     /// # Errors
-    /// Another has the port's queues.
-    pub fn new(port: &Arc<EthPort>, address: Ipv4Addr, config: &DpdkConfig) -> io::Result<Self> {
-        let mask = u32::MAX.checked_shl(32 - u32::from(config.prefix_length)).unwrap_or(0);
-        Ok(Self {
-            queues: Queues::of(port)?,
-            mac: port.mac,
-            route: Route { address, mask, gateway: config.gateway },
-            neighbours: HashMap::new(),
-            asked: HashMap::new(),
-            now: 0,
-            outgoing: VecDeque::with_capacity(2 * BURST),
-            looped: Vec::new(),
-            looking: Vec::new(),
-        })
+    /// Another has them.
+    pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> io::Result<Vec<Self>> {
+        let (gateway, vlan) = (config.gateway, config.vlan);
+        let place = Place { mac: port.mac, address, prefix_length: config.prefix_length_at(address), gateway, vlan };
+        let neighbours = Arc::<Neighbours>::default();
+        let (owners, strays): (Vec<_>, Vec<_>) = (0..port.queues()).map(|_| sync_channel(STRAYS)).unzip();
+        let of = |(index, strays)| {
+            Ok(Self {
+                queues: Queues::of(port, index)?,
+                station: Station::new(place, Arc::clone(&neighbours)),
+                now: 0,
+                outgoing: VecDeque::with_capacity(2 * BURST),
+                strays,
+                owners: owners.clone(),
+            })
+        };
+        (0..).zip(strays).map(of).collect()
+    }
+
+    /// The number of its first queue pair. The address is the port's alone, so numbers count from the port's first queue.
+    pub fn first(&self) -> u32 {
+        (u32::from(self.queues.index()) + 1) * PAIRS
     }
 
     /// As [`super::super::wire::Wire::receive`].
-    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&[u8])) {
+    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&[u8])) -> usize {
         self.now = now;
-        std::mem::swap(&mut self.looped, &mut self.looking);
-        self.looking.drain(..).for_each(|packet| each(&packet));
-        let Self { queues, mac, route, neighbours, asked, outgoing, .. } = self;
-        let pool = queues.pool();
-        queues.receive(|frame| {
-            let Some((header, packet)) = frame.split_first_chunk::<HEADER_BYTES>() else { return };
-            if header[12..] == IPV4 {
+        let first = self.first();
+        let Self { queues, station, outgoing, strays, owners, .. } = self;
+        let mut came = 0;
+        for stray in strays.try_iter().take(BURST) {
+            came += 1;
+            if let Taken::Packet(packet) = station.take(&stray, stray.tag()) {
                 each(packet);
-            } else if header[12..] == ARP
-                && let Some(arp) = Arp::decode(packet)
-                && arp.to.1 == route.address
-            {
-                // Who was asked for, and who asks: he will be answered.
-                if asked.remove(&arp.from.1).is_some() || !arp.answers {
-                    make_room(neighbours);
-                    neighbours.insert(arp.from.1, arp.from.0);
-                }
-                if !arp.answers && outgoing.len() < BURST {
-                    let answer = Arp { answers: true, from: (*mac, route.address), to: arp.from };
-                    outgoing.extend(answer.frame(pool, arp.from.0));
-                }
             }
-        });
+        }
+        let pool = queues.pool();
+        came + queues.receive(|frame| match station.take(&frame, frame.tag()) {
+            Taken::Packet(packet) => match packet::queue_pair(packet).and_then(|number| owner(owners, number)) {
+                Some((of, owner)) if of != first => {
+                    let _ = owner.try_send(frame);
+                }
+                _ => each(packet),
+            },
+            Taken::Answer(answer) if outgoing.len() < BURST => outgoing.extend(frame_of(pool, &answer)),
+            Taken::Answer(_) | Taken::Nothing => {}
+        })
     }
 
     /// Packets that can be staged now.
@@ -144,38 +87,28 @@ impl Ethernet {
 
     /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
     pub fn stage(&mut self, packet: &Packet<'_>) {
-        let IpAddr::V4(to) = packet.to else { return };
-        if to == self.route.address {
-            let mut looped = Vec::new();
-            if packet.encode(&mut looped).is_ok() {
-                self.looped.push(looped);
+        let pool = self.queues.pool();
+        let header = match self.station.hop(packet.to, self.now) {
+            Hop::Known(header) => header,
+            Hop::Unknown(question) => {
+                self.outgoing.extend(question.and_then(|question| frame_of(pool, &question)));
+                return;
             }
-            return;
-        }
-        let Some(next) = self.route.next(to) else { return };
-        let Some(neighbour) = self.neighbours.get(&next).copied() else {
-            self.ask(next);
-            return;
+            Hop::Nowhere => return,
         };
         // Without a buffer it is lost.
-        let Some(mut frame) = begin(self.queues.pool(), neighbour, self.mac, IPV4) else { return };
+        let Some(mut frame) = frame_of(pool, header.as_ref()) else { return };
         // What the protocol makes is sound.
-        if packet.payload.len() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES <= frame.room()
-            && packet.encode(&mut frame).is_ok()
+        if packet.payload.len() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES > frame.room()
+            || packet.encode(&mut frame).is_err()
         {
-            self.outgoing.push_back(frame);
-        }
-    }
-
-    fn ask(&mut self, address: Ipv4Addr) {
-        let last = self.asked.get(&address).copied();
-        if last.is_some_and(|last| self.now < last + ASK_EVERY) {
             return;
         }
-        make_room(&mut self.asked);
-        self.asked.insert(address, self.now);
-        let question = Arp { answers: false, from: (self.mac, self.route.address), to: ([0; 6], address) };
-        self.outgoing.extend(question.frame(self.queues.pool(), BROADCAST));
+        if packet.to != self.station.address() {
+            self.outgoing.push_back(frame);
+        } else if let Some((_, owner)) = owner(&self.owners, packet.queue_pair) {
+            let _ = owner.try_send(frame.looped());
+        }
     }
 
     pub fn is_flushed(&self) -> bool {
@@ -188,43 +121,15 @@ impl Ethernet {
     }
 }
 
-/// Strangers can fill what is remembered: then all is forgotten, and asked for again where it is needed.
-fn make_room<T>(remembered: &mut HashMap<Ipv4Addr, T>) {
-    if remembered.len() >= NEIGHBOURS {
-        remembered.clear();
-    }
+/// Who has a queue pair, and the number of his first.
+fn owner(owners: &[SyncSender<Received>], number: u32) -> Option<(u32, &SyncSender<Received>)> {
+    let index = (number / PAIRS).checked_sub(1)?;
+    Some((number / PAIRS * PAIRS, owners.get(index as usize)?))
 }
 
-/// A frame with its header.
-fn begin(pool: Pool, to: Mac, from: Mac, kind: [u8; 2]) -> Option<Frame> {
-    let mut frame = pool.frame()?;
-    [&to[..], &from, &kind].into_iter().for_each(|field| frame.put(field));
+/// A frame that begins so, if there is a buffer.
+fn frame_of(pool: Pool, bytes: &[u8]) -> Option<Frame> {
+    let mut frame = pool.frame().filter(|frame| bytes.len() <= frame.room())?;
+    frame.put(bytes);
     Some(frame)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn what_is_not_near_goes_to_the_gateway() {
-        let gateway = Some(Ipv4Addr::new(10, 0, 0, 254));
-        let route = Route { address: Ipv4Addr::new(10, 0, 0, 1), mask: 0xffff_ff00, gateway };
-        assert_eq!(route.next(Ipv4Addr::new(10, 0, 0, 7)), Some(Ipv4Addr::new(10, 0, 0, 7)));
-        assert_eq!(route.next(Ipv4Addr::new(10, 0, 1, 7)), gateway);
-    }
-
-    proptest! {
-        #[test]
-        fn arp_is_read_as_it_was_made(answers: bool, from: (Mac, u32), to: (Mac, u32)) {
-            let arp = Arp { answers, from: (from.0, from.1.into()), to: (to.0, to.1.into()) };
-            prop_assert_eq!(Arp::decode(&arp.encode()), Some(arp));
-        }
-
-        #[test]
-        fn any_bytes_are_read_or_not(bytes in proptest::collection::vec(any::<u8>(), 0..64)) {
-            let _ = Arp::decode(&bytes);
-        }
-    }
 }
