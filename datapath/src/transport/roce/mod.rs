@@ -1,4 +1,5 @@
-//! RoCEv2 in user space: the protocol of reliable connections, free of input, output and `unsafe`.
+//! RoCEv2 in user space: the protocol of reliable connections, and that of the Ethernet below them ([`ethernet`]), free of
+//! input, output and `unsafe`.
 //!
 //! A [`QueuePair`] is driven from outside: packets and the time go in ([`QueuePair::receive`]), packets come out
 //! ([`QueuePair::transmit`]), and completions are polled. One half is the requester, which sends what was posted, the
