@@ -49,12 +49,19 @@ fn ours_to_the_kernels() -> [Device; 2] {
     [ours, kernels]
 }
 
+/// Arguments of DPDK for virtual devices and no others.
+#[cfg(feature = "dpdk")]
+fn eal(devices: &[&str]) -> Vec<String> {
+    let fixed = ["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "--lcores=(0-1)@0", "-m", "384"];
+    let devices = devices.iter().map(|device| format!("--vdev={device}"));
+    fixed.map(str::to_owned).into_iter().chain(devices).collect()
+}
+
 /// A port that all tests of this process share. Its driver makes a queue of each core that DPDK believes to have.
 #[cfg(feature = "dpdk")]
 fn port_of_dpdk() -> DpdkConfig {
-    let fixed = "--no-huge --no-shconf --no-pci --no-telemetry --lcores=(0-1)@0 -m 384".split(' ').map(str::to_owned);
     DpdkConfig {
-        eal: fixed.chain((0..3).map(|number| format!("--vdev=net_ring{number}"))).collect(),
+        eal: eal(&["net_ring0", "net_ring1", "net_ring2"]),
         port: Some("net_ring0".to_owned()),
         address: Some(Ipv4Addr::new(10, 78, 0, 1).into()),
         ..DpdkConfig::default()
@@ -93,6 +100,34 @@ fn a_port_of_dpdk_has_one_address() {
     assert!(error.contains("other settings"), "{error}");
 }
 
+/// A port at the interface `soft8`.
+#[cfg(feature = "dpdk")]
+fn kernels_to_dpdk() -> [Device; 2] {
+    let eal = eal(&["net_af_packet0,iface=soft8,blocksz=65536,framesz=8192,framecnt=512"]);
+    let config = DpdkConfig { eal, address: Some(SOFTWARE.into()), mtu: 8150, ..DpdkConfig::default() };
+    [Context::find(Some("rxe8")).unwrap(), Context::dpdk(&config).unwrap()]
+}
+
+#[cfg(feature = "dpdk")]
+fn dpdk_to_the_kernels() -> [Device; 2] {
+    let [kernels, ours] = kernels_to_dpdk();
+    [ours, kernels]
+}
+
+/// One port for all: DPDK is set up once in a process, with its devices.
+#[cfg(feature = "dpdk")]
+#[test]
+#[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
+fn the_kernels_soft_roce_and_a_port_of_dpdk() {
+    let _wire = Wire::new("");
+    shell("ip link set soft8 up");
+    for (name, test) in ALL {
+        println!("{name}");
+        test(kernels_to_dpdk);
+        test(dpdk_to_the_kernels);
+    }
+}
+
 fn shell(commands: &str) {
     assert!(Command::new("sh").args(["-ec", commands]).status().unwrap().success(), "{commands}");
 }
@@ -107,15 +142,31 @@ fn alone(test: fn(Open), open: Open) {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
-/// Runs a test on a wire between the kernel's soft-RoCE and a network of the test's own, where a NIC in software is.
-fn between(test: fn(Open), open: Open) {
-    /// The network stays as long as this, and with it the interfaces.
-    struct Wire(#[allow(dead_code)] std::fs::File);
-    impl Drop for Wire {
-        fn drop(&mut self) {
-            shell("rdma link delete rxe8; ip link del kernel8");
-        }
+/// A wire from the kernel's soft-RoCE to the interface `soft8`.
+struct Wire;
+
+impl Wire {
+    /// `at` says where the interface is, as ip-link(8) does.
+    fn new(at: &str) -> Self {
+        shell(&format!(
+            "modprobe veth
+            ip link add kernel8 mtu 4500 type veth peer name soft8 mtu 4500 {at}
+            ip addr add {KERNEL}/24 dev kernel8
+            ip link set kernel8 up
+            rdma link add rxe8 type rxe netdev kernel8"
+        ));
+        Self
     }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        shell("rdma link delete rxe8; ip link del kernel8");
+    }
+}
+
+/// Runs a test between the kernel's soft-RoCE and a network of the test's own, where a NIC in software is.
+fn between(test: fn(Open), open: Open) {
     let (networks, network) = channel();
     let (ready, is_ready) = channel();
     let thread = std::thread::spawn(move || {
@@ -126,16 +177,7 @@ fn between(test: fn(Open), open: Open) {
         test(open);
     });
     let network = network.recv().unwrap();
-    shell(&format!(
-        "modprobe veth
-        ip link add kernel8 mtu 4500 type veth peer name soft8 mtu 4500 netns /proc/{}/fd/{}
-        ip addr add {KERNEL}/24 dev kernel8
-        ip link set kernel8 up
-        rdma link add rxe8 type rxe netdev kernel8",
-        std::process::id(),
-        network.as_raw_fd()
-    ));
-    let _wire = Wire(network);
+    let _wire = Wire::new(&format!("netns /proc/{}/fd/{}", std::process::id(), network.as_raw_fd()));
     ready.send(()).unwrap();
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
@@ -189,6 +231,8 @@ macro_rules! on_all {
                 super::$test(super::queues_of_dpdk);
             })*
         }
+        #[cfg(feature = "dpdk")]
+        const ALL: &[(&str, fn(Open))] = &[$((stringify!($test), $test)),*];
     };
 }
 on_all!(

@@ -3,8 +3,10 @@
 
 use super::fate::{Clock, one_in, random};
 use super::network::{Answer, Batch, Request};
+use super::nic::{self, Link};
 use super::{HOSTS, Rack};
 use embarcadero_datapath::cxl::session_table::Session;
+use embarcadero_datapath::transport::roce::psn::Psn;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -21,6 +23,10 @@ pub struct Client {
     attempt: u64,
     /// Where it publishes.
     broker: usize,
+    /// To each host, in a rack with NICs.
+    links: [Option<Link>; HOSTS],
+    /// Number of the first packet to each host, where it waits for a window.
+    connecting: [Option<Psn>; HOSTS],
     heard_us: u64,
     next_sequence: u64,
     /// Sequence and content of what is not acknowledged.
@@ -40,6 +46,8 @@ impl Client {
             session: None,
             attempt: 0,
             broker: 0,
+            links: Default::default(),
+            connecting: [None; HOSTS],
             heard_us: 0,
             next_sequence: 0,
             under_way: BTreeMap::new(),
@@ -66,6 +74,8 @@ impl Client {
         self.rack.history.count(|tally| &mut tally.client_crashes);
         self.session = None;
         self.under_way.clear();
+        self.links = Default::default();
+        self.connecting = [None; HOSTS];
         self.attempt += 1;
     }
 
@@ -73,6 +83,7 @@ impl Client {
         while let Some(answer) = self.rack.network.take_answer(self.id) {
             self.heed(answer);
         }
+        nic::drive(self.id, &mut self.links, self.clock.now_us(), &self.rack.network);
         let late = self.clock.now_us().saturating_sub(self.heard_us) > PATIENCE_US;
         let Some(session) = self.session else {
             if late {
@@ -88,8 +99,11 @@ impl Client {
         };
         if late && !self.under_way.is_empty() {
             self.heard_us = self.clock.now_us();
+            // It may hear nothing because the host started again and knows nothing of the connection.
+            self.links[self.broker] = None;
             self.broker = random(0..HOSTS as u64) as usize;
-            self.under_way.clone().into_iter().for_each(|(sequence, content)| self.send(session, sequence, content));
+            self.connecting[self.broker] = None;
+            self.send_again(session);
         }
         while self.under_way.len() < WINDOW && self.next < self.end {
             let (sequence, content) = (self.next_sequence, self.next);
@@ -103,10 +117,37 @@ impl Client {
         }
     }
 
-    fn send(&self, session: Session, sequence: u64, content: u64) {
+    fn send(&mut self, session: Session, sequence: u64, content: u64) {
         let resume_from = self.under_way.keys().next().copied().unwrap_or(sequence);
         let batch = Batch { session, sequence, content, resume_from };
-        self.rack.network.request(self.broker, Request::Publish(batch));
+        if self.rack.has_nics {
+            self.write(&batch);
+        } else {
+            self.rack.network.request(self.broker, Request::Publish(batch));
+        }
+    }
+
+    /// Writes a batch to the broker's window. Without one it asks for it, once, and sends again when it is open.
+    fn write(&mut self, batch: &Batch) {
+        let (client, host) = (self.id, self.broker);
+        if let Some(link) = &mut self.links[host] {
+            if link.write(batch) {
+                return;
+            }
+            let broken = link.failure().is_some();
+            self.rack.history.count(|tally| if broken { &mut tally.broken_links } else { &mut tally.used_windows });
+            self.links[host] = None;
+        }
+        if self.connecting[host].is_none() {
+            let psn = nic::first_psn();
+            self.connecting[host] = Some(psn);
+            self.rack.network.request(host, Request::Connect { client, psn });
+        }
+    }
+
+    fn send_again(&mut self, session: Session) {
+        let resend: Vec<_> = self.under_way.clone().into_iter().collect();
+        resend.into_iter().for_each(|(sequence, content)| self.send(session, sequence, content));
     }
 
     fn heed(&mut self, answer: Answer) {
@@ -134,8 +175,14 @@ impl Client {
                 if first.is_none() {
                     self.next_sequence = session.committed;
                 }
-                let resend: Vec<_> = self.under_way.clone().into_iter().collect();
-                resend.into_iter().for_each(|(sequence, content)| self.send(session, sequence, content));
+                self.send_again(session);
+            }
+            Answer::Connected { host, window } if self.connecting[host] == Some(window.client_psn) => {
+                self.connecting[host] = None;
+                self.links[host] = Some(Link::new(self.id, host, window));
+                if let Some(session) = self.session.filter(|_| self.broker == host) {
+                    self.send_again(session);
+                }
             }
             _ => {}
         }

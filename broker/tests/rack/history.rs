@@ -22,31 +22,39 @@ pub struct Tally {
     pub disk_failures: usize,
     pub client_crashes: usize,
     pub epochs: usize,
+    pub links: usize,
+    pub used_windows: usize,
+    pub broken_links: usize,
 }
 
 impl Tally {
-    fn all(&self) -> [usize; 9] {
-        let Self { ordered, acknowledged, crashes, pauses, takeovers, .. } = *self;
-        let Self { departures, disk_failures, client_crashes, epochs, .. } = *self;
-        [ordered, acknowledged, crashes, pauses, takeovers, departures, disk_failures, client_crashes, epochs]
+    fn all(&mut self) -> [&mut usize; 12] {
+        let Self { ordered, acknowledged, crashes, pauses, takeovers, departures, .. } = self;
+        let Self { disk_failures, client_crashes, epochs, links, used_windows, broken_links, .. } = self;
+        [
+            ordered,
+            acknowledged,
+            crashes,
+            pauses,
+            takeovers,
+            departures,
+            disk_failures,
+            client_crashes,
+            epochs,
+            links,
+            used_windows,
+            broken_links,
+        ]
     }
 
     /// True when everything happened at least once.
-    pub fn is_complete(&self) -> bool {
-        self.all().iter().all(|count| *count > 0)
+    pub fn is_complete(mut self) -> bool {
+        self.all().iter().all(|count| **count > 0)
     }
 
     /// Adds another's.
-    pub fn add(&mut self, other: &Self) {
-        self.ordered += other.ordered;
-        self.acknowledged += other.acknowledged;
-        self.crashes += other.crashes;
-        self.pauses += other.pauses;
-        self.takeovers += other.takeovers;
-        self.departures += other.departures;
-        self.disk_failures += other.disk_failures;
-        self.client_crashes += other.client_crashes;
-        self.epochs += other.epochs;
+    pub fn add(&mut self, mut other: Self) {
+        self.all().into_iter().zip(other.all()).for_each(|(own, other)| *own += *other);
     }
 }
 

@@ -4,6 +4,7 @@
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
 use super::network::{Answer, Batch, Request};
+use super::nic::{Nic, WINDOW_BYTES};
 use super::{COPIES, GLOBAL, HEADS, HOSTS, Rack};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -27,6 +28,7 @@ use embarcadero_datapath::cxl::segment::PartitionAllocator;
 use embarcadero_datapath::cxl::session_table::{Session, SessionState, read_session};
 use embarcadero_datapath::cxl::tables::{BrokerInfo, last_incarnation, publish_broker, read_pulse, read_topic_at};
 use embarcadero_datapath::cxl::{Fabric, Region, RegionOffset, Simulated, Site};
+use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::wire::BatchHeader;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +75,7 @@ struct Process {
     delegation: Delegation<Simulated>,
     replicator: Option<Replicator<Simulated>>,
     connections: Vec<Connection>,
+    nic: Nic,
     reader: OrderIndexReader<Simulated>,
     pin: Option<usize>,
     cursor: u64,
@@ -259,6 +262,7 @@ impl Process {
             delegation,
             replicator,
             connections: Vec::new(),
+            nic: Nic::default(),
             reader,
             pin: None,
             cursor: 0,
@@ -275,10 +279,14 @@ impl Process {
         self.delegation.maintain(now_us);
         for _ in 0..REQUESTS {
             match self.rack.network.take_request(self.host) {
-                Some(Request::Publish(batch)) => self.receive(&batch),
+                Some(Request::Publish(batch)) => self.receive(&batch, None),
+                Some(Request::Connect { client, psn }) => self.connect(client, psn),
                 Some(Request::OpenSession { client, attempt }) => self.ask(client, attempt),
                 None => break,
             }
+        }
+        for (at, batch) in self.nic.drive(self.host, now_us, self.region.fabric(), &self.rack.network) {
+            self.receive(&batch, Some(at));
         }
         self.delegation.poll(now_us, 8);
         if let Some(replicator) = &mut self.replicator {
@@ -295,8 +303,23 @@ impl Process {
         true
     }
 
-    /// As a worker receives a batch: on a connection of its session, which its first batch opens.
-    fn receive(&mut self, batch: &Batch) {
+    /// A client's NIC may write from now on.
+    fn connect(&mut self, client: usize, psn: Psn) {
+        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        if self.draining {
+            return;
+        }
+        let Ok(place) = topic.blog.reserve(WINDOW_BYTES) else { return };
+        let (window, before) = self.nic.accept(self.host, client, psn, place);
+        if let Some(before) = before {
+            topic.blog.settle(before);
+        }
+        self.rack.history.count(|tally| &mut tally.links);
+        self.rack.network.answer(client, Answer::Connected { host: self.host, window });
+    }
+
+    /// As a worker receives a batch: on a connection of its session, which its first batch opens. A NIC has `written` it.
+    fn receive(&mut self, batch: &Batch, written: Option<RegionOffset>) {
         let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
         let session = batch.session;
         let same = |at: &Connection| (at.session.client_id, at.session.epoch) == (session.client_id, session.epoch);
@@ -311,12 +334,17 @@ impl Process {
         if self.connections[at].acks.is_full() {
             return;
         }
-        let Ok(place) = topic.blog.reserve(BATCH_BYTES) else { return };
-        let fabric = self.region.fabric();
-        for at in [place.0, place.0 + BATCH_BYTES - 64] {
-            fabric.store(RegionOffset(at), session.client_id);
-            fabric.store(RegionOffset(at + 8), batch.content);
-        }
+        let place = match written {
+            Some(at) => {
+                topic.blog.share(at);
+                at
+            }
+            None => {
+                let Ok(place) = topic.blog.reserve(BATCH_BYTES) else { return };
+                self.region.fabric().write_bytes(place, &batch.encode());
+                place
+            }
+        };
         let header = BatchHeader {
             client_id: session.client_id,
             sequence: batch.sequence,
@@ -329,7 +357,8 @@ impl Process {
             ..BatchHeader::zeroed()
         };
         self.connections[at].acks.expect(batch.sequence);
-        let landed = Landed { topic, header, at: place, in_memory: false, origin: Origin { worker: 0, token: 0 } };
+        let landed =
+            Landed { topic, header, at: place, in_memory: written.is_some(), origin: Origin { worker: 0, token: 0 } };
         self.landed.send(landed).expect("the delegation is there");
     }
 

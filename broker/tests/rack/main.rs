@@ -1,5 +1,5 @@
 //! A rack in one process, deterministic from one seed: hosts without coherence among them, their disks, a network that
-//! loses, repeats and reorders, clients that retry, clocks that are wrong. Hosts crash in the middle of anything, stand
+//! loses, repeats and reorders, NICs (the production engine of RoCEv2), clients that retry, clocks that are wrong. Hosts crash in the middle of anything, stand
 //! still, come late and leave; disks fail, are slow, and tear writes; clients crash. It drives the production stages of
 //! brokers, and judges by a history of its own: one order, that all readers agree on; of each client's batches all that
 //! were acknowledged, once, in order; at level 2 each on as many disks as were promised, and enough of them to rebuild
@@ -14,6 +14,7 @@ mod fate;
 mod history;
 mod host;
 mod network;
+mod nic;
 
 use client::Client;
 use embarcadero_broker::replica::medium::Medium;
@@ -58,6 +59,8 @@ pub struct Rack {
     pub history: Arc<History>,
     /// The topic is replicated, and clients ask for level 2.
     pub replicated: bool,
+    /// Clients and hosts have NICs, which carry batches by the RoCEv2 engine.
+    pub has_nics: bool,
     /// Times that heads go by.
     pub leases: Leases,
     world: Arc<Mutex<World>>,
@@ -76,6 +79,7 @@ impl Rack {
             network: Network::new(HOSTS, CLIENTS),
             history: Arc::default(),
             replicated: one_in(2),
+            has_nics: one_in(2),
             leases: Leases { gap_us, idle_us: u64::MAX / 2 },
             world,
             mirror,
@@ -261,7 +265,7 @@ fn no_seed_breaks_a_promise() {
     for seed in first..first + seeds {
         let held = catch_unwind(AssertUnwindSafe(|| run(seed, 1, None))).is_ok();
         assert!(held, "a seed failed; replay with EMBARCADERO_RACK_SEED={seed} EMBARCADERO_RACK_SEEDS=1");
-        total.add(&OUTCOME.take().expect("the schedule came to its end"));
+        total.add(OUTCOME.take().expect("the schedule came to its end"));
     }
     println!("{seeds} seeds in {:.1} s: {total:?}", begun.elapsed().as_secs_f64());
     assert!(seeds < 100 || total.is_complete(), "something never happened");
