@@ -218,13 +218,13 @@ fn regions_and_configurations_that_do_not_fit_are_refused() {
     if cfg!(feature = "dpdk") {
         let address = ("EMBARCADERO_BROKER_DPDK__ADDRESS", "10.78.0.1");
         refused(&broker, &[dpdk], "dpdk.address is not set");
-        refused(&broker, &[dpdk, address, ("EMBARCADERO_BROKER_DPDK__MTU", "9001")], "dpdk.mtu is 9001");
-        refused(
-            &broker,
-            &[dpdk, address, ("EMBARCADERO_BROKER_DPDK__PREFIX_LENGTH", "33")],
-            "dpdk.prefix_length is 33",
-        );
-        refused(&broker, &[dpdk, address, ("EMBARCADERO_BROKER_DPDK__EAL", r#"["--no-such"]"#)], "--no-such");
+        let set = |key, value, reason| refused(&broker, &[dpdk, address, (key, value)], reason);
+        set("EMBARCADERO_BROKER_DPDK__MTU", "9001", "dpdk.mtu is 9001");
+        set("EMBARCADERO_BROKER_DPDK__PREFIX_LENGTH", "33", "dpdk.prefix_length is 33");
+        set("EMBARCADERO_BROKER_DPDK__VLAN", "4095", "dpdk.vlan is 4095");
+        set("EMBARCADERO_BROKER_DPDK__QUEUES", "17", "dpdk.queues is 17");
+        set("EMBARCADERO_BROKER_DPDK__GATEWAY", "fd00::1", "dpdk.gateway is fd00::1");
+        set("EMBARCADERO_BROKER_DPDK__EAL", r#"["--no-such"]"#, "--no-such");
     } else {
         refused(&broker, &[dpdk], "this build has no DPDK");
     }
