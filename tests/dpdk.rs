@@ -13,8 +13,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use support::verbs::{REGION, shell, strong};
-use support::wire::{Faults, Wire};
-use support::{Cluster, PROGRAM, assert_exactly_once, eventually, history, message};
+use support::wire::{Faults, Wire, alone};
+use support::{Cluster, PROGRAM, assert_exactly_once, eventually, history, message, refused};
 
 /// Addresses of the ports, which the kernel does not know of.
 const BROKER: &str = "10.78.0.1";
@@ -181,6 +181,16 @@ fn order_and_integrity_over_af_packet_with_one_packet_of_twenty_lost() {
 #[test]
 fn order_and_integrity_over_several_queues() {
     between_hosts(&[("EAL", &af_packet("e0", 4)), ("QUEUES", "4")], MTU, Faults::default());
+}
+
+#[test]
+fn a_port_has_no_more_queues_than_its_driver_says() {
+    let cluster = brokers(0, BROKER, &[]);
+    let region = cluster.region.to_str().unwrap();
+    let environment = environment("BROKER", BROKER, &[("EAL", &af_packet("lo", 1)), ("MTU", MTU), ("QUEUES", "2")]);
+    let environment: Vec<_> = environment.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
+    let reason = "dpdk.queues is 2, but the port has no more than 1";
+    alone(|| refused(&["broker", "--region", region], &environment, reason));
 }
 
 #[test]

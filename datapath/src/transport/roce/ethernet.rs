@@ -397,9 +397,15 @@ impl<N: AsRef<Neighbours>> Station<N> {
         }
         match self.known.get(&next) {
             Some(mac) => Hop::Known(self.place.header(*mac, kind)),
-            None if neighbours.asks(next, now) => Hop::Unknown(self.question(next)),
-            None => Hop::Unknown(None),
+            None => Hop::Unknown(self.ask(next, now)),
         }
+    }
+
+    /// A frame that asks for the neighbour to whom packets to `to` go, known or not; none if he was asked for just now.
+    #[must_use]
+    pub fn ask(&self, to: IpAddr, now: Nanos) -> Option<Vec<u8>> {
+        let next = self.place.next(to).filter(|next| *next != self.place.address)?;
+        if self.neighbours.as_ref().asks(next, now) { self.question(next) } else { None }
     }
 
     /// A frame that asks for a neighbour of the same family.
@@ -469,6 +475,13 @@ mod tests {
                 let frame = [header.as_ref(), &[1, 2, 3]].concat();
                 assert_eq!(frame[..6], far.place.mac);
                 assert_eq!(far.take(&frame, None), Taken::Packet(&[1, 2, 3]));
+                // One that is elsewhere now is found there, once he is asked for again.
+                let moved = station(Place { mac: [4; 6], ..far.place });
+                let question = near.ask(far.address(), ASK_EVERY + 5).expect("he may be asked for again");
+                let Taken::Answer(answer) = moved.take(&question, None) else { panic!("no answer") };
+                assert_eq!(near.take(&answer, None), Taken::Nothing);
+                let Hop::Known(header) = near.hop(far.address(), ASK_EVERY + 6) else { panic!("unknown") };
+                assert_eq!(header.as_ref()[..6], moved.place.mac);
                 // Who was asked has learnt of the asker.
                 let mut far = far;
                 assert!(matches!(far.hop(near.address(), 8), Hop::Known(_)));

@@ -300,7 +300,9 @@ impl Pair {
             let engine = side.engine.insert(engine);
             side.buffers.iter().for_each(|(id, buffer)| engine.post_receive(Side::receive(*id, buffer)));
             Ok(())
-        })
+        })?;
+        self.port.seek(to);
+        Ok(())
     }
 
     #[allow(clippy::unnecessary_wraps, clippy::unused_self, reason = "devices of the host have to be told")]

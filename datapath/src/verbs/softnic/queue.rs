@@ -12,6 +12,7 @@ use socket2::Socket;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::IpAddr;
 use std::ops::Deref;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -191,6 +192,11 @@ impl Port {
             busy.push_back(number);
         }
         Ok(result)
+    }
+
+    /// A queue pair will send to that address.
+    pub fn seek(&self, to: IpAddr) {
+        self.lock().wire.seek(to, self.nic.now());
     }
 
     /// Sends what may go.

@@ -7,6 +7,7 @@ use crate::transport::roce::Nanos;
 use crate::transport::roce::packet::Packet;
 use socket2::Socket;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 
 /// Queue pairs that a port can have: of the 24 bits of their numbers, the other bits stand for the port.
@@ -63,6 +64,18 @@ impl Wire {
             Self::Kernel(sockets) => sockets.receive(each),
             #[cfg(feature = "dpdk")]
             Self::Dpdk(ethernet) => Ok(ethernet.receive(now, each)),
+        }
+    }
+
+    /// A peer was named: whoever has to be asked for on the way to him is asked now, so that the first packet is not lost: it
+    /// may be a refusal, which ends the queue pair and is not sent again.
+    #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
+    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+        match self {
+            // The kernel keeps a packet meanwhile.
+            Self::Kernel(_) => {}
+            #[cfg(feature = "dpdk")]
+            Self::Dpdk(ethernet) => ethernet.seek(to, now),
         }
     }
 

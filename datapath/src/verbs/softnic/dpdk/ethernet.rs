@@ -80,6 +80,13 @@ impl Ethernet {
         })
     }
 
+    /// As [`super::super::wire::Wire::seek`].
+    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+        let question = self.station.ask(to, now);
+        self.outgoing.extend(question.and_then(|question| frame_of(self.queues.pool(), &question)));
+        self.flush();
+    }
+
     /// Packets that can be staged now.
     pub fn room(&self) -> usize {
         BURST.saturating_sub(self.outgoing.len())
