@@ -2,7 +2,7 @@
 
 use super::report::Row;
 use anyhow::{Context, Result, ensure};
-use embarcadero_datapath::transport::roce::packet::{Ecn, Opcode, Packet, Reth, decode};
+use embarcadero_datapath::transport::roce::packet::{Ecn, Opcode, Packet, Reth, SCRATCH_BYTES, decode_in_place};
 use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::transport::roce::{Access, Attributes, Memory, NoAccess, PathMtu, QueuePair};
 use std::net::{IpAddr, Ipv4Addr};
@@ -75,6 +75,7 @@ fn message(first: u32, payload: &[u8], bytes: &mut Vec<u8>, ends: &mut Vec<usize
             immediate: None,
             payload,
         };
+        bytes.extend([0; SCRATCH_BYTES]);
         packet.encode(bytes).context("a packet cannot be encoded")?;
         ends.push(bytes.len());
     }
@@ -91,10 +92,11 @@ fn per_packet(seconds: f64) -> Result<[f64; 3]> {
         message(messages.wrapping_mul(PACKETS), &payload, &mut bytes, &mut ends)?;
         let made = Instant::now();
         let mut packets = Vec::with_capacity(PACKETS as usize);
-        let mut from = 0;
+        let (mut rest, mut from) = (&mut bytes[..], 0);
         for end in &ends {
-            packets.push(decode(&bytes[from..*end])?);
-            from = *end;
+            let (packet, behind) = rest.split_at_mut(*end - from);
+            packets.push(decode_in_place(packet)?);
+            (rest, from) = (behind, *end);
         }
         let read = Instant::now();
         for packet in &packets {

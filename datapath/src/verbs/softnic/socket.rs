@@ -6,7 +6,7 @@
 
 use super::wire::PAIRS;
 use crate::transport::roce::PathMtu;
-use crate::transport::roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, UDP_PORT};
+use crate::transport::roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, SCRATCH_BYTES, UDP_PORT};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
 use std::io;
 use std::mem::zeroed;
@@ -150,7 +150,7 @@ impl Sockets {
             receives,
             first,
             _numbers: numbers,
-            incoming: vec![0; BURST * PACKET_BYTES].into_boxed_slice(),
+            incoming: vec![0; BURST * (SCRATCH_BYTES + PACKET_BYTES)].into_boxed_slice(),
             outgoing: Vec::with_capacity(BURST * PACKET_BYTES),
             staged: Vec::with_capacity(BURST),
         })
@@ -167,11 +167,12 @@ impl Sockets {
     }
 
     /// As [`super::wire::Wire::receive`].
-    pub fn receive(&mut self, mut each: impl FnMut(&[u8])) -> io::Result<usize> {
+    pub fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
-        let rooms = self.incoming.chunks_exact_mut(PACKET_BYTES);
+        let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
         for ((message, buffer), room) in messages.iter_mut().zip(&mut buffers).zip(rooms) {
+            let room = &mut room[SCRATCH_BYTES..];
             *buffer = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
             message.msg_hdr.msg_iov = buffer;
             message.msg_hdr.msg_iovlen = 1;
@@ -189,10 +190,11 @@ impl Sockets {
                 _ => Err(error),
             };
         };
-        for (message, room) in messages[..count].iter().zip(self.incoming.chunks_exact(PACKET_BYTES)) {
+        let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
+        for (message, room) in messages[..count].iter().zip(rooms) {
             // What is longer than packets can be is no packet.
             if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 {
-                each(&room[..(message.msg_len as usize).min(PACKET_BYTES)]);
+                each(&mut room[..SCRATCH_BYTES + (message.msg_len as usize).min(PACKET_BYTES)]);
             }
         }
         Ok(count)

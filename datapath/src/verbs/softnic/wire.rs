@@ -5,6 +5,8 @@ use super::dpdk::Ethernet;
 use super::socket::Sockets;
 use crate::transport::roce::Nanos;
 use crate::transport::roce::packet::Packet;
+#[cfg(doc)]
+use crate::transport::roce::packet::decode_in_place;
 use socket2::Socket;
 use std::io;
 use std::net::IpAddr;
@@ -57,9 +59,9 @@ impl Wire {
         }
     }
 
-    /// Takes a burst of packets, from their IP headers on; how many came, for whomever.
+    /// Takes a burst of packets, as [`decode_in_place`] takes them; how many came, for whomever.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
-    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&[u8])) -> io::Result<usize> {
+    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         match self {
             Self::Kernel(sockets) => sockets.receive(each),
             #[cfg(feature = "dpdk")]

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::io;
 use std::mem::zeroed;
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -363,6 +363,14 @@ impl Deref for Received {
             let len = usize::from(ffi::embarcadero_mbuf_data_len(buffer));
             std::slice::from_raw_parts(ffi::embarcadero_mbuf_data(buffer).cast::<u8>(), len)
         }
+    }
+}
+
+impl DerefMut for Received {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let (buffer, len) = (self.0.0.as_ptr(), self.len());
+        // SAFETY: as above, and nobody else has it.
+        unsafe { std::slice::from_raw_parts_mut(ffi::embarcadero_mbuf_data(buffer).cast::<u8>(), len) }
     }
 }
 

@@ -5,7 +5,7 @@ use super::super::wire::PAIRS;
 use super::eal::{BURST, EthPort, Frame, Pool, Queues, Received};
 use crate::transport::roce::Nanos;
 use crate::transport::roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
-use crate::transport::roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put};
+use crate::transport::roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put, SCRATCH_BYTES};
 use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
@@ -56,24 +56,28 @@ impl Ethernet {
     }
 
     /// As [`super::super::wire::Wire::receive`].
-    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&[u8])) -> usize {
+    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
         self.now = now;
         let first = self.first();
         let Self { queues, station, outgoing, strays, owners, .. } = self;
         let mut came = 0;
-        for stray in strays.try_iter().take(BURST) {
+        for mut stray in strays.try_iter().take(BURST) {
             came += 1;
             if let Taken::Packet(packet) = station.take(&stray, stray.tag()) {
-                each(packet);
+                let bytes = packet.len();
+                each(with_scratch(&mut stray, bytes));
             }
         }
         let pool = queues.pool();
-        came + queues.receive(|frame| match station.take(&frame, frame.tag()) {
+        came + queues.receive(|mut frame| match station.take(&frame, frame.tag()) {
             Taken::Packet(packet) => match packet::queue_pair(packet).and_then(|number| owner(owners, number)) {
                 Some((of, owner)) if of != first => {
                     let _ = owner.try_send(frame);
                 }
-                _ => each(packet),
+                _ => {
+                    let bytes = packet.len();
+                    each(with_scratch(&mut frame, bytes));
+                }
             },
             Taken::Answer(answer) if outgoing.len() < BURST => outgoing.extend(frame_of(pool, &answer)),
             Taken::Answer(_) | Taken::Nothing => {}
@@ -126,6 +130,12 @@ impl Ethernet {
     pub fn flush(&mut self) {
         while !self.outgoing.is_empty() && self.queues.send(&mut self.outgoing) > 0 {}
     }
+}
+
+/// The packet at the end of a frame, and what the frame's header leaves before it.
+fn with_scratch(frame: &mut [u8], packet_bytes: usize) -> &mut [u8] {
+    let before = frame.len() - packet_bytes - SCRATCH_BYTES;
+    &mut frame[before..]
 }
 
 /// Who has a queue pair, and the number of his first.
