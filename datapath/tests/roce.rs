@@ -2,7 +2,7 @@
 //! keep to the protocol.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use embarcadero_datapath::transport::roce::packet::{Aeth, Ecn, Opcode, Packet, Reth, Syndrome, decode};
+use embarcadero_datapath::transport::roce::packet::{Aeth, Ecn, Opcode, Packet, Reth, SCRATCH_BYTES, Syndrome, decode};
 use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::transport::roce::{
     Access, Attributes, Completion, Failure, Memory, Nanos, NoAccess, Operation, PathMtu, QueuePair, Receive, Work,
@@ -109,17 +109,18 @@ impl Side {
         self.pair.post_receive(Receive { id, buffer: vec![0; bytes] });
     }
 
-    fn take(&mut self, bytes: &[u8], now: Nanos) {
-        if let Ok(packet) = decode(bytes) {
+    fn take(&mut self, mut bytes: Vec<u8>, now: Nanos) {
+        if let Ok(packet) = decode(&mut bytes) {
             self.pair.receive(&packet, now, &mut self.memory);
         }
         self.completed.extend(std::iter::from_fn(|| self.pair.poll()));
     }
 
+    /// Packets, each behind scratch bytes.
     fn send(&mut self, now: Nanos) -> Vec<Vec<u8>> {
         let mut packets = Vec::new();
         self.pair.transmit(now, &self.memory, 16, |packet| {
-            let mut bytes = Vec::new();
+            let mut bytes = vec![0; SCRATCH_BYTES];
             packet.encode(&mut bytes).unwrap();
             packets.push(bytes);
         });
@@ -156,7 +157,7 @@ impl Link {
             self.under_way.push((self.now + 3_000, to, packet.clone()));
         }
         if self.happens(faults.damaged) {
-            let at = self.random.random_range(0..packet.len());
+            let at = self.random.random_range(SCRATCH_BYTES..packet.len());
             packet[at] ^= 1 << self.random.random_range(0..8);
         }
         let late = if self.happens(faults.late) { self.random.random_range(0..2_000_000) } else { 0 };
@@ -174,7 +175,7 @@ impl Link {
         let (due, later) = std::mem::take(&mut self.under_way).into_iter().partition(|(at, ..)| *at <= now);
         self.under_way = later;
         for (_, to, packet) in due {
-            self.sides[to].take(&packet, now);
+            self.sides[to].take(packet, now);
         }
     }
 
@@ -427,11 +428,11 @@ fn a_burst_of_writes_has_few_acknowledgements() {
     while !link.sides[0].pair.is_idle() {
         link.now += 1_000;
         for packet in link.sides[0].send(link.now) {
-            link.sides[1].take(&packet, link.now);
+            link.sides[1].take(packet, link.now);
         }
         for packet in link.sides[1].send(link.now) {
             acks += 1;
-            link.sides[0].take(&packet, link.now);
+            link.sides[0].take(packet, link.now);
         }
     }
     // 16 packets are handed over at a time.
@@ -463,8 +464,8 @@ fn answers(packets: &[Packet<'_>]) -> (Vec<(u32, Syndrome)>, Option<Failure>) {
     let mut answers = Vec::new();
     for (now, packet) in (1..).zip(packets) {
         side.pair.receive(packet, now, &mut side.memory);
-        for bytes in side.send(now) {
-            let packet = decode(&bytes).unwrap();
+        for mut bytes in side.send(now) {
+            let packet = decode(&mut bytes).unwrap();
             answers.push((packet.psn.get(), packet.aeth.unwrap().syndrome));
         }
     }
@@ -544,15 +545,15 @@ fn packets_in_a_while(congested: bool) -> (u32, u32) {
     }
     let (mut data, mut notifications) = (0, 0);
     for now in (1_000..101_000).step_by(1_000) {
-        for bytes in sender.send(now) {
+        for mut bytes in sender.send(now) {
             data += 1;
-            let packet = decode(&bytes).unwrap();
+            let packet = decode(&mut bytes).unwrap();
             let ecn = if congested { Ecn::Congested } else { packet.ecn };
             receiver.pair.receive(&Packet { ecn, ..packet }, now, &mut receiver.memory);
         }
         for bytes in receiver.send(now) {
-            notifications += u32::from(decode(&bytes).unwrap().opcode == Opcode::CongestionNotification);
-            sender.take(&bytes, now);
+            notifications += u32::from(decode(&mut bytes.clone()).unwrap().opcode == Opcode::CongestionNotification);
+            sender.take(bytes, now);
         }
     }
     (data, notifications)
@@ -583,7 +584,7 @@ fn a_late_acknowledgement_spares_what_would_be_sent_again() {
     let (from, to) = (IpAddr::from([10, 0, 0, 2]), IpAddr::from([10, 0, 0, 1]));
     let ack = Packet { from, to, aeth, queue_pair: 1, ..request(Opcode::Acknowledge, 2, &[]) };
     side.pair.receive(&ack, late, &mut side.memory);
-    let psns: Vec<_> = side.send(late).iter().map(|bytes| decode(bytes).unwrap().psn.get()).collect();
+    let psns: Vec<_> = side.send(late).iter_mut().map(|bytes| decode(bytes).unwrap().psn.get()).collect();
     assert_eq!(psns, [3]);
     assert_eq!(side.completed, [0, 1].map(|id| Completion::Done { id }));
 }

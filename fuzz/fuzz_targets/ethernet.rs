@@ -37,7 +37,9 @@ fuzz_target!(|bytes: &[u8]| {
             }
             let to = match address {
                 IpAddr::V4(_) => IpAddr::from([10, 0, 0, frame.first().copied().unwrap_or(2)]),
-                IpAddr::V6(_) => Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, frame.first().copied().unwrap_or(2).into()).into(),
+                IpAddr::V6(_) => {
+                    Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, frame.first().copied().unwrap_or(2).into()).into()
+                }
             };
             match station.hop(to, now) {
                 Hop::Known(header) => assert_eq!(header.as_ref()[6..12], MAC),
@@ -56,7 +58,8 @@ fn with_checksum(piece: &[u8]) -> Vec<u8> {
         let len = frame.len() - at - 40;
         frame[at + 4..at + 6].copy_from_slice(&(len as u16).to_be_bytes());
         frame[at + 42..at + 44].fill(0);
-        let words = frame[at + 8..].chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)));
+        let words =
+            frame[at + 8..].chunks(2).map(|word| u32::from(word[0]) << 8 | u32::from(*word.get(1).unwrap_or(&0)));
         let sum = words.sum::<u32>() + len as u32 + 58;
         let folded = (sum & 0xffff) + (sum >> 16);
         let checksum = !((folded & 0xffff) + (folded >> 16)) as u16;

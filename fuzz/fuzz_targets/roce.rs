@@ -1,7 +1,7 @@
 //! Any bytes from a network are a packet or are not, and no packet gets a queue pair to write outside its window or to panic.
 #![no_main]
 
-use embarcadero_datapath::transport::roce::packet::{Reth, SCRATCH_BYTES, decode, decode_in_place};
+use embarcadero_datapath::transport::roce::packet::{Reth, SCRATCH_BYTES, decode};
 use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::transport::roce::{
     Access, Attributes, Memory, NoAccess, Operation, PathMtu, QueuePair, Receive, Work,
@@ -34,8 +34,7 @@ impl Memory for Window {
 const NOBODY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
 fuzz_target!(|bytes: &[u8]| {
-    let mut again = [&[0; SCRATCH_BYTES], bytes].concat();
-    assert_eq!(decode_in_place(&mut again), decode(bytes));
+    let _ = decode(&mut bytes.to_vec());
     // The checksum would keep the fuzzer out: each piece of the input is put into a packet that has a right one.
     let attributes = Attributes {
         local: NOBODY,
@@ -70,8 +69,8 @@ fuzz_target!(|bytes: &[u8]| {
             pair.receive(&packet, now, &mut memory);
         }
         pair.transmit(now, &memory, 8, |packet| {
-            let mut bytes = Vec::new();
-            assert!(packet.encode(&mut bytes).is_ok() && decode(&bytes) == Ok(*packet));
+            let mut bytes = vec![0; SCRATCH_BYTES];
+            assert!(packet.encode(&mut bytes).is_ok() && decode(&mut bytes) == Ok(*packet));
         });
         while pair.poll().is_some() {}
     }

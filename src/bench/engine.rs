@@ -2,7 +2,7 @@
 
 use super::report::Row;
 use anyhow::{Context, Result, ensure};
-use embarcadero_datapath::transport::roce::packet::{Ecn, Opcode, Packet, Reth, SCRATCH_BYTES, decode_in_place};
+use embarcadero_datapath::transport::roce::packet::{Ecn, Opcode, Packet, Reth, SCRATCH_BYTES, decode};
 use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::transport::roce::{Access, Attributes, Memory, NoAccess, PathMtu, QueuePair};
 use std::net::{IpAddr, Ipv4Addr};
@@ -95,7 +95,7 @@ fn per_packet(seconds: f64) -> Result<[f64; 3]> {
         let (mut rest, mut from) = (&mut bytes[..], 0);
         for end in &ends {
             let (packet, behind) = rest.split_at_mut(*end - from);
-            packets.push(decode_in_place(packet)?);
+            packets.push(decode(packet)?);
             (rest, from) = (behind, *end);
         }
         let read = Instant::now();

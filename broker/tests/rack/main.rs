@@ -1,9 +1,9 @@
 //! A rack in one process, deterministic from one seed: hosts without coherence among them, their disks, a network that
-//! loses, repeats and reorders, NICs (the production engine of RoCEv2), clients that retry, clocks that are wrong. Hosts crash in the middle of anything, stand
-//! still, come late and leave; disks fail, are slow, and tear writes; clients crash. It drives the production stages of
-//! brokers, and judges by a history of its own: one order, that all readers agree on; of each client's batches all that
-//! were acknowledged, once, in order; at level 2 each on as many disks as were promised, and enough of them to rebuild
-//! it from; and all comes to its end once faults stop.
+//! loses, repeats and reorders, NICs (the production engine of RoCEv2), clients that retry, clocks that are wrong. Hosts
+//! crash in the middle of anything, stand still, come late and leave; disks fail, are slow, and tear writes; clients crash.
+//! It drives the production stages of brokers, and judges by a history of its own: one order, that all readers agree on; of
+//! each client's batches all that were acknowledged, once, in order; at level 2 each on as many disks as were promised, and
+//! enough of them to rebuild it from; and all comes to its end once faults stop.
 //!
 //! `broker/tests/fabric_schedules.rs` is its narrower sister: fewer hosts, more of what happens to memory.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking

@@ -5,6 +5,7 @@ use super::fate::{one_in, random};
 use super::host::BATCH_BYTES;
 use super::nic::{Port, Window};
 use embarcadero_datapath::cxl::session_table::{Session, SessionState};
+use embarcadero_datapath::transport::roce::packet::SCRATCH_BYTES;
 use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::wire::Ack;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -107,7 +108,7 @@ struct Wire<T> {
 pub struct Network {
     requests: Vec<Mutex<Wire<Request>>>,
     answers: Vec<Mutex<Wire<Answer>>>,
-    /// Of RoCEv2, to each NIC.
+    /// Of RoCEv2, to each NIC, behind scratch bytes.
     packets: Vec<Mutex<Wire<Vec<u8>>>>,
     calm: Mutex<bool>,
 }
@@ -176,8 +177,8 @@ impl Network {
     pub fn packet(&self, to: Port, mut packet: Vec<u8>) {
         let calm = *lock(&self.calm);
         if !calm && one_in(64) {
-            let bit = random(0..packet.len() as u64 * 8) as usize;
-            packet[bit / 8] ^= 1 << (bit % 8);
+            let at = random(SCRATCH_BYTES as u64..packet.len() as u64) as usize;
+            packet[at] ^= 1 << random(0..8);
         }
         lock(&self.packets[to.0]).send(packet, calm);
     }

@@ -6,7 +6,7 @@ use super::fate::random;
 use super::host::BATCH_BYTES;
 use super::network::{Batch, Network};
 use embarcadero_datapath::cxl::{Fabric, RegionOffset, Simulated, Site};
-use embarcadero_datapath::transport::roce::packet::{Reth, decode};
+use embarcadero_datapath::transport::roce::packet::{Reth, SCRATCH_BYTES, decode};
 use embarcadero_datapath::transport::roce::psn::Psn;
 use embarcadero_datapath::transport::roce::{
     Access, Attributes, Completion, Failure, Memory, NoAccess, Operation, PathMtu, QueuePair, Receive, Work,
@@ -138,8 +138,8 @@ impl Memory for Nothing {
 /// Takes what came to a client's NIC, and sends what is to go.
 pub fn drive(client: usize, links: &mut [Option<Link>; HOSTS], now_us: u64, network: &Network) {
     let (port, now) = (Port::of_client(client), now_us * 1000);
-    for packet in std::iter::from_fn(|| network.take_packet(port)).take(PACKETS) {
-        let Ok(packet) = decode(&packet) else { continue };
+    for mut packet in std::iter::from_fn(|| network.take_packet(port)).take(PACKETS) {
+        let Ok(packet) = decode(&mut packet) else { continue };
         for link in links.iter_mut().flatten() {
             link.pair.receive(&packet, now, &mut Nothing);
         }
@@ -154,7 +154,7 @@ pub fn drive(client: usize, links: &mut [Option<Link>; HOSTS], now_us: u64, netw
 
 fn send(pair: &mut QueuePair<Vec<u8>>, now: u64, memory: &impl Memory, to: Port, network: &Network) {
     pair.transmit(now, memory, PACKETS, |packet| {
-        let mut bytes = Vec::new();
+        let mut bytes = vec![0; SCRATCH_BYTES];
         packet.encode(&mut bytes).expect("what the engine makes is sound");
         network.packet(to, bytes);
     });
@@ -217,8 +217,8 @@ impl Nic {
         network: &Network,
     ) -> Vec<(RegionOffset, Batch)> {
         let (port, now) = (Port::of_host(host), now_us * 1000);
-        for packet in std::iter::from_fn(|| network.take_packet(port)).take(PACKETS) {
-            let Ok(packet) = decode(&packet) else { continue };
+        for mut packet in std::iter::from_fn(|| network.take_packet(port)).take(PACKETS) {
+            let Ok(packet) = decode(&mut packet) else { continue };
             for (pair, window) in self.ends.values_mut() {
                 pair.receive(&packet, now, &mut Reach { fabric, window: *window });
             }

@@ -215,7 +215,7 @@ impl State {
         let Self { wire, sides, busy, sinks, .. } = self;
         let came = wire.receive(now, |bytes| {
             // What is no packet, or nobody's, is dropped (IBTA 9.6.1).
-            let Ok(packet) = packet::decode_in_place(bytes) else { return };
+            let Ok(packet) = packet::decode(bytes) else { return };
             let Some(side) = sides.get_mut(&packet.queue_pair) else { return };
             side.take(&packet, now, &mut reach);
             if let Some(sink) = sinks.get_mut(&side.queue) {

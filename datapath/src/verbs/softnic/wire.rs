@@ -6,7 +6,7 @@ use super::socket::Sockets;
 use crate::transport::roce::Nanos;
 use crate::transport::roce::packet::Packet;
 #[cfg(doc)]
-use crate::transport::roce::packet::decode_in_place;
+use crate::transport::roce::packet::decode;
 use socket2::Socket;
 use std::io;
 use std::net::IpAddr;
@@ -59,7 +59,7 @@ impl Wire {
         }
     }
 
-    /// Takes a burst of packets, as [`decode_in_place`] takes them; how many came, for whomever.
+    /// Takes a burst of packets, as [`decode`] takes them; how many came, for whomever.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
     pub fn receive(&mut self, now: Nanos, each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         match self {

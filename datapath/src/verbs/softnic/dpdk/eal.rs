@@ -275,11 +275,7 @@ impl Queues {
         // SAFETY: the port is started, the queue is ours, and as many places are there as stated.
         let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, self.index, buffers.as_mut_ptr(), BURST as u16) };
         for buffer in buffers[..usize::from(count)].iter().filter_map(|buffer| NonNull::new(*buffer)) {
-            let received = Received(Buffer(buffer));
-            // SAFETY: the buffer is ours from here on.
-            if unsafe { ffi::embarcadero_mbuf_next(buffer.as_ptr()) }.is_null() {
-                each(received);
-            }
+            Received::of(Buffer(buffer)).into_iter().for_each(&mut each);
         }
         count.into()
     }
@@ -294,7 +290,8 @@ impl Queues {
         let mut buffers = [null_mut(); BURST];
         let count = frames.len().min(BURST);
         for (place, frame) in buffers.iter_mut().zip(frames.iter()) {
-            frame.set_len();
+            // SAFETY: the buffer is ours, and has the bytes.
+            unsafe { ffi::embarcadero_mbuf_set_len(frame.buffer.0.as_ptr(), frame.len as u16) };
             *place = frame.buffer.0.as_ptr();
         }
         // SAFETY: the port is started and the queue ours; what it takes is its own, and is forgotten here.
@@ -341,15 +338,35 @@ impl Drop for Buffer {
 }
 
 /// A frame that came.
-pub(super) struct Received(Buffer);
+pub(super) struct Received {
+    buffer: Buffer,
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: it owns its buffer, into which it points.
+unsafe impl Send for Received {}
 
 impl Received {
+    /// What a port put into a buffer, unless it went on in another.
+    fn of(buffer: Buffer) -> Option<Self> {
+        let mbuf = buffer.0.as_ptr();
+        // SAFETY: the buffer is ours.
+        unsafe {
+            let start = NonNull::new(ffi::embarcadero_mbuf_data(mbuf).cast())?;
+            let len = ffi::embarcadero_mbuf_data_len(mbuf).into();
+            ffi::embarcadero_mbuf_next(mbuf).is_null().then_some(Self { buffer, start, len })
+        }
+    }
+
     /// The VLAN tag that the port took out of it.
     pub fn tag(&self) -> Option<u16> {
-        let buffer = self.0.0.as_ptr();
+        let mbuf = self.buffer.0.as_ptr();
         // SAFETY: the buffer is ours.
-        let (flags, tag) = unsafe { (ffi::embarcadero_mbuf_flags(buffer), ffi::embarcadero_mbuf_vlan_tci(buffer)) };
-        (flags & u64::from(ffi::RTE_MBUF_F_RX_VLAN_STRIPPED) != 0).then_some(tag)
+        unsafe {
+            let stripped = ffi::embarcadero_mbuf_flags(mbuf) & u64::from(ffi::RTE_MBUF_F_RX_VLAN_STRIPPED) != 0;
+            stripped.then(|| ffi::embarcadero_mbuf_vlan_tci(mbuf))
+        }
     }
 }
 
@@ -357,20 +374,15 @@ impl Deref for Received {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        let buffer = self.0.0.as_ptr();
-        // SAFETY: the buffer is ours, of one segment, which has as many bytes as it says.
-        unsafe {
-            let len = usize::from(ffi::embarcadero_mbuf_data_len(buffer));
-            std::slice::from_raw_parts(ffi::embarcadero_mbuf_data(buffer).cast::<u8>(), len)
-        }
+        // SAFETY: the buffer is ours, and has the bytes.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
     }
 }
 
 impl DerefMut for Received {
     fn deref_mut(&mut self) -> &mut [u8] {
-        let (buffer, len) = (self.0.0.as_ptr(), self.len());
-        // SAFETY: as above, and nobody else has it.
-        unsafe { std::slice::from_raw_parts_mut(ffi::embarcadero_mbuf_data(buffer).cast::<u8>(), len) }
+        // SAFETY: the buffer is ours alone, and has the bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
     }
 }
 
@@ -391,15 +403,9 @@ impl Frame {
         self.room - self.len
     }
 
-    fn set_len(&self) {
-        // SAFETY: the buffer is ours, and has the bytes.
-        unsafe { ffi::embarcadero_mbuf_set_len(self.buffer.0.as_ptr(), self.len as u16) };
-    }
-
     /// As if it had come.
     pub fn looped(self) -> Received {
-        self.set_len();
-        Received(self.buffer)
+        Received { buffer: self.buffer, start: self.start, len: self.len }
     }
 }
 
