@@ -6,8 +6,9 @@ use std::time::Duration;
 const STEADY: u32 = 16;
 /// Batches that wait for a connection to take them, from which on the transport is the bottleneck.
 const CROWDED: usize = 8;
-/// Batches that the buffer should have room for, whatever their size, so that every connection has some.
-const AHEAD: usize = 16;
+/// Batches that the buffer should have room for, whatever their size, so that every connection has some. More need not wait
+/// for connections that take batches.
+pub const AHEAD: usize = 16;
 /// Longest that a return to small batches is put off, in multiples of [`STEADY`].
 const MAX_PATIENCE: u32 = 64;
 
@@ -73,6 +74,12 @@ impl BatchSizer {
         let max = max.max(min);
         let heavy = (buffer_bytes / AHEAD).clamp(min, max);
         Self { min, heavy, max, size: min, crowded: 0, calm: 0, patience: 1, halved: false }
+    }
+
+    /// The same, but load makes batches no larger than `bytes`, or the least there may be.
+    #[must_use]
+    pub fn capped(self, bytes: usize) -> Self {
+        Self { heavy: self.heavy.min(bytes).max(self.min), ..self }
     }
 
     /// Bytes of the next batch to be filled, header included.
@@ -219,13 +226,15 @@ mod tests {
     proptest! {
         #[test]
         fn sizes_stay_within_their_bounds(
-            min in 1024usize..100_000, times in 1usize..100, told in prop::collection::vec(any_sealed(), 0..2000),
+            min in 1024usize..100_000, times in 1usize..100, cap in 0usize..1_000_000,
+            told in prop::collection::vec(any_sealed(), 0..2000),
         ) {
-            let mut sizer = BatchSizer::between(min, min * times, BUFFER);
+            let mut sizer = BatchSizer::between(min, min * times, BUFFER).capped(cap);
+            prop_assert_eq!(sizer.largest(), min * times);
             for sealed in told {
                 let before = sizer.size();
                 sizer.sealed(sealed);
-                prop_assert!((min..=min * times).contains(&sizer.size()));
+                prop_assert!((min..=(min * times).min(cap.max(min))).contains(&sizer.size()));
                 prop_assert!(sizer.size() <= before * 2 && sizer.size() * 2 >= before);
             }
         }

@@ -4,10 +4,11 @@
 //! hand-over to another thread. The client's background thread steps in when the application does not call, and does
 //! what blocks: connecting and opening sessions.
 
-use crate::batching::{BatchSizer, Load, Sealed};
+use crate::batching::{AHEAD, BatchSizer, Load, Sealed};
 use crate::client::{Background, BrokerView, Inner, TopicView};
 use crate::error::ClientError;
 use crate::link::{Link, LinkEvent, refused};
+use crate::verbs::heaviest_batch;
 use embarcadero_control::v1 as proto;
 use embarcadero_datapath::transport::tcp::wait_any;
 use embarcadero_datapath::wire::batch::{BatchBuilder, BatchOrigin};
@@ -16,7 +17,7 @@ use spin::mutex::SpinMutex;
 use spin::relax::Yield;
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -168,6 +169,8 @@ pub(crate) struct PublisherCore {
     open: SpinMutex<Open, Yield>,
     driver: Mutex<Driver>,
     in_flight: AtomicUsize,
+    /// More wait for connections than [`AHEAD`].
+    ahead: AtomicBool,
     /// Batches below this are acknowledged.
     acknowledged: AtomicU64,
 }
@@ -194,7 +197,9 @@ impl PublisherCore {
             let bound = format!("at most {}, the brokers' max_batch_bytes", session.max_batch_bytes);
             return Err(ClientError::Config { key, value: least.to_string(), bound });
         }
-        let sizer = BatchSizer::between(least, most.min(session.max_batch_bytes as usize), config.buffer_bytes);
+        let most = most.min(session.max_batch_bytes as usize);
+        let sizer = BatchSizer::between(least, most, config.buffer_bytes);
+        let sizer = heaviest_batch(config.transport).map_or(sizer, |bytes| sizer.capped(bytes));
         let buffers = config.buffer_bytes / least;
         let mut brokers = cluster.brokers;
         if config.max_brokers > 0 && config.max_brokers < brokers.len() {
@@ -233,6 +238,7 @@ impl PublisherCore {
             open: SpinMutex::new(Open { builder: None, batch: 0, streaming: false, sealed_at: now, sizer }),
             driver: Mutex::new(driver),
             in_flight: AtomicUsize::new(0),
+            ahead: AtomicBool::new(false),
             acknowledged: AtomicU64::new(0),
             inner,
         });
@@ -423,6 +429,7 @@ impl PublisherCore {
             driver.progressed_at = driver.driven_at;
         }
         self.in_flight.store(driver.in_flight.len(), Ordering::Relaxed);
+        self.ahead.store(driver.is_ahead(), Ordering::Relaxed);
         self.acknowledged.store(driver.first, Ordering::Release);
         moved
     }
@@ -700,6 +707,12 @@ impl Driver {
         Ok(Some(builder))
     }
 
+    /// True while there are connections, and more batches wait for them than keeps them busy. Without one, the buffer is
+    /// there to be filled until one is back.
+    fn is_ahead(&self) -> bool {
+        self.queue.len() >= AHEAD && self.slots.iter().any(Slot::is_ready)
+    }
+
     /// True while a connection has yet to take what was given to it.
     fn wants_room(&self) -> bool {
         self.slots.iter().any(|slot| !slot.queue.is_empty())
@@ -806,7 +819,8 @@ impl Publisher {
         Ok(())
     }
 
-    /// As [`Publisher::publish`], waiting while the buffer is full.
+    /// As [`Publisher::publish`], waiting while the buffer is full, or 16 batches wait for the connections that there are:
+    /// with more, a message would only be older when it is sent, and its batch no longer in the cache.
     ///
     /// # Errors
     /// As [`Publisher::publish`], and [`ClientError::TimedOut`] when acknowledgements stop coming.
@@ -814,12 +828,13 @@ impl Publisher {
         // The clock is read only once there is something to wait for.
         let mut progress = None;
         loop {
-            match self.publish(message) {
-                Err(ClientError::BufferFull { .. }) => {
-                    progress.get_or_insert_with(|| Progress::new(self)).wait(self)?
+            if !self.core.ahead.load(Ordering::Relaxed) {
+                match self.publish(message) {
+                    Err(ClientError::BufferFull { .. }) => {}
+                    result => return result,
                 }
-                result => return result,
             }
+            progress.get_or_insert_with(|| Progress::new(self)).wait(self)?;
         }
     }
 

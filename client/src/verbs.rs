@@ -24,6 +24,18 @@ use std::time::Duration;
 /// Frames that a broker may send before the first is looked at.
 const FRAMES: usize = 512;
 
+/// Bytes of a batch that is sent out of the core's own cache, where it was filled, while the next one is: larger ones spare a
+/// NIC in software nothing, as it takes its time for each packet (docs/performance.md, "What the profile of DPDK showed").
+const CACHED_BATCH: usize = 128 << 10;
+
+/// The most that load makes a batch, where the transport says so.
+pub(crate) fn heaviest_batch(transport: Transport) -> Option<usize> {
+    match transport {
+        Transport::Roce | Transport::Dpdk => Some(CACHED_BATCH),
+        Transport::Tcp | Transport::Verbs => None,
+    }
+}
+
 /// A device, as all connections of a client use it.
 pub(crate) struct VerbsDevice {
     port: LocalPort,

@@ -6,7 +6,7 @@ use dpdk_sys as ffi;
 use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::io;
-use std::mem::zeroed;
+use std::mem::{ManuallyDrop, zeroed};
 use std::ops::{Deref, DerefMut};
 use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -269,20 +269,29 @@ impl Queues {
         self.index
     }
 
-    /// Takes a burst of frames; how many. Those of several buffers are longer than we said frames may be, and are dropped.
-    pub fn receive(&mut self, mut each: impl FnMut(Received)) -> usize {
+    /// Takes a burst of frames; how many. What `each` gives back goes to its pool together: alone, each would wait there for a
+    /// lock, and with it for what was stored past the caches. Those of several buffers are longer than we said frames may
+    /// be, and are dropped.
+    pub fn receive(&mut self, mut each: impl FnMut(Received) -> Option<Received>) -> usize {
         let mut buffers = [null_mut(); BURST];
         // SAFETY: the port is started, the queue is ours, and as many places are there as stated.
         let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, self.index, buffers.as_mut_ptr(), BURST as u16) };
-        for buffer in buffers[..usize::from(count)].iter().filter_map(|buffer| NonNull::new(*buffer)) {
-            Received::of(Buffer(buffer)).into_iter().for_each(&mut each);
+        let mut done = 0;
+        for index in 0..usize::from(count) {
+            let received = NonNull::new(buffers[index]).and_then(|buffer| Received::of(Buffer(buffer)));
+            if let Some(frame) = received.and_then(&mut each) {
+                buffers[done] = frame.buffer.into_raw();
+                done += 1;
+            }
         }
+        // SAFETY: the first ones are ours, and freed once.
+        unsafe { ffi::rte_pktmbuf_free_bulk(buffers.as_mut_ptr(), done as u32) };
         count.into()
     }
 
     /// Where frames to be sent are made.
-    pub fn pool(&self) -> Pool {
-        self.port.queues[usize::from(self.index)].pool
+    pub fn frames(&self) -> Frames {
+        Frames { pool: self.port.queues[usize::from(self.index)].pool, spare: Vec::with_capacity(BURST) }
     }
 
     /// Sends a burst of the first frames, and takes those away that the port took; how many.
@@ -309,17 +318,45 @@ impl Drop for Queues {
 
 /// Packet buffers, which stay as long as the process.
 #[derive(Clone, Copy)]
-pub(super) struct Pool(NonNull<ffi::rte_mempool>);
+struct Pool(NonNull<ffi::rte_mempool>);
 
-impl Pool {
+// SAFETY: it can be used from any thread.
+unsafe impl Send for Pool {}
+
+/// Where a queue makes the frames that it sends.
+pub(super) struct Frames {
+    pool: Pool,
+    /// Taken out of the pool together, for which its lock is taken once.
+    spare: Vec<Buffer>,
+}
+
+impl Frames {
     /// An empty frame, if there is a buffer.
-    pub fn frame(self) -> Option<Frame> {
-        // SAFETY: the pool lives as long as the process; a buffer that it gives has room for its first byte.
+    pub fn empty(&mut self) -> Option<Frame> {
+        if self.spare.is_empty() {
+            self.refill();
+        }
+        let buffer = self.spare.pop()?;
+        // SAFETY: a buffer that a pool gives has room for its first byte.
         unsafe {
-            let buffer = Buffer(NonNull::new(ffi::rte_pktmbuf_alloc(self.0.as_ptr()))?);
             let start = NonNull::new(ffi::embarcadero_mbuf_data(buffer.0.as_ptr()).cast())?;
             let room = ffi::rte_pktmbuf_tailroom(buffer.0.as_ptr()).into();
             Some(Frame { buffer, start, room, len: 0 })
+        }
+    }
+
+    /// Takes as many as a burst has, or one while there are fewer.
+    #[cold]
+    fn refill(&mut self) {
+        let mut buffers = [null_mut(); BURST];
+        for count in [BURST, 1] {
+            // SAFETY: the pool lives as long as the process, and as many places are there as stated.
+            let result =
+                unsafe { ffi::rte_pktmbuf_alloc_bulk(self.pool.0.as_ptr(), buffers.as_mut_ptr(), count as u32) };
+            if result == 0 {
+                self.spare.extend(buffers[..count].iter().filter_map(|buffer| NonNull::new(*buffer)).map(Buffer));
+                return;
+            }
         }
     }
 }
@@ -329,6 +366,13 @@ struct Buffer(NonNull<ffi::rte_mbuf>);
 
 // SAFETY: nobody else has it; its pool can be used from any thread.
 unsafe impl Send for Buffer {}
+
+impl Buffer {
+    /// Is no longer ours.
+    fn into_raw(self) -> *mut ffi::rte_mbuf {
+        ManuallyDrop::new(self).0.as_ptr()
+    }
+}
 
 impl Drop for Buffer {
     fn drop(&mut self) {

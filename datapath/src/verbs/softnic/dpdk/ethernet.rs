@@ -2,7 +2,7 @@
 
 use super::super::DpdkConfig;
 use super::super::wire::PAIRS;
-use super::eal::{BURST, EthPort, Frame, Pool, Queues, Received};
+use super::eal::{BURST, EthPort, Frame, Frames, Queues, Received};
 use crate::transport::roce::Nanos;
 use crate::transport::roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
 use crate::transport::roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put, SCRATCH_BYTES};
@@ -19,6 +19,7 @@ const STRAYS: usize = 1024;
 /// pair: what came at another queue is handed to the one that has the queue pair.
 pub(in super::super) struct Ethernet {
     queues: Queues,
+    frames: Frames,
     station: Station<Arc<Neighbours>>,
     now: Nanos,
     outgoing: VecDeque<Frame>,
@@ -38,8 +39,10 @@ impl Ethernet {
         let neighbours = Arc::<Neighbours>::default();
         let (owners, strays): (Vec<_>, Vec<_>) = (0..port.queues()).map(|_| sync_channel(STRAYS)).unzip();
         let of = |(index, strays)| {
+            let queues = Queues::of(port, index)?;
             Ok(Self {
-                queues: Queues::of(port, index)?,
+                frames: queues.frames(),
+                queues,
                 station: Station::new(place, Arc::clone(&neighbours)),
                 now: 0,
                 outgoing: VecDeque::with_capacity(2 * BURST),
@@ -59,7 +62,7 @@ impl Ethernet {
     pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
         self.now = now;
         let first = self.first();
-        let Self { queues, station, outgoing, strays, owners, .. } = self;
+        let Self { queues, frames, station, outgoing, strays, owners, .. } = self;
         let mut came = 0;
         for mut stray in strays.try_iter().take(BURST) {
             came += 1;
@@ -68,26 +71,30 @@ impl Ethernet {
                 each(with_scratch(&mut stray, bytes));
             }
         }
-        let pool = queues.pool();
-        came + queues.receive(|mut frame| match station.take(&frame, frame.tag()) {
-            Taken::Packet(packet) => match packet::queue_pair(packet).and_then(|number| owner(owners, number)) {
-                Some((of, owner)) if of != first => {
-                    let _ = owner.try_send(frame);
-                }
-                _ => {
-                    let bytes = packet.len();
-                    each(with_scratch(&mut frame, bytes));
-                }
-            },
-            Taken::Answer(answer) if outgoing.len() < BURST => outgoing.extend(frame_of(pool, &answer)),
-            Taken::Answer(_) | Taken::Nothing => {}
+        came + queues.receive(|mut frame| {
+            match station.take(&frame, frame.tag()) {
+                Taken::Packet(packet) => match packet::queue_pair(packet).and_then(|number| owner(owners, number)) {
+                    Some((of, owner)) if of != first => {
+                        // With no room there it is lost.
+                        let _ = owner.try_send(frame);
+                        return None;
+                    }
+                    _ => {
+                        let bytes = packet.len();
+                        each(with_scratch(&mut frame, bytes));
+                    }
+                },
+                Taken::Answer(answer) if outgoing.len() < BURST => outgoing.extend(frame_of(frames, &answer)),
+                Taken::Answer(_) | Taken::Nothing => {}
+            }
+            Some(frame)
         })
     }
 
     /// As [`super::super::wire::Wire::seek`].
     pub fn seek(&mut self, to: IpAddr, now: Nanos) {
         let question = self.station.ask(to, now);
-        self.outgoing.extend(question.and_then(|question| frame_of(self.queues.pool(), &question)));
+        self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
         self.flush();
     }
 
@@ -98,17 +105,16 @@ impl Ethernet {
 
     /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
     pub fn stage(&mut self, packet: &Packet<'_>) {
-        let pool = self.queues.pool();
         let header = match self.station.hop(packet.to, self.now) {
             Hop::Known(header) => header,
             Hop::Unknown(question) => {
-                self.outgoing.extend(question.and_then(|question| frame_of(pool, &question)));
+                self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
                 return;
             }
             Hop::Nowhere => return,
         };
         // Without a buffer it is lost.
-        let Some(mut frame) = frame_of(pool, header.as_ref()) else { return };
+        let Some(mut frame) = frame_of(&mut self.frames, header.as_ref()) else { return };
         // What the protocol makes is sound.
         if packet.payload.len() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES > frame.room()
             || packet.encode(&mut frame).is_err()
@@ -145,8 +151,8 @@ fn owner(owners: &[SyncSender<Received>], number: u32) -> Option<(u32, &SyncSend
 }
 
 /// A frame that begins so, if there is a buffer.
-fn frame_of(pool: Pool, bytes: &[u8]) -> Option<Frame> {
-    let mut frame = pool.frame().filter(|frame| bytes.len() <= frame.room())?;
+fn frame_of(frames: &mut Frames, bytes: &[u8]) -> Option<Frame> {
+    let mut frame = frames.empty().filter(|frame| bytes.len() <= frame.room())?;
     frame.put(bytes);
     Some(frame)
 }
