@@ -5,9 +5,9 @@ mod support;
 
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
 use embarcadero_datapath::wire::ErrorCode;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-use support::{Cluster, eventually, run};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use support::{Cluster, eventually, message, run};
 
 fn small(cluster: &Cluster) -> Client {
     Client::connect(ClientConfig { batch_size: Some(64 << 10), buffer_bytes: 1 << 20, ..cluster.config() }).unwrap()
@@ -50,6 +50,46 @@ fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
     assert_eq!(cluster_now.segments_free, cluster_now.segments_total);
     client.create_topic("full", TopicOptions::default()).unwrap();
     fill(&client, "full", 10 << 20).unwrap();
+}
+
+/// Waiting, publishing runs a few batches ahead of a connection that takes none, however large the buffer is; without a
+/// connection the buffer is filled.
+#[test]
+fn publish_wait_stays_close_to_its_connections_while_there_are_any() {
+    const COUNT: u64 = 40_000;
+    let mut cluster = Cluster::start(1, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
+    let client = Client::connect(ClientConfig {
+        batch_size: Some(64 << 10),
+        buffer_bytes: 64 << 20,
+        progress_timeout_ms: 600_000,
+        ..cluster.config()
+    })
+    .unwrap();
+    client.create_topic("ahead", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("ahead").unwrap();
+    publisher.publish_wait(&message(0, 0)).unwrap();
+    publisher.flush().unwrap();
+    cluster.brokers[0].signal("-STOP");
+    let published = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..COUNT {
+                publisher.publish_wait(&[7; 1000]).unwrap();
+                published.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let mut last = (0, Instant::now());
+        eventually("publishing stops", || {
+            let count = published.load(Ordering::Relaxed);
+            if count != last.0 {
+                last = (count, Instant::now());
+            }
+            count > 0 && last.1.elapsed() > Duration::from_secs(1)
+        });
+        assert!(last.0 < COUNT / 4, "{} KB ahead of a connection that takes nothing", last.0);
+        drop(cluster.kill(0));
+        eventually("the buffer takes the rest", || published.load(Ordering::Relaxed) == COUNT);
+    });
 }
 
 fn retention_recycles(create: &[&str], order: Order) {

@@ -44,7 +44,8 @@ pub struct ClientConfig {
     pub batch_size: Option<usize>,
     /// Bytes of a batch under light load, header included.
     pub batch_size_min: usize,
-    /// Bytes of a batch under heavy load, or with a large message, at most; brokers may allow less (`max_batch_bytes`).
+    /// Bytes of a batch under heavy load, or with a large message, at most; brokers may allow less (`max_batch_bytes`). With
+    /// `roce` and `dpdk` load alone makes them no larger than 128 KiB.
     pub batch_size_max: usize,
     /// Bytes that a publisher may hold until they are acknowledged.
     pub buffer_bytes: usize,

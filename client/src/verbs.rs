@@ -25,7 +25,7 @@ use std::time::Duration;
 const FRAMES: usize = 512;
 
 /// Bytes of a batch that is sent out of the core's own cache, where it was filled, while the next one is: larger ones spare a
-/// NIC in software nothing, as it takes its time for each packet (docs/performance.md, "What the profile of DPDK showed").
+/// NIC in software nothing, as it takes its time for each packet (docs/performance.md).
 const CACHED_BATCH: usize = 128 << 10;
 
 /// The most that load makes a batch, where the transport says so.
