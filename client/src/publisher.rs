@@ -169,7 +169,7 @@ pub(crate) struct PublisherCore {
     open: SpinMutex<Open, Yield>,
     driver: Mutex<Driver>,
     in_flight: AtomicUsize,
-    /// More wait for connections than [`AHEAD`].
+    /// [`AHEAD`] batches or more wait for connections.
     ahead: AtomicBool,
     /// Batches below this are acknowledged.
     acknowledged: AtomicU64,
@@ -707,7 +707,7 @@ impl Driver {
         Ok(Some(builder))
     }
 
-    /// True while there are connections, and more batches wait for them than keeps them busy. Without one, the buffer is
+    /// True while there are connections, and more batches wait for them than keep them busy. Without one, the buffer is
     /// there to be filled until one is back.
     fn is_ahead(&self) -> bool {
         self.queue.len() >= AHEAD && self.slots.iter().any(Slot::is_ready)

@@ -346,7 +346,7 @@ impl Frames {
     }
 
     /// Takes as many as a burst has, or one while there are fewer.
-    #[cold]
+    #[inline(never)]
     fn refill(&mut self) {
         let mut buffers = [null_mut(); BURST];
         for count in [BURST, 1] {
