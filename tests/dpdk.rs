@@ -157,6 +157,8 @@ fn between_hosts(port: &Settings, mtu: &str, faults: Faults) {
 /// Frames of this device carry so many bytes.
 const MTU: &str = "8150";
 
+const AF_XDP: &str = "net_af_xdp0,iface=e0";
+
 fn af_packet(interface: &str, queues: u16) -> String {
     eal(&format!("net_af_packet0,iface={interface},blocksz=65536,framesz=8192,framecnt=512,qpairs={queues}"))
 }
@@ -195,7 +197,18 @@ fn a_port_has_no_more_queues_than_its_driver_says() {
 
 #[test]
 fn order_and_integrity_over_af_xdp() {
-    between_hosts(&[("EAL", &eal("net_af_xdp0,iface=e0"))], "1500", Faults::default());
+    between_hosts(&[("EAL", &eal(AF_XDP))], "1500", Faults::default());
+}
+
+#[test]
+fn order_and_integrity_over_af_xdp_with_one_packet_of_a_hundred_lost_or_repeated() {
+    let faults = Faults { lost: 10, repeated: 10, reordered: 10, damaged: 5 };
+    between_hosts(&[("EAL", &eal(AF_XDP))], "1500", faults);
+}
+
+#[test]
+fn order_and_integrity_over_af_xdp_with_one_packet_of_twenty_lost() {
+    between_hosts(&[("EAL", &eal(AF_XDP))], "1500", Faults { lost: 50, ..Faults::default() });
 }
 
 /// Frames go from host to host by `v0` as they are; the wire's relays see them without their tags.
