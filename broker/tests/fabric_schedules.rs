@@ -607,6 +607,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     }
 
     // Rough weather: hosts run interleaved.
+    world.lock().unwrap().set_turbulence(Turbulence::ROUGHEST);
     let mut head_stages = Some((sequencer, completion));
     let (next_commands, next_queue) = unbounded();
     let threads: Vec<_> = hosts
@@ -888,6 +889,20 @@ fn every_flush_fence_and_invalidate_is_needed() {
     }
     let _ = std::panic::take_hook();
     assert!(survivors.is_empty(), "removing these is not noticed in {budget} schedules: {survivors:?}");
+}
+
+/// Where a full fence is weaker than that, some schedule fails.
+#[test]
+fn every_full_fence_is_needed() {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000) as usize;
+    std::panic::set_hook(Box::new(|_| {}));
+    let needed = |site: &&Site| {
+        let removed = Some(Mutation::FullFence(**site));
+        catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &Arc::default()))).is_ok()
+    };
+    let survivors: Vec<_> = [Site::PinFlush, Site::TrimFlush, Site::SeatFlush, Site::SeatRead].iter().filter(needed).collect();
+    let _ = std::panic::take_hook();
+    assert!(survivors.is_empty(), "that these are weaker is not noticed in {budget} schedules: {survivors:?}");
 }
 
 /// Without one of the checks, some schedule fails. Prints after how many schedules.

@@ -25,8 +25,8 @@ macro_rules! sites {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// Every place where protocol code writes back or drops cache lines, or fences.
         ///
-        /// `Native` ignores it. `Simulated` can be told to skip one, which is how the tests prove that each of
-        /// them is needed: see `tests/fabric_schedules.rs`.
+        /// A label, nothing more: `Native` ignores it. `Simulated` can be told to skip one, which is how the tests prove
+        /// that each of them is needed: see `tests/fabric_schedules.rs`.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Site { $($(#[$doc])* $name),* }
         impl Site {
@@ -196,11 +196,16 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// Starts the write-back of every line that `len` bytes from `at` touch. Complete only after a fence.
     fn flush(&self, at: RegionOffset, len: u64, site: Site);
 
-    /// Waits until all flushes that this thread started are in memory.
+    /// Orders all flushes and stores of this thread before its later flushes and stores. A later load may still be
+    /// done before they are in memory.
     fn fence(&self, site: Site);
 
+    /// As [`Fabric::fence`], and orders them before later loads too: when this returns they are in memory. Needed
+    /// where two hosts each store a word and then load the other's, and at least one of them has to see the other.
+    fn full_fence(&self, site: Site);
+
     /// Drops this host's copies of the lines, so that the next load comes from memory.
-    /// Only for lines that this host does not write.
+    /// Only for lines that this host does not write. It does not wait for this host's own flushes.
     fn invalidate(&self, at: RegionOffset, len: u64, site: Site);
 
     /// Copies bytes out of the region, possibly stale.

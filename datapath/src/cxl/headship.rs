@@ -124,8 +124,8 @@ pub fn of_head<F: Fabric, R>(region: &Region<F>, mut read: impl FnMut(Seat) -> R
 /// True while no epoch higher than `epoch` is claimed: what the head of that epoch wrote before asking counts.
 #[inline]
 pub fn still_leads<F: Fabric>(region: &Region<F>, epoch: u64) -> bool {
-    // SYNC: the seats are looked at after what was written is visible; pairs with `claim`.
-    fence(Ordering::SeqCst);
+    // SYNC: the seats are looked at after what was written is in memory; pairs with `claim`.
+    region.fabric().full_fence(Site::SeatRead);
     latest_claim(region) == epoch
 }
 
@@ -142,8 +142,7 @@ pub fn claim<F: Fabric>(region: &Region<F>, seat: Seat, epoch: u64) {
     region.fabric().store(at, epoch);
     region.fabric().flush(at, 8, Site::SeatFlush);
     // SYNC: in memory before anything of the predecessor is read; pairs with `of_head`.
-    region.fabric().fence(Site::SeatFlush);
-    fence(Ordering::SeqCst);
+    region.fabric().full_fence(Site::SeatFlush);
 }
 
 /// Everything is in this head's area: it leads, under the epoch that it claimed.

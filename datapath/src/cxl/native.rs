@@ -227,13 +227,14 @@ impl Fabric for Native {
     }
 
     #[inline]
-    fn fence(&self, site: Site) {
+    fn fence(&self, _site: Site) {
         cache::store_fence(self.method);
-        if matches!(site, Site::PinFlush | Site::TrimFlush) {
-            // SYNC: a pin and a trim point are each stored and then the other is loaded; x86 would let the load pass
-            // the store. See `order_index::Pin`.
-            fence(Ordering::SeqCst);
-        }
+    }
+
+    #[inline]
+    fn full_fence(&self, _site: Site) {
+        cache::full_fence(self.method);
+        fence(Ordering::SeqCst);
     }
 
     #[inline]

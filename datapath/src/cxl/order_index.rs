@@ -433,7 +433,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.store(self.tail_at.add(TRIMMED), position);
         fabric.flush(self.tail_at, 64, Site::TrimFlush);
         // SYNC: in memory before any pin is looked at; pairs with `Pin::set`.
-        fabric.fence(Site::TrimFlush);
+        fabric.full_fence(Site::TrimFlush);
     }
 
     /// Lets go of the segments whose entries are all below both the trim point and `pinned`. Its own go back to the pool;
@@ -510,7 +510,7 @@ impl<F: Fabric> Pin<F> {
             fabric.flush(self.at, 8, Site::PinFlush);
             // SYNC: the pin reaches memory before the trim point is read; the trimmer stores its point before it
             // reads pins (`OrderIndexWriter::trim`). So at least one of the two sees the other.
-            fabric.fence(Site::PinFlush);
+            fabric.full_fence(Site::PinFlush);
         }
         let (region, id) = (&self.region, self.id);
         id.observe(region, |seat| fabric.observe(id.tail(region, seat).add(TRIMMED), Site::TrimRead))

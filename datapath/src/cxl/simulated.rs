@@ -2,7 +2,8 @@
 //!
 //! Each host has its own cache. A store stays in it until it is flushed *and* fenced, or until the line is evicted at
 //! a random moment. A line that was read stays as it was until it is invalidated, or evicted. A flush that is not
-//! fenced completes at a random moment. A crashed host loses its cache. A write-back moves the whole line, so two
+//! fenced completes at a random moment; one that is fenced, before the host's next store or flush, but maybe not before
+//! its next loads, unless the fence was a full one. A crashed host loses its cache. A write-back moves the whole line, so two
 //! hosts that write one line destroy each other's words, as on the real thing.
 
 use super::fabric::{Fabric, Guard, LINE_BYTES, RegionOffset, Site};
@@ -21,15 +22,19 @@ pub struct Turbulence {
     pub evict: f64,
     /// A random unfenced flush of the acting host completes.
     pub drain: f64,
+    /// A fence lets later loads of its host pass what it fences.
+    pub delay: f64,
     /// A line that is fetched brings the next one along, as hardware prefetchers do.
     pub prefetch: f64,
 }
 
 impl Turbulence {
     /// Enough to see a line leave early in every few operations.
-    pub const ROUGH: Self = Self { evict: 0.05, drain: 0.2, prefetch: 0.3 };
+    pub const ROUGH: Self = Self { evict: 0.05, drain: 0.2, delay: 0.0, prefetch: 0.3 };
+    /// The same, and loads pass fences: for hosts that speak to each other through the region alone.
+    pub const ROUGHEST: Self = Self { delay: 0.3, ..Self::ROUGH };
     /// Nothing happens by chance: only what the code asks for.
-    pub const CALM: Self = Self { evict: 0.0, drain: 0.0, prefetch: 0.0 };
+    pub const CALM: Self = Self { evict: 0.0, drain: 0.0, delay: 0.0, prefetch: 0.0 };
 }
 
 /// What a simulation leaves out of the protocol, to see whether it is noticed.
@@ -37,6 +42,8 @@ impl Turbulence {
 pub enum Mutation {
     /// A flush, fence or invalidate.
     Site(Site),
+    /// A full fence, of which an ordinary one is left.
+    FullFence(Site),
     /// A check.
     Guard(Guard),
 }
@@ -51,6 +58,8 @@ struct Host {
     cache: BTreeMap<u64, CachedLine>,
     /// Flushed but not fenced: what the line held when it was flushed.
     pending: BTreeMap<u64, LineWords>,
+    /// Fenced, and not in memory before the next store or flush.
+    fenced: BTreeMap<u64, LineWords>,
     crashed: bool,
 }
 
@@ -82,6 +91,8 @@ impl World {
     /// Changes the weather, for example to calm before checking that everything arrives.
     pub fn set_turbulence(&mut self, turbulence: Turbulence) {
         self.turbulence = turbulence;
+        let Self { memory, hosts, .. } = self;
+        hosts.iter_mut().for_each(|host| Self::settle(memory, host));
     }
 
     /// How often each site was passed.
@@ -96,14 +107,25 @@ impl World {
         }
     }
 
+    /// What is fenced is in memory now.
+    fn settle(memory: &mut [LineWords], host: &mut Host) {
+        for (line, words) in std::mem::take(&mut host.fenced) {
+            Self::write_memory(memory, line, words);
+        }
+    }
+
     fn weather(&mut self, host: usize) {
         let Self { memory, hosts, rng, turbulence, .. } = self;
         let Some(host) = hosts.get_mut(host) else { return };
+        if turbulence.drain > 0.0 && !host.fenced.is_empty() && rng.random_bool(turbulence.drain) {
+            Self::settle(memory, host);
+        }
         if turbulence.drain > 0.0 && !host.pending.is_empty() && rng.random_bool(turbulence.drain) {
             let pick = rng.random_range(0..host.pending.len());
             if let Some(line) = host.pending.keys().nth(pick).copied()
                 && let Some(words) = host.pending.remove(&line)
             {
+                Self::settle(memory, host);
                 Self::write_memory(memory, line, words);
             }
         }
@@ -120,10 +142,12 @@ impl World {
         if let Some(cached) = host.cache.remove(&line)
             && cached.dirty
         {
+            Self::settle(memory, host);
             Self::write_memory(memory, line, cached.words);
             return;
         }
         if let Some(words) = flushed {
+            Self::settle(memory, host);
             Self::write_memory(memory, line, words);
         }
     }
@@ -134,13 +158,14 @@ impl World {
         if !host.cache.contains_key(&line) {
             let fetch = |line: u64| memory.get(line as usize).map(|words| CachedLine { words: *words, dirty: false });
             let mut fetched = fetch(line)?;
-            if let Some(flushed) = host.pending.get(&line) {
-                fetched.words = *flushed;
+            if let Some(own) = host.pending.get(&line).or_else(|| host.fenced.get(&line)) {
+                fetched.words = *own;
             }
             if turbulence.prefetch > 0.0
                 && rng.random_bool(turbulence.prefetch)
                 && !host.cache.contains_key(&(line + 1))
                 && !host.pending.contains_key(&(line + 1))
+                && !host.fenced.contains_key(&(line + 1))
                 && let Some(next) = fetch(line + 1)
             {
                 host.cache.insert(line + 1, next);
@@ -148,6 +173,26 @@ impl World {
             host.cache.insert(line, fetched);
         }
         host.cache.get_mut(&line)
+    }
+
+    fn settle_of(&mut self, host: usize) {
+        let Self { memory, hosts, .. } = self;
+        if let Some(host) = hosts.get_mut(host) {
+            Self::settle(memory, host);
+        }
+    }
+
+    fn fence(&mut self, host: usize, full: bool) {
+        let Self { memory, hosts, rng, turbulence, .. } = self;
+        let Some(host) = hosts.get_mut(host) else { return };
+        if host.crashed {
+            return;
+        }
+        Self::settle(memory, host);
+        host.fenced = std::mem::take(&mut host.pending);
+        if full || turbulence.delay == 0.0 || !rng.random_bool(turbulence.delay) {
+            Self::settle(memory, host);
+        }
     }
 
     fn passes(&mut self, site: Site) -> bool {
@@ -184,6 +229,7 @@ impl Simulated {
         let mut world = lock(&self.world);
         let World { memory, hosts, rng, .. } = &mut *world;
         if let Some(host) = hosts.get_mut(self.host) {
+            World::settle(memory, host);
             for (line, words) in std::mem::take(&mut host.pending) {
                 if rng.random_bool(0.5) {
                     World::write_memory(memory, line, words);
@@ -234,6 +280,7 @@ impl Fabric for Simulated {
         if world.hosts.get(self.host).is_none_or(|host| host.crashed) {
             return;
         }
+        world.settle_of(self.host);
         let word = (at.0 % LINE_BYTES / 8) as usize;
         if let Some(line) = world.line_of(self.host, at.0 / LINE_BYTES) {
             line.words[word] = value;
@@ -246,6 +293,7 @@ impl Fabric for Simulated {
         if !world.passes(site) {
             return;
         }
+        world.settle_of(self.host);
         let Some(host) = world.hosts.get_mut(self.host) else { return };
         if host.crashed {
             return;
@@ -260,16 +308,16 @@ impl Fabric for Simulated {
 
     fn fence(&self, site: Site) {
         let mut world = self.enter();
-        if !world.passes(site) {
-            return;
+        if world.passes(site) {
+            world.fence(self.host, false);
         }
-        let World { memory, hosts, .. } = &mut *world;
-        let Some(host) = hosts.get_mut(self.host) else { return };
-        if host.crashed {
-            return;
-        }
-        for (line, words) in std::mem::take(&mut host.pending) {
-            World::write_memory(memory, line, words);
+    }
+
+    fn full_fence(&self, site: Site) {
+        let mut world = self.enter();
+        if world.passes(site) {
+            let full = world.removed != Some(Mutation::FullFence(site));
+            world.fence(self.host, full);
         }
     }
 
@@ -305,7 +353,8 @@ impl Fabric for Simulated {
             let position = at.0 + read as u64;
             let (line, within) = (position / LINE_BYTES, (position % LINE_BYTES) as usize);
             let cached = host.cache.get(&line).map(|cached| &cached.words);
-            let words = cached.or_else(|| host.pending.get(&line)).or_else(|| world.memory.get(line as usize));
+            let own = cached.or_else(|| host.pending.get(&line)).or_else(|| host.fenced.get(&line));
+            let words = own.or_else(|| world.memory.get(line as usize));
             let bytes: &[u8] = words.map_or(&[], |words| bytemuck::bytes_of(words));
             let count = (LINE_BYTES as usize - within).min(into.len() - read);
             into[read..read + count].copy_from_slice(&bytes[within..within + count]);
