@@ -1,21 +1,20 @@
-//! `embarcadero cluster`: broker processes on this host, sharing one region.
+//! Clusters of broker processes on this host, sharing one region.
 
-use crate::settings::{TransportArg, parse_bytes};
+use crate::settings::parse_bytes;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use embarcadero_client::{Client, ClientConfig};
-use embarcadero_datapath::cxl::RegionError;
-use embarcadero_datapath::cxl::cache::FlushMethod;
-use embarcadero_datapath::cxl::layout::{AllocatorKind, Geometry};
-use embarcadero_datapath::cxl::region::{Creation, RegionFile};
-use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use embarcadero_client::{Client, ClientConfig, TransportKind};
+use embarcadero_cxl::RegionError;
+use embarcadero_cxl::cache::FlushMethod;
+use embarcadero_cxl::layout::{AllocatorKind, Geometry};
+use embarcadero_cxl::region::{Creation, RegionFile};
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 #[derive(Args, Clone)]
+#[allow(missing_docs)] // clap would take it for the command's help
 pub struct ClusterArgs {
     /// Broker processes, 1 to 32.
     #[arg(long, short = 'n', default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
@@ -37,7 +36,7 @@ pub struct ClusterArgs {
     pub config: Option<PathBuf>,
     /// What brokers offer to clients (transport).
     #[arg(long)]
-    pub transport: Option<TransportArg>,
+    pub transport: Option<TransportKind>,
     /// Cores for the brokers' polling threads, in turn; the scheduler's choice if not given.
     #[arg(long, value_delimiter = ',')]
     pub cores: Vec<usize>,
@@ -55,6 +54,7 @@ pub struct ClusterArgs {
 /// A broker process; killed when dropped.
 pub struct BrokerProcess {
     child: Child,
+    /// Control endpoint, `host:port`.
     pub control: String,
 }
 
@@ -95,11 +95,15 @@ impl BrokerProcess {
         Ok(Self { child, control })
     }
 
+    /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// kill -9.
+    /// Kills it, as `kill -9` does.
+    ///
+    /// # Errors
+    /// The system's.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill().context("cannot kill a broker")?;
         self.child.wait().map(drop).context("cannot wait for a broker")
@@ -131,11 +135,16 @@ impl Drop for BrokerProcess {
 
 /// A running cluster; brokers stop and a region that it made goes when it is dropped.
 pub struct Cluster {
+    /// Its processes; the first has the configured port.
     pub brokers: Vec<BrokerProcess>,
     region: Option<PathBuf>,
 }
 
 impl Cluster {
+    /// Makes the region if there is none, starts the brokers, and waits until all of them serve.
+    ///
+    /// # Errors
+    /// A broker does not start; what was started is stopped.
     pub fn start(args: &ClusterArgs) -> Result<Self> {
         let mut cluster = Self { brokers: Vec::new(), region: None };
         // A device is always there; one that was never used, or whose region was destroyed, begins with zeros.
@@ -164,8 +173,24 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Control endpoint of the first broker.
     pub fn control(&self) -> String {
         self.brokers.first().map(|broker| broker.control.clone()).unwrap_or_default()
+    }
+}
+
+impl Cluster {
+    /// Takes out the brokers that have ended by themselves: their process ids, and how each ended.
+    pub fn take_ended(&mut self) -> Vec<(u32, ExitStatus)> {
+        let mut ended = Vec::new();
+        self.brokers.retain_mut(|broker| match broker.child.try_wait() {
+            Ok(Some(status)) => {
+                ended.push((broker.id(), status));
+                false
+            }
+            _ => true,
+        });
+        ended
     }
 }
 
@@ -180,35 +205,4 @@ impl Drop for Cluster {
             eprintln!("cannot destroy {}: {error}", region.display());
         }
     }
-}
-
-pub fn run(args: &ClusterArgs) -> Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGCHLD]).context("cannot watch for signals")?;
-    let mut cluster = Cluster::start(args)?;
-    for (index, broker) in cluster.brokers.iter().enumerate() {
-        println!("broker {index}: pid {}, control {}", broker.id(), broker.control);
-    }
-    if let Some(file) = &args.ready_file {
-        std::fs::write(file, cluster.control()).with_context(|| format!("cannot write {}", file.display()))?;
-    }
-    for signal in signals.forever() {
-        if signal != SIGCHLD {
-            break;
-        }
-        let mut lost = Vec::new();
-        cluster.brokers.retain_mut(|broker| match broker.child.try_wait() {
-            Ok(Some(status)) => {
-                lost.push((broker.id(), status));
-                false
-            }
-            _ => true,
-        });
-        for (pid, status) in lost {
-            eprintln!("broker with pid {pid} ended: {status}; {} left", cluster.brokers.len());
-        }
-        if cluster.brokers.is_empty() {
-            bail!("all brokers ended");
-        }
-    }
-    Ok(())
 }

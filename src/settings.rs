@@ -1,8 +1,9 @@
 //! Configuration: a YAML file, overridden by the environment, overridden by flags.
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, ValueEnum};
-use embarcadero_client::{Client, ClientConfig, ClientError, Transport};
+use clap::Args;
+use embarcadero_client::{Client, ClientConfig, TransportKind};
+use embarcadero_wire::OutOfBounds;
 use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 use std::path::{Path, PathBuf};
@@ -46,12 +47,14 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
     Ok(serde_path_to_error::deserialize(root)?)
 }
 
-/// An error about the `value` of `key`, with the file and line that it comes from, if it is from a file.
-pub fn located(file: Option<&Path>, key: &str, value: &str, error: impl Into<anyhow::Error>) -> anyhow::Error {
+/// Adds to an error the file and line that the value comes from, if it is from a file.
+pub fn located(file: Option<&Path>, error: OutOfBounds) -> anyhow::Error {
     let text = file.and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
-    let says = |line: &usize| text.lines().nth(line - 1).is_some_and(|line| line.contains(value));
-    match (file, line_of(&text, key).filter(says)) {
-        (Some(file), Some(line)) => error.into().context(format!("configuration {}, line {line}", file.display())),
+    let says = |line: &usize| text.lines().nth(line - 1).is_some_and(|line| line.contains(&error.value));
+    match (file, line_of(&text, error.key).filter(says)) {
+        (Some(file), Some(line)) => {
+            anyhow::Error::new(error).context(format!("configuration {}, line {line}", file.display()))
+        }
         _ => error.into(),
     }
 }
@@ -71,33 +74,6 @@ fn line_of(text: &str, key: &str) -> Option<usize> {
     found
 }
 
-/// How bytes travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum TransportArg {
-    Tcp,
-    Verbs,
-    Roce,
-    Dpdk,
-}
-
-impl TransportArg {
-    /// As configuration files say it.
-    pub fn name(self) -> &'static str {
-        Transport::from(self).name()
-    }
-}
-
-impl From<TransportArg> for Transport {
-    fn from(argument: TransportArg) -> Self {
-        match argument {
-            TransportArg::Tcp => Self::Tcp,
-            TransportArg::Verbs => Self::Verbs,
-            TransportArg::Roce => Self::Roce,
-            TransportArg::Dpdk => Self::Dpdk,
-        }
-    }
-}
-
 /// How a command reaches a cluster.
 #[derive(Args, Clone)]
 pub struct Connect {
@@ -109,26 +85,28 @@ pub struct Connect {
     pub client_config: Option<PathBuf>,
     /// How bytes travel (transport).
     #[arg(long)]
-    pub transport: Option<TransportArg>,
+    pub transport: Option<TransportKind>,
 }
 
 impl Connect {
+    /// The client's configuration: the file, overridden by environment and flags.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a value is out of bounds.
     pub fn config(&self) -> Result<ClientConfig> {
         let mut config: ClientConfig = load(self.client_config.as_deref(), "CLIENT")?;
         if !self.brokers.is_empty() {
             config.bootstrap.clone_from(&self.brokers);
         }
-        config.transport = self.transport.map_or(config.transport, Into::into);
-        config.validate().map_err(|error| match error {
-            ClientError::Config { key, ref value, .. } => {
-                let value = value.clone();
-                located(self.client_config.as_deref(), key, &value, error)
-            }
-            _ => error.into(),
-        })?;
+        config.transport = self.transport.unwrap_or(config.transport);
+        config.validate().map_err(|error| located(self.client_config.as_deref(), error))?;
         Ok(config)
     }
 
+    /// A connected client.
+    ///
+    /// # Errors
+    /// As [`Connect::config`], or no broker answers.
     pub fn client(&self) -> Result<Client> {
         Ok(Client::connect(self.config()?)?)
     }
@@ -179,10 +157,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("broker.yaml");
         std::fs::write(&file, text).unwrap();
-        let error = located(Some(&file), "threads.spin_us", "9", anyhow::anyhow!("spin_us is 9"));
-        assert_eq!(format!("{error:#}"), format!("configuration {}, line 5: spin_us is 9", file.display()));
-        let elsewhere = located(Some(&file), "threads.spin_us", "7", anyhow::anyhow!("spin_us is 7"));
-        assert_eq!(format!("{elsewhere:#}"), "spin_us is 7");
+        let error = |value| OutOfBounds::new("threads.spin_us", value, "0");
+        let at = located(Some(&file), error(9));
+        let line = format!("configuration {}, line 5: threads.spin_us is 9; it must be 0", file.display());
+        assert_eq!(format!("{at:#}"), line);
+        assert_eq!(format!("{:#}", located(Some(&file), error(7))), "threads.spin_us is 7; it must be 0");
     }
 
     /// `config/schema` is made of the types: EMBARCADERO_WRITE_SCHEMA=1 makes it anew.

@@ -4,10 +4,10 @@
 use crate::delegation::{Delegation, FlushGroup};
 use crate::topics::TopicTable;
 use crossbeam_channel::bounded;
-use embarcadero_datapath::cxl::Fabric;
-use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::segment::{SegmentAllocator, SegmentUse, read_owner};
+use embarcadero_cxl::Fabric;
+use embarcadero_cxl::order_index::{StreamId, read_extent};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{SegmentAllocator, SegmentUse, read_owner};
 use std::sync::Arc;
 
 /// Brokers that hold segments, a bit each.

@@ -1,19 +1,19 @@
 //! Acknowledgement: in the order in which a connection's batches came; at level 2, once they are on enough disks.
 
 use crate::delegation::OrderedLocally;
-use embarcadero_datapath::cxl::Fabric;
-use embarcadero_datapath::cxl::headship::NoHead;
-use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
-use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::replication::read_completion;
-use embarcadero_datapath::cxl::session_table::{Commit, SessionState, read_commit, read_progress, read_session};
-use embarcadero_datapath::wire::{Ack, Fenced, UNKNOWN_OFFSET};
+use embarcadero_cxl::Fabric;
+use embarcadero_cxl::headship::NoHead;
+use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::order_index::{StreamId, read_extent};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::replication::read_completion;
+use embarcadero_cxl::session_table::{Commit, SessionState, read_commit, read_progress, read_session};
+use embarcadero_wire::{Ack, Fenced, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
-/// What a connection's session came to.
+/// Whether a connection's session still takes batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum SessionStatus {
     /// Batches may come.
     Open,
     /// Nothing commits any more; the client must hear of it.
@@ -206,21 +206,21 @@ impl AckQueue {
     }
 
     /// Whether the session still stands. Not for every batch: reads a line that only changes at its end.
-    pub fn standing<F: Fabric>(&self, region: &Region<F>) -> Standing {
+    pub fn status<F: Fabric>(&self, region: &Region<F>) -> SessionStatus {
         let (Ok(session), Ok(committed)) = (read_session(region, self.slot), read_progress(region, self.slot)) else {
-            return Standing::Open;
+            return SessionStatus::Open;
         };
         match session {
             // Being rewritten right now: look again next time.
-            None => Standing::Open,
+            None => SessionStatus::Open,
             Some(session)
                 if session.client_id == self.client_id
                     && session.epoch == self.epoch
                     && session.state == SessionState::Open =>
             {
-                Standing::Open
+                SessionStatus::Open
             }
-            Some(session) => Standing::Fenced(Fenced {
+            Some(session) => SessionStatus::Fenced(Fenced {
                 committed: if session.client_id == self.client_id { committed } else { 0 },
                 session_epoch: self.epoch,
                 ..Fenced::blank()

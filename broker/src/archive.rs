@@ -7,9 +7,9 @@ use crate::replica::store::StreamFiles;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
-use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
-use embarcadero_datapath::cxl::{Native, Region};
+use embarcadero_cxl::headship::{NoHead, read_headship};
+use embarcadero_cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
+use embarcadero_cxl::{Native, Region};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -33,7 +33,7 @@ pub struct ArchiveKey {
     pub topic: u32,
     /// Incarnation of the slot.
     pub incarnation: u32,
-    /// Broker whose order it is; [`embarcadero_datapath::cxl::order_index::StreamId::GLOBAL`].
+    /// Broker whose order it is; [`embarcadero_cxl::order_index::StreamId::GLOBAL`].
     pub stream: u32,
 }
 

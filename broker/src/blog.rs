@@ -1,13 +1,16 @@
 //! The Blog: a broker's log of a topic, a chain of pool segments into which batches are received.
 
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
-use embarcadero_datapath::cxl::{Fabric, LINE_BYTES, RegionOffset};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
+use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// No segment yet: the first reservation overflows it.
 const NO_SEGMENT: u64 = pack(u32::MAX, u32::MAX >> 1);
+
+/// Atomic read-modify-writes per batch, whatever its messages: three to reserve its place, one to settle that.
+pub const RESERVATION_ATOMICS: u64 = 4;
 
 /// A segment number and a position in it, in lines, as one word.
 const fn pack(segment: u32, lines: u32) -> u64 {
@@ -33,7 +36,7 @@ struct Chain {
 
 /// One broker's log of one topic.
 ///
-/// `[[DEVIATION_003]]` A reservation is one atomic addition, whatever the number of messages.
+/// `[[DEVIATION_003]]` A reservation is one atomic addition, and two that count, whatever the number of messages.
 pub struct Blog<F> {
     region: Region<F>,
     topic: u32,

@@ -3,28 +3,18 @@
 use crate::delegation::FlushGroup;
 use crate::ingest::MAX_WORKERS;
 use crate::membership::Membership;
-use embarcadero_datapath::cxl::LINE_BYTES;
-use embarcadero_datapath::cxl::cache::{FlushMethod, FlushSupport};
-use embarcadero_datapath::poll::PollPolicy;
-use embarcadero_datapath::transport::{Isolation, Transport};
-use embarcadero_datapath::verbs::{DpdkConfig, OutOfBounds, RoceConfig};
-use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
+use embarcadero_cxl::LINE_BYTES;
+use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
+use embarcadero_cxl::layout::MAX_BROKERS;
+use embarcadero_os::idle::PollPolicy;
+use embarcadero_transport::{Isolation, TransportKind};
+use embarcadero_verbs::{DpdkConfig, RoceConfig};
+use embarcadero_wire::batch::MAX_BATCH_BYTES;
+use embarcadero_wire::{OutOfBounds, within};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-
-/// A value that cannot be.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{key} is {value}; it must be {bound}")]
-pub struct ConfigError {
-    /// Which key.
-    pub key: &'static str,
-    /// Its value.
-    pub value: String,
-    /// What is allowed.
-    pub bound: String,
-}
 
 /// What the platform says about other hosts' caches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -98,16 +88,13 @@ impl CxlConfig {
     ///
     /// # Errors
     /// The choice is not available on this CPU.
-    pub fn flush_method(&self) -> Result<FlushMethod, ConfigError> {
+    pub fn flush_method(&self) -> Result<FlushMethod, OutOfBounds> {
         if self.coherence != Coherence::None {
             return Ok(FlushMethod::None);
         }
         let support = FlushSupport::detect();
-        let error = |value: String| ConfigError {
-            key: "cxl.flush",
-            value,
-            bound: format!("one that this CPU has: {}", support.names()),
-        };
+        let error =
+            |value: String| OutOfBounds::new("cxl.flush", value, format!("one that this CPU has: {}", support.names()));
         let method = match self.flush {
             FlushChoice::Auto => support.best().ok_or_else(|| error("auto".to_owned()))?,
             FlushChoice::Clwb => FlushMethod::Clwb,
@@ -173,12 +160,15 @@ pub struct RdmaConfig {
     pub isolation: Isolation,
     /// Bytes of a landing window, of which an active publisher holds two: at most a quarter of a segment, and more where
     /// a publisher's batches need it.
-    pub lease_bytes: u64,
+    pub window_bytes: u64,
+    /// Silence of a publisher after which its landing windows are taken back where they keep memory from being reused,
+    /// milliseconds.
+    pub window_idle_ms: u64,
 }
 
 impl Default for RdmaConfig {
     fn default() -> Self {
-        Self { device: None, isolation: Isolation::Auto, lease_bytes: 2 << 20 }
+        Self { device: None, isolation: Isolation::Auto, window_bytes: 2 << 20, window_idle_ms: 2000 }
     }
 }
 
@@ -261,7 +251,7 @@ pub struct BrokerConfig {
     /// The region.
     pub cxl: CxlConfig,
     /// What clients may use; TCP besides.
-    pub transport: Transport,
+    pub transport: TransportKind,
     /// RDMA verbs, where `transport` is `verbs`; isolation and windows also with `roce` and `dpdk`.
     pub rdma: RdmaConfig,
     /// The NIC in software, where `transport` is `roce`.
@@ -316,7 +306,7 @@ impl Default for BrokerConfig {
             membership: Membership::Embedded,
             etcd: EtcdConfig::default(),
             cxl: CxlConfig::default(),
-            transport: Transport::Tcp,
+            transport: TransportKind::Tcp,
             rdma: RdmaConfig::default(),
             roce: RoceConfig::default(),
             dpdk: DpdkConfig::default(),
@@ -347,55 +337,46 @@ impl BrokerConfig {
     ///
     /// # Errors
     /// The first value that is out of bounds.
-    pub fn validate(&self) -> Result<(), ConfigError> {
-        let within = |key, value: u64, low: u64, high: u64| {
-            if (low..=high).contains(&value) {
-                Ok(())
-            } else {
-                Err(ConfigError { key, value: value.to_string(), bound: format!("{low} to {high}") })
-            }
-        };
-        self.dpdk.validate().map_err(|OutOfBounds { key, value, bound }| ConfigError {
-            key,
-            value,
-            bound: bound.to_owned(),
-        })?;
-        within("id", self.id.unwrap_or(0).into(), 0, 31)?;
-        within("threads.workers", self.threads.workers as u64, 0, MAX_WORKERS as u64)?;
-        within("threads.sleep_max_us", self.threads.sleep_max_us, 20, 1_000_000)?;
-        within("threads.spin_us", self.threads.spin_us.unwrap_or(0), 0, 1_000_000)?;
-        within("max_batch_bytes", self.max_batch_bytes, 4096, MAX_BATCH_BYTES)?;
-        within("exhausted_wait_ms", self.exhausted_wait_ms, 0, 3_600_000)?;
-        within("flush_group.batches", self.flush_group.batches, 1, 1024)?;
-        within("flush_group.bytes", self.flush_group.bytes, 1, 1 << 30)?;
-        within("gap_lease_ms", self.gap_lease_ms, 10, 3_600_000)?;
-        within("session_idle_ms", self.session_idle_ms, 100, 86_400_000)?;
-        within("heartbeat_ms", self.heartbeat_ms, 1, 1000)?;
-        within("broker_lease_ms", self.broker_lease_ms, self.heartbeat_ms * 5, 600_000)?;
-        within("head_lease_ms", self.head_lease_ms, self.heartbeat_ms * 5, 600_000)?;
-        within("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000)?;
-        within("drain_ms", self.drain_ms, 0, 3_600_000)?;
-        within("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30)?;
-        within("replica.file_bytes", self.replica.file_bytes, 1 << 20, 1 << 40)?;
-        within("replica.patience_ms", self.replica.patience_ms, 100, 3_600_000)?;
-        within("rdma.lease_bytes", self.rdma.lease_bytes, 4096, 1 << 30)?;
-        if !self.rdma.lease_bytes.is_multiple_of(LINE_BYTES) {
+    pub fn validate(&self) -> Result<(), OutOfBounds> {
+        self.dpdk.validate()?;
+        let heartbeats = self.heartbeat_ms * 5;
+        let bounds: &[(&'static str, u64, u64, u64)] = &[
+            ("id", self.id.unwrap_or(0).into(), 0, u64::from(MAX_BROKERS) - 1),
+            ("threads.workers", self.threads.workers as u64, 0, MAX_WORKERS as u64),
+            ("threads.sleep_max_us", self.threads.sleep_max_us, 20, 1_000_000),
+            ("threads.spin_us", self.threads.spin_us.unwrap_or(0), 0, 1_000_000),
+            ("max_batch_bytes", self.max_batch_bytes, 4096, MAX_BATCH_BYTES),
+            ("exhausted_wait_ms", self.exhausted_wait_ms, 0, 3_600_000),
+            ("flush_group.batches", self.flush_group.batches, 1, 1024),
+            ("flush_group.bytes", self.flush_group.bytes, 1, 1 << 30),
+            ("gap_lease_ms", self.gap_lease_ms, 10, 3_600_000),
+            ("session_idle_ms", self.session_idle_ms, 100, 86_400_000),
+            ("heartbeat_ms", self.heartbeat_ms, 1, 1000),
+            ("broker_lease_ms", self.broker_lease_ms, heartbeats, 600_000),
+            ("head_lease_ms", self.head_lease_ms, heartbeats, 600_000),
+            ("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000),
+            ("drain_ms", self.drain_ms, 0, 3_600_000),
+            ("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30),
+            ("replica.file_bytes", self.replica.file_bytes, 1 << 20, 1 << 40),
+            ("replica.patience_ms", self.replica.patience_ms, 100, 3_600_000),
+            ("rdma.window_bytes", self.rdma.window_bytes, 4096, 1 << 30),
+            ("rdma.window_idle_ms", self.rdma.window_idle_ms, 10, 3_600_000),
+            ("etcd.lease_s", self.etcd.lease_s.into(), 2, 3600),
+            ("socket_buffer_bytes", self.socket_buffer_bytes.unwrap_or(4096) as u64, 4096, 1 << 30),
+        ];
+        for (key, value, low, high) in bounds {
+            within(key, *value, *low, *high)?;
+        }
+        if !self.rdma.window_bytes.is_multiple_of(LINE_BYTES) {
             let bound = format!("a multiple of {LINE_BYTES}");
-            return Err(ConfigError { key: "rdma.lease_bytes", value: self.rdma.lease_bytes.to_string(), bound });
+            return Err(OutOfBounds::new("rdma.window_bytes", self.rdma.window_bytes, bound));
         }
-        if let Some(bytes) = self.socket_buffer_bytes {
-            within("socket_buffer_bytes", bytes as u64, 4096, 1 << 30)?;
-        }
-        within("etcd.lease_s", self.etcd.lease_s.into(), 2, 3600)?;
-        if self.membership == Membership::Etcd && self.etcd.endpoints.is_empty() {
-            let bound = "one or more http://HOST:PORT, where membership is etcd".to_owned();
-            return Err(ConfigError { key: "etcd.endpoints", value: "[]".to_owned(), bound });
-        }
-        if self.membership == Membership::Embedded && self.cxl.coherence == Coherence::None && self.role == Role::Auto {
-            let bound =
-                "head or follower where cxl.coherence is none and membership is embedded (membership: etcd elects)";
-            return Err(ConfigError { key: "role", value: "auto".to_owned(), bound: bound.to_owned() });
-        }
+        self.check_addresses()?;
+        self.check_platform()
+    }
+
+    /// Addresses that others are told must be ones that they can connect to.
+    fn check_addresses(&self) -> Result<(), OutOfBounds> {
         let told = [
             ("data_listen", self.data_listen, self.data_advertise, "data_advertise"),
             ("control_listen", self.control_listen, self.control_advertise, "control_advertise"),
@@ -403,15 +384,26 @@ impl BrokerConfig {
         for (key, listen, advertise, name) in told {
             if advertise.unwrap_or(listen).ip().is_unspecified() {
                 let bound = format!("an address that others can connect to, unless {name} is");
-                return Err(ConfigError { key, value: listen.to_string(), bound });
+                return Err(OutOfBounds::new(key, listen, bound));
             }
         }
+        Ok(())
+    }
+
+    /// Membership, role and flushes must suit the platform.
+    fn check_platform(&self) -> Result<(), OutOfBounds> {
+        if self.membership == Membership::Etcd && self.etcd.endpoints.is_empty() {
+            let bound = "one or more http://HOST:PORT, where membership is etcd";
+            return Err(OutOfBounds::new("etcd.endpoints", "[]", bound));
+        }
+        if self.membership == Membership::Embedded && self.cxl.coherence == Coherence::None && self.role == Role::Auto {
+            let bound =
+                "head or follower where cxl.coherence is none and membership is embedded (membership: etcd elects)";
+            return Err(OutOfBounds::new("role", "auto", bound));
+        }
         if self.cxl.coherence != Coherence::None && self.cxl.flush != FlushChoice::Auto {
-            return Err(ConfigError {
-                key: "cxl.flush",
-                value: format!("{:?}", self.cxl.flush).to_lowercase(),
-                bound: "auto, unless cxl.coherence is none (a coherent platform needs no flush)".to_owned(),
-            });
+            let bound = "auto, unless cxl.coherence is none (a coherent platform needs no flush)";
+            return Err(OutOfBounds::new("cxl.flush", format!("{:?}", self.cxl.flush).to_lowercase(), bound));
         }
         self.cxl.flush_method().map(drop)
     }

@@ -1,7 +1,6 @@
 //! The control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
 use crate::archive::{self, Catalog};
-#[cfg(feature = "etcd")]
 use crate::membership::etcd::Etcd;
 use crate::membership::live_brokers;
 use crate::replica::replicator::running_replicas;
@@ -9,14 +8,14 @@ use crate::sequencer::{Command, SessionError};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
-use embarcadero_datapath::cxl::headship::{NoHead, read_headship};
-use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
-use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
-use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
-use embarcadero_datapath::cxl::tables::{
-    Order, TopicConfig, TopicState, check_topic_name, live_topics, read_broker, read_topic,
-};
-use embarcadero_datapath::cxl::{Native, Region};
+use embarcadero_cxl::headship::{NoHead, read_headship};
+use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::order_index::{StreamId, read_extent};
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
+use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name, live_topics, read_broker, read_topic};
+use embarcadero_cxl::{Native, Region};
+use embarcadero_os::{Clock, SystemClock};
+use embarcadero_wire::Order;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Request, Response, Status};
@@ -52,14 +51,12 @@ pub struct ControlService {
     /// What is on this broker's disk.
     pub(crate) catalog: Arc<Catalog>,
     /// Who elects, unless that is the region.
-    #[cfg(feature = "etcd")]
     pub etcd: Option<Etcd>,
 }
 
 impl ControlService {
     /// Who elects the head, and whether it can.
     fn membership(&self) -> String {
-        #[cfg(feature = "etcd")]
         if let Some(etcd) = &self.etcd {
             return match etcd.lost() {
                 None => "etcd".to_owned(),
@@ -171,7 +168,7 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
         replication_factor: replicas as u8,
         retention_bytes: request.retention_bytes,
         retention_ms: request.retention_ms,
-        created_ms: crate::worker::now_us() / 1000,
+        created_ms: SystemClock.now().wall_us / 1000,
     })
 }
 

@@ -4,12 +4,12 @@
 use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, Archived, From};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::{Receiver, TryRecvError};
-use embarcadero_datapath::cxl::layout::IndexEntry;
-use embarcadero_datapath::cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::{Fabric, Native, RegionOffset, Site};
-use embarcadero_datapath::transport::{Outbox, Outgoing, TransportError};
-use embarcadero_datapath::wire::{
+use embarcadero_cxl::layout::IndexEntry;
+use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::{Fabric, Native, RegionOffset, Site};
+use embarcadero_transport::{Outbox, Outgoing, TransportError};
+use embarcadero_wire::{
     Deliver, ErrorCode, Position, START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe,
     SubscribeReady,
 };
@@ -239,6 +239,7 @@ impl SubscriberSession {
         outbox: &mut Outbox,
         archive: &Archive,
         patience: Duration,
+        now: Instant,
     ) -> Result<usize, TransportError> {
         if self.topic.is_deleted() {
             return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name), 0);
@@ -257,7 +258,7 @@ impl SubscriberSession {
         }
         let Ok(trimmed) = self.topic.pins.set(self.pin, reading.min(self.cursor)) else { return Ok(0) };
         if trimmed > self.cursor.min(reading) {
-            self.overtaken(outbox, trimmed, patience)?;
+            self.overtaken(outbox, trimmed, patience, now)?;
             return Ok(0);
         }
         self.unwanted_since = None;
@@ -280,7 +281,13 @@ impl SubscriberSession {
     }
 
     /// Retention passed this subscriber. What it is in the middle of stays for a while; then it has to go.
-    fn overtaken(&mut self, outbox: &mut Outbox, trimmed: u64, patience: Duration) -> Result<(), TransportError> {
+    fn overtaken(
+        &mut self,
+        outbox: &mut Outbox,
+        trimmed: u64,
+        patience: Duration,
+        now: Instant,
+    ) -> Result<(), TransportError> {
         let oldest = outbox.lowest_position();
         outbox.drop_unsent_batches();
         // What was dropped is due again.
@@ -293,8 +300,8 @@ impl SubscriberSession {
             let known = self.queued.iter().find(|(position, _)| *position == due);
             self.next_offset = known.map_or(self.next_offset, |(_, offset)| *offset);
         }
-        let since = *self.unwanted_since.get_or_insert_with(Instant::now);
-        if outbox.is_mid_way() && since.elapsed() < patience {
+        let since = *self.unwanted_since.get_or_insert(now);
+        if outbox.is_mid_way() && now.saturating_duration_since(since) < patience {
             // Whether or not there is a head.
             let _ = self.topic.pins.set(self.pin, outbox.lowest_position());
             return Ok(());

@@ -2,26 +2,26 @@
 //!
 //! On one host the kernel tells when the head's process is gone: its claim on its broker id is free. A head that is there
 //! but does not move its heartbeat is silent; it may go on at any moment, and then finds that it leads no more. Nothing
-//! that it writes until then counts (`embarcadero_datapath::cxl::headship`).
+//! that it writes until then counts (`embarcadero_cxl::headship`).
 
 use crate::absent;
 use crate::control::{HeadControl, HeadSlot};
 use crate::membership::Liveness;
-#[cfg(feature = "etcd")]
 use crate::membership::etcd::Etcd;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Memory, Predecessor, Sequencer};
-use crate::worker::{HeadStages, now_us};
+use crate::worker::HeadStages;
 use crossbeam_channel::{Sender, unbounded};
-use embarcadero_datapath::cxl::headship::{
+use embarcadero_cxl::headship::{
     Headship, highest_candidacy, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at, stand,
     still_leads,
 };
-use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
-use embarcadero_datapath::cxl::region::RegionFile;
-use embarcadero_datapath::cxl::segment::{PartitionAllocator, SegmentAllocator};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_pulse};
-use embarcadero_datapath::cxl::{Native, Region};
+use embarcadero_cxl::layout::{AllocatorKind, Seat};
+use embarcadero_cxl::region::RegionFile;
+use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
+use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
+use embarcadero_cxl::{Native, Region};
+use embarcadero_os::{Clock, SystemClock};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
@@ -49,7 +49,6 @@ pub enum Election {
     /// The region's election word; where brokers do not see each other, whoever is configured to be the head.
     Region,
     /// etcd.
-    #[cfg(feature = "etcd")]
     Etcd(Box<Etcd>),
 }
 
@@ -156,7 +155,6 @@ impl Candidate {
                 }
                 self.lead(epoch)
             }
-            #[cfg(feature = "etcd")]
             Election::Etcd(etcd) => {
                 let epoch = match etcd.stand(etcd.elected().ok()).await {
                     Ok(elected) => elected?,
@@ -182,7 +180,6 @@ impl Candidate {
     fn has_resigned(&self) -> bool {
         match &self.election {
             Election::Region => false,
-            #[cfg(feature = "etcd")]
             Election::Etcd(etcd) => etcd.lost().is_none() && etcd.elected().is_err_and(|none| none > etcd.grace()),
         }
     }
@@ -194,7 +191,6 @@ impl Candidate {
                 Err("membership: embedded elects nobody on memory that is not coherent".to_owned())
             }
             Election::Region => Ok(()),
-            #[cfg(feature = "etcd")]
             Election::Etcd(etcd) => etcd.lost().map_or(Ok(()), |(_, error)| Err(error)),
         }
     }
@@ -218,7 +214,8 @@ impl Candidate {
         let seat = Seat(self.info.id);
         let mirror = self.mirror.as_ref().map(|file| file.region().clone());
         let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
-        let recovered = Sequencer::recover(memory, (seat, epoch), predecessor, self.leases, queue, now_us());
+        let recovered =
+            Sequencer::recover(memory, (seat, epoch), predecessor, self.leases, queue, SystemClock.now().wall_us);
         let sequencer = match recovered {
             Ok(sequencer) => sequencer,
             Err(error) => {
@@ -268,7 +265,6 @@ impl Candidate {
         loop {
             match &self.election {
                 Election::Region => drop(ticks.tick().await),
-                #[cfg(feature = "etcd")]
                 Election::Etcd(etcd) => tokio::select! {
                     _ = ticks.tick() => {}
                     () = etcd.changed() => {}
@@ -280,7 +276,6 @@ impl Candidate {
                     tracing::warn!(epoch = leading.epoch, "another broker took over: this one leads no more");
                     *self.control.write().unwrap_or_else(PoisonError::into_inner) = None;
                     reign = None;
-                    #[cfg(feature = "etcd")]
                     if let Election::Etcd(etcd) = &self.election {
                         etcd.set_leads(false).await;
                     }
@@ -316,7 +311,7 @@ impl Candidate {
                 AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
                 AllocatorKind::Bitmap | AllocatorKind::Leader => Arc::clone(&self.pool),
             };
-            absent::tidy_up(region, broker, pool, now_us());
+            absent::tidy_up(region, broker, pool, SystemClock.now().wall_us);
         }
     }
 

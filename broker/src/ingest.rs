@@ -4,13 +4,13 @@ use crate::ack::AckQueue;
 use crate::delegation::{Landed, Origin};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
-use embarcadero_datapath::cxl::headship::NoHead;
-use embarcadero_datapath::cxl::layout::SESSION_WINDOW;
-use embarcadero_datapath::cxl::session_table::{SessionState, read_progress, read_session};
-use embarcadero_datapath::cxl::{LINE_BYTES, Native, RegionOffset};
-use embarcadero_datapath::transport::{Landing, Placement, TransportError};
-use embarcadero_datapath::wire::batch::{BodyError, check_body, check_lengths};
-use embarcadero_datapath::wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
+use embarcadero_cxl::headship::NoHead;
+use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::session_table::{SessionState, read_progress, read_session};
+use embarcadero_cxl::{Native, RegionOffset};
+use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
+use embarcadero_wire::batch::{BodyError, check_body, check_lengths};
+use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -32,25 +32,16 @@ pub struct IngestLimits {
 pub struct PublisherSession {
     topic: Arc<Topic<Native>>,
     open: OpenPublish,
-    /// What is to be acknowledged.
+    /// Batches that are to be acknowledged.
     pub acks: AckQueue,
     limits: IngestLimits,
     landed: Sender<Landed<Native>>,
     /// The reservation that a body is being received into.
     reserved: Option<RegionOffset>,
-    /// Landing windows that its NIC may fill.
-    windows: Vec<Window>,
-    /// When a batch last came into one, or the connection was opened.
+    /// When a batch last came through a landing window, or the connection was opened.
     active_at: Instant,
     progress: u64,
     waiting_since: Option<Instant>,
-}
-
-/// A reservation that several batches share.
-struct Window {
-    at: RegionOffset,
-    bytes: u64,
-    used: u64,
 }
 
 impl PublisherSession {
@@ -63,6 +54,7 @@ impl PublisherSession {
         open: OpenPublish,
         limits: IngestLimits,
         landed: Sender<Landed<Native>>,
+        now: Instant,
     ) -> Result<(Self, PublishReady), TransportError> {
         let refuse = |code, text: String| Err(TransportError::refused(code, text));
         let nobody = |error: NoHead| TransportError::refused(ErrorCode::Unavailable, error.to_string());
@@ -107,8 +99,7 @@ impl PublisherSession {
             limits,
             landed,
             reserved: None,
-            windows: Vec::new(),
-            active_at: Instant::now(),
+            active_at: now,
             progress: ready.committed,
             waiting_since: None,
         };
@@ -130,25 +121,15 @@ impl PublisherSession {
         self.open.resume_from
     }
 
-    /// A batch is complete: checks its body and hands it to the delegation. `in_memory` as [`Landed::in_memory`].
-    ///
-    /// # Errors
-    /// The body does not fit its header; the batch is given up.
-    pub fn complete(
-        &mut self,
-        memory: &Native,
-        header: BatchHeader,
-        at: RegionOffset,
-        in_memory: bool,
-        origin: Origin,
-    ) -> Result<(), TransportError> {
-        self.check(memory, &header, at)?;
+    /// Checks the body of a complete batch and hands it to the delegation. The batch is given up if it does not fit.
+    fn complete(&mut self, batch: Landed<Native>, memory: &Native) -> Result<(), TransportError> {
+        self.check(memory, &batch.header, batch.at)?;
         self.reserved = None;
         if self.wants_acks() {
-            self.acks.expect(header.sequence);
+            self.acks.expect(batch.header.sequence);
         }
-        let landed = Landed { topic: Arc::clone(&self.topic), header, at, in_memory, origin };
-        self.landed.try_send(landed).map_err(|_| {
+        let at = batch.at;
+        self.landed.try_send(batch).map_err(|_| {
             self.topic.blog.settle(at);
             TransportError::refused(ErrorCode::Unavailable, "the broker is shutting down")
         })
@@ -167,30 +148,29 @@ impl PublisherSession {
         }
     }
 
-    /// The publisher waits, and after a while it is told why.
-    fn wait_for_room(&mut self, reason: &str) -> Placement {
-        let since = *self.waiting_since.get_or_insert_with(Instant::now);
-        if since.elapsed() < self.limits.exhausted_wait {
-            return Placement::Wait;
+    /// Has the publisher wait; after a while it is told why.
+    fn wait_for_room(&mut self, reason: &str, now: Instant) -> Result<(), TransportError> {
+        let since = *self.waiting_since.get_or_insert(now);
+        if now.saturating_duration_since(since) < self.limits.exhausted_wait {
+            return Ok(());
         }
         let text = format!("{reason} (waited {} ms)", self.limits.exhausted_wait.as_millis());
-        Placement::Refuse(TransportError::refused(ErrorCode::PoolExhausted, text))
+        Err(TransportError::refused(ErrorCode::PoolExhausted, text))
     }
 
-    /// True when its landing windows keep segments that nothing else is received into from being reclaimed, and it has
-    /// sent nothing for `idle`.
-    pub fn hoards(&self, idle: Duration) -> bool {
-        self.active_at.elapsed() > idle && self.windows.iter().any(|window| !self.topic.blog.is_current(window.at))
+    /// True when one of its landing `windows` keeps a segment from being reclaimed that nothing else is received into, and
+    /// nothing has come for `idle`.
+    pub fn is_idle_holding(
+        &self,
+        mut windows: impl Iterator<Item = RegionOffset>,
+        idle: Duration,
+        now: Instant,
+    ) -> bool {
+        now.saturating_duration_since(self.active_at) > idle && windows.any(|at| !self.topic.blog.is_current(at))
     }
 
-    /// Gives back what a closed window does not hold batches in.
-    fn give_back(&self, window: &Window) {
-        self.topic.blog.give_back(window.at, window.bytes, window.used);
-        self.topic.blog.settle(window.at);
-    }
-
-    /// Checks a batch's header against the session; what to answer if it is not to be taken now.
-    fn stops(&mut self, topics: &TopicTable<Native>, header: &BatchHeader) -> Option<Placement> {
+    /// Checks a batch's header against the session. Returns the answer if the batch is not to be taken now.
+    fn reject_or_wait(&mut self, topics: &TopicTable<Native>, header: &BatchHeader, now: Instant) -> Option<Placement> {
         let refuse = |code, text: String| Some(Placement::Refuse(TransportError::refused(code, text)));
         if let Err(error) = header.check(self.limits.max_batch_bytes) {
             return refuse(ErrorCode::BadBatch, error.to_string());
@@ -219,7 +199,7 @@ impl PublisherSession {
         }
         if !self.can_hand_over() {
             let reason = "batches that are here cannot be ordered: the Batchlog or the order index has no room";
-            return Some(self.wait_for_room(reason));
+            return Some(waiting(self.wait_for_room(reason, now)));
         }
         None
     }
@@ -236,30 +216,39 @@ impl Drop for PublisherSession {
         if let Some(at) = self.reserved.take() {
             self.topic.blog.settle(at);
         }
-        // The connection is gone or has closed them.
-        for window in &self.windows {
-            self.give_back(window);
-        }
     }
 }
 
-/// Where a publisher's next batch goes.
-pub struct Place<'a> {
+fn waiting(waits: Result<(), TransportError>) -> Placement {
+    match waits {
+        Ok(()) => Placement::Wait,
+        Err(error) => Placement::Refuse(error),
+    }
+}
+
+/// The landing of one connection's batches.
+pub struct PublisherLanding<'a> {
     /// All topics.
     pub topics: &'a TopicTable<Native>,
     /// The publisher; `None` before its opening frame.
     pub session: Option<&'a mut PublisherSession>,
+    /// The connection.
+    pub origin: Origin,
+    /// The time.
+    pub now: Instant,
+    /// Batches that were taken.
+    pub taken: usize,
 }
 
-fn not_opened() -> Placement {
+fn not_opened() -> TransportError {
     let text = "a batch came on a connection that was not opened for publishing";
-    Placement::Refuse(TransportError::refused(ErrorCode::UnknownSession, text))
+    TransportError::refused(ErrorCode::UnknownSession, text)
 }
 
-impl Landing for Place<'_> {
+impl Landing for PublisherLanding<'_> {
     fn place(&mut self, header: &BatchHeader) -> Placement {
-        let Some(session) = &mut self.session else { return not_opened() };
-        if let Some(answer) = session.stops(self.topics, header) {
+        let Some(session) = &mut self.session else { return Placement::Refuse(not_opened()) };
+        if let Some(answer) = session.reject_or_wait(self.topics, header, self.now) {
             return answer;
         }
         match session.topic.blog.reserve(header.batch_bytes()) {
@@ -268,48 +257,51 @@ impl Landing for Place<'_> {
                 session.waiting_since = None;
                 Placement::At(at)
             }
-            Err(error) => session.wait_for_room(&error.to_string()),
+            Err(error) => waiting(session.wait_for_room(&error.to_string(), self.now)),
         }
     }
 
-    fn lease(&mut self, bytes: u64, starved: bool) -> Placement {
-        let Some(session) = &mut self.session else { return Placement::Wait };
+    fn grant_window(&mut self, bytes: u64, starved: bool) -> WindowPlacement {
+        let Some(session) = &mut self.session else { return WindowPlacement::Wait };
         let segment = session.topic.blog.max_batch_bytes();
         if bytes > segment {
             let text = format!("a landing window of {bytes} bytes does not fit into a segment of {segment}");
-            return Placement::Refuse(TransportError::refused(ErrorCode::BadBatch, text));
+            return WindowPlacement::Refuse(TransportError::refused(ErrorCode::BadBatch, text));
         }
         match session.topic.blog.reserve(bytes) {
             Ok(at) => {
-                session.windows.push(Window { at, bytes, used: 0 });
                 session.waiting_since = None;
-                Placement::At(at)
+                let topic = Arc::clone(&session.topic);
+                WindowPlacement::Granted(Window::new(at, bytes, move |used| {
+                    topic.blog.give_back(at, bytes, used);
+                    topic.blog.settle(at);
+                }))
             }
-            Err(error) if starved => session.wait_for_room(&error.to_string()),
-            Err(_) => Placement::Wait,
+            Err(error) if starved => match session.wait_for_room(&error.to_string(), self.now) {
+                Ok(()) => WindowPlacement::Wait,
+                Err(refused) => WindowPlacement::Refuse(refused),
+            },
+            Err(_) => WindowPlacement::Wait,
         }
     }
 
     fn admit(&mut self, header: &BatchHeader, at: RegionOffset) -> Placement {
-        let Some(session) = &mut self.session else { return not_opened() };
-        if let Some(answer) = session.stops(self.topics, header) {
+        let Some(session) = &mut self.session else { return Placement::Refuse(not_opened()) };
+        if let Some(answer) = session.reject_or_wait(self.topics, header, self.now) {
             return answer;
         }
-        let inside = |window: &&mut Window| (window.at.0..window.at.0 + window.bytes).contains(&at.0);
-        let Some(window) = session.windows.iter_mut().find(inside) else { return not_opened() };
-        window.used = (at.0 + header.batch_bytes() - window.at.0).next_multiple_of(LINE_BYTES).min(window.bytes);
         session.topic.blog.share(at);
-        session.active_at = Instant::now();
+        session.active_at = self.now;
         session.reserved = Some(at);
         session.waiting_since = None;
         Placement::At(at)
     }
 
-    fn close(&mut self, at: RegionOffset) {
-        let Some(session) = &mut self.session else { return };
-        if let Some(index) = session.windows.iter().position(|window| window.at == at) {
-            let window = session.windows.swap_remove(index);
-            session.give_back(&window);
-        }
+    fn complete(&mut self, header: BatchHeader, at: RegionOffset, in_memory: bool) -> Result<(), TransportError> {
+        let Some(session) = &mut self.session else { return Err(not_opened()) };
+        self.taken += 1;
+        let topic = Arc::clone(&session.topic);
+        let batch = Landed { topic, header, at, in_memory, origin: self.origin };
+        session.complete(batch, self.topics.region().fabric())
     }
 }

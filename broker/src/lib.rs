@@ -24,9 +24,8 @@ pub mod reclaim;
 pub mod replica;
 pub mod sequencer;
 pub mod session;
-pub mod testbed;
 pub mod topics;
 pub mod worker;
 
 pub use broker::{Broker, BrokerError};
-pub use config::{BrokerConfig, ConfigError};
+pub use config::BrokerConfig;

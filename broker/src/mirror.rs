@@ -6,16 +6,16 @@
 //! region shows already or is about to; what is acknowledged, both have.
 
 use crate::sequencer::spare_segments;
-use embarcadero_datapath::cxl::headship::{claim, inherit, last_led, lead};
-use embarcadero_datapath::cxl::layout::{RegionRole, SESSION_WINDOW, Seat};
-use embarcadero_datapath::cxl::order_index::{OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at};
-use embarcadero_datapath::cxl::region::{Region, RegionError};
-use embarcadero_datapath::cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_datapath::cxl::session_table::{
+use embarcadero_cxl::headship::{claim, inherit, last_led, lead};
+use embarcadero_cxl::layout::{RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_cxl::order_index::{OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at};
+use embarcadero_cxl::region::{Region, RegionError};
+use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::session_table::{
     Commit, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at, read_session_at,
 };
-use embarcadero_datapath::cxl::tables::{TopicConfig, live_topics_at, publish_topic};
-use embarcadero_datapath::cxl::{Fabric, Site};
+use embarcadero_cxl::tables::{TopicConfig, live_topics_at, publish_topic};
+use embarcadero_cxl::{Fabric, Site};
 use std::sync::Arc;
 
 /// Checks that `mirror` is the mirror of `region`.

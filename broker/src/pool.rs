@@ -2,12 +2,12 @@
 
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
-use embarcadero_datapath::cxl::headship::{latest_claimant, read_headship, read_headship_at};
-use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker};
-use embarcadero_datapath::cxl::{Fabric, Native};
+use embarcadero_cxl::headship::{latest_claimant, read_headship, read_headship_at};
+use embarcadero_cxl::layout::{AllocatorKind, Seat};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::tables::{BrokerInfo, read_broker};
+use embarcadero_cxl::{Fabric, Native};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;

@@ -1,14 +1,15 @@
 //! When a segment may return to the pool: nobody reads it, and retention does not want it.
 
 use crate::topics::Topic;
-use embarcadero_datapath::cxl::headship::{NoHead, of_head, office_mark};
-use embarcadero_datapath::cxl::order_index::{
+use embarcadero_cxl::headship::{NoHead, of_head, office_mark};
+use embarcadero_cxl::order_index::{
     OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at, read_sequencer_half,
 };
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::segment::{SegmentAllocator, SegmentUse, publish_owner, read_owner};
-use embarcadero_datapath::cxl::tables::{Order, TopicState, read_topic_at};
-use embarcadero_datapath::cxl::{Fabric, Guard, RegionOffset};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{SegmentAllocator, SegmentUse, publish_owner, read_owner};
+use embarcadero_cxl::tables::{TopicState, read_topic_at};
+use embarcadero_cxl::{Fabric, Guard, RegionOffset};
+use embarcadero_wire::Order;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -275,32 +276,5 @@ impl<F: Fabric> Leftovers<F> {
             // Who reads on at or above what was there then has seen the other segment.
             pinned < *left.replaced_at.get_or_insert(extent.committed)
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testbed::{Testbed, region};
-    use embarcadero_datapath::cxl::Native;
-    use embarcadero_datapath::cxl::cache::FlushMethod;
-    use embarcadero_datapath::cxl::headship::claim;
-    use embarcadero_datapath::cxl::layout::{AllocatorKind, Seat};
-
-    /// A broker that has just started must not take the order for empty, and its segments for free, because the head
-    /// changes while it looks.
-    #[test]
-    fn between_two_heads_an_order_is_not_taken_for_empty() {
-        let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
-        let mut testbed = Testbed::new(region.clone(), 1).unwrap();
-        let batches = testbed.append();
-        testbed.order(batches);
-        let stream = StreamId { topic: 0, stream: StreamId::GLOBAL };
-        let extent = read_extent(&region, stream).unwrap();
-        assert_eq!(extent.committed, batches);
-        claim(&region, Seat(0), 2);
-        let mut reader = OrderIndexReader::new(region, stream);
-        assert_eq!(reader.poll(), 0, "nobody can say");
-        assert_eq!(reader.poll_beyond(&extent), Err(NoHead));
     }
 }

@@ -6,22 +6,22 @@ use crate::replica::completion::trimmable;
 use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded};
-use embarcadero_datapath::cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
-use embarcadero_datapath::cxl::headship::{Inheritance, claim, inherit, last_led, lead, read_headship_at, still_leads};
-use embarcadero_datapath::cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
-use embarcadero_datapath::cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, is_open, lowest_pin};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::replication::{Completion, read_completion_at};
-use embarcadero_datapath::cxl::segment::{PoolError, SegmentAllocator, free_segments};
-use embarcadero_datapath::cxl::session_table::{
+use embarcadero_cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
+use embarcadero_cxl::headship::{Inheritance, claim, inherit, last_led, lead, read_headship_at, still_leads};
+use embarcadero_cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
+use embarcadero_cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, is_open, lowest_pin};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::replication::{Completion, read_completion_at};
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
+use embarcadero_cxl::session_table::{
     Commit, Session, SessionCommit, SessionState, mend_session, publish_commits, publish_session, read_commit_at,
     read_progress_at, read_session_at,
 };
-use embarcadero_datapath::cxl::tables::{
+use embarcadero_cxl::tables::{
     TopicConfig, TopicState, live_topics_at, mend_topic, publish_topic, read_pulse, read_released, read_stalls,
     read_topic_at,
 };
-use embarcadero_datapath::cxl::{Fabric, Guard, Site};
+use embarcadero_cxl::{Fabric, Guard, Site};
 use std::sync::Arc;
 
 /// Most batches that are published in one group. Recovery re-reads as many.
@@ -884,71 +884,5 @@ impl<F: Fabric> Sequencer<F> {
             }
             false
         });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::testbed::{Testbed, region};
-    use crossbeam_channel::unbounded;
-    use embarcadero_datapath::cxl::Native;
-    use embarcadero_datapath::cxl::cache::FlushMethod;
-    use embarcadero_datapath::cxl::layout::AllocatorKind;
-    use embarcadero_datapath::cxl::order_index::read_directory;
-    use embarcadero_datapath::cxl::segment::PartitionAllocator;
-
-    const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
-
-    fn take_over(region: &Region<Native>, seat: Seat, epoch: u64, before: Predecessor) -> Sequencer<Native> {
-        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
-        let memory = Memory { region: region.clone(), pool, mirror: None };
-        Sequencer::recover(memory, (seat, epoch), before, LEASES, unbounded().1, 0).unwrap()
-    }
-
-    /// The segment that is being filled, as a head has it.
-    fn open_segment(region: &Region<Native>, seat: Seat) -> u32 {
-        read_directory(region, StreamId { topic: 0, stream: StreamId::GLOBAL }, seat, 0).unwrap()
-    }
-
-    fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
-        let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
-        let mut testbed = Testbed::new(region.clone(), 1).unwrap();
-        let batches = testbed.append();
-        testbed.order(batches);
-        (region, testbed)
-    }
-
-    /// A candidate looked, and nobody led; by the time that it claims its epoch another does, and may go on.
-    #[test]
-    fn a_head_that_was_not_seen_is_not_taken_for_gone() {
-        let (region, _still_there) = led_by_seat_0();
-        let successor = take_over(&region, Seat(1), 2, Predecessor::Gone(0));
-        assert!(successor.leads());
-        assert_ne!(open_segment(&region, Seat(1)), open_segment(&region, Seat(0)));
-    }
-
-    /// A candidate claimed after the head that is gone had led, and stands still: it may be about to fill that one's segment.
-    #[test]
-    fn a_segment_that_another_may_have_taken_over_is_replaced() {
-        let (region, gone) = led_by_seat_0();
-        drop(gone);
-        let shared = open_segment(&region, Seat(0));
-        claim(&region, Seat(1), 2);
-        let _back = take_over(&region, Seat(0), 3, Predecessor::Gone(1));
-        assert_ne!(open_segment(&region, Seat(0)), shared);
-    }
-
-    /// A successor of a head that is gone fills that one's segment; when the broker is back and takes over again, the segment
-    /// is its own, and another may still write into it.
-    #[test]
-    fn an_own_segment_that_another_fills_is_replaced() {
-        let (region, gone) = led_by_seat_0();
-        drop(gone);
-        let shared = open_segment(&region, Seat(0));
-        let _still_there = take_over(&region, Seat(1), 2, Predecessor::Gone(1));
-        assert_eq!(open_segment(&region, Seat(1)), shared);
-        let _back = take_over(&region, Seat(0), 3, Predecessor::MayGoOn);
-        assert_ne!(open_segment(&region, Seat(0)), shared);
     }
 }

@@ -3,9 +3,9 @@
 //! `[[DEVIATION_008]]` The paper's sequencer skips a gap that does not close. Ours never does: a gap that outlives the
 //! session's lease fences the session, and its client resubmits exactly what did not commit under the next epoch.
 
-use embarcadero_datapath::cxl::layout::{BatchEntry, SESSION_WINDOW};
-use embarcadero_datapath::cxl::session_table::Session;
-use embarcadero_datapath::cxl::tables::Order;
+use embarcadero_cxl::layout::{BatchEntry, SESSION_WINDOW};
+use embarcadero_cxl::session_table::Session;
+use embarcadero_wire::Order;
 
 /// A batch as the sequencer read it, and who received it.
 #[derive(Clone, Copy, Debug)]
@@ -171,7 +171,7 @@ impl SessionOrder {
 mod tests {
     use super::*;
     use bytemuck::Zeroable;
-    use embarcadero_datapath::cxl::session_table::SessionState;
+    use embarcadero_cxl::session_table::SessionState;
     use proptest::prelude::*;
 
     fn session(order: Order, expected: u64) -> SessionOrder {

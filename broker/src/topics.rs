@@ -2,13 +2,13 @@
 
 use crate::blog::Blog;
 use crate::reclaim::PinBoard;
-use embarcadero_datapath::cxl::Fabric;
-use embarcadero_datapath::cxl::batchlog::BatchlogWriter;
-use embarcadero_datapath::cxl::headship::NoHead;
-use embarcadero_datapath::cxl::order_index::{StreamId, read_extent};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::segment::SegmentAllocator;
-use embarcadero_datapath::cxl::tables::{TopicConfig, TopicState, read_topic};
+use embarcadero_cxl::Fabric;
+use embarcadero_cxl::batchlog::BatchlogWriter;
+use embarcadero_cxl::headship::NoHead;
+use embarcadero_cxl::order_index::{StreamId, read_extent};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::SegmentAllocator;
+use embarcadero_cxl::tables::{TopicConfig, TopicState, read_topic};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 

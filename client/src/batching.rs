@@ -1,20 +1,19 @@
-//! When a batch is full enough to go. `[[DEVIATION_001]]`
+//! The sizes of batches, and when a batch is sealed. `[[DEVIATION_001]]`
 
 use std::time::Duration;
 
-/// Batches in a row that say the same before the size changes.
-const STEADY: u32 = 16;
-/// Batches that wait for a connection to take them, from which on the transport is the bottleneck.
-const CROWDED: usize = 8;
-/// Batches that the buffer should have room for, whatever their size, so that every connection has some. More need not wait
-/// for connections that take batches.
-pub const AHEAD: usize = 16;
-/// Longest that a return to small batches is put off, in multiples of [`STEADY`].
+/// Batches in a row that must agree before the size changes.
+const SAMPLES_TO_RESIZE: u32 = 16;
+/// Number of waiting batches from which on the transport counts as the bottleneck.
+const BACKLOG_LIMIT: usize = 8;
+/// The buffer holds at least this many batches, so that every connection has work. Queueing more only adds latency.
+pub const BUFFERED_BATCHES: usize = 16;
+/// Longest that a return to small batches is put off, in multiples of [`SAMPLES_TO_RESIZE`].
 const MAX_PATIENCE: u32 = 64;
 
-/// What is looked at to say whether the open batch goes.
+/// State of a publisher's buffer, from which follows whether the open batch is sealed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Load {
+pub struct BufferState {
     /// Batches sealed and not acknowledged.
     pub in_flight: usize,
     /// Bytes in the batch that is being filled.
@@ -27,14 +26,14 @@ pub struct Load {
     pub awaited: bool,
 }
 
-/// What is known once a batch is sealed and offered to the connections.
+/// Measurements of one sealed batch, taken once it was offered to the connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Sealed {
+pub struct SealStats {
     /// No further message fitted.
     pub full: bool,
-    /// Since the batch before it.
+    /// Time since the batch before was sealed.
     pub interval: Duration,
-    /// Of it, spent on handing batches over.
+    /// Part of `interval` that was spent writing batches to connections.
     pub sending: Duration,
     /// Batches that no connection has taken yet. They are what was filled less what the transport completed, and it
     /// completes as brokers acknowledge: a queue that stays says that batches are filled faster than both.
@@ -53,14 +52,14 @@ pub struct Sealed {
 #[derive(Clone, Copy, Debug)]
 pub struct BatchSizer {
     min: usize,
-    /// Largest that load makes it.
-    heavy: usize,
+    /// Upper bound while the publisher is under load, bytes; `max` still bounds one oversized message.
+    loaded_max: usize,
     max: usize,
     size: usize,
     /// Batches in a row before which others crowded, or none waited.
     crowded: u32,
     calm: u32,
-    /// Calm batches before the size halves, in multiples of [`STEADY`].
+    /// Calm batches before the size halves, in multiples of [`SAMPLES_TO_RESIZE`].
     patience: u32,
     /// The last change was to halve.
     halved: bool,
@@ -72,14 +71,14 @@ impl BatchSizer {
     #[must_use]
     pub fn between(min: usize, max: usize, buffer_bytes: usize) -> Self {
         let max = max.max(min);
-        let heavy = (buffer_bytes / AHEAD).clamp(min, max);
-        Self { min, heavy, max, size: min, crowded: 0, calm: 0, patience: 1, halved: false }
+        let loaded_max = (buffer_bytes / BUFFERED_BATCHES).clamp(min, max);
+        Self { min, loaded_max, max, size: min, crowded: 0, calm: 0, patience: 1, halved: false }
     }
 
-    /// The same, but load makes batches no larger than `bytes`, or the least there may be.
+    /// Limits growth under load to `bytes`, but never below the smallest size.
     #[must_use]
-    pub fn capped(self, bytes: usize) -> Self {
-        Self { heavy: self.heavy.min(bytes).max(self.min), ..self }
+    pub fn with_loaded_max(self, bytes: usize) -> Self {
+        Self { loaded_max: self.loaded_max.min(bytes).max(self.min), ..self }
     }
 
     /// Bytes of the next batch to be filled, header included.
@@ -101,19 +100,19 @@ impl BatchSizer {
     /// load pays no delay; a stream fills its batches, however fast they are acknowledged.
     #[inline]
     #[must_use]
-    pub fn goes(&self, load: Load) -> bool {
-        let nothing_under_way = load.in_flight == 0;
-        let lone = load.open_messages == 1 && !load.streaming;
-        load.open_bytes >= self.size || (nothing_under_way && (lone || load.awaited))
+    pub fn should_seal(&self, state: BufferState) -> bool {
+        let nothing_under_way = state.in_flight == 0;
+        let lone = state.open_messages == 1 && !state.streaming;
+        state.open_bytes >= self.size || (nothing_under_way && (lone || state.awaited))
     }
 
     /// Takes notice of a batch that was just sealed.
-    pub fn sealed(&mut self, sealed: Sealed) {
+    pub fn record_seal(&mut self, sealed: SealStats) {
         if !sealed.full {
             // The application pauses: a load that was steady is over.
             self.patience = 1;
         }
-        let busy = sealed.waiting >= CROWDED || sealed.sending * 2 >= sealed.interval;
+        let busy = sealed.waiting >= BACKLOG_LIMIT || sealed.sending * 2 >= sealed.interval;
         let idle = sealed.waiting == 0 && sealed.sending * 4 < sealed.interval;
         if sealed.full && busy {
             (self.crowded, self.calm) = (self.crowded + 1, 0);
@@ -122,12 +121,12 @@ impl BatchSizer {
         } else {
             (self.crowded, self.calm) = (0, 0);
         }
-        if self.crowded == STEADY {
+        if self.crowded == SAMPLES_TO_RESIZE {
             if self.halved {
                 self.patience = (self.patience * 2).min(MAX_PATIENCE);
             }
-            self.change((self.size * 2).min(self.heavy), false);
-        } else if self.calm >= STEADY * self.patience {
+            self.change((self.size * 2).min(self.loaded_max), false);
+        } else if self.calm >= SAMPLES_TO_RESIZE * self.patience {
             self.change((self.size / 2).max(self.min), true);
         }
     }
@@ -180,7 +179,7 @@ mod tests {
                 // While a batch fills, the transport takes from the backlog; a full buffer holds the application up.
                 self.backlog = (self.backlog + size - interval / service * size).clamp(0.0, BUFFER as f64);
                 let before = self.sizer.size();
-                self.sizer.sealed(Sealed {
+                self.sizer.record_seal(SealStats {
                     full: true,
                     interval: Duration::from_nanos(interval as u64),
                     sending: Duration::from_nanos(sending as u64),
@@ -191,24 +190,24 @@ mod tests {
         }
     }
 
-    fn any_sealed() -> impl Strategy<Value = Sealed> {
+    fn any_sealed() -> impl Strategy<Value = SealStats> {
         (any::<bool>(), 0u64..1000, 0u64..1000, 0usize..40).prop_map(|(full, a, b, waiting)| {
             let (sending, interval) = (Duration::from_micros(a.min(b)), Duration::from_micros(a.max(b)));
-            Sealed { full, interval, sending, waiting }
+            SealStats { full, interval, sending, waiting }
         })
     }
 
     #[test]
     fn a_lone_message_goes_at_once_and_others_gather() {
         let sizer = BatchSizer::between(1000, 1000, 10_000);
-        let lone = Load { open_bytes: 70, open_messages: 1, ..Load::default() };
-        assert!(sizer.goes(lone));
-        assert!(!sizer.goes(Load { in_flight: 1, ..lone }));
-        assert!(!sizer.goes(Load { streaming: true, ..lone }));
-        assert!(!sizer.goes(Load { open_messages: 2, ..lone }));
-        assert!(sizer.goes(Load { open_messages: 2, awaited: true, ..lone }));
-        assert!(sizer.goes(Load { streaming: true, awaited: true, ..lone }));
-        assert!(sizer.goes(Load { in_flight: 9, open_bytes: 1000, open_messages: 20, ..lone }));
+        let lone = BufferState { open_bytes: 70, open_messages: 1, ..BufferState::default() };
+        assert!(sizer.should_seal(lone));
+        assert!(!sizer.should_seal(BufferState { in_flight: 1, ..lone }));
+        assert!(!sizer.should_seal(BufferState { streaming: true, ..lone }));
+        assert!(!sizer.should_seal(BufferState { open_messages: 2, ..lone }));
+        assert!(sizer.should_seal(BufferState { open_messages: 2, awaited: true, ..lone }));
+        assert!(sizer.should_seal(BufferState { streaming: true, awaited: true, ..lone }));
+        assert!(sizer.should_seal(BufferState { in_flight: 9, open_bytes: 1000, open_messages: 20, ..lone }));
     }
 
     #[test]
@@ -216,9 +215,9 @@ mod tests {
         let mut sizer = BatchSizer::between(MIN, MAX, BUFFER);
         let interval = Duration::from_micros(10);
         for _ in 0..100 {
-            let crowded = Sealed { full: true, interval, waiting: 100, ..Sealed::default() };
-            (0..STEADY - 1).for_each(|_| sizer.sealed(crowded));
-            sizer.sealed(Sealed { waiting: CROWDED - 1, ..crowded });
+            let crowded = SealStats { full: true, interval, waiting: 100, ..SealStats::default() };
+            (0..SAMPLES_TO_RESIZE - 1).for_each(|_| sizer.record_seal(crowded));
+            sizer.record_seal(SealStats { waiting: BACKLOG_LIMIT - 1, ..crowded });
         }
         assert_eq!(sizer.size(), MIN);
     }
@@ -229,11 +228,11 @@ mod tests {
             min in 1024usize..100_000, times in 1usize..100, cap in 0usize..1_000_000,
             told in prop::collection::vec(any_sealed(), 0..2000),
         ) {
-            let mut sizer = BatchSizer::between(min, min * times, BUFFER).capped(cap);
+            let mut sizer = BatchSizer::between(min, min * times, BUFFER).with_loaded_max(cap);
             prop_assert_eq!(sizer.largest(), min * times);
             for sealed in told {
                 let before = sizer.size();
-                sizer.sealed(sealed);
+                sizer.record_seal(sealed);
                 prop_assert!((min..=(min * times).min(cap.max(min))).contains(&sizer.size()));
                 prop_assert!(sizer.size() <= before * 2 && sizer.size() * 2 >= before);
             }
@@ -248,7 +247,7 @@ mod tests {
             plant.changes = 0;
             plant.fill(100_000);
             // At worst one look at the smaller size in each of the longest waits.
-            let looks = 100_000 / (STEADY * MAX_PATIENCE) as usize + 1;
+            let looks = 100_000 / (SAMPLES_TO_RESIZE * MAX_PATIENCE) as usize + 1;
             prop_assert!(plant.changes <= 2 * looks, "{} changes", plant.changes);
         }
 
@@ -256,19 +255,19 @@ mod tests {
         fn a_step_of_the_load_is_followed(rate in 0.5f64..12.0, light in 0.01f64..0.12, own in 0f64..1.0) {
             // A saturated transport: up within a few sixteens of batches for each doubling.
             let mut plant = Plant::new(20.0, rate, 5_000.0, own);
-            plant.fill(STEADY as usize * 4 * DOUBLINGS);
-            let heavy = plant.sizer.size();
-            prop_assert!(heavy >= 16 * MIN, "{heavy} bytes under a load that the transport cannot take");
+            plant.fill(SAMPLES_TO_RESIZE as usize * 4 * DOUBLINGS);
+            let loaded_max = plant.sizer.size();
+            prop_assert!(loaded_max >= 16 * MIN, "{loaded_max} bytes under a load that the transport cannot take");
             // A load that it takes with ease: down as soon.
             plant.offered = light * rate;
-            plant.fill(STEADY as usize * 4 * DOUBLINGS);
+            plant.fill(SAMPLES_TO_RESIZE as usize * 4 * DOUBLINGS);
             prop_assert_eq!(plant.sizer.size(), MIN);
         }
 
         #[test]
         fn equal_bounds_fix_the_size(told in prop::collection::vec(any_sealed(), 0..500)) {
             let mut sizer = BatchSizer::between(MIN, MIN, BUFFER);
-            told.into_iter().for_each(|sealed| sizer.sealed(sealed));
+            told.into_iter().for_each(|sealed| sizer.record_seal(sealed));
             prop_assert_eq!(sizer.size(), MIN);
         }
     }

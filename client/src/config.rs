@@ -1,8 +1,8 @@
 //! What a client is told.
 
-use crate::error::ClientError;
-use embarcadero_datapath::transport::Transport;
-use embarcadero_datapath::verbs::{DpdkConfig, OutOfBounds, RoceConfig};
+use embarcadero_transport::TransportKind;
+use embarcadero_verbs::{DpdkConfig, RoceConfig};
+use embarcadero_wire::{OutOfBounds, within};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -30,7 +30,7 @@ pub struct ClientConfig {
     /// Control endpoints, `host:port`; any broker's will do.
     pub bootstrap: Vec<String>,
     /// How bytes travel.
-    pub transport: Transport,
+    pub transport: TransportKind,
     /// RDMA verbs, where `transport` is `verbs`; its ring also with `roce` and `dpdk`.
     pub rdma: RdmaConfig,
     /// The NIC in software, where `transport` is `roce`.
@@ -66,7 +66,7 @@ impl Default for ClientConfig {
     fn default() -> Self {
         Self {
             bootstrap: vec!["127.0.0.1:7000".to_owned()],
-            transport: Transport::Tcp,
+            transport: TransportKind::Tcp,
             rdma: RdmaConfig::default(),
             roce: RoceConfig::default(),
             dpdk: DpdkConfig::default(),
@@ -95,31 +95,20 @@ impl ClientConfig {
     ///
     /// # Errors
     /// The first value that is out of bounds.
-    pub fn validate(&self) -> Result<(), ClientError> {
-        let within = |key, value: u64, low: u64, high: u64| {
-            if (low..=high).contains(&value) {
-                Ok(())
-            } else {
-                Err(ClientError::Config { key, value: value.to_string(), bound: format!("{low} to {high}") })
-            }
-        };
-        within("bootstrap (number of endpoints)", self.bootstrap.len() as u64, 1, 1024)?;
-        within("ack_level", self.ack_level.into(), 0, 2)?;
+    pub fn validate(&self) -> Result<(), OutOfBounds> {
+        within("bootstrap (number of endpoints)", self.bootstrap.len(), 1, 1024)?;
+        within("ack_level", self.ack_level, 0, 2)?;
         let (least, most) = self.batch_bytes();
         match self.batch_size {
-            Some(bytes) => within("batch_size", bytes as u64, 1024, 64 << 20)?,
+            Some(bytes) => within("batch_size", bytes, 1024, 64 << 20)?,
             None => {
-                within("batch_size_min", least as u64, 1024, 64 << 20)?;
-                within("batch_size_max", most as u64, least as u64, 64 << 20)?;
+                within("batch_size_min", least, 1024, 64 << 20)?;
+                within("batch_size_max", most, least, 64 << 20)?;
             }
         }
-        within("buffer_bytes", self.buffer_bytes as u64, 2 * most as u64, 64 << 30)?;
-        within("rdma.ring_bytes", self.rdma.ring_bytes as u64, 64 << 10, 1 << 30)?;
-        self.dpdk.validate().map_err(|OutOfBounds { key, value, bound }| ClientError::Config {
-            key,
-            value,
-            bound: bound.to_owned(),
-        })?;
+        within("buffer_bytes", self.buffer_bytes, 2 * most, 64 << 30)?;
+        within("rdma.ring_bytes", self.rdma.ring_bytes, 64 << 10, 1 << 30)?;
+        self.dpdk.validate()?;
         within("connect_timeout_ms", self.connect_timeout_ms, 1, 600_000)?;
         within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
     }

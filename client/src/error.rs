@@ -1,23 +1,30 @@
 //! What can go wrong for a client.
 
-use embarcadero_datapath::wire::batch::BodyError;
-use embarcadero_datapath::wire::{ErrorCode, WireError};
+use embarcadero_verbs::VerbsError;
+use embarcadero_wire::batch::BodyError;
+use embarcadero_wire::{ErrorCode, OutOfBounds, WireError};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// An error of the client library.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ClientError {
     /// A value of the configuration.
-    #[error("{key} is {value}; it must be {bound}")]
-    Config {
-        /// Which key.
-        key: &'static str,
-        /// Its value.
-        value: String,
-        /// What is allowed.
-        bound: String,
+    #[error(transparent)]
+    Config(#[from] OutOfBounds),
+    /// The device of the transport that was asked for cannot be used.
+    #[error("transport is {transport}, but {source}")]
+    Device {
+        /// What was asked for, as it is configured.
+        transport: &'static str,
+        /// What is missing.
+        source: Arc<VerbsError>,
     },
+    /// A broker says what this client does not understand: they are of different versions.
+    #[error("the brokers are of another version: {0}")]
+    Incompatible(String),
     /// No broker's control service answers.
     #[error("no broker answers: {0}")]
     Unreachable(String),
@@ -88,17 +95,25 @@ pub enum ClientError {
     #[error(transparent)]
     Wire(#[from] WireError),
     /// The system.
-    #[error("{action}: {message}")]
+    #[error("{action}: {source}")]
     Io {
         /// What was tried.
         action: &'static str,
         /// What the system said.
-        message: String,
+        source: Arc<io::Error>,
     },
 }
 
 impl ClientError {
+    /// What a broker refused, and why.
+    pub(crate) fn refused(code: ErrorCode, text: String, detail: u64) -> Self {
+        match code {
+            ErrorCode::OffsetOutOfRange => Self::OffsetOutOfRange { earliest: detail, text },
+            _ => Self::Broker { code, text },
+        }
+    }
+
     pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
-        move |error| Self::Io { action, message: error.to_string() }
+        move |error| Self::Io { action, source: Arc::new(error) }
     }
 }

@@ -16,20 +16,24 @@
 //! ```
 #![forbid(unsafe_code)]
 
-pub mod batching;
+mod background;
+mod batching;
 mod client;
 mod config;
+mod context;
 mod control;
 mod error;
-mod link;
+mod nic;
 mod publisher;
 mod subscriber;
-mod verbs;
+mod views;
 
-pub use client::{BrokerView, Client, ClusterView, StreamView, TopicOptions, TopicView};
+pub use batching::{BatchSizer, BufferState, SealStats};
+pub use client::Client;
 pub use config::{ClientConfig, RdmaConfig};
-pub use embarcadero_datapath::cxl::tables::Order;
-pub use embarcadero_datapath::transport::Transport;
+pub use embarcadero_transport::TransportKind;
+pub use embarcadero_wire::{Order, OutOfBounds};
 pub use error::ClientError;
 pub use publisher::{MessageId, Publisher, PublisherStats, Status};
 pub use subscriber::{Batch, Message, Start, Subscriber};
+pub use views::{BrokerView, ClusterView, StreamView, TopicOptions, TopicView};

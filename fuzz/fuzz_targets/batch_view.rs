@@ -1,8 +1,8 @@
 //! Any header over any body yields messages that lie within the body, or an error.
 #![no_main]
 
-use embarcadero_datapath::wire::BatchHeader;
-use embarcadero_datapath::wire::batch::BatchView;
+use embarcadero_wire::BatchHeader;
+use embarcadero_wire::batch::BatchView;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: (u32, u32, bool, Vec<u8>)| {

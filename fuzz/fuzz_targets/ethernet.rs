@@ -1,7 +1,7 @@
 //! Any frames from a network are packets, questions, answers, or nothing, and no frame of another VLAN is ours.
 #![no_main]
 
-use embarcadero_datapath::transport::roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
+use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;

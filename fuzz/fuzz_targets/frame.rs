@@ -1,7 +1,7 @@
 //! Any 64 bytes, also with a valid prefix and checksum, decode to a frame or fail.
 #![no_main]
 
-use embarcadero_datapath::wire::{FRAME_BYTES, FRAME_MAGIC, Frame, WIRE_VERSION, crc32c};
+use embarcadero_wire::{FRAME_BYTES, FRAME_MAGIC, Frame, WIRE_VERSION, crc32c};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: [u8; FRAME_BYTES]| {

@@ -2,11 +2,11 @@
 #![no_main]
 
 use embarcadero_broker::mirror;
-use embarcadero_datapath::cxl::headship::read_headship;
-use embarcadero_datapath::cxl::session_table::read_session;
-use embarcadero_datapath::cxl::tables::{live_topics, read_broker};
-use embarcadero_datapath::cxl::{Fabric, Mapping, Native, Region, RegionOffset};
-use embarcadero_datapath::cxl::cache::FlushMethod;
+use embarcadero_cxl::headship::read_headship;
+use embarcadero_cxl::session_table::read_session;
+use embarcadero_cxl::tables::{live_topics, read_broker};
+use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
+use embarcadero_cxl::cache::FlushMethod;
 use libfuzzer_sys::fuzz_target;
 use std::cell::OnceCell;
 

@@ -2,9 +2,10 @@
 #![no_main]
 
 use embarcadero_broker::replica::format::{BLOCK, Identity, check_group};
-use embarcadero_broker::replica::medium::{Medium, SimulatedMedium};
+use embarcadero_broker::replica::medium::Medium;
+use embarcadero_sim::SimulatedMedium;
 use embarcadero_broker::replica::store::{read_batch, scan};
-use embarcadero_datapath::buffer::Buffer;
+use embarcadero_os::buffer::Buffer;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,9 +1,9 @@
 //! Any bytes from a network are a packet or are not, and no packet gets a queue pair to write outside its window or to panic.
 #![no_main]
 
-use embarcadero_datapath::transport::roce::packet::{Reth, SCRATCH_BYTES, decode};
-use embarcadero_datapath::transport::roce::psn::Psn;
-use embarcadero_datapath::transport::roce::{
+use embarcadero_roce::packet::{Reth, SCRATCH_BYTES, decode};
+use embarcadero_roce::psn::Psn;
+use embarcadero_roce::{
     Access, Attributes, Memory, NoAccess, Operation, PathMtu, QueuePair, Receive, Work,
 };
 use libfuzzer_sys::fuzz_target;
@@ -80,8 +80,8 @@ fuzz_target!(|bytes: &[u8]| {
 
 mod packet {
     use super::NOBODY;
-    use embarcadero_datapath::transport::roce::packet::{Aeth, Ecn, Opcode, Packet, Reth, Syndrome};
-    use embarcadero_datapath::transport::roce::psn::Psn;
+    use embarcadero_roce::packet::{Aeth, Ecn, Opcode, Packet, Reth, Syndrome};
+    use embarcadero_roce::psn::Psn;
 
     /// A packet of the peer, as bytes say.
     pub fn of<'a>(bytes: &[u8; 24], payload: &'a [u8]) -> Option<Packet<'a>> {

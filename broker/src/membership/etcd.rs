@@ -6,10 +6,10 @@
 //! "Revision"). `base` is the region's highest epoch when etcd first saw it: a region outlives an etcd.
 //!
 //! etcd only decides who may claim the next epoch. What keeps a deposed head from being believed is the claim itself, in
-//! the region (`embarcadero_datapath::cxl::headship`), so a lease that expired late or early loses nothing.
+//! the region (`embarcadero_cxl::headship`), so a lease that expired late or early loses nothing.
 
 use crate::config::EtcdConfig;
-use embarcadero_datapath::cxl::tables::BrokerInfo;
+use embarcadero_cxl::tables::BrokerInfo;
 use etcd_client::{
     Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, WatchOptions,
 };

@@ -1,13 +1,12 @@
 //! Who is alive, as the head sees it: heartbeats in the region, timed by the observer's own clock. Who may be the head is
 //! decided in the region, or by [`etcd`].
 
-#[cfg(feature = "etcd")]
 pub mod etcd;
 
-use embarcadero_datapath::cxl::Fabric;
-use embarcadero_datapath::cxl::headship::read_headship;
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::tables::{BrokerInfo, read_broker, read_pulse};
+use embarcadero_cxl::Fabric;
+use embarcadero_cxl::headship::read_headship;
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};

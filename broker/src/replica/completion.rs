@@ -1,13 +1,13 @@
 //! What is durable: the head counts the disks that have each batch, and shows it in the completion vector.
 
 use super::replicator::running_replicas;
-use embarcadero_datapath::cxl::headship::NoHead;
-use embarcadero_datapath::cxl::layout::Seat;
-use embarcadero_datapath::cxl::order_index::{StreamId, read_extent_at};
-use embarcadero_datapath::cxl::region::Region;
-use embarcadero_datapath::cxl::replication::{Completion, publish_completion, read_completion_at, read_replicated};
-use embarcadero_datapath::cxl::tables::{TopicConfig, last_incarnation, live_topics_at};
-use embarcadero_datapath::cxl::{Fabric, Guard};
+use embarcadero_cxl::headship::NoHead;
+use embarcadero_cxl::layout::Seat;
+use embarcadero_cxl::order_index::{StreamId, read_extent_at};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::replication::{Completion, publish_completion, read_completion_at, read_replicated};
+use embarcadero_cxl::tables::{TopicConfig, last_incarnation, live_topics_at};
+use embarcadero_cxl::{Fabric, Guard};
 
 /// Time between two counts, microseconds: far less than an `fdatasync` takes.
 const PERIOD_US: u64 = 50;

@@ -6,11 +6,12 @@
 //! [`BLOCK`] and 64 bytes.
 
 use bytemuck::{Pod, Zeroable};
-use embarcadero_datapath::cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES};
-use embarcadero_datapath::cxl::replication::Completion;
-use embarcadero_datapath::cxl::tables::{Order, TopicConfig, TopicState, check_topic_name};
-use embarcadero_datapath::wire::batch::MAX_BATCH_BYTES;
-use embarcadero_datapath::wire::crc32c;
+use embarcadero_cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES};
+use embarcadero_cxl::replication::Completion;
+use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name};
+use embarcadero_wire::Order;
+use embarcadero_wire::batch::MAX_BATCH_BYTES;
+use embarcadero_wire::crc32c;
 use std::mem::{offset_of, size_of};
 
 /// What direct I/O needs positions and lengths to be a multiple of, everywhere.
@@ -158,7 +159,7 @@ pub struct Identity {
     pub region: [u8; 16],
     /// The topic, as it was when the file was begun.
     pub topic: TopicConfig,
-    /// The stream: a broker id, or [`embarcadero_datapath::cxl::order_index::StreamId::GLOBAL`].
+    /// The stream: a broker id, or [`embarcadero_cxl::order_index::StreamId::GLOBAL`].
     pub stream: u32,
 }
 

@@ -6,17 +6,18 @@ use super::store::{Located, Scan, StoreError, read_batch, scan};
 use crate::blog::Blog;
 use crate::mirror::{self, MirroredTopic};
 use bytemuck::Zeroable;
-use embarcadero_datapath::cxl::headship::{claim, latest_claim, lead};
-use embarcadero_datapath::cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, RegionRole, SESSION_WINDOW, Seat};
-use embarcadero_datapath::cxl::order_index::{OrderIndexWriter, ReadError, StreamId};
-use embarcadero_datapath::cxl::region::{Region, RegionError};
-use embarcadero_datapath::cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_datapath::cxl::session_table::{
+use embarcadero_cxl::headship::{claim, latest_claim, lead};
+use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_cxl::order_index::{OrderIndexWriter, ReadError, StreamId};
+use embarcadero_cxl::region::{Region, RegionError};
+use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::session_table::{
     Session, SessionCommit, SessionState, publish_commits, publish_session, store_progress,
 };
-use embarcadero_datapath::cxl::tables::{Order, TopicConfig, publish_topic};
-use embarcadero_datapath::cxl::{CoherentFabric, Fabric, Site};
-use embarcadero_datapath::wire::{BatchHeader, FRAME_BYTES, WireError};
+use embarcadero_cxl::tables::{TopicConfig, publish_topic};
+use embarcadero_cxl::{CoherentFabric, Fabric, Site};
+use embarcadero_wire::Order;
+use embarcadero_wire::{BatchHeader, FRAME_BYTES, WireError};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;

@@ -1,0 +1,448 @@
+//! What the machine can do without us: raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory and
+//! the disk.
+
+use crate::args::{BenchArgs, REGION_BYTES, RETENTION_BYTES, SEGMENT_BYTES, pin};
+use crate::latency::histogram;
+use crate::report::Row;
+use anyhow::{Context, Result};
+use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry};
+use embarcadero_cxl::region::{Creation, RegionFile};
+use embarcadero_cxl::{Fabric, LINE_BYTES, Mapping, Native, RegionOffset, Site};
+use embarcadero_os::buffer::Buffer;
+use embarcadero_transport::tcp::{SocketOptions, prepare, receive_into};
+use hdrhistogram::Histogram;
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Cores of the two ends; `None` leaves them to the scheduler.
+#[derive(Clone, Copy)]
+pub struct Pair {
+    /// The end that sends.
+    pub near: Option<usize>,
+    /// The end that receives.
+    pub far: Option<usize>,
+}
+
+/// Two ends of a connection over loopback, prepared as brokers and clients do.
+pub fn connected() -> Result<(TcpStream, TcpStream)> {
+    let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
+    let near = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
+    let (far, _) = listener.accept()?;
+    for stream in [&near, &far] {
+        prepare(stream, SocketOptions::default())?;
+    }
+    Ok((near, far))
+}
+
+/// One thread sends from a buffer, another receives into a region of the kind that brokers use: bytes a second, the
+/// better of a receiver that sleeps between batches and one that polls without rest.
+pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) -> Result<f64> {
+    let receive = |busy| -> Result<f64> {
+        let receiver = std::thread::spawn(move || receive(cores, batch_bytes, seconds / 2.0, busy));
+        receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))?
+    };
+    Ok(receive(false)?.max(receive(true)?))
+}
+
+fn receive(cores: Pair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
+    pin(cores.far)?;
+    let path = BenchArgs::region().with_extension("ceiling");
+    let geometry = Geometry::with_segments_of(SEGMENT_BYTES, AllocatorKind::Bitmap).fit(REGION_BYTES)?;
+    let file =
+        RegionFile::create(&path, &geometry, FlushMethod::None, Creation { reserve: true, ..Creation::default() })?;
+    let _ = std::fs::remove_file(&path);
+    let region = file.region();
+    let (mut near, far) = connected()?;
+    let time = Duration::from_secs_f64(seconds);
+    let sender = std::thread::spawn(move || {
+        pin(cores.near)?;
+        let buffer = vec![b'm'; batch_bytes];
+        let begun = Instant::now();
+        while begun.elapsed() < time && near.write_all(&buffer).is_ok() {}
+        Ok::<(), anyhow::Error>(())
+    });
+    // As much of the region as the benched topic's retention uses.
+    let window = RETENTION_BYTES + 2 * SEGMENT_BYTES;
+    let start = region.layout().segments;
+    let (mut at, mut bytes) = (0u64, 0u64);
+    let begun = Instant::now();
+    loop {
+        let want = (batch_bytes as u64).min(window - at);
+        let place = RegionOffset(start + at);
+        match receive_into(&far, region.fabric(), place, want, &mut []) {
+            Ok(0) => break,
+            Ok(received) => {
+                bytes += received as u64;
+                at = (at + received as u64) % window;
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock && busy => std::hint::spin_loop(),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let sockets = [(std::os::fd::AsRawFd::as_raw_fd(&far), false)];
+                embarcadero_os::poller::wait_any(&sockets, Duration::from_millis(100))?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let rate = bytes as f64 / begun.elapsed().as_secs_f64();
+    sender.join().map_err(|_| anyhow::anyhow!("the sender died"))??;
+    Ok(rate)
+}
+
+fn read_busily(stream: &mut TcpStream, buffer: &mut [u8]) -> std::io::Result<bool> {
+    let mut read = 0;
+    while read < buffer.len() {
+        match stream.read(&mut buffer[read..]) {
+            Ok(0) => return Ok(false),
+            Ok(more) => read += more,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => std::hint::spin_loop(),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(true)
+}
+
+/// Two threads throw `bytes` to and fro, both polling without rest: the median, seconds.
+pub fn tcp_ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+    let caller = std::thread::spawn(move || ping_pong(cores, bytes, seconds));
+    caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?
+}
+
+fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+    pin(cores.near)?;
+    let (mut near, mut far) = connected()?;
+    near.set_nonblocking(true)?;
+    far.set_nonblocking(true)?;
+    let echo = std::thread::spawn(move || {
+        pin(cores.far)?;
+        let mut buffer = vec![0; bytes];
+        while matches!(read_busily(&mut far, &mut buffer), Ok(true)) && far.write_all(&buffer).is_ok() {}
+        Ok::<(), anyhow::Error>(())
+    });
+    let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+    let mut buffer = vec![b'p'; bytes];
+    let begun = Instant::now();
+    while begun.elapsed().as_secs_f64() < seconds {
+        let sent = Instant::now();
+        near.write_all(&buffer)?;
+        read_busily(&mut near, &mut buffer)?;
+        histogram.record(sent.elapsed().as_nanos() as u64)?;
+    }
+    drop(near);
+    echo.join().map_err(|_| anyhow::anyhow!("the echo died"))??;
+    Ok(histogram.value_at_quantile(0.5) as f64 / 1e9)
+}
+
+pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
+
+/// A device of the host, or a NIC in software.
+mod verbs {
+    use super::{Context as _, Duration, FlushMethod, Instant, Mapping, Native, RegionOffset, Result};
+    use crate::args::{BenchArgs, SMALL_RETENTION_BYTES, pin};
+    use crate::memif;
+    use anyhow::bail;
+    use embarcadero_client::TransportKind;
+    use embarcadero_os::buffer::Buffer;
+    use embarcadero_verbs::{
+        CompletionQueue, Context, DpdkConfig, LocalPort, MemoryRegion, Outcome, ProtectionDomain, QueuePair,
+        QueuePairOptions, RemoteRange, Request, Sending, SharedReceiveQueue, VerbsError, Work,
+    };
+    use std::net::Ipv4Addr;
+    use std::sync::{Arc, Mutex, PoisonError};
+
+    /// Requests that are under way at most.
+    const DEPTH: u32 = 128;
+    /// Requests posted together, of which the last has a completion.
+    const CHAIN: usize = 8;
+
+    /// One of two ends that write from a buffer into memory like a region's.
+    struct End {
+        pair: QueuePair<Sending>,
+        queue: CompletionQueue,
+        receives: Arc<SharedReceiveQueue>,
+        from: MemoryRegion,
+        _into: MemoryRegion,
+        to: RemoteRange,
+        /// Bytes of the other end's memory, and where in it the next write goes.
+        span: u64,
+        next: u64,
+        posted: u64,
+        done: u64,
+        /// WRITEs of the other end that are complete.
+        arrived: u64,
+    }
+
+    /// Ports that share memory stay open: their driver, closing the second, frees what they share again.
+    static SHARING: Mutex<Vec<(Arc<Context>, LocalPort)>> = Mutex::new(Vec::new());
+
+    /// Devices of both ends, which may be one.
+    fn devices(args: &BenchArgs) -> Result<[(Arc<Context>, LocalPort); 2]> {
+        // The end that receives listens.
+        let open = |[near, far]: [DpdkConfig; 2]| {
+            let far = Context::dpdk(&far)?;
+            Ok::<_, VerbsError>([Context::dpdk(&near)?, far])
+        };
+        let one = match (args.transport, &args.devices) {
+            (TransportKind::Dpdk, Some(devices)) => return Ok(open(devices.pair())?),
+            (TransportKind::Dpdk, None) => {
+                let ends = open(memif::pair())?;
+                SHARING.lock().unwrap_or_else(PoisonError::into_inner).extend(ends.clone());
+                return Ok(ends);
+            }
+            (TransportKind::Roce, _) => Context::software(Some(Ipv4Addr::LOCALHOST.into()))?,
+            _ => Context::find(None)?,
+        };
+        Ok([one.clone(), one])
+    }
+
+    fn ends(args: &BenchArgs, bytes: usize, span: u64) -> Result<(End, End)> {
+        let [near, far] = devices(args)?;
+        let half = |(context, port): (Arc<Context>, LocalPort)| -> Result<_> {
+            let domain = ProtectionDomain::new(&context).context("cannot make a protection domain")?;
+            let receives = SharedReceiveQueue::new(&domain, 2 * DEPTH)?;
+            let buffer = Buffer::zeroed(bytes)?;
+            let from = MemoryRegion::local(&domain, &buffer).context("cannot register a buffer")?;
+            let memory = Mapping::anonymous(span).context("cannot map memory")?;
+            memory.prefault().context("cannot map memory")?;
+            let memory = Native::new(memory, FlushMethod::None)?;
+            let into = MemoryRegion::writable(&domain, &(&memory, RegionOffset(0), span));
+            let into = into.context("cannot register memory")?;
+            let queue = CompletionQueue::new(&context, 4 * DEPTH)?;
+            let options =
+                QueuePairOptions { send_depth: DEPTH, receive_depth: 0, inline_bytes: 64, shared: Some(&receives) };
+            let pair = QueuePair::new(&domain, &queue, &port, &options).context("cannot make a queue pair")?;
+            Ok((pair, queue, receives, from, into))
+        };
+        let (near, far) = (half(near)?, half(far)?);
+        let (near_address, far_address) = (near.0.address(), far.0.address());
+        let (near_memory, far_memory) = (near.4.remote(0, span), far.4.remote(0, span));
+        let end = |(pair, queue, receives, from, into): (QueuePair<_>, _, _, _, _), peer, to| -> Result<End> {
+            let pair = pair.receive_from(&peer)?.send()?;
+            Ok(End { pair, queue, receives, from, _into: into, to, span, next: 0, posted: 0, done: 0, arrived: 0 })
+        };
+        Ok((end(near, far_address, far_memory)?, end(far, near_address, near_memory)?))
+    }
+
+    impl End {
+        fn write(&mut self, bytes: usize, count: usize) -> Result<()> {
+            let mut chain = [Request { id: 0, signaled: false, work: Work::Send(&[]) }; CHAIN];
+            for request in &mut chain[..count] {
+                self.posted += 1;
+                let work = Work::Write(Some(self.from.range(0, bytes as u32)), self.to.offset(self.next), Some(0));
+                self.next += bytes as u64;
+                if self.next + bytes as u64 > self.span {
+                    self.next = 0;
+                }
+                *request = Request { id: self.posted, signaled: false, work };
+            }
+            chain[count - 1].signaled = true;
+            if self.pair.post(&chain[..count])? < count {
+                bail!("the device took only part of a chain of requests");
+            }
+            Ok(())
+        }
+
+        fn poll(&mut self) -> Result<()> {
+            let (mut received, mut failure) = (0, None);
+            self.queue.poll(|completion| match completion.outcome {
+                Outcome::Sent => self.done = self.done.max(completion.id),
+                Outcome::Failed(error) => failure = Some(error),
+                _ => received += 1,
+            })?;
+            self.receives.post(received)?;
+            self.arrived += received as u64;
+            match failure {
+                Some(error) => Err(error.into()),
+                None => Ok(()),
+            }
+        }
+    }
+
+    /// One thread WRITEs with immediate data, another takes the completions: bytes a second.
+    pub fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
+        let (cores, seconds) = (args.pair(), args.seconds);
+        // As much memory as the benched topic's retention uses.
+        let (mut near, mut far) = ends(args, bytes, SMALL_RETENTION_BYTES.max(bytes as u64))?;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let ordering = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            let receiver = scope.spawn(|| {
+                pin(cores.far)?;
+                while !stop.load(ordering) {
+                    let before = far.arrived;
+                    far.poll()?;
+                    if far.arrived == before {
+                        std::thread::yield_now();
+                    }
+                }
+                Ok::<(), anyhow::Error>(())
+            });
+            let sender = scope.spawn(|| {
+                pin(cores.near)?;
+                let begun = Instant::now();
+                let time = Duration::from_secs_f64(seconds);
+                while begun.elapsed() < time {
+                    while near.posted - near.done <= u64::from(DEPTH) - CHAIN as u64 {
+                        near.write(bytes, CHAIN)?;
+                    }
+                    let before = near.done;
+                    near.poll()?;
+                    if near.done == before {
+                        std::thread::yield_now();
+                    }
+                }
+                while near.done < near.posted {
+                    near.poll()?;
+                }
+                Ok::<f64, anyhow::Error>((near.posted * bytes as u64) as f64 / begun.elapsed().as_secs_f64())
+            });
+            let rate = sender.join().map_err(|_| anyhow::anyhow!("the sender died"))?;
+            stop.store(true, ordering);
+            receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))??;
+            rate
+        })
+    }
+
+    /// Two threads write to each other in turn, both polling: half the round trip, the median, seconds.
+    pub fn ping_pong(args: &BenchArgs, bytes: usize) -> Result<f64> {
+        let (cores, seconds) = (args.pair(), args.seconds);
+        let (mut near, mut far) = ends(args, bytes, bytes as u64)?;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let ordering = std::sync::atomic::Ordering::Relaxed;
+        std::thread::scope(|scope| {
+            let echo = scope.spawn(|| {
+                pin(cores.far)?;
+                let mut answered = 0;
+                while !stop.load(ordering) {
+                    far.poll()?;
+                    if far.arrived > answered {
+                        answered += 1;
+                        far.write(bytes, 1)?;
+                    }
+                }
+                Ok::<(), anyhow::Error>(())
+            });
+            let caller = scope.spawn(|| {
+                pin(cores.near)?;
+                let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+                let begun = Instant::now();
+                while begun.elapsed().as_secs_f64() < seconds {
+                    let sent = Instant::now();
+                    let expected = near.arrived + 1;
+                    near.write(bytes, 1)?;
+                    while near.arrived < expected {
+                        near.poll()?;
+                    }
+                    histogram.record(sent.elapsed().as_nanos() as u64)?;
+                }
+                Ok::<f64, anyhow::Error>(histogram.value_at_quantile(0.5) as f64 / 2e9)
+            });
+            let latency = caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?;
+            stop.store(true, ordering);
+            echo.join().map_err(|_| anyhow::anyhow!("the echo died"))??;
+            latency
+        })
+    }
+}
+
+/// Time between messages that are due where nothing is done for them.
+const NOTHING_EVERY: u64 = 1_000;
+
+/// What the machine itself adds to latencies: threads on both cores that never rest look at the clock, and on the near one
+/// something is due every microsecond. How long each waited, nanoseconds: longer than that only while the thread did not
+/// run, though it wanted to.
+pub fn nothing_to_do(cores: Pair, seconds: f64) -> Result<Histogram<u64>> {
+    let look = |core| -> Result<Histogram<u64>> {
+        pin(core)?;
+        let (mut waits, begun, mut due) = (histogram()?, Instant::now(), 0);
+        while (due as f64) < seconds * 1e9 {
+            let now = begun.elapsed().as_nanos() as u64;
+            while due <= now {
+                waits.record(now - due)?;
+                due += NOTHING_EVERY;
+            }
+        }
+        Ok(waits)
+    };
+    std::thread::scope(|scope| {
+        let (near, far) = (scope.spawn(|| look(cores.near)), scope.spawn(|| look(cores.far)));
+        far.join().map_err(|_| anyhow::anyhow!("the far thread died"))??;
+        near.join().map_err(|_| anyhow::anyhow!("the near thread died"))?
+    })
+}
+
+/// Bytes of memory that one core writes: more than caches hold.
+const SPAN: u64 = 256 << 20;
+
+/// Writes all of `memory` piece by piece, again and again for `seconds`: bytes a second.
+fn write_all_of(memory: &Native, piece: u64, seconds: f64, write: impl Fn(RegionOffset)) -> f64 {
+    let (begun, mut bytes) = (Instant::now(), 0);
+    while begun.elapsed().as_secs_f64() < seconds {
+        write(RegionOffset(bytes % (memory.bytes() - memory.bytes() % piece)));
+        bytes += piece;
+    }
+    bytes as f64 / begun.elapsed().as_secs_f64()
+}
+
+/// What one core does: copies of a batch into memory, through the caches and past them, and lines that it dirties and
+/// writes back; and the network's round trip.
+pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
+    let batch = vec![b'm'; args.write_bytes()];
+    let (piece, seconds) = (batch.len() as u64, args.seconds / 4.0);
+    let memory = Mapping::anonymous(SPAN.max(piece)).context("cannot map memory")?;
+    memory.prefault().context("cannot map memory")?;
+    let memory = Native::new(memory, FlushSupport::detect().best().unwrap_or(FlushMethod::None))?;
+    let in_far_thread = |write: &(dyn Fn(RegionOffset) + Sync), piece| -> Result<Vec<f64>> {
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                pin(args.pair().far)?;
+                Ok((0..args.runs).map(|_| write_all_of(&memory, piece, seconds, write)).collect())
+            });
+            thread.join().map_err(|_| anyhow::anyhow!("the writing thread died"))?
+        })
+    };
+    let copied = in_far_thread(&|at| memory.write_bytes(at, &batch), piece)?;
+    let streamed = in_far_thread(&|at| memory.write_past_caches(at, &batch), piece)?;
+    let flush = |at: RegionOffset| {
+        memory.store(at, at.0);
+        memory.flush(at, LINE_BYTES, Site::PayloadFlush);
+        memory.fence(Site::PayloadFlush);
+    };
+    let flushed: Vec<f64> = in_far_thread(&flush, LINE_BYTES)?.iter().map(|rate| rate / LINE_BYTES as f64).collect();
+    let round_trips =
+        (0..args.runs).map(|_| tcp_ping_pong(args.pair(), args.message_bytes, seconds)).collect::<Result<Vec<_>>>()?;
+    Ok(vec![
+        Row::new("ceiling.memcpy", "B/s", &copied),
+        Row::new("ceiling.non_temporal_store", "B/s", &streamed),
+        Row::new("ceiling.line_flush_and_fence", "1/s", &flushed),
+        Row::new("ceiling.tcp_ping_pong.p50", "s", &round_trips),
+    ])
+}
+
+/// One thread appends to a file in `directory`, `fdatasync` after every 4 MiB, through the page cache or past it, whichever
+/// is better: bytes a second.
+pub fn disk_write(directory: &Path, seconds: f64) -> Result<f64> {
+    let (buffered, direct) =
+        (disk_write_by(directory, 0, seconds)?, disk_write_by(directory, libc::O_DIRECT, seconds)?);
+    Ok(buffered.max(direct))
+}
+
+fn disk_write_by(directory: &Path, flags: i32, seconds: f64) -> Result<f64> {
+    let path = directory.join(".ceiling");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).custom_flags(flags).open(&path)?;
+    let group = Buffer::zeroed(4 << 20)?;
+    let begun = Instant::now();
+    let mut bytes = 0;
+    while begun.elapsed().as_secs_f64() < seconds {
+        file.write_all(&group)?;
+        file.sync_data()?;
+        bytes += group.len();
+    }
+    let rate = bytes as f64 / begun.elapsed().as_secs_f64();
+    std::fs::remove_file(path)?;
+    Ok(rate)
+}

@@ -1,0 +1,187 @@
+//! `bench datapath`: what the transport does by itself, and what the whole publish path makes of it, by size; in the
+//! manner of perftest, and if asked beside perftest itself.
+
+use crate::args::BenchArgs;
+use crate::ceiling;
+use crate::latency::one_at_a_time;
+use crate::publish::publish_goodput;
+use crate::report::{Format, Report, Row};
+use crate::{engine, memif};
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use embarcadero::settings::parse_bytes;
+use embarcadero_client::TransportKind;
+use serde_json::json;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+#[derive(Args)]
+pub struct DatapathArgs {
+    #[command(flatten)]
+    bench: BenchArgs,
+    /// Sizes, of messages of the transport and of batches.
+    #[arg(long, value_delimiter = ',', value_parser = parse_bytes,
+        default_value = "64,256,1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB")]
+    sizes: Vec<u64>,
+    /// Instead of the sizes, compare with perftest's tools on this device: 64 KiB writes with ib_write_bw, publishing with
+    /// the same, and one message at a time with ib_write_lat and ib_send_lat.
+    #[arg(long, value_name = "DEVICE")]
+    perftest: Option<String>,
+    /// Over DPDK: two devices that reach each other, as for its --vdev, instead of shared memory. What the transport does
+    /// between them is all that is measured then.
+    #[arg(long, num_args = 2, value_names = ["NEAR", "FAR"])]
+    devices: Option<Vec<String>>,
+    /// What frames of those devices carry (dpdk.mtu).
+    #[arg(long, default_value_t = memif::MTU, requires = "devices")]
+    mtu: u16,
+}
+
+/// Smallest batch: a header and a message.
+const LEAST_BATCH: u64 = 4 << 10;
+
+pub fn run(args: &DatapathArgs) -> Result<()> {
+    if let Some(device) = &args.perftest {
+        return beside_perftest(&args.bench, device);
+    }
+    let mut bench = args.bench.clone();
+    if let Some([near, far]) = args.devices.as_deref() {
+        if bench.transport != TransportKind::Dpdk {
+            bail!("--devices is of --transport dpdk");
+        }
+        bench.devices = Some(memif::Devices { near: near.clone(), far: far.clone(), mtu: args.mtu });
+    }
+    if bench.format() == Format::Text {
+        println!(
+            "{:>9} {:>14} {:>12} {:>12} {:>14} {:>12}",
+            "#bytes", "BW [MB/s]", "rate [M/s]", "lat [us]", "publish [MB/s]", "ack [us]"
+        );
+    }
+    for size in &args.sizes {
+        one_size(&bench, *size)?;
+    }
+    if bench.transport == TransportKind::Roce {
+        let rows = engine::rows(bench.runs, bench.seconds)?;
+        return Report::new(bench.parameters(), bench.format()).print(&rows);
+    }
+    Ok(())
+}
+
+fn transport_alone(args: &BenchArgs, bytes: usize) -> Result<(f64, f64)> {
+    let (cores, seconds) = (args.pair(), args.seconds);
+    Ok(match args.transport {
+        TransportKind::Tcp => (
+            ceiling::tcp_receive_into_region(cores, bytes, seconds)?,
+            ceiling::tcp_ping_pong(cores, bytes, seconds)? / 2.0,
+        ),
+        _ => (ceiling::verbs_write(args, bytes)?, ceiling::verbs_ping_pong(args, bytes)?),
+    })
+}
+
+/// Batches of a size, filled with messages of up to 1 KiB.
+fn with_batches_of(args: &BenchArgs, bytes: u64) -> BenchArgs {
+    BenchArgs {
+        batch_size: Some(bytes as usize),
+        message_bytes: args.message_bytes.min(bytes as usize / 4),
+        ..args.clone()
+    }
+}
+
+fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
+    let (mut bandwidth, mut latency, mut publish, mut ack) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        let (rate, time) = transport_alone(args, bytes as usize)?;
+        bandwidth.push(rate);
+        latency.push(time);
+        if args.devices.is_some() {
+            continue;
+        }
+        if bytes >= LEAST_BATCH {
+            publish.push(publish_goodput(&with_batches_of(args, bytes))?);
+        }
+        let one = BenchArgs {
+            message_bytes: bytes as usize,
+            batch_size: Some((2 * bytes as usize).max(args.write_bytes())),
+            ..args.clone()
+        };
+        ack.push(one_at_a_time(&one)?.value_at_quantile(0.5) as f64 / 1e9);
+    }
+    let rows = [
+        Row::new("transport.bandwidth", "B/s", &bandwidth),
+        Row::new("transport.latency.p50", "s", &latency),
+        Row::new("publish.goodput", "B/s", &publish).with_ceiling("transport.bandwidth", &bandwidth),
+        Row::new("publish_to_ack.p50", "s", &ack).with_ceiling("transport.latency.p50", &latency),
+    ];
+    if args.format() != Format::Text {
+        let mut parameters = args.parameters();
+        parameters["bytes"] = json!(bytes);
+        let rows: Vec<_> = rows.into_iter().filter(|row| row.median().is_finite()).collect();
+        return Report::new(parameters, args.format()).print(&rows);
+    }
+    let [bandwidth, latency, publish, ack] = rows.map(|row| row.median());
+    let or_not = |figure: f64| if figure.is_finite() { format!("{figure:.1}") } else { "-".to_owned() };
+    println!(
+        "{bytes:>9} {:>14.1} {:>12.4} {:>12.1} {:>14} {:>12}",
+        bandwidth / 1e6,
+        bandwidth / bytes as f64 / 1e6,
+        latency * 1e6,
+        or_not(publish / 1e6),
+        or_not(ack * 1e6)
+    );
+    Ok(())
+}
+
+/// Runs a tool of perftest against itself on `device`; the number in `column` of its last line of figures.
+fn perftest(tool: &str, device: &str, bytes: u64, column: usize, seconds: f64) -> Result<f64> {
+    let seconds = (seconds.ceil() as u64).max(2).to_string();
+    let bytes = bytes.to_string();
+    let mut arguments = vec!["-d", device, "-s", &bytes, "-F"];
+    if tool.ends_with("_bw") {
+        arguments.extend(["-D", &seconds]);
+    } else {
+        arguments.extend(["-n", "2000"]);
+    }
+    let mut server = Command::new(tool)
+        .args(&arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot run {tool}: install perftest"))?;
+    // The server says nothing when it listens.
+    std::thread::sleep(Duration::from_secs(1));
+    let client = Command::new(tool).args(&arguments).arg("127.0.0.1").output();
+    let _ = server.kill();
+    let _ = server.wait();
+    let said = client.with_context(|| format!("cannot run {tool}"))?;
+    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let figures = said.lines().rev().find(|line| line.trim_start().starts_with(&bytes));
+    let figure = figures.and_then(|line| line.split_whitespace().nth(column)?.parse().ok());
+    match figure {
+        Some(figure) => Ok(figure),
+        None => bail!("{tool} printed no figures: {said}"),
+    }
+}
+
+fn beside_perftest(args: &BenchArgs, device: &str) -> Result<()> {
+    if args.transport != TransportKind::Verbs {
+        bail!("--perftest is of --transport verbs");
+    }
+    const WRITE: u64 = 64 << 10;
+    let (mut bandwidths, mut latencies) = (Vec::new(), Vec::new());
+    let (mut alone, mut publish, mut ack) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        // MiB/s and microseconds.
+        bandwidths.push(perftest("ib_write_bw", device, WRITE, 3, args.seconds)? * f64::from(1 << 20));
+        alone.push(ceiling::verbs_write(args, WRITE as usize)?);
+        publish.push(publish_goodput(args)?);
+        let message = args.message_bytes as u64;
+        let write = perftest("ib_write_lat", device, message, 4, args.seconds)?;
+        latencies.push((write + perftest("ib_send_lat", device, message, 4, args.seconds)?) / 1e6);
+        ack.push(one_at_a_time(args)?.value_at_quantile(0.5) as f64 / 1e9);
+    }
+    let rows = [
+        Row::new("transport.bandwidth", "B/s", &alone).with_ceiling("ib_write_bw", &bandwidths),
+        Row::new("publish.goodput", "B/s", &publish).with_ceiling("ib_write_bw", &bandwidths),
+        Row::new("publish_to_ack.p50", "s", &ack).with_ceiling("ib_write_lat + ib_send_lat", &latencies),
+    ];
+    Report::new(args.parameters(), args.format()).print(&rows)
+}

@@ -1,0 +1,99 @@
+//! `embarcadero bench`: each figure beside the ceiling that the same run measured.
+#![forbid(unsafe_code)]
+
+mod args;
+mod ceiling;
+mod datapath;
+mod deviations;
+mod engine;
+mod failover;
+mod grid;
+mod idle;
+mod latency;
+mod memif;
+mod peers;
+mod plot;
+mod publish;
+mod replication;
+mod report;
+mod scale;
+mod sequencer;
+
+use anyhow::Result;
+use args::BenchArgs;
+use clap::{Parser, Subcommand};
+use datapath::DatapathArgs;
+use deviations::DeviationArgs;
+use embarcadero::command::{self, broker};
+use grid::GridArgs;
+use latency::{LatencyArgs, LoadArgs};
+use peers::PeerArgs;
+use plot::PlotArgs;
+use scale::ScaleArgs;
+use std::process::ExitCode;
+
+/// Measures; each result is printed beside the ceiling measured in the same run.
+#[derive(Parser)]
+#[command(name = "embarcadero bench", bin_name = "embarcadero bench", arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: BenchCommand,
+}
+
+#[derive(Subcommand)]
+enum BenchCommand {
+    /// Acknowledged publish goodput, and what the machine can do.
+    Publish(GridArgs),
+    /// Publish to acknowledgement and delivery: one message at a time, or at fixed rates.
+    Latency(LatencyArgs),
+    /// The same at parts of the most that can be published, up to all of it.
+    LatencyVsLoad(LoadArgs),
+    /// Goodput from publish to subscriber.
+    EndToEnd(GridArgs),
+    /// Batches of --publishers sessions at --brokers brokers that one core orders a second, flushes on; and segment
+    /// allocation.
+    Sequencer(GridArgs),
+    /// CPU of an idle broker.
+    Idle(BenchArgs),
+    /// Longest time without an acknowledgement when the head, or another broker, is killed.
+    Failover(BenchArgs),
+    /// Goodput with replication at levels 1 and 2, beside the disk's and that without.
+    Replication(BenchArgs),
+    /// Each entry of the deviation register beside the paper's way, in turn.
+    Deviations(DeviationArgs),
+    /// What publishing costs as the log grows, and with many topics and sessions.
+    Scale(ScaleArgs),
+    /// Acknowledged publishing beside NATS JetStream, Redis Streams, Kafka or Redpanda; see scripts/compare.
+    Peers(PeerArgs),
+    /// The transport alone and the whole publish path, by size.
+    Datapath(DatapathArgs),
+    /// Draws what benches printed with --json.
+    Plot(PlotArgs),
+    /// A broker of the cluster that a bench starts: this program is its brokers' too.
+    #[command(hide = true)]
+    Broker(broker::BrokerArgs),
+}
+
+fn main() -> ExitCode {
+    command::log(false);
+    command::exit_code(run(Cli::parse().command))
+}
+
+fn run(command: BenchCommand) -> Result<()> {
+    match command {
+        BenchCommand::Publish(args) => publish::run(&args),
+        BenchCommand::Latency(args) => latency::run(&args),
+        BenchCommand::LatencyVsLoad(args) => latency::versus_load(&args),
+        BenchCommand::EndToEnd(args) => publish::end_to_end(&args),
+        BenchCommand::Sequencer(args) => sequencer::run(&args),
+        BenchCommand::Idle(args) => idle::run(&args),
+        BenchCommand::Failover(args) => failover::run(&args),
+        BenchCommand::Replication(args) => replication::run(&args),
+        BenchCommand::Deviations(args) => deviations::run(&args),
+        BenchCommand::Scale(args) => scale::run(&args),
+        BenchCommand::Peers(args) => peers::run(&args),
+        BenchCommand::Datapath(args) => datapath::run(&args),
+        BenchCommand::Plot(args) => plot::run(&args),
+        BenchCommand::Broker(args) => broker::run(args),
+    }
+}

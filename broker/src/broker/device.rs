@@ -1,0 +1,63 @@
+//! The RDMA device of a broker.
+
+use super::BrokerError;
+use crate::config::BrokerConfig;
+use embarcadero_cxl::region::RegionFile;
+use embarcadero_transport::TransportKind;
+use embarcadero_transport::rdma::RdmaDevice;
+use embarcadero_verbs::Context;
+use embarcadero_wire::OutOfBounds;
+use std::io;
+use std::sync::Arc;
+
+/// Opens the RDMA device that the configuration asks for, which may be this process itself, and registers the region on
+/// it. `None` over TCP.
+pub(super) fn open(config: &BrokerConfig, file: &RegionFile) -> Result<Option<Arc<RdmaDevice>>, BrokerError> {
+    let unusable = |source| BrokerError::Device { transport: config.transport, source };
+    let region = file.region();
+    let nodes = || region.fabric().mapping().nodes();
+    let before = nodes();
+    let opened = match config.transport {
+        TransportKind::Tcp => return Ok(None),
+        TransportKind::Roce => {
+            let listen = config.data_listen.ip();
+            Context::software(config.roce.address.or((!listen.is_unspecified()).then_some(listen)))
+        }
+        TransportKind::Dpdk => Context::dpdk(&config.dpdk),
+        TransportKind::Verbs => {
+            file.require_registrable()?;
+            Context::find(config.rdma.device.as_deref())
+        }
+    };
+    let window_bytes = config.rdma.window_bytes.min(region.geometry().segment_bytes / 4);
+    let device = RdmaDevice::open(region.fabric(), opened.map_err(unusable)?, config.rdma.isolation, window_bytes)
+        .map_err(unusable)?;
+    if config.max_batch_bytes > device.max_message_bytes() {
+        let bound = format!("at most {}, the largest message of {}", device.max_message_bytes(), device.device());
+        return Err(OutOfBounds::new("max_batch_bytes", config.max_batch_bytes, bound).into());
+    }
+    warn_if_moved(before, nodes());
+    tracing::info!(device = device.device(), isolation = device.isolation(), "RDMA");
+    Ok(Some(device))
+}
+
+/// On which NUMA node each page of the region is.
+type Nodes = io::Result<Vec<Option<u32>>>;
+
+/// Says so if the kernel moved pages to pin them.
+fn warn_if_moved(before: Nodes, after: Nodes) {
+    match (before, after) {
+        (Ok(before), Ok(after)) => {
+            let pages = before.len();
+            let moved = before.iter().zip(after).filter(|(was, is)| was.is_some() && *was != is).count();
+            if moved > 0 {
+                let hint = "the kernel moved the region to another NUMA node to pin it: see cxl.numa_node";
+                tracing::warn!(moved, pages, "{hint}");
+            }
+        }
+        // Containers often may not ask.
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::warn!(%error, "cannot see whether the kernel moved the region to pin it");
+        }
+    }
+}

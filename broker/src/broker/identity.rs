@@ -1,0 +1,41 @@
+//! The broker's id, which one process of a host has at a time.
+
+use super::BrokerError;
+use embarcadero_cxl::region::{BrokerLock, RegionError, RegionFile};
+use embarcadero_wire::OutOfBounds;
+use std::time::{Duration, Instant};
+
+/// Time for which the head may hold an id whose broker is gone, to see to what it left.
+const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
+
+/// Claims an id, which the head may be holding for a moment.
+fn claim(file: &RegionFile, id: u32) -> Result<BrokerLock, RegionError> {
+    let begun = Instant::now();
+    loop {
+        match file.claim_broker(id) {
+            Err(RegionError::BrokerIdTaken { .. }) if begun.elapsed() < CLAIM_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            claimed => return claimed,
+        }
+    }
+}
+
+/// Claims the id that is `wanted`, else the first that is free.
+pub(super) fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, BrokerLock), BrokerError> {
+    let max = file.region().geometry().max_brokers;
+    if let Some(id) = wanted {
+        if id >= max {
+            return Err(OutOfBounds::new("id", id, format!("0 to {}, the region's max_brokers - 1", max - 1)).into());
+        }
+        return Ok((id, claim(file, id)?));
+    }
+    for id in 0..max {
+        match file.claim_broker(id) {
+            Ok(lock) => return Ok((id, lock)),
+            Err(RegionError::BrokerIdTaken { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(BrokerError::NoFreeId(max))
+}

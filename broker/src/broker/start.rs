@@ -1,0 +1,214 @@
+//! The start of a broker, step by step.
+
+use super::threads::{self, Serving};
+use super::{Broker, BrokerError, Exit, device, identity, io_error};
+use crate::archive::{Archive, Catalog};
+use crate::config::{BrokerConfig, Coherence, Role};
+use crate::control::{ControlService, HeadSlot};
+use crate::head::{Candidate, Election, Reach};
+use crate::membership::Membership;
+use crate::membership::etcd::Etcd;
+use crate::mirror;
+use crate::pool;
+use crate::replica::replicator::disclaim;
+use crate::sequencer::Leases;
+use crate::topics::TopicTable;
+use crate::worker::HeadStages;
+use crossbeam_channel::{Sender, bounded};
+use embarcadero_cxl::headship::latest_claim;
+use embarcadero_cxl::layout::RegionRole;
+use embarcadero_cxl::region::{BrokerLock, RegionFile};
+use embarcadero_cxl::segment::SegmentAllocator;
+use embarcadero_cxl::tables::{BrokerInfo, last_incarnation, publish_broker};
+use embarcadero_cxl::{Native, Region};
+use embarcadero_transport::rdma::RdmaDevice;
+use embarcadero_transport::tcp::listen;
+use embarcadero_wire::OutOfBounds;
+use std::net::TcpListener;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+/// A broker that has everything it needs to run.
+pub(super) struct Prepared {
+    pub(super) config: BrokerConfig,
+    pub(super) file: RegionFile,
+    pub(super) mirror: Option<RegionFile>,
+    pub(super) info: BrokerInfo,
+    id_lock: BrokerLock,
+    pub(super) device: Option<Arc<RdmaDevice>>,
+    data: TcpListener,
+    control: TcpListener,
+}
+
+fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {
+    if let Some(text) = &config.cxl.uuid {
+        let expected =
+            text.parse().map_err(|_| OutOfBounds::new("cxl.uuid", text, "a UUID, as `region inspect` prints it"))?;
+        region.require_uuid(expected)?;
+    }
+    if let Some(bytes) = config.cxl.segment_bytes {
+        region.require_segment_bytes(bytes)?;
+    }
+    Ok(())
+}
+
+/// Opens and maps the region.
+fn open_region(config: &BrokerConfig) -> Result<RegionFile, BrokerError> {
+    let file = RegionFile::open(&config.cxl.path, config.cxl.flush_method()?)?;
+    check_region(config, file.region())?;
+    if let Some(node) = config.cxl.numa_node {
+        file.bind(node)?;
+    }
+    if config.cxl.prefault {
+        file.region().fabric().mapping().prefault().map_err(io_error("map the region's pages"))?;
+    }
+    Ok(file)
+}
+
+/// Opens the region's mirror. Of a region that has one, all that may be its head must know it.
+fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<RegionFile>, BrokerError> {
+    let Some(path) = &config.cxl.mirror else {
+        if config.role != Role::Follower {
+            region.require_role(RegionRole::Single)?;
+        }
+        return Ok(None);
+    };
+    let file = RegionFile::open(path, config.cxl.flush_method()?)?;
+    mirror::check(region, file.region())?;
+    if config.cxl.prefault {
+        file.region().fabric().mapping().prefault().map_err(io_error("map the mirror's pages"))?;
+    }
+    Ok(Some(file))
+}
+
+impl Prepared {
+    /// Opens region, device, id and sockets.
+    pub(super) fn open(config: BrokerConfig) -> Result<Self, BrokerError> {
+        let file = open_region(&config)?;
+        let region = file.region().clone();
+        let mirror = open_mirror(&config, &region)?;
+        let device = device::open(&config, &file)?;
+        // Now: registration pins pages, and the kernel may move them to do that.
+        if let Some(node) = config.cxl.numa_node {
+            region.require_node(node)?;
+        }
+        let (id, id_lock) = identity::claim_id(&file, config.id)?;
+        let seats = region.geometry().max_heads;
+        if config.role == Role::Head && id >= seats {
+            let bound = format!("0 to {}, the region's max_heads - 1, for role head", seats - 1);
+            return Err(OutOfBounds::new("id", id, bound).into());
+        }
+        let socket = |address| listen(address).map_err(io_error(format!("listen on {address}")));
+        let (data, control) = (socket(config.data_listen)?, socket(config.control_listen)?);
+        let local = |socket: &TcpListener| socket.local_addr().map_err(io_error("read a socket's address"));
+        let info = BrokerInfo {
+            id,
+            incarnation: last_incarnation(&region, id) + 1,
+            data: config.data_advertise.unwrap_or(local(&data)?),
+            control: config.control_advertise.unwrap_or(local(&control)?),
+            process_id: std::process::id(),
+            running: true,
+        };
+        Ok(Self { config, file, mirror, info, id_lock, device, data, control })
+    }
+
+    /// Starts the threads and takes part in the election.
+    pub(super) fn run(self) -> Result<Broker, BrokerError> {
+        let region = self.file.region().clone();
+        // Before anything is read that an earlier process of this broker wrote: one that only stood still writes no more.
+        publish_broker(&region, &BrokerInfo { running: false, ..self.info.clone() });
+        let pool = pool::allocator(&region, &self.info).map_err(io_error("start the allocator"))?;
+        let topics = Arc::new(TopicTable::new(region.clone(), self.info.id, Arc::clone(&pool)));
+        let exit = Exit::default();
+        let (stages, promoted) = bounded(1);
+        let mut running = Vec::new();
+        let catalog = if self.config.replica.path.is_some() {
+            let (replica, catalog) = threads::spawn_replica(&self, &topics, &exit.stop)?;
+            running.push(replica);
+            catalog
+        } else {
+            disclaim(&region, self.info.id);
+            Arc::new(Catalog::new(false))
+        };
+        let (archive, reader) = Archive::new(region.clone(), self.info.id, Arc::clone(&catalog));
+        let serving = Serving { start: &self, topics: &topics, exit: &exit, archive };
+        let accepted = serving.spawn_workers(promoted, &mut running)?;
+        let head: Arc<HeadSlot> = Arc::default();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(io_error("start the control service"))?;
+        let etcd = runtime.block_on(self.join_etcd())?;
+        let service = ControlService {
+            region: region.clone(),
+            max_batch_bytes: self.config.max_batch_bytes,
+            head: Arc::clone(&head),
+            pool: Arc::clone(&pool),
+            catalog,
+            etcd: etcd.clone(),
+        };
+        let Self { config, file, mirror, info, id_lock, data, control, .. } = self;
+        running.push(threads::spawn_acceptor(data, accepted, Arc::clone(&exit.stop))?);
+        let election = etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd)));
+        let candidate = candidate(&config, (file, mirror), &info, election, (pool, stages, Arc::clone(&head)));
+        let reign = runtime.block_on(candidate.take_over_if_gone());
+        if config.role == Role::Head && reign.is_none() {
+            exit.stop.store(true, Ordering::Relaxed);
+            for thread in running {
+                let _ = thread.join();
+            }
+            return Err(BrokerError::HeadTaken);
+        }
+        publish_broker(&region, &info);
+        let (control_stop, stopped) = tokio::sync::oneshot::channel();
+        let plane = threads::ControlPlane { service, archive: reader, candidate, reign, stop: stopped };
+        running.push(plane.spawn(runtime, control)?);
+        let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
+        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = leads, "serving");
+        Ok(Broker { info, region, head, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
+    }
+
+    /// Joins etcd, if that elects.
+    async fn join_etcd(&self) -> Result<Option<Etcd>, BrokerError> {
+        if self.config.membership == Membership::Embedded {
+            return Ok(None);
+        }
+        let claims = self.file.region().clone();
+        let uuid = claims.uuid();
+        let join = Etcd::join(self.config.etcd.clone(), uuid, &self.info, move || latest_claim(&claims));
+        Ok(Some(join.await?))
+    }
+}
+
+/// Where the head's work goes: its allocator, the worker that runs its stages, and the control service.
+type HeadPlaces = (Arc<dyn SegmentAllocator>, Sender<HeadStages>, Arc<HeadSlot>);
+
+/// This broker as one that may become the head.
+fn candidate(
+    config: &BrokerConfig,
+    (file, mirror): (RegionFile, Option<RegionFile>),
+    info: &BrokerInfo,
+    election: Election,
+    (pool, stages, control): HeadPlaces,
+) -> Candidate {
+    Candidate {
+        eligible: config.role != Role::Follower && info.id < file.region().geometry().max_heads,
+        file,
+        info: info.clone(),
+        pool,
+        mirror,
+        leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
+        broker_lease: Duration::from_millis(config.broker_lease_ms),
+        head_lease: Duration::from_millis(config.head_lease_ms),
+        reach: match config.cxl.coherence {
+            Coherence::Host => Reach::Host,
+            Coherence::Fabric => Reach::Fabric,
+            Coherence::None => Reach::None,
+        },
+        election,
+        stages,
+        control,
+        in_use: Arc::default(),
+    }
+}

@@ -1,0 +1,305 @@
+//! The threads of a broker.
+
+use super::start::Prepared;
+use super::{BrokerError, Exit, io_error};
+use crate::archive::{Archive, ArchiveReader, Catalog};
+use crate::config::{BrokerConfig, Coherence, ReplicaIo};
+use crate::control::ControlService;
+use crate::delegation::Delegation;
+use crate::head::{Candidate, Reign};
+use crate::ingest::IngestLimits;
+use crate::replica::format::Identity;
+use crate::replica::medium::{Directory, Medium};
+use crate::replica::replicator::{ReplicaOptions, Replicator};
+use crate::replica::store::StoreOptions;
+use crate::topics::TopicTable;
+use crate::worker::{HeadStages, Shared, Stages, Worker, WorkerSetup};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use embarcadero_control::v1::control_server::ControlServer;
+use embarcadero_cxl::Native;
+use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::order_index::StreamId;
+use embarcadero_os::idle::{Idle, PollBounds, Step};
+use embarcadero_os::uring::Uring;
+use embarcadero_os::{Clock, Poller, SystemClock};
+use embarcadero_transport::tcp::SocketOptions;
+use std::io;
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Batches that may wait between the workers and the delegation.
+const LANDED_BATCHES: usize = 4096;
+/// Acks of locally ordered batches that may wait for a worker.
+const LOCAL_ACKS: usize = 1 << 17;
+
+fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, BrokerError> {
+    std::thread::Builder::new().name(name).spawn(run).map_err(io_error("start a thread"))
+}
+
+/// Threads that serve connections, where the configuration leaves it open: one where cores are few (all stages then
+/// run to completion in it), else up to four.
+fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
+    if config.threads.workers > 0 { config.threads.workers } else { (cores / 4).clamp(1, 4) }
+}
+
+/// How the polling threads wait.
+fn poll_bounds(config: &BrokerConfig, cores: usize) -> PollBounds {
+    let pollers = match config.threads.pollers_on_host {
+        0 => worker_count(config, cores) + usize::from(config.replica.path.is_some()),
+        pollers => pollers,
+    };
+    let mut bounds = PollBounds::for_host(pollers, cores);
+    bounds.spin_us = config.threads.spin_us.unwrap_or(bounds.spin_us);
+    bounds.sleep_max_us = config.threads.sleep_max_us;
+    bounds
+}
+
+/// What the workers of a broker serve.
+pub(super) struct Serving<'a> {
+    pub(super) start: &'a Prepared,
+    pub(super) topics: &'a Arc<TopicTable<Native>>,
+    pub(super) exit: &'a Exit,
+    pub(super) archive: Archive,
+}
+
+impl Serving<'_> {
+    /// Starts the polling threads, of which the first also orders: `promoted` leads to it. Returns where each takes its
+    /// connections from.
+    pub(super) fn spawn_workers(
+        self,
+        promoted: Receiver<HeadStages>,
+        threads: &mut Vec<JoinHandle<()>>,
+    ) -> Result<Vec<Sender<TcpStream>>, BrokerError> {
+        let config = &self.start.config;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = worker_count(config, cores);
+        let bounds = poll_bounds(config, cores);
+        let (landed, landed_queue) = bounded(LANDED_BATCHES);
+        // Every batch in flight can have an ack waiting here.
+        let sessions = self.topics.region().geometry().max_sessions as usize;
+        let ack_slots = (sessions * SESSION_WINDOW as usize).min(LOCAL_ACKS);
+        let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
+        let mut delegation = Delegation::new(Arc::clone(self.topics), landed_queue, acks, config.flush_group)
+            .of_incarnation(self.start.info.incarnation);
+        let may_lead = self.start.info.id < self.topics.region().geometry().max_heads;
+        if let Some(mirror) = self.start.mirror.as_ref().filter(|_| may_lead) {
+            delegation.tidy(mirror.region().clone());
+        }
+        let mut stages = Some(Stages::new(delegation, promoted));
+        let shared = self.shared(landed);
+        let mut accepted = Vec::new();
+        for (index, ordered) in ordered.into_iter().enumerate() {
+            let (sender, receiver) = unbounded();
+            accepted.push(sender);
+            let setup = WorkerSetup {
+                index,
+                accepted: receiver,
+                ordered,
+                idle: Idle::new(config.threads.poll, bounds),
+                core: config.threads.cores.get(index % config.threads.cores.len().max(1)).copied(),
+                stages: stages.take().unwrap_or_default(),
+            };
+            let worker = Worker::new(shared.clone(), setup, SystemClock).map_err(io_error("watch sockets"))?;
+            threads.push(spawn(format!("worker-{index}"), move || worker.run())?);
+        }
+        Ok(accepted)
+    }
+
+    fn shared(self, landed: Sender<crate::delegation::Landed<Native>>) -> Shared {
+        let (config, exit) = (&self.start.config, self.exit);
+        Shared {
+            topics: Arc::clone(self.topics),
+            landed,
+            limits: IngestLimits {
+                max_batch_bytes: config.max_batch_bytes,
+                exhausted_wait: Duration::from_millis(config.exhausted_wait_ms),
+                verify_body: config.verify_body,
+            },
+            delivery_patience: Duration::from_millis(config.delivery_patience_ms),
+            window_idle: Duration::from_millis(config.rdma.window_idle_ms),
+            archive: self.archive,
+            sockets: SocketOptions {
+                send_buffer_bytes: config.socket_buffer_bytes,
+                receive_buffer_bytes: config.socket_buffer_bytes,
+            },
+            device: self.start.device.clone(),
+            draining: Arc::clone(&exit.draining),
+            connections: Arc::clone(&exit.connections),
+            stop: Arc::clone(&exit.stop),
+            superseded: Arc::clone(&exit.superseded),
+            lease: match config.cxl.coherence {
+                // The head sees that a process is there, and keeps what it pinned.
+                Coherence::Host => Duration::MAX,
+                Coherence::Fabric | Coherence::None => Duration::from_millis(config.broker_lease_ms),
+            },
+            heartbeat: Duration::from_millis(config.heartbeat_ms),
+        }
+    }
+}
+
+/// Nice value of the thread that replicates.
+const REPLICA_NICE: i32 = 10;
+
+/// Where a stream's files lie below the directory of a broker's replicas.
+fn stream_directory(base: &Path, broker: u32, identity: &Identity) -> PathBuf {
+    let region = uuid::Uuid::from_bytes(identity.region).simple().to_string();
+    let stream = match identity.stream {
+        StreamId::GLOBAL => "global".to_owned(),
+        broker => format!("broker-{broker}"),
+    };
+    let topic = format!("topic-{}-{}", identity.topic.id, identity.topic.incarnation);
+    base.join(region).join(format!("replica-{broker}")).join(topic).join(stream)
+}
+
+/// What a replica writes through, if that is to be io_uring.
+fn open_ring(io: ReplicaIo) -> Result<Option<Arc<Mutex<Uring>>>, BrokerError> {
+    match io {
+        ReplicaIo::Pwrite => Ok(None),
+        ReplicaIo::Uring => {
+            let ring = Uring::new().map_err(io_error("replicate through io_uring (replica.io)"))?;
+            Ok(Some(Arc::new(Mutex::new(ring))))
+        }
+    }
+}
+
+/// Starts the thread that replicates, and says where its files are listed.
+pub(super) fn spawn_replica(
+    start: &Prepared,
+    topics: &Arc<TopicTable<Native>>,
+    stop: &Arc<AtomicBool>,
+) -> Result<(JoinHandle<()>, Arc<Catalog>), BrokerError> {
+    let config = &start.config.replica;
+    let base = config.path.clone().unwrap_or_default();
+    let with = if config.direct { "with replica.direct" } else { "without replica.direct" };
+    let failed = |source| io_error(format!("keep replicas in {} {with}", base.display()))(source);
+    // Now rather than at the first batch.
+    Directory::new(base.clone(), config.direct).probe().map_err(failed)?;
+    let (broker, direct, ring) = (start.info.id, config.direct, open_ring(config.io)?);
+    let open = move |identity: &Identity| {
+        let directory = Directory::new(stream_directory(&base, broker, identity), direct);
+        Box::new(directory.through(ring.clone())) as Box<dyn Medium>
+    };
+    let options = ReplicaOptions {
+        group_bytes: config.group_bytes,
+        patience_us: config.patience_ms * 1000,
+        store: StoreOptions { file_bytes: config.file_bytes, retention_bytes: config.retention_bytes },
+    };
+    let mut replicator =
+        Replicator::new(Arc::clone(topics), Box::new(open), options).map_err(io_error("prepare the replica"))?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut idle = Idle::new(start.config.threads.poll, poll_bounds(&start.config, cores));
+    let period = Duration::from_millis(start.config.heartbeat_ms);
+    let (stop, catalog) = (Arc::clone(stop), Arc::clone(replicator.catalog()));
+    let thread = spawn("replica".to_owned(), move || {
+        // Behind the polling threads, where cores are few: whoever waits for the disk leaves it the time anyway.
+        if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), REPLICA_NICE) {
+            tracing::warn!(%error, "the replica's priority stays as it is");
+        }
+        let clock = SystemClock;
+        let mut maintained: Option<Instant> = None;
+        while !stop.load(Ordering::Relaxed) && !replicator.has_failed() {
+            if maintained.is_none_or(|maintained| maintained.elapsed() >= period) {
+                let now = clock.now();
+                maintained = Some(now.instant);
+                replicator.maintain(now.wall_us);
+            }
+            if replicator.poll() > 0 {
+                idle.worked();
+            } else if let Step::Sleep(time) = idle.wait() {
+                std::thread::sleep(time);
+            }
+        }
+    })?;
+    Ok((thread, catalog))
+}
+
+/// Starts the thread that hands new connections to the workers in turn.
+pub(super) fn spawn_acceptor(
+    listener: TcpListener,
+    workers: Vec<Sender<TcpStream>>,
+    stop: Arc<AtomicBool>,
+) -> Result<JoinHandle<()>, BrokerError> {
+    listener.set_nonblocking(true).map_err(io_error("prepare the data socket"))?;
+    let mut poller = Poller::new().map_err(io_error("watch the data socket"))?;
+    let descriptor = listener.as_raw_fd();
+    poller.add(descriptor, 0, false).map_err(io_error("watch the data socket"))?;
+    spawn("acceptor".to_owned(), move || {
+        let mut ready = Vec::new();
+        let mut next = 0;
+        while !stop.load(Ordering::Relaxed) {
+            let _ = poller.wait(Duration::from_millis(100), &mut ready);
+            loop {
+                match listener.accept() {
+                    Ok((stream, _)) => {
+                        if let Some(worker) = workers.get(next % workers.len().max(1)) {
+                            let _ = worker.send(stream);
+                        }
+                        next += 1;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => {
+                        tracing::warn!(%error, "a connection could not be accepted");
+                        // Out of descriptors, most likely: give others time to close.
+                        std::thread::sleep(Duration::from_millis(10));
+                        break;
+                    }
+                }
+            }
+        }
+    })
+}
+
+/// What the thread of the control service does.
+pub(super) struct ControlPlane {
+    pub(super) service: ControlService,
+    pub(super) archive: ArchiveReader,
+    pub(super) candidate: Candidate,
+    pub(super) reign: Option<Reign>,
+    /// Ends it.
+    pub(super) stop: tokio::sync::oneshot::Receiver<()>,
+}
+
+impl ControlPlane {
+    /// Starts the thread, which serves gRPC on `listener`, watches the head, speaks to etcd and reads from disks.
+    pub(super) fn spawn(
+        self,
+        runtime: tokio::runtime::Runtime,
+        listener: TcpListener,
+    ) -> Result<JoinHandle<()>, BrokerError> {
+        listener.set_nonblocking(true).map_err(io_error("prepare the control socket"))?;
+        let incoming = {
+            let _context = runtime.enter();
+            let listener =
+                tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?;
+            // An answer is several small writes: without this the last would wait for a delayed acknowledgement, 40 ms.
+            tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true))
+        };
+        spawn("control".to_owned(), move || {
+            runtime.block_on(async move {
+                let Self { service, archive, candidate, reign, stop } = self;
+                let etcd = service.etcd.clone();
+                if let Some(etcd) = &etcd {
+                    tokio::spawn(etcd.clone().run());
+                }
+                tokio::spawn(archive.run());
+                tokio::spawn(candidate.run(reign));
+                let served = tonic::transport::Server::builder()
+                    .add_service(ControlServer::new(service))
+                    .serve_with_incoming_shutdown(incoming, async {
+                        let _ = stop.await;
+                    });
+                if let Err(error) = served.await {
+                    tracing::error!(%error, "the control service failed");
+                }
+                if let Some(etcd) = etcd {
+                    etcd.leave().await;
+                }
+            });
+        })
+    }
+}

@@ -1,0 +1,341 @@
+//! A polling thread: moves bytes for its connections and runs the ordering stages that it was given.
+
+mod connections;
+mod device;
+mod stages;
+mod turn;
+
+pub use stages::{HeadStages, Stages};
+
+use crate::archive::Archive;
+use crate::delegation::{Landed, OrderedLocally};
+use crate::delivery::SubscriberSession;
+use crate::ingest::{IngestLimits, PublisherLanding, PublisherSession};
+use crate::topics::TopicTable;
+use connections::{Connections, Role};
+use crossbeam_channel::{Receiver, Sender};
+use device::{DeviceQueue, no_device};
+use embarcadero_cxl::Native;
+use embarcadero_os::idle::{Idle, Step};
+use embarcadero_os::thread::prepare_polling_thread;
+use embarcadero_os::{Clock, Now, Ready};
+use embarcadero_transport::rdma::RdmaDevice;
+use embarcadero_transport::tcp::{SocketOptions, TcpConnection};
+use embarcadero_transport::{Channel, Connection, Outgoing, Received, TransportError};
+use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
+use std::io;
+use std::net::TcpStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// Batches that one connection may receive before others have their turn.
+const RECEIVE_BATCHES: usize = 8;
+/// Time that an error may take to reach its client before the connection is cut.
+const CLOSE_LINGER: Duration = Duration::from_secs(2);
+/// Time between two looks at what rarely changes: whether sessions still stand and topics still live.
+const IDLE_CHECK: Duration = Duration::from_millis(10);
+
+/// What all workers of a broker share.
+#[derive(Clone)]
+pub struct Shared {
+    /// Topics.
+    pub topics: Arc<TopicTable<Native>>,
+    /// To the delegation.
+    pub landed: Sender<Landed<Native>>,
+    /// Bounds for publishers.
+    pub limits: IngestLimits,
+    /// Time for which a subscriber may hold what retention wants.
+    pub delivery_patience: Duration,
+    /// Silence after which a publisher's landing windows are taken back where they keep memory from being reused.
+    pub window_idle: Duration,
+    /// Where to ask for what the region no longer holds.
+    pub archive: Archive,
+    /// Kernel buffers.
+    pub sockets: SocketOptions,
+    /// The RDMA device, if the broker offers one.
+    pub device: Option<Arc<RdmaDevice>>,
+    /// Set when the broker is about to leave: clients go to others.
+    pub draining: Arc<AtomicBool>,
+    /// Connections of all workers.
+    pub connections: Arc<AtomicUsize>,
+    /// Set when the broker stops.
+    pub stop: Arc<AtomicBool>,
+    /// Set when a later process has this broker's place.
+    pub superseded: Arc<AtomicBool>,
+    /// Silence after which the head no longer minds what this broker reads.
+    pub lease: Duration,
+    /// Time between heartbeats.
+    pub heartbeat: Duration,
+}
+
+/// What makes one worker differ from another.
+pub struct WorkerSetup {
+    /// Number among the workers.
+    pub index: usize,
+    /// Connections to serve.
+    pub accepted: Receiver<TcpStream>,
+    /// Acks of batches that the delegation ordered.
+    pub ordered: Receiver<OrderedLocally>,
+    /// How to wait.
+    pub idle: Idle,
+    /// Core to run on.
+    pub core: Option<usize>,
+    /// What this thread orders.
+    pub stages: Stages,
+}
+
+/// One polling thread.
+pub struct Worker<C> {
+    index: usize,
+    shared: Shared,
+    memory: Native,
+    clock: C,
+    connections: Connections,
+    device: Option<DeviceQueue>,
+    ready: Vec<Ready>,
+    accepted: Receiver<TcpStream>,
+    ordered: Receiver<OrderedLocally>,
+    idle: Idle,
+    core: Option<usize>,
+    stages: Stages,
+    maintained: Instant,
+    checked: Instant,
+}
+
+impl<C: Clock> Worker<C> {
+    /// A worker that has no connections yet.
+    ///
+    /// # Errors
+    /// What the kernel reports.
+    pub fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
+        let WorkerSetup { index, accepted, ordered, idle, core, stages } = setup;
+        let connections = Connections::new(Arc::clone(&shared.connections))?;
+        let device = shared.device.as_ref().map(|device| DeviceQueue::new(device, &connections)).transpose()?;
+        let now = clock.now().instant;
+        Ok(Self {
+            index,
+            memory: shared.topics.region().fabric().clone(),
+            shared,
+            clock,
+            connections,
+            device,
+            ready: Vec::with_capacity(64),
+            accepted,
+            ordered,
+            idle,
+            core,
+            stages,
+            maintained: now,
+            checked: now,
+        })
+    }
+
+    /// Runs until the broker stops.
+    pub fn run(mut self) {
+        if let Err(error) = prepare_polling_thread(self.core) {
+            tracing::error!(worker = self.index, %error, "the thread could not be pinned");
+        }
+        let mut timeout = Duration::ZERO;
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            if !timeout.is_zero() && self.has_completions() {
+                timeout = Duration::ZERO;
+            }
+            if let Err(error) = self.connections.wait(timeout, &mut self.ready) {
+                tracing::error!(worker = self.index, %error, "waiting for sockets failed");
+                return;
+            }
+            if self.work() {
+                self.idle.worked();
+                timeout = Duration::ZERO;
+            } else {
+                timeout = match self.idle.wait() {
+                    Step::Again => Duration::ZERO,
+                    Step::Sleep(time) => time,
+                };
+            }
+        }
+    }
+
+    /// Has the device wake the thread, which is about to sleep, and looks a last time. True when there is something to do.
+    fn has_completions(&mut self) -> bool {
+        let Some(device) = &mut self.device else { return false };
+        if let Err(error) = device.arm() {
+            tracing::error!(worker = self.index, %error, "the RDMA device cannot be waited for");
+        }
+        let now = self.clock.now();
+        self.complete(now)
+    }
+
+    /// One turn of the loop: receive, order, acknowledge, deliver. True when anything moved.
+    fn work(&mut self) -> bool {
+        let now = self.clock.now();
+        if now.instant.saturating_duration_since(self.maintained) >= self.shared.lease {
+            self.stood_still(now);
+        }
+        let mut moved = self.accept();
+        moved |= self.complete(now);
+        let ready = std::mem::take(&mut self.ready);
+        for ready in ready.iter().filter(|ready| ready.readable) {
+            let slot = self.connections.slot_of(ready.token);
+            if let Some(slot) = slot.filter(|slot| self.connections.get(*slot).is_some_and(|client| !client.waiting)) {
+                moved |= self.receive(slot, now);
+            }
+        }
+        self.ready = ready;
+        moved |= self.stages.poll(now.wall_us);
+        moved |= self.local_acks();
+        let check = now.instant.saturating_duration_since(self.checked) >= IDLE_CHECK;
+        if check {
+            self.checked = now.instant;
+            self.check_device(now);
+        }
+        for slot in self.connections.slots() {
+            moved |= self.turn(slot, check, now);
+        }
+        if now.instant.saturating_duration_since(self.maintained) >= self.shared.heartbeat {
+            self.maintained = now.instant;
+            self.maintain(now.wall_us);
+        }
+        moved
+    }
+
+    /// This host stood still for so long that the head may have given back memory which subscribers were about to read:
+    /// they begin anew.
+    fn stood_still(&mut self, now: Now) {
+        tracing::warn!(worker = self.index, "stood still beyond broker_lease_ms: subscribers have to connect again");
+        for slot in self.connections.slots() {
+            if self.connections.get(slot).is_some_and(|client| matches!(client.role, Role::Subscriber(_))) {
+                self.free(slot, now);
+            }
+        }
+        self.maintained = now.instant;
+    }
+
+    fn maintain(&mut self, now_us: u64) {
+        let stalled = self.connections.iter().any(|client| client.waiting);
+        if self.stages.maintain(now_us, stalled).is_err() {
+            tracing::error!("another process has this broker's id: it was taken for dead, and stops");
+            self.shared.superseded.store(true, Ordering::Relaxed);
+            self.shared.stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Hands completions to their connections. True when there were any.
+    fn complete(&mut self, now: Now) -> bool {
+        let Some(device) = &mut self.device else { return false };
+        match device.poll(&mut self.connections) {
+            Ok(count) => count > 0,
+            Err(error) => {
+                self.on_device_error(&error, now);
+                true
+            }
+        }
+    }
+
+    /// Ends the connections of a device that can no longer be used.
+    fn on_device_error(&mut self, error: &io::Error, now: Now) {
+        let Some(device) = self.device.take() else { return };
+        tracing::error!(worker = self.index, %error, "the RDMA device is lost; its connections close");
+        for slot in device.slots() {
+            self.disconnect(slot, &TransportError::Closed, now);
+        }
+    }
+
+    fn check_device(&mut self, now: Now) {
+        if let Some(Err(error)) = self.device.as_ref().map(DeviceQueue::take_events) {
+            self.on_device_error(&error, now);
+        }
+    }
+
+    fn accept(&mut self) -> bool {
+        let mut any = false;
+        while let Ok(stream) = self.accepted.try_recv() {
+            any = true;
+            if self.shared.draining.load(Ordering::Relaxed) {
+                continue;
+            }
+            let inserted = TcpConnection::new(stream, self.shared.sockets)
+                .and_then(|socket| self.connections.insert(Channel::new(socket)));
+            if let Err(error) = inserted {
+                tracing::warn!(%error, "a connection cannot be served");
+            }
+        }
+        any
+    }
+
+    /// Receives what a connection has, within its share. True when anything came.
+    fn receive(&mut self, slot: usize, now: Now) -> bool {
+        let token = self.connections.token_of(slot);
+        let draining = self.shared.draining.load(Ordering::Relaxed);
+        let Some(client) = self.connections.get(slot) else { return false };
+        let session = match &mut client.role {
+            // `turn` reads and discards what still comes.
+            Role::Leaving(_) => return false,
+            _ if draining => return false,
+            Role::Publisher(session) => Some(&mut **session),
+            Role::New | Role::Subscriber(_) => None,
+        };
+        let origin = crate::delegation::Origin { worker: self.index, token };
+        let topics = &self.shared.topics;
+        let mut landing = PublisherLanding { topics, session, origin, now: now.instant, taken: 0 };
+        let received = client.link.receive(&self.memory, &mut landing, RECEIVE_BATCHES);
+        let moved = landing.taken > 0;
+        let outcome = match received {
+            Ok(Received::Nothing) => {
+                self.connections.set_waiting(slot, false);
+                return moved;
+            }
+            Ok(Received::Waiting) => {
+                self.connections.set_waiting(slot, true);
+                return moved;
+            }
+            Ok(Received::More) => return true,
+            Ok(Received::Frame(frame)) => self.take_frame(slot, frame, now),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = outcome {
+            self.disconnect(slot, &error, now);
+        }
+        true
+    }
+
+    /// Takes a control frame.
+    fn take_frame(&mut self, slot: usize, frame: Frame, now: Now) -> Result<(), TransportError> {
+        let Some(client) = self.connections.get(slot) else { return Ok(()) };
+        match (&mut client.role, frame) {
+            (Role::New, Frame::RdmaConnect(request)) => match &mut self.device {
+                Some(device) => device.upgrade(slot, &mut self.connections, &request),
+                None => Err(no_device()),
+            },
+            (Role::New, Frame::OpenPublish(open)) => self.open_publisher(slot, open, now),
+            (Role::New, Frame::Subscribe(request)) => {
+                client.role = Role::Subscriber(Box::new(SubscriberSession::open(&self.shared.topics, request)?));
+                Ok(())
+            }
+            (Role::Subscriber(session), Frame::Position(_)) => session.position(&mut client.outbox),
+            (_, frame) => {
+                let text = format!("unexpected frame of kind {}", frame.kind());
+                Err(TransportError::refused(ErrorCode::BadFrame, text))
+            }
+        }
+    }
+
+    /// Opens a publisher's session, and tells it again what is committed.
+    fn open_publisher(&mut self, slot: usize, open: OpenPublish, now: Now) -> Result<(), TransportError> {
+        let Self { shared, connections, .. } = self;
+        let Some(client) = connections.get(slot) else { return Ok(()) };
+        let landed = shared.landed.clone();
+        let (mut session, ready) = PublisherSession::open(&shared.topics, open, shared.limits, landed, now.instant)?;
+        client.outbox.push(Outgoing::frame(ready.encode()));
+        if session.wants_acks() && session.topic().config.order.is_global() {
+            let outbox = &mut client.outbox;
+            let replayed = session.acks.replay(shared.topics.region(), session.resume_from(), |ack| {
+                outbox.push(Outgoing::frame(ack.encode()));
+            });
+            replayed.map_err(|error| TransportError::refused(ErrorCode::Unavailable, error.to_string()))?;
+        }
+        client.role = Role::Publisher(Box::new(session));
+        Ok(())
+    }
+}

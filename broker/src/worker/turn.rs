@@ -1,0 +1,167 @@
+//! A connection's turn in the loop: acknowledge, deliver, send, and let it go.
+
+use super::connections::{Client, Role};
+use super::{CLOSE_LINGER, Shared, Worker};
+use crate::ack::SessionStatus;
+use crate::ingest::PublisherSession;
+use embarcadero_cxl::RegionOffset;
+use embarcadero_os::{Clock, Now};
+use embarcadero_transport::{Connection, Outbox, Outgoing, TransportError};
+use embarcadero_wire::ErrorCode;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+impl<C: Clock> Worker<C> {
+    /// Passes on the acks of batches that this broker ordered by itself.
+    pub(super) fn local_acks(&mut self) -> bool {
+        let mut any = false;
+        while let Ok(ordered) = self.ordered.try_recv() {
+            any = true;
+            let Some(slot) = self.connections.slot_of(ordered.token) else { continue };
+            if let Some(Client { role: Role::Publisher(session), outbox, .. }) = self.connections.get(slot)
+                && session.wants_acks()
+                && let Some(ack) = session.acks.local(&ordered)
+            {
+                outbox.push(Outgoing::frame(ack.encode()));
+            }
+        }
+        any
+    }
+
+    /// Acknowledges, delivers and sends on one connection. `check` also looks at what rarely changes.
+    pub(super) fn turn(&mut self, slot: usize, check: bool, now: Now) -> bool {
+        let Some(client) = self.connections.get(slot) else { return false };
+        let mut moved = match serve(&self.shared, client, check, now).and_then(|moved| Ok(moved | self.flush(slot)?)) {
+            Ok(moved) => moved,
+            Err(error) => {
+                self.disconnect(slot, &error, now);
+                return true;
+            }
+        };
+        if self.shared.draining.load(Ordering::Relaxed) && self.is_drained(slot) {
+            let text = "this broker is leaving; go to another";
+            self.disconnect(slot, &TransportError::refused(ErrorCode::Unavailable, text), now);
+            return true;
+        }
+        if self.connections.get(slot).is_some_and(|client| client.is_due()) {
+            moved |= self.receive(slot, now);
+        }
+        moved
+    }
+
+    /// Sends what waits; watches for room when not all of it went.
+    fn flush(&mut self, slot: usize) -> Result<bool, TransportError> {
+        let Some(client) = self.connections.get(slot).filter(|client| client.has_to_send()) else { return Ok(false) };
+        let sent = client.link.send(&self.memory, &mut client.outbox)?;
+        self.connections.watch_room(slot)?;
+        Ok(sent > 0)
+    }
+
+    /// True when a connection owes its client nothing that another broker could not give. Nothing more is received.
+    fn is_drained(&mut self, slot: usize) -> bool {
+        let Some(client) = self.connections.get(slot) else { return false };
+        match &client.role {
+            Role::New => true,
+            Role::Publisher(session) => session.acks.is_empty() && client.outbox.is_empty(),
+            Role::Subscriber(_) => {
+                client.outbox.drop_unsent_batches();
+                !client.outbox.is_mid_way()
+            }
+            Role::Leaving(_) => false,
+        }
+    }
+
+    /// Ends a connection, telling the peer why if that is possible.
+    pub(super) fn disconnect(&mut self, slot: usize, error: &TransportError, now: Now) {
+        let Some(client) = self.connections.get(slot) else { return };
+        if !matches!(client.role, Role::Leaving(_))
+            && client.outbox.drop_batches()
+            && let Some(frame) = error.frame()
+        {
+            tracing::debug!(%error, "refusing a connection");
+            // Before the role lets go of the memory behind them.
+            client.link.close_windows();
+            client.outbox.push(Outgoing::bytes(frame));
+            client.role = Role::Leaving(now.instant + CLOSE_LINGER);
+            self.connections.set_waiting(slot, false);
+            return;
+        }
+        tracing::debug!(%error, "a connection ended");
+        self.free(slot, now);
+    }
+
+    /// Frees a slot, and what its connection holds.
+    pub(super) fn free(&mut self, slot: usize, now: Now) {
+        let Some(mut client) = self.connections.remove(slot) else { return };
+        let number = client.link.rdma().map(|rdma| rdma.number());
+        drop(client);
+        if let Some(number) = number {
+            // Once the queue pair is gone nothing more is added under its number, which another may get.
+            while self.complete(now) {}
+            if let Some(device) = &mut self.device {
+                device.forget(number);
+            }
+        }
+    }
+}
+
+/// Does what a connection's peer is there for. True when anything moved.
+fn serve(shared: &Shared, client: &mut Client, check: bool, now: Now) -> Result<bool, TransportError> {
+    let Client { link, role, outbox, .. } = client;
+    match role {
+        Role::New => Ok(false),
+        Role::Publisher(session) => {
+            let moved = acknowledge(shared, session, outbox)?;
+            if check {
+                check_session(shared, session, link.windows(), outbox, now.instant)?;
+            }
+            Ok(moved)
+        }
+        Role::Subscriber(session) => {
+            session.poll(outbox, &shared.archive, shared.delivery_patience, now.instant).map(|queued| queued > 0)
+        }
+        Role::Leaving(until) => {
+            if outbox.is_empty() && !link.has_to_send() {
+                link.finish();
+            }
+            if link.discard() || now.instant > *until { Err(TransportError::Closed) } else { Ok(false) }
+        }
+    }
+}
+
+/// Acknowledges what is committed, and durable if it has to be.
+fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Outbox) -> Result<bool, TransportError> {
+    if session.acks.is_empty() {
+        return Ok(false);
+    }
+    let (region, broker) = (shared.topics.region(), shared.topics.broker());
+    let sent = session.acks.poll(region, broker, |ack| outbox.push(Outgoing::frame(ack.encode())));
+    let sent = sent.map_err(|lost| TransportError::refused(ErrorCode::NotReplicated, lost.to_string()))?;
+    Ok(sent > 0)
+}
+
+/// Checks that a session still stands and its topic still lives.
+fn check_session(
+    shared: &Shared,
+    session: &PublisherSession,
+    windows: impl Iterator<Item = RegionOffset>,
+    outbox: &mut Outbox,
+    now: Instant,
+) -> Result<(), TransportError> {
+    if session.topic().is_deleted() {
+        let text = format!("topic {} is deleted", session.topic().config.name);
+        return Err(TransportError::refused(ErrorCode::TopicDeleted, text));
+    }
+    if session.is_idle_holding(windows, shared.window_idle, now) {
+        let text = "landing windows of an idle session are taken back; connect again to get others";
+        return Err(TransportError::refused(ErrorCode::Unavailable, text));
+    }
+    match session.acks.status(shared.topics.region()) {
+        SessionStatus::Open => Ok(()),
+        SessionStatus::Fenced(fenced) => {
+            outbox.push(Outgoing::frame(fenced.encode()));
+            let text = format!("session epoch {} is fenced", fenced.session_epoch);
+            Err(TransportError::refused(ErrorCode::UnknownSession, text))
+        }
+    }
+}

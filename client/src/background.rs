@@ -1,0 +1,78 @@
+//! The client's thread, which steps in where the application does not call.
+
+use crate::error::ClientError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Time between two rounds while something is under way, and else.
+const BUSY_PERIOD: Duration = Duration::from_millis(1);
+const IDLE_PERIOD: Duration = Duration::from_millis(5);
+
+/// What the background thread looks after.
+pub(crate) trait Attended: Send + Sync {
+    /// One round; true while something is under way.
+    fn attend(&self) -> bool;
+}
+
+#[derive(Default)]
+struct Shared {
+    attended: Mutex<Vec<Weak<dyn Attended>>>,
+    stop: AtomicBool,
+}
+
+/// The thread; it ends when this is dropped.
+pub(crate) struct Background {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Background {
+    pub(crate) fn start() -> Result<Self, ClientError> {
+        let shared = Arc::<Shared>::default();
+        let of_thread = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("embarcadero-client".to_owned())
+            .spawn(move || run(&of_thread))
+            .map_err(ClientError::io("start the client's thread"))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Looks after `attended` for as long as others hold it.
+    pub(crate) fn attend(&self, attended: Weak<dyn Attended>) {
+        self.shared.attended.lock().unwrap_or_else(PoisonError::into_inner).push(attended);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        self.wake();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn run(shared: &Shared) {
+    while !shared.stop.load(Ordering::Relaxed) {
+        let attended: Vec<Arc<dyn Attended>> = {
+            let mut attended = shared.attended.lock().unwrap_or_else(PoisonError::into_inner);
+            attended.retain(|one| one.strong_count() > 0);
+            attended.iter().filter_map(Weak::upgrade).collect()
+        };
+        let mut busy = false;
+        for one in attended {
+            busy |= one.attend();
+        }
+        std::thread::park_timeout(if busy { BUSY_PERIOD } else { IDLE_PERIOD });
+    }
+}

@@ -1,0 +1,70 @@
+//! What the client, its publishers and its subscribers share.
+
+use crate::config::ClientConfig;
+use crate::control::Control;
+use crate::error::ClientError;
+use crate::nic;
+use crate::views::{ClusterView, TopicView};
+use embarcadero_transport::rdma::RdmaClient;
+use embarcadero_transport::tcp::SocketOptions;
+use embarcadero_transport::{LinkOptions, TransportKind};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// What the parts of a client share.
+pub(crate) struct Context {
+    pub(crate) config: ClientConfig,
+    control: Mutex<Control>,
+    device: Mutex<Option<Arc<RdmaClient>>>,
+}
+
+impl Context {
+    pub(crate) fn new(config: ClientConfig) -> Result<Self, ClientError> {
+        let control = Mutex::new(Control::new(&config)?);
+        Ok(Self { config, control, device: Mutex::new(None) })
+    }
+
+    fn sockets(&self) -> SocketOptions {
+        let bytes = self.config.socket_buffer_bytes;
+        SocketOptions { send_buffer_bytes: bytes, receive_buffer_bytes: bytes }
+    }
+
+    /// What connections are made with.
+    pub(crate) fn link_options(&self) -> Result<LinkOptions, ClientError> {
+        Ok(LinkOptions {
+            timeout: self.config.connect_timeout(),
+            sockets: self.sockets(),
+            batch_bytes: self.config.batch_bytes().1,
+            acknowledged: self.config.ack_level > 0,
+            ring_bytes: self.config.rdma.ring_bytes,
+            device: (self.config.transport != TransportKind::Tcp).then(|| self.device()).transpose()?,
+        })
+    }
+
+    /// The RDMA device in use; another one, if its port went down.
+    fn device(&self) -> Result<Arc<RdmaClient>, ClientError> {
+        let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
+        match device.as_ref().filter(|device| device.is_usable()) {
+            Some(device) => Ok(Arc::clone(device)),
+            None => Ok(Arc::clone(device.insert(nic::open(&self.config)?))),
+        }
+    }
+
+    pub(crate) fn control(&self) -> MutexGuard<'_, Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn cluster(&self) -> Result<ClusterView, ClientError> {
+        let answer = self.control().metadata()?;
+        ClusterView::from_proto(answer)
+    }
+
+    pub(crate) fn topic(&self, name: &str) -> Result<(TopicView, ClusterView), ClientError> {
+        let cluster = self.cluster()?;
+        let topic = cluster.topics.iter().find(|topic| topic.name == name).cloned();
+        let topic = topic.ok_or_else(|| ClientError::Control {
+            code: "NotFound".to_owned(),
+            message: format!("topic {name:?} does not exist"),
+        })?;
+        Ok((topic, cluster))
+    }
+}

@@ -1,0 +1,42 @@
+//! The buffers that batches are filled in.
+
+use super::Batch;
+use crate::error::ClientError;
+use embarcadero_transport::SendBuffer;
+
+/// Free buffers, and the account of all.
+pub(super) struct Buffers {
+    free: Vec<Batch>,
+    /// Bytes of all buffers: the open one's, of those in flight, and of those that are free.
+    held_bytes: usize,
+    /// What `held_bytes` may be.
+    budget_bytes: usize,
+}
+
+impl Buffers {
+    /// No buffers yet; at most `count` of them, of `budget_bytes` together.
+    pub(super) fn new(count: usize, budget_bytes: usize) -> Self {
+        Self { free: Vec::with_capacity(count), held_bytes: 0, budget_bytes }
+    }
+
+    /// A buffer for a batch of `size` bytes; `None` when too much is in flight.
+    pub(super) fn get(&mut self, size: usize) -> Result<Option<Batch>, ClientError> {
+        if let Some(index) = self.free.iter().rposition(|batch| batch.capacity() == size) {
+            return Ok(Some(self.free.swap_remove(index)));
+        }
+        // Those that are free have a size of before.
+        while self.held_bytes + size > self.budget_bytes {
+            let Some(other) = self.free.pop() else { return Ok(None) };
+            self.held_bytes -= other.capacity();
+        }
+        let buffer = SendBuffer::new(size).map_err(ClientError::io("get memory for a batch"))?;
+        self.held_bytes += size;
+        Ok(Some(Batch::in_buffer(buffer)))
+    }
+
+    /// Takes a buffer back.
+    pub(super) fn put(&mut self, mut batch: Batch) {
+        batch.clear();
+        self.free.push(batch);
+    }
+}

@@ -1,0 +1,61 @@
+//! One stream of a topic, at the broker that serves it.
+
+use super::Start;
+use crate::context::Context;
+use crate::views::{BrokerView, TopicView};
+use embarcadero_transport::{Sockets, SubscriberChannel, Transport};
+use embarcadero_wire::{START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe};
+use std::io;
+use std::time::{Duration, Instant};
+
+/// Number of the global stream.
+pub(super) const GLOBAL: u32 = u32::MAX;
+
+/// A stream, connected or not.
+pub(super) struct Stream {
+    /// Broker whose stream it is, or [`GLOBAL`].
+    pub(super) id: u32,
+    pub(super) broker: BrokerView,
+    pub(super) link: Option<SubscriberChannel>,
+    /// Offset that is due next; `None` until the broker said where the stream starts.
+    pub(super) due: Option<u64>,
+    pub(super) from: Start,
+    pub(super) retry_at: Instant,
+    /// Connections made so far.
+    pub(super) connections: u64,
+}
+
+impl Stream {
+    /// Not connected yet.
+    pub(super) fn new(id: u32, broker: BrokerView, from: Start) -> Self {
+        Self { id, broker, link: None, due: None, from, retry_at: Instant::now(), connections: 0 }
+    }
+
+    /// Connects and asks for what is due.
+    pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> io::Result<()> {
+        let options = context.link_options().map_err(io::Error::other)?;
+        let (start_kind, start) = match (self.due, self.from) {
+            (Some(offset), _) | (None, Start::Offset(offset)) => (START_OFFSET, offset),
+            (None, Start::Earliest) => (START_EARLIEST, 0),
+            (None, Start::Latest) => (START_LATEST, 0),
+            (None, Start::Timestamp(time)) => (START_TIMESTAMP, time),
+        };
+        let request = Subscribe {
+            start,
+            start_kind,
+            topic: topic.id,
+            topic_incarnation: topic.incarnation,
+            stream: self.id,
+            ..Subscribe::blank()
+        };
+        self.link = Some(Sockets::subscribe(self.broker.data, &options, &request)?);
+        self.connections += 1;
+        Ok(())
+    }
+
+    /// Forgets the connection; another is due after `wait`.
+    pub(super) fn drop_connection(&mut self, wait: Duration) {
+        self.link = None;
+        self.retry_at = Instant::now() + wait;
+    }
+}

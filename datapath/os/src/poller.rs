@@ -1,0 +1,149 @@
+//! Readiness of sockets.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+/// A ready socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ready {
+    /// As given to [`Poller::add`].
+    pub token: u64,
+    /// There is something to read, or the peer is gone.
+    pub readable: bool,
+    /// There is room to write.
+    pub writable: bool,
+}
+
+/// An epoll instance (epoll(7)), level-triggered.
+pub struct Poller {
+    epoll: OwnedFd,
+    events: Vec<libc::epoll_event>,
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+impl Poller {
+    /// An instance that reports at most 64 sockets a call.
+    ///
+    /// # Errors
+    /// What `epoll_create1` reports.
+    pub fn new() -> io::Result<Self> {
+        // SAFETY: no pointers are passed.
+        let raw = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
+        // SAFETY: the descriptor was just made and belongs to nobody else.
+        let epoll = unsafe { OwnedFd::from_raw_fd(raw) };
+        Ok(Self { epoll, events: vec![libc::epoll_event { events: 0, u64: 0 }; 64] })
+    }
+
+    /// Readable when one of its sockets is ready.
+    #[must_use]
+    pub fn descriptor(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+
+    fn control(&self, operation: libc::c_int, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
+        let mut events = (libc::EPOLLIN | libc::EPOLLRDHUP) as u32;
+        if writable {
+            events |= libc::EPOLLOUT as u32;
+        }
+        let mut event = libc::epoll_event { events, u64: token };
+        // SAFETY: the event lives across the call; the kernel checks the descriptors.
+        check(unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), operation, socket, &raw mut event) }).map(drop)
+    }
+
+    /// Watches a socket for input, and for room if `writable`.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` reports.
+    pub fn add(&self, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_ADD, socket, token, writable)
+    }
+
+    /// Changes whether room is watched for.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` reports.
+    pub fn modify(&self, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_MOD, socket, token, writable)
+    }
+
+    /// Stops watching a socket.
+    ///
+    /// # Errors
+    /// What `epoll_ctl` reports.
+    pub fn remove(&self, socket: RawFd) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_DEL, socket, 0, false)
+    }
+
+    /// Waits for ready sockets; `Duration::ZERO` only looks.
+    ///
+    /// # Errors
+    /// What the kernel reports, other than an interruption.
+    pub fn wait(&mut self, timeout: Duration, ready: &mut Vec<Ready>) -> io::Result<()> {
+        ready.clear();
+        let count = if timeout.is_zero() {
+            // SAFETY: the buffer holds as many events as stated.
+            unsafe {
+                libc::epoll_wait(self.epoll.as_raw_fd(), self.events.as_mut_ptr(), self.events.len() as libc::c_int, 0)
+            }
+        } else {
+            let time = libc::timespec {
+                tv_sec: timeout.as_secs() as libc::time_t,
+                tv_nsec: libc::c_long::from(timeout.subsec_nanos() as i32),
+            };
+            // SAFETY: as above; the time lives across the call and no signal mask is given. The system call is made
+            // directly because the C library's wrapper is younger than the kernels we run on (5.11).
+            unsafe {
+                libc::syscall(
+                    libc::SYS_epoll_pwait2,
+                    self.epoll.as_raw_fd(),
+                    self.events.as_mut_ptr(),
+                    self.events.len() as libc::c_int,
+                    &raw const time,
+                    std::ptr::null::<libc::sigset_t>(),
+                    0usize,
+                ) as libc::c_int
+            }
+        };
+        let count = match check(count) {
+            Ok(count) => count as usize,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        const INPUT: u32 = (libc::EPOLLIN | libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32;
+        ready.extend(self.events.iter().take(count).map(|event| Ready {
+            token: event.u64,
+            readable: event.events & INPUT != 0,
+            writable: event.events & libc::EPOLLOUT as u32 != 0,
+        }));
+        Ok(())
+    }
+}
+
+/// Waits until one of the sockets can be read or (where asked) written, or the time is over.
+///
+/// # Errors
+/// What `poll` reports.
+pub fn wait_any(sockets: &[(RawFd, bool)], timeout: Duration) -> io::Result<()> {
+    let mut watched: Vec<libc::pollfd> = sockets
+        .iter()
+        .map(|(socket, writable)| libc::pollfd {
+            fd: *socket,
+            events: if *writable { libc::POLLIN | libc::POLLOUT } else { libc::POLLIN },
+            revents: 0,
+        })
+        .collect();
+    let milliseconds = timeout.as_millis().clamp(1, 60_000) as libc::c_int;
+    // SAFETY: the array lives across the call and its length is given.
+    let result = unsafe { libc::poll(watched.as_mut_ptr(), watched.len() as libc::nfds_t, milliseconds) };
+    if result < 0 {
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,215 @@
+//! Connections of real hosts: a socket, with a queue pair beside it once the client has asked for one.
+
+use crate::SendBuffer;
+use crate::connection::{Connection, Landing, Received, TransportError};
+use crate::link::{Item, LinkError, LinkOptions, PublisherLink, SubscriberLink};
+use crate::outbox::Outbox;
+use crate::rdma::{RdmaConnection, RdmaPublisher, RdmaSubscriber};
+use crate::tcp::{TcpConnection, TcpPublisher, TcpSubscriber, connect};
+use embarcadero_cxl::{Native, RegionOffset};
+use embarcadero_wire::batch::BatchBuilder;
+use embarcadero_wire::{FRAME_BYTES, Frame, OpenPublish, Subscribe};
+use std::io::{self, Write};
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+
+/// A broker's end.
+pub struct Channel {
+    // First, so that it is dropped first: the NIC lets go of memory before anybody else does.
+    rdma: Option<Box<RdmaConnection>>,
+    socket: TcpConnection,
+}
+
+impl Channel {
+    /// A connection over TCP.
+    #[must_use]
+    pub fn new(socket: TcpConnection) -> Self {
+        Self { rdma: None, socket }
+    }
+
+    /// Moves batches and frames over to a queue pair.
+    pub fn upgrade(&mut self, rdma: RdmaConnection) {
+        self.rdma = Some(Box::new(rdma));
+    }
+
+    /// The queue pair, if there is one.
+    pub fn rdma(&mut self) -> Option<&mut RdmaConnection> {
+        self.rdma.as_deref_mut()
+    }
+
+    /// The socket, for an [`embarcadero_os::Poller`].
+    #[must_use]
+    pub fn descriptor(&self) -> RawFd {
+        self.socket.descriptor()
+    }
+
+    /// Says that nothing more will be sent. The peer can still read what was.
+    pub fn finish(&self) {
+        self.socket.finish();
+    }
+
+    /// Reads and forgets what the peer still sends; true when it has closed.
+    pub fn discard(&mut self) -> bool {
+        self.socket.discard()
+    }
+
+    /// The peer is to write nothing more into the region: its landing windows close before this returns.
+    pub fn close_windows(&mut self) {
+        if let Some(rdma) = &mut self.rdma {
+            rdma.close_windows();
+        }
+    }
+
+    /// Where the landing windows begin that the peer may write to.
+    pub fn windows(&self) -> impl Iterator<Item = RegionOffset> + '_ {
+        self.rdma.iter().flat_map(|rdma| rdma.windows())
+    }
+
+    /// True when [`Connection::receive`] has something to take that the socket does not show.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        self.rdma.as_ref().is_some_and(|rdma| rdma.has_work())
+    }
+
+    /// True when [`Connection::send`] has something to do even if the outbox is empty.
+    #[must_use]
+    pub fn has_to_send(&self) -> bool {
+        self.rdma.as_ref().is_some_and(|rdma| rdma.has_to_send())
+    }
+
+    /// True when what waits in `outbox` waits for room in the socket.
+    #[must_use]
+    pub fn waits_for_socket(&self, outbox: &Outbox) -> bool {
+        self.rdma.as_ref().map_or(!outbox.is_empty(), |rdma| rdma.waits_for_socket())
+    }
+}
+
+impl Connection<Native> for Channel {
+    fn receive<L: Landing>(
+        &mut self,
+        memory: &Native,
+        landing: &mut L,
+        budget: usize,
+    ) -> Result<Received, TransportError> {
+        if let Some(rdma) = &mut self.rdma {
+            match rdma.receive(memory, landing, budget)? {
+                Received::Nothing => {}
+                received => return Ok(received),
+            }
+        }
+        self.socket.receive(memory, landing, budget)
+    }
+
+    fn send(&mut self, memory: &Native, outbox: &mut Outbox) -> Result<u64, TransportError> {
+        match &mut self.rdma {
+            Some(rdma) => rdma.send(&mut self.socket, memory, outbox),
+            None => self.socket.send(memory, outbox),
+        }
+    }
+}
+
+/// A publisher's end.
+pub struct PublisherChannel {
+    rdma: Option<Box<RdmaPublisher>>,
+    socket: TcpPublisher,
+}
+
+impl PublisherChannel {
+    pub(crate) fn connect(broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<Self> {
+        let mut stream = connect(broker, options.timeout, options.sockets)?;
+        let rdma = match &options.device {
+            Some(client) => Some(Box::new(RdmaPublisher::connect(client, &mut stream, options)?)),
+            None => None,
+        };
+        stream.write_all(&open.encode())?;
+        Ok(Self { rdma, socket: TcpPublisher::new(stream)? })
+    }
+}
+
+impl PublisherLink for PublisherChannel {
+    fn write(&mut self, batch: &mut BatchBuilder<SendBuffer>, written: usize) -> io::Result<usize> {
+        match &mut self.rdma {
+            Some(rdma) => rdma.stage(batch).map(|staged| if staged { batch.bytes().len() } else { 0 }),
+            None => self.socket.write(batch, written),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.rdma {
+            Some(rdma) => rdma.flush(),
+            None => Ok(()),
+        }
+    }
+
+    fn poll(&mut self, frames: &mut Vec<Frame>) -> Result<(), LinkError> {
+        let over_rdma = self.rdma.as_mut().map_or(Ok(()), |rdma| rdma.poll(frames));
+        // The socket may know why a queue pair broke.
+        self.socket.poll(frames)?;
+        Ok(over_rdma?)
+    }
+
+    fn batches_in_use(&mut self) -> usize {
+        self.rdma.as_mut().map_or(0, |rdma| rdma.in_use())
+    }
+
+    fn arm(&mut self) -> io::Result<()> {
+        self.rdma.as_mut().map_or(Ok(()), |rdma| rdma.arm())
+    }
+
+    fn descriptors(&self, writable: bool) -> impl Iterator<Item = (RawFd, bool)> + use<> {
+        let rdma = self.rdma.as_ref().map(|rdma| (rdma.descriptor(), false));
+        self.socket.descriptors(writable && rdma.is_none()).chain(rdma)
+    }
+}
+
+/// A subscriber's end.
+pub struct SubscriberChannel {
+    rdma: Option<Box<RdmaSubscriber>>,
+    socket: TcpSubscriber,
+}
+
+impl SubscriberChannel {
+    pub(crate) fn connect(broker: SocketAddr, options: &LinkOptions, request: &Subscribe) -> io::Result<Self> {
+        let mut stream = connect(broker, options.timeout, options.sockets)?;
+        let rdma = match &options.device {
+            Some(client) => Some(Box::new(RdmaSubscriber::connect(client, &mut stream, options)?)),
+            None => None,
+        };
+        stream.write_all(&request.encode())?;
+        Ok(Self { rdma, socket: TcpSubscriber::new(stream)? })
+    }
+}
+
+impl SubscriberLink for SubscriberChannel {
+    fn take(&mut self) -> Result<Item, LinkError> {
+        let over_rdma = match &mut self.rdma {
+            Some(rdma) => rdma.take(),
+            None => Ok(Item::Nothing),
+        };
+        match over_rdma {
+            Ok(Item::Nothing) => self.socket.take(),
+            // The socket may know why a queue pair broke.
+            Err(error @ LinkError::Lost(_)) => self.socket.take().and(Err(error)),
+            other => other,
+        }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match &self.rdma {
+            Some(rdma) => rdma.bytes(),
+            None => self.socket.bytes(),
+        }
+    }
+
+    fn send(&mut self, frame: &[u8; FRAME_BYTES]) -> io::Result<bool> {
+        self.socket.send(frame)
+    }
+
+    fn arm(&mut self) -> io::Result<()> {
+        self.rdma.as_mut().map_or(Ok(()), |rdma| rdma.arm())
+    }
+
+    fn descriptors(&self) -> impl Iterator<Item = RawFd> + use<> {
+        self.socket.descriptors().chain(self.rdma.as_ref().map(|rdma| rdma.descriptor()))
+    }
+}

@@ -1,0 +1,73 @@
+//! Both ends of a connection, and what carries it.
+//!
+//! Another transport implements [`Transport`]: the broker's end ([`Connection`]), and a publisher's and a subscriber's
+//! ([`PublisherLink`], [`SubscriberLink`]). All of them are polled, take or hand over as many batches and frames as there are
+//! in one call, and return at once. A publisher's connection places whole batches where the broker's [`Landing`] says.
+//! `sim/tests/transport.rs` is the conformance suite that every transport passes.
+
+mod channel;
+mod config;
+mod connection;
+mod link;
+mod outbox;
+pub mod rdma;
+mod send_buffer;
+pub mod tcp;
+mod window;
+
+pub use channel::{Channel, PublisherChannel, SubscriberChannel};
+pub use config::{Isolation, TransportKind};
+pub use connection::{Connection, Landing, Placement, Received, TransportError, WindowPlacement};
+pub use link::{Item, LinkError, LinkOptions, PublisherLink, SubscriberLink};
+pub use outbox::{Outbox, Outgoing};
+pub use send_buffer::SendBuffer;
+pub use window::Window;
+
+use embarcadero_cxl::{Fabric, Native};
+use embarcadero_wire::{OpenPublish, Subscribe};
+use std::io;
+use std::net::SocketAddr;
+
+/// What carries batches and frames between clients and brokers.
+pub trait Transport {
+    /// The region as a broker maps it.
+    type Memory: Fabric;
+    /// A broker's end of a connection.
+    type Connection: Connection<Self::Memory>;
+    /// A publisher's end.
+    type Publisher: PublisherLink;
+    /// A subscriber's end.
+    type Subscriber: SubscriberLink;
+
+    /// Connects a publisher and sends its opening frame; the answer comes through [`PublisherLink::poll`]. May block for
+    /// as long as `options` say.
+    ///
+    /// # Errors
+    /// The broker cannot be reached, or refuses the transport.
+    fn publish(broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<Self::Publisher>;
+
+    /// Connects a subscriber and sends its request; the answer comes through [`SubscriberLink::take`]. May block for as long
+    /// as `options` say.
+    ///
+    /// # Errors
+    /// The broker cannot be reached, or refuses the transport.
+    fn subscribe(broker: SocketAddr, options: &LinkOptions, request: &Subscribe) -> io::Result<Self::Subscriber>;
+}
+
+/// The transports of real hosts: TCP, with a queue pair beside the socket for clients that have an RDMA device.
+pub struct Sockets;
+
+impl Transport for Sockets {
+    type Memory = Native;
+    type Connection = Channel;
+    type Publisher = PublisherChannel;
+    type Subscriber = SubscriberChannel;
+
+    fn publish(broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<PublisherChannel> {
+        PublisherChannel::connect(broker, options, open)
+    }
+
+    fn subscribe(broker: SocketAddr, options: &LinkOptions, request: &Subscribe) -> io::Result<SubscriberChannel> {
+        SubscriberChannel::connect(broker, options, request)
+    }
+}

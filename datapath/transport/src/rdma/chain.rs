@@ -1,0 +1,113 @@
+//! Work requests of one connection: numbered from 1, posted in chains, and completed in order.
+
+use super::{SEND_DEPTH, SIGNAL_EVERY};
+use embarcadero_verbs::{DOORBELL, QueuePair, Request, Sending, Work};
+use std::io;
+
+/// The work requests that a connection posted, and those that are done.
+pub(super) struct SendQueue {
+    posted: u64,
+    done: u64,
+    /// The last that asked for a completion.
+    signaled: u64,
+    signal_every: u64,
+}
+
+impl SendQueue {
+    /// Nothing posted yet. One request in [`SIGNAL_EVERY`] will ask for a completion.
+    pub fn new() -> Self {
+        Self { posted: 0, done: 0, signaled: 0, signal_every: SIGNAL_EVERY }
+    }
+
+    /// Every request will ask for a completion.
+    pub fn signal_all(&mut self) {
+        self.signal_every = 1;
+    }
+
+    /// Requests that can be posted now.
+    pub fn room(&self) -> usize {
+        (SEND_DEPTH - (self.posted - self.done)) as usize
+    }
+
+    /// Number of the request posted last.
+    pub fn posted(&self) -> u64 {
+        self.posted
+    }
+
+    /// True once a request is done.
+    pub fn is_done(&self, number: u64) -> bool {
+        number <= self.done
+    }
+
+    /// A completion says that a request is done, and with it those before.
+    pub fn completed(&mut self, number: u64) {
+        self.done = self.done.max(number);
+    }
+
+    /// Begins a chain of requests.
+    pub fn chain<'a>(&self) -> Chain<'a> {
+        let blank = Request { id: 0, signaled: false, work: Work::Send(&[]) };
+        Chain {
+            requests: [blank; DOORBELL],
+            count: 0,
+            room: self.room().min(DOORBELL),
+            posted: self.posted,
+            signaled: self.signaled,
+            signal_every: self.signal_every,
+        }
+    }
+
+    /// Posts a chain with one call. Returns how many requests it had.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn post(&mut self, pair: &mut QueuePair<Sending>, chain: &Chain<'_>) -> io::Result<usize> {
+        if chain.count == 0 {
+            return Ok(0);
+        }
+        if pair.post(&chain.requests[..chain.count])? < chain.count {
+            return Err(io::Error::other("the device took only part of a chain of requests"));
+        }
+        (self.posted, self.signaled) = (chain.posted + chain.count as u64, chain.signaled);
+        Ok(chain.count)
+    }
+}
+
+/// Requests that are posted together.
+pub(super) struct Chain<'a> {
+    requests: [Request<'a>; DOORBELL],
+    count: usize,
+    room: usize,
+    /// Requests posted before.
+    posted: u64,
+    signaled: u64,
+    signal_every: u64,
+}
+
+impl<'a> Chain<'a> {
+    /// Requests that it has room for.
+    pub fn room(&self) -> usize {
+        self.room - self.count
+    }
+
+    /// Number of the next request.
+    pub fn next_number(&self) -> u64 {
+        self.posted + self.count as u64 + 1
+    }
+
+    /// Adds a request, which asks for a completion if `signal`, or if none before it has for long. Returns its number.
+    ///
+    /// # Panics
+    /// When there is no room.
+    pub fn push(&mut self, work: Work<'a>, signal: bool) -> u64 {
+        assert!(self.room() > 0, "a chain of {} requests is full", self.count);
+        let id = self.next_number();
+        let signaled = signal || id - self.signaled >= self.signal_every;
+        if signaled {
+            self.signaled = id;
+        }
+        self.requests[self.count] = Request { id, signaled, work };
+        self.count += 1;
+        id
+    }
+}

@@ -1,0 +1,190 @@
+//! A client's RDMA device, and the queue pair of each of its connections.
+
+use super::chain::SendQueue;
+use super::{SEND_DEPTH, accepting_peer};
+use embarcadero_os::Buffer;
+use embarcadero_verbs::{
+    CompletionQueue, Context, LocalPort, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair,
+    QueuePairOptions, Sending, Work, WorkError,
+};
+use embarcadero_wire::{ERROR_TEXT_BYTES, FRAME_BYTES, Frame, RdmaConnect};
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Frames that a broker may send before the first is looked at.
+const FRAMES: usize = 512;
+
+/// A device, as all connections of a client use it.
+pub struct RdmaClient {
+    port: LocalPort,
+    pub(super) domain: Arc<ProtectionDomain>,
+}
+
+impl RdmaClient {
+    /// Uses a port of an opened device.
+    ///
+    /// # Errors
+    /// What `ibv_alloc_pd` reports.
+    pub fn new((context, port): (Arc<Context>, LocalPort)) -> io::Result<Arc<Self>> {
+        let domain = ProtectionDomain::new(&context)?;
+        Ok(Arc::new(Self { port, domain }))
+    }
+
+    /// True while its port is up.
+    #[must_use]
+    pub fn is_usable(&self) -> bool {
+        self.domain.context().is_active(self.port.number)
+    }
+}
+
+/// What arrived on a queue pair.
+pub(super) enum Arrival {
+    /// A frame.
+    Frame(Frame),
+    /// A WRITE: its immediate data, and its length in bytes.
+    Written(u32, u32),
+}
+
+/// The error of a broker that does what the protocol does not allow.
+pub(super) fn violation(text: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text.into())
+}
+
+/// Exchanges addresses over the socket, which may block for as long as its time-outs say.
+fn handshake(socket: &mut TcpStream, request: &RdmaConnect, timeout: Duration) -> io::Result<PeerAddress> {
+    socket.set_read_timeout(Some(timeout))?;
+    socket.write_all(&request.encode())?;
+    let mut frame = [0; FRAME_BYTES];
+    socket.read_exact(&mut frame)?;
+    match Frame::decode(&frame).map_err(io::Error::other)? {
+        Frame::RdmaAccept(accept) => Ok(accepting_peer(&accept)),
+        Frame::ErrorFrame(error) => {
+            let mut text = vec![0; (error.text_bytes as usize).min(ERROR_TEXT_BYTES)];
+            socket.read_exact(&mut text)?;
+            Err(io::Error::other(String::from_utf8_lossy(&text).into_owned()))
+        }
+        other => Err(violation(format!("the broker answers a queue pair with a frame of kind {}", other.kind()))),
+    }
+}
+
+/// A connected queue pair, and the frames that arrive on it.
+pub(super) struct ClientPair {
+    pair: QueuePair<Sending>,
+    queue: CompletionQueue,
+    frames: Buffer,
+    _frames_region: MemoryRegion,
+    frame_ranges: Vec<LocalRange>,
+    arrived: VecDeque<Arrival>,
+    pub sends: SendQueue,
+    failure: Option<WorkError>,
+}
+
+impl ClientPair {
+    /// Connects a queue pair beside `socket`.
+    pub fn connect(
+        client: &RdmaClient,
+        domain: &Arc<ProtectionDomain>,
+        socket: &mut TcpStream,
+        timeout: Duration,
+        request: RdmaConnect,
+    ) -> io::Result<Self> {
+        let frames = Buffer::zeroed(FRAMES * FRAME_BYTES)?;
+        let region = MemoryRegion::local(domain, &frames)?;
+        let frame_ranges: Vec<_> =
+            (0..FRAMES).map(|index| region.range((index * FRAME_BYTES) as u64, FRAME_BYTES as u32)).collect();
+        let queue = CompletionQueue::new(domain.context(), (FRAMES + SEND_DEPTH as usize) as u32)?;
+        let options = QueuePairOptions {
+            send_depth: SEND_DEPTH as u32,
+            receive_depth: FRAMES as u32,
+            inline_bytes: FRAME_BYTES as u32,
+            shared: None,
+        };
+        let mut pair = QueuePair::new(domain, &queue, &client.port, &options)?;
+        for (index, range) in frame_ranges.iter().enumerate() {
+            pair.post_receive(index as u64, *range)?;
+        }
+        let PeerAddress { gid, lid, queue_pair, first_psn, mtu } = pair.address();
+        let request = RdmaConnect { gid, lid: lid.into(), queue_pair, first_psn, mtu, ..request };
+        let peer = handshake(socket, &request, timeout)?;
+        Ok(Self {
+            pair: pair.receive_from(&peer)?.send()?,
+            queue,
+            frames,
+            _frames_region: region,
+            frame_ranges,
+            arrived: VecDeque::with_capacity(FRAMES),
+            sends: SendQueue::new(),
+            failure: None,
+        })
+    }
+
+    /// Takes completions.
+    pub fn poll(&mut self) -> io::Result<()> {
+        let Self { queue, pair, frames, frame_ranges, arrived, sends, failure, .. } = self;
+        let mut trouble = Ok(());
+        loop {
+            let count = queue.poll(|completion| {
+                let arrival = match completion.outcome {
+                    Outcome::Sent => return sends.completed(completion.id),
+                    Outcome::Failed(error) => {
+                        failure.get_or_insert(error);
+                        return;
+                    }
+                    Outcome::Written { bytes, immediate } => Ok(Arrival::Written(immediate, bytes)),
+                    Outcome::Message { .. } => match frames.as_chunks().0.get(completion.id as usize) {
+                        Some(frame) => Frame::decode(frame).map(Arrival::Frame).map_err(io::Error::other),
+                        None => Err(violation("the device completes a receive that was not posted")),
+                    },
+                };
+                match arrival {
+                    Ok(arrival) => arrived.push_back(arrival),
+                    Err(error) => trouble = Err(error),
+                }
+                if let Some(range) = frame_ranges.get(completion.id as usize)
+                    && let Err(error) = pair.post_receive(completion.id, *range)
+                {
+                    trouble = Err(error);
+                }
+            })?;
+            if count == 0 {
+                break;
+            }
+        }
+        trouble?;
+        match self.failure {
+            Some(error) => Err(io::Error::other(error)),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes what arrived first.
+    pub fn next(&mut self) -> Option<Arrival> {
+        self.arrived.pop_front()
+    }
+
+    /// Makes the queue's descriptor readable when something comes; fails if nothing can.
+    pub fn arm(&mut self) -> io::Result<()> {
+        if !self.queue.context().is_present() {
+            return Err(io::Error::other("the RDMA device was removed, or broke down"));
+        }
+        self.queue.arm()
+    }
+
+    /// The queue's descriptor.
+    pub fn descriptor(&self) -> RawFd {
+        self.queue.descriptor()
+    }
+
+    /// Posts up to [`embarcadero_verbs::DOORBELL`] requests with one call. There must be room for them.
+    pub fn post<'a>(&mut self, works: impl Iterator<Item = Work<'a>>) -> io::Result<()> {
+        let mut chain = self.sends.chain();
+        works.for_each(|work| {
+            chain.push(work, false);
+        });
+        self.sends.post(&mut self.pair, &chain).map(drop)
+    }
+}

@@ -1,0 +1,164 @@
+//! A broker's RDMA device, and the completion queue of each of its polling threads.
+
+use crate::config::Isolation;
+use embarcadero_cxl::{Fabric, Native, RegionOffset};
+use embarcadero_verbs::{
+    Completion, CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, ProtectionDomain, RemoteRange,
+    SharedReceiveQueue, VerbsError, windows_are_enforced,
+};
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+/// Completions that a connection can have outstanding: one for every [`super::SIGNAL_EVERY`] requests, and its deliveries.
+const COMPLETIONS: u32 = 16;
+/// Receives that the connections of one thread share. A peer that finds none tries again.
+const RECEIVES: u32 = 1024;
+/// Places of a thread's completion queue.
+const QUEUE: u32 = 16 << 10;
+/// Connections that a thread's completion queue has room for.
+pub(super) const CONNECTIONS: usize = ((QUEUE - RECEIVES) / COMPLETIONS) as usize;
+
+/// A broker's RDMA device, with the region registered on it.
+pub struct RdmaDevice {
+    pub(super) context: Arc<Context>,
+    pub(super) port: LocalPort,
+    pub(super) domain: Arc<ProtectionDomain>,
+    pub(super) region: MemoryRegion,
+    memory: Native,
+    pub(super) windows: bool,
+    pub(super) window_bytes: u64,
+}
+
+impl RdmaDevice {
+    /// Registers the whole region on a device. Landing windows have at most `window_bytes`.
+    ///
+    /// # Errors
+    /// [`VerbsError`], which says what is missing.
+    pub fn open(
+        memory: &Native,
+        (context, port): (Arc<Context>, LocalPort),
+        isolation: Isolation,
+        window_bytes: u64,
+    ) -> Result<Arc<Self>, VerbsError> {
+        let domain = ProtectionDomain::new(&context).map_err(context.error("make a protection domain"))?;
+        let whole = (memory, RegionOffset(0), memory.bytes());
+        let region = MemoryRegion::for_windows(&domain, &whole).map_err(context.error("register the region"))?;
+        let windows = match isolation {
+            Isolation::Windows => true,
+            Isolation::Registrations => false,
+            Isolation::Auto => {
+                windows_are_enforced(&context, &port).map_err(context.error("try the memory windows"))?
+            }
+        };
+        Ok(Arc::new(Self { context, port, domain, region, memory: memory.clone(), windows, window_bytes }))
+    }
+
+    /// The device's name.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        self.context.name()
+    }
+
+    /// Takes something that the device announces, as [`Context::take_event`] does.
+    #[must_use]
+    pub fn take_event(&self) -> Option<String> {
+        self.context.take_event()
+    }
+
+    /// False once the device has announced that it breaks down or is removed.
+    #[must_use]
+    pub fn is_present(&self) -> bool {
+        self.context.is_present()
+    }
+
+    /// Largest message of its port, bytes.
+    #[must_use]
+    pub fn max_message_bytes(&self) -> u64 {
+        self.port.max_message_bytes.into()
+    }
+
+    /// `memory windows` or `registrations`.
+    #[must_use]
+    pub fn isolation(&self) -> &'static str {
+        if self.windows { "memory windows" } else { "registrations" }
+    }
+
+    pub(super) fn grant_access(
+        &self,
+        domain: &Arc<ProtectionDomain>,
+        at: RegionOffset,
+        bytes: u64,
+    ) -> io::Result<RemoteAccess> {
+        Ok(if self.windows {
+            RemoteAccess::Window(MemoryWindow::new(&self.region, at.0, bytes)?)
+        } else {
+            RemoteAccess::Registration(MemoryRegion::writable(domain, &(&self.memory, at, bytes))?)
+        })
+    }
+}
+
+/// A polling thread's completion queue.
+pub struct RdmaQueue {
+    pub(super) queue: CompletionQueue,
+    pub(super) receives: Arc<SharedReceiveQueue>,
+    pub(super) connections: Arc<()>,
+}
+
+impl RdmaQueue {
+    /// A queue on the host's device.
+    ///
+    /// # Errors
+    /// What the library reports.
+    pub fn new(host: &RdmaDevice) -> Result<Self, VerbsError> {
+        let queue =
+            CompletionQueue::new(&host.context, QUEUE).map_err(host.context.error("make a completion queue"))?;
+        let receives =
+            SharedReceiveQueue::new(&host.domain, RECEIVES).map_err(host.context.error("make a receive queue"))?;
+        Ok(Self { queue, receives, connections: Arc::new(()) })
+    }
+
+    /// Takes completions and replaces the receives that they took. Returns how many there were.
+    ///
+    /// # Errors
+    /// The device is gone.
+    pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
+        let mut received = 0;
+        let count = self.queue.poll(|completion| {
+            // Requests of this side count from 1; shared receives have no number.
+            received += usize::from(completion.id == 0);
+            each(completion);
+        })?;
+        self.receives.post(received)?;
+        Ok(count)
+    }
+
+    /// Makes [`RdmaQueue::descriptor`] readable when something completes from now on.
+    ///
+    /// # Errors
+    /// What `ibv_req_notify_cq` reports.
+    pub fn arm(&mut self) -> io::Result<()> {
+        self.queue.arm()
+    }
+
+    /// Readable when something has completed since [`RdmaQueue::arm`].
+    #[must_use]
+    pub fn descriptor(&self) -> RawFd {
+        self.queue.descriptor()
+    }
+}
+
+/// What lets a peer write: dropping it ends that before it returns.
+pub(super) enum RemoteAccess {
+    Window(MemoryWindow),
+    Registration(MemoryRegion),
+}
+
+impl RemoteAccess {
+    pub(super) fn remote(&self) -> RemoteRange {
+        match self {
+            Self::Window(window) => window.remote(),
+            Self::Registration(region) => region.remote(0, region.len() as u64),
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! A subscriber's ring, counted in lines: the broker finds room in it, the subscriber follows.
+//!
+//! A delivery lies in one piece: what is left of the ring before its end is skipped when it does not fit there.
+
+use embarcadero_verbs::RemoteRange;
+use embarcadero_wire::batch::ALIGN_BYTES;
+use std::ops::Range;
+
+/// Least bytes of a ring.
+pub(super) const LEAST_BYTES: u64 = 64 * ALIGN_BYTES;
+
+/// Where the next delivery of `lines` begins behind `head`, and the lines that it skips.
+fn next(ring_lines: u64, head: u64, lines: u64) -> (u64, u64) {
+    let at = head % ring_lines;
+    let skipped = if at + lines > ring_lines { ring_lines - at } else { 0 };
+    ((at + skipped) % ring_lines, skipped)
+}
+
+/// The ring as the broker writes it.
+pub(super) struct RingWriter {
+    to: RemoteRange,
+    lines: u64,
+    /// Lines ever written or skipped.
+    head: u64,
+    /// Lines that the subscriber gave back.
+    released: u64,
+}
+
+impl RingWriter {
+    /// An empty ring of `bytes` that begins at `to`.
+    pub fn new(to: RemoteRange, bytes: u64) -> Self {
+        Self { to, lines: bytes / ALIGN_BYTES, head: 0, released: 0 }
+    }
+
+    /// True if a delivery of `bytes` can ever fit.
+    pub fn can_hold(&self, bytes: u64) -> bool {
+        bytes.div_ceil(ALIGN_BYTES) <= self.lines
+    }
+
+    /// Finds room for `bytes` in one piece: the line that it begins at, and its address.
+    pub fn place(&mut self, bytes: u64) -> Option<(u32, RemoteRange)> {
+        let lines = bytes.div_ceil(ALIGN_BYTES);
+        if lines > self.lines {
+            return None;
+        }
+        let (at, skipped) = next(self.lines, self.head, lines);
+        if self.head == self.released {
+            // Empty: the rest up to the ring's end need not stay free.
+            self.released += skipped;
+        }
+        if self.head + skipped + lines - self.released > self.lines {
+            return None;
+        }
+        self.head += skipped + lines;
+        Some((at as u32, self.to.offset(at * ALIGN_BYTES)))
+    }
+
+    /// The subscriber says up to where it has read, modulo 2^32. False when it cannot have.
+    pub fn release(&mut self, lines: u32) -> bool {
+        self.released += u64::from(lines.wrapping_sub(self.released as u32));
+        self.released <= self.head
+    }
+}
+
+/// The ring as the subscriber reads it.
+pub(super) struct RingReader {
+    lines: u64,
+    /// Lines ever taken or skipped.
+    taken: u64,
+    /// Lines of them that the broker was told of.
+    released: u64,
+}
+
+impl RingReader {
+    /// An empty ring of `bytes`.
+    pub fn new(bytes: u64) -> Self {
+        Self { lines: bytes / ALIGN_BYTES, taken: 0, released: 0 }
+    }
+
+    /// A delivery of `bytes` came at `line`: the bytes of the ring that it lies in. `None` when it cannot lie there.
+    pub fn take(&mut self, line: u32, bytes: u64) -> Option<Range<usize>> {
+        let lines = bytes.div_ceil(ALIGN_BYTES);
+        let (at, skipped) = next(self.lines, self.taken, lines);
+        if at != u64::from(line) || lines > self.lines {
+            return None;
+        }
+        self.taken += skipped + lines;
+        let start = (at * ALIGN_BYTES) as usize;
+        Some(start..start + bytes as usize)
+    }
+
+    /// What the broker is to be told, if it is news: up to where the ring was read, modulo 2^32.
+    pub fn due_release(&self) -> Option<u32> {
+        (self.taken != self.released).then_some(self.taken as u32)
+    }
+
+    /// The broker was told.
+    pub fn released(&mut self) {
+        self.released = self.taken;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::VecDeque;
+
+    proptest! {
+        /// The writer never hands out what is still read, and the reader finds each delivery where it was written.
+        #[test]
+        fn both_ends_agree(
+            lines in 64u64..256,
+            start in 0u64..1 << 33,
+            steps in prop::collection::vec((1u64..80 * ALIGN_BYTES, 0usize..4), 1..200),
+        ) {
+            let to = RemoteRange { address: 0, key: 0 };
+            let mut writer = RingWriter { to, lines, head: start, released: start };
+            let mut reader = RingReader { lines, taken: start, released: start };
+            let mut under_way: VecDeque<(u32, u64)> = VecDeque::new();
+            let mut unread: Vec<Range<u64>> = Vec::new();
+            for (bytes, reads) in steps {
+                if let Some((line, at)) = writer.place(bytes) {
+                    prop_assert_eq!(at.address, u64::from(line) * ALIGN_BYTES);
+                    let range = at.address..at.address + bytes.next_multiple_of(ALIGN_BYTES);
+                    prop_assert!(range.end <= lines * ALIGN_BYTES);
+                    prop_assert!(unread.iter().all(|held| range.end <= held.start || range.start >= held.end));
+                    unread.push(range);
+                    under_way.push_back((line, bytes));
+                } else {
+                    prop_assert!(!writer.can_hold(bytes) || !unread.is_empty());
+                }
+                for _ in 0..reads {
+                    let Some((line, bytes)) = under_way.pop_front() else { break };
+                    let range = reader.take(line, bytes);
+                    prop_assert_eq!(range.map(|range| range.start as u64), Some(unread.remove(0).start));
+                    if let Some(released) = reader.due_release() {
+                        prop_assert!(writer.release(released));
+                        reader.released();
+                    }
+                }
+            }
+            prop_assert!(!writer.release((writer.head + 1) as u32));
+        }
+
+        #[test]
+        fn a_delivery_elsewhere_is_noticed(line: u32, bytes in 1u64..1 << 20) {
+            let mut reader = RingReader::new(LEAST_BYTES);
+            let taken = reader.take(line, bytes);
+            prop_assert_eq!(taken.is_some(), line == 0 && bytes <= LEAST_BYTES);
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! TCP: the kernel copies straight between sockets and the region.
+
+mod connection;
+mod publisher;
+mod subscriber;
+
+pub use connection::{TcpConnection, receive_into};
+pub use publisher::TcpPublisher;
+pub use subscriber::TcpSubscriber;
+pub(crate) use subscriber::decode_header;
+
+use crate::LinkError;
+use embarcadero_wire::{ERROR_TEXT_BYTES, ErrorCode, ErrorFrame};
+use socket2::{Domain, Protocol, Socket, Type};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+/// Kernel buffers of a data socket on loopback, bytes: what is on its way should stay in the cache.
+const LOOPBACK_BUFFER_BYTES: usize = 512 << 10;
+
+/// Sizes of a data socket's kernel buffers, bytes. `None` leaves them to the kernel's tuning, on loopback to
+/// 512 KiB.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SocketOptions {
+    /// SO_SNDBUF.
+    pub send_buffer_bytes: Option<usize>,
+    /// SO_RCVBUF.
+    pub receive_buffer_bytes: Option<usize>,
+}
+
+/// Prepares a data socket: no delay (batches are whole), and buffer sizes. On loopback congestion control is `reno`,
+/// which every kernel has: a host's default may pace what it sends (BBR does, with a timer per segment), and there is
+/// no path to spare.
+///
+/// # Errors
+/// What the kernel reports.
+pub fn prepare(stream: &TcpStream, options: SocketOptions) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = socket2::SockRef::from(stream);
+    let mut default = None;
+    if stream.peer_addr()?.ip().is_loopback() {
+        socket.set_tcp_congestion(b"reno")?;
+        default = Some(LOOPBACK_BUFFER_BYTES);
+    }
+    if let Some(bytes) = options.send_buffer_bytes.or(default) {
+        socket.set_send_buffer_size(bytes)?;
+    }
+    if let Some(bytes) = options.receive_buffer_bytes.or(default) {
+        socket.set_recv_buffer_size(bytes)?;
+    }
+    Ok(())
+}
+
+/// Listens for data connections.
+///
+/// # Errors
+/// What the kernel reports.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(1024)?;
+    Ok(socket.into())
+}
+
+/// Connects to a broker's data port.
+///
+/// # Errors
+/// What the kernel reports, or a time-out.
+pub fn connect(address: SocketAddr, timeout: Duration, options: SocketOptions) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, timeout)?;
+    prepare(&stream, options)?;
+    Ok(stream)
+}
+
+/// True for an error that says that nothing can be read or written right now.
+fn is_again(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}
+
+/// The refusal that an error frame and the text behind it say; `None` while bytes of the text are missing.
+fn refusal(error: &ErrorFrame, rest: &[u8]) -> Option<LinkError> {
+    let text = rest.get(..(error.text_bytes as usize).min(ERROR_TEXT_BYTES))?;
+    let text = String::from_utf8_lossy(text).into_owned();
+    Some(LinkError::Refused { code: ErrorCode::from_u32(error.code), text, detail: error.detail })
+}

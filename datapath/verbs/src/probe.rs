@@ -1,0 +1,61 @@
+//! What a device does, as opposed to what it says.
+
+use super::{
+    CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, Outcome, ProtectionDomain, QueuePair,
+    QueuePairOptions, Request, SharedReceiveQueue, Work,
+};
+use embarcadero_os::buffer::Buffer;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the device may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+const PAGE: usize = 4096;
+
+/// Tries whether the device keeps a peer inside a memory window: opens one over the first of two pages and writes to the
+/// second, from one queue pair of this process to another.
+///
+/// Soft-RoCE does not, up to Linux 6.1 at least: its responder checks the bounds of the region under the window
+/// (`check_rkey` in drivers/infiniband/sw/rxe/rxe_resp.c), not those of the window.
+///
+/// # Errors
+/// What the library reports, or that the device did not answer.
+pub fn windows_are_enforced(context: &Arc<Context>, port: &LocalPort) -> io::Result<bool> {
+    if !context.has_memory_windows()? {
+        return Ok(false);
+    }
+    let domain = ProtectionDomain::new(context)?;
+    let memory = Buffer::zeroed(2 * PAGE)?;
+    let region = MemoryRegion::for_windows(&domain, &memory)?;
+    let receives = SharedReceiveQueue::new(&domain, 1)?;
+    let (mut near_queue, mut far_queue) = (CompletionQueue::new(context, 16)?, CompletionQueue::new(context, 16)?);
+    let options = |shared| QueuePairOptions { send_depth: 4, receive_depth: 1, inline_bytes: 64, shared };
+    let near = QueuePair::new(&domain, &near_queue, port, &options(None))?;
+    let far = QueuePair::new(&domain, &far_queue, port, &options(Some(&receives)))?;
+    let (near_address, far_address) = (near.address(), far.address());
+    let mut near = near.receive_from(&far_address)?.send()?;
+    let mut far = far.receive_from(&near_address)?.send()?;
+    let window = MemoryWindow::new(&region, 0, PAGE as u64)?;
+    let request = |work| [Request { id: 0, signaled: true, work }];
+    far.post(&request(Work::Open(&window)))?;
+    if wait(&mut far_queue)? != Outcome::Sent {
+        return Ok(false);
+    }
+    near.post(&request(Work::WriteInline(&[1; 64], window.remote().offset(PAGE as u64), None)))?;
+    let outcome = wait(&mut near_queue)?;
+    Ok(matches!(outcome, Outcome::Failed(error) if error.is_remote_access()) && memory.iter().all(|byte| *byte == 0))
+}
+
+fn wait(queue: &mut CompletionQueue) -> io::Result<Outcome> {
+    let begun = Instant::now();
+    let mut outcome = None;
+    while begun.elapsed() < PATIENCE {
+        queue.poll(|completion| outcome = Some(completion.outcome))?;
+        if let Some(outcome) = outcome {
+            return Ok(outcome);
+        }
+        std::thread::yield_now();
+    }
+    Err(io::ErrorKind::TimedOut.into())
+}

@@ -1,0 +1,158 @@
+//! Packets in Ethernet frames, at the queues of a port.
+
+use super::super::DpdkConfig;
+use super::super::wire::PAIRS;
+use super::eal::{BURST, EthPort, Frame, Frames, Queues, Received};
+use embarcadero_roce::Nanos;
+use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
+use embarcadero_roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put, SCRATCH_BYTES};
+use std::collections::VecDeque;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+/// Frames that wait at a queue for what came at another; more are lost, as on any wire.
+const STRAYS: usize = 1024;
+
+/// A port of DPDK at an address, as one of its queues sees it. The port chooses a queue by a packet's flow, not by its queue
+/// pair: what came at another queue is handed to the one that has the queue pair.
+pub(in super::super) struct Ethernet {
+    queues: Queues,
+    frames: Frames,
+    station: Station<Arc<Neighbours>>,
+    now: Nanos,
+    outgoing: VecDeque<Frame>,
+    strays: Receiver<Received>,
+    /// Where strays of each queue go, this one's too: no port gives back what it sends to itself.
+    owners: Vec<SyncSender<Received>>,
+}
+
+impl Ethernet {
+    /// All queues of a port at an address.
+    ///
+    /// # Errors
+    /// Another has them.
+    pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> io::Result<Vec<Self>> {
+        let (gateway, vlan) = (config.gateway, config.vlan);
+        let place = Place { mac: port.mac, address, prefix_length: config.prefix_length_at(address), gateway, vlan };
+        let neighbours = Arc::<Neighbours>::default();
+        let (owners, strays): (Vec<_>, Vec<_>) = (0..port.queues()).map(|_| sync_channel(STRAYS)).unzip();
+        let of = |(index, strays)| {
+            let queues = Queues::of(port, index)?;
+            Ok(Self {
+                frames: queues.frames(),
+                queues,
+                station: Station::new(place, Arc::clone(&neighbours)),
+                now: 0,
+                outgoing: VecDeque::with_capacity(2 * BURST),
+                strays,
+                owners: owners.clone(),
+            })
+        };
+        (0..).zip(strays).map(of).collect()
+    }
+
+    /// The number of its first queue pair. The address is the port's alone, so numbers count from the port's first queue.
+    pub fn first(&self) -> u32 {
+        (u32::from(self.queues.index()) + 1) * PAIRS
+    }
+
+    /// As [`super::super::wire::Wire::receive`].
+    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
+        self.now = now;
+        let first = self.first();
+        let Self { queues, frames, station, outgoing, strays, owners, .. } = self;
+        let mut came = 0;
+        for mut stray in strays.try_iter().take(BURST) {
+            came += 1;
+            if let Taken::Packet(packet) = station.take(&stray, stray.tag()) {
+                let bytes = packet.len();
+                each(with_scratch(&mut stray, bytes));
+            }
+        }
+        came + queues.receive(|mut frame| {
+            match station.take(&frame, frame.tag()) {
+                Taken::Packet(packet) => match packet::queue_pair(packet).and_then(|number| owner(owners, number)) {
+                    Some((of, owner)) if of != first => {
+                        // With no room there it is lost.
+                        let _ = owner.try_send(frame);
+                        return None;
+                    }
+                    _ => {
+                        let bytes = packet.len();
+                        each(with_scratch(&mut frame, bytes));
+                    }
+                },
+                Taken::Answer(answer) if outgoing.len() < BURST => outgoing.extend(frame_of(frames, &answer)),
+                Taken::Answer(_) | Taken::Nothing => {}
+            }
+            Some(frame)
+        })
+    }
+
+    /// As [`super::super::wire::Wire::seek`].
+    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+        let question = self.station.ask(to, now);
+        self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
+        self.flush();
+    }
+
+    /// Packets that can be staged now.
+    pub fn room(&self) -> usize {
+        BURST.saturating_sub(self.outgoing.len())
+    }
+
+    /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
+    pub fn stage(&mut self, packet: &Packet<'_>) {
+        let header = match self.station.hop(packet.to, self.now) {
+            Hop::Known(header) => header,
+            Hop::Unknown(question) => {
+                self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
+                return;
+            }
+            Hop::Nowhere => return,
+        };
+        // Without a buffer it is lost.
+        let Some(mut frame) = frame_of(&mut self.frames, header.as_ref()) else { return };
+        // What the protocol makes is sound.
+        if packet.payload.len() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES > frame.room()
+            || packet.encode(&mut frame).is_err()
+        {
+            return;
+        }
+        if packet.to != self.station.address() {
+            self.outgoing.push_back(frame);
+        } else if let Some((_, owner)) = owner(&self.owners, packet.queue_pair) {
+            let _ = owner.try_send(frame.looped());
+        }
+    }
+
+    pub fn is_flushed(&self) -> bool {
+        self.outgoing.is_empty()
+    }
+
+    /// As [`super::super::wire::Wire::flush`].
+    pub fn flush(&mut self) {
+        while !self.outgoing.is_empty() && self.queues.send(&mut self.outgoing) > 0 {}
+    }
+}
+
+/// The packet at the end of a frame, and what the frame's header leaves before it.
+fn with_scratch(frame: &mut [u8], packet_bytes: usize) -> &mut [u8] {
+    let before = frame.len() - packet_bytes - SCRATCH_BYTES;
+    &mut frame[before..]
+}
+
+/// Who has a queue pair, and the number of his first.
+fn owner(owners: &[SyncSender<Received>], number: u32) -> Option<(u32, &SyncSender<Received>)> {
+    let index = (number / PAIRS).checked_sub(1)?;
+    Some((number / PAIRS * PAIRS, owners.get(index as usize)?))
+}
+
+/// A frame that begins so, if there is a buffer.
+fn frame_of(frames: &mut Frames, bytes: &[u8]) -> Option<Frame> {
+    let mut frame = frames.empty().filter(|frame| bytes.len() <= frame.room())?;
+    frame.put(bytes);
+    Some(frame)
+}

@@ -1,0 +1,283 @@
+//! Registered memory, and the keys to it.
+
+use super::super::memory::{LocalRange, Pinned, Rights};
+use embarcadero_cxl::{Native, RegionOffset, cache};
+use embarcadero_roce::packet::Reth;
+use embarcadero_roce::{Access, Memory, NoAccess};
+use std::any::Any;
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+/// Bytes that stay where they are.
+struct Pages {
+    start: *mut u8,
+    len: usize,
+    /// Of which region, and where in it.
+    region: Option<(Native, RegionOffset)>,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the pages are memory of this process that what is kept here keeps mapped, for every thread.
+unsafe impl Send for Pages {}
+// SAFETY: as above. As with a NIC, whoever registers memory minds that it changes while peers may write it.
+unsafe impl Sync for Pages {}
+
+impl Pages {
+    fn holds(&self, at: usize, len: usize) -> bool {
+        at <= self.len && len <= self.len - at
+    }
+
+    fn bytes(&self, at: usize, len: usize) -> &[u8] {
+        assert!(self.holds(at, len));
+        // SAFETY: inside the pages, which are mapped and initialised; bytes have no invalid values.
+        unsafe { std::slice::from_raw_parts(self.start.add(at), len) }
+    }
+
+    /// What a region gets is in its memory, past the caches, after [`cache::lines_stored`].
+    fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(self.holds(at, bytes.len()));
+        if let Some((region, start)) = &self.region {
+            return region.stream(start.add(at as u64), bytes);
+        }
+        // SAFETY: inside the pages, which are mapped writable; a packet's bytes are no part of registered memory.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.add(at), bytes.len()) }
+    }
+}
+
+/// Registered bytes, read in place as long as a request holds this.
+pub(super) struct LocalBytes {
+    pages: Arc<Pages>,
+    at: usize,
+    len: usize,
+}
+
+impl LocalBytes {
+    /// Puts bytes at the front of them, as many as fit.
+    pub fn fill(&self, bytes: &[u8]) {
+        self.pages.write(self.at, &bytes[..bytes.len().min(self.len)]);
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl AsRef<[u8]> for LocalBytes {
+    fn as_ref(&self) -> &[u8] {
+        self.pages.bytes(self.at, self.len)
+    }
+}
+
+/// Who may use a key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Holder {
+    /// This host alone.
+    Host,
+    /// Peers of all queue pairs of the domain.
+    Domain,
+    /// The peer of one queue pair.
+    Pair(u32),
+}
+
+struct Entry {
+    pages: Arc<Pages>,
+    /// Where in the pages it begins.
+    at: usize,
+    len: usize,
+    domain: u32,
+    holder: Holder,
+}
+
+impl Entry {
+    /// Where in the pages that address is, if all of it is inside.
+    fn find(&self, address: u64, len: u64) -> Option<usize> {
+        let from = address.checked_sub(self.pages.start.addr() as u64 + self.at as u64)?;
+        let inside = from <= self.len as u64 && len <= self.len as u64 - from;
+        inside.then_some(self.at + from as usize)
+    }
+}
+
+/// All keys of a NIC.
+#[derive(Default)]
+pub(super) struct Keys {
+    entries: RwLock<HashMap<u32, Entry>>,
+    domains: AtomicU32,
+}
+
+impl Keys {
+    fn insert(&self, entry: Entry) -> u32 {
+        let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            // Not to be guessed.
+            let key = rand::random();
+            if let std::collections::hash_map::Entry::Vacant(vacant) = entries.entry(key) {
+                vacant.insert(entry);
+                return key;
+            }
+        }
+    }
+
+    /// When this returns, nothing can be done with the key, and nothing is being done.
+    fn remove(&self, key: u32) {
+        self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
+    }
+
+    /// The bytes that a request names.
+    pub fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
+        let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
+        entries
+            .get(&range.key)
+            .filter(|entry| entry.domain == domain && !matches!(entry.holder, Holder::Pair(_)))
+            .and_then(|entry| {
+                let at = entry.find(range.address, range.len.into())?;
+                Some(LocalBytes { pages: Arc::clone(&entry.pages), at, len: range.len as usize })
+            })
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the memory is not registered"))
+    }
+
+    /// What the peers of a domain's queue pairs may do, as long as the guard lives. What they wrote is there afterwards.
+    pub fn reach(&self) -> Reach<'_> {
+        Reach { entries: self.entries.read().unwrap_or_else(PoisonError::into_inner), domain: 0, wrote: false }
+    }
+}
+
+/// Memory as peers reach it.
+pub(super) struct Reach<'a> {
+    entries: RwLockReadGuard<'a, HashMap<u32, Entry>>,
+    /// Domain of the queue pair that is looked at.
+    pub domain: u32,
+    /// Somebody wrote.
+    wrote: bool,
+}
+
+impl Drop for Reach<'_> {
+    fn drop(&mut self) {
+        if self.wrote {
+            cache::lines_stored();
+        }
+    }
+}
+
+impl Reach<'_> {
+    fn entry(&self, queue_pair: u32, rkey: u32) -> Option<&Entry> {
+        self.entries.get(&rkey).filter(|entry| match entry.holder {
+            Holder::Host => false,
+            Holder::Domain => entry.domain == self.domain,
+            Holder::Pair(number) => number == queue_pair,
+        })
+    }
+}
+
+impl Memory for Reach<'_> {
+    fn check(&self, queue_pair: u32, remote: Reth, access: Access) -> Result<(), NoAccess> {
+        // Nothing is registered for peers to read.
+        let entry = self.entry(queue_pair, remote.rkey).filter(|_| access == Access::Write).ok_or(NoAccess)?;
+        entry.find(remote.address, remote.bytes.into()).map(drop).ok_or(NoAccess)
+    }
+
+    fn write(&mut self, queue_pair: u32, rkey: u32, address: u64, bytes: &[u8]) -> Result<(), NoAccess> {
+        let entry = self.entry(queue_pair, rkey).ok_or(NoAccess)?;
+        let at = entry.find(address, bytes.len() as u64).ok_or(NoAccess)?;
+        entry.pages.write(at, bytes);
+        self.wrote = true;
+        Ok(())
+    }
+
+    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+        Err(NoAccess)
+    }
+}
+
+/// A protection domain.
+#[derive(Clone)]
+pub(in super::super) struct Domain {
+    pub(super) keys: Arc<Keys>,
+    pub(super) number: u32,
+}
+
+impl Domain {
+    pub(super) fn new(keys: &Arc<Keys>) -> Self {
+        Self { keys: Arc::clone(keys), number: keys.domains.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    pub(in super::super) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
+        let (start, len, keep) = memory.pages();
+        let region = memory.region().map(|(region, at)| (region.clone(), at));
+        let pages = Arc::new(Pages { start, len, region, _keep: keep });
+        let holder = if rights == Rights::RemoteWrite { Holder::Domain } else { Holder::Host };
+        let entry = Entry { pages: Arc::clone(&pages), at: 0, len, domain: self.number, holder };
+        Registration { key: self.keys.insert(entry), pages, domain: self.clone() }
+    }
+}
+
+/// Registered memory.
+pub struct Registration {
+    key: u32,
+    pages: Arc<Pages>,
+    domain: Domain,
+}
+
+impl Registration {
+    pub(in super::super) fn len(&self) -> usize {
+        self.pages.len
+    }
+
+    pub(in super::super) fn address(&self) -> u64 {
+        self.pages.start.addr() as u64
+    }
+
+    pub(in super::super) fn local_key(&self) -> u32 {
+        self.key
+    }
+
+    pub(in super::super) fn remote_key(&self) -> u32 {
+        self.key
+    }
+
+    /// A window over bytes of it that are inside, closed so far.
+    pub(in super::super) fn window(&self, at: u64, len: u64) -> Window {
+        // Its key is drawn now, and is of no use before it is open.
+        let entry = Entry {
+            pages: Arc::clone(&self.pages),
+            at: at as usize,
+            len: len as usize,
+            domain: self.domain.number,
+            holder: Holder::Host,
+        };
+        Window { key: self.domain.keys.insert(entry), keys: Arc::clone(&self.domain.keys) }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.domain.keys.remove(self.key);
+    }
+}
+
+/// A memory window.
+pub struct Window {
+    key: u32,
+    keys: Arc<Keys>,
+}
+
+impl Window {
+    pub(in super::super) fn key(&self) -> u32 {
+        self.key
+    }
+
+    /// Lets the peer of a queue pair write.
+    pub(super) fn open(&self, queue_pair: u32) {
+        let mut entries = self.keys.entries.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = entries.get_mut(&self.key) {
+            entry.holder = Holder::Pair(queue_pair);
+        }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        self.keys.remove(self.key);
+    }
+}

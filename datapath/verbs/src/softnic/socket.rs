@@ -1,0 +1,275 @@
+//! The kernel's sockets that carry packets of RoCEv2.
+//!
+//! A raw socket sends (raw(7), IP_HDRINCL): the kernel chooses route, interface and neighbour. A packet socket receives
+//! (packet(7)): unlike a UDP socket it shows the IP header, over which the ICRC goes. A filter in the kernel hands each
+//! queue the packets for its own queue pairs alone, so that queues share nothing.
+
+use super::wire::PAIRS;
+use embarcadero_roce::PathMtu;
+use embarcadero_roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, SCRATCH_BYTES, UDP_PORT};
+use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
+use std::io;
+use std::mem::zeroed;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
+
+/// Packets taken, or sent, with one system call.
+const BURST: usize = 64;
+/// Bytes of the longest packet.
+const PACKET_BYTES: usize = PathMtu::Mtu4096.bytes() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES;
+/// Bytes of packets that the kernel keeps for us, if we may have so many: a burst of each of a hundred peers.
+const RECEIVE_BUFFER: usize = 32 << 20;
+const SEND_BUFFER: usize = 4 << 20;
+
+/// Takes the UDP port of RoCEv2 at an address, so that the kernel does not answer its packets as unreachable. What comes
+/// there is dropped; other processes of the same user can have it too.
+pub(super) fn take_port(address: IpAddr) -> io::Result<Socket> {
+    let at = SocketAddr::new(address, UDP_PORT);
+    let socket = Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP))?;
+    // BPF_RET: keep nothing.
+    socket.attach_filter(&[SockFilter::new(libc::BPF_RET as u16, 0, 0, 0)])?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&at.into())?;
+    Ok(socket)
+}
+
+/// Bytes that a frame of an interface carries (netdevice(7), SIOCGIFMTU).
+pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
+    // SAFETY: plain data, for which zero is valid.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    // The last byte stays 0.
+    let room = request.ifr_name.len() - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(interface.bytes()) {
+        *to = from.cast_signed();
+    }
+    // SAFETY: the request lives across the call, which reads its name and writes its number.
+    if unsafe { libc::ioctl(any.as_raw_fd(), libc::SIOCGIFMTU, &raw mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the call succeeded, and so it has written the number.
+    Ok(unsafe { request.ifr_ifru.ifru_mtu }.max(0) as usize)
+}
+
+/// The part of all queue pairs' numbers of an address that this queue alone uses, while the socket lives.
+fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
+    let queues = 1 << 24 >> PAIRS.ilog2();
+    let start: u32 = rand::random_range(0..queues);
+    for offset in 0..queues {
+        // Numbers 0 and 1 are not for connections (IBTA 10.2.4.3).
+        let queue = (start + offset) % queues;
+        let name = format!("embarcadero/roce/{address}/{queue}");
+        if queue == 0 {
+            continue;
+        }
+        match UnixDatagram::bind_addr(&UnixAddr::from_abstract_name(name)?) {
+            Ok(socket) => return Ok((queue * PAIRS, socket)),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::AddrInUse, "all numbers of queue pairs are taken"))
+}
+
+/// A program (Linux, Documentation/networking/filter.rst) that keeps packets of RoCEv2 to `address` for queue pairs of
+/// the queue whose numbers begin at `first`. It looks from the IP header on.
+fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
+    use libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+    // What to load, and what it has to be: (width, offset, mask, value).
+    let mut rules: Vec<(u32, u32, u32, u32)> = Vec::new();
+    let (protocol, words, udp) = match address {
+        IpAddr::V4(address) => {
+            // Without options, and no fragment.
+            rules.push((BPF_B, 0, 0xff, 0x45));
+            rules.push((BPF_H, 6, 0x3fff, 0));
+            (9, vec![(16, u32::from(address))], 20)
+        }
+        IpAddr::V6(address) => {
+            let words = address.octets();
+            let words = words.chunks_exact(4).zip([24, 28, 32, 36]);
+            let word = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u32::from(*byte));
+            (6, words.map(|(bytes, at)| (at, word(bytes))).collect(), 40)
+        }
+    };
+    rules.push((BPF_B, protocol, 0xff, libc::IPPROTO_UDP as u32));
+    rules.extend(words.into_iter().map(|(at, word)| (BPF_W, at, u32::MAX, word)));
+    rules.push((BPF_H, udp + 2, 0xffff, UDP_PORT.into()));
+    // A reserved byte, and the queue pair (IBTA 9.2, base transport header).
+    rules.push((BPF_W, udp + 8 + 4, 0x00ff_ffff & !(PAIRS - 1), first));
+    // Of each a load, a mask and a jump to the end; the two behind them keep all, or nothing.
+    let end = 3 * rules.len();
+    let mut program = Vec::with_capacity(end + 2);
+    for (width, at, mask, value) in rules {
+        let behind = end - program.len() - 3;
+        program.push(SockFilter::new((BPF_LD | width | BPF_ABS) as u16, 0, 0, at));
+        program.push(SockFilter::new((BPF_ALU | BPF_AND | BPF_K) as u16, 0, 0, mask));
+        program.push(SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, 0, behind as u8 + 1, value));
+    }
+    program.push(SockFilter::new(BPF_RET as u16, 0, 0, u32::MAX));
+    program.push(SockFilter::new(BPF_RET as u16, 0, 0, 0));
+    program
+}
+
+/// The sockets of one queue.
+pub(super) struct Sockets {
+    sends: Socket,
+    receives: Socket,
+    /// The number of its first queue pair.
+    pub first: u32,
+    _numbers: UnixDatagram,
+    incoming: Box<[u8]>,
+    outgoing: Vec<u8>,
+    /// Where in `outgoing` each packet ends, and where it goes.
+    staged: Vec<(usize, SockAddr)>,
+}
+
+impl Sockets {
+    /// # Errors
+    /// What the kernel reports: `EPERM` without CAP_NET_RAW.
+    pub fn open(address: IpAddr) -> io::Result<Self> {
+        let (first, numbers) = take_numbers(address)?;
+        let (domain, ethertype) = match address {
+            IpAddr::V4(_) => (Domain::IPV4, libc::ETH_P_IP),
+            IpAddr::V6(_) => (Domain::IPV6, libc::ETH_P_IPV6),
+        };
+        // IPPROTO_RAW: the header is ours, and nothing is received.
+        let sends = Socket::new(domain, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW)))?;
+        sends.set_nonblocking(true)?;
+        let _ = sends.set_send_buffer_size(SEND_BUFFER);
+        // Of no protocol, it receives nothing before the filter is there.
+        let receives = Socket::new(Domain::PACKET, Type::DGRAM, None)?;
+        receives.attach_filter(&only_for(address, first))?;
+        receives.set_nonblocking(true)?;
+        if nix::sys::socket::setsockopt(&receives, nix::sys::socket::sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
+            receives.set_recv_buffer_size(RECEIVE_BUFFER)?;
+        }
+        receives.bind(&all_interfaces(ethertype as u16))?;
+        Ok(Self {
+            sends,
+            receives,
+            first,
+            _numbers: numbers,
+            incoming: vec![0; BURST * (SCRATCH_BYTES + PACKET_BYTES)].into_boxed_slice(),
+            outgoing: Vec::with_capacity(BURST * PACKET_BYTES),
+            staged: Vec::with_capacity(BURST),
+        })
+    }
+
+    /// Readable when there are packets.
+    pub fn descriptor(&self) -> RawFd {
+        self.receives.as_raw_fd()
+    }
+
+    /// Another handle of the socket that receives, to wait with.
+    pub fn waiter(&self) -> io::Result<Socket> {
+        self.receives.try_clone()
+    }
+
+    /// As [`super::wire::Wire::receive`].
+    pub fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
+        // SAFETY: plain data, for which zero is valid.
+        let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
+        let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
+        for ((message, buffer), room) in messages.iter_mut().zip(&mut buffers).zip(rooms) {
+            let room = &mut room[SCRATCH_BYTES..];
+            *buffer = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+            message.msg_hdr.msg_iov = buffer;
+            message.msg_hdr.msg_iovlen = 1;
+        }
+        // SAFETY: messages and buffers live across the call, and each has the room that it says.
+        let count = unsafe {
+            let descriptor = self.receives.as_raw_fd();
+            libc::recvmmsg(descriptor, messages.as_mut_ptr(), BURST as u32, 0, std::ptr::null_mut())
+        };
+        let Ok(count) = usize::try_from(count) else {
+            let error = io::Error::last_os_error();
+            return match error.raw_os_error() {
+                // ENETDOWN is said once when an interface goes down (packet(7)); it may come back.
+                Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(0),
+                _ => Err(error),
+            };
+        };
+        let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
+        for (message, room) in messages[..count].iter().zip(rooms) {
+            // What is longer than packets can be is no packet.
+            if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 {
+                each(&mut room[..SCRATCH_BYTES + (message.msg_len as usize).min(PACKET_BYTES)]);
+            }
+        }
+        Ok(count)
+    }
+
+    /// Packets that can be staged now.
+    pub fn room(&self) -> usize {
+        BURST - self.staged.len()
+    }
+
+    /// True when nothing is staged.
+    pub fn is_flushed(&self) -> bool {
+        self.staged.is_empty()
+    }
+
+    /// Puts a packet to those that the next flush sends. There must be room.
+    pub fn stage(&mut self, packet: &Packet<'_>) {
+        // What the protocol makes is sound.
+        if packet.encode(&mut self.outgoing).is_ok() {
+            self.staged.push((self.outgoing.len(), SocketAddr::new(packet.to, 0).into()));
+        }
+    }
+
+    /// Sends what is staged. What the kernel has no room for stays; what it cannot send is lost, as on any wire.
+    pub fn flush(&mut self) {
+        let mut sent = 0;
+        while sent < self.staged.len() {
+            // SAFETY: plain data, for which zero is valid.
+            let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
+            let mut start = if sent == 0 { 0 } else { self.staged[sent - 1].0 };
+            let waiting = &self.staged[sent..];
+            for ((message, buffer), (end, to)) in messages.iter_mut().zip(&mut buffers).zip(waiting) {
+                let packet = &mut self.outgoing[start..*end];
+                *buffer = libc::iovec { iov_base: packet.as_mut_ptr().cast(), iov_len: packet.len() };
+                message.msg_hdr.msg_iov = buffer;
+                message.msg_hdr.msg_iovlen = 1;
+                message.msg_hdr.msg_name = to.as_ptr().cast_mut().cast();
+                message.msg_hdr.msg_namelen = to.len();
+                start = *end;
+            }
+            let count = waiting.len().min(BURST) as u32;
+            // SAFETY: messages, buffers and addresses live across the call, which only reads what they point to.
+            let taken = unsafe { libc::sendmmsg(self.sends.as_raw_fd(), messages.as_mut_ptr(), count, 0) };
+            match usize::try_from(taken) {
+                Ok(taken) => sent += taken,
+                Err(_) => match io::Error::last_os_error().raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    Some(libc::EAGAIN) => break,
+                    // No route, no neighbour, a filter, a queue that is full: of the first.
+                    _ => sent += 1,
+                },
+            }
+        }
+        if sent == self.staged.len() {
+            self.staged.clear();
+            self.outgoing.clear();
+        } else if sent > 0 {
+            let gone = self.staged[sent - 1].0;
+            self.outgoing.drain(..gone);
+            self.staged.drain(..sent);
+            self.staged.iter_mut().for_each(|(end, _)| *end -= gone);
+        }
+    }
+}
+
+/// All interfaces, for packets of a protocol.
+fn all_interfaces(ethertype: u16) -> SockAddr {
+    // SAFETY: plain data, for which zero is valid.
+    let mut address: libc::sockaddr_ll = unsafe { zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = ethertype.to_be();
+    let mut storage = SockAddrStorage::zeroed();
+    // SAFETY: the storage is large and aligned enough for every family, and what is put into it has the length stated.
+    unsafe {
+        *storage.view_as::<libc::sockaddr_ll>() = address;
+        SockAddr::new(storage, size_of::<libc::sockaddr_ll>() as libc::socklen_t)
+    }
+}

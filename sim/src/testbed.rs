@@ -1,0 +1,187 @@
+//! A region in private memory with a sequencer on it, in one thread: for benchmarks and tests of what ordering costs.
+
+use crossbeam_channel::{RecvError, bounded, unbounded};
+use embarcadero_broker::sequencer::{Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError};
+use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
+use embarcadero_cxl::cache::{FlushMethod, UnsupportedFlush};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW, Seat};
+use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::session_table::Session;
+use embarcadero_cxl::tables::{Pulse, TopicConfig, TopicState};
+use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionError};
+use embarcadero_wire::Order;
+use std::sync::Arc;
+use uuid::Uuid;
+
+/// Brokers whose Batchlogs there are, unless said otherwise.
+pub const BROKERS: u32 = 4;
+/// Segments that each broker has.
+const SEGMENTS: u32 = 16;
+/// Bytes of all segments.
+const SEGMENTS_BYTES: u64 = 1 << 30;
+/// Entries that are published together, as brokers do by default.
+const GROUP: u64 = 8;
+
+/// Why there is no testbed.
+#[derive(Debug, thiserror::Error)]
+pub enum TestbedError {
+    /// No memory.
+    #[error("cannot map memory: {0}")]
+    Memory(#[from] std::io::Error),
+    /// This CPU cannot flush so.
+    #[error(transparent)]
+    Flush(#[from] UnsupportedFlush),
+    /// The region cannot be made.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The sequencer does not start.
+    #[error(transparent)]
+    Recover(#[from] PoolError),
+    /// A session cannot be opened.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// The sequencer does not answer.
+    #[error("the sequencer does not answer: {0}")]
+    Silent(#[from] RecvError),
+}
+
+/// A region for one topic and [`BROKERS`] brokers, with 64 segments of 16 MiB, behind the fabric that `wrap` makes of its
+/// memory.
+///
+/// # Errors
+/// [`TestbedError`].
+pub fn region<F: Fabric>(
+    allocator: AllocatorKind,
+    method: FlushMethod,
+    wrap: impl FnOnce(Native) -> F,
+) -> Result<Region<F>, TestbedError> {
+    region_of(BROKERS, allocator, method, wrap)
+}
+
+/// As [`region`], for 1 to 32 brokers; the more they are, the smaller are segments.
+///
+/// # Errors
+/// [`TestbedError`].
+pub fn region_of<F: Fabric>(
+    brokers: u32,
+    allocator: AllocatorKind,
+    method: FlushMethod,
+    wrap: impl FnOnce(Native) -> F,
+) -> Result<Region<F>, TestbedError> {
+    let segment_bytes = SEGMENTS_BYTES / u64::from(SEGMENTS * brokers.next_power_of_two());
+    let tables = Geometry::with_segments_of(segment_bytes, allocator);
+    let segment_count = SEGMENTS * brokers;
+    let geometry = Geometry { max_brokers: brokers, max_heads: brokers.min(2), max_topics: 1, segment_count, ..tables };
+    let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes)?;
+    mapping.prefault()?;
+    Ok(Region::format(wrap(Native::new(mapping, method)?), &geometry, Uuid::new_v4(), 0)?)
+}
+
+/// The sequencer of a topic in strong order, sessions that publish to it, and the brokers' Batchlogs.
+pub struct Testbed<F: Fabric> {
+    region: Region<F>,
+    sequencer: Sequencer<F>,
+    logs: Vec<(BatchlogWriter<F>, Pulse<F>)>,
+    sessions: Vec<Session>,
+    /// What comes next in each session.
+    sequences: Vec<u64>,
+}
+
+impl<F: Fabric> Testbed<F> {
+    /// Opens the topic and `sessions` sessions.
+    ///
+    /// # Errors
+    /// [`TestbedError`].
+    pub fn new(region: Region<F>, sessions: u32) -> Result<Self, TestbedError> {
+        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
+        let (commands, queue) = unbounded();
+        let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+        let memory = Memory { region: region.clone(), pool, mirror: None };
+        let mut sequencer = Sequencer::recover(memory, (Seat(0), 1), Predecessor::Gone(0), leases, queue, 0)?;
+        let topic = TopicConfig {
+            id: 0,
+            incarnation: 1,
+            state: TopicState::Live,
+            name: "testbed".to_owned(),
+            order: Order::Strong,
+            ack_level: 1,
+            replication_factor: 1,
+            // Entries are of one byte, and this many keep at most half of the head's segments in use.
+            retention_bytes: u64::from(SEGMENTS) * region.geometry().segment_bytes / 256,
+            retention_ms: 0,
+            created_ms: 0,
+        };
+        let (reply, _opened) = bounded(1);
+        // The queue is there as long as the sequencer is.
+        let _ = commands.send(Command::OpenTopic(topic, reply));
+        let mut opened = Vec::new();
+        for client_id in 1..=u64::from(sessions) {
+            let (reply, answer) = bounded(1);
+            let _ = commands.send(Command::OpenSession { topic: 0, client_id, ack_level: 1, reply });
+            sequencer.poll(0, 1);
+            opened.push(answer.recv()??);
+        }
+        let logs = (0..region.geometry().max_brokers)
+            .map(|broker| (BatchlogWriter::new(region.clone(), 0, broker), Pulse::new(region.clone(), broker)))
+            .collect();
+        Ok(Self { region, sequencer, logs, sequences: vec![0; opened.len()], sessions: opened })
+    }
+
+    /// The region.
+    pub fn region(&self) -> &Region<F> {
+        &self.region
+    }
+
+    /// The sequencer.
+    pub fn sequencer(&mut self) -> &mut Sequencer<F> {
+        &mut self.sequencer
+    }
+
+    /// The sessions.
+    pub fn sessions(&self) -> &[Session] {
+        &self.sessions
+    }
+
+    /// Appends batches of every session, striped over the brokers, and publishes them in groups; up to 64 of each
+    /// session. Returns how many there are now to order.
+    pub fn append(&mut self) -> u64 {
+        let mut appended = 0;
+        for (session, next) in self.sessions.iter().zip(&mut self.sequences) {
+            for _ in 0..(SESSION_WINDOW - 1).min(64) {
+                let broker = (*next % self.logs.len() as u64) as usize;
+                let log = &mut self.logs[broker].0;
+                if !log.has_room() {
+                    break;
+                }
+                let index = log.append(BatchEntry {
+                    client_id: session.client_id,
+                    sequence: *next,
+                    session_epoch: session.epoch,
+                    session_slot: session.slot,
+                    topic_incarnation: 1,
+                    bytes: 1,
+                    message_count: 1,
+                    ..bytemuck::Zeroable::zeroed()
+                });
+                *next += 1;
+                appended += 1;
+                if (index + 1).is_multiple_of(GROUP) {
+                    log.publish(Written::default());
+                }
+            }
+        }
+        for (log, pulse) in &mut self.logs {
+            log.publish(Written::default());
+            pulse.announce(1);
+        }
+        appended
+    }
+
+    /// Orders that many batches.
+    pub fn order(&mut self, batches: u64) {
+        let mut taken = 0;
+        while taken < batches {
+            taken += self.sequencer.poll(1, GROUP_BATCHES);
+        }
+    }
+}

@@ -1,0 +1,933 @@
+//! The production code of brokers, sequencer and readers on the simulated fabric, under thousands of seeded schedules.
+//!
+//! Three hosts share a region without coherence. Host 0 is the head: it receives, orders and maintains. Host 1
+//! receives and acknowledges, and may crash, or take over from the head, which is not dead but finds out in the middle of
+//! something. Host 2 reads, as a broker that delivers. Every operation on the fabric is
+//! a point where the scheduler may switch hosts. Checked all along: a batch that is read is the batch that was
+//! written, all readers agree on one order, each session's batches appear once and in submission order, an
+//! acknowledged batch is visible and stays where it is, and nothing is stuck once the weather calms. In some schedules the topic is replicated:
+//! hosts 1 and 2 have disks, and what is acknowledged is on one of them.
+//!
+//! The mutation check removes one flush, fence or invalidate at a time and demands that some schedule fails.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
+
+use bytemuck::Zeroable;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
+use embarcadero_broker::replica::completion::CompletionStage;
+use embarcadero_broker::replica::format::{Identity, parse_group};
+use embarcadero_broker::replica::medium::{Medium, MediumFile};
+use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
+use embarcadero_broker::replica::store::StoreOptions;
+use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer};
+use embarcadero_broker::topics::{Topic, TopicTable};
+use embarcadero_cxl::headship::{Headship, latest_claim, latest_claimant, publish_headship, read_headship};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW, Seat};
+use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
+use embarcadero_cxl::replication::read_completion;
+use embarcadero_cxl::segment::{PartitionAllocator, SegmentUse, free_segments, publish_owner, read_owner};
+use embarcadero_cxl::session_table::{Commit, Session, SessionState, read_commit, read_progress, read_session};
+use embarcadero_cxl::tables::{
+    BrokerInfo, TopicConfig, TopicState, last_incarnation, publish_broker, publish_topic, read_broker, read_topic,
+};
+use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
+use embarcadero_os::buffer::Buffer;
+use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
+use embarcadero_wire::BatchHeader;
+use embarcadero_wire::Order;
+use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
+use shuttle::scheduler::RandomScheduler;
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use uuid::Uuid;
+
+/// Hosts, and broker ids.
+const HOSTS: u32 = 3;
+/// Batches of each of the two sessions.
+const BATCHES: u64 = 40;
+/// Bytes that a batch claims: three fill a segment, so that segments are reused all the time.
+const BATCH_BYTES: u64 = 340 << 10;
+/// Batches that are kept.
+const RETAINED: u64 = 6;
+/// Batches of a session that its client has under way; what they fill must fit into one broker's segments.
+const CLIENT_WINDOW: u64 = 5;
+/// Segments: nine for each broker, one or two of them for the index, the rest for what is held, kept, or half reclaimed.
+const SEGMENTS: u32 = 27;
+/// Rounds of each actor in rough weather.
+const ROUNDS: usize = 60;
+/// Switches for which the first head stands still, now and then.
+const PAUSE: usize = 2000;
+/// Rounds for which a successor waits for the head to stand still; it takes over from one that does not, too.
+const PATIENCE: usize = 8;
+/// Switches for which the far reader naps.
+const NAP: usize = 300;
+/// Rounds in calm weather after which everything must be done.
+const CALM_ROUNDS: usize = 3000;
+
+/// Nothing expires: the schedule decides how long anything takes.
+const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+const HEAD: Seat = Seat(0);
+const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
+
+/// A ring of 16 slots wraps many times. Under a head that takes over it does not: the batches that the one before held
+/// would be lost with their slots, until their clients sent them again.
+fn geometry(deposed: bool) -> Geometry {
+    let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
+    Geometry {
+        max_brokers: HOSTS,
+        max_heads: 2,
+        max_topics: 1,
+        max_sessions: 2,
+        batchlog_slots: if deposed { 256 } else { 16 },
+        segment_count: SEGMENTS,
+        ..base
+    }
+}
+
+/// What becomes of copies on disks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Replication {
+    None,
+    /// Sessions wait for it.
+    Awaited,
+    /// Nobody waits, and the head has taken host 2 for dead: retention does not mind what it copies.
+    Unpinned,
+}
+
+impl Replication {
+    fn of(choice: u64) -> Self {
+        match choice % 8 {
+            1 => Self::Awaited,
+            5 => Self::Unpinned,
+            _ => Self::None,
+        }
+    }
+
+    /// Brokers whose pins count.
+    fn pinning_mask(self) -> u64 {
+        if self == Self::Unpinned { 0b11 } else { 0b111 }
+    }
+}
+
+fn config(replication: Replication) -> TopicConfig {
+    TopicConfig {
+        id: 0,
+        incarnation: 1,
+        state: TopicState::Live,
+        name: "simulated".to_owned(),
+        order: Order::Strong,
+        ack_level: 1 + u8::from(replication == Replication::Awaited),
+        replication_factor: 1 + u8::from(replication != Replication::None),
+        retention_bytes: BATCH_BYTES * RETAINED,
+        retention_ms: 0,
+        created_ms: 0,
+    }
+}
+
+/// The order as readers saw it: position to (client, sequence, offset).
+type Log = Arc<Mutex<BTreeMap<u64, (u64, u64, u64)>>>;
+
+/// What was acknowledged: position to (client, sequence).
+type Acknowledged = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
+
+/// What is durable on some disk: position to (client, sequence).
+type Durable = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
+
+/// A disk that remembers which batches are durable on it; whether they are whole it checks as they come.
+struct Disk {
+    durable: Durable,
+    written: Vec<(u64, (u64, u64))>,
+}
+
+impl Disk {
+    fn of(durable: &Durable) -> Box<Self> {
+        Box::new(Self { durable: Arc::clone(durable), written: Vec::new() })
+    }
+}
+
+impl Medium for Disk {
+    fn list(&self) -> io::Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn create(&self, _: &str) -> io::Result<Box<dyn MediumFile>> {
+        Ok(Self::of(&self.durable))
+    }
+
+    fn open(&self, _: &str) -> io::Result<Box<dyn MediumFile>> {
+        Ok(Self::of(&self.durable))
+    }
+
+    fn remove(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn name(&self) -> String {
+        "a disk".to_owned()
+    }
+}
+
+impl MediumFile for Disk {
+    fn bytes(&self) -> io::Result<u64> {
+        Ok(0)
+    }
+
+    fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
+        if at > 0 {
+            for record in parse_group(from).expect("a whole group").1 {
+                let pair = |at: u64| {
+                    let words: [u64; 2] = bytemuck::pod_read_unaligned(&from[at as usize..at as usize + 16]);
+                    (words[0], words[1])
+                };
+                let (first, last) = (pair(record.at), pair(record.at + BATCH_BYTES - 64));
+                assert_eq!(first, last, "a replica copied what is not a batch");
+                self.written.push((record.position, first));
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::ErrorKind::UnexpectedEof.into())
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.durable.lock().unwrap().extend(self.written.drain(..));
+        Ok(())
+    }
+
+    fn settle(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn truncate(&mut self, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn replicator(topics: &Arc<TopicTable<Simulated>>, durable: &Durable) -> Replicator<Simulated> {
+    let durable = Arc::clone(durable);
+    let open = move |_: &Identity| -> Box<dyn Medium> { Disk::of(&durable) };
+    let store = StoreOptions { file_bytes: u64::MAX, retention_bytes: 0 };
+    // One that stands still is never left: the schedule decides how long anything takes.
+    let options = ReplicaOptions { group_bytes: 2 * BATCH_BYTES, patience_us: u64::MAX / 2, store };
+    Replicator::new(Arc::clone(topics), Box::new(open), options).unwrap()
+}
+
+struct Host {
+    id: u32,
+    region: Region<Simulated>,
+    topics: Arc<TopicTable<Simulated>>,
+    delegation: Delegation<Simulated>,
+    replicator: Option<Replicator<Simulated>>,
+    /// What all disks hold, if sessions wait for that.
+    durable: Option<Durable>,
+    replication: Replication,
+    landed: Sender<Landed<Simulated>>,
+    /// Batches that clients will send here: (session, sequence).
+    inbox: Vec<(usize, u64)>,
+    /// Received and waiting for their commit.
+    unacknowledged: Vec<(usize, u64)>,
+    acknowledged: Acknowledged,
+    reader: Reader,
+    last_segment: Option<u32>,
+}
+
+struct Reader {
+    index: OrderIndexReader<Simulated>,
+    pin: Option<usize>,
+    cursor: u64,
+    naps: bool,
+    log: Log,
+}
+
+fn check_payload(region: &Region<Simulated>, location: u64, expected: (u64, u64)) {
+    let fabric = region.fabric();
+    let last = location + BATCH_BYTES - 64;
+    for at in [location, last] {
+        fabric.invalidate(RegionOffset(at), 64, Site::PayloadRead);
+        let found = (fabric.load(RegionOffset(at)), fabric.load(RegionOffset(at + 8)));
+        assert_eq!(found, expected, "the payload at {at:#x} is not the batch's");
+    }
+}
+
+impl Reader {
+    /// What was read before reads the same later.
+    fn read_again(&mut self, topic: &Topic<Simulated>, pin: usize) {
+        let back = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=RETAINED);
+        let Some(position) = self.cursor.checked_sub(back) else { return };
+        let Ok(trimmed) = topic.pins.set(pin, position) else { return };
+        if trimmed > position {
+            return;
+        }
+        let Ok(entry) = self.index.read(position) else { return };
+        let seen = (entry.client_id, entry.sequence, entry.first_offset);
+        let before = self.log.lock().unwrap().get(&position).copied();
+        assert!(before.is_none_or(|before| before == seen), "position {position} was {before:?} and now is {seen:?}");
+    }
+
+    /// Reads what is there, at most `budget` batches, holding each for a moment.
+    fn poll(&mut self, region: &Region<Simulated>, topic: &Topic<Simulated>, budget: usize) {
+        let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
+        let committed = self.index.poll();
+        if self.naps && self.cursor < committed {
+            // The host stops for a while, between seeing that there is something and pinning it.
+            (0..NAP).for_each(|_| shuttle::thread::yield_now());
+        }
+        self.read_again(topic, pin);
+        for _ in 0..budget {
+            if self.cursor >= committed {
+                break;
+            }
+            let Ok(trimmed) = topic.pins.set(pin, self.cursor) else { break };
+            if trimmed > self.cursor {
+                self.cursor = trimmed.min(committed);
+                continue;
+            }
+            let entry = match self.index.read(self.cursor) {
+                Ok(entry) => entry,
+                Err(ReadError::NoHead(_)) => break,
+                Err(error) => panic!("a pinned entry is not readable: {error}"),
+            };
+            let batch = (entry.client_id, entry.sequence);
+            check_payload(region, entry.location, batch);
+            if self.naps && shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 8) {
+                (0..NAP).for_each(|_| shuttle::thread::yield_now());
+            }
+            check_payload(region, entry.location, batch);
+            let seen = (entry.client_id, entry.sequence, entry.first_offset);
+            let agreed = *self.log.lock().unwrap().entry(self.cursor).or_insert(seen);
+            assert_eq!(agreed, seen, "readers disagree at position {}", self.cursor);
+            self.cursor += 1;
+        }
+        topic.pins.clear(pin);
+    }
+}
+
+impl Host {
+    fn new(
+        id: u32,
+        region: Region<Simulated>,
+        log: &Log,
+        (replication, durable): (Replication, Option<&Durable>),
+        acknowledged: &Acknowledged,
+    ) -> Self {
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
+        let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
+        let (landed, queue) = unbounded();
+        let (acks, _) = bounded(1);
+        let group = FlushGroup { batches: 3, bytes: u64::MAX };
+        let delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
+        let replicator = durable.filter(|_| id > 0).map(|durable| replicator(&topics, durable));
+        let durable = durable.filter(|_| replication == Replication::Awaited).cloned();
+        let index = OrderIndexReader::new(region.clone(), GLOBAL);
+        let reader = Reader { index, pin: None, cursor: 0, naps: id == 2, log: Arc::clone(log) };
+        let (inbox, unacknowledged) = (Vec::new(), Vec::new());
+        let last_segment = None;
+        Self {
+            id,
+            region,
+            topics,
+            delegation,
+            replicator,
+            durable,
+            replication,
+            landed,
+            inbox,
+            unacknowledged,
+            acknowledged: Arc::clone(acknowledged),
+            reader,
+            last_segment,
+        }
+    }
+
+    /// Takes over, under an epoch of its own.
+    fn take_over(&self, before: Predecessor, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
+        let (broker, epoch) = (self.id, latest_claim(&self.region) + 1);
+        let (broker_mask, pinning_mask) = ((1 << HOSTS) - 1, self.replication.pinning_mask());
+        let line = Headship { epoch, broker, incarnation: 1, broker_mask, pinning_mask };
+        publish_headship(&self.region, &line);
+        let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
+        let memory = Memory { region: region.clone(), pool, mirror: None };
+        let sequencer = Sequencer::recover(memory, (seat, epoch), before, LEASES, commands, now_us).ok()?;
+        Some((sequencer, CompletionStage::new(region, seat)))
+    }
+
+    /// Receives the next batch, if there is one and room for it.
+    fn receive(&mut self, topic: &Arc<Topic<Simulated>>, sessions: &[Session]) {
+        let Some((session, sequence)) = self.inbox.first().copied() else { return };
+        let identity = sessions[session];
+        if !self.landed.is_empty()
+            || !matches!(read_session(&self.region, identity.slot), Ok(Some(s)) if s.state == SessionState::Open)
+        {
+            return;
+        }
+        let Ok(progress) = read_progress(&self.region, identity.slot) else { return };
+        if sequence >= progress + CLIENT_WINDOW {
+            return;
+        }
+        if sequence < progress && sequence % 4 != 0 {
+            // The client knows that this one is committed; it resends only some of those.
+            self.inbox.remove(0);
+            return;
+        }
+        let Ok(at) = topic.blog.reserve(BATCH_BYTES) else { return };
+        self.inbox.remove(0);
+        self.last_segment = Some(topic.blog.segment_of(at));
+        let fabric = self.region.fabric();
+        for place in [at.0, at.0 + BATCH_BYTES - 64] {
+            fabric.store(RegionOffset(place), identity.client_id);
+            fabric.store(RegionOffset(place + 8), sequence);
+        }
+        let header = BatchHeader {
+            client_id: identity.client_id,
+            sequence,
+            session_epoch: identity.epoch,
+            session_slot: identity.slot,
+            topic: 0,
+            topic_incarnation: 1,
+            // 4 bytes of table and 64 of header: what `batch_bytes` adds up to.
+            payload_bytes: (BATCH_BYTES - 68) as u32,
+            message_count: 1,
+            ..BatchHeader::zeroed()
+        };
+        assert_eq!(header.batch_bytes(), BATCH_BYTES);
+        let origin = Origin { worker: 0, token: 0 };
+        self.landed.send(Landed { topic: Arc::clone(topic), header, at, in_memory: false, origin }).unwrap();
+        self.unacknowledged.push((session, sequence));
+    }
+
+    /// What is committed of the batches received here. A commit that is seen is visible in the index.
+    fn acknowledge(&mut self, sessions: &[Session]) {
+        let Self { region, acknowledged, .. } = self;
+        self.unacknowledged.retain(|(session, sequence)| {
+            match read_commit(region, sessions[*session].slot, *sequence) {
+                Commit::Unknown => true,
+                Commit::Forgotten => false,
+                Commit::At(record) => {
+                    if let Some(durable) = &self.durable {
+                        let completion = read_completion(region, 0, self.id);
+                        if completion.map_or(true, |completion| completion.durable_through <= record.position) {
+                            return true;
+                        }
+                        let batch = durable.lock().unwrap().get(&record.position).copied();
+                        assert_eq!(
+                            batch,
+                            Some((sessions[*session].client_id, *sequence)),
+                            "position {} is acknowledged and on no disk",
+                            record.position
+                        );
+                    }
+                    let Ok(Extent { next_offset: reach, .. }) = read_extent(region, GLOBAL) else { return true };
+                    assert!(
+                        record.first_offset < reach,
+                        "acknowledged offset {} is beyond {reach}",
+                        record.first_offset
+                    );
+                    let batch = (sessions[*session].client_id, *sequence);
+                    let told = *acknowledged.lock().unwrap().entry(record.position).or_insert(batch);
+                    assert_eq!(told, batch, "position {} is acknowledged twice", record.position);
+                    false
+                }
+            }
+        });
+    }
+
+    fn round(&mut self, now_us: u64, sessions: &[Session]) {
+        self.delegation.maintain(now_us);
+        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        self.receive(&topic, sessions);
+        self.receive(&topic, sessions);
+        self.delegation.poll(now_us, 2);
+        if let Some(replicator) = &mut self.replicator {
+            replicator.maintain(now_us);
+            replicator.poll();
+        }
+        self.acknowledge(sessions);
+        // The far reader is slow, so that retention overtakes it.
+        // Nor does it read what is not kept for it.
+        let slow = self.id == 2 && !now_us.is_multiple_of(8) && now_us < ROUNDS as u64;
+        if !slow && (self.id != 2 || self.replication != Replication::Unpinned) {
+            self.reader.poll(&self.region, &topic, 3);
+        }
+    }
+}
+
+/// What a head runs.
+type Stages = (Sequencer<Simulated>, CompletionStage<Simulated>);
+
+/// The head's count of the disks, which it does every so often.
+fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize) {
+    completion.maintain(awaited);
+    completion.poll(round as u64 * 1000);
+}
+
+/// Hosts run in bursts of a few operations, so that one can do something whole while another stands still.
+fn interleave() {
+    if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 5) {
+        shuttle::thread::yield_now();
+    }
+}
+
+/// Host 2 where nobody minds what it reads: it also stands still, which is why nobody does.
+fn doze() {
+    if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 100) {
+        (0..NAP).for_each(|_| shuttle::thread::yield_now());
+    }
+    interleave();
+}
+
+thread_local! {
+    /// What host 0 and its successor know of each other. All hosts of a schedule run on one thread of the system.
+    static CHANGE_OF_HEAD: Cell<ChangeOfHead> = const { Cell::new(ChangeOfHead::None) };
+    /// Host 0 is giving batches their place.
+    static ORDERING: Cell<bool> = const { Cell::new(false) };
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ChangeOfHead {
+    None,
+    /// Host 1 wants to take over.
+    Awaited,
+    /// Host 0 stands still.
+    Due,
+}
+
+/// Host 0, the first head, also stands still for a long time: now and then in the middle of whatever it does, and in the
+/// middle of ordering when its successor waits for that.
+fn pause() {
+    let (awaited, ordering) = (CHANGE_OF_HEAD.get() == ChangeOfHead::Awaited, ORDERING.get());
+    let mut random = shuttle::rand::thread_rng();
+    if awaited && ordering && shuttle::rand::Rng::gen_ratio(&mut random, 1, 32) {
+        CHANGE_OF_HEAD.set(ChangeOfHead::Due);
+        while CHANGE_OF_HEAD.get() == ChangeOfHead::Due {
+            shuttle::thread::yield_now();
+        }
+        let more = shuttle::rand::Rng::gen_range(&mut random, 0..PAUSE);
+        (0..more).for_each(|_| shuttle::thread::yield_now());
+    } else if shuttle::rand::Rng::gen_ratio(&mut random, 1, 2000) {
+        (0..PAUSE).for_each(|_| shuttle::thread::yield_now());
+    }
+    interleave();
+}
+
+/// One schedule. Panics when a promise breaks.
+fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
+    let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
+    let (crash, deposed) = (choice.is_multiple_of(3), choice % 3 == 1);
+    CHANGE_OF_HEAD.set(ChangeOfHead::None);
+    let geometry = geometry(deposed);
+    let layout = Layout::new(&geometry);
+    let bytes = layout.region_bytes;
+    let world = World::new(bytes, choice, Turbulence::ROUGH, removed);
+    let replication = Replication::of(choice);
+    let hook = |host| match (host, replication) {
+        (0, _) => pause,
+        (2, Replication::Unpinned) => doze,
+        _ => interleave,
+    };
+    let fabrics: Vec<Simulated> = (0..HOSTS).map(|host| Simulated::join(&world, hook(host))).collect();
+    // Everyone has looked at everything before: what lies in caches is stale.
+    for fabric in &fabrics[1..] {
+        assert!(Region::open(fabric.clone()).is_err());
+        let lines = [
+            0,
+            64,
+            layout.seat(HEAD).0,
+            layout.control_line(HEAD).0,
+            layout.broker(0).0,
+            layout.broker(1).0,
+            layout.head_topic(HEAD, 0).0,
+            layout.head_topic(HEAD, 0).0 + 64,
+            layout.head_area(HEAD).0 + layout.head.directories,
+        ];
+        let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
+        let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
+        let sessions = (0..2).map(|slot| layout.session(HEAD, slot).0);
+        for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
+            fabric.load(RegionOffset(at));
+        }
+    }
+    let head_region = Region::format(fabrics[0].clone(), &geometry, Uuid::nil(), 0).unwrap();
+    let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
+    let regions: Vec<Region<Simulated>> = std::iter::once(head_region).chain(others).collect();
+    let log: Log = Arc::default();
+    let durable: Option<Durable> = (replication != Replication::None).then(Arc::default);
+    let acknowledged = Acknowledged::default();
+    let mut hosts: Vec<Host> = (0..HOSTS)
+        .zip(&regions)
+        .map(|(id, region)| Host::new(id, region.clone(), &log, (replication, durable.as_ref()), &acknowledged))
+        .collect();
+
+    // The head opens topic and sessions.
+    let (mut commands, queue) = unbounded();
+    let (mut sequencer, completion) = hosts[0].take_over(Predecessor::Gone(0), queue, 0).expect("there is room");
+    let (reply, _opened) = bounded(1);
+    commands.send(Command::OpenTopic(config(replication), reply)).unwrap();
+    let answers: Vec<_> = [11, 22]
+        .map(|client_id| {
+            let (reply, answer) = bounded(1);
+            commands
+                .send(Command::OpenSession { topic: 0, client_id, ack_level: config(replication).ack_level, reply })
+                .unwrap();
+            answer
+        })
+        .into();
+    sequencer.poll(1, 1);
+    let sessions: Arc<Vec<Session>> = Arc::new(answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect());
+    let slot_info = |id: u32| {
+        let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        BrokerInfo { id, incarnation: 7, data: address(1), control: address(2), process_id: 3, running: true }
+    };
+    publish_broker(&regions[0], &slot_info(0));
+    publish_broker(&regions[1], &slot_info(1));
+    if replication != Replication::None {
+        publish_broker(&regions[2], &slot_info(2));
+    }
+
+    // Clients stripe their batches over both receiving brokers; some they send twice, some clients old ones again and
+    // again.
+    let flood = !crash && !deposed && choice % 7 == 3;
+    for sequence in 0..BATCHES {
+        for session in 0..2 {
+            let to = (sequence as usize + session) % 2;
+            hosts[to].inbox.push((session, sequence));
+            if (choice >> (sequence % 64)) & 7 == 0 {
+                hosts[1 - to].inbox.push((session, sequence));
+            }
+            if flood && sequence >= CLIENT_WINDOW + 4 {
+                hosts[1].inbox.extend([(session, (sequence - CLIENT_WINDOW) & !3); 4]);
+            }
+        }
+    }
+
+    // Rough weather: hosts run interleaved.
+    world.lock().unwrap().set_turbulence(Turbulence::ROUGHEST);
+    let mut head_stages = Some((sequencer, completion));
+    let (next_commands, next_queue) = unbounded();
+    let threads: Vec<_> = hosts
+        .into_iter()
+        .map(|mut host| {
+            let mut stages = if host.id == 0 { head_stages.take() } else { None };
+            let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id as usize].clone());
+            let event_at = (choice >> 8) as usize % ROUNDS;
+            let crash_at = (crash && host.id == 1).then_some(event_at);
+            let mut take_over = (deposed && host.id == 1).then(|| next_queue.clone());
+            shuttle::thread::spawn(move || {
+                for round in 0..ROUNDS {
+                    if crash_at == Some(round) {
+                        fabric.crash();
+                        break;
+                    }
+                    host.round(round as u64, &sessions);
+                    if event_at <= round
+                        && let Some(queue) = &take_over
+                    {
+                        let impatient = event_at + PATIENCE <= round || round + 1 == ROUNDS;
+                        if CHANGE_OF_HEAD.get() != ChangeOfHead::Due && !impatient {
+                            CHANGE_OF_HEAD.set(ChangeOfHead::Awaited);
+                        } else {
+                            stages = host.take_over(Predecessor::MayGoOn, queue.clone(), round as u64);
+                        }
+                        if stages.is_some() {
+                            CHANGE_OF_HEAD.set(ChangeOfHead::None);
+                            take_over = None;
+                        }
+                    }
+                    if let Some((sequencer, completion)) = &mut stages {
+                        ORDERING.set(host.id == 0);
+                        // Two heads need not come to the same order.
+                        let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
+                        sequencer.poll(round as u64, budget);
+                        ORDERING.set(false);
+                        sequencer.maintain(round as u64);
+                        count(completion, sequencer.awaited_topics(), round);
+                    }
+                    if stages.as_ref().is_some_and(|(sequencer, _)| !sequencer.leads()) {
+                        stages = None;
+                    }
+                }
+                if host.id == 1 {
+                    CHANGE_OF_HEAD.set(ChangeOfHead::None);
+                }
+                (host, stages)
+            })
+        })
+        .collect();
+    let mut hosts = Vec::new();
+    let mut stages = None;
+    for thread in threads {
+        let (host, with) = thread.join().unwrap();
+        hosts.push(host);
+        stages = with.or(stages);
+    }
+    let (mut sequencer, mut completion) = stages.filter(|(sequencer, _)| sequencer.leads()).expect("someone leads");
+    let head = latest_claimant(&regions[2]).unwrap().0 as usize;
+    if head == 1 {
+        commands = next_commands;
+    }
+
+    // Calm weather: everything must come to its end.
+    world.lock().unwrap().set_turbulence(Turbulence::CALM);
+    hosts.iter_mut().for_each(|host| host.reader.naps = false);
+    if crash {
+        let pinning_mask = 0b101 & replication.pinning_mask();
+        let line = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: 0b101, pinning_mask };
+        publish_headship(&regions[0], &line);
+        let lost = hosts.remove(1);
+        // Clients resend to the head whatever they have no ack for: all of it, here.
+        hosts[0].inbox.extend(lost.inbox);
+        hosts[0].inbox.extend(lost.unacknowledged);
+        hosts[0].inbox.sort_by_key(|(session, sequence)| (*sequence, *session));
+    }
+    let total = 2 * BATCHES;
+    let mut rounds = 0;
+    loop {
+        let now = (ROUNDS + rounds) as u64;
+        for host in &mut hosts {
+            host.round(now, &sessions);
+        }
+        sequencer.poll(now, 64);
+        sequencer.maintain(now);
+        count(&mut completion, sequencer.awaited_topics(), now as usize);
+        let ordered = read_extent(&regions[head], GLOBAL).unwrap().next_offset;
+        assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
+        let reads = |host: &Host| host.id != 2 || replication != Replication::Unpinned;
+        let reached = |host: &Host| !reads(host) || host.reader.cursor == host.reader.index.committed();
+        let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
+        if ordered == total && hosts.iter().all(|host| reached(host) && idle(host)) {
+            break;
+        }
+        rounds += 1;
+        if rounds >= CALM_ROUNDS {
+            let state: Vec<_> = hosts
+                .iter()
+                .map(|host| {
+                    let reader = (host.reader.cursor, host.reader.index.committed());
+                    (
+                        host.id,
+                        host.inbox.first(),
+                        host.inbox.len(),
+                        host.unacknowledged.first(),
+                        host.landed.len(),
+                        reader,
+                    )
+                })
+                .collect();
+            let extent = read_extent(&regions[head], GLOBAL);
+            let free = free_segments(&regions[0]);
+            panic!(
+                "stuck: {ordered} of {total} ordered (crash {crash}, deposed {deposed}); {free} segments free; {extent:?}; hosts {state:?}; {:?}",
+                sequencer.stats()
+            );
+        }
+    }
+    // What an earlier head left is given back.
+    hosts.iter_mut().for_each(|host| host.round(u64::MAX >> 1, &sessions));
+    let index = |owner: &SegmentUse| matches!(owner, SegmentUse::Index { .. });
+    let indexes = (0..SEGMENTS).map(|segment| read_owner(&regions[2], segment)).filter(index).count();
+    assert_eq!(indexes, 1, "index segments");
+    check_tables(&regions, head, &mut sequencer, &commands, &sessions);
+    check_pool(&regions, &hosts[0]);
+    check_end(&regions, &hosts, &log, durable.as_ref());
+    for (position, batch) in acknowledged.lock().unwrap().iter() {
+        let read = log.lock().unwrap().get(position).map(|(client, sequence, _)| (*client, *sequence));
+        assert!(
+            read.is_none_or(|read| read == *batch),
+            "position {position} was acknowledged as {batch:?} and read as {read:?}"
+        );
+    }
+    let world = world.lock().unwrap();
+    let mut visits = visits.lock().unwrap();
+    for site in Site::ALL {
+        *visits.entry(*site as u8).or_default() += world.visits(*site);
+    }
+}
+
+/// What the head and a broker write in calm weather, another host that had read it before sees at once.
+fn check_tables(
+    regions: &[Region<Simulated>],
+    head: usize,
+    sequencer: &mut Sequencer<Simulated>,
+    commands: &Sender<Command>,
+    sessions: &[Session],
+) {
+    let far = &regions[2];
+    let look = || {
+        let broker = read_broker(far, 1).map(|info| info.incarnation);
+        let session = read_session(far, sessions[1].slot).unwrap().map(|session| session.state);
+        let retention = read_topic(far, 0).unwrap().map(|topic| topic.retention_ms);
+        (read_headship(far).map(|head| head.broker_mask), retention, broker, session)
+    };
+    look();
+    let mut info = read_broker(far, 0).expect("the broker slot is visible");
+    info.incarnation = 8;
+    publish_broker(&regions[0], &info);
+    let (broker, seat) = (head as u32, Seat(head as u32));
+    let epoch = latest_claim(far);
+    publish_headship(&regions[head], &Headship { epoch, broker, incarnation: 1, broker_mask: 9, pinning_mask: 9 });
+    publish_topic(&regions[head], seat, &TopicConfig { retention_ms: 77, ..config(Replication::None) });
+    let (reply, answer) = bounded(1);
+    let Session { slot, client_id, epoch, .. } = sessions[1];
+    commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
+    sequencer.poll(1 << 40, 1);
+    answer.recv().unwrap();
+    let (mask, retention, _, session) = look();
+    assert_eq!((mask, retention, session), (Some(9), Some(77), Some(SessionState::Closed)), "tables are stale");
+    assert_eq!(read_broker(far, 0).map(|info| info.incarnation), Some(8), "the broker slot is stale");
+    // A broker that dies while it shows itself anew is still known to have been there.
+    let (fabric, version) = (regions[0].fabric(), regions[0].layout().broker(0).add(56));
+    fabric.store(version, fabric.load(version) | 1);
+    fabric.flush(version, 8, Site::BrokerSlotFlush);
+    fabric.fence(Site::BrokerSlotFlush);
+    assert_eq!((read_broker(far, 0), last_incarnation(far, 0)), (None, 8), "a broker is forgotten");
+}
+
+/// A segment that the head takes in calm weather is seen as taken, and whose it is, by a host that looked before.
+fn check_pool(regions: &[Region<Simulated>], head: &Host) {
+    let far = &regions[2];
+    let look = || (free_segments(far), (0..SEGMENTS).map(|segment| read_owner(far, segment)).collect::<Vec<_>>());
+    let (free, _) = look();
+    let Ok(segment) = head.topics.pool().allocate() else { return };
+    let owner = SegmentUse::Index { topic: 0, incarnation: 1, stream: HOSTS, ordinal: 99, holder: 0 };
+    publish_owner(&regions[0], segment, owner);
+    let (now_free, owners) = look();
+    assert_eq!(now_free, free - 1, "the bitmap is stale");
+    assert_eq!(owners[segment as usize], owner, "the owner is stale");
+}
+
+/// What must hold when everything has come to its end, as host 2 sees it.
+fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: Option<&Durable>) {
+    let far = &regions[2];
+    let held = (0..SEGMENTS).filter(|segment| read_owner(far, *segment) != SegmentUse::Free).count();
+    assert_eq!(free_segments(far) as usize, SEGMENTS as usize - held, "bitmap and owners disagree");
+    for host in hosts {
+        if let Some(segment) = host.last_segment {
+            let owner = read_owner(far, segment);
+            assert!(
+                matches!(owner, SegmentUse::Blog { broker, .. } if broker == host.id),
+                "segment {segment}: {owner:?}"
+            );
+        }
+    }
+    // One order: positions are contiguous where they were read, offsets follow, sessions are in sequence.
+    let log = log.lock().unwrap();
+    let mut due: BTreeMap<u64, u64> = BTreeMap::new();
+    for (client, sequence, _) in log.values() {
+        let due = due.entry(*client).or_insert(*sequence);
+        assert!(*sequence >= *due, "client {client}: sequence {sequence} after {due}");
+        *due = sequence + 1;
+    }
+    for (position, batch) in durable.iter().flat_map(|durable| durable.lock().unwrap().clone()) {
+        let read = log.get(&position).map(|(client, sequence, _)| (*client, *sequence));
+        assert!(
+            read.is_none_or(|read| read == batch),
+            "position {position} was read as {read:?} and copied as {batch:?}"
+        );
+    }
+    for (a, b) in log.iter().zip(log.iter().skip(1)) {
+        assert_eq!(b.0 - a.0, b.1.2 - a.1.2, "offsets do not follow positions");
+    }
+    const { assert!(SESSION_WINDOW > BATCHES, "commit records must last for the run") };
+}
+
+fn runner(seed: u64, schedules: usize, removed: Option<Mutation>, visits: &Arc<Mutex<BTreeMap<u8, u64>>>) {
+    let mut config = shuttle::Config::new();
+    config.failure_persistence = shuttle::FailurePersistence::None;
+    config.max_steps = shuttle::MaxSteps::None;
+    config.stack_size = 256 << 10;
+    let visits = Arc::clone(visits);
+    shuttle::Runner::new(RandomScheduler::new_from_seed(seed, schedules), config)
+        .run(move || schedule(removed, &visits));
+}
+
+fn environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// 10,000 schedules; `EMBARCADERO_SIM_SEED` replays a failing block, `EMBARCADERO_SIM_SCHEDULES` runs more.
+#[test]
+fn no_schedule_breaks_a_promise() {
+    let schedules = environment("EMBARCADERO_SIM_SCHEDULES", 10_000);
+    let first = environment("EMBARCADERO_SIM_SEED", 1);
+    let visits = Arc::default();
+    let begun = Instant::now();
+    for block in 0..schedules.div_ceil(100) {
+        let seed = first + block;
+        let run = catch_unwind(AssertUnwindSafe(|| runner(seed, 100, None, &visits)));
+        assert!(
+            run.is_ok(),
+            "a schedule failed; replay with EMBARCADERO_SIM_SEED={seed} EMBARCADERO_SIM_SCHEDULES=100"
+        );
+    }
+    println!("{schedules} schedules in {:.1} s", begun.elapsed().as_secs_f64());
+    let visits = visits.lock().unwrap();
+    for site in Site::ALL {
+        assert!(visits[&(*site as u8)] > 0, "{site:?} is never passed");
+    }
+}
+
+/// Without one of the flushes, fences or invalidates, some schedule fails.
+#[test]
+fn every_flush_fence_and_invalidate_is_needed() {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000) as usize;
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut survivors = Vec::new();
+    for site in Site::ALL {
+        let visits = Arc::default();
+        let removed = Some(Mutation::Site(*site));
+        let caught = catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &visits))).is_err();
+        if !caught {
+            survivors.push(*site);
+        }
+        println!("{site:?}: {}", if caught { "needed" } else { "NOT CAUGHT" });
+    }
+    let _ = std::panic::take_hook();
+    assert!(survivors.is_empty(), "removing these is not noticed in {budget} schedules: {survivors:?}");
+}
+
+/// Where a full fence is weaker than that, some schedule fails.
+#[test]
+fn every_full_fence_is_needed() {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000) as usize;
+    std::panic::set_hook(Box::new(|_| {}));
+    let needed = |site: &&Site| {
+        let removed = Some(Mutation::FullFence(**site));
+        catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &Arc::default()))).is_ok()
+    };
+    let survivors: Vec<_> =
+        [Site::PinFlush, Site::TrimFlush, Site::SeatFlush, Site::SeatRead].iter().filter(needed).collect();
+    let _ = std::panic::take_hook();
+    assert!(survivors.is_empty(), "that these are weaker is not noticed in {budget} schedules: {survivors:?}");
+}
+
+/// Without one of the checks, some schedule fails. Prints after how many schedules.
+#[test]
+fn every_guard_is_needed() {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000);
+    std::panic::set_hook(Box::new(|_| {}));
+    let visits = Arc::default();
+    let fails = |removed, seed| catch_unwind(AssertUnwindSafe(|| runner(seed, 1, Some(removed), &visits))).is_err();
+    let caught: Vec<_> = Guard::ALL
+        .iter()
+        .map(|guard| (*guard, (1..=budget).find(|seed| fails(Mutation::Guard(*guard), *seed))))
+        .collect();
+    let _ = std::panic::take_hook();
+    for (guard, after) in &caught {
+        println!("{guard:?}: {}", after.map_or("NOT CAUGHT".to_owned(), |after| format!("caught after {after}")));
+    }
+    assert!(caught.iter().all(|(_, after)| after.is_some()), "removing some is not noticed in {budget} schedules");
+}
+
+/// The simulated batches are not what travels; the real format is covered elsewhere. This ties the two sizes.
+#[test]
+fn a_simulated_header_describes_a_real_batch() {
+    let mut builder = BatchBuilder::new(1 << 20);
+    builder.push(&vec![0; (BATCH_BYTES - 68) as usize]);
+    let origin = BatchOrigin { client_id: 1, session_epoch: 1, session_slot: 0, topic: 0, topic_incarnation: 1 };
+    assert_eq!(builder.seal(&origin, 0, false).batch_bytes(), BATCH_BYTES);
+}

@@ -1,0 +1,52 @@
+//! The Batchlog between a broker and the sequencer on another host.
+
+use bytemuck::Zeroable;
+use embarcadero_cxl::batchlog::{BatchlogReader, BatchlogWriter, Written};
+use embarcadero_cxl::headship::{claim, lead};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, RegionRole, Seat, SequencerHalf};
+use embarcadero_cxl::{Fabric, Region, Site};
+use embarcadero_sim::{Simulated, Turbulence, World};
+use std::mem::offset_of;
+use uuid::Uuid;
+
+#[test]
+fn entries_arrive_once_in_order_and_a_full_ring_waits() {
+    let geometry = Geometry {
+        max_brokers: 1,
+        max_heads: 1,
+        max_topics: 1,
+        max_sessions: 1,
+        batchlog_slots: 16,
+        segment_bytes: 1 << 20,
+        segment_count: 1,
+        allocator: AllocatorKind::Partitioned,
+        role: RegionRole::Single,
+    };
+    let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::ROUGH, None);
+    let fabric = Simulated::join(&world, || {});
+    let broker = Region::format(fabric.clone(), &geometry, Uuid::nil(), 0).unwrap();
+    let sequencer = Region::open(Simulated::join(&world, || {})).unwrap();
+    let mut writer = BatchlogWriter::new(broker, 0, 0);
+    let mut reader = BatchlogReader::new(sequencer.clone(), 0, 0, 0);
+    claim(&sequencer, Seat(0), 1);
+    lead(&sequencer, Seat(0), 1);
+    let half = sequencer.layout().sequencer_half(&geometry, Seat(0), 0, 0);
+    let consumed_at = half.add(offset_of!(SequencerHalf, consumed_through) as u64);
+    let mut next = 0;
+    for round in 0..100u64 {
+        while writer.has_room() && writer.unpublished() < round % 23 {
+            writer.append(BatchEntry { sequence: writer.head(), ..BatchEntry::zeroed() });
+        }
+        writer.publish(Written::default());
+        for _ in 0..reader.available(round % 7 + 1) {
+            assert_eq!(reader.take().sequence, next);
+            next += 1;
+        }
+        assert!(writer.head() - next <= 16);
+        sequencer.fabric().store(consumed_at, next);
+        sequencer.fabric().flush(consumed_at, 8, Site::ConsumedFlush);
+        sequencer.fabric().fence(Site::ConsumedFlush);
+    }
+    assert!(next > 100);
+    assert_eq!(BatchlogWriter::new(Region::open(fabric).unwrap(), 0, 0).head(), writer.head());
+}

@@ -1,0 +1,9 @@
+//! Promises of single stages and structures, on simulated hosts and disks.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
+
+mod batchlog;
+mod reclaim;
+mod replica_store;
+mod superseded;
+mod takeover;
+mod torn_rows;

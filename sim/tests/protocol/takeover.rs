@@ -1,0 +1,68 @@
+//! What a successor does with what its predecessor left.
+
+use crossbeam_channel::unbounded;
+use embarcadero_broker::sequencer::{Leases, Memory, Predecessor, Sequencer};
+use embarcadero_cxl::Native;
+use embarcadero_cxl::Region;
+use embarcadero_cxl::cache::FlushMethod;
+use embarcadero_cxl::headship::claim;
+use embarcadero_cxl::layout::AllocatorKind;
+use embarcadero_cxl::layout::Seat;
+use embarcadero_cxl::order_index::{StreamId, read_directory};
+use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_sim::testbed::{Testbed, region};
+use std::sync::Arc;
+
+const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+
+fn take_over(region: &Region<Native>, seat: Seat, epoch: u64, before: Predecessor) -> Sequencer<Native> {
+    let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
+    let memory = Memory { region: region.clone(), pool, mirror: None };
+    Sequencer::recover(memory, (seat, epoch), before, LEASES, unbounded().1, 0).unwrap()
+}
+
+/// The segment that is being filled, as a head has it.
+fn open_segment(region: &Region<Native>, seat: Seat) -> u32 {
+    read_directory(region, StreamId { topic: 0, stream: StreamId::GLOBAL }, seat, 0).unwrap()
+}
+
+fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
+    let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
+    let mut testbed = Testbed::new(region.clone(), 1).unwrap();
+    let batches = testbed.append();
+    testbed.order(batches);
+    (region, testbed)
+}
+
+/// A candidate looked, and nobody led; by the time that it claims its epoch another does, and may go on.
+#[test]
+fn a_head_that_was_not_seen_is_not_taken_for_gone() {
+    let (region, _still_there) = led_by_seat_0();
+    let successor = take_over(&region, Seat(1), 2, Predecessor::Gone(0));
+    assert!(successor.leads());
+    assert_ne!(open_segment(&region, Seat(1)), open_segment(&region, Seat(0)));
+}
+
+/// A candidate claimed after the head that is gone had led, and stands still: it may be about to fill that one's segment.
+#[test]
+fn a_segment_that_another_may_have_taken_over_is_replaced() {
+    let (region, gone) = led_by_seat_0();
+    drop(gone);
+    let shared = open_segment(&region, Seat(0));
+    claim(&region, Seat(1), 2);
+    let _back = take_over(&region, Seat(0), 3, Predecessor::Gone(1));
+    assert_ne!(open_segment(&region, Seat(0)), shared);
+}
+
+/// A successor of a head that is gone fills that one's segment; when the broker is back and takes over again, the segment
+/// is its own, and another may still write into it.
+#[test]
+fn an_own_segment_that_another_fills_is_replaced() {
+    let (region, gone) = led_by_seat_0();
+    drop(gone);
+    let shared = open_segment(&region, Seat(0));
+    let _still_there = take_over(&region, Seat(1), 2, Predecessor::Gone(1));
+    assert_eq!(open_segment(&region, Seat(1)), shared);
+    let _back = take_over(&region, Seat(0), 3, Predecessor::MayGoOn);
+    assert_ne!(open_segment(&region, Seat(0)), shared);
+}

@@ -1,0 +1,63 @@
+//! Rows and lines that their writer was changing when it died.
+
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, Seat};
+use embarcadero_cxl::session_table::{Session, SessionState, mend_session, publish_session, read_session_at};
+use embarcadero_cxl::tables::{TopicConfig, TopicState, mend_topic, publish_topic, read_topic_at};
+use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
+use embarcadero_sim::{Simulated, Turbulence, World};
+use embarcadero_wire::Order;
+
+/// A head that died in the middle of a row or of a topic's line: its successor uses no epoch twice, and no incarnation.
+#[test]
+fn what_a_head_was_changing_when_it_died_is_brought_to_an_end() {
+    let geometry = Geometry {
+        max_brokers: 1,
+        max_heads: 1,
+        max_topics: 1,
+        max_sessions: 2,
+        ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
+    };
+    let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::CALM, None);
+    let region = Region::format(Simulated::join(&world, || {}), &geometry, uuid::Uuid::nil(), 0).unwrap();
+    let (seat, state) = (Seat(0), SessionState::Open);
+    let session = |slot| Session {
+        slot,
+        client_id: 7,
+        epoch: 3,
+        state,
+        topic: 0,
+        topic_incarnation: 5,
+        committed: 0,
+        ack_level: 1,
+    };
+    let topic = TopicConfig {
+        id: 0,
+        incarnation: 5,
+        state: TopicState::Live,
+        name: "t".to_owned(),
+        order: Order::Strong,
+        ack_level: 1,
+        replication_factor: 1,
+        retention_bytes: 0,
+        retention_ms: 0,
+        created_ms: 0,
+    };
+    let tear = |at: RegionOffset| {
+        let version = region.fabric().load(at.add(56));
+        region.fabric().store(at.add(56), version | 1);
+        region.fabric().flush(at, 64, Site::SessionFlush);
+        region.fabric().fence(Site::SessionFlush);
+    };
+    publish_topic(&region, seat, &topic);
+    (0..2).for_each(|slot| publish_session(&region, seat, &session(slot)));
+    tear(region.layout().session(seat, 1));
+    tear(region.layout().head_topic(seat, 0));
+    assert_eq!((read_session_at(&region, seat, 1), read_topic_at(&region, seat, 0)), (None, None));
+    (0..2).for_each(|slot| mend_session(&region, seat, slot));
+    mend_topic(&region, seat, 0);
+    assert_eq!(read_session_at(&region, seat, 0), Some(session(0)), "it was whole");
+    let mended = Session { epoch: 4, state: SessionState::Fenced, ..session(1) };
+    assert_eq!(read_session_at(&region, seat, 1), Some(mended));
+    let left = read_topic_at(&region, seat, 0).map(|topic| (topic.incarnation, topic.state));
+    assert_eq!(left, Some((5, TopicState::Deleting)));
+}

@@ -1,0 +1,190 @@
+//! A client: publishes in one session, resends what it hears nothing of, opens the next epoch when it is fenced, and
+//! sometimes crashes and forgets everything but its name.
+
+use super::fate::{Clock, one_in, random};
+use super::network::{Answer, Batch, Request};
+use super::nic::{self, Link};
+use super::{HOSTS, Rack};
+use embarcadero_cxl::session_table::Session;
+use embarcadero_roce::psn::Psn;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// Batches that a client has under way.
+const WINDOW: usize = 8;
+/// How long it waits for an answer, by its own clock.
+const PATIENCE_US: u64 = 8000;
+
+pub struct Client {
+    id: usize,
+    rack: Arc<Rack>,
+    clock: Clock,
+    session: Option<Session>,
+    attempt: u64,
+    /// Where it publishes.
+    broker: usize,
+    /// To each host, in a rack with NICs.
+    links: [Option<Link>; HOSTS],
+    /// Number of the first packet to each host, where it waits for a window.
+    connecting: [Option<Psn>; HOSTS],
+    heard_us: u64,
+    next_sequence: u64,
+    /// Sequence and content of what is not acknowledged.
+    under_way: BTreeMap<u64, u64>,
+    /// Content that comes next.
+    next: u64,
+    /// One past the last that it will publish.
+    end: u64,
+}
+
+impl Client {
+    pub fn new(id: usize, rack: &Arc<Rack>, batches: u64) -> Self {
+        Self {
+            id,
+            rack: Arc::clone(rack),
+            clock: Clock::drifting(),
+            session: None,
+            attempt: 0,
+            broker: 0,
+            links: Default::default(),
+            connecting: [None; HOSTS],
+            heard_us: 0,
+            next_sequence: 0,
+            under_way: BTreeMap::new(),
+            next: 0,
+            end: batches,
+        }
+    }
+
+    /// All that it published is acknowledged, and it has no more.
+    pub fn is_done(&self) -> bool {
+        self.next == self.end && self.under_way.is_empty()
+    }
+
+    /// What it waits for.
+    pub fn state(&self) -> String {
+        format!(
+            "client {}: {:?} under way, next {} of {}, {:?}",
+            self.id, self.under_way, self.next, self.end, self.session
+        )
+    }
+
+    /// It crashes, and starts again: what was under way it never knew.
+    pub fn crash(&mut self) {
+        self.rack.history.count(|tally| &mut tally.client_crashes);
+        self.session = None;
+        self.under_way.clear();
+        self.links = Default::default();
+        self.connecting = [None; HOSTS];
+        self.attempt += 1;
+    }
+
+    pub fn round(&mut self) {
+        while let Some(answer) = self.rack.network.take_answer(self.id) {
+            self.heed(answer);
+        }
+        nic::drive(self.id, &mut self.links, self.clock.now_us(), &self.rack.network);
+        let late = self.clock.now_us().saturating_sub(self.heard_us) > PATIENCE_US;
+        let Some(session) = self.session else {
+            if late {
+                self.heard_us = self.clock.now_us();
+                self.attempt += 1;
+                // The head is one of them.
+                for host in 0..HOSTS {
+                    let (client, attempt) = (self.id, self.attempt);
+                    self.rack.network.request(host, Request::OpenSession { client, attempt });
+                }
+            }
+            return;
+        };
+        if late && !self.under_way.is_empty() {
+            self.heard_us = self.clock.now_us();
+            // It may hear nothing because the host started again and knows nothing of the connection.
+            self.links[self.broker] = None;
+            self.broker = random(0..HOSTS as u64) as usize;
+            self.connecting[self.broker] = None;
+            self.send_again(session);
+        }
+        while self.under_way.len() < WINDOW && self.next < self.end {
+            let (sequence, content) = (self.next_sequence, self.next);
+            self.under_way.insert(sequence, content);
+            (self.next_sequence, self.next) = (sequence + 1, content + 1);
+            self.send(session, sequence, content);
+            if one_in(4) {
+                // Striped over brokers.
+                self.broker = random(0..HOSTS as u64) as usize;
+            }
+        }
+    }
+
+    fn send(&mut self, session: Session, sequence: u64, content: u64) {
+        let resume_from = self.under_way.keys().next().copied().unwrap_or(sequence);
+        let batch = Batch { session, sequence, content, resume_from };
+        if self.rack.has_nics {
+            self.write(&batch);
+        } else {
+            self.rack.network.request(self.broker, Request::Publish(batch));
+        }
+    }
+
+    /// Writes a batch to the broker's window. Without one it asks for it, once, and sends again when it is open.
+    fn write(&mut self, batch: &Batch) {
+        let (client, host) = (self.id, self.broker);
+        if let Some(link) = &mut self.links[host] {
+            if link.write(batch) {
+                return;
+            }
+            let broken = link.failure().is_some();
+            self.rack.history.count(|tally| if broken { &mut tally.broken_links } else { &mut tally.used_windows });
+            self.links[host] = None;
+        }
+        if self.connecting[host].is_none() {
+            let psn = nic::first_psn();
+            self.connecting[host] = Some(psn);
+            self.rack.network.request(host, Request::Connect { client, psn });
+        }
+    }
+
+    fn send_again(&mut self, session: Session) {
+        let resend: Vec<_> = self.under_way.clone().into_iter().collect();
+        resend.into_iter().for_each(|(sequence, content)| self.send(session, sequence, content));
+    }
+
+    fn heed(&mut self, answer: Answer) {
+        let epoch = self.session.map(|session| session.epoch);
+        match answer {
+            Answer::Ack(ack) if Some(ack.session_epoch) == epoch => {
+                self.heard_us = self.clock.now_us();
+                if let Some(content) = self.under_way.remove(&ack.sequence) {
+                    self.rack.history.acknowledged(self.id, content, ack.first_offset);
+                }
+            }
+            Answer::Fenced(fenced) if Some(fenced) == epoch => {
+                self.session = None;
+                self.heard_us = 0;
+            }
+            Answer::Opened { attempt, session } if attempt == self.attempt && self.session.is_none() => {
+                self.heard_us = self.clock.now_us();
+                self.session = Some(session);
+                // What else comes of this attempt is old.
+                self.attempt += 1;
+                self.rack.history.count(|tally| &mut tally.epochs);
+                // Sequences name the same batches for ever: what is below `committed` is in the order, what is not is
+                // sent again under the new epoch.
+                let first = self.under_way.keys().next().copied();
+                if first.is_none() {
+                    self.next_sequence = session.committed;
+                }
+                self.send_again(session);
+            }
+            Answer::Connected { host, window } if self.connecting[host] == Some(window.client_psn) => {
+                self.connecting[host] = None;
+                self.links[host] = Some(Link::new(self.id, host, window));
+                if let Some(session) = self.session.filter(|_| self.broker == host) {
+                    self.send_again(session);
+                }
+            }
+            _ => {}
+        }
+    }
+}

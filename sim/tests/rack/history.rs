@@ -1,0 +1,137 @@
+//! What happened, kept apart from the code that it judges: what clients were told, what readers saw, what disks hold.
+
+use embarcadero_wire::UNKNOWN_OFFSET;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A batch: its client, and the how manieth that client published.
+pub type Content = (usize, u64);
+
+/// An entry of the order as someone read it: what it holds, and its offset.
+pub type Seen = (Content, u64);
+
+/// How often something happened, so that a rack in which nothing does is noticed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tally {
+    pub ordered: usize,
+    pub acknowledged: usize,
+    pub crashes: usize,
+    pub pauses: usize,
+    pub takeovers: usize,
+    pub departures: usize,
+    pub disk_failures: usize,
+    pub client_crashes: usize,
+    pub epochs: usize,
+    pub links: usize,
+    pub used_windows: usize,
+    pub broken_links: usize,
+}
+
+impl Tally {
+    fn all(&mut self) -> [&mut usize; 12] {
+        let Self { ordered, acknowledged, crashes, pauses, takeovers, departures, .. } = self;
+        let Self { disk_failures, client_crashes, epochs, links, used_windows, broken_links, .. } = self;
+        [
+            ordered,
+            acknowledged,
+            crashes,
+            pauses,
+            takeovers,
+            departures,
+            disk_failures,
+            client_crashes,
+            epochs,
+            links,
+            used_windows,
+            broken_links,
+        ]
+    }
+
+    /// True when everything happened at least once.
+    pub fn is_complete(mut self) -> bool {
+        self.all().iter().all(|count| **count > 0)
+    }
+
+    /// Adds another's.
+    pub fn add(&mut self, mut other: Self) {
+        self.all().into_iter().zip(other.all()).for_each(|(own, other)| *own += *other);
+    }
+}
+
+#[derive(Default)]
+pub struct History {
+    tally: Mutex<Tally>,
+    /// What clients were told: content and offset.
+    acknowledged: Mutex<BTreeMap<Content, u64>>,
+    /// Position, and what readers saw there.
+    order: Mutex<BTreeMap<u64, Seen>>,
+    /// Position, and the hosts on whose disks it was made durable.
+    durable: Mutex<BTreeMap<u64, BTreeSet<u32>>>,
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl History {
+    /// Something happened.
+    pub fn count(&self, what: impl FnOnce(&mut Tally) -> &mut usize) {
+        *what(&mut lock(&self.tally)) += 1;
+    }
+
+    /// What happened.
+    pub fn tally(&self) -> Tally {
+        *lock(&self.tally)
+    }
+
+    /// A client hears that a batch is in the order.
+    pub fn acknowledged(&self, client: usize, content: u64, first_offset: u64) {
+        let told = lock(&self.acknowledged).insert((client, content), first_offset);
+        assert!(told.is_none(), "client {client} heard twice of batch {content}");
+    }
+
+    /// A reader sees an entry: all see the same.
+    pub fn read(&self, position: u64, seen: Seen) {
+        let agreed = *lock(&self.order).entry(position).or_insert(seen);
+        assert_eq!(agreed, seen, "readers disagree at position {position}");
+    }
+
+    /// A disk has made positions durable.
+    pub fn synced(&self, disk: u32, positions: impl Iterator<Item = u64>) {
+        let mut durable = lock(&self.durable);
+        for position in positions {
+            durable.entry(position).or_default().insert(disk);
+        }
+    }
+
+    /// An acknowledgement at level 2 leaves a broker.
+    pub fn must_be_durable(&self, position: u64, copies: usize) {
+        let disks = lock(&self.durable).get(&position).map_or(0, BTreeSet::len);
+        assert!(disks >= copies, "position {position} is acknowledged and on {disks} disks of {copies}");
+    }
+
+    /// Judges the whole order, as `order` of a reader that has seen it from end to end.
+    pub fn judge(&self, order: &[Seen]) {
+        let mut places: BTreeMap<Content, u64> = BTreeMap::new();
+        for (position, seen) in (0..).zip(order) {
+            self.read(position, *seen);
+            let (content, offset) = *seen;
+            assert_eq!(offset, position, "offsets follow positions: batches have one message each");
+            let before = places.insert(content, offset);
+            assert!(before.is_none(), "{content:?} is in the order twice, at {before:?} and {offset}");
+        }
+        let mut last: BTreeMap<usize, u64> = BTreeMap::new();
+        for ((client, content), _) in order {
+            let before = last.insert(*client, *content);
+            assert!(before.is_none_or(|before| before < *content), "client {client}: {content} after {before:?}");
+        }
+        let acknowledged = lock(&self.acknowledged);
+        for (content, told) in acknowledged.iter() {
+            let place = places.get(content);
+            assert!(place.is_some(), "{content:?} was acknowledged and is not in the order");
+            assert!(*told == UNKNOWN_OFFSET || place == Some(told), "{content:?} was said to be at {told}: {place:?}");
+        }
+        let mut tally = lock(&self.tally);
+        (tally.ordered, tally.acknowledged) = (order.len(), acknowledged.len());
+    }
+}

@@ -1,0 +1,543 @@
+//! A host of the rack: a machine that crashes, stands still and comes back, and the broker process on it, which is made of
+//! the production stages.
+
+use super::disk::Disk;
+use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
+use super::network::{Answer, Batch, Request};
+use super::nic::{Nic, WINDOW_BYTES};
+use super::{COPIES, GLOBAL, HEADS, HOSTS, Rack};
+use bytemuck::Zeroable;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use embarcadero_broker::ack::{AckQueue, SessionStatus};
+use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
+use embarcadero_broker::membership::Liveness;
+use embarcadero_broker::mirror;
+use embarcadero_broker::replica::completion::CompletionStage;
+use embarcadero_broker::replica::format::Identity;
+use embarcadero_broker::replica::medium::Medium;
+use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
+use embarcadero_broker::replica::store::StoreOptions;
+use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError};
+use embarcadero_broker::topics::{Topic, TopicTable};
+use embarcadero_cxl::headship::{
+    Headship, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at,
+};
+use embarcadero_cxl::layout::{IndexEntry, Seat};
+use embarcadero_cxl::order_index::{OrderIndexReader, ReadError};
+use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_cxl::session_table::{Session, SessionState, read_session};
+use embarcadero_cxl::tables::{BrokerInfo, last_incarnation, publish_broker, read_pulse, read_topic_at};
+use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
+use embarcadero_roce::psn::Psn;
+use embarcadero_sim::Simulated;
+use embarcadero_wire::BatchHeader;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Bytes that a batch claims: 64 of header, 4 of length table, the rest one message.
+pub const BATCH_BYTES: u64 = 256;
+/// Looks at a head that does not move after which another stands for election.
+const HEAD_PATIENCE: u64 = 12;
+/// After what silence the head takes a broker for dead, by its own clock.
+const BROKER_LEASE: Duration = Duration::from_millis(40);
+/// Requests that a broker takes in a round.
+const REQUESTS: usize = 4;
+
+/// What a process keeps of a client that publishes to it.
+struct Connection {
+    session: Session,
+    acks: AckQueue,
+}
+
+/// What a process has as the head.
+struct Head {
+    sequencer: Sequencer<Simulated>,
+    completion: CompletionStage<Simulated>,
+    liveness: Liveness,
+    epoch: u64,
+    shown: u64,
+    commands: Sender<Command>,
+    asked: Vec<Asked>,
+}
+
+/// A client that asked for a session, in which attempt, and where the answer comes.
+type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
+
+/// A broker process.
+struct Process {
+    host: usize,
+    rack: Arc<Rack>,
+    clock: Clock,
+    region: Region<Simulated>,
+    mirror: Region<Simulated>,
+    info: BrokerInfo,
+    topics: Arc<TopicTable<Simulated>>,
+    landed: Sender<Landed<Simulated>>,
+    delegation: Delegation<Simulated>,
+    replicator: Option<Replicator<Simulated>>,
+    connections: Vec<Connection>,
+    nic: Nic,
+    reader: OrderIndexReader<Simulated>,
+    pin: Option<usize>,
+    cursor: u64,
+    head: Option<Head>,
+    /// The head as last looked at, and for how many looks it did not move.
+    watched: ((Option<(u32, u64)>, u64), u64),
+    draining: bool,
+}
+
+/// A host.
+pub struct Machine {
+    host: usize,
+    rack: Arc<Rack>,
+    clock: Clock,
+    disk: Disk,
+    /// Of the region, and of the mirror.
+    fabrics: [Simulated; 2],
+    process: Option<Process>,
+    /// Rounds until it starts again; `None` once it left for good.
+    down_for: Option<u64>,
+}
+
+/// What an index entry holds, as its payload says: both of its ends name the client and the how manieth batch it is.
+pub fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
+    let fabric = region.fabric();
+    let read = |at: u64| {
+        fabric.invalidate(RegionOffset(at), 16, Site::PayloadRead);
+        (fabric.load(RegionOffset(at)), fabric.load(RegionOffset(at + 8)))
+    };
+    let (first, last) = (read(entry.location), read(entry.location + BATCH_BYTES - 64));
+    assert_eq!(first, last, "the payload of {entry:?} is not one batch");
+    assert_eq!(first.0, entry.client_id, "the payload of {entry:?} is another client's");
+    (first.0 as usize, first.1)
+}
+
+impl Machine {
+    /// A host that starts after `down_for` rounds.
+    pub fn new(host: usize, rack: &Arc<Rack>, down_for: u64) -> Self {
+        Self {
+            host,
+            rack: Arc::clone(rack),
+            clock: Clock::drifting(),
+            disk: Disk::new(host as u32, &rack.history),
+            fabrics: rack.join(host),
+            process: None,
+            down_for: Some(down_for),
+        }
+    }
+
+    /// What this host is at, for a report.
+    pub fn state(&self) -> String {
+        match &self.process {
+            None => format!("host {}: down for {:?}", self.host, self.down_for),
+            Some(process) => format!(
+                "host {}: incarnation {}, read {} of {}, {} landed, acks {:?}, replica failed {:?}, head {:?}",
+                self.host,
+                process.info.incarnation,
+                process.cursor,
+                process.reader.committed(),
+                process.landed.len(),
+                process.connections.iter().map(|at| &at.acks).collect::<Vec<_>>(),
+                process.replicator.as_ref().map(Replicator::has_failed),
+                process.head.as_ref().map(|head| (head.epoch, head.sequencer.stats())),
+            ),
+        }
+    }
+
+    /// Its disk.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
+    }
+
+    /// A round in which anything may befall it.
+    pub fn rough_round(&mut self) {
+        match random(0..400) {
+            0..2 => doom(self.host),
+            2..4 => {
+                self.rack.history.count(|tally| &mut tally.pauses);
+                halt(self.host);
+            }
+            4 => {
+                self.rack.history.count(|tally| &mut tally.disk_failures);
+                self.disk.fail();
+            }
+            5 if self.host >= HEADS => self.process.iter_mut().for_each(|process| process.draining = true),
+            _ => {}
+        }
+        self.round();
+    }
+
+    /// Nothing befalls it any more, and what was broken is repaired: hosts come back, and processes whose disk failed are
+    /// started again.
+    pub fn repair(&mut self) {
+        spare(self.host);
+        self.disk.repair();
+        self.down_for = self.down_for.map(|_| 0);
+        if self.process.as_ref().and_then(|process| process.replicator.as_ref()).is_some_and(Replicator::has_failed) {
+            self.crash();
+            self.down_for = Some(0);
+        }
+    }
+
+    pub fn round(&mut self) {
+        let Some(process) = &mut self.process else {
+            self.rack.network.cut(self.host);
+            match &mut self.down_for {
+                Some(0) => self.start(),
+                Some(rounds) => *rounds -= 1,
+                None => {}
+            }
+            return;
+        };
+        match or_crash(self.host, || process.round()) {
+            Some(true) => {}
+            Some(false) => {
+                self.rack.history.count(|tally| &mut tally.departures);
+                let leaving = self.process.take();
+                // It lets go of what it pinned, and may crash in the middle of that too.
+                match or_crash(self.host, || drop(leaving)) {
+                    Some(()) => self.down_for = one_in(2).then(|| random(1..40)),
+                    None => self.crash(),
+                }
+            }
+            None => self.crash(),
+        }
+    }
+
+    fn start(&mut self) {
+        let (host, rack, clock, disk, fabrics) = (self.host, &self.rack, self.clock, &self.disk, &self.fabrics);
+        match or_crash(host, || Process::start(host, rack, clock, disk, fabrics)) {
+            Some(process) => self.process = Some(process),
+            None => self.crash(),
+        }
+    }
+
+    fn crash(&mut self) {
+        self.rack.history.count(|tally| &mut tally.crashes);
+        self.fabrics.iter().for_each(Simulated::crash);
+        self.process = None;
+        self.disk.restart();
+        self.rack.network.cut(self.host);
+        self.fabrics = self.rack.join(self.host);
+        self.down_for = Some(random(0..30));
+    }
+}
+
+impl Process {
+    fn start(host: usize, rack: &Arc<Rack>, clock: Clock, disk: &Disk, fabrics: &[Simulated; 2]) -> Self {
+        let id = host as u32;
+        let [region, mirror] = fabrics.clone().map(|fabric| Region::open(fabric).expect("the superblock is visible"));
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
+        let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
+        let incarnation = last_incarnation(&region, id) + 1;
+        let replicator = if rack.replicated {
+            let disk = disk.clone();
+            let open = move |_: &Identity| -> Box<dyn Medium> { Box::new(disk.clone()) };
+            let store = StoreOptions { file_bytes: 16 << 10, retention_bytes: 0 };
+            let options = ReplicaOptions { group_bytes: 8 << 10, patience_us: 60_000, store };
+            Some(Replicator::new(Arc::clone(&topics), Box::new(open), options).expect("there is memory"))
+        } else {
+            disclaim(&region, id);
+            None
+        };
+        let (landed, queue) = unbounded();
+        let (acks, _) = bounded(1);
+        let group = FlushGroup { batches: 3, bytes: u64::MAX };
+        let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group).of_incarnation(incarnation);
+        if host < HEADS {
+            delegation.tidy(mirror.clone());
+        }
+        let address = |port| std::net::SocketAddr::from(([10, 0, 0, host as u8], port));
+        let info = BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true };
+        publish_broker(&region, &info);
+        let reader = OrderIndexReader::new(region.clone(), GLOBAL);
+        Self {
+            host,
+            rack: Arc::clone(rack),
+            clock,
+            region,
+            mirror,
+            info,
+            topics,
+            landed,
+            delegation,
+            replicator,
+            connections: Vec::new(),
+            nic: Nic::default(),
+            reader,
+            pin: None,
+            cursor: 0,
+            head: None,
+            watched: ((None, 0), 0),
+            draining: false,
+        }
+    }
+
+    /// One turn of everything that a broker does. False once it has left.
+    fn round(&mut self) -> bool {
+        let now_us = self.clock.now_us();
+        self.delegation.beat();
+        self.delegation.maintain(now_us);
+        for _ in 0..REQUESTS {
+            match self.rack.network.take_request(self.host) {
+                Some(Request::Publish(batch)) => self.receive(&batch, None),
+                Some(Request::Connect { client, psn }) => self.connect(client, psn),
+                Some(Request::OpenSession { client, attempt }) => self.ask(client, attempt),
+                None => break,
+            }
+        }
+        for (at, batch) in self.nic.drive(self.host, now_us, self.region.fabric(), &self.rack.network) {
+            self.receive(&batch, Some(at));
+        }
+        self.delegation.poll(now_us, 8);
+        if let Some(replicator) = &mut self.replicator {
+            replicator.maintain(now_us);
+            replicator.poll();
+        }
+        self.acknowledge();
+        self.deliver();
+        self.lead(now_us);
+        if self.draining && self.connections.iter().all(|at| at.acks.is_empty()) && self.landed.is_empty() {
+            publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });
+            return false;
+        }
+        true
+    }
+
+    /// A client's NIC may write from now on.
+    fn connect(&mut self, client: usize, psn: Psn) {
+        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        if self.draining {
+            return;
+        }
+        let Ok(place) = topic.blog.reserve(WINDOW_BYTES) else { return };
+        let (window, before) = self.nic.accept(self.host, client, psn, place);
+        if let Some(before) = before {
+            topic.blog.settle(before);
+        }
+        self.rack.history.count(|tally| &mut tally.links);
+        self.rack.network.answer(client, Answer::Connected { host: self.host, window });
+    }
+
+    /// As a worker receives a batch: on a connection of its session, which its first batch opens. A NIC has `written` it.
+    fn receive(&mut self, batch: &Batch, written: Option<RegionOffset>) {
+        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        let session = batch.session;
+        let same = |at: &Connection| (at.session.client_id, at.session.epoch) == (session.client_id, session.epoch);
+        let at = match self.connections.iter().position(same) {
+            Some(at) => at,
+            None if self.draining => return,
+            None => match self.accept(&session, batch.resume_from) {
+                Some(at) => at,
+                None => return,
+            },
+        };
+        if self.connections[at].acks.is_full() {
+            return;
+        }
+        let place = match written {
+            Some(at) => {
+                topic.blog.share(at);
+                at
+            }
+            None => {
+                let Ok(place) = topic.blog.reserve(BATCH_BYTES) else { return };
+                self.region.fabric().write_bytes(place, &batch.encode());
+                place
+            }
+        };
+        let header = BatchHeader {
+            client_id: session.client_id,
+            sequence: batch.sequence,
+            session_epoch: session.epoch,
+            session_slot: session.slot,
+            topic: 0,
+            topic_incarnation: 1,
+            payload_bytes: (BATCH_BYTES - 68) as u32,
+            message_count: 1,
+            ..BatchHeader::zeroed()
+        };
+        self.connections[at].acks.expect(batch.sequence);
+        let landed =
+            Landed { topic, header, at: place, in_memory: written.is_some(), origin: Origin { worker: 0, token: 0 } };
+        self.landed.send(landed).expect("the delegation is there");
+    }
+
+    fn accept(&mut self, session: &Session, resume_from: u64) -> Option<usize> {
+        let found = read_session(&self.region, session.slot).ok()?;
+        let client = session.client_id as usize;
+        let standing = found.filter(|found| {
+            (found.client_id, found.epoch, found.state) == (session.client_id, session.epoch, SessionState::Open)
+        });
+        if standing.is_none() {
+            self.rack.network.answer(client, Answer::Fenced(session.epoch));
+            return None;
+        }
+        let level = session.ack_level.into();
+        let mut acks = AckQueue::new(session.slot, session.client_id, session.epoch, GLOBAL, level);
+        let network = &self.rack.network;
+        acks.replay(&self.region, resume_from, |ack| network.answer(client, Answer::Ack(ack))).ok()?;
+        self.connections.push(Connection { session: *session, acks });
+        Some(self.connections.len() - 1)
+    }
+
+    fn acknowledge(&mut self) {
+        let Self { rack, region, connections, info, .. } = self;
+        connections.retain_mut(|at| {
+            let client = at.session.client_id as usize;
+            let polled = at.acks.poll(region, info.id, |ack| {
+                if rack.replicated {
+                    rack.history.must_be_durable(ack.first_offset, COPIES);
+                }
+                rack.network.answer(client, Answer::Ack(ack));
+            });
+            polled.expect("nothing is lost by retention");
+            match at.acks.status(region) {
+                SessionStatus::Open => true,
+                SessionStatus::Fenced(fenced) => {
+                    rack.network.answer(client, Answer::Fenced(fenced.session_epoch));
+                    false
+                }
+            }
+        });
+    }
+
+    /// Reads on in the order, as a sender does.
+    fn deliver(&mut self) {
+        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
+        let committed = self.reader.poll();
+        for _ in 0..4 {
+            if self.cursor >= committed || !self.deliver_one(&topic, pin) {
+                break;
+            }
+        }
+        topic.pins.clear(pin);
+    }
+
+    fn deliver_one(&mut self, topic: &Topic<Simulated>, pin: usize) -> bool {
+        if topic.pins.set(pin, self.cursor).is_err() {
+            return false;
+        }
+        let entry = match self.reader.read(self.cursor) {
+            Ok(entry) => entry,
+            Err(ReadError::NoHead(_)) => return false,
+            Err(error) => panic!("a pinned entry is not readable: {error}"),
+        };
+        self.rack.history.read(self.cursor, (content_of(&self.region, &entry), entry.first_offset));
+        self.cursor += 1;
+        true
+    }
+
+    /// A client wants a session: the head opens it.
+    fn ask(&mut self, client: usize, attempt: u64) {
+        let Some(head) = &mut self.head else { return };
+        let (reply, answer) = bounded(1);
+        let ack_level = 1 + u8::from(self.rack.replicated);
+        let open = Command::OpenSession { topic: 0, client_id: client as u64, ack_level, reply };
+        head.commands.send(open).expect("the sequencer is there");
+        head.asked.push((client, attempt, answer));
+    }
+
+    /// Leads, or watches who does and takes over.
+    fn lead(&mut self, now_us: u64) {
+        let Some(head) = &mut self.head else { return self.follow(now_us) };
+        if !head.sequencer.leads() {
+            self.head = None;
+            return;
+        }
+        head.sequencer.poll(now_us, random(1..6));
+        head.sequencer.maintain(now_us);
+        head.completion.maintain(head.sequencer.awaited_topics());
+        head.completion.poll(now_us);
+        head.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
+            Ok(opened) => {
+                let session = opened.expect("there is room in the session table");
+                self.rack.network.answer(*client, Answer::Opened { attempt: *attempt, session });
+                false
+            }
+            Err(error) => error.is_empty(),
+        });
+        let live = head.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id;
+        if live != head.shown {
+            head.shown = live;
+            let (epoch, BrokerInfo { id: broker, incarnation, .. }) = (head.epoch, &self.info);
+            let (broker, incarnation) = (*broker, *incarnation);
+            let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };
+            publish_headship(&self.region, &line);
+        }
+    }
+
+    fn follow(&mut self, now_us: u64) {
+        if self.host >= HEADS || self.draining {
+            return;
+        }
+        let elected = self.rack.elected();
+        let claimant = latest_claimant(&self.region);
+        let seen = (claimant, claimant.map_or(0, |(broker, _)| read_pulse(&self.region, broker).0));
+        self.watched = if self.watched.0 == seen { (seen, self.watched.1 + 1) } else { (seen, 0) };
+        // Its own past self is gone.
+        let gone = claimant.is_none_or(|(broker, _)| broker == self.info.id);
+        if !gone && self.watched.1 < HEAD_PATIENCE {
+            return;
+        }
+        self.watched.1 = 0;
+        let Some(epoch) = self.rack.stand(elected) else { return };
+        if epoch > latest_claim(&self.region) {
+            self.take_over(epoch, now_us);
+        }
+    }
+
+    /// As the candidate of a real broker does.
+    fn take_over(&mut self, epoch: u64, now_us: u64) {
+        let region = &self.region;
+        let led = last_led(region);
+        let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
+        let predecessor = match led {
+            None => Predecessor::Gone(0),
+            // Its own past self.
+            Some((seat, led)) if seat.0 == self.info.id => Predecessor::Gone(led),
+            Some(_) => Predecessor::MayGoOn,
+        };
+        let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id;
+        let BrokerInfo { id: broker, incarnation, .. } = self.info;
+        let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };
+        publish_headship(region, &line);
+        let (commands, queue) = unbounded();
+        let (seat, pool) = (Seat(broker), Arc::clone(self.topics.pool()));
+        let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
+        let recovered = Sequencer::recover(memory, (seat, epoch), predecessor, self.rack.leases, queue, now_us);
+        let Ok(sequencer) = recovered else { return };
+        if read_topic_at(region, seat, 0).is_none() {
+            // The first head, or one whose predecessor did not come to it.
+            let (reply, _) = bounded(1);
+            commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
+        }
+        self.rack.history.count(|tally| &mut tally.takeovers);
+        let completion = CompletionStage::new(region.clone(), seat);
+        let liveness = Liveness::new(region, BROKER_LEASE, live, self.rack.instant(now_us));
+        self.head = Some(Head { sequencer, completion, liveness, epoch, shown: live, commands, asked: Vec::new() });
+    }
+}
+
+/// The whole order, as a host sees it that was never there before.
+pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
+    let [fabric, _] = rack.join(HOSTS - 1);
+    let region = Region::open(fabric).expect("the superblock is visible");
+    let mut reader = OrderIndexReader::new(region.clone(), GLOBAL);
+    let committed = reader.poll();
+    (0..committed)
+        .map(|position| {
+            let entry = reader.read(position).expect("nothing was trimmed");
+            (content_of(&region, &entry), entry.first_offset)
+        })
+        .collect()
+}
+
+/// The offset and messages of each batch, as the mirror has them.
+pub fn read_mirror(rack: &Rack) -> Vec<(u64, u32)> {
+    let [_, fabric] = rack.join(HOSTS - 1);
+    let region = Region::open(fabric).expect("the superblock is visible");
+    let topics = mirror::read(&region).expect("the mirror is whole");
+    topics.into_iter().next().map_or_else(Vec::new, |topic| topic.batches)
+}

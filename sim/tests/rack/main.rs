@@ -1,0 +1,313 @@
+//! A rack in one process, deterministic from one seed: hosts without coherence among them, their disks, a network that
+//! loses, repeats and reorders, NICs (the production engine of RoCEv2), clients that retry, clocks that are wrong. Hosts
+//! crash in the middle of anything, stand still, come late and leave; disks fail, are slow, and tear writes; clients crash.
+//! It drives the production stages of brokers, and judges by a history of its own: one order, that all readers agree on; of
+//! each client's batches all that were acknowledged, once, in order; at level 2 each on as many disks as were promised, and
+//! enough of them to rebuild it from; and all comes to its end once faults stop.
+//!
+//! `broker/tests/fabric_schedules.rs` is its narrower sister: fewer hosts, more of what happens to memory.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
+
+mod client;
+mod disk;
+mod fate;
+mod history;
+mod host;
+mod network;
+mod nic;
+
+use client::Client;
+use embarcadero_broker::replica::medium::Medium;
+use embarcadero_broker::replica::restore::Plan;
+use embarcadero_broker::sequencer::Leases;
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, RegionRole};
+use embarcadero_cxl::order_index::StreamId;
+use embarcadero_cxl::tables::{TopicConfig, TopicState};
+use embarcadero_cxl::{Guard, Region};
+use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
+use embarcadero_wire::Order;
+use fate::{one_in, random, tick};
+use history::{History, Tally};
+use host::Machine;
+use network::Network;
+use shuttle::scheduler::RandomScheduler;
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// Hosts, each with a broker.
+pub const HOSTS: usize = 5;
+/// Those that may be the head.
+pub const HEADS: usize = 3;
+/// Disks that have each batch, where the topic is replicated.
+pub const COPIES: usize = 2;
+/// The order.
+pub const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
+const CLIENTS: usize = 3;
+/// Batches of each client.
+const BATCHES: u64 = 40;
+/// Rounds of each host and client in rough weather.
+const ROUNDS: usize = 120;
+/// Rounds in calm weather after which everything must be done.
+const CALM_ROUNDS: usize = 4000;
+
+/// What hosts and clients of a schedule share: nothing that real ones would not.
+pub struct Rack {
+    /// Between clients and hosts.
+    pub network: Network,
+    /// What happened.
+    pub history: Arc<History>,
+    /// The topic is replicated, and clients ask for level 2.
+    pub replicated: bool,
+    /// Clients and hosts have NICs, which carry batches by the RoCEv2 engine.
+    pub has_nics: bool,
+    /// Times that heads go by.
+    pub leases: Leases,
+    world: Arc<Mutex<World>>,
+    /// Memory of the mirror.
+    mirror: Arc<Mutex<World>>,
+    /// Stands for etcd: the epoch of who was elected last.
+    elected: Mutex<u64>,
+    began: Instant,
+}
+
+impl Rack {
+    fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>) -> Self {
+        // Some gaps outlive their lease, some never do.
+        let gap_us = [15_000, 60_000, u64::MAX / 2][random(0..3) as usize];
+        Self {
+            network: Network::new(HOSTS, CLIENTS),
+            history: Arc::default(),
+            replicated: one_in(2),
+            has_nics: one_in(2),
+            leases: Leases { gap_us, idle_us: u64::MAX / 2 },
+            world,
+            mirror,
+            elected: Mutex::new(0),
+            began: Instant::now(),
+        }
+    }
+
+    /// A cache of its own for a host that starts, of the region and of the mirror.
+    pub fn join(&self, host: usize) -> [Simulated; 2] {
+        [&self.world, &self.mirror].map(|world| Simulated::join(world, fate::STEPS[host]))
+    }
+
+    /// The topic that all publish to.
+    pub fn topic(&self) -> TopicConfig {
+        TopicConfig {
+            id: 0,
+            incarnation: 1,
+            state: TopicState::Live,
+            name: "rack".to_owned(),
+            order: Order::Strong,
+            ack_level: 1 + u8::from(self.replicated),
+            replication_factor: if self.replicated { COPIES as u8 + 1 } else { 1 },
+            retention_bytes: 0,
+            retention_ms: 0,
+            created_ms: 0,
+        }
+    }
+
+    /// Epoch of who was elected last.
+    pub fn elected(&self) -> u64 {
+        *self.elected.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stands for election, if still nobody was elected after `before`. The epoch, if it wins.
+    pub fn stand(&self, before: u64) -> Option<u64> {
+        let mut elected = self.elected.lock().unwrap_or_else(PoisonError::into_inner);
+        if *elected != before {
+            return None;
+        }
+        *elected += 1;
+        Some(*elected)
+    }
+
+    /// A host's time as what the production code measures time with.
+    pub fn instant(&self, now_us: u64) -> Instant {
+        self.began + Duration::from_micros(now_us)
+    }
+}
+
+fn geometry() -> Geometry {
+    Geometry {
+        max_brokers: HOSTS as u32,
+        max_heads: HEADS as u32,
+        max_topics: 1,
+        max_sessions: CLIENTS as u32 + 1,
+        batchlog_slots: 256,
+        segment_count: HOSTS as u32 * 12,
+        role: RegionRole::Mirrored,
+        ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
+    }
+}
+
+thread_local! {
+    /// What happened in the last schedule.
+    static OUTCOME: Cell<Option<Tally>> = const { Cell::new(None) };
+}
+
+/// One schedule. Panics when a promise breaks.
+fn schedule(removed: Option<Mutation>) {
+    fate::reset();
+    let geometry = geometry();
+    let of_mirror = geometry.of_mirror(64 << 20).unwrap();
+    let [world, mirror] = [&geometry, &of_mirror].map(|geometry| {
+        World::new(Layout::new(geometry).region_bytes, random(0..u64::MAX), Turbulence::ROUGH, removed)
+    });
+    let rack = Arc::new(Rack::new(Arc::clone(&world), Arc::clone(&mirror)));
+    for (fabric, geometry) in rack.join(0).into_iter().zip([&geometry, &of_mirror]) {
+        Region::format(fabric, geometry, Uuid::from_u128(7), 0).unwrap();
+    }
+    // The last host joins later.
+    let late = |host: usize| if host + 1 == HOSTS { random(1..ROUNDS as u64) } else { 0 };
+    let machines: Vec<Machine> = (0..HOSTS).map(|host| Machine::new(host, &rack, late(host))).collect();
+    let clients: Vec<Client> = (0..CLIENTS).map(|id| Client::new(id, &rack, BATCHES)).collect();
+
+    let machines: Vec<_> = machines
+        .into_iter()
+        .map(|mut machine| {
+            shuttle::thread::spawn(move || {
+                for _ in 0..ROUNDS {
+                    tick();
+                    machine.rough_round();
+                }
+                machine
+            })
+        })
+        .collect();
+    let clients: Vec<_> = clients
+        .into_iter()
+        .map(|mut client| {
+            shuttle::thread::spawn(move || {
+                for _ in 0..ROUNDS {
+                    tick();
+                    client.round();
+                    if one_in(200) {
+                        client.crash();
+                    }
+                    (0..random(0..200)).for_each(|_| shuttle::thread::yield_now());
+                }
+                client
+            })
+        })
+        .collect();
+    let mut machines: Vec<Machine> = machines.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let mut clients: Vec<Client> = clients.into_iter().map(|thread| thread.join().unwrap()).collect();
+
+    // Faults stop: everything must come to its end.
+    for world in [world, mirror] {
+        world.lock().unwrap_or_else(PoisonError::into_inner).set_turbulence(Turbulence::CALM);
+    }
+    rack.network.calm();
+    machines.iter_mut().for_each(Machine::repair);
+    let mut rounds = 0;
+    while !clients.iter().all(Client::is_done) {
+        tick();
+        machines.iter_mut().for_each(Machine::round);
+        clients.iter_mut().for_each(Client::round);
+        rounds += 1;
+        if rounds > CALM_ROUNDS {
+            let hosts: Vec<_> = machines.iter().map(Machine::state).collect();
+            let clients: Vec<_> = clients.iter().map(Client::state).collect();
+            panic!("stuck:\n{}\n{}", hosts.join("\n"), clients.join("\n"));
+        }
+    }
+    let order = host::read_all(&rack);
+    rack.history.judge(&order);
+    let tally = rack.history.tally();
+    let mirrored = host::read_mirror(&rack);
+    assert_eq!(
+        mirrored,
+        (0..mirrored.len() as u64).map(|offset| (offset, 1)).collect::<Vec<_>>(),
+        "the mirror has gaps"
+    );
+    assert_eq!(mirrored.len(), order.len(), "all is acknowledged, and not all is in the mirror");
+    if rack.replicated {
+        must_be_rebuildable(&machines, tally.acknowledged);
+    }
+    OUTCOME.set(Some(tally));
+}
+
+/// Everything but the disks is lost: nothing that was acknowledged is.
+fn must_be_rebuildable(machines: &[Machine], acknowledged: usize) {
+    let media = machines.iter().map(|machine| {
+        let disk = machine.disk();
+        disk.restart();
+        Box::new(disk.clone()) as Box<dyn Medium>
+    });
+    let plan = Plan::read(media.collect(), None::<&Region<Simulated>>, None).expect("the disks can be read");
+    assert_eq!(plan.losses(), None);
+    let batches: u64 = plan.topics.iter().map(|topic| topic.size().0).sum();
+    assert!(batches >= acknowledged as u64, "{acknowledged} batches were acknowledged, {batches} are on disks");
+}
+
+fn run(seed: u64, schedules: usize, removed: Option<Mutation>) {
+    let mut config = shuttle::Config::new();
+    config.failure_persistence = shuttle::FailurePersistence::None;
+    config.max_steps = shuttle::MaxSteps::None;
+    config.stack_size = 512 << 10;
+    shuttle::Runner::new(RandomScheduler::new_from_seed(seed, schedules), config).run(move || schedule(removed));
+}
+
+fn environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// 2,000 seeds; `EMBARCADERO_RACK_SEED` begins elsewhere, `EMBARCADERO_RACK_SEEDS` runs more.
+#[test]
+fn no_seed_breaks_a_promise() {
+    let seeds = environment("EMBARCADERO_RACK_SEEDS", 2000);
+    let first = environment("EMBARCADERO_RACK_SEED", 1);
+    let begun = Instant::now();
+    let mut total = Tally::default();
+    for seed in first..first + seeds {
+        let held = catch_unwind(AssertUnwindSafe(|| run(seed, 1, None))).is_ok();
+        assert!(held, "a seed failed; replay with EMBARCADERO_RACK_SEED={seed} EMBARCADERO_RACK_SEEDS=1");
+        total.add(OUTCOME.take().expect("the schedule came to its end"));
+    }
+    println!("{seeds} seeds in {:.1} s: {total:?}", begun.elapsed().as_secs_f64());
+    assert!(seeds < 100 || total.is_complete(), "something never happened");
+}
+
+/// A seed is a run.
+#[test]
+fn a_seed_replays() {
+    let outcomes = || -> Vec<_> {
+        let one = |seed| {
+            run(seed, 1, None);
+            OUTCOME.take()
+        };
+        (1..20).map(one).collect()
+    };
+    assert_eq!(outcomes(), outcomes());
+}
+
+/// The checks without which some seed must fail. The others guard what the rack has not: memory that is reused, rings that
+/// wrap, readers that stop between two words, clients that do not send again what they hear nothing of.
+const NOTICED: [Guard; 7] = [
+    Guard::ClaimBeforeInherit,
+    Guard::OwnSegment,
+    Guard::SegmentOfHead,
+    Guard::RecoverBeforeAccept,
+    Guard::DedupCompare,
+    Guard::DecidedBeforeReuse,
+    Guard::DiskBeforeAck,
+];
+
+/// Without one of the checks, some seed fails. Prints which.
+#[test]
+fn missing_guards_are_noticed() {
+    let budget = environment("EMBARCADERO_RACK_MUTATION_BUDGET", 2000);
+    std::panic::set_hook(Box::new(|_| {}));
+    let fails = |removed, seed| catch_unwind(AssertUnwindSafe(|| run(seed, 1, Some(removed)))).is_err();
+    let noticed = NOTICED.map(|guard| (guard, (1..=budget).find(|seed| fails(Mutation::Guard(guard), *seed))));
+    let _ = std::panic::take_hook();
+    for (guard, after) in noticed {
+        println!("{guard:?}: {}", after.map_or("NOT NOTICED".to_owned(), |after| format!("noticed after {after}")));
+    }
+    assert!(noticed.iter().all(|(_, after)| after.is_some()), "removing some is not noticed in {budget} seeds");
+}

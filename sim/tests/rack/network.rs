@@ -1,0 +1,200 @@
+//! The network between clients and brokers: messages and packets are lost, repeated, and overtake each other; packets are
+//! damaged too.
+
+use super::fate::{one_in, random};
+use super::host::BATCH_BYTES;
+use super::nic::{Port, Window};
+use embarcadero_cxl::session_table::{Session, SessionState};
+use embarcadero_roce::packet::SCRATCH_BYTES;
+use embarcadero_roce::psn::Psn;
+use embarcadero_wire::Ack;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// A batch on its way: the session's identity, its sequence, and what it holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch {
+    /// Session that it was sent in.
+    pub session: Session,
+    /// Its sequence.
+    pub sequence: u64,
+    /// The `content`-th that its client published, from 0.
+    pub content: u64,
+    /// First sequence of which the client wants to hear.
+    pub resume_from: u64,
+}
+
+impl Batch {
+    /// Where the second copy of what names the batch is, in words.
+    const END: usize = (BATCH_BYTES as usize - 64) / 8;
+
+    /// As a NIC writes it.
+    pub fn encode(&self) -> Vec<u8> {
+        let Self { session, sequence, content, resume_from } = self;
+        let mut words = [0; BATCH_BYTES as usize / 8];
+        let head = [session.client_id, *content, session.epoch.into(), session.slot.into(), *sequence, *resume_from];
+        words[..head.len()].copy_from_slice(&head);
+        words[6] = session.ack_level.into();
+        words[Self::END..Self::END + 2].copy_from_slice(&head[..2]);
+        words.iter().flat_map(|word: &u64| word.to_le_bytes()).collect()
+    }
+
+    /// What a NIC wrote.
+    pub fn decode(bytes: &[u8; BATCH_BYTES as usize]) -> Self {
+        let word = |index: usize| u64::from_le_bytes(bytes.as_chunks().0[index]);
+        assert_eq!((word(0), word(1)), (word(Self::END), word(Self::END + 1)), "half of a batch is complete");
+        let session = Session {
+            slot: word(3) as u32,
+            client_id: word(0),
+            epoch: word(2) as u32,
+            state: SessionState::Open,
+            topic: 0,
+            topic_incarnation: 1,
+            committed: 0,
+            ack_level: word(6) as u8,
+        };
+        Self { session, sequence: word(4), content: word(1), resume_from: word(5) }
+    }
+}
+
+/// To a broker.
+#[derive(Clone, Copy, Debug)]
+pub enum Request {
+    /// Order this.
+    Publish(Batch),
+    /// Open a window that a client may write to.
+    Connect {
+        /// Which client.
+        client: usize,
+        /// Number of its first packet.
+        psn: Psn,
+    },
+    /// Open the next epoch of a client's session, if you are the head.
+    OpenSession {
+        /// Which client.
+        client: usize,
+        /// Tells late answers from those that are waited for.
+        attempt: u64,
+    },
+}
+
+/// To a client.
+#[derive(Clone, Copy, Debug)]
+pub enum Answer {
+    /// A batch is committed, and as durable as it has to be.
+    Ack(Ack),
+    /// The session of this epoch has ended.
+    Fenced(u32),
+    /// A window was opened.
+    Connected {
+        /// By which host.
+        host: usize,
+        /// What the client may write to.
+        window: Window,
+    },
+    /// A session was opened.
+    Opened {
+        /// The attempt that it answers.
+        attempt: u64,
+        /// As the table has it.
+        session: Session,
+    },
+}
+
+struct Wire<T> {
+    under_way: Vec<T>,
+}
+
+/// Everything that is under way.
+pub struct Network {
+    requests: Vec<Mutex<Wire<Request>>>,
+    answers: Vec<Mutex<Wire<Answer>>>,
+    /// Of RoCEv2, to each NIC, behind scratch bytes.
+    packets: Vec<Mutex<Wire<Vec<u8>>>>,
+    calm: Mutex<bool>,
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl<T: Clone> Wire<T> {
+    fn new() -> Mutex<Self> {
+        Mutex::new(Self { under_way: Vec::new() })
+    }
+
+    fn send(&mut self, message: T, calm: bool) {
+        if calm {
+            self.under_way.push(message);
+            return;
+        }
+        let copies = if one_in(16) { 0 } else { 1 + u64::from(one_in(16)) };
+        (0..copies).for_each(|_| self.under_way.push(message.clone()));
+    }
+
+    fn receive(&mut self, calm: bool) -> Option<T> {
+        if self.under_way.is_empty() {
+            return None;
+        }
+        if calm || !one_in(4) {
+            return Some(self.under_way.remove(0));
+        }
+        let overtakes = random(0..self.under_way.len() as u64) as usize;
+        Some(self.under_way.remove(overtakes))
+    }
+}
+
+impl Network {
+    pub fn new(hosts: usize, clients: usize) -> Self {
+        Self {
+            requests: (0..hosts).map(|_| Wire::new()).collect(),
+            answers: (0..clients).map(|_| Wire::new()).collect(),
+            packets: (0..hosts + clients).map(|_| Wire::new()).collect(),
+            calm: Mutex::new(false),
+        }
+    }
+
+    /// From now on nothing is lost and all comes in turn.
+    pub fn calm(&self) {
+        *lock(&self.calm) = true;
+    }
+
+    pub fn request(&self, host: usize, request: Request) {
+        let calm = *lock(&self.calm);
+        lock(&self.requests[host]).send(request, calm);
+    }
+
+    pub fn take_request(&self, host: usize) -> Option<Request> {
+        let calm = *lock(&self.calm);
+        lock(&self.requests[host]).receive(calm)
+    }
+
+    /// What is under way to a host that is not there is lost.
+    pub fn cut(&self, host: usize) {
+        lock(&self.requests[host]).under_way.clear();
+        lock(&self.packets[Port::of_host(host).0]).under_way.clear();
+    }
+
+    pub fn packet(&self, to: Port, mut packet: Vec<u8>) {
+        let calm = *lock(&self.calm);
+        if !calm && one_in(64) {
+            let at = random(SCRATCH_BYTES as u64..packet.len() as u64) as usize;
+            packet[at] ^= 1 << random(0..8);
+        }
+        lock(&self.packets[to.0]).send(packet, calm);
+    }
+
+    pub fn take_packet(&self, at: Port) -> Option<Vec<u8>> {
+        let calm = *lock(&self.calm);
+        lock(&self.packets[at.0]).receive(calm)
+    }
+
+    pub fn answer(&self, client: usize, answer: Answer) {
+        let calm = *lock(&self.calm);
+        lock(&self.answers[client]).send(answer, calm);
+    }
+
+    pub fn take_answer(&self, client: usize) -> Option<Answer> {
+        let calm = *lock(&self.calm);
+        lock(&self.answers[client]).receive(calm)
+    }
+}

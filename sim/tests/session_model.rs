@@ -1,0 +1,342 @@
+//! A model of sessions, fencing and the head's failover, explored exhaustively at small scope with stateright. What is
+//! judged is judged by the production code (`SessionOrder`); around it, each step that a crash can come between is an
+//! action of its own: a batch is sent, and received later or never; the head takes, publishes the tail, the commit records,
+//! how far it consumed; it dies, another recovers; a gap's lease ends, the client opens the next epoch.
+//!
+//! Each guard of the protocol is removed in turn, and a property that is named here must fail.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
+
+use bytemuck::Zeroable;
+use embarcadero_broker::session::{Arrival, SessionOrder, Verdict};
+use embarcadero_cxl::layout::BatchEntry;
+use embarcadero_cxl::session_table::{Session, SessionState};
+use embarcadero_wire::Order;
+use stateright::{Checker, HasDiscoveries, Model, Property};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Batches of the session. With three there are more states than 20 GiB hold.
+const BATCHES: u64 = 2;
+/// Sends of one batch, over all epochs: the first, and one again.
+const SENDS: u32 = 2;
+/// Heads that die, and sessions that are fenced.
+const DEATHS: u32 = 1;
+const FENCES: u32 = 1;
+
+/// A rule of the protocol that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Guard {
+    /// A sequence below the expected one is a duplicate.
+    Deduplicate,
+    /// The tail of the index is in memory before the commit records that acknowledge.
+    TailBeforeRecords,
+    /// A new head brings sessions up to the index before it takes anything.
+    RecoverBeforeAccept,
+    /// A batch of an epoch that is not the session's is not ordered.
+    CheckEpoch,
+}
+
+struct Sessions {
+    removed: Option<Guard>,
+}
+
+/// A batch on its way, or received: session epoch and sequence.
+type Sent = (u32, u64);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Head {
+    /// Batches of the index, those that no tail covers included.
+    index: Vec<Sent>,
+    expected: u64,
+    /// Place in the Batchlog of each batch that waits, by sequence.
+    held: BTreeMap<u64, usize>,
+    taken: usize,
+    /// The session's epoch, while it is open.
+    session: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct State {
+    /// The client: its epoch, how often it sent each batch, what it knows to be committed.
+    epoch: u32,
+    sends: Vec<u32>,
+    acknowledged: BTreeSet<u64>,
+    /// On the way, some for ever; a batch can be there twice.
+    network: BTreeMap<Sent, u32>,
+    /// In CXL memory.
+    batchlog: Vec<Sent>,
+    tail: Vec<Sent>,
+    records: BTreeSet<u64>,
+    progress: u64,
+    decided: usize,
+    row_epoch: u32,
+    row_open: bool,
+    head: Option<Head>,
+    deaths: u32,
+    fences: u32,
+    /// A batch was ordered under an epoch that had ended.
+    resurfaced: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Action {
+    Send(u64),
+    Receive(Sent),
+    Take,
+    PublishTail,
+    PublishRecords,
+    PublishDecided,
+    Acknowledge(u64),
+    Die,
+    Recover,
+    Fence,
+    Reopen,
+}
+
+/// The session as the head's production code keeps it.
+fn order(head: &Head, batchlog: &[Sent]) -> SessionOrder {
+    let session = Session {
+        slot: 0,
+        client_id: 1,
+        epoch: head.session.unwrap_or(0),
+        state: SessionState::Open,
+        topic: 0,
+        topic_incarnation: 1,
+        committed: head.expected,
+        ack_level: 1,
+    };
+    let mut order = SessionOrder::new(session, Order::Strong, head.expected, 0);
+    for place in head.held.values() {
+        assert_eq!(order.judge(&arrival(batchlog, *place), 0), Verdict::Held);
+    }
+    order
+}
+
+fn arrival(batchlog: &[Sent], place: usize) -> Arrival {
+    let (session_epoch, sequence) = batchlog[place];
+    let entry = BatchEntry { sequence, session_epoch, ..BatchEntry::zeroed() };
+    Arrival { entry, broker: 0, index: place as u64 }
+}
+
+impl Sessions {
+    fn guards(&self, guard: Guard) -> bool {
+        self.removed != Some(guard)
+    }
+
+    fn take(&self, state: &mut State) {
+        let Some(head) = &mut state.head else { return };
+        let place = head.taken;
+        head.taken += 1;
+        let (epoch, sequence) = state.batchlog[place];
+        let Some(open) = head.session else { return };
+        if self.guards(Guard::CheckEpoch) && epoch != open {
+            return;
+        }
+        let mut session = order(head, &state.batchlog);
+        let mut commit = |head: &mut Head, place: usize| {
+            let (epoch, sequence) = state.batchlog[place];
+            state.resurfaced |= epoch != open;
+            head.index.push((epoch, sequence));
+        };
+        match session.judge(&arrival(&state.batchlog, place), 0) {
+            Verdict::Duplicate if self.guards(Guard::Deduplicate) || sequence >= head.expected => {}
+            Verdict::OutOfWindow => {}
+            Verdict::Held => {
+                head.held.insert(sequence, place);
+            }
+            Verdict::Duplicate => commit(head, place),
+            Verdict::Commit => {
+                commit(head, place);
+                session.committed(sequence, 0);
+                while let Some(held) = session.next_held() {
+                    commit(head, held.index as usize);
+                    head.held.remove(&held.entry.sequence);
+                    session.committed(held.entry.sequence, 0);
+                }
+                head.expected = session.expected();
+            }
+        }
+    }
+
+    fn recover(&self, state: &State) -> Head {
+        let mut expected = state.progress;
+        if self.guards(Guard::RecoverBeforeAccept) {
+            for (_, sequence) in &state.tail {
+                expected = expected.max(sequence + 1);
+            }
+        }
+        let session = state.row_open.then_some(state.row_epoch);
+        Head { index: state.tail.clone(), expected, held: BTreeMap::new(), taken: state.decided, session }
+    }
+}
+
+/// True when all that the head did is in memory: it answers commands only then.
+fn published(state: &State, head: &Head) -> bool {
+    state.tail == head.index && state.progress == head.expected
+}
+
+impl Model for Sessions {
+    type State = State;
+    type Action = Action;
+
+    fn init_states(&self) -> Vec<State> {
+        let head = Head { index: vec![], expected: 0, held: BTreeMap::new(), taken: 0, session: Some(1) };
+        vec![State {
+            epoch: 1,
+            sends: vec![0; BATCHES as usize],
+            acknowledged: BTreeSet::new(),
+            network: BTreeMap::new(),
+            batchlog: vec![],
+            tail: vec![],
+            records: BTreeSet::new(),
+            progress: 0,
+            decided: 0,
+            row_epoch: 1,
+            row_open: true,
+            head: Some(head),
+            deaths: 0,
+            fences: 0,
+            resurfaced: false,
+        }]
+    }
+
+    fn actions(&self, state: &State, actions: &mut Vec<Action>) {
+        for sequence in 0..BATCHES {
+            if state.sends[sequence as usize] < SENDS && !state.acknowledged.contains(&sequence) {
+                actions.push(Action::Send(sequence));
+            }
+            if state.records.contains(&sequence) && !state.acknowledged.contains(&sequence) {
+                actions.push(Action::Acknowledge(sequence));
+            }
+        }
+        for sent in state.network.keys() {
+            actions.push(Action::Receive(*sent));
+        }
+        let Some(head) = &state.head else {
+            actions.push(Action::Recover);
+            return;
+        };
+        if head.taken < state.batchlog.len() {
+            actions.push(Action::Take);
+        }
+        if state.tail != head.index {
+            actions.push(Action::PublishTail);
+        }
+        let tail_first = state.tail == head.index || !self.guards(Guard::TailBeforeRecords);
+        if tail_first && state.progress != head.expected {
+            actions.push(Action::PublishRecords);
+        }
+        if published(state, head) {
+            actions.push(Action::PublishDecided);
+            if !head.held.is_empty() && state.fences < FENCES {
+                actions.push(Action::Fence);
+            }
+            if !state.row_open {
+                actions.push(Action::Reopen);
+            }
+        }
+        if state.deaths < DEATHS {
+            actions.push(Action::Die);
+        }
+    }
+
+    fn next_state(&self, last: &State, action: Action) -> Option<State> {
+        let mut state = last.clone();
+        match action {
+            Action::Send(sequence) => {
+                state.sends[sequence as usize] += 1;
+                *state.network.entry((state.epoch, sequence)).or_default() += 1;
+            }
+            Action::Receive(sent) => {
+                let left = state.network.remove(&sent).unwrap_or(0) - 1;
+                if left > 0 {
+                    state.network.insert(sent, left);
+                }
+                state.batchlog.push(sent);
+            }
+            Action::Take => self.take(&mut state),
+            Action::PublishTail => state.tail = state.head.as_ref()?.index.clone(),
+            Action::PublishRecords => {
+                let head = state.head.as_ref()?;
+                state.progress = head.expected;
+                state.records.extend(head.index.iter().map(|(_, sequence)| *sequence));
+            }
+            Action::PublishDecided => {
+                let head = state.head.as_ref()?;
+                state.decided = head.held.values().copied().min().unwrap_or(head.taken);
+            }
+            Action::Acknowledge(sequence) => {
+                state.acknowledged.insert(sequence);
+            }
+            Action::Die => {
+                state.head = None;
+                state.deaths += 1;
+            }
+            Action::Recover => state.head = Some(self.recover(&state)),
+            Action::Fence => {
+                let head = state.head.as_mut()?;
+                head.session = None;
+                head.held.clear();
+                state.row_open = false;
+                state.fences += 1;
+            }
+            Action::Reopen => {
+                let head = state.head.as_mut()?;
+                state.row_epoch += 1;
+                state.row_open = true;
+                state.epoch = state.row_epoch;
+                head.session = Some(state.row_epoch);
+                // It hears what is committed, and sends the rest again.
+                state.sends.iter_mut().for_each(|sends| *sends = (*sends).min(SENDS - 1));
+            }
+        }
+        (state != *last).then_some(state)
+    }
+
+    fn properties(&self) -> Vec<Property<Self>> {
+        vec![
+            // The case of a duplicate that comes late, from a connection that was thought dead.
+            Property::always("each batch once and in order", |_, state: &State| {
+                let order = state.tail.iter().map(|(_, sequence)| *sequence);
+                order.eq(0..state.tail.len() as u64)
+            }),
+            // The case of an acknowledgement that a dead head gave, of what the next one does not know.
+            Property::always("what is acknowledged is in the order of every later head", |_, state: &State| {
+                let within = |index: &[Sent]| {
+                    state.acknowledged.iter().all(|sequence| index.iter().any(|(_, known)| known == sequence))
+                };
+                within(&state.tail) && state.head.as_ref().is_none_or(|head| within(&head.index))
+            }),
+            Property::always("nothing is ordered under an epoch that has ended", |_, state: &State| !state.resurfaced),
+            Property::sometimes("all is acknowledged after a death and a fence", |_, state: &State| {
+                state.acknowledged.len() as u64 == BATCHES && state.deaths == DEATHS && state.fences == FENCES
+            }),
+        ]
+    }
+}
+
+#[test]
+fn every_reachable_state_keeps_the_promises() {
+    let checker = Sessions { removed: None }.checker().threads(2).spawn_bfs().join();
+    println!("{} states, {} of them different", checker.state_count(), checker.unique_state_count());
+    checker.assert_properties();
+}
+
+#[test]
+fn without_a_guard_the_property_that_it_protects_fails() {
+    for (guard, property) in [
+        (Guard::Deduplicate, "each batch once and in order"),
+        (Guard::TailBeforeRecords, "what is acknowledged is in the order of every later head"),
+        (Guard::RecoverBeforeAccept, "each batch once and in order"),
+        (Guard::CheckEpoch, "nothing is ordered under an epoch that has ended"),
+    ] {
+        let checker = Sessions { removed: Some(guard) }
+            .checker()
+            .finish_when(HasDiscoveries::AnyFailures)
+            .threads(2)
+            .spawn_bfs()
+            .join();
+        let path = checker.discovery(property);
+        assert!(path.is_some(), "without {guard:?}, {property:?} still holds");
+        println!("without {guard:?}: {} steps to a violation", path.unwrap().into_actions().len());
+    }
+}

@@ -1,0 +1,29 @@
+//! `embarcadero cluster`.
+
+use crate::cluster::{Cluster, ClusterArgs};
+use anyhow::{Context, Result, bail};
+use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+pub fn run(args: &ClusterArgs) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGCHLD]).context("cannot watch for signals")?;
+    let mut cluster = Cluster::start(args)?;
+    for (index, broker) in cluster.brokers.iter().enumerate() {
+        println!("broker {index}: pid {}, control {}", broker.id(), broker.control);
+    }
+    if let Some(file) = &args.ready_file {
+        std::fs::write(file, cluster.control()).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    for signal in signals.forever() {
+        if signal != SIGCHLD {
+            break;
+        }
+        for (pid, status) in cluster.take_ended() {
+            eprintln!("broker with pid {pid} ended: {status}; {} left", cluster.brokers.len());
+        }
+        if cluster.brokers.is_empty() {
+            bail!("all brokers ended");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! What memory, flushes, pauses and the clock cost on this host.
+
+use anyhow::{Context, Result};
+use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
+use embarcadero_cxl::region::RegionFile;
+use embarcadero_cxl::{Fabric, LINE_BYTES, Mapping, Native, RegionOffset, Site};
+use serde::Serialize;
+use std::hint::{black_box, spin_loop};
+use std::path::Path;
+use std::time::Instant;
+
+/// A figure.
+#[derive(Serialize)]
+pub struct Measure {
+    /// What was measured.
+    pub name: String,
+    /// How much.
+    pub value: f64,
+    /// `ns` or `MB/s`.
+    pub unit: &'static str,
+}
+
+/// Bytes that are looked at: more than caches hold.
+const SPAN: u64 = 256 << 20;
+/// Bytes that are read at a time.
+const CHUNK: u64 = 1 << 20;
+/// Loads, flushes, pauses or readings of the clock that are timed together.
+const COUNT: u32 = 200_000;
+
+/// Nanoseconds that `each` takes.
+fn cost(name: impl Into<String>, count: u32, mut each: impl FnMut(u32)) -> Measure {
+    let begun = Instant::now();
+    (0..count).for_each(&mut each);
+    Measure { name: name.into(), value: begun.elapsed().as_nanos() as f64 / f64::from(count), unit: "ns" }
+}
+
+/// Reads memory, in order and at random; changes nothing.
+fn reading(name: &str, memory: &Native) -> [Measure; 2] {
+    let span = memory.bytes().min(SPAN);
+    let begun = Instant::now();
+    let mut sum = 0u64;
+    for at in (0..span).step_by(CHUNK as usize) {
+        let len = CHUNK.min(span - at);
+        sum = memory.with_bytes(RegionOffset(at), len, |bytes| {
+            let words = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap_or_default()));
+            words.fold(sum, u64::wrapping_add)
+        });
+    }
+    black_box(sum);
+    let bandwidth = span as f64 / 1e6 / begun.elapsed().as_secs_f64();
+    let mut random = 1u64;
+    let latency = cost(format!("{name}: latency of a load"), COUNT, |_| {
+        // xorshift64 (Marsaglia 2003). The next address waits for what was loaded, of which it then uses nothing.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random |= memory.load(RegionOffset(random % (span / LINE_BYTES) * LINE_BYTES)) & black_box(0);
+    });
+    [Measure { name: format!("{name}: read bandwidth, one core"), value: bandwidth, unit: "MB/s" }, latency]
+}
+
+/// Measures DRAM, the region at `region` if one is named, and what polling and flushing cost.
+///
+/// # Errors
+/// The region cannot be opened, or there is no memory.
+pub fn measure(region: Option<&Path>) -> Result<Vec<Measure>> {
+    let mapping = Mapping::anonymous(SPAN).context("cannot map memory")?;
+    mapping.prefault().context("cannot map memory")?;
+    let method = FlushSupport::detect().best().unwrap_or(FlushMethod::None);
+    let dram = Native::new(mapping, method)?;
+    let mut measures = Vec::from(reading("DRAM", &dram));
+    if let Some(path) = region {
+        let file = RegionFile::open(path, FlushMethod::None)?;
+        measures.extend(reading("region", file.region().fabric()));
+    }
+    let lines = SPAN / LINE_BYTES;
+    measures.push(cost(format!("DRAM: store, {method}, fence"), COUNT, |index| {
+        let at = RegionOffset(u64::from(index) % lines * LINE_BYTES);
+        dram.store(at, u64::from(index));
+        dram.flush(at, LINE_BYTES, Site::SuperblockFlush);
+        dram.fence(Site::SuperblockFlush);
+    }));
+    measures.push(cost("pause", COUNT, |_| spin_loop()));
+    measures.push(cost("reading the clock", COUNT, |_| {
+        black_box(Instant::now());
+    }));
+    Ok(measures)
+}

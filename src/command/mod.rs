@@ -1,0 +1,47 @@
+//! The commands, one file each, and what they share.
+
+#![allow(missing_docs)] // the help of a command documents its arguments; `run` runs it
+
+pub mod bench;
+pub mod broker;
+pub mod brokers;
+pub mod cluster;
+pub mod consume;
+pub mod doctor;
+pub mod produce;
+pub mod region;
+pub mod topic;
+pub mod verify;
+
+use std::process::ExitCode;
+
+/// Writes the log to standard error, at level debug if `verbose`; `RUST_LOG` says otherwise.
+pub fn log(verbose: bool) {
+    let level = if verbose { "debug" } else { "info" };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| format!("warn,embarcadero={level},embarcadero_broker={level}").into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .init();
+}
+
+/// The exit code of a command's result; an error is said on standard error.
+pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let mut text = error.to_string();
+            // Many an error's own text ends with its cause.
+            for cause in error.chain().skip(1).map(ToString::to_string) {
+                if !text.contains(&cause) {
+                    text = format!("{text}: {cause}");
+                }
+            }
+            eprintln!("error: {text}");
+            ExitCode::FAILURE
+        }
+    }
+}

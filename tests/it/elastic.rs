@@ -1,0 +1,118 @@
+//! Promise: brokers join and leave under load, and the order goes on.
+
+use crate::support::{Cluster, PATIENCE, assert_exactly_once, eventually, message, parse};
+use embarcadero_client::{Order, Start, TopicOptions};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Two brokers, then four, then the first two leave, the head among them. Publishers use those that came, and a reader who
+/// follows all along sees each message once and in order.
+#[test]
+fn brokers_join_and_leave_under_load() {
+    let create = ["--size", "256MiB", "--segment-size", "1MiB"];
+    let mut cluster = Cluster::start(2, &create, &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")]);
+    let client = cluster.client_of_all();
+    client.create_topic("t", TopicOptions { order: Order::Strong, ..TopicOptions::default() }).unwrap();
+    let mut subscriber = client.subscriber("t", Start::Earliest).unwrap();
+    let done = AtomicBool::new(false);
+    let counts: Vec<u64> = std::thread::scope(|scope| {
+        let publishing: Vec<_> = (0..3)
+            .map(|number| {
+                let (publisher, done) = (client.publisher("t").unwrap(), &done);
+                scope.spawn(move || {
+                    let mut count = 0;
+                    while !done.load(Ordering::SeqCst) {
+                        publisher.publish_wait(&message(number, count)).unwrap();
+                        count += 1;
+                        if count % 8 == 0 {
+                            std::thread::sleep(Duration::from_millis(1));
+                        }
+                    }
+                    publisher.flush().unwrap();
+                    assert_eq!(publisher.stats().sessions_reopened, 0, "leaving fenced a session");
+                    count
+                })
+            })
+            .collect();
+        // Each broker that is there receives batches: those that joined, too.
+        let mut seen: Vec<Vec<(u64, u64)>> = vec![Vec::new(); 3];
+        let mut read_until_all_receive = |brokers: &[u32]| {
+            let mut heard = BTreeSet::new();
+            while !brokers.iter().all(|broker| heard.contains(broker)) {
+                let batch = subscriber.next_batch(PATIENCE).unwrap().expect("a batch in time");
+                heard.insert(batch.broker);
+                for message in batch.messages() {
+                    let (publisher, number) = parse(message.payload);
+                    seen[publisher as usize].push((number, message.offset));
+                }
+            }
+        };
+        read_until_all_receive(&[0, 1]);
+        cluster.add(&[]);
+        cluster.add(&[]);
+        cluster.await_brokers(4);
+        read_until_all_receive(&[0, 1, 2, 3]);
+        for _ in 0..2 {
+            let mut leaving = cluster.brokers.remove(0);
+            leaving.signal("-TERM");
+            assert!(leaving.child.wait().unwrap().success());
+        }
+        read_until_all_receive(&[2, 3]);
+        eventually("two are left", || cluster.client_of_all().cluster().unwrap().brokers.len() == 2);
+        done.store(true, Ordering::SeqCst);
+        let counts: Vec<u64> = publishing.into_iter().map(|thread| thread.join().unwrap()).collect();
+        subscriber
+            .drain(|message| {
+                let (publisher, number) = parse(message.payload);
+                seen[publisher as usize].push((number, message.offset));
+            })
+            .unwrap();
+        for (seen, count) in seen.iter().zip(&counts) {
+            assert_exactly_once(seen, *count);
+        }
+        counts
+    });
+    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+}
+
+/// A broker that is gone for good keeps no memory: once retention has passed what it received, the head gives it back.
+#[test]
+fn the_memory_of_a_broker_that_is_gone_comes_back() {
+    for allocator in ["bitmap", "partitioned", "leader"] {
+        let create = ["--size", "64MiB", "--segment-size", "1MiB", "--max-brokers", "2", "--allocator", allocator];
+        let mut cluster = Cluster::start(2, &create, &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "300")]);
+        let client = cluster.client_of_all();
+        for (topic, order) in [("t", Order::Strong), ("own", Order::Broker)] {
+            let options = TopicOptions { order, retention_bytes: 4 << 20, ..TopicOptions::default() };
+            client.create_topic(topic, options).unwrap();
+            let publisher = client.publisher(topic).unwrap();
+            for number in 0..20_000 {
+                publisher.publish_wait(&message(0, number)).unwrap();
+            }
+            publisher.flush().unwrap();
+        }
+        let held = |cluster: &Cluster| {
+            let report = cluster.inspect();
+            let used = report["segments"]["used"].as_array().unwrap().clone();
+            let blog = |segment: &serde_json::Value| {
+                let owner = segment.to_string();
+                ["\"broker\":1", "\"topic\":0"].iter().all(|part| owner.contains(part))
+            };
+            used.iter().filter(|segment| blog(segment)).count()
+        };
+        let gone = cluster.brokers.iter().position(|broker| broker.id == 1).unwrap();
+        assert!(held(&cluster) > 0, "{allocator}: broker 1 received nothing");
+        let dead = cluster.kill(gone);
+        let publisher = cluster.client_of_all().publisher("t").unwrap();
+        for number in 0..20_000 {
+            publisher.publish_wait(&message(1, number)).unwrap();
+        }
+        publisher.flush().unwrap();
+        eventually("its segments come back", || held(&cluster) == 0);
+        // It can come back, too.
+        cluster.restart(&dead);
+        cluster.await_brokers(2);
+        cluster.assert_command(&["verify", "t"]);
+    }
+}

@@ -1,0 +1,245 @@
+//! Promise: memory is bounded, and running out of it is a wait, then an error, never a loss.
+
+use crate::support::{Cluster, eventually, message, run};
+use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
+use embarcadero_wire::ErrorCode;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+fn small(cluster: &Cluster) -> Client {
+    Client::connect(ClientConfig { batch_size: Some(64 << 10), buffer_bytes: 1 << 20, ..cluster.config() }).unwrap()
+}
+
+fn fill(client: &Client, topic: &str, bytes: u64) -> Result<u64, ClientError> {
+    let publisher = client.publisher(topic)?;
+    let message = [7u8; 1000];
+    let count = bytes / 1000;
+    for _ in 0..count {
+        publisher.publish_wait(&message)?;
+    }
+    publisher.flush()?;
+    Ok(count)
+}
+
+#[test]
+fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
+    let environment = [("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "300"), ("EMBARCADERO_BROKER_GAP_LEASE_MS", "200")];
+    let cluster =
+        Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "4"], &environment);
+    let client = small(&cluster);
+    client.create_topic("full", TopicOptions::default()).unwrap();
+    let error = fill(&client, "full", 1 << 30).unwrap_err();
+    assert!(matches!(error, ClientError::Broker { code: ErrorCode::PoolExhausted, .. }), "{error}");
+    assert!(error.to_string().contains("exhausted"), "{error}");
+    let mut subscriber = client.subscriber("full", Start::Earliest).unwrap();
+    let mut due = 0;
+    subscriber
+        .drain(|message| {
+            assert_eq!(message.offset, due);
+            assert_eq!(message.payload, [7; 1000]);
+            due += 1;
+        })
+        .unwrap();
+    assert!(due > 10_000);
+    // Deleting the topic gives all of it back.
+    client.delete_topic("full").unwrap();
+    let cluster_now = client.cluster().unwrap();
+    assert_eq!(cluster_now.segments_free, cluster_now.segments_total);
+    client.create_topic("full", TopicOptions::default()).unwrap();
+    fill(&client, "full", 10 << 20).unwrap();
+}
+
+/// Waiting, publishing runs a few batches ahead of a connection that takes none, however large the buffer is; without a
+/// connection the buffer is filled.
+#[test]
+fn publish_wait_stays_close_to_its_connections_while_there_are_any() {
+    const COUNT: u64 = 40_000;
+    let mut cluster = Cluster::start(1, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
+    let client = Client::connect(ClientConfig {
+        batch_size: Some(64 << 10),
+        buffer_bytes: 64 << 20,
+        progress_timeout_ms: 600_000,
+        ..cluster.config()
+    })
+    .unwrap();
+    client.create_topic("ahead", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("ahead").unwrap();
+    publisher.publish_wait(&message(0, 0)).unwrap();
+    publisher.flush().unwrap();
+    cluster.brokers[0].signal("-STOP");
+    let published = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..COUNT {
+                publisher.publish_wait(&[7; 1000]).unwrap();
+                published.fetch_add(1, Ordering::Relaxed);
+            }
+        });
+        let mut last = (0, Instant::now());
+        eventually("publishing stops", || {
+            let count = published.load(Ordering::Relaxed);
+            if count != last.0 {
+                last = (count, Instant::now());
+            }
+            count > 0 && last.1.elapsed() > Duration::from_secs(1)
+        });
+        assert!(last.0 < COUNT / 4, "{} KB ahead of a connection that takes nothing", last.0);
+        drop(cluster.kill(0));
+        eventually("the buffer takes the rest", || published.load(Ordering::Relaxed) == COUNT);
+    });
+}
+
+fn retention_recycles(create: &[&str], order: Order) {
+    let mut arguments = vec!["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "4"];
+    arguments.extend(create);
+    let mut cluster = if create.contains(&"partitioned") {
+        let mut cluster = Cluster::start(0, &arguments, &[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")]);
+        cluster.set("EMBARCADERO_BROKER_ROLE", "head");
+        cluster.add(&[]);
+        cluster.set("EMBARCADERO_BROKER_ROLE", "follower");
+        cluster
+    } else {
+        Cluster::start(1, &arguments, &[])
+    };
+    cluster.add(&[]);
+    cluster.await_brokers(2);
+    let client = small(&cluster);
+    let options = TopicOptions { order, retention_bytes: 8 << 20, ..TopicOptions::default() };
+    client.create_topic("ring", options).unwrap();
+    // Several times what the pool holds.
+    let count = fill(&client, "ring", 300 << 20).unwrap();
+    let (_, streams) = client.describe_topic("ring").unwrap();
+    assert_eq!(streams.iter().map(|stream| stream.next_offset).sum::<u64>(), count);
+    assert!(streams.iter().all(|stream| stream.earliest_offset > 0), "{streams:?}");
+    if order.is_global() {
+        let mut late = client.subscriber("ring", Start::Offset(0)).unwrap();
+        let error = late.next(Duration::from_secs(10)).map(|_| ()).unwrap_err();
+        assert!(matches!(error, ClientError::OffsetOutOfRange { earliest, .. } if earliest > 0), "{error}");
+        let mut kept = 0;
+        eventually("reading what is kept", || {
+            // Trimming may still be catching up, and then overtakes the reader.
+            late.seek(Start::Earliest);
+            kept = 0;
+            let read = late.drain(|message| {
+                assert_eq!(message.payload, [7; 1000]);
+                kept += 1;
+            });
+            assert!(matches!(read, Ok(_) | Err(ClientError::OffsetOutOfRange { .. })));
+            read.is_ok()
+        });
+        assert!(kept > 1000);
+    }
+}
+
+#[test]
+fn retention_recycles_with_the_atomic_bitmap() {
+    retention_recycles(&["--allocator", "bitmap"], Order::Strong);
+    retention_recycles(&["--allocator", "bitmap"], Order::Broker);
+}
+
+#[test]
+fn retention_recycles_with_partitions_on_memory_that_is_not_coherent() {
+    retention_recycles(&["--allocator", "partitioned"], Order::Strong);
+}
+
+#[test]
+fn retention_recycles_with_the_leader_allocator() {
+    retention_recycles(&["--allocator", "leader"], Order::Strong);
+}
+
+/// A subscriber that retention overtakes, again and again, hears so each time: its stream never skips in silence.
+#[test]
+fn a_subscriber_that_is_overtaken_is_told() {
+    let cluster = Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
+    // Batches of half a segment: retention moves in steps that are shorter than what a broker queues.
+    let config = ClientConfig { batch_size: Some(512 << 10), buffer_bytes: 8 << 20, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    client.create_topic("fast", TopicOptions { retention_bytes: 16 << 20, ..TopicOptions::default() }).unwrap();
+    let mut subscriber = client.subscriber("fast", Start::Earliest).unwrap();
+    let done = AtomicBool::new(false);
+    let overtaken = std::thread::scope(|scope| {
+        let reader = scope.spawn(|| {
+            let (mut overtaken, mut read) = (0, 0u64);
+            while !done.load(Ordering::Relaxed) {
+                // The client itself checks that offsets follow one another.
+                match subscriber.next_batch(Duration::from_millis(10)) {
+                    Ok(_) => read += 1,
+                    Err(ClientError::OffsetOutOfRange { .. }) => {
+                        overtaken += 1;
+                        subscriber.seek(Start::Earliest);
+                    }
+                    Err(error) => panic!("after {read} batches: {error}"),
+                }
+                if read.is_multiple_of(8) {
+                    // Falls behind, with batches queued for it in the broker.
+                    std::thread::sleep(Duration::from_millis(60));
+                }
+            }
+            overtaken
+        });
+        fill(&client, "fast", 1 << 30).unwrap();
+        done.store(true, Ordering::Relaxed);
+        reader.join().unwrap()
+    });
+    assert!(overtaken > 0);
+}
+
+#[test]
+fn retention_by_time_trims() {
+    let cluster = Cluster::start(1, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);
+    let client = small(&cluster);
+    client.create_topic("brief", TopicOptions { retention_ms: 50, ..TopicOptions::default() }).unwrap();
+    let count = fill(&client, "brief", 5 << 20).unwrap();
+    eventually("trimming", || client.describe_topic("brief").unwrap().1[0].earliest_offset == count);
+}
+
+#[test]
+fn a_thousand_sessions_and_thirty_two_topics() {
+    let cluster = Cluster::start(2, &["--size", "512MiB", "--segment-size", "1MiB", "--max-sessions", "1024"], &[]);
+    let config = ClientConfig { batch_size: Some(1024), buffer_bytes: 2048, max_brokers: 1, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    for number in 0..32 {
+        client.create_topic(&format!("t{number}"), TopicOptions::default()).unwrap();
+    }
+    let error = client.create_topic("one-too-many", TopicOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("all 32 topic slots"), "{error}");
+    let publishers: Vec<_> = (0..1000).map(|number| client.publisher(&format!("t{}", number % 32)).unwrap()).collect();
+    for round in 0..3u32 {
+        for publisher in &publishers {
+            publisher.publish_wait(&round.to_le_bytes()).unwrap();
+        }
+    }
+    for publisher in &publishers {
+        publisher.flush().unwrap();
+    }
+    let (_, streams) = client.describe_topic("t0").unwrap();
+    assert_eq!(streams[0].next_offset, 32 * 3);
+    for publisher in publishers {
+        publisher.close().unwrap();
+    }
+}
+
+#[test]
+fn a_live_region_is_inspected() {
+    let cluster = Cluster::start(2, &["--size", "128MiB", "--segment-size", "1MiB"], &[]);
+    let client = small(&cluster);
+    client.create_topic("seen", TopicOptions::default()).unwrap();
+    // Until both brokers received some: which of them a publisher reaches first is open.
+    let mut count = 0;
+    let mut report = serde_json::Value::Null;
+    eventually("both brokers receive batches", || {
+        count += fill(&client, "seen", 3 << 20).unwrap();
+        report = cluster.inspect();
+        let brokers = report["topics"][0]["offset_entries"].as_array().unwrap();
+        brokers.iter().all(|entry| !entry["batchlog"].as_array().unwrap().is_empty())
+    });
+    assert_eq!(report["brokers"].as_array().unwrap().len(), 2);
+    assert_eq!(report["topics"][0]["name"], "seen");
+    assert!(report["topics"][0]["global_index"]["committed"].as_u64().unwrap() > 10);
+    let entries = report["topics"][0]["global_index_entries"].as_array().unwrap();
+    let last = entries.last().unwrap();
+    assert_eq!(last["first_offset"].as_u64().unwrap() + last["message_count"].as_u64().unwrap(), count);
+    assert!(report["segments"]["free"].as_u64() < report["segments"]["total"].as_u64());
+    let text = run(&["region", "inspect", "--path", cluster.region.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&text.stdout).contains("control_block"));
+}

@@ -1,0 +1,154 @@
+//! Promise: with etcd, one broker at a time is elected, and while etcd is away topics go on and nobody is.
+
+use crate::support::etcd::Etcd;
+use crate::support::{Cluster, assert_exactly_once, eventually, history, message, refused};
+use embarcadero_client::{Order, Publisher, TopicOptions};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
+const COUNT: u64 = 3000;
+
+/// A cluster whose brokers are elected by `etcd`.
+fn cluster(etcd: &Etcd, brokers: u32, create: &[&str], more: &[(&str, &str)]) -> Cluster {
+    let endpoints = etcd.endpoints();
+    let environment = [
+        ("EMBARCADERO_BROKER_MEMBERSHIP", "etcd"),
+        ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", &endpoints),
+        ("EMBARCADERO_BROKER_ETCD__LEASE_S", "2"),
+        ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500"),
+    ];
+    Cluster::start(brokers, &[REGION, create].concat(), &[&environment, more].concat())
+}
+
+fn strong() -> TopicOptions {
+    TopicOptions { order: Order::Strong, ..TopicOptions::default() }
+}
+
+fn membership(cluster: &Cluster) -> String {
+    cluster.client_of_all().cluster().unwrap().membership
+}
+
+/// Publishes `COUNT` messages a round, while `rounds` counts them.
+fn publish_in_rounds(publisher: &Publisher, number: u32, total: u64, rounds: &AtomicU64) {
+    for message_number in 0..total * COUNT {
+        while message_number >= (rounds.load(Ordering::SeqCst) + 1) * COUNT {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        publisher.publish_wait(&message(number, message_number)).unwrap();
+    }
+    publisher.flush().unwrap();
+}
+
+/// Heads are killed and stopped in turn; memory is taken for not coherent, so that nothing but etcd and what lies in the
+/// region decides.
+#[test]
+fn etcd_elects_the_next_head() {
+    const ROUNDS: u64 = 6;
+    let etcd = Etcd::start([127, 0, 0, 1].into());
+    let environment = [("EMBARCADERO_BROKER_CXL__COHERENCE", "none")];
+    let mut cluster = cluster(&etcd, 3, &["--allocator", "partitioned", "--max-brokers", "4"], &environment);
+    assert_eq!(membership(&cluster), "etcd");
+    let listed = cluster.assert_command(&["brokers"]);
+    assert!(listed.contains("\thead\n") && listed.ends_with("membership: etcd\n"), "{listed}");
+    cluster.client_of_all().create_topic("t", strong()).unwrap();
+    let rounds = AtomicU64::new(0);
+    let mut epochs = vec![cluster.epoch()];
+    std::thread::scope(|scope| {
+        for number in 0..2 {
+            let (publisher, rounds) = (cluster.client_of_all().publisher("t").unwrap(), &rounds);
+            scope.spawn(move || publish_in_rounds(&publisher, number, ROUNDS, rounds));
+        }
+        for round in 1..=ROUNDS {
+            std::thread::sleep(Duration::from_millis(50));
+            let (index, before) = (cluster.head(), cluster.epoch());
+            let leads = |cluster: &Cluster| cluster.epoch() > before;
+            if round % 2 == 0 {
+                let dead = cluster.kill(index);
+                eventually("another leads", || leads(&cluster));
+                cluster.restart(&dead);
+            } else {
+                cluster.brokers[index].signal("-STOP");
+                eventually("another leads", || leads(&cluster));
+                cluster.brokers[index].signal("-CONT");
+            }
+            epochs.push(cluster.epoch());
+            rounds.store(round, Ordering::SeqCst);
+        }
+    });
+    let seen = history(&cluster.client_of_all(), "t");
+    for number in 0..2 {
+        assert_exactly_once(&seen[&number], ROUNDS * COUNT);
+    }
+    assert!(epochs.is_sorted(), "{epochs:?}");
+}
+
+#[test]
+fn while_etcd_is_away_topics_go_on_and_nobody_is_elected() {
+    let mut etcd = Etcd::start([127, 0, 0, 1].into());
+    let mut cluster = cluster(&etcd, 3, &[], &[]);
+    cluster.client_of_all().create_topic("t", strong()).unwrap();
+    let publisher = cluster.client_of_all().publisher("t").unwrap();
+    let mut next = 0;
+    let mut publish = |flush: bool| {
+        for number in next..next + COUNT {
+            publisher.publish_wait(&message(0, number)).unwrap();
+        }
+        next += COUNT;
+        if flush {
+            publisher.flush().unwrap();
+        }
+    };
+    publish(true);
+    let first = cluster.epoch();
+
+    // Restarted with what it knew, while the head leads: the same goes on.
+    etcd.kill();
+    eventually("the loss is told", || membership(&cluster).contains("no head can be elected"));
+    publish(true);
+    etcd.restart();
+    eventually("it is back", || membership(&cluster) == "etcd");
+    publish(true);
+    assert_eq!(cluster.epoch(), first);
+
+    // The head dies while it is away: the others wait.
+    etcd.kill();
+    eventually("the loss is told", || membership(&cluster).contains("no head can be elected"));
+    let head = cluster.head();
+    let dead = cluster.kill(head);
+    assert!(cluster.assert_command(&["brokers"]).contains("no head can be elected"));
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(cluster.epoch(), first, "nobody can have been elected");
+    etcd.restart();
+    eventually("another is elected", || cluster.epoch() > first);
+    cluster.restart(&dead);
+    publish(true);
+
+    // It comes back and knows nothing: the head stays, and the next has a higher epoch all the same.
+    let second = cluster.epoch();
+    etcd.wipe();
+    etcd.restart();
+    eventually("it is back", || membership(&cluster) == "etcd");
+    publish(true);
+    assert_eq!(cluster.epoch(), second);
+    let head = cluster.head();
+    cluster.kill(head);
+    eventually("another is elected", || cluster.epoch() > second);
+    publish(true);
+    assert_exactly_once(&history(&cluster.client_of_all(), "t")[&0], next);
+}
+
+#[test]
+fn a_broker_without_etcd_or_with_the_wrong_one_says_so() {
+    let etcd = Etcd::start([127, 0, 0, 1].into());
+    let cluster = cluster(&etcd, 1, &[], &[]);
+    let region = cluster.region.to_str().unwrap();
+    let broker = ["broker", "--region", region];
+    let refuse = |changes: &[(&str, &str)], reason: &str| refused(&broker, changes, reason);
+    let etcd = ("EMBARCADERO_BROKER_MEMBERSHIP", "etcd");
+    refuse(&[etcd], "etcd.endpoints is []");
+    let nobody = ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", "[\"http://127.0.0.1:9\"]");
+    refuse(&[etcd, nobody], "membership is etcd, but etcd at");
+    refuse(&[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")], "membership: etcd elects");
+    refuse(&[("EMBARCADERO_BROKER_ETCD__LEASE_S", "1")], "etcd.lease_s is 1; it must be 2 to 3600");
+}

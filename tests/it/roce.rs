@@ -1,0 +1,152 @@
+//! Promise: NICs in software are NICs: over a wire between two hosts that loses, repeats, reorders and damages, that goes
+//! down and comes back, and beside a stranger who sends whatever packets he likes, the log is the same log.
+//!
+//! Needs root: hosts are network namespaces.
+
+use crate::support::verbs::{REGION, order_and_integrity, over, small, strong};
+use crate::support::wire::{FAR, Faults, NEAR, Wire};
+use crate::support::{Cluster, assert_exactly_once, history, message};
+use embarcadero_client::{ClientConfig, TransportKind};
+use embarcadero_roce::packet::{Aeth, Ecn, Opcode, Packet, Reth, Syndrome};
+use embarcadero_roce::psn::Psn;
+use rand::Rng;
+use socket2::{Domain, Protocol, Socket, Type};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Brokers on the near host.
+fn brokers(wire: &Wire, count: usize) -> Cluster {
+    let mut cluster = Cluster::start(0, REGION, &[("EMBARCADERO_BROKER_TRANSPORT", "roce")]);
+    let (command, any) = (wire.command("near"), format!("{NEAR}:0"));
+    let command: Vec<&str> = command.iter().map(String::as_str).collect();
+    for _ in 0..count {
+        cluster.add_under(&command, &["--data", &any, "--control", &any]);
+    }
+    cluster
+}
+
+fn survives(faults: Faults) {
+    let wire = Wire::new(faults);
+    let cluster = brokers(&wire, 2);
+    wire.on("far", || {
+        cluster.await_brokers(2);
+        order_and_integrity(TransportKind::Roce, &cluster, 5000);
+    });
+    drop(cluster);
+    assert!(wire.harmed.load(Ordering::Relaxed) > 10, "the wire did no harm");
+}
+
+#[test]
+fn order_and_integrity_with_one_packet_of_a_hundred_lost() {
+    survives(Faults { lost: 10, ..Faults::default() });
+}
+
+#[test]
+fn order_and_integrity_with_one_packet_of_twenty_lost() {
+    survives(Faults { lost: 50, ..Faults::default() });
+}
+
+#[test]
+fn order_and_integrity_with_packets_repeated_reordered_and_damaged() {
+    survives(Faults { lost: 5, repeated: 20, reordered: 20, damaged: 10 });
+}
+
+#[test]
+fn a_link_that_goes_down_and_comes_back_loses_nothing() {
+    let wire = Wire::new(Faults::default());
+    let cluster = brokers(&wire, 1);
+    wire.on("far", || {
+        let client = over(TransportKind::Roce, &cluster);
+        client.create_topic("t", strong()).unwrap();
+        let publisher = client.publisher("t").unwrap();
+        for number in 0..2000 {
+            publisher.publish_wait(&message(0, number)).unwrap();
+        }
+        publisher.flush().unwrap();
+        wire.link("far", "down");
+        for number in 2000..2200 {
+            publisher.publish_wait(&message(0, number)).unwrap();
+        }
+        let config = ClientConfig { transport: TransportKind::Roce, ..small(&cluster) };
+        let mut down = config.clone();
+        down.roce.address = Some(FAR.parse().unwrap());
+        let refused = embarcadero_client::Client::connect(down).map(drop).unwrap_err().to_string();
+        assert!(refused.contains("no interface of this host that is up has the address"), "{refused}");
+        wire.link("far", "up");
+        publisher.flush().unwrap();
+        assert_exactly_once(&history(&client, "t")[&0], 2200);
+    });
+}
+
+/// Packets of every kind, to and from any queue pair, with addresses of others: a stranger knows no key, and gets nothing.
+fn send_anything(stop: &AtomicBool) -> u64 {
+    let socket = Socket::new(Domain::IPV4, Type::RAW, Some(Protocol::from(libc::IPPROTO_RAW))).unwrap();
+    let mut rng = rand::rng();
+    let to: IpAddr = NEAR.parse().unwrap();
+    let (mut bytes, mut sent) = (Vec::new(), 0);
+    while !stop.load(Ordering::Relaxed) {
+        let opcode = loop {
+            if let Some(opcode) = Opcode::of(rng.random()) {
+                break opcode;
+            }
+        };
+        let payload = vec![0xee; [0, 1, 64, 1024, 4096][rng.random_range(0..5)]];
+        let syndromes = [
+            Syndrome::Done(31),
+            Syndrome::NotReady(1),
+            Syndrome::Sequence,
+            Syndrome::InvalidRequest,
+            Syndrome::Access,
+            Syndrome::Operation,
+        ];
+        let packet = Packet {
+            // The host that publishes, or another.
+            from: [FAR, "10.77.0.9"][rng.random_range(0..2)].parse().unwrap(),
+            to,
+            source_port: rng.random(),
+            ecn: [Ecn::Capable0, Ecn::Congested][rng.random_range(0..2)],
+            opcode,
+            solicited: rng.random(),
+            wants_ack: rng.random(),
+            queue_pair: rng.random::<u32>() & 0xff_ffff,
+            psn: Psn::new(rng.random::<u32>() & 0xff_ffff),
+            reth: opcode.has_reth().then(|| Reth { address: rng.random(), rkey: rng.random(), bytes: rng.random() }),
+            aeth: opcode.has_aeth().then(|| Aeth {
+                syndrome: syndromes[rng.random_range(0..6)],
+                messages: rng.random::<u32>() & 0xff_ffff,
+            }),
+            immediate: opcode.has_immediate().then(|| rng.random()),
+            payload: &payload,
+        };
+        bytes.clear();
+        packet.encode(&mut bytes).unwrap();
+        if rng.random_range(0..4) == 0 {
+            let at = rng.random_range(20..bytes.len());
+            bytes[at] ^= 1 << rng.random_range(0..8);
+        }
+        sent += u64::from(socket.send_to(&bytes, &SocketAddr::new(to, 0).into()).is_ok());
+        // He does not fill the wire, which any flood could.
+        if sent.is_multiple_of(32) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    sent
+}
+
+#[test]
+fn a_stranger_who_sends_anything_changes_nothing() {
+    let wire = Wire::new(Faults::default());
+    let cluster = brokers(&wire, 1);
+    let stop = AtomicBool::new(false);
+    let sent = wire.on("far", || {
+        std::thread::scope(|scope| {
+            let stranger = scope.spawn(|| send_anything(&stop));
+            order_and_integrity(TransportKind::Roce, &cluster, 3000);
+            stop.store(true, Ordering::Relaxed);
+            stranger.join().unwrap()
+        })
+    });
+    println!("{sent} packets of a stranger");
+    assert!(sent > 1000);
+}

@@ -1,0 +1,473 @@
+//! What whole-system tests share: real broker processes on a region of their own.
+
+pub mod etcd;
+pub mod verbs;
+pub mod wire;
+
+use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
+use embarcadero_wire::OpenPublish;
+use embarcadero_wire::batch::BatchOrigin;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_embarcadero");
+
+/// How long anything may take before a test fails. Never decides a test that works.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub struct Broker {
+    pub child: Child,
+    pub id: u32,
+    /// What it was started with.
+    arguments: Vec<String>,
+    pub data: SocketAddr,
+    pub control: String,
+}
+
+impl Broker {
+    /// kill -9.
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// Sends a signal, by kill's name for it.
+    pub fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+    }
+}
+
+impl Drop for Broker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Broker processes and their region; all gone when dropped.
+pub struct Cluster {
+    pub brokers: Vec<Broker>,
+    pub region: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+static REGIONS: AtomicU32 = AtomicU32::new(0);
+
+pub fn region_path() -> PathBuf {
+    let number = REGIONS.fetch_add(1, Ordering::Relaxed);
+    PathBuf::from(format!("/dev/shm/embarcadero-test-{}-{number}", std::process::id()))
+}
+
+/// An address at `host` for something that is started later, or started again: of a port below those that the kernel
+/// gives to whoever asks for any (`ip_local_port_range`, from 32768), so that nobody gets it in between.
+pub fn address_at(host: IpAddr) -> SocketAddr {
+    const FIRST: u32 = 12_000;
+    const PORTS: u32 = 20_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        // Test programs that run at the same time begin at different places.
+        let number = NEXT.fetch_add(1, Ordering::Relaxed) + 64 * std::process::id();
+        let address = SocketAddr::new(host, (FIRST + number % PORTS) as u16);
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+}
+
+/// As [`address_at`], on loopback.
+pub fn loopback() -> SocketAddr {
+    address_at(Ipv4Addr::LOCALHOST.into())
+}
+
+pub fn run(arguments: &[&str]) -> Output {
+    Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+impl Cluster {
+    /// A region made with `create` (arguments of `region create`), and `brokers` brokers with `environment` on top of
+    /// their defaults.
+    pub fn start(brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::start_on(region_path(), brokers, create, environment)
+    }
+
+    /// Brokers that will be added, on a region that is there.
+    pub fn on(region: PathBuf, environment: &[(&str, &str)]) -> Self {
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Self { brokers: Vec::new(), region, environment }
+    }
+
+    /// As [`Cluster::start`], with the region at `region`, a device-dax node maybe.
+    pub fn start_on(region: PathBuf, brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut arguments = vec!["region", "create", "--path", region.to_str().unwrap()];
+        arguments.extend(create);
+        let made = run(&arguments);
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let mut cluster = Self::on(region, environment);
+        for _ in 0..brokers {
+            cluster.add(&[]);
+        }
+        if brokers > 0 {
+            cluster.await_brokers(brokers as usize);
+        }
+        cluster
+    }
+
+    /// A setting of the brokers that are started from now on.
+    pub fn set(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(known, _)| known != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// Starts one more broker.
+    pub fn add(&mut self, arguments: &[&str]) -> usize {
+        self.add_under(&[], arguments)
+    }
+
+    /// As [`Cluster::add`], by a command that becomes the program behind it.
+    pub fn add_under(&mut self, command: &[&str], arguments: &[&str]) -> usize {
+        let line = [command, &[PROGRAM]].concat();
+        let control = ["--control", &loopback().to_string()].map(str::to_owned);
+        let mut child = Command::new(line[0])
+            .args(&line[1..])
+            .args(["broker", "--region", self.region.to_str().unwrap()])
+            .args(if arguments.contains(&"--control") { &[] } else { &control[..] })
+            .args(arguments)
+            .envs(self.environment.iter().cloned())
+            .env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", "8")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&line).expect("the broker did not start");
+        self.brokers.push(Broker {
+            child,
+            arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
+            id: said["broker"].as_u64().unwrap() as u32,
+            data: said["data"].as_str().unwrap().parse().unwrap(),
+            control: said["control"].as_str().unwrap().to_owned(),
+        });
+        self.brokers.len() - 1
+    }
+
+    pub fn await_brokers(&self, count: usize) {
+        let client = self.client();
+        let begun = Instant::now();
+        while client.cluster().unwrap().brokers.len() != count {
+            assert!(begun.elapsed() < PATIENCE, "the head does not see {count} brokers");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// What `region inspect` shows.
+    pub fn inspect(&self) -> serde_json::Value {
+        let report = run(&["region", "inspect", "--json", "--path", self.region.to_str().unwrap()]);
+        serde_json::from_slice(&report.stdout).unwrap()
+    }
+
+    pub fn control(&self) -> &str {
+        &self.brokers[0].control
+    }
+
+    pub fn config(&self) -> ClientConfig {
+        ClientConfig { progress_timeout_ms: PATIENCE.as_millis() as u64, ..ClientConfig::at(self.control()) }
+    }
+
+    pub fn client(&self) -> Client {
+        Client::connect(self.config()).unwrap()
+    }
+
+    /// A client that knows every broker, as the first may die, and has buffers of a modest size.
+    pub fn client_of_all(&self) -> Client {
+        let bootstrap = self.brokers.iter().map(|broker| broker.control.clone()).collect();
+        let config = ClientConfig { bootstrap, batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..self.config() };
+        Client::connect(config).unwrap()
+    }
+
+    /// Index of the head among the brokers, once there is one that lives.
+    pub fn head(&self) -> usize {
+        let begun = Instant::now();
+        loop {
+            let found = self.client_of_all().cluster().unwrap().brokers.into_iter().find(|broker| broker.head);
+            let index = found.and_then(|head| self.brokers.iter().position(|broker| broker.id == head.id));
+            if let Some(index) = index {
+                return index;
+            }
+            assert!(begun.elapsed() < PATIENCE, "no broker became the head");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Epoch of the head that leads, or led last.
+    pub fn epoch(&self) -> u64 {
+        self.inspect()["control_block"]["epoch"].as_u64().unwrap()
+    }
+
+    /// kill -9; what was killed, to start it again.
+    pub fn kill(&mut self, index: usize) -> Broker {
+        let mut broker = self.brokers.remove(index);
+        broker.kill();
+        broker
+    }
+
+    /// Starts a broker again that was killed, under its id and control address.
+    pub fn restart(&mut self, dead: &Broker) {
+        let id = dead.id.to_string();
+        let mut arguments: Vec<&str> = dead.arguments.iter().map(String::as_str).collect();
+        for (flag, value) in [("--id", id.as_str()), ("--control", dead.control.as_str())] {
+            if !arguments.contains(&flag) {
+                arguments.extend([flag, value]);
+            }
+        }
+        self.add(&arguments);
+    }
+
+    /// The numbers of a publisher's session, read back from the region: to speak in its name.
+    pub fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
+        let client_id = publisher.client_id();
+        let report = self.inspect();
+        let sessions = report["sessions"].as_array().unwrap();
+        let session = sessions.iter().find(|session| session["client_id"].as_u64() == Some(client_id)).unwrap();
+        let origin = BatchOrigin {
+            client_id,
+            session_epoch: session["epoch"].as_u64().unwrap() as u32,
+            session_slot: session["slot"].as_u64().unwrap() as u32,
+            topic: topic.id,
+            topic_incarnation: topic.incarnation,
+        };
+        let open = OpenPublish {
+            client_id,
+            session_epoch: origin.session_epoch,
+            session_slot: origin.session_slot,
+            topic: topic.id,
+            topic_incarnation: topic.incarnation,
+            ack_level: 1,
+            ..OpenPublish::blank()
+        };
+        (open, origin)
+    }
+
+    /// A command of the program against this cluster.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments).env("EMBARCADERO_BROKERS", self.control()).stdin(Stdio::null());
+        command
+    }
+
+    pub fn assert_command(&self, arguments: &[&str]) -> String {
+        let output = self.command(arguments).output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{arguments:?}: {out}{err}");
+        out.into_owned()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        self.brokers.clear();
+        if self.region.is_file() {
+            let _ = std::fs::remove_file(&self.region);
+        }
+    }
+}
+
+/// Kills every broker and removes the region; then rebuilds it from what `from` holds, and starts other brokers on it.
+pub fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
+    cluster.brokers.iter_mut().for_each(Broker::kill);
+    let brokers = std::mem::take(&mut cluster.brokers).len();
+    std::fs::remove_file(&cluster.region).unwrap();
+    let path = cluster.region.to_str().unwrap();
+    assert!(run(&[&["region", "create", "--path", path], create].concat()).status.success());
+    let from: Vec<&str> = from.iter().map(|path| path.to_str().unwrap()).collect();
+    let restored = run(&[&["region", "restore", "--path", path, "--from"], from.as_slice()].concat());
+    assert!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
+    for _ in 0..brokers {
+        cluster.add(&[]);
+    }
+    cluster.await_brokers(brokers);
+}
+
+/// Runs a command of the program that must fail, and say why.
+pub fn refused(arguments: &[&str], environment: &[(&str, &str)], reason: &str) {
+    let output = Command::new(PROGRAM).args(arguments).envs(environment.iter().copied()).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains(reason), "{arguments:?}: {said}");
+}
+
+/// Polls until `done`, failing after [`PATIENCE`].
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < PATIENCE, "{what} did not happen");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A TCP proxy that cuts each connection after a number of bytes.
+pub struct Proxy {
+    pub address: SocketAddr,
+    /// Bytes left until the next cut; negative: never.
+    budget: Arc<AtomicI64>,
+    cuts: Arc<AtomicU32>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    pub fn start(target: SocketAddr) -> Self {
+        Self::on(TcpListener::bind("127.0.0.1:0").unwrap(), target)
+    }
+
+    pub fn on(listener: TcpListener, target: SocketAddr) -> Self {
+        let address = listener.local_addr().unwrap();
+        let (budget, cuts) = (Arc::new(AtomicI64::new(-1)), Arc::new(AtomicU32::new(0)));
+        let stop = Arc::new(AtomicBool::new(false));
+        let proxy = Self { address, budget: Arc::clone(&budget), cuts: Arc::clone(&cuts), stop: Arc::clone(&stop) };
+        std::thread::spawn(move || {
+            for client in listener.incoming() {
+                if stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                let Ok(client) = client else { continue };
+                let Ok(server) = TcpStream::connect(target) else { continue };
+                let (up, down) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                let (budget, cuts) = (Arc::clone(&budget), Arc::clone(&cuts));
+                std::thread::spawn(move || pump(up, server, Some((&budget, &cuts))));
+                std::thread::spawn(move || pump(down, client, None));
+            }
+        });
+        proxy
+    }
+
+    /// Cuts the connection that carries the `bytes`-th byte towards the broker from now on.
+    pub fn cut_after(&self, bytes: i64) {
+        self.budget.store(bytes, Ordering::SeqCst);
+    }
+
+    pub fn cuts(&self) -> u32 {
+        self.cuts.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = TcpStream::connect(self.address);
+    }
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream, cut: Option<(&AtomicI64, &AtomicU32)>) {
+    let mut buffer = vec![0; 16 << 10];
+    while let Ok(read @ 1..) = from.read(&mut buffer) {
+        let mut pass = read;
+        let mut cut_now = false;
+        if let Some((budget, cuts)) = cut
+            && budget.load(Ordering::SeqCst) >= 0
+        {
+            let before = budget.fetch_sub(read as i64, Ordering::SeqCst);
+            if (0..=read as i64).contains(&before) {
+                budget.store(-1, Ordering::SeqCst);
+                cuts.fetch_add(1, Ordering::SeqCst);
+                pass = before as usize;
+                cut_now = true;
+            }
+        }
+        if to.write_all(&buffer[..pass]).is_err() || cut_now {
+            break;
+        }
+    }
+    let _ = from.shutdown(std::net::Shutdown::Both);
+    let _ = to.shutdown(std::net::Shutdown::Both);
+}
+
+/// Writes real text of at least `bytes`, made from what the system ships: each line begins with `prefix` and its
+/// number, so that lines differ.
+pub fn write_text(path: &Path, prefix: &str, bytes: u64) {
+    let sources = ["/usr/share/common-licenses", "/usr/share/perl", "/usr/share/doc", "/usr/lib/python3"];
+    let mut text = Vec::new();
+    for source in sources {
+        collect(Path::new(source), &mut text, 8 << 20);
+    }
+    if text.is_empty() {
+        text = std::fs::read(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.lock")).unwrap();
+    }
+    let mut file = std::io::BufWriter::new(std::fs::File::create(path).unwrap());
+    let (mut written, mut number) = (0, 0u64);
+    while written < bytes {
+        for line in text.split(|byte| *byte == b'\n') {
+            let head = format!("{prefix} {number} ");
+            file.write_all(head.as_bytes()).unwrap();
+            file.write_all(line).unwrap();
+            file.write_all(b"\n").unwrap();
+            written += (head.len() + line.len() + 1) as u64;
+            number += 1;
+            if written >= bytes {
+                break;
+            }
+        }
+    }
+    file.flush().unwrap();
+}
+
+fn collect(path: &Path, text: &mut Vec<u8>, limit: usize) {
+    let Ok(entries) = std::fs::read_dir(path) else { return };
+    let mut entries: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    entries.sort();
+    for entry in entries {
+        if text.len() >= limit {
+            return;
+        }
+        let Ok(meta) = std::fs::symlink_metadata(&entry) else { continue };
+        if meta.is_dir() {
+            collect(&entry, text, limit);
+        } else if meta.is_file() && meta.len() < 1 << 20 {
+            // Only text: a line of the file must be a line of the test.
+            if let Ok(bytes) = std::fs::read(&entry)
+                && std::str::from_utf8(&bytes).is_ok()
+                && !bytes.contains(&0)
+            {
+                text.extend_from_slice(&bytes);
+            }
+        }
+    }
+}
+
+/// A message that names its publisher and its number, of 100 to 999 bytes.
+pub fn message(publisher: u32, number: u64) -> Vec<u8> {
+    let mut bytes = format!("{publisher} {number} ").into_bytes();
+    bytes.resize(100 + (number % 900) as usize, b'x');
+    bytes
+}
+
+pub fn parse(payload: &[u8]) -> (u32, u64) {
+    let text = std::str::from_utf8(payload).unwrap();
+    let mut words = text.split(' ');
+    (words.next().unwrap().parse().unwrap(), words.next().unwrap().parse().unwrap())
+}
+
+/// Reads the topic to its present end: the numbers of each publisher in order of delivery, and the offset of each.
+pub fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
+    let mut seen: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
+    let mut due = 0;
+    let mut subscriber = client.subscriber(topic, Start::Earliest).unwrap();
+    subscriber
+        .drain(|message| {
+            assert_eq!(message.offset, due, "offsets have a gap");
+            due += 1;
+            let (publisher, number) = parse(message.payload);
+            seen.entry(publisher).or_default().push((number, message.offset));
+        })
+        .unwrap();
+    seen
+}
+
+pub fn assert_exactly_once(seen: &[(u64, u64)], count: u64) {
+    assert!(seen.iter().map(|(number, _)| *number).eq(0..count), "not each message once and in order");
+}
