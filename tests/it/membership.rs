@@ -11,7 +11,8 @@ const COUNT: u64 = 3000;
 
 /// A cluster whose brokers are elected by `etcd`.
 fn cluster(etcd: &Etcd, brokers: u32, create: &[&str], more: &[(&str, &str)]) -> Cluster {
-    let endpoints = etcd.endpoints();
+    // A member that is down comes first.
+    let endpoints = etcd.endpoints().replacen('[', "[\"http://127.0.0.1:9\", ", 1);
     let environment = [
         ("EMBARCADERO_BROKER_MEMBERSHIP", "etcd"),
         ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", &endpoints),
@@ -149,6 +150,8 @@ fn a_broker_without_etcd_or_with_the_wrong_one_says_so() {
     refuse(&[etcd], "etcd.endpoints is []");
     let nobody = ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", "[\"http://127.0.0.1:9\"]");
     refuse(&[etcd, nobody], "membership is etcd, but etcd at");
+    let tls = ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", "[\"https://127.0.0.1:9\"]");
+    refuse(&[etcd, tls], "https://127.0.0.1:9/ is not http://HOST:PORT");
     refuse(&[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")], "membership: etcd elects");
     refuse(&[("EMBARCADERO_BROKER_ETCD__LEASE_S", "1")], "etcd.lease_s is 1; it must be 2 to 3600");
 }

@@ -9,18 +9,31 @@
 //! the region (`embarcadero_cxl::headship`), so a lease that expired late or early loses nothing.
 
 use crate::config::EtcdConfig;
-use embarcadero_cxl::tables::BrokerInfo;
-use etcd_client::{
-    Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, WatchOptions,
+use embarcadero_control::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
+use embarcadero_control::etcd::event::EventType;
+use embarcadero_control::etcd::kv_client::KvClient;
+use embarcadero_control::etcd::lease_client::LeaseClient;
+use embarcadero_control::etcd::request_op::Request;
+use embarcadero_control::etcd::watch_client::WatchClient;
+use embarcadero_control::etcd::watch_request::RequestUnion;
+use embarcadero_control::etcd::{
+    Compare, DeleteRangeRequest, KeyValue, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
+    LeaseRevokeRequest, LeaseTimeToLiveRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest,
+    WatchRequest, WatchResponse,
 };
+use embarcadero_cxl::tables::BrokerInfo;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::{StreamExt, once, pending};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Response, Status, Streaming};
 use uuid::Uuid;
 
-/// How long one call may take.
+/// How long one call to one endpoint may take.
 const CALL: Duration = Duration::from_secs(2);
 /// Time between attempts to reach an etcd that does not answer.
 const RETRY: Duration = Duration::from_millis(250);
@@ -36,7 +49,7 @@ pub enum EtcdError {
         /// Where it should be.
         endpoints: String,
         /// What went wrong.
-        source: etcd_client::Error,
+        source: CallError,
     },
     /// It does not answer in time.
     #[error("etcd at {endpoints} does not answer")]
@@ -62,6 +75,20 @@ pub enum EtcdError {
         /// What it holds.
         value: String,
     },
+}
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    /// An endpoint is no address.
+    #[error(transparent)]
+    Transport(#[from] tonic::transport::Error),
+    /// An endpoint asks for more than plain HTTP.
+    #[error("{0} is not http://HOST:PORT; there is no TLS")]
+    Scheme(String),
+    /// etcd says no, or cannot be reached; the text has the cause.
+    #[error("grpc request error: {0}")]
+    Status(Status),
 }
 
 /// A broker's entry.
@@ -120,6 +147,8 @@ struct View {
 
 struct State {
     view: View,
+    /// Index of the endpoint that is called first.
+    endpoint: usize,
     /// 0: none.
     lease: i64,
     /// Since when etcd does not answer, and what it was.
@@ -131,7 +160,8 @@ struct State {
 /// This broker's place in etcd. Clones are the same.
 #[derive(Clone)]
 pub struct Etcd {
-    client: Client,
+    /// One for each of the endpoints; connected when needed.
+    channels: Vec<Channel>,
     config: EtcdConfig,
     /// Ends with a slash.
     prefix: String,
@@ -140,6 +170,21 @@ pub struct Etcd {
     state: Arc<Mutex<State>>,
     /// Something changed.
     changed: Arc<Notify>,
+}
+
+/// Both ends of a stream that keeps a lease alive.
+type KeepAlive = (mpsc::Sender<LeaseKeepAliveRequest>, Streaming<LeaseKeepAliveResponse>);
+
+/// A connection to be made to an endpoint.
+fn channel(endpoint: &str) -> Result<Channel, CallError> {
+    let scheme = if endpoint.contains("://") { "" } else { "http://" };
+    let endpoint = Endpoint::from_shared(format!("{scheme}{endpoint}"))?.connect_timeout(CALL);
+    // Without this check tonic would speak plain HTTP where https is asked for.
+    if endpoint.uri().scheme_str() != Some("http") {
+        return Err(CallError::Scheme(endpoint.uri().to_string()));
+    }
+    let endpoint = endpoint.keep_alive_while_idle(true).http2_keep_alive_interval(CALL).keep_alive_timeout(CALL);
+    Ok(endpoint.connect_lazy())
 }
 
 impl Etcd {
@@ -153,18 +198,18 @@ impl Etcd {
         info: &BrokerInfo,
         latest_claim: impl Fn() -> u64 + Send + Sync + 'static,
     ) -> Result<Self, EtcdError> {
-        let options = ConnectOptions::new().with_connect_timeout(CALL).with_keep_alive(CALL, CALL);
-        let connected = Client::connect(&config.endpoints, Some(options)).await;
-        let client =
-            connected.map_err(|source| EtcdError::Failed { endpoints: config.endpoints.join(", "), source })?;
+        let channels = config.endpoints.iter().map(|endpoint| channel(endpoint)).collect::<Result<_, _>>();
+        let channels =
+            channels.map_err(|source| EtcdError::Failed { endpoints: config.endpoints.join(", "), source })?;
         let prefix = format!("{}/{uuid}/", config.prefix.trim_end_matches('/'));
+        let state = State { view: View::default(), endpoint: 0, lease: 0, lost: None, leads: false };
         let etcd = Self {
-            client,
+            channels,
             config,
             prefix,
             member: Member::new(info),
             latest_claim: Arc::new(latest_claim),
-            state: Arc::new(Mutex::new(State { view: View::default(), lease: 0, lost: None, leads: false })),
+            state: Arc::new(Mutex::new(state)),
             changed: Arc::default(),
         };
         etcd.refresh().await?;
@@ -180,55 +225,94 @@ impl Etcd {
         format!("{}{name}", self.prefix)
     }
 
+    /// The first key after all that begin with the prefix: `0` follows the slash.
+    fn range_end(&self) -> String {
+        format!("{}0", self.prefix.trim_end_matches('/'))
+    }
+
     fn endpoints(&self) -> String {
         self.config.endpoints.join(", ")
     }
 
-    fn failed(&self, source: etcd_client::Error) -> EtcdError {
-        EtcdError::Failed { endpoints: self.endpoints(), source }
+    fn failed(&self, status: Status) -> EtcdError {
+        EtcdError::Failed { endpoints: self.endpoints(), source: CallError::Status(status) }
     }
 
     fn silent(&self) -> EtcdError {
         EtcdError::Silent { endpoints: self.endpoints() }
     }
 
-    async fn call<R>(&self, call: impl Future<Output = Result<R, etcd_client::Error>>) -> Result<R, EtcdError> {
-        match tokio::time::timeout(CALL, call).await {
-            Ok(result) => result.map_err(|source| self.failed(source)),
-            Err(_) => Err(self.silent()),
+    /// Calls the endpoint that answered last, and those after it until one answers. A call that nobody answered may still
+    /// have happened, so that each call can be made twice without harm.
+    async fn call<Q: Clone, R, F>(&self, request: Q, call: impl Fn(Channel, Q) -> F) -> Result<R, EtcdError>
+    where
+        F: Future<Output = Result<Response<R>, Status>>,
+    {
+        let mut error = self.silent();
+        for _ in &self.channels {
+            let endpoint = self.state().endpoint;
+            error = match tokio::time::timeout(CALL, call(self.channels[endpoint].clone(), request.clone())).await {
+                Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                Ok(Err(status)) if status.code() != Code::Unavailable => return Err(self.failed(status)),
+                Ok(Err(status)) => self.failed(status),
+                Err(_) => self.silent(),
+            };
+            self.state().endpoint = (endpoint + 1) % self.channels.len();
         }
+        Err(error)
     }
 
     /// Runs a transaction; the revision at which it happened, or `None` if its conditions did not hold.
-    async fn transact(&self, when: Vec<Compare>, then: TxnOp) -> Result<Option<i64>, EtcdError> {
-        let mut client = self.client.kv_client();
-        let answer = self.call(client.txn(Txn::new().when(when).and_then([then]))).await?;
-        Ok(answer.succeeded().then(|| answer.header().map_or(0, |header| header.revision())))
+    async fn transact(&self, when: Vec<Compare>, then: Request) -> Result<Option<i64>, EtcdError> {
+        let request = TxnRequest { compare: when, success: vec![RequestOp { request: Some(then) }] };
+        let txn = |channel, request| async move { KvClient::new(channel).txn(request).await };
+        let answer = self.call(request, txn).await?;
+        Ok(answer.succeeded.then(|| answer.header.map_or(0, |header| header.revision)))
+    }
+
+    /// The condition that a key is at `value`.
+    fn equal(&self, name: &str, value: TargetUnion) -> Compare {
+        let target = match value {
+            TargetUnion::Version(_) => CompareTarget::Version,
+            TargetUnion::ModRevision(_) => CompareTarget::Mod,
+            TargetUnion::Value(_) => CompareTarget::Value,
+        };
+        Compare {
+            result: CompareResult::Equal.into(),
+            target: target.into(),
+            key: self.key(name).into(),
+            target_union: Some(value),
+        }
+    }
+
+    fn put(&self, name: &str, value: Vec<u8>, lease: i64) -> Request {
+        Request::RequestPut(PutRequest { key: self.key(name).into(), value, lease })
     }
 
     fn decode<T: for<'a> Deserialize<'a>>(&self, entry: &KeyValue) -> Result<T, EtcdError> {
-        serde_json::from_slice(entry.value()).map_err(|_| EtcdError::Foreign {
-            key: String::from_utf8_lossy(entry.key()).into_owned(),
-            value: String::from_utf8_lossy(entry.value()).chars().take(80).collect(),
+        serde_json::from_slice(&entry.value).map_err(|_| EtcdError::Foreign {
+            key: String::from_utf8_lossy(&entry.key).into_owned(),
+            value: String::from_utf8_lossy(&entry.value).chars().take(80).collect(),
         })
     }
 
     /// Looks at everything below the prefix.
     async fn refresh(&self) -> Result<(), EtcdError> {
-        let mut client = self.client.kv_client();
+        let range = |channel, request| async move { KvClient::new(channel).range(request).await };
         loop {
-            let answer = self.call(client.get(self.prefix.clone(), Some(GetOptions::new().with_prefix()))).await?;
+            let request = RangeRequest { key: self.prefix.clone().into(), range_end: self.range_end().into() };
+            let answer = self.call(request, range).await?;
             let mut view = View::default();
-            for entry in answer.kvs() {
-                match entry.key().strip_prefix(self.prefix.as_bytes()) {
+            for entry in &answer.kvs {
+                match entry.key.strip_prefix(self.prefix.as_bytes()) {
                     Some(b"base") => view.base = Some(self.decode(entry)?),
                     Some(b"head") => {
                         let Member { broker, .. } = self.decode(entry)?;
-                        view.head = Some(Elected { broker, revision: entry.mod_revision(), lease: entry.lease() });
+                        view.head = Some(Elected { broker, revision: entry.mod_revision, lease: entry.lease });
                     }
                     Some(_) => {
                         let member: Member = self.decode(entry)?;
-                        view.members.insert(member.broker, (member, entry.mod_revision()));
+                        view.members.insert(member.broker, (member, entry.mod_revision));
                     }
                     None => {}
                 }
@@ -245,17 +329,20 @@ impl Etcd {
                 return Ok(());
             }
             // The first, or the first after etcd lost everything.
-            let base = TxnOp::put(self.key("base"), (self.latest_claim)().to_string(), None);
-            self.transact(vec![Compare::version(self.key("base"), CompareOp::Equal, 0)], base).await?;
+            let base = self.put("base", (self.latest_claim)().to_string().into(), 0);
+            self.transact(vec![self.equal("base", TargetUnion::Version(0))], base).await?;
         }
     }
 
     /// Puts this broker's entries under a lease that lives.
     async fn register(&self) -> Result<i64, EtcdError> {
-        let mut client = self.client.lease_client();
         let mut lease = self.state().lease;
-        if lease == 0 || self.call(client.time_to_live(lease, None)).await.is_ok_and(|answer| answer.ttl() <= 0) {
-            lease = self.call(client.grant(self.config.lease_s.into(), None)).await?.id();
+        let time_to_live =
+            |channel, request| async move { LeaseClient::new(channel).lease_time_to_live(request).await };
+        let request = LeaseTimeToLiveRequest { id: lease };
+        if lease == 0 || self.call(request, time_to_live).await.is_ok_and(|answer| answer.ttl <= 0) {
+            let grant = |channel, request| async move { LeaseClient::new(channel).lease_grant(request).await };
+            lease = self.call(LeaseGrantRequest { ttl: self.config.lease_s.into() }, grant).await?.id;
             self.state().lease = lease;
         }
         self.refresh().await?;
@@ -282,12 +369,11 @@ impl Etcd {
     /// Writes this broker's entry if the key is still at `revision` (0: not there).
     async fn put_if(&self, name: &str, revision: i64, lease: i64) -> Result<Option<i64>, EtcdError> {
         let value = serde_json::to_vec(&self.member).unwrap_or_default();
-        let same = Compare::mod_revision(self.key(name), CompareOp::Equal, revision);
+        let same = self.equal(name, TargetUnion::ModRevision(revision));
         // Epochs count from the base: it must be the one that was seen.
         let base = self.state().view.base.unwrap_or(0).to_string();
-        let base = Compare::value(self.key("base"), CompareOp::Equal, base);
-        let put = TxnOp::put(self.key(name), value, Some(PutOptions::new().with_lease(lease)));
-        self.transact(vec![same, base], put).await
+        let base = self.equal("base", TargetUnion::Value(base.into()));
+        self.transact(vec![same, base], self.put(name, value, lease)).await
     }
 
     /// The head, as etcd has it, and how long there has been none.
@@ -323,16 +409,18 @@ impl Etcd {
             state.view.head
         };
         if let Some(head) = head.filter(|head| !leads && head.broker == self.member.broker) {
-            let same = Compare::mod_revision(self.key("head"), CompareOp::Equal, head.revision);
+            let same = self.equal("head", TargetUnion::ModRevision(head.revision));
+            let delete = Request::RequestDeleteRange(DeleteRangeRequest { key: self.key("head").into() });
             // If it fails, the lease ends it.
-            let _ = self.transact(vec![same], TxnOp::delete(self.key("head"), None)).await;
+            let _ = self.transact(vec![same], delete).await;
         }
     }
 
     /// Leaves: the entries go.
     pub async fn leave(&self) {
-        let lease = std::mem::take(&mut self.state().lease);
-        let _ = self.call(self.client.lease_client().revoke(lease)).await;
+        let request = LeaseRevokeRequest { id: std::mem::take(&mut self.state().lease) };
+        let revoke = |channel, request| async move { LeaseClient::new(channel).lease_revoke(request).await };
+        let _ = self.call(request, revoke).await;
     }
 
     /// Waits until the head's entry changes.
@@ -363,12 +451,32 @@ impl Etcd {
         }
     }
 
+    /// Watches everything below the prefix.
+    async fn watch(&self) -> Result<Streaming<WatchResponse>, EtcdError> {
+        let create = WatchCreateRequest { key: self.prefix.clone().into(), range_end: self.range_end().into() };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        // Requests do not end after the first: the watch could end with them.
+        let watch =
+            |channel, request| async move { WatchClient::new(channel).watch(once(request).chain(pending())).await };
+        self.call(request, watch).await
+    }
+
+    /// Opens a stream of requests to keep a lease alive, of which it makes the first, and the stream of their answers.
+    async fn keep_alive(&self, request: LeaseKeepAliveRequest) -> Result<KeepAlive, EtcdError> {
+        let keep_alive = |channel, request| async move {
+            let (keeper, requests) = mpsc::channel(KEEP_ALIVES as usize);
+            // etcd says nothing before it has a request.
+            let _ = keeper.try_send(request);
+            let kept = LeaseClient::new(channel).lease_keep_alive(ReceiverStream::new(requests)).await?;
+            Ok(kept.map(|kept| (keeper, kept)))
+        };
+        self.call(request, keep_alive).await
+    }
+
     async fn attend(&self) -> Result<std::convert::Infallible, EtcdError> {
-        let mut watcher = self.client.watch_client();
-        let options = WatchOptions::new().with_prefix();
-        let mut watch = self.call(watcher.watch(self.prefix.clone(), Some(options))).await?;
-        let lease = self.register().await?;
-        let (mut keeper, mut kept) = self.call(self.client.lease_client().keep_alive(lease)).await?;
+        let mut watch = self.watch().await?;
+        let request = LeaseKeepAliveRequest { id: self.register().await? };
+        let (keeper, mut kept) = self.keep_alive(request).await?;
         if let Some((since, _)) = self.state().lost.take() {
             tracing::info!(seconds = since.elapsed().as_secs(), "etcd is back");
         }
@@ -377,29 +485,28 @@ impl Etcd {
         loop {
             tokio::select! {
                 _ = ticks.tick() => {
-                    if unanswered > 1 {
+                    if unanswered > 1 || keeper.try_send(request).is_err() {
                         return Err(self.silent());
                     }
-                    self.call(keeper.keep_alive()).await?;
                     unanswered += 1;
                 }
-                answer = kept.message() => match answer.map_err(|source| self.failed(source))? {
-                    Some(answer) if answer.ttl() > 0 => unanswered = 0,
+                answer = kept.message() => match answer.map_err(|status| self.failed(status))? {
+                    Some(answer) if answer.ttl > 0 => unanswered = 0,
                     // The lease, or the stream, is gone: all is done again.
                     Some(_) | None => return Err(self.silent()),
                 },
                 news = watch.message() => {
-                    let news = news.map_err(|source| self.failed(source))?;
-                    let news = news.filter(|news| !news.canceled()).ok_or_else(|| self.silent())?;
+                    let news = news.map_err(|status| self.failed(status))?;
+                    let news = news.filter(|news| !news.canceled).ok_or_else(|| self.silent())?;
                     // Its own key may have gone with a lease that etcd ended.
                     let own = self.key(&format!("brokers/{}", self.member.broker));
-                    let gone = news.events().iter().any(|event| {
-                        event.event_type() == EventType::Delete
-                            && event.kv().is_some_and(|entry| entry.key() == own.as_bytes())
+                    let gone = news.events.iter().any(|event| {
+                        event.r#type() == EventType::Delete
+                            && event.kv.as_ref().is_some_and(|entry| entry.key == own.as_bytes())
                     });
                     if gone {
                         self.register().await?;
-                    } else if !news.events().is_empty() {
+                    } else if !news.events.is_empty() {
                         self.refresh().await?;
                     }
                 }
