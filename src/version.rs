@@ -1,5 +1,7 @@
 //! What this build was made from.
 
+use embarcadero_verbs::{has_dpdk, rdma_missing};
+
 /// Version of the package.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Commit that it was built from, 12 hexadecimal digits; `unknown` outside a checkout.
@@ -12,9 +14,9 @@ pub fn print(verbose: bool) {
         println!("commit {COMMIT}");
         println!("target {} ({})", env!("EMBARCADERO_TARGET"), env!("EMBARCADERO_PROFILE"));
         println!("native libraries at build time: {}", env!("EMBARCADERO_LIBRARIES"));
-        println!(
-            "transports: {}",
-            if cfg!(feature = "rdma") { "tcp, verbs, roce" } else { "tcp, roce (built without feature rdma)" }
-        );
+        let mut transports = vec!["tcp".to_owned(), "roce".to_owned()];
+        transports.push(rdma_missing().map_or("verbs".to_owned(), |why| format!("no verbs ({why})")));
+        transports.push(if has_dpdk() { "dpdk" } else { "no dpdk (built without cargo feature dpdk)" }.to_owned());
+        println!("transports: {}", transports.join("; "));
     }
 }

@@ -5,7 +5,7 @@ mod measure;
 use anyhow::Result;
 use clap::Args;
 use embarcadero_cxl::cache::FlushSupport;
-use embarcadero_verbs::{CompletionQueue, Context, dpdk_version};
+use embarcadero_verbs::{CompletionQueue, Context, DeviceReport, SurveyError, dpdk_version, survey};
 use measure::{Measure, measure};
 use serde::Serialize;
 use std::path::{Path, PathBuf};
@@ -66,15 +66,7 @@ fn memlock() -> Finding {
     finding("memlock", soft == "unlimited", soft, advice)
 }
 
-#[cfg(not(feature = "rdma"))]
 fn rdma_devices() -> Finding {
-    let advice = "hw-setup/deps apply, and build with --features rdma";
-    finding("RDMA devices", false, "this build has no RDMA", advice)
-}
-
-#[cfg(feature = "rdma")]
-fn rdma_devices() -> Finding {
-    use embarcadero_verbs::ibverbs::{DeviceReport, survey};
     const NAME: &str = "RDMA devices";
     let describe = |report: &DeviceReport| {
         let ports = report.ports.iter().map(|port| {
@@ -89,7 +81,10 @@ fn rdma_devices() -> Finding {
         format!("{} (firmware {}, NUMA node {node}, {windows}): {ports}", report.name, report.firmware)
     };
     match survey() {
-        Err(error) => finding(NAME, false, "none", format!("libibverbs cannot list devices: {error}")),
+        Err(error @ SurveyError::NotBuilt(_)) => {
+            finding(NAME, false, error.to_string(), "hw-setup/deps apply, and build again")
+        }
+        Err(error) => finding(NAME, false, "none", error.to_string()),
         Ok(devices) if devices.is_empty() => {
             let advice = "soft-RoCE makes one of any network interface: hw-setup/soft-roce apply";
             finding(NAME, false, "none", advice)

@@ -210,7 +210,7 @@ fn regions_and_configurations_that_do_not_fit_are_refused() {
     refused(&broker, &[("EMBARCADERO_BROKER_FLUSH_GROUP__BATCHES", "many")], "flush_group.batches");
     refused(&broker, &[("EMBARCADERO_BROKER_CXL__NUMA_NODE", "1000")], "cannot bind to a NUMA node");
     let verbs = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
-    let missing = if cfg!(feature = "rdma") { "no RDMA device" } else { "this build has no RDMA" };
+    let missing = if embarcadero_verbs::rdma_missing().is_none() { "no RDMA device" } else { "this build has no RDMA" };
     let dpdk = ("EMBARCADERO_BROKER_TRANSPORT", "dpdk");
     if cfg!(feature = "dpdk") {
         let address = ("EMBARCADERO_BROKER_DPDK__ADDRESS", "10.78.0.1");

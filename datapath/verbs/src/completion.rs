@@ -1,7 +1,7 @@
 //! Completion queues, and what they say.
 
 use super::device::Context;
-#[cfg(feature = "rdma")]
+#[cfg(rdma)]
 use super::ibverbs;
 use super::{either, softnic};
 use embarcadero_roce::Failure;
@@ -45,7 +45,7 @@ pub enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WorkError {
     /// A device of the host says so.
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     #[error("{} (vendor error {vendor:#x})", ibverbs::status_text(*.status))]
     Hardware {
         /// An `ibv_wc_status`.
@@ -63,7 +63,7 @@ impl WorkError {
     #[must_use]
     pub fn is_flush(&self) -> bool {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware { status, .. } => ibverbs::is_flush(*status),
             Self::Software(_) => false,
         }
@@ -73,7 +73,7 @@ impl WorkError {
     #[must_use]
     pub fn is_remote_access(&self) -> bool {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware { status, .. } => ibverbs::is_remote_access(*status),
             Self::Software(failure) => *failure == Failure::RemoteAccess,
         }
@@ -87,7 +87,7 @@ pub struct CompletionQueue {
 }
 
 pub(super) enum Queue {
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(ibverbs::CompletionQueue),
     Software(softnic::Queue),
 }
@@ -113,10 +113,10 @@ impl CompletionQueue {
     ///
     /// # Errors
     /// What the library reports.
-    #[cfg_attr(not(feature = "rdma"), allow(unused_variables))]
+    #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
         let kind = match &**context {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Context::Hardware(device) => Queue::Hardware(ibverbs::CompletionQueue::new(device, depth)?),
             Context::Software(nic) => Queue::Software(softnic::Queue::new(nic)?),
         };

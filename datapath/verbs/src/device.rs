@@ -1,6 +1,6 @@
 //! The device that work is posted to.
 
-#[cfg(feature = "rdma")]
+#[cfg(rdma)]
 use super::ibverbs;
 use super::{either, softnic};
 use std::io;
@@ -11,8 +11,13 @@ use std::sync::Arc;
 #[derive(Debug, thiserror::Error)]
 pub enum VerbsError {
     /// The build cannot speak to any.
-    #[error("this build has no {0}")]
-    NotBuilt(&'static str),
+    #[error("this build has no {what}: {why}")]
+    NotBuilt {
+        /// What it lacks.
+        what: &'static str,
+        /// The reason.
+        why: &'static str,
+    },
     /// What has no default is missing in the configuration.
     #[error("{0} is not set")]
     Unset(&'static str),
@@ -90,7 +95,7 @@ pub struct LocalPort {
 /// An opened device.
 pub enum Context {
     /// One of the host's.
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(Arc<ibverbs::Context>),
     /// This process.
     Software(Arc<softnic::Nic>),
@@ -102,12 +107,12 @@ impl Context {
     ///
     /// # Errors
     /// [`VerbsError`], naming what is missing.
-    #[cfg_attr(not(feature = "rdma"), allow(unused_variables))]
+    #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
-        #[cfg(feature = "rdma")]
+        #[cfg(rdma)]
         return ibverbs::Context::find(name).map(|(context, port)| (Arc::new(Self::Hardware(context)), port));
-        #[cfg(not(feature = "rdma"))]
-        Err(VerbsError::NotBuilt("RDMA (cargo feature rdma)"))
+        #[cfg(not(rdma))]
+        Err(VerbsError::NotBuilt { what: "RDMA devices", why: env!("EMBARCADERO_NO_RDMA") })
     }
 
     /// A NIC in software, at that address of this host, or at the first that other hosts can reach (else at a loopback
@@ -128,7 +133,7 @@ impl Context {
         #[cfg(feature = "dpdk")]
         return softnic::Nic::open_dpdk(config).map(|(nic, port)| (Arc::new(Self::Software(nic)), port));
         #[cfg(not(feature = "dpdk"))]
-        Err(VerbsError::NotBuilt("DPDK (cargo feature dpdk)"))
+        Err(VerbsError::NotBuilt { what: "DPDK", why: "built without cargo feature dpdk" })
     }
 
     /// Name, as in /sys/class/infiniband; of a NIC in software `roce-` or `dpdk-` and its address.
@@ -148,7 +153,7 @@ impl Context {
     #[must_use]
     pub fn take_event(&self) -> Option<String> {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware(device) => device.take_event(),
             Self::Software(_) => None,
         }
@@ -158,7 +163,7 @@ impl Context {
     #[must_use]
     pub fn is_present(&self) -> bool {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware(device) => device.is_present(),
             Self::Software(_) => true,
         }
@@ -166,10 +171,10 @@ impl Context {
 
     /// Whether the device is there and a port of it is up.
     #[must_use]
-    #[cfg_attr(not(feature = "rdma"), allow(unused_variables))]
+    #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn is_active(&self, port: u8) -> bool {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware(device) => device.is_active(port),
             Self::Software(nic) => nic.is_active(),
         }
@@ -179,7 +184,7 @@ impl Context {
     /// caches (Intel, "Data Direct I/O Technology").
     pub fn writes_past_caches(&self) -> bool {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware(_) => false,
             Self::Software(_) => true,
         }
@@ -191,7 +196,7 @@ impl Context {
     /// What the library reports.
     pub fn has_memory_windows(&self) -> io::Result<bool> {
         match self {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware(device) => device.has_memory_windows(),
             Self::Software(_) => Ok(true),
         }

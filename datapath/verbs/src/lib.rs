@@ -10,12 +10,13 @@
 
 mod completion;
 mod device;
-#[cfg(feature = "rdma")]
-pub mod ibverbs;
+#[cfg(rdma)]
+mod ibverbs;
 mod memory;
 mod probe;
 mod queue_pair;
-pub mod softnic;
+mod softnic;
+mod survey;
 
 pub use completion::{Completion, CompletionQueue, Outcome, WorkError};
 pub use device::{Context, LocalPort, VerbsError};
@@ -25,12 +26,13 @@ pub use queue_pair::{
     DOORBELL, Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
 };
 pub use softnic::{DpdkConfig, RoceConfig};
+pub use survey::{DeviceReport, Gid, PortReport, SurveyError, has_dpdk, rdma_missing, survey};
 
 /// Does the same whatever the device is.
 macro_rules! either {
     ($value:expr, $inner:ident => $result:expr) => {
         match $value {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Self::Hardware($inner) => $result,
             Self::Software($inner) => $result,
         }
@@ -48,7 +50,7 @@ pub fn dpdk_version() -> Option<String> {
 }
 
 /// What belongs to one device was used with another.
-#[cfg(feature = "rdma")]
+#[cfg(rdma)]
 fn of_another_device() -> std::io::Error {
     std::io::Error::new(std::io::ErrorKind::InvalidInput, "it belongs to another device")
 }

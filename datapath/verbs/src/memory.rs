@@ -1,7 +1,7 @@
 //! What a NIC may touch: protection domains, registered memory, memory windows.
 
 use super::device::Context;
-#[cfg(feature = "rdma")]
+#[cfg(rdma)]
 use super::ibverbs;
 use super::{either, softnic};
 use embarcadero_cxl::{Native, RegionOffset};
@@ -71,7 +71,7 @@ pub struct ProtectionDomain {
 }
 
 pub(super) enum Domain {
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(Arc<ibverbs::ProtectionDomain>),
     Software(softnic::Domain),
 }
@@ -83,7 +83,7 @@ impl ProtectionDomain {
     /// What `ibv_alloc_pd` reports.
     pub fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
         let kind = match &**context {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Context::Hardware(device) => Domain::Hardware(ibverbs::ProtectionDomain::new(device)?),
             Context::Software(nic) => Domain::Software(nic.domain()),
         };
@@ -112,7 +112,7 @@ pub struct MemoryRegion {
 }
 
 enum Region {
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(Arc<ibverbs::MemoryRegion>),
     Software(softnic::Registration),
 }
@@ -144,7 +144,7 @@ impl std::fmt::Debug for MemoryRegion {
 impl MemoryRegion {
     fn register(domain: &Arc<ProtectionDomain>, memory: &impl Pinned, rights: Rights) -> io::Result<Self> {
         let kind = match &domain.kind {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Domain::Hardware(domain) => Region::Hardware(ibverbs::MemoryRegion::new(domain, memory, rights)?),
             Domain::Software(domain) => Region::Software(domain.register(memory, rights)),
         };
@@ -225,7 +225,7 @@ pub struct MemoryWindow {
 }
 
 pub(super) enum Window {
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(ibverbs::MemoryWindow),
     Software(softnic::Window),
 }
@@ -241,7 +241,7 @@ impl MemoryWindow {
     pub fn new(region: &MemoryRegion, at: u64, len: u64) -> io::Result<Self> {
         let address = region.address(at, len);
         let kind = match &region.kind {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Region::Hardware(region) => Window::Hardware(ibverbs::MemoryWindow::new(region, at, len)?),
             Region::Software(region) => Window::Software(region.window(at, len)),
         };
@@ -252,7 +252,7 @@ impl MemoryWindow {
     #[must_use]
     pub fn remote(&self) -> RemoteRange {
         let key = match &self.kind {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Window::Hardware(window) => window.key(),
             Window::Software(window) => window.key(),
         };

@@ -4,7 +4,7 @@ use super::completion::{CompletionQueue, Queue};
 use super::device::LocalPort;
 use super::memory::{Domain, LocalRange, MemoryWindow, ProtectionDomain, RemoteRange};
 use super::{either, softnic};
-#[cfg(feature = "rdma")]
+#[cfg(rdma)]
 use super::{ibverbs, of_another_device};
 use std::io;
 use std::marker::PhantomData;
@@ -17,7 +17,7 @@ pub const DOORBELL: usize = 16;
 /// written.
 pub enum SharedReceiveQueue {
     /// Of a device of the host.
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(Arc<ibverbs::SharedReceiveQueue>),
     /// Of a NIC in software.
     Software(Arc<softnic::Receives>),
@@ -30,7 +30,7 @@ impl SharedReceiveQueue {
     /// What the library reports.
     pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
         Ok(Arc::new(match &domain.kind {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Domain::Hardware(domain) => Self::Hardware(ibverbs::SharedReceiveQueue::new(domain, depth)?),
             Domain::Software(_) => Self::Software(Arc::new(softnic::Receives::new(depth))),
         }))
@@ -92,7 +92,7 @@ pub struct QueuePair<State> {
 }
 
 enum Pair {
-    #[cfg(feature = "rdma")]
+    #[cfg(rdma)]
     Hardware(ibverbs::QueuePair),
     Software(softnic::Pair),
 }
@@ -139,12 +139,12 @@ impl QueuePair<Initial> {
         options: &QueuePairOptions<'_>,
     ) -> io::Result<Self> {
         let kind = match (&domain.kind, &queue.kind) {
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             (Domain::Hardware(domain), Queue::Hardware(queue)) => {
                 Pair::Hardware(ibverbs::QueuePair::new(domain, queue, port, options)?)
             }
             (Domain::Software(domain), Queue::Software(queue)) => Pair::Software(queue.pair(domain, port, options)?),
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             _ => return Err(of_another_device()),
         };
         Ok(Self { kind, state: PhantomData })

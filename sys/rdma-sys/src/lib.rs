@@ -6,6 +6,7 @@
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, unused_imports)]
 #![allow(missing_docs, clippy::all, clippy::pedantic)]
 
+#[cfg(bound)]
 include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
 
 #[cfg(test)]

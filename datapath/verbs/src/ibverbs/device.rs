@@ -1,9 +1,8 @@
 //! The RDMA devices of this host, and their ports.
 
-use super::super::{LocalPort, VerbsError};
 use super::{check, set_nonblocking};
+use crate::{DeviceReport, Gid, LocalPort, PortReport, VerbsError};
 use rdma_sys as ffi;
-use serde::Serialize;
 use std::ffi::CStr;
 use std::io;
 use std::marker::PhantomData;
@@ -38,47 +37,6 @@ pub struct Context {
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
-
-/// What a device is and can do.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct DeviceReport {
-    /// Name, as in /sys/class/infiniband.
-    pub name: String,
-    /// Version of its firmware.
-    pub firmware: String,
-    /// NUMA node; `None` where the kernel does not know.
-    pub numa_node: Option<u32>,
-    /// Which type-2 memory windows it has: what a window opens to a queue pair can be closed again.
-    pub memory_windows: bool,
-    /// Its ports.
-    pub ports: Vec<PortReport>,
-}
-
-/// What a port is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PortReport {
-    /// Number, from 1.
-    pub number: u8,
-    /// `down`, `init`, `armed`, `active` or `active defer`.
-    pub state: &'static str,
-    /// Path MTU in force, bytes.
-    pub mtu: u32,
-    /// `Ethernet` (RoCE), `InfiniBand` or `unknown`.
-    pub link_layer: &'static str,
-    /// Its addresses.
-    pub gids: Vec<Gid>,
-}
-
-/// An address of a port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Gid {
-    /// Its index in the port's table.
-    pub index: u32,
-    /// The address; an IPv4 one is mapped (`::ffff:10.0.0.1`).
-    pub address: Ipv6Addr,
-    /// `IB`, `RoCE v1`, `RoCE v2` or `unknown`.
-    pub kind: &'static str,
-}
 
 fn text(bytes: &[c_char]) -> String {
     let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
@@ -345,10 +303,7 @@ impl Drop for Context {
     }
 }
 
-/// What every device of this host is and can do; a device that cannot be opened comes with its reason.
-///
-/// # Errors
-/// What the library reports when asked for the list.
+/// Surveys every device of this host; one that cannot be opened comes with its reason.
 pub fn survey() -> io::Result<Vec<(String, io::Result<DeviceReport>)>> {
     let list = DeviceList::new()?;
     Ok(list.iter().map(|device| (device.name(), device.open().and_then(|context| context.report()))).collect())

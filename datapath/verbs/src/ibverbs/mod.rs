@@ -8,7 +8,7 @@ mod queue_pair;
 
 pub use completion::CompletionQueue;
 pub(super) use completion::{is_flush, is_remote_access, status_text};
-pub use device::{Context, Device, DeviceList, DeviceReport, Gid, PortReport, survey};
+pub use device::{Context, survey};
 pub use memory::{MemoryRegion, MemoryWindow, ProtectionDomain};
 pub use queue_pair::{QueuePair, SharedReceiveQueue};
 

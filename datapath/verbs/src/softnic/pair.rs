@@ -194,7 +194,7 @@ impl Side {
             Work::Open(window) => {
                 match &window.kind {
                     AnyWindow::Software(window) => window.open(self.number),
-                    #[cfg(feature = "rdma")]
+                    #[cfg(rdma)]
                     AnyWindow::Hardware(_) => return Err(super::super::of_another_device()),
                 }
                 if request.signaled && self.done < self.posted {
@@ -246,7 +246,7 @@ impl Pair {
         let shared = match options.shared.map(|shared| &**shared) {
             None => None,
             Some(SharedReceiveQueue::Software(shared)) => Some(Arc::clone(shared)),
-            #[cfg(feature = "rdma")]
+            #[cfg(rdma)]
             Some(SharedReceiveQueue::Hardware(_)) => return Err(super::super::of_another_device()),
         };
         let number = port.add(|number| Side {
