@@ -183,7 +183,8 @@ impl PublisherCore {
         let mut refresh = false;
         for connection in due {
             let link = match &options {
-                Ok(options) => Sockets::publish(connection.broker.data, options, &opening)
+                Ok(options) => Sockets
+                    .publish(connection.broker.data, options, &opening)
                     .map_err(ClientError::io("connect to a broker")),
                 Err(error) => Err(error.clone()),
             };

@@ -48,7 +48,7 @@ impl Stream {
             stream: self.id,
             ..Subscribe::blank()
         };
-        self.link = Some(Sockets::subscribe(self.broker.data, &options, &request)?);
+        self.link = Some(Sockets.subscribe(self.broker.data, &options, &request)?);
         self.connections += 1;
         Ok(())
     }

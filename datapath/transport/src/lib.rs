@@ -44,14 +44,15 @@ pub trait Transport {
     ///
     /// # Errors
     /// The broker cannot be reached, or refuses the transport.
-    fn publish(broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<Self::Publisher>;
+    fn publish(&self, broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<Self::Publisher>;
 
     /// Connects a subscriber and sends its request; the answer comes through [`SubscriberLink::take`]. May block for as long
     /// as `options` say.
     ///
     /// # Errors
     /// The broker cannot be reached, or refuses the transport.
-    fn subscribe(broker: SocketAddr, options: &LinkOptions, request: &Subscribe) -> io::Result<Self::Subscriber>;
+    fn subscribe(&self, broker: SocketAddr, options: &LinkOptions, request: &Subscribe)
+    -> io::Result<Self::Subscriber>;
 }
 
 /// The transports of real hosts: TCP, with a queue pair beside the socket for clients that have an RDMA device.
@@ -63,11 +64,16 @@ impl Transport for Sockets {
     type Publisher = PublisherChannel;
     type Subscriber = SubscriberChannel;
 
-    fn publish(broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<PublisherChannel> {
+    fn publish(&self, broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<PublisherChannel> {
         PublisherChannel::connect(broker, options, open)
     }
 
-    fn subscribe(broker: SocketAddr, options: &LinkOptions, request: &Subscribe) -> io::Result<SubscriberChannel> {
+    fn subscribe(
+        &self,
+        broker: SocketAddr,
+        options: &LinkOptions,
+        request: &Subscribe,
+    ) -> io::Result<SubscriberChannel> {
         SubscriberChannel::connect(broker, options, request)
     }
 }

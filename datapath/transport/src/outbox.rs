@@ -1,6 +1,6 @@
 //! What waits to be sent on a broker's connection.
 
-use embarcadero_cxl::RegionOffset;
+use embarcadero_cxl::{Fabric, RegionOffset};
 use embarcadero_os::Buffer;
 use embarcadero_wire::FRAME_BYTES;
 use std::collections::VecDeque;
@@ -111,6 +111,27 @@ impl Outbox {
     /// Things at the front that are being sent.
     fn begun(&self) -> usize {
         self.posted.max(usize::from(self.sent > 0))
+    }
+
+    /// A copy of the first thing that waits, for transports that send it whole: its frame, and the bytes behind that.
+    ///
+    /// # Panics
+    /// When it was sent in part.
+    pub fn front<F: Fabric>(&self, memory: &F) -> Option<([u8; FRAME_BYTES], Vec<u8>)> {
+        assert!(!self.is_mid_way(), "the first thing was sent in part");
+        let first = self.queue.front()?;
+        let (frame, rest) = first.head().split_first_chunk()?;
+        let mut rest = rest.to_vec();
+        if let Some((at, len)) = first.batch {
+            rest.resize(len as usize, 0);
+            memory.read_bytes(at, &mut rest);
+        }
+        Some((*frame, rest))
+    }
+
+    /// The first thing was sent whole.
+    pub fn pop_front(&mut self) {
+        self.queue.pop_front();
     }
 
     /// True when things were sent in part.

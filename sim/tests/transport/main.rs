@@ -1,0 +1,360 @@
+//! The conformance suite of transports: whatever carries batches and frames keeps the same promises.
+//!
+//! It runs over TCP, over RDMA by NICs in software (over the kernel's sockets, which needs root, and over a port of DPDK), by a
+//! device of the host (`scripts/lab run -- ...` has one; ignored elsewhere), and over the simulated transport.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
+
+mod ends;
+mod landing;
+
+use embarcadero_cxl::{Fabric, RegionOffset};
+use embarcadero_transport::{
+    Connection, Item, LinkError, Outbox, Outgoing, PublisherLink, Received, SendBuffer, SubscriberLink, Transport,
+    TransportError,
+};
+use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
+use embarcadero_wire::{Ack, BatchHeader, Deliver, ErrorCode, FRAME_BYTES, Frame, Position};
+use ends::Ends;
+use landing::TestLanding;
+use std::time::{Duration, Instant};
+
+/// Longest wait for what must happen: long enough for a machine whose cores are busy.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Largest batch, header and body.
+const BATCH_BYTES: usize = 48 << 10;
+
+/// Runs the whole suite over one kind of transport.
+macro_rules! conforms {
+    ($($(#[$meta:meta])* $module:ident: $ends:expr;)*) => {
+        $(mod $module {
+            use super::*;
+            $(#[$meta])*
+            #[test]
+            fn conforms() {
+                $ends.run(suite);
+            }
+        })*
+    };
+}
+
+conforms! {
+    tcp: ends::Tcp;
+    simulated: ends::InMemory;
+    rdma_by_a_nic_in_software: ends::Rdma::by_sockets();
+    rdma_by_a_port_of_dpdk: ends::Rdma::by_dpdk();
+    #[ignore = "needs an RDMA device: scripts/lab has one"]
+    rdma_by_a_device_of_the_host: ends::Rdma::by_a_device();
+}
+
+/// Every promise, in turn.
+fn suite<E: Ends>(ends: &mut E) {
+    batches_arrive_whole_and_in_order(ends);
+    a_call_takes_no_more_than_its_budget(ends);
+    a_batch_waits_for_room_and_those_behind_it_too(ends);
+    a_refusal_is_told(ends);
+    frames_arrive_in_order(ends);
+    deliveries_arrive_whole_and_in_order(ends);
+    what_is_not_taken_stays(ends);
+    an_end_that_is_gone_is_noticed(ends);
+}
+
+type PublisherOf<E> = <<E as Ends>::Transport as Transport>::Publisher;
+type SubscriberOf<E> = <<E as Ends>::Transport as Transport>::Subscriber;
+type ConnectionOf<E> = <<E as Ends>::Transport as Transport>::Connection;
+
+/// A sealed batch whose one message is made of `sequence`.
+fn batch(sequence: u64, bytes: usize) -> BatchBuilder<SendBuffer> {
+    let mut batch = BatchBuilder::in_buffer(SendBuffer::new(BATCH_BYTES).unwrap());
+    batch.push_with(bytes, |message| {
+        for (at, byte) in message.iter_mut().enumerate() {
+            *byte = (sequence as usize * 31 + at) as u8;
+        }
+    });
+    let origin = BatchOrigin { client_id: 7, session_epoch: 1, session_slot: 0, topic: 0, topic_incarnation: 1 };
+    batch.seal(&origin, sequence, true);
+    batch
+}
+
+/// Sizes that end before, at and behind the bounds of lines and packets.
+fn size(sequence: u64) -> usize {
+    [1, 60, 64, 65, 1000, 4096, 4097, 40_000][sequence as usize % 8]
+}
+
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < PATIENCE, "{what} does not happen");
+        std::thread::yield_now();
+    }
+}
+
+/// Hands a batch over as far as it is taken now; true when it is.
+fn write<P: PublisherLink>(publisher: &mut P, batch: &mut BatchBuilder<SendBuffer>, written: &mut usize) -> bool {
+    *written += publisher.write(batch, *written).unwrap();
+    publisher.flush().unwrap();
+    *written == batch.bytes().len()
+}
+
+fn publish_and_receive<E: Ends>(
+    ends: &mut E,
+    (connection, publisher): &mut (ConnectionOf<E>, PublisherOf<E>),
+    landing: &mut TestLanding,
+    sequences: std::ops::Range<u64>,
+) {
+    let before = landing.taken.len();
+    let mut sent: Vec<_> = sequences.map(|sequence| (batch(sequence, size(sequence)), 0)).collect();
+    let mut next = 0;
+    until("all batches are taken", || {
+        while next < sent.len() {
+            let (batch, written) = &mut sent[next];
+            if !write(publisher, batch, written) {
+                break;
+            }
+            next += 1;
+        }
+        ends.drive(connection);
+        connection.receive(ends.memory(), landing, 8).unwrap();
+        connection.send(ends.memory(), &mut Outbox::default()).unwrap();
+        publisher.poll(&mut Vec::new()).unwrap();
+        landing.taken.len() == before + sent.len()
+    });
+    for ((batch, _), (header, at)) in sent.iter().zip(&landing.taken[before..]) {
+        assert_lies(ends.memory(), batch, header, *at);
+    }
+}
+
+/// A batch lies in memory as it was sent.
+fn assert_lies<F: Fabric>(memory: &F, batch: &BatchBuilder<SendBuffer>, header: &BatchHeader, at: RegionOffset) {
+    let mut found = vec![0; batch.bytes().len()];
+    memory.read_bytes(at, &mut found);
+    assert!(found == batch.bytes(), "batch {} is not as it was sent", header.sequence);
+    assert_eq!(header.encode(), batch.bytes()[..FRAME_BYTES]);
+}
+
+fn batches_arrive_whole_and_in_order<E: Ends>(ends: &mut E) {
+    let mut link = ends.publisher();
+    let mut landing = TestLanding::default();
+    publish_and_receive(ends, &mut link, &mut landing, 0..200);
+    let sequences: Vec<u64> = landing.taken.iter().map(|(header, _)| header.sequence).collect();
+    assert_eq!(sequences, (0..200).collect::<Vec<_>>());
+}
+
+fn a_call_takes_no_more_than_its_budget<E: Ends>(ends: &mut E) {
+    let mut link = ends.publisher();
+    let mut landing = TestLanding::default();
+    // The first brings a window, where one is needed.
+    publish_and_receive(ends, &mut link, &mut landing, 0..1);
+    let (connection, publisher) = &mut link;
+    let mut sent: Vec<_> = (1..5).map(|sequence| (batch(sequence, 100), 0)).collect();
+    until("four batches are handed over", || {
+        ends.drive(connection);
+        sent.iter_mut().all(|(batch, written)| *written > 0 || write(publisher, batch, written))
+    });
+    until("four batches come", || {
+        ends.drive(connection);
+        let before = landing.taken.len();
+        let received = connection.receive(ends.memory(), &mut landing, 1).unwrap();
+        let more = landing.taken.len() - before;
+        assert!(more <= 1, "{more} batches with a budget of one");
+        assert_eq!(more == 1, matches!(received, Received::More), "{received:?}");
+        landing.taken.len() == 5
+    });
+}
+
+fn a_batch_waits_for_room_and_those_behind_it_too<E: Ends>(ends: &mut E) {
+    let mut link = ends.publisher();
+    let mut landing = TestLanding::default();
+    publish_and_receive(ends, &mut link, &mut landing, 0..1);
+    let (connection, publisher) = &mut link;
+    landing.full = true;
+    let mut sent: Vec<_> = (1..3).map(|sequence| (batch(sequence, 5000), 0)).collect();
+    until("the landing is asked", || {
+        for (batch, written) in &mut sent {
+            if *written < batch.bytes().len() && !write(publisher, batch, written) {
+                break;
+            }
+        }
+        ends.drive(connection);
+        matches!(connection.receive(ends.memory(), &mut landing, 8).unwrap(), Received::Waiting)
+    });
+    assert_eq!(landing.taken.len(), 1);
+    landing.full = false;
+    until("both come", || {
+        for (batch, written) in &mut sent {
+            if *written < batch.bytes().len() && !write(publisher, batch, written) {
+                break;
+            }
+        }
+        ends.drive(connection);
+        connection.receive(ends.memory(), &mut landing, 8).unwrap();
+        landing.taken.len() == 3
+    });
+    for ((batch, _), (header, at)) in sent.iter().zip(&landing.taken[1..]) {
+        assert_lies(ends.memory(), batch, header, *at);
+    }
+}
+
+fn a_refusal_is_told<E: Ends>(ends: &mut E) {
+    let mut link = ends.publisher();
+    let mut landing = TestLanding::default();
+    publish_and_receive(ends, &mut link, &mut landing, 0..1);
+    let (connection, publisher) = &mut link;
+    landing.refuses = true;
+    let (mut refused, mut written) = (batch(1, 100), 0);
+    let mut error = None;
+    until("the batch is refused", || {
+        if written < refused.bytes().len() {
+            write(publisher, &mut refused, &mut written);
+        }
+        ends.drive(connection);
+        error = connection.receive(ends.memory(), &mut landing, 8).err();
+        error.is_some()
+    });
+    let error = error.unwrap();
+    assert!(matches!(error, TransportError::Refused { code: ErrorCode::TopicDeleted, .. }), "{error}");
+    let mut outbox = Outbox::default();
+    outbox.push(Outgoing::bytes(error.frame().unwrap()));
+    let mut told = None;
+    until("the publisher hears of it", || {
+        ends.drive(connection);
+        let _ = connection.send(ends.memory(), &mut outbox);
+        told = publisher.poll(&mut Vec::new()).err();
+        told.is_some()
+    });
+    match told.unwrap() {
+        LinkError::Refused { code, text, .. } => assert_eq!((code, &*text), (Some(ErrorCode::TopicDeleted), "gone")),
+        other => panic!("{other}"),
+    }
+}
+
+fn frames_arrive_in_order<E: Ends>(ends: &mut E) {
+    let (mut connection, mut publisher) = ends.publisher();
+    let (mut outbox, mut heard) = (Outbox::default(), Vec::new());
+    let mut next = 0;
+    until("a thousand frames come", || {
+        while next < 1000 && outbox.len() < 20 {
+            outbox.push(Outgoing::frame(Ack { sequence: next, ..Ack::blank() }.encode()));
+            next += 1;
+        }
+        ends.drive(&mut connection);
+        connection.send(ends.memory(), &mut outbox).unwrap();
+        publisher.poll(&mut heard).unwrap();
+        heard.len() == 1000
+    });
+    for (sequence, frame) in heard.iter().enumerate() {
+        assert!(matches!(frame, Frame::Ack(ack) if ack.sequence == sequence as u64), "{frame:?} is number {sequence}");
+    }
+}
+
+/// Queues a delivery of a batch, from the region or a copy of it.
+fn deliver<E: Ends>(ends: &E, outbox: &mut Outbox, sequence: u64) {
+    let batch = batch(sequence, size(sequence));
+    let bytes = batch.bytes();
+    let frame = Deliver { first_offset: sequence, batch_bytes: bytes.len() as u32, ..Deliver::blank() }.encode();
+    if sequence % 5 == 4 {
+        outbox.push(Outgoing::copied(&frame, bytes).unwrap());
+        return;
+    }
+    let at = ends.place(sequence % 64 * BATCH_BYTES as u64);
+    ends.memory().write_bytes(at, bytes);
+    outbox.push(Outgoing::batch(frame, at, bytes.len() as u64, sequence));
+}
+
+/// Takes what came next, and checks it against what is due.
+fn take<E: Ends>(subscriber: &mut SubscriberOf<E>, due: u64) -> bool {
+    match subscriber.take().unwrap() {
+        Item::Nothing => false,
+        Item::Frame(Frame::Position(position)) => {
+            assert_eq!((position.next_offset, due % 7), (due, 6));
+            true
+        }
+        Item::Frame(other) => panic!("{other:?}"),
+        Item::Batch(deliver, header, body) => {
+            let expected = batch(due, size(due));
+            assert_eq!((deliver.first_offset, header.sequence), (due, due));
+            assert!(
+                subscriber.bytes()[body] == expected.bytes()[FRAME_BYTES..],
+                "delivery {due} is not as it was sent"
+            );
+            true
+        }
+    }
+}
+
+fn queue_next<E: Ends>(ends: &E, outbox: &mut Outbox, sequence: u64) {
+    if sequence % 7 == 6 {
+        outbox.push(Outgoing::frame(Position { next_offset: sequence, ..Position::blank() }.encode()));
+    } else {
+        deliver(ends, outbox, sequence);
+    }
+}
+
+fn deliveries_arrive_whole_and_in_order<E: Ends>(ends: &mut E) {
+    let (mut connection, mut subscriber) = ends.subscriber();
+    let mut outbox = Outbox::default();
+    let (mut next, mut due) = (0, 0);
+    until("300 things are delivered", || {
+        while next < 300 && outbox.len() < 8 {
+            queue_next(ends, &mut outbox, next);
+            next += 1;
+        }
+        ends.drive(&mut connection);
+        connection.receive(ends.memory(), &mut TestLanding::default(), 8).unwrap();
+        connection.send(ends.memory(), &mut outbox).unwrap();
+        while take::<E>(&mut subscriber, due) {
+            due += 1;
+        }
+        due == 300
+    });
+    // It can also ask.
+    let question = Position { next_offset: 5, ..Position::blank() }.encode();
+    until("the question is sent", || subscriber.send(&question).unwrap());
+    until("the question is heard", || {
+        ends.drive(&mut connection);
+        let received = connection.receive(ends.memory(), &mut TestLanding::default(), 8).unwrap();
+        matches!(received, Received::Frame(Frame::Position(asked)) if asked.next_offset == 5)
+    });
+}
+
+/// A subscriber that does not read stops its broker's sending, and loses nothing.
+fn what_is_not_taken_stays<E: Ends>(ends: &mut E) {
+    let (mut connection, mut subscriber) = ends.subscriber();
+    let mut outbox = Outbox::default();
+    let (mut next, mut idle) = (0, 0);
+    while idle < 1000 {
+        assert!(next < 50_000, "the transport takes without end what nobody reads");
+        if outbox.len() < 8 {
+            queue_next(ends, &mut outbox, next);
+            next += 1;
+        }
+        ends.drive(&mut connection);
+        let sent = connection.send(ends.memory(), &mut outbox).unwrap();
+        idle = if sent == 0 && outbox.len() == 8 { idle + 1 } else { 0 };
+    }
+    assert!(outbox.len() == 8 && outbox.lowest_position() < next);
+    let mut due = 0;
+    until("all of it comes", || {
+        ends.drive(&mut connection);
+        connection.receive(ends.memory(), &mut TestLanding::default(), 8).unwrap();
+        connection.send(ends.memory(), &mut outbox).unwrap();
+        while take::<E>(&mut subscriber, due) {
+            due += 1;
+        }
+        due == next
+    });
+}
+
+fn an_end_that_is_gone_is_noticed<E: Ends>(ends: &mut E) {
+    let (mut connection, publisher) = ends.publisher();
+    drop(publisher);
+    until("the broker notices", || {
+        ends.drive(&mut connection);
+        connection.receive(ends.memory(), &mut TestLanding::default(), 8).is_err()
+    });
+    let (connection, mut publisher) = ends.publisher();
+    drop(connection);
+    until("the publisher notices", || publisher.poll(&mut Vec::new()).is_err());
+    let (connection, mut subscriber) = ends.subscriber();
+    drop(connection);
+    until("the subscriber notices", || subscriber.take().is_err());
+}
