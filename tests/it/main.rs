@@ -19,4 +19,5 @@ mod mirror;
 mod order;
 mod replication;
 mod roce;
+mod rooms;
 mod verbs;

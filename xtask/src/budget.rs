@@ -1,0 +1,37 @@
+//! How much of what has no end is done: schedules, seeds, rounds. Tests read these variables and have small defaults.
+
+/// One size of all budgets.
+#[derive(Clone, Copy)]
+pub struct Budget {
+    /// Schedules of `sim/tests/fabric_schedules.rs`.
+    pub schedules: u32,
+    /// Schedules, or seeds, in which something that was left out must be noticed.
+    pub mutation: u32,
+    /// Seeds of `sim/tests/rack`.
+    pub rack_seeds: u32,
+    /// Rounds of `tests/it/chaos.rs`.
+    pub chaos_rounds: u32,
+    /// Seconds for each fuzz target.
+    pub fuzz_s: u32,
+}
+
+impl Budget {
+    /// For the loop of a few minutes.
+    pub const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
+    /// For everything, once.
+    pub const FULL: Self = Self { schedules: 5000, mutation: 10_000, rack_seeds: 1000, chaos_rounds: 8, fuzz_s: 10 };
+    /// For hours.
+    pub const LONG: Self =
+        Self { schedules: 100_000, mutation: 10_000, rack_seeds: 100_000, chaos_rounds: 200, fuzz_s: 514 };
+
+    /// The variables that tests read.
+    pub fn variables(&self) -> [(&'static str, String); 5] {
+        [
+            ("EMBARCADERO_SIM_SCHEDULES", self.schedules.to_string()),
+            ("EMBARCADERO_SIM_MUTATION_BUDGET", self.mutation.to_string()),
+            ("EMBARCADERO_RACK_SEEDS", self.rack_seeds.to_string()),
+            ("EMBARCADERO_RACK_MUTATION_BUDGET", self.mutation.to_string()),
+            ("EMBARCADERO_CHAOS_ROUNDS", self.chaos_rounds.to_string()),
+        ]
+    }
+}

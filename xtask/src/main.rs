@@ -1,0 +1,79 @@
+//! `cargo xtask`: what is run to check, test and document the project, cheap things first.
+#![forbid(unsafe_code)]
+
+mod budget;
+mod stages;
+mod steps;
+mod style;
+
+use anyhow::Result;
+use budget::Budget;
+use clap::{Parser, Subcommand};
+use stages::Stages;
+use std::process::ExitCode;
+
+/// Checks, tests and documents the project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Formatting, style, lints, documentation and unit tests: about a minute once all is built.
+    Check,
+    /// All tests but those that need the lab, with small budgets: about five minutes.
+    Test,
+    /// Everything, cheap first, with the lab. `scripts/test` installs what is missing and runs this.
+    All {
+        /// Leave out the tests that need RDMA and CXL, which run in QEMU guests.
+        #[arg(long)]
+        no_lab: bool,
+    },
+    /// Hours: chaos, 100,000 seeds, fuzzing.
+    Long,
+    /// The rules of docs/style.md that a program can check.
+    Style,
+}
+
+fn run(task: &Task) -> Result<()> {
+    let budget = match task {
+        Task::Check | Task::Style | Task::Test => Budget::SMALL,
+        Task::All { .. } => Budget::FULL,
+        Task::Long => Budget::LONG,
+    };
+    let mut stages = Stages::new(budget)?;
+    match task {
+        Task::Style => stages.run("style", steps::style)?,
+        Task::Check => steps::check(&mut stages)?,
+        Task::Test => {
+            steps::check(&mut stages)?;
+            steps::test(&mut stages)?;
+        }
+        Task::All { no_lab } => {
+            steps::check(&mut stages)?;
+            steps::test(&mut stages)?;
+            steps::everything_else(&mut stages)?;
+            if *no_lab {
+                stages.skip("the lab", "by --no-lab");
+            } else {
+                steps::lab(&mut stages)?;
+            }
+        }
+        Task::Long => steps::long(&mut stages)?,
+    }
+    stages.summary();
+    Ok(())
+}
+
+fn main() -> ExitCode {
+    match run(&Cli::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Stages: named, timed, and told apart from those that were skipped.
+
+use crate::budget::Budget;
+use anyhow::{Context, Result, bail};
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How a stage ended that did not fail.
+pub enum Outcome {
+    /// It ran.
+    Ran,
+    /// It could not run here, and why.
+    Skipped(String),
+}
+
+/// The stages of one run.
+pub struct Stages {
+    pub budget: Budget,
+    root: PathBuf,
+    features: Vec<&'static str>,
+    done: Vec<(String, Duration, Outcome)>,
+}
+
+impl Stages {
+    /// No stage yet. Stages run in the root of the checkout.
+    pub fn new(budget: Budget) -> Result<Self> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent")?.to_owned();
+        std::env::set_current_dir(&root).with_context(|| format!("cannot enter {}", root.display()))?;
+        // One set of features for all builds of a run.
+        let dpdk = succeeds("pkg-config", ["--atleast-version=22.11", "libdpdk"]);
+        Ok(Self { budget, root, features: if dpdk { vec!["dpdk"] } else { Vec::new() }, done: Vec::new() })
+    }
+
+    /// The root of the checkout.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Runs a stage. An error ends the run, after the times so far.
+    pub fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
+        eprintln!("== {name}");
+        let begun = Instant::now();
+        match stage(self) {
+            Ok(outcome) => {
+                if let Outcome::Skipped(why) = &outcome {
+                    eprintln!("== SKIPPED: {name}: {why}");
+                }
+                self.done.push((name.to_owned(), begun.elapsed(), outcome));
+                Ok(())
+            }
+            Err(error) => {
+                self.summary();
+                Err(error.context(format!("{name} failed after {} s", begun.elapsed().as_secs())))
+            }
+        }
+    }
+
+    /// Takes note of a stage that is left out.
+    pub fn skip(&mut self, name: &str, why: &str) {
+        eprintln!("== SKIPPED: {name}: {why}");
+        self.done.push((name.to_owned(), Duration::ZERO, Outcome::Skipped(why.to_owned())));
+    }
+
+    /// Prints how long each stage took, and what was skipped.
+    pub fn summary(&self) {
+        eprintln!("== times");
+        for (name, time, outcome) in &self.done {
+            match outcome {
+                Outcome::Ran => eprintln!("{:7.1} s  {name}", time.as_secs_f64()),
+                Outcome::Skipped(why) => eprintln!("  SKIPPED  {name}: {why}"),
+            }
+        }
+        let total: Duration = self.done.iter().map(|(_, time, _)| *time).sum();
+        eprintln!("{:7.1} s  in all", total.as_secs_f64());
+    }
+
+    /// A cargo command with the lock file, the release profile and the run's features.
+    pub fn cargo(&self, command: &str) -> Command {
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+        cargo.arg(command).args(["--locked", "--release"]);
+        if !self.features.is_empty() {
+            cargo.arg("--features").arg(self.features.join(","));
+        }
+        cargo
+    }
+
+    /// A cargo command over the whole workspace.
+    pub fn cargo_workspace(&self, command: &str) -> Command {
+        let mut cargo = self.cargo(command);
+        cargo.arg("--workspace");
+        cargo
+    }
+
+    /// True when this build has DPDK.
+    pub fn has_dpdk(&self) -> bool {
+        self.features.contains(&"dpdk")
+    }
+}
+
+/// Runs a command to its end.
+pub fn execute(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("cannot run {}", program(command)))?;
+    if !status.success() {
+        bail!("`{}` ended with {status}", line(command));
+    }
+    Ok(())
+}
+
+/// Runs a command to its end; its standard output.
+pub fn output(command: &mut Command) -> Result<String> {
+    let output = command.stderr(Stdio::inherit()).output();
+    let output = output.with_context(|| format!("cannot run {}", program(command)))?;
+    if !output.status.success() {
+        bail!("`{}` ended with {}", line(command), output.status);
+    }
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs a command silently; true when it is there and succeeds.
+pub fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}
+
+fn program(command: &Command) -> String {
+    command.get_program().to_string_lossy().into_owned()
+}
+
+fn line(command: &Command) -> String {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,235 @@
+//! The stages, cheap and likely to fail first.
+
+use crate::stages::{Outcome, Stages, execute, output, succeeds};
+use crate::style::check_style;
+use anyhow::{Context, Result, bail};
+use std::process::Command;
+
+/// Programs that the lab runs in its guests.
+const LAB_TESTS: [&str; 4] = ["verbs", "transport", "it", "roce"];
+/// Fuzz targets; `fuzz/Cargo.toml` has the same.
+const FUZZ_TARGETS: [&str; 7] = ["frame", "batch_view", "region", "config", "replica", "roce", "ethernet"];
+
+fn sh(command: &str) -> Command {
+    let mut sh = Command::new("sh");
+    sh.args(["-ec", command]);
+    sh
+}
+
+/// Skips a stage whose program is missing.
+fn needs(program: &str, run: impl FnOnce() -> Result<()>) -> Result<Outcome> {
+    if !succeeds("sh", ["-c", &format!("command -v {program}")]) {
+        return Ok(Outcome::Skipped(format!("{program} is not installed (hw-setup/deps apply --purpose test)")));
+    }
+    run().map(|()| Outcome::Ran)
+}
+
+fn ran(result: Result<()>) -> Result<Outcome> {
+    result.map(|()| Outcome::Ran)
+}
+
+/// The rules of docs/style.md.
+pub fn style(stages: &Stages) -> Result<Outcome> {
+    ran(check_style(stages.root()))
+}
+
+/// The stages of `cargo xtask check`.
+pub fn check(stages: &mut Stages) -> Result<()> {
+    stages.run("rustfmt", |_| ran(execute(Command::new("cargo").args(["fmt", "--all", "--check"]))))?;
+    stages.run("style", style)?;
+    stages.run("shellcheck", |_| {
+        needs("shellcheck", || {
+            let scripts = "$(git ls-files scripts hw-setup .ci | xargs grep -lE '^#!.*bash|shellcheck shell=')";
+            execute(&mut sh(&format!("shellcheck -x {scripts}")))
+        })
+    })?;
+    stages.run("clippy", |stages| {
+        let mut clippy = stages.cargo_workspace("clippy");
+        ran(execute(clippy.args(["--all-targets", "--quiet", "--", "-D", "warnings"])))
+    })?;
+    stages.run("rustdoc", |stages| {
+        let mut doc = stages.cargo_workspace("doc");
+        ran(execute(doc.args(["--no-deps", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings")))
+    })?;
+    stages.run("unit tests", |stages| {
+        ran(execute(stages.cargo_workspace("test").args(["--quiet", "--lib", "--bins", "--examples"])))
+    })
+}
+
+/// The tests that follow in `cargo xtask test`.
+pub fn test(stages: &mut Stages) -> Result<()> {
+    stages.run("examples in documents", |stages| {
+        // Tests of a library's documentation are linked one by one: only those that users read.
+        ran(execute(stages.cargo("test").args(["--quiet", "--doc", "-p", "embarcadero-client"])))
+    })?;
+    stages.run("transports and protocols", |stages| {
+        let mut tests = stages.cargo_workspace("test");
+        ran(execute(tests.args(["--test", "transport", "--test", "roce", "--test", "verbs", "--test", "protocol"])))
+    })?;
+    stages.run("whole systems", |stages| {
+        let mut tests = stages.cargo_workspace("test");
+        ran(execute(tests.args(["--test", "it", "--test", "bench"]).envs(stages.budget.variables())))
+    })?;
+    stages.run("simulators", |stages| {
+        let mut tests = stages.cargo_workspace("test");
+        let programs = ["fabric_schedules", "rack", "bitmap_schedules", "session_model", "allocations"];
+        tests.args(programs.iter().flat_map(|program| ["--test", program]));
+        tests.envs(stages.budget.variables()).args(["--", "--nocapture"]);
+        if stages.budget.mutation == 0 {
+            tests.args(["--skip", "is_needed", "--skip", "are_noticed"]);
+        }
+        ran(execute(&mut tests))
+    })
+}
+
+/// The other stages of `cargo xtask all`, but for the lab.
+pub fn everything_else(stages: &mut Stages) -> Result<()> {
+    stages.run("the set-up scripts", |_| {
+        needs("bats", || execute(Command::new("bats").args(["--print-output-on-failure", "tests/hw-setup/flags.bats"])))
+    })?;
+    stages.run("licences, bans and sources", |_| {
+        needs("cargo-deny", || {
+            let checks = ["deny", "--log-level", "error", "check", "licenses", "bans", "sources"];
+            execute(Command::new("cargo").args(checks))
+        })
+    })?;
+    stages.run("clippy without RDMA devices", |_| {
+        let mut clippy = Command::new("cargo");
+        clippy.args(["clippy", "--locked", "--release", "--workspace", "--all-targets", "--no-default-features"]);
+        ran(execute(clippy.args(["--quiet", "--", "-D", "warnings"])))
+    })?;
+    stages.run("a host without rdma-core, and one without libclang", bare_host)?;
+    stages.run("instructions of the hot functions", |stages| {
+        needs("gungraun-runner", || {
+            execute(stages.cargo("bench").args(["--quiet", "-p", "embarcadero-bench", "--bench", "instructions"]))
+        })
+    })?;
+    stages.run("fuzz targets", fuzz)?;
+    stages.run("the README's quick start", |_| ran(execute(&mut Command::new("scripts/quickstart"))))?;
+    stages.run("beside peers", |_| {
+        if !succeeds("hw-setup/deps", ["check", "--purpose", "compare"]) {
+            return Ok(Outcome::Skipped("no servers here (hw-setup/deps apply --purpose compare)".to_owned()));
+        }
+        ran(execute(Command::new("scripts/compare").args(["--runs", "1", "--seconds", "0.5"])))
+    })?;
+    stages.run("RoCEv2 over DPDK beside testpmd and TCP", |stages| {
+        let ready = succeeds("sh", ["-c", "[ $(id -u) = 0 ] && [ $(nproc) -gt 1 ]"]);
+        if !stages.has_dpdk() || !ready || !succeeds("sh", ["-c", "command -v dpdk-testpmd iperf3"]) {
+            return Ok(Outcome::Skipped("needs root, two cores, DPDK with testpmd, and iperf3".to_owned()));
+        }
+        ran(execute(Command::new("scripts/bench-dpdk").args(["--runs", "1", "--seconds", "0.5"])))
+    })
+}
+
+/// The crate that binds rdma-core builds without it, and says what is missing.
+fn bare_host(_: &Stages) -> Result<Outcome> {
+    let masks = [("PKG_CONFIG_LIBDIR", "libibverbs"), ("LIBCLANG_PATH", "libclang")];
+    for (variable, missing) in masks {
+        // A path without it, for the library and for whoever looks for it elsewhere.
+        let mut build = Command::new("cargo");
+        build.args(["check", "--locked", "-p", "rdma-sys", "--target-dir", "target/bare"]).env(variable, "/nonexistent");
+        if missing == "libclang" {
+            build.env("LLVM_CONFIG_PATH", "/nonexistent").env("PATH", path_without("llvm-config")?);
+        }
+        let said = build.output().context("cannot run cargo")?;
+        let text = String::from_utf8_lossy(&said.stderr).into_owned();
+        if !said.status.success() || !text.contains(missing) {
+            bail!("without {missing} the build should go on and say so; it said: {text}");
+        }
+        let mut required = Command::new("cargo");
+        required.args(["check", "--locked", "--quiet", "-p", "rdma-sys", "--target-dir", "target/bare"]);
+        required.env(variable, "/nonexistent").env("EMBARCADERO_REQUIRE_RDMA", "1");
+        if required.output().context("cannot run cargo")?.status.success() {
+            bail!("EMBARCADERO_REQUIRE_RDMA is set, and a build without {missing} succeeds");
+        }
+    }
+    Ok(Outcome::Ran)
+}
+
+/// The search path without the directories that hold a program.
+fn path_without(program: &str) -> Result<std::ffi::OsString> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let kept = std::env::split_paths(&path).filter(|directory| !directory.join(program).exists());
+    std::env::join_paths(kept).context("PATH cannot be split")
+}
+
+fn fuzz(stages: &Stages) -> Result<Outcome> {
+    if !succeeds("cargo", ["+nightly", "fuzz", "--version"]) {
+        return Ok(Outcome::Skipped("needs a nightly toolchain and cargo-fuzz".to_owned()));
+    }
+    for target in FUZZ_TARGETS {
+        let time = format!("-max_total_time={}", stages.budget.fuzz_s);
+        let mut fuzz = Command::new("cargo");
+        fuzz.args(["+nightly", "fuzz", "run", target, "--"]).args([&time, "-verbosity=0", "-print_final_stats=0"]);
+        execute(&mut fuzz)?;
+    }
+    Ok(Outcome::Ran)
+}
+
+/// The path of the program of each of [`LAB_TESTS`].
+fn lab_programs(stages: &Stages) -> Result<Vec<String>> {
+    let mut build = stages.cargo_workspace("test");
+    build.args(LAB_TESTS.iter().flat_map(|test| ["--test", test])).args(["--no-run", "--message-format=short"]);
+    let said = build.output().context("cannot run cargo")?;
+    let text = String::from_utf8_lossy(&said.stderr).into_owned();
+    if !said.status.success() {
+        bail!("the lab's tests do not build: {text}");
+    }
+    LAB_TESTS
+        .iter()
+        .map(|test| {
+            let source = [format!("tests/{test}.rs ("), format!("tests/{test}/main.rs (")];
+            let line = text.lines().find(|line| source.iter().any(|source| line.contains(source)));
+            let path = line.and_then(|line| line.rsplit_once('(')).map(|(_, path)| path.trim_end_matches(')').to_owned());
+            path.with_context(|| format!("cargo does not say where the test {test} is"))
+        })
+        .collect()
+}
+
+/// The tests that need real soft-RoCE, device-dax or two hosts, in QEMU guests: two boots.
+pub fn lab(stages: &mut Stages) -> Result<()> {
+    if !succeeds("sh", ["-c", "command -v apt-get && [ $(id -u) = 0 ]"]) {
+        stages.skip("the lab", "needs root, and apt for its kernel");
+        return Ok(());
+    }
+    let programs = lab_programs(stages)?;
+    let [verbs, transport, it, _] = &programs[..] else { bail!("four programs") };
+    let ignored = "--ignored --test-threads 1";
+    stages.run("the lab: soft-RoCE and an emulated CXL device", |_| {
+        let bench = "target/release/embarcadero bench datapath --transport verbs --seconds 1 --runs 1";
+        let commands = format!(
+            "target/release/embarcadero doctor
+             {transport} {ignored}
+             {verbs} {ignored}
+             {it} {ignored} verbs:: lab::one_guest:: lab::rxe_and_nics_in_software:: dpdk:: lab::cxl::
+             {bench} --sizes 4KiB,64KiB
+             {bench} --perftest rxe0
+             bats --print-output-on-failure tests/hw-setup/lab.bats"
+        );
+        ran(execute(Command::new("scripts/lab").args(["run", "--cxl", "512M", "--", "sh", "-exc", &commands])))
+    })?;
+    stages.run("the lab: two hosts that share CXL memory without coherence", |_| {
+        let commands = format!("{it} {ignored} lab::two_guests::");
+        let mut lab = Command::new("scripts/lab");
+        ran(execute(lab.args(["run", "--guests", "2", "--cxl", "256M", "--", "sh", "-ec", &commands])))
+    })
+}
+
+/// The stages of `cargo xtask long`.
+pub fn long(stages: &mut Stages) -> Result<()> {
+    stages.run("chaos", |stages| {
+        let mut tests = stages.cargo_workspace("test");
+        ran(execute(tests.args(["--test", "it", "--", "--nocapture", "chaos::"]).envs(stages.budget.variables())))
+    })?;
+    for (name, program) in [("the rack", "rack"), ("schedules", "fabric_schedules")] {
+        stages.run(name, |stages| {
+            let mut tests = stages.cargo_workspace("test");
+            let only = ["--test", program, "--", "--nocapture", "breaks_a_promise"];
+            ran(execute(tests.args(only).envs(stages.budget.variables())))
+        })?;
+    }
+    stages.run("fuzz targets, an hour in all", fuzz)?;
+    let commit = output(Command::new("git").args(["rev-parse", "HEAD"]))?;
+    eprintln!("== commit {}", commit.trim());
+    Ok(())
+}
