@@ -1,18 +1,59 @@
-//! Publish to and subscribe from an Embarcadero cluster.
+//! The client library of Embarcadero: publish to a topic, and read it in its order.
 //!
-//! ```no_run
-//! use embarcadero_client::{Client, ClientConfig, Order, Start, TopicOptions};
-//! # fn main() -> Result<(), embarcadero_client::ClientError> {
-//! let client = Client::connect(ClientConfig::at("127.0.0.1:7000"))?;
+//! A [`Client`] knows one cluster. It makes topics, [`Publisher`]s and [`Subscriber`]s. None of them is asynchronous: calls move
+//! bytes themselves, and say how long they may wait.
+//!
+//! # Publish
+//!
+//! ```
+//! use embarcadero_client::{Client, ClientConfig, Order, Status, TopicOptions};
+//! # let broker = embarcadero_sim::LocalBroker::start()?;
+//! # let endpoint = broker.control();
+//! let client = Client::connect(ClientConfig::at(endpoint))?;
 //! client.create_topic("events", TopicOptions { order: Order::Strong, ..TopicOptions::default() })?;
 //! let publisher = client.publisher("events")?;
 //! let id = publisher.publish(b"hello")?;
 //! publisher.flush()?;
-//! println!("offset {:?}", publisher.poll(id)?);
+//! assert_eq!(publisher.poll(id)?, Status::Acknowledged(Some(0)));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Read
+//!
+//! ```
+//! use embarcadero_client::{Client, ClientConfig, Start, TopicOptions};
+//! use std::time::Duration;
+//! # let broker = embarcadero_sim::LocalBroker::start()?;
+//! # let client = Client::connect(ClientConfig::at(broker.control()))?;
+//! # client.create_topic("events", TopicOptions::default())?;
+//! # let publisher = client.publisher("events")?;
+//! # for text in ["one", "two", "three"] { publisher.publish(text.as_bytes())?; }
+//! # publisher.flush()?;
 //! let mut subscriber = client.subscriber("events", Start::Earliest)?;
-//! subscriber.drain(|message| println!("{} {:?}", message.offset, message.payload))?;
-//! # Ok(())
-//! # }
+//! // One message at a time ..
+//! let first = subscriber.next(Duration::from_secs(60))?.expect("three were published");
+//! assert_eq!((first.offset, first.payload), (0, &b"one"[..]));
+//! // .. or all that is there.
+//! assert_eq!(subscriber.drain(|message| println!("{} {:?}", message.offset, message.payload))?, 2);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Whole batches, without a copy
+//!
+//! ```
+//! # use embarcadero_client::{Client, ClientConfig, Start, TopicOptions};
+//! # use std::time::Duration;
+//! # let broker = embarcadero_sim::LocalBroker::start()?;
+//! # let client = Client::connect(ClientConfig::at(broker.control()))?;
+//! # client.create_topic("events", TopicOptions::default())?;
+//! let publisher = client.publisher("events")?;
+//! publisher.publish_with(8, |message| message.copy_from_slice(&7u64.to_le_bytes()))?;
+//! publisher.flush()?;
+//! let mut subscriber = client.subscriber("events", Start::Offset(0))?;
+//! let batch = subscriber.next_batch(Duration::from_secs(60))?.expect("a batch was published");
+//! let sum: u64 = batch.messages().map(|message| u64::from(message.payload[0])).sum();
+//! assert_eq!((batch.first_offset, sum), (0, 7));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 #![forbid(unsafe_code)]
 

@@ -3,9 +3,11 @@
 
 pub mod disk;
 pub mod fabric;
+pub mod local;
 pub mod testbed;
 pub mod transport;
 
 pub use disk::{Fault, SimulatedMedium};
 pub use fabric::{Mutation, Simulated, Turbulence, World};
+pub use local::LocalBroker;
 pub use transport::SimulatedTransport;

@@ -127,7 +127,9 @@ fn bare_host(_: &Stages) -> Result<Outcome> {
     for (variable, missing) in masks {
         // A path without it, for the library and for whoever looks for it elsewhere.
         let mut build = Command::new("cargo");
-        build.args(["check", "--locked", "-p", "rdma-sys", "--target-dir", "target/bare"]).env(variable, "/nonexistent");
+        build
+            .args(["check", "--locked", "-p", "rdma-sys", "--target-dir", "target/bare"])
+            .env(variable, "/nonexistent");
         if missing == "libclang" {
             build.env("LLVM_CONFIG_PATH", "/nonexistent").env("PATH", path_without("llvm-config")?);
         }
@@ -180,7 +182,8 @@ fn lab_programs(stages: &Stages) -> Result<Vec<String>> {
         .map(|test| {
             let source = [format!("tests/{test}.rs ("), format!("tests/{test}/main.rs (")];
             let line = text.lines().find(|line| source.iter().any(|source| line.contains(source)));
-            let path = line.and_then(|line| line.rsplit_once('(')).map(|(_, path)| path.trim_end_matches(')').to_owned());
+            let path =
+                line.and_then(|line| line.rsplit_once('(')).map(|(_, path)| path.trim_end_matches(')').to_owned());
             path.with_context(|| format!("cargo does not say where the test {test} is"))
         })
         .collect()

@@ -18,7 +18,10 @@ struct Comment {
 
 /// Checks every documentation comment of the project's Rust files.
 pub fn check_style(root: &Path) -> Result<()> {
-    let listed = Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"]).current_dir(root).output()?;
+    let listed = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"])
+        .current_dir(root)
+        .output()?;
     let files = String::from_utf8(listed.stdout).context("file names are UTF-8")?;
     let mut faults = Vec::new();
     for file in files.lines().map(|file| root.join(file)).filter(|file| file.exists()) {
@@ -93,7 +96,9 @@ fn prose(text: &str) -> String {
             prose.push_str("\n\n");
             continue;
         }
-        let item = line.starts_with("- ") || line.starts_with("* ") || line.split_once(". ").is_some_and(|(n, _)| n.parse::<u32>().is_ok());
+        let item = line.starts_with("- ")
+            || line.starts_with("* ")
+            || line.split_once(". ").is_some_and(|(n, _)| n.parse::<u32>().is_ok());
         if item || line.is_empty() {
             prose.push_str("\n\n");
         }

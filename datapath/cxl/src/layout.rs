@@ -4,6 +4,7 @@
 
 use crate::fabric::{Line, RegionOffset};
 use bytemuck::{Pod, Zeroable};
+use embarcadero_wire::{OutOfBounds, within};
 use serde::{Deserialize, Serialize};
 use std::mem::{offset_of, size_of};
 
@@ -452,18 +453,6 @@ pub struct Geometry {
     pub role: RegionRole,
 }
 
-/// A number of the geometry is out of bounds.
-#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
-#[error("{field} is {value}; it must be {bound}")]
-pub struct GeometryError {
-    /// Which.
-    pub field: &'static str,
-    /// Its value.
-    pub value: u64,
-    /// What is allowed.
-    pub bound: String,
-}
-
 impl Geometry {
     /// Default tables, with one segment of `segment_bytes`; [`Geometry::fit`] finds how many segments fit.
     #[must_use]
@@ -485,8 +474,8 @@ impl Geometry {
     /// indexes in segments of 1 MiB, of which each head has as many.
     ///
     /// # Errors
-    /// [`GeometryError`] when not even one segment a head fits.
-    pub fn of_mirror(&self, bytes: u64) -> Result<Self, GeometryError> {
+    /// [`OutOfBounds`] when not even one segment a head fits.
+    pub fn of_mirror(&self, bytes: u64) -> Result<Self, OutOfBounds> {
         let mirror = Self {
             max_brokers: self.max_heads,
             max_heads: self.max_heads,
@@ -502,7 +491,7 @@ impl Geometry {
         if mirror.segment_count < self.max_heads {
             let least = Self { segment_count: self.max_heads, ..mirror };
             let bound = format!("at least {}", Layout::new(&least).region_bytes);
-            return Err(GeometryError { field: "mirror size", value: bytes, bound });
+            return Err(OutOfBounds::new("mirror size", bytes, bound));
         }
         Ok(mirror)
     }
@@ -510,8 +499,8 @@ impl Geometry {
     /// These tables, and as many segments as a region of `region_bytes` holds beside them.
     ///
     /// # Errors
-    /// [`GeometryError`] when a number is out of bounds or not even one segment fits.
-    pub fn fit(self, region_bytes: u64) -> Result<Self, GeometryError> {
+    /// [`OutOfBounds`] when a number is out of bounds or not even one segment fits.
+    pub fn fit(self, region_bytes: u64) -> Result<Self, OutOfBounds> {
         let mut geometry = Self { segment_count: 1, ..self };
         geometry.validate()?;
         // Tables grow with the segment count, so start from all of the space and come down.
@@ -525,37 +514,29 @@ impl Geometry {
             count -= (needed - region_bytes).div_ceil(self.segment_bytes).min(count);
         }
         geometry.segment_count = 1;
-        Err(GeometryError {
-            field: "region size",
-            value: region_bytes,
-            bound: format!("at least {} to hold the tables and one segment", Layout::new(&geometry).region_bytes),
-        })
+        Err(OutOfBounds::new(
+            "region size",
+            region_bytes,
+            format!("at least {} to hold the tables and one segment", Layout::new(&geometry).region_bytes),
+        ))
     }
 
     /// Checks every bound.
     ///
     /// # Errors
     /// The first number that is out of bounds.
-    pub fn validate(&self) -> Result<(), GeometryError> {
-        let within = |field, value: u64, low: u64, high: u64| {
-            if (low..=high).contains(&value) {
-                Ok(())
-            } else {
-                Err(GeometryError { field, value, bound: format!("{low} to {high}") })
-            }
-        };
-        within("max_brokers", self.max_brokers.into(), 1, MAX_BROKERS.into())?;
-        within("max_heads", self.max_heads.into(), 1, self.max_brokers.into())?;
-        within("max_topics", self.max_topics.into(), 1, MAX_TOPICS.into())?;
-        within("max_sessions", self.max_sessions.into(), 1, MAX_SESSIONS.into())?;
-        within("batchlog_slots", self.batchlog_slots.into(), 16, 1 << 20)?;
+    pub fn validate(&self) -> Result<(), OutOfBounds> {
+        within("max_brokers", self.max_brokers, 1, MAX_BROKERS)?;
+        within("max_heads", self.max_heads, 1, self.max_brokers)?;
+        within("max_topics", self.max_topics, 1, MAX_TOPICS)?;
+        within("max_sessions", self.max_sessions, 1, MAX_SESSIONS)?;
+        within("batchlog_slots", self.batchlog_slots, 16, 1 << 20)?;
         within("segment_bytes", self.segment_bytes, *SEGMENT_BYTES.start(), *SEGMENT_BYTES.end())?;
-        within("segment_count", self.segment_count.into(), 1, MAX_SEGMENTS.into())?;
-        for (field, value) in
-            [("batchlog_slots", u64::from(self.batchlog_slots)), ("segment_bytes", self.segment_bytes)]
+        within("segment_count", self.segment_count, 1, MAX_SEGMENTS)?;
+        for (key, value) in [("batchlog_slots", u64::from(self.batchlog_slots)), ("segment_bytes", self.segment_bytes)]
         {
             if !value.is_power_of_two() {
-                return Err(GeometryError { field, value, bound: "a power of two".to_owned() });
+                return Err(OutOfBounds::new(key, value, "a power of two"));
             }
         }
         Ok(())
@@ -791,7 +772,7 @@ mod tests {
         let error = Geometry::with_segments_of(3 << 20, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
         assert_eq!(error.to_string(), "segment_bytes is 3145728; it must be a power of two");
         let error = Geometry::with_segments_of(4096, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
-        assert_eq!(error.field, "segment_bytes");
+        assert_eq!(error.key, "segment_bytes");
         assert!(Geometry::with_segments_of(1 << 20, AllocatorKind::Bitmap).fit(1 << 20).is_err());
     }
 }

@@ -4,12 +4,12 @@ use crate::cache::{FlushMethod, UnsupportedFlush};
 use crate::fabric::{Fabric, RegionOffset, Site};
 use crate::headship::Office;
 use crate::layout::{
-    AllocatorKind, Geometry, GeometryError, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, RegionRole, SUPERBLOCK_BYTES,
+    AllocatorKind, Geometry, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, RegionRole, SUPERBLOCK_BYTES,
     SuperblockGeometry, SuperblockHead,
 };
 use crate::native::{Mapping, Native};
 use bytemuck::Zeroable;
-use embarcadero_wire::crc32c;
+use embarcadero_wire::{OutOfBounds, crc32c};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -90,7 +90,7 @@ pub enum RegionError {
     },
     /// The geometry is not possible, or not the one that was asked for.
     #[error("region geometry: {0}")]
-    Geometry(#[from] GeometryError),
+    Geometry(#[from] OutOfBounds),
     /// The configuration expects other numbers than the region has.
     #[error("the region has {field} = {found}, the configuration asks for {expected}")]
     GeometryMismatch {
@@ -237,16 +237,9 @@ impl<F: Fabric> Region<F> {
         if head.layout_hash != LAYOUT_HASH {
             return Err(RegionError::LayoutHash { found: head.layout_hash });
         }
-        let allocator = AllocatorKind::from_code(body.allocator).ok_or_else(|| GeometryError {
-            field: "allocator",
-            value: body.allocator.into(),
-            bound: "1 to 3".to_owned(),
-        })?;
-        let role = RegionRole::from_code(body.role).ok_or_else(|| GeometryError {
-            field: "role",
-            value: body.role.into(),
-            bound: "0 to 2".to_owned(),
-        })?;
+        let allocator = AllocatorKind::from_code(body.allocator)
+            .ok_or_else(|| OutOfBounds::new("allocator", body.allocator, "1 to 3"))?;
+        let role = RegionRole::from_code(body.role).ok_or_else(|| OutOfBounds::new("role", body.role, "0 to 2"))?;
         let geometry = Geometry {
             max_brokers: body.max_brokers,
             max_heads: body.max_heads,
