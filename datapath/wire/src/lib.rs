@@ -7,9 +7,11 @@
 
 pub mod batch;
 mod bounds;
+mod ids;
 mod order;
 
 pub use bounds::{OutOfBounds, within};
+pub use ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, Term, TopicId};
 pub use order::Order;
 
 use bytemuck::{Pod, Zeroable};
