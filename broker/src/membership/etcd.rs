@@ -10,6 +10,7 @@
 
 use crate::config::EtcdConfig;
 use embarcadero_cxl::tables::BrokerInfo;
+use embarcadero_wire::{BrokerId, Incarnation, Term};
 use etcd_client::{
     Client, Compare, CompareOp, ConnectOptions, EventType, GetOptions, KeyValue, PutOptions, Txn, TxnOp, WatchOptions,
 };
@@ -48,7 +49,7 @@ pub enum EtcdError {
     #[error("broker id {id} is taken by process {process} of host {host}, says etcd")]
     IdTaken {
         /// Which.
-        id: u32,
+        id: BrokerId,
         /// Whose host.
         host: String,
         /// Whose process.
@@ -67,8 +68,8 @@ pub enum EtcdError {
 /// A broker's entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Member {
-    broker: u32,
-    incarnation: u32,
+    broker: BrokerId,
+    incarnation: Incarnation,
     host: String,
     /// Changes when the host boots.
     boot: String,
@@ -102,7 +103,7 @@ impl Member {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elected {
     /// Which broker.
-    pub broker: u32,
+    pub broker: BrokerId,
     /// Whoever replaces it names this.
     revision: i64,
     lease: i64,
@@ -111,11 +112,11 @@ pub struct Elected {
 /// What etcd holds, as last seen.
 #[derive(Clone, Debug, Default)]
 struct View {
-    base: Option<u64>,
+    base: Option<Term>,
     head: Option<Elected>,
     /// Since when there is no head.
     headless_since: Option<Instant>,
-    members: BTreeMap<u32, (Member, i64)>,
+    members: BTreeMap<BrokerId, (Member, i64)>,
 }
 
 struct State {
@@ -136,7 +137,7 @@ pub struct Etcd {
     /// Ends with a slash.
     prefix: String,
     member: Member,
-    latest_claim: Arc<dyn Fn() -> u64 + Send + Sync>,
+    latest_claim: Arc<dyn Fn() -> Term + Send + Sync>,
     state: Arc<Mutex<State>>,
     /// Something changed.
     changed: Arc<Notify>,
@@ -151,7 +152,7 @@ impl Etcd {
         config: EtcdConfig,
         uuid: Uuid,
         info: &BrokerInfo,
-        latest_claim: impl Fn() -> u64 + Send + Sync + 'static,
+        latest_claim: impl Fn() -> Term + Send + Sync + 'static,
     ) -> Result<Self, EtcdError> {
         let options = ConnectOptions::new().with_connect_timeout(CALL).with_keep_alive(CALL, CALL);
         let connected = Client::connect(&config.endpoints, Some(options)).await;
@@ -284,7 +285,7 @@ impl Etcd {
         let value = serde_json::to_vec(&self.member).unwrap_or_default();
         let same = Compare::mod_revision(self.key(name), CompareOp::Equal, revision);
         // Epochs count from the base: it must be the one that was seen.
-        let base = self.state().view.base.unwrap_or(0).to_string();
+        let base = self.state().view.base.unwrap_or(Term::NONE).to_string();
         let base = Compare::value(self.key("base"), CompareOp::Equal, base);
         let put = TxnOp::put(self.key(name), value, Some(PutOptions::new().with_lease(lease)));
         self.transact(vec![same, base], put).await
@@ -305,14 +306,14 @@ impl Etcd {
     ///
     /// # Errors
     /// [`EtcdError`]: nobody can be elected now.
-    pub async fn stand(&self, seen: Option<Elected>) -> Result<Option<u64>, EtcdError> {
+    pub async fn stand(&self, seen: Option<Elected>) -> Result<Option<Term>, EtcdError> {
         let (lease, base) = {
             let state = self.state();
-            (state.lease, state.view.base.unwrap_or(0))
+            (state.lease, state.view.base.unwrap_or(Term::NONE))
         };
         let elected = self.put_if("head", seen.map_or(0, |seen| seen.revision), lease).await?;
         self.refresh().await?;
-        Ok(elected.map(|revision| base + revision as u64))
+        Ok(elected.map(|revision| Term(base.0 + revision as u64)))
     }
 
     /// Notes whether this broker leads, so that its entry as head stays; takes it back when it does not lead after all.
