@@ -20,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let Some(batch) = subscriber.next_batch(Duration::from_secs(1))? else { continue };
         for message in batch.messages() {
             let text = String::from_utf8_lossy(message.payload);
-            println!("{}\t{:x}\t{text}", message.offset, message.client_id);
+            println!("{}\t{}\t{text}", message.offset, message.client_id);
         }
     }
 }

@@ -130,6 +130,7 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 mod tests {
     use super::*;
     use embarcadero_broker::BrokerConfig;
+    use embarcadero_wire::BrokerId;
     use proptest::prelude::*;
 
     #[test]
@@ -137,7 +138,7 @@ mod tests {
         let overrides =
             [("cxl__path".to_owned(), "/dev/dax0.0".to_owned()), ("heartbeat_ms".to_owned(), "7".to_owned())];
         let config: BrokerConfig = parse("heartbeat_ms: 5\nid: 3", overrides.into_iter()).unwrap();
-        assert_eq!((config.heartbeat_ms, config.id), (7, Some(3)));
+        assert_eq!((config.heartbeat_ms, config.id), (7, Some(BrokerId(3))));
         assert_eq!(config.cxl.path, Path::new("/dev/dax0.0"));
     }
 

@@ -5,15 +5,15 @@
 //! here: what write-backs cost, `embarcadero bench sequencer` measures.
 #![allow(clippy::unwrap_used, missing_docs)] // a bench fails by panicking; the macros' functions have no docs
 
-use embarcadero_broker::blog::Blog;
+use embarcadero_broker::blog::{Blog, BlogId};
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{AllocatorKind, BatchEntry};
 use embarcadero_cxl::segment::{BitmapAllocator, SegmentAllocator};
 use embarcadero_cxl::{Native, Region};
-use embarcadero_sim::testbed::{Testbed, region};
+use embarcadero_sim::testbed::{TOPIC, Testbed, region};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
-use embarcadero_wire::{FRAME_BYTES, Frame};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, FRAME_BYTES, Frame, Incarnation, SessionSlot, TopicId};
 use gungraun::prelude::*;
 use gungraun::{Callgrind, EventKind};
 use std::hint::black_box;
@@ -37,7 +37,8 @@ fn memory(allocator: AllocatorKind) -> Region<Native> {
 fn blog() -> Blog<Native> {
     let region = memory(AllocatorKind::Bitmap);
     let pool: Arc<dyn SegmentAllocator> = Arc::new(BitmapAllocator::new(region.clone()));
-    let blog = Blog::new(region, 0, 1, 0, 0, pool);
+    let (topic, incarnation) = TOPIC;
+    let blog = Blog::new(region, BlogId { topic, incarnation, broker: BrokerId(0) }, 0, pool);
     // The first takes a segment.
     blog.settle(blog.reserve(64).unwrap());
     blog
@@ -54,7 +55,7 @@ fn reserve(blog: Blog<Native>) -> Blog<Native> {
 }
 
 fn batchlog() -> BatchlogWriter<Native> {
-    let mut log = BatchlogWriter::new(memory(AllocatorKind::Bitmap), 0, 0);
+    let mut log = BatchlogWriter::new(memory(AllocatorKind::Bitmap), TOPIC.0, BrokerId(0));
     assert!(log.has_room());
     log
 }
@@ -93,8 +94,13 @@ fn batch() -> BatchBuilder {
     builder
 }
 
-const ORIGIN: BatchOrigin =
-    BatchOrigin { client_id: 7, session_epoch: 1, session_slot: 3, topic: 2, topic_incarnation: 9 };
+const ORIGIN: BatchOrigin = BatchOrigin {
+    client_id: ClientId(7),
+    session_epoch: Epoch(1),
+    session_slot: SessionSlot(3),
+    topic: TopicId(2),
+    topic_incarnation: Incarnation(9),
+};
 
 #[library_benchmark(config = at_most(1700, 1))]
 #[bench::of_60_messages(batch())]

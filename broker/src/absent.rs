@@ -8,13 +8,14 @@ use embarcadero_cxl::Fabric;
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{SegmentAllocator, SegmentUse, read_owner};
+use embarcadero_wire::{BrokerId, Stream};
 use std::sync::Arc;
 
 /// Brokers that hold segments, a bit each.
 pub fn holders<F: Fabric>(region: &Region<F>) -> u64 {
     let holder = |segment| match read_owner(region, segment) {
         SegmentUse::Free => 0,
-        SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. } => 1 << broker,
+        SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. } => 1 << broker.0,
     };
     (0..region.geometry().segment_count).fold(0, |mask, segment| mask | holder(segment))
 }
@@ -24,16 +25,16 @@ const ROUND_ENTRIES: u64 = 4096;
 
 /// Applies retention to what `broker` left, and gives back what nobody needs. The caller holds its claim on the id, so that
 /// no process of the broker does the same; `pool` is the allocator that it would use.
-pub fn tidy_up<F: Fabric>(region: &Region<F>, broker: u32, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
+pub fn tidy_up<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
     let kept = |topic| {
-        [StreamId::GLOBAL, broker]
+        [Stream::GLOBAL, Stream::of(broker)]
             .map(|stream| read_extent(region, StreamId { topic, stream }))
             .into_iter()
             .flatten()
             .map(|extent| extent.committed.saturating_sub(extent.trimmed))
             .max()
     };
-    let entries = (0..region.geometry().max_topics).filter_map(kept).max().unwrap_or(0);
+    let entries = region.geometry().topics().filter_map(kept).max().unwrap_or(0);
     let topics = Arc::new(TopicTable::new(region.clone(), broker, pool));
     let ((_, queue), (acks, _)) = (bounded(1), bounded(1));
     let mut delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default());

@@ -8,7 +8,7 @@ use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::session_table::{Commit, SessionState, read_commit, read_progress, read_session};
-use embarcadero_wire::{Ack, Fenced, UNKNOWN_OFFSET};
+use embarcadero_wire::{Ack, BrokerId, ClientId, Epoch, Fenced, SessionSlot, Stream, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
 /// Whether a connection's session still takes batches.
@@ -36,12 +36,27 @@ pub struct Lost {
     pub sequence: u64,
 }
 
+/// The session whose batches an [`AckQueue`] acknowledges.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AckOptions {
+    /// Row in the session table.
+    pub slot: SessionSlot,
+    /// Client.
+    pub client_id: ClientId,
+    /// Epoch of the session.
+    pub epoch: Epoch,
+    /// Stream in which its batches appear.
+    pub stream: StreamId,
+    /// Acknowledgement level.
+    pub ack_level: u32,
+}
+
 /// The batches that came on one connection and are not acknowledged yet.
 #[derive(Debug)]
 pub struct AckQueue {
-    slot: u32,
-    client_id: u64,
-    epoch: u32,
+    slot: SessionSlot,
+    client_id: ClientId,
+    epoch: Epoch,
     stream: StreamId,
     /// Acknowledge only what is on enough disks.
     durable: bool,
@@ -52,9 +67,10 @@ pub struct AckQueue {
 }
 
 impl AckQueue {
-    /// An empty queue of a session, whose batches appear in `stream`.
+    /// An empty queue of a session.
     #[must_use]
-    pub fn new(slot: u32, client_id: u64, epoch: u32, stream: StreamId, ack_level: u32) -> Self {
+    pub fn new(options: AckOptions) -> Self {
+        let AckOptions { slot, client_id, epoch, stream, ack_level } = options;
         let outstanding = VecDeque::with_capacity(SESSION_WINDOW as usize);
         Self { slot, client_id, epoch, stream, durable: ack_level >= 2, outstanding, committed: VecDeque::new() }
     }
@@ -97,11 +113,11 @@ impl AckQueue {
             if commit == Commit::Unknown || (commit == Commit::Forgotten && sequence >= committed) {
                 continue;
             }
-            let Committed { first_offset, position, .. } = self.place(region, sequence, commit)?;
+            let placed = self.place(region, sequence, commit)?;
             if self.durable {
-                self.committed.push_back(Committed { sequence, first_offset, position });
+                self.committed.push_back(placed);
             } else {
-                send(self.ack(sequence, first_offset, committed));
+                send(self.ack(placed, committed));
             }
         }
         Ok(())
@@ -118,7 +134,8 @@ impl AckQueue {
         })
     }
 
-    fn ack(&self, sequence: u64, first_offset: u64, committed: u64) -> Ack {
+    fn ack(&self, batch: Committed, committed: u64) -> Ack {
+        let Committed { sequence, first_offset, .. } = batch;
         Ack { sequence, first_offset, committed, session_epoch: self.epoch, stream: self.stream.stream, ..Ack::blank() }
     }
 
@@ -130,14 +147,14 @@ impl AckQueue {
     pub fn poll<F: Fabric>(
         &mut self,
         region: &Region<F>,
-        broker: u32,
+        broker: BrokerId,
         mut send: impl FnMut(Ack),
     ) -> Result<usize, Lost> {
         let mut sent = 0;
         while let Some(sequence) = self.outstanding.front().copied() {
             // A broker's own order is told by `AckQueue::local`.
             let commit = match self.stream.stream {
-                StreamId::GLOBAL => read_commit(region, self.slot, sequence),
+                Stream::GLOBAL => read_commit(region, self.slot, sequence),
                 _ => break,
             };
             if commit == Commit::Unknown {
@@ -154,7 +171,7 @@ impl AckQueue {
                 continue;
             }
             sent += 1;
-            send(self.ack(sequence, placed.first_offset, progress));
+            send(self.ack(placed, progress));
         }
         if !self.committed.is_empty() {
             sent += self.poll_durable(region, broker, send)?;
@@ -165,7 +182,7 @@ impl AckQueue {
     fn poll_durable<F: Fabric>(
         &mut self,
         region: &Region<F>,
-        broker: u32,
+        broker: BrokerId,
         mut send: impl FnMut(Ack),
     ) -> Result<usize, Lost> {
         let (Ok(completion), Ok(progress)) =
@@ -173,18 +190,18 @@ impl AckQueue {
         else {
             return Ok(0);
         };
-        let progress = if self.stream.stream == StreamId::GLOBAL { progress } else { 0 };
+        let progress = if self.stream.stream == Stream::GLOBAL { progress } else { 0 };
         let mut sent = 0;
-        while let Some(Committed { sequence, first_offset, position }) = self.committed.front().copied() {
-            if position < completion.lost_through {
-                return Err(Lost { sequence });
+        while let Some(batch) = self.committed.front().copied() {
+            if batch.position < completion.lost_through {
+                return Err(Lost { sequence: batch.sequence });
             }
-            if position >= completion.durable_through {
+            if batch.position >= completion.durable_through {
                 break;
             }
             self.committed.pop_front();
             sent += 1;
-            send(self.ack(sequence, first_offset, progress));
+            send(self.ack(batch, progress));
         }
         Ok(sent)
     }
@@ -198,11 +215,12 @@ impl AckQueue {
         } else {
             self.outstanding.retain(|waiting| *waiting != sequence);
         }
+        let batch = Committed { sequence, first_offset, position };
         if self.durable {
-            self.committed.push_back(Committed { sequence, first_offset, position });
+            self.committed.push_back(batch);
             return None;
         }
-        Some(self.ack(sequence, first_offset, 0))
+        Some(self.ack(batch, 0))
     }
 
     /// Whether the session still stands. Not for every batch: reads a line that only changes at its end.

@@ -10,6 +10,7 @@ use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_cxl::headship::{NoHead, read_headship};
 use embarcadero_cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
 use embarcadero_cxl::{Native, Region};
+use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,11 +31,11 @@ const CALL: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ArchiveKey {
     /// Slot of the topic.
-    pub topic: u32,
+    pub topic: TopicId,
     /// Incarnation of the slot.
-    pub incarnation: u32,
-    /// Broker whose order it is; [`embarcadero_cxl::order_index::StreamId::GLOBAL`].
-    pub stream: u32,
+    pub incarnation: Incarnation,
+    /// Stream of the topic.
+    pub stream: Stream,
 }
 
 /// Where reading begins.
@@ -136,7 +137,7 @@ pub struct Archive {
 
 impl Archive {
     /// The two ends: one to ask, one to [`ArchiveReader::run`].
-    pub fn new(region: Region<Native>, broker: u32, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
+    pub fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
         let (requests, queue) = unbounded_channel();
         (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
     }
@@ -151,12 +152,12 @@ impl Archive {
 }
 
 /// A connection to a broker, and to which process.
-type Clients = Arc<Mutex<HashMap<u32, (u32, ControlClient<Channel>)>>>;
+type Clients = Arc<Mutex<HashMap<BrokerId, (Incarnation, ControlClient<Channel>)>>>;
 
 /// Reads from disks for those who ask.
 pub struct ArchiveReader {
     region: Region<Native>,
-    broker: u32,
+    broker: BrokerId,
     catalog: Arc<Catalog>,
     clients: Clients,
     queue: UnboundedReceiver<Request>,
@@ -188,9 +189,9 @@ impl ArchiveReader {
             answers.spawn(async { Err(NoHead.to_string()) });
             return answers;
         };
-        for id in (0..self.region.geometry().max_brokers).filter(|id| *id != self.broker) {
+        for id in self.region.geometry().brokers().filter(|id| *id != self.broker) {
             let Some(info) = read_broker(&self.region, id) else { continue };
-            if head.broker_mask & 1 << id != 0 {
+            if head.broker_mask & 1 << id.0 != 0 {
                 answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
             } else if info.running && read_replica_state(&self.region, id) == ReplicaState::Running {
                 answers.spawn(async move { Err(format!("broker {id} is not there")) });
@@ -218,7 +219,14 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) ->
         From::Time(since_us) => (0, Some(since_us)),
     };
     let max_bytes = READ_BYTES;
-    let request = proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us };
+    let request = proto::ReadReplicaRequest {
+        topic: topic.0,
+        incarnation: incarnation.0,
+        stream: stream.0,
+        from_offset,
+        max_bytes,
+        since_us,
+    };
     let answer = client.read_replica(request).await;
     let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
     match answer {
@@ -235,7 +243,7 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) ->
 
 fn from_proto(batch: proto::ArchivedBatch) -> Archived {
     let proto::ArchivedBatch { first_offset, message_count, source, ordered_us, bytes } = batch;
-    Archived { first_offset, message_count, source, ordered_us, bytes }
+    Archived { first_offset, message_count, source: BrokerId(source), ordered_us, bytes }
 }
 
 /// The answer to another broker that asks for what is on this one's disk.
@@ -248,12 +256,12 @@ pub fn read_replica(
     request: proto::ReadReplicaRequest,
 ) -> Result<proto::ReadReplicaResponse, Status> {
     let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us } = request;
-    let key = ArchiveKey { topic, incarnation, stream };
+    let key = ArchiveKey { topic: TopicId(topic), incarnation: Incarnation(incarnation), stream: Stream(stream) };
     let from = since_us.map_or(From::Offset(from_offset), From::Time);
     let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
     let batches = found.into_iter().map(|batch| {
         let Archived { first_offset, message_count, source, ordered_us, bytes } = batch;
-        proto::ArchivedBatch { first_offset, message_count, source, ordered_us, bytes }
+        proto::ArchivedBatch { first_offset, message_count, source: source.0, ordered_us, bytes }
     });
     Ok(proto::ReadReplicaResponse { batches: batches.collect() })
 }
@@ -303,7 +311,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn batch(first_offset: u64, message_count: u32) -> Archived {
-        Archived { first_offset, message_count, source: 0, ordered_us: 0, bytes: Vec::new() }
+        Archived { first_offset, message_count, source: BrokerId(0), ordered_us: 0, bytes: Vec::new() }
     }
 
     #[test]

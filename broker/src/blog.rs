@@ -3,6 +3,7 @@
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset};
+use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -34,14 +35,23 @@ struct Chain {
     retiring: Vec<u32>,
 }
 
+/// Which log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlogId {
+    /// Topic slot.
+    pub topic: TopicId,
+    /// Incarnation of the topic.
+    pub incarnation: Incarnation,
+    /// Broker that receives into it.
+    pub broker: BrokerId,
+}
+
 /// One broker's log of one topic.
 ///
 /// `[[DEVIATION_003]]` A reservation is one atomic addition, and two that count, whatever the number of messages.
 pub struct Blog<F> {
     region: Region<F>,
-    topic: u32,
-    incarnation: u32,
-    broker: u32,
+    id: BlogId,
     pool: Arc<dyn SegmentAllocator>,
     /// Current segment and the next free line in it.
     cursor: AtomicU64,
@@ -54,22 +64,15 @@ pub struct Blog<F> {
 }
 
 impl<F: Fabric> Blog<F> {
-    /// The log of `broker` in a topic. Segments that an earlier process of this broker left in it stay in it; their
+    /// The log of a broker in a topic. Segments that an earlier process of this broker left in it stay in it; their
     /// batches are all below `batches`, the present head of the Batchlog.
-    pub fn new(
-        region: Region<F>,
-        topic: u32,
-        incarnation: u32,
-        broker: u32,
-        batches: u64,
-        pool: Arc<dyn SegmentAllocator>,
-    ) -> Self {
+    pub fn new(region: Region<F>, id: BlogId, batches: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
         let mut ordinal = 0;
         let mut retired = Vec::new();
         for segment in 0..region.geometry().segment_count {
             match read_owner(&region, segment) {
-                SegmentUse::Blog { topic: of, incarnation: life, broker: by, ordinal: place }
-                    if (of, life, by) == (topic, incarnation, broker) =>
+                SegmentUse::Blog { topic, incarnation, broker, ordinal: place }
+                    if (BlogId { topic, incarnation, broker }) == id =>
                 {
                     retired.push(Retired { segment, batches_below: batches });
                     ordinal = ordinal.max(place + 1);
@@ -81,9 +84,7 @@ impl<F: Fabric> Blog<F> {
         let batches_below = (0..region.geometry().segment_count).map(|_| AtomicU64::new(0)).collect();
         Self {
             region,
-            topic,
-            incarnation,
-            broker,
+            id,
             pool,
             batches_below,
             cursor: AtomicU64::new(NO_SEGMENT),
@@ -155,16 +156,9 @@ impl<F: Fabric> Blog<F> {
                 return Err(error);
             }
         };
-        publish_owner(
-            &self.region,
-            next,
-            SegmentUse::Blog {
-                topic: self.topic,
-                incarnation: self.incarnation,
-                broker: self.broker,
-                ordinal: chain.ordinal,
-            },
-        );
+        let BlogId { topic, incarnation, broker } = self.id;
+        let ordinal = chain.ordinal;
+        publish_owner(&self.region, next, SegmentUse::Blog { topic, incarnation, broker, ordinal });
         chain.ordinal += 1;
         if let Some(below) = self.batches_below.get(next as usize) {
             below.store(0, Ordering::Release);

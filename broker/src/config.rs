@@ -10,7 +10,7 @@ use embarcadero_os::idle::PollPolicy;
 use embarcadero_transport::{Isolation, TransportKind};
 use embarcadero_verbs::{DpdkConfig, RoceConfig};
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
-use embarcadero_wire::{OutOfBounds, within};
+use embarcadero_wire::{BrokerId, OutOfBounds, within};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -241,7 +241,7 @@ impl Default for EtcdConfig {
 #[serde(deny_unknown_fields, default)]
 pub struct BrokerConfig {
     /// Id, 0 to 31; unset takes the first that is free.
-    pub id: Option<u32>,
+    pub id: Option<BrokerId>,
     /// Part to take.
     pub role: Role,
     /// Who elects the head.
@@ -341,7 +341,7 @@ impl BrokerConfig {
         self.dpdk.validate()?;
         let heartbeats = self.heartbeat_ms * 5;
         let bounds: &[(&'static str, u64, u64, u64)] = &[
-            ("id", self.id.unwrap_or(0).into(), 0, u64::from(MAX_BROKERS) - 1),
+            ("id", self.id.map_or(0, |id| id.0.into()), 0, u64::from(MAX_BROKERS) - 1),
             ("threads.workers", self.threads.workers as u64, 0, MAX_WORKERS as u64),
             ("threads.sleep_max_us", self.threads.sleep_max_us, 20, 1_000_000),
             ("threads.spin_us", self.threads.spin_us.unwrap_or(0), 0, 1_000_000),
@@ -416,7 +416,7 @@ mod tests {
     #[test]
     fn defaults_are_valid_and_bounds_are_named() {
         BrokerConfig::default().validate().unwrap();
-        let error = BrokerConfig { id: Some(32), ..BrokerConfig::default() }.validate().unwrap_err();
+        let error = BrokerConfig { id: Some(BrokerId(32)), ..BrokerConfig::default() }.validate().unwrap_err();
         assert_eq!(error.to_string(), "id is 32; it must be 0 to 31");
         let error = BrokerConfig { max_batch_bytes: 1, ..BrokerConfig::default() }.validate().unwrap_err();
         assert_eq!(error.key, "max_batch_bytes");

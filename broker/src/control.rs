@@ -15,7 +15,7 @@ use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name, live_topics, read_broker, read_topic};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_os::{Clock, SystemClock};
-use embarcadero_wire::Order;
+use embarcadero_wire::{ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, TopicId};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Request, Response, Status};
@@ -127,8 +127,8 @@ fn order_to_proto(order: Order) -> proto::Order {
 
 fn topic_to_proto(topic: &TopicConfig) -> proto::Topic {
     proto::Topic {
-        id: topic.id,
-        incarnation: topic.incarnation,
+        id: topic.id.0,
+        incarnation: topic.incarnation.0,
         name: topic.name.clone(),
         order: order_to_proto(topic.order).into(),
         ack_level: topic.ack_level.into(),
@@ -159,8 +159,8 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
         return Err(Status::invalid_argument("ack_level 2 needs replication_factor >= 2"));
     }
     Ok(TopicConfig {
-        id: 0,
-        incarnation: 0,
+        id: TopicId::default(),
+        incarnation: Incarnation::NONE,
         state: TopicState::Live,
         name: request.name.clone(),
         order,
@@ -183,8 +183,8 @@ impl Control for ControlService {
             brokers: brokers
                 .into_iter()
                 .map(|broker| proto::Broker {
-                    id: broker.id,
-                    incarnation: broker.incarnation,
+                    id: broker.id.0,
+                    incarnation: broker.incarnation.0,
                     data_endpoint: broker.data.to_string(),
                     control_endpoint: broker.control.to_string(),
                     head: Some(broker.id) == head,
@@ -218,10 +218,10 @@ impl Control for ControlService {
         }
         let slots = self.region.geometry().max_topics;
         let mut free = None;
-        for id in (0..slots).rev() {
+        for id in self.region.geometry().topics().rev() {
             match self.of_head(|region| read_topic(region, id)).await? {
-                None => free = Some((id, 1)),
-                Some(old) if old.state == TopicState::Free => free = Some((id, old.incarnation + 1)),
+                None => free = Some((id, Incarnation::NONE.next())),
+                Some(old) if old.state == TopicState::Free => free = Some((id, old.incarnation.next())),
                 Some(_) => {}
             }
         }
@@ -250,10 +250,10 @@ impl Control for ControlService {
         request: Request<proto::DescribeTopicRequest>,
     ) -> Result<Response<proto::TopicDescription>, Status> {
         let topic = self.topic(&request.get_ref().name).await?;
-        let streams: Vec<u32> = if topic.order.is_global() {
-            vec![StreamId::GLOBAL]
+        let streams: Vec<Stream> = if topic.order.is_global() {
+            vec![Stream::GLOBAL]
         } else {
-            (0..self.region.geometry().max_brokers).collect()
+            self.region.geometry().brokers().map(Stream::of).collect()
         };
         let id = |stream| StreamId { topic: topic.id, stream };
         let read = |region: &_| {
@@ -263,9 +263,9 @@ impl Control for ControlService {
         let streams = self.of_head(read).await?;
         let streams = streams
             .into_iter()
-            .filter(|(_, extent)| extent.incarnation == u64::from(topic.incarnation))
+            .filter(|(_, extent)| extent.incarnation == topic.incarnation)
             .map(|(stream, extent)| proto::Stream {
-                broker: stream,
+                broker: stream.0,
                 earliest_offset: extent.earliest_offset,
                 next_offset: extent.next_offset,
                 batches: extent.committed - extent.trimmed,
@@ -290,7 +290,7 @@ impl Control for ControlService {
                 request.ack_level, topic.name, topic.ack_level
             )));
         }
-        let (client_id, ack_level) = (request.client_id, request.ack_level as u8);
+        let (client_id, ack_level) = (ClientId(request.client_id), request.ack_level as u8);
         let session = self
             .ask(|reply| Command::OpenSession { topic: topic.id, client_id, ack_level, reply })
             .await?
@@ -300,8 +300,8 @@ impl Control for ControlService {
             })?;
         Ok(Response::new(proto::OpenSessionResponse {
             topic: Some(topic_to_proto(&topic)),
-            slot: session.slot,
-            epoch: session.epoch,
+            slot: session.slot.0,
+            epoch: session.epoch.0,
             next_sequence: session.committed,
             window_batches: SESSION_WINDOW as u32,
             max_batch_bytes: self.max_batch_bytes.min(self.region.geometry().segment_bytes),
@@ -322,6 +322,7 @@ impl Control for ControlService {
         request: Request<proto::CloseSessionRequest>,
     ) -> Result<Response<proto::CloseSessionResponse>, Status> {
         let proto::CloseSessionRequest { slot, client_id, epoch } = request.into_inner();
+        let (slot, client_id, epoch) = (SessionSlot(slot), ClientId(client_id), Epoch(epoch));
         self.ask(|reply| Command::CloseSession { slot, client_id, epoch, reply }).await?;
         Ok(Response::new(proto::CloseSessionResponse {}))
     }

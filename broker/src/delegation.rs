@@ -9,12 +9,12 @@ use crossbeam_channel::{Receiver, Sender};
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::headship::read_headship;
 use embarcadero_cxl::layout::{BatchEntry, IndexEntry, Seat};
-use embarcadero_cxl::order_index::{OrderIndexWriter, StreamId, lowest_pin};
+use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, Retention, StreamId, lowest_pin};
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::tables::{Pulse, TopicState, last_incarnation, publish_released, read_topic};
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
-use embarcadero_wire::BatchHeader;
+use embarcadero_wire::{BatchHeader, Incarnation, Stream, Term};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -109,7 +109,7 @@ pub struct Delegation<F: Fabric> {
     pulse: Pulse<F>,
     group: FlushGroup,
     /// Which process of this broker this is; unset, the only one.
-    incarnation: Option<u32>,
+    incarnation: Option<Incarnation>,
     /// A later process has this broker's place.
     superseded: bool,
     /// Of the region, and of its mirror.
@@ -144,7 +144,7 @@ impl<F: Fabric> Delegation<F> {
     /// Writes only as long as the broker table names this process, or an earlier one. On one host no two processes of a
     /// broker run at a time; of several hosts, one may have been taken for dead that only stood still.
     #[must_use]
-    pub fn of_incarnation(self, incarnation: u32) -> Self {
+    pub fn of_incarnation(self, incarnation: Incarnation) -> Self {
         Self { incarnation: Some(incarnation), ..self }
     }
 
@@ -193,7 +193,7 @@ impl<F: Fabric> Delegation<F> {
     }
 
     fn append(&mut self, landed: Landed<F>, now_us: u64) -> Result<(), Landed<F>> {
-        let slot = landed.topic.config.id as usize;
+        let slot = landed.topic.config.id.index();
         if landed.topic.is_deleted() {
             landed.topic.blog.settle(landed.at);
             return Ok(());
@@ -236,7 +236,7 @@ impl<F: Fabric> Delegation<F> {
                     bytes: bytes as u32,
                     message_count: header.message_count,
                     session_epoch: header.session_epoch,
-                    broker: broker as u8,
+                    broker: broker.byte(),
                     replicas: 1,
                     ..IndexEntry::zeroed()
                 });
@@ -263,16 +263,20 @@ impl<F: Fabric> Delegation<F> {
         let region = self.topics.region();
         let broker = self.topics.broker();
         let config = &topic.config;
-        let Some(slot) = self.logs.get_mut(config.id as usize) else { return };
+        let Some(slot) = self.logs.get_mut(config.id.index()) else { return };
         if slot.as_ref().is_some_and(|local| Arc::ptr_eq(&local.topic, topic)) {
             return;
         }
         let log = if config.order.is_global() {
             Log::Batchlog(BatchlogWriter::new(region.clone(), config.id, broker))
         } else {
-            let id = StreamId { topic: config.id, stream: broker };
-            let pool = Arc::clone(self.topics.pool());
-            Log::Own(OrderIndexWriter::open(region.clone(), id, Seat(broker), config.incarnation, 0, pool))
+            let own = IndexOptions {
+                id: StreamId { topic: config.id, stream: Stream::of(broker) },
+                incarnation: config.incarnation,
+                writer: Seat(broker),
+                epoch: Term::NONE,
+            };
+            Log::Own(OrderIndexWriter::open(region.clone(), own, Arc::clone(self.topics.pool())))
         };
         *slot = Some(LocalLog {
             topic: Arc::clone(topic),
@@ -298,7 +302,7 @@ impl<F: Fabric> Delegation<F> {
             }
             Log::Own(index) => {
                 index.write_back_entries();
-                index.publish_tail(0);
+                index.publish_tail(Term::NONE);
                 self.topics.region().fabric().fence(Site::TailFlush);
                 for (worker, ack) in local.held_acks.drain(..) {
                     // A full channel means that the worker died; its connections are gone with it.
@@ -324,9 +328,8 @@ impl<F: Fabric> Delegation<F> {
         }
         let region = self.topics.region().clone();
         let broker = self.topics.broker();
-        let live = read_headship(&region).map_or(u64::MAX, |head| head.pinning_mask) | 1 << broker;
-        let max_brokers = region.geometry().max_brokers;
-        let brokers = move || (0..max_brokers).filter(move |id| live & (1 << id) != 0);
+        let live = read_headship(&region).map_or(u64::MAX, |head| head.pinning_mask) | 1 << broker.0;
+        let brokers = || region.geometry().brokers().filter(move |id| live & (1 << id.0) != 0);
         self.follow_topics();
         self.leftovers.iter_mut().for_each(|leftovers| leftovers.poll(brokers()));
         for slot in 0..self.logs.len() {
@@ -340,8 +343,11 @@ impl<F: Fabric> Delegation<F> {
                 Log::Batchlog(writer) => writer.head(),
                 Log::Own(index) => {
                     if let Ok(completion) = read_completion(&region, config.id, broker) {
-                        let limit = trimmable(&region, config, completion);
-                        index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
+                        index.enforce_retention(Retention {
+                            bytes: config.retention_bytes,
+                            since_us: since(config.retention_ms, now_us),
+                            limit: trimmable(&region, config, completion),
+                        });
                     }
                     index.reclaim(lowest_pin(&region, config.id, std::iter::once(broker)));
                     index.next()
@@ -354,7 +360,7 @@ impl<F: Fabric> Delegation<F> {
     /// Opens topics that came, marks those that go.
     fn follow_topics(&mut self) {
         let region = self.topics.region().clone();
-        for id in 0..region.geometry().max_topics {
+        for id in region.geometry().topics() {
             let Ok(Some(config)) = read_topic(&region, id) else { continue };
             let live = config.state == TopicState::Live;
             for topic in self.topics.opened() {

@@ -122,7 +122,7 @@ impl SubscriberSession {
 
     fn extent(&self) -> Option<Extent> {
         let extent = read_extent(&self.region, self.stream).ok()?;
-        (extent.incarnation == u64::from(self.topic.config.incarnation)).then_some(extent)
+        (extent.incarnation == self.topic.config.incarnation).then_some(extent)
     }
 
     /// Offset after the last complete message.
@@ -218,7 +218,7 @@ impl SubscriberSession {
     pub fn position(&mut self, outbox: &mut Outbox) -> Result<(), TransportError> {
         // Between two heads nobody can say; the client asks again.
         let extent = read_extent(&self.region, self.stream).map_err(ReadError::from).map_err(unreadable)?;
-        let exists = extent.incarnation == u64::from(self.topic.config.incarnation);
+        let exists = extent.incarnation == self.topic.config.incarnation;
         let next_offset = match Some(extent).filter(|_| exists) {
             Some(extent) => {
                 let pinned = self.topic.pins.set(self.pin, outbox.lowest_position().min(extent.trimmed));

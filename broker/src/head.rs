@@ -9,12 +9,12 @@ use crate::control::{HeadControl, HeadSlot};
 use crate::membership::Liveness;
 use crate::membership::etcd::Etcd;
 use crate::replica::completion::CompletionStage;
-use crate::sequencer::{Leases, Memory, Predecessor, Sequencer};
+use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
 use crate::worker::HeadStages;
 use crossbeam_channel::{Sender, unbounded};
 use embarcadero_cxl::headship::{
-    Headship, highest_candidacy, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at, stand,
-    still_leads,
+    Candidacy, Headship, highest_candidacy, last_led, latest_claim, latest_claimant, publish_headship,
+    read_headship_at, stand, still_leads,
 };
 use embarcadero_cxl::layout::{AllocatorKind, Seat};
 use embarcadero_cxl::region::RegionFile;
@@ -22,6 +22,7 @@ use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_os::{Clock, SystemClock};
+use embarcadero_wire::{BrokerId, Incarnation, Term};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
@@ -84,7 +85,7 @@ pub struct Candidate {
 
 /// How this broker leads.
 pub struct Reign {
-    epoch: u64,
+    epoch: Term,
     liveness: Liveness,
     shown: (u64, u64),
     /// Looks until what others left is seen to.
@@ -95,7 +96,7 @@ pub struct Reign {
 #[derive(Default)]
 struct Watch {
     /// The head, the highest candidacy, and the head's heartbeat.
-    seen: (Option<(u32, u64)>, u64, u64),
+    seen: (Option<(BrokerId, Term)>, Term, u64),
     /// Looks for which nothing of it moved.
     unmoved: u32,
     /// Looks to let pass.
@@ -110,7 +111,7 @@ impl Candidate {
     }
 
     /// True when a broker's process is known to be gone for ever, or never was: `incarnation` is that of the process.
-    fn is_gone(&self, broker: u32, incarnation: Option<u32>) -> bool {
+    fn is_gone(&self, broker: BrokerId, incarnation: Option<Incarnation>) -> bool {
         if broker == self.info.id {
             // We have its claim, and our own threads that led have ended.
             return Arc::strong_count(&self.in_use) == 1;
@@ -142,15 +143,15 @@ impl Candidate {
     }
 
     /// Stands for election, and leads if it wins.
-    async fn take_over(&self, before: u64) -> Option<Reign> {
+    async fn take_over(&self, before: Term) -> Option<Reign> {
         if Arc::strong_count(&self.in_use) > 1 {
             return None;
         }
         match &self.election {
             Election::Region => {
-                let epoch = before.max(latest_claim(self.region())).saturating_add(1);
+                let epoch = before.max(latest_claim(self.region())).next();
                 // Where nobody could see the others' candidacies there is only one who may be the head.
-                if self.reach != Reach::None && !stand(self.region(), before, epoch) {
+                if self.reach != Reach::None && !stand(self.region(), Candidacy { epoch, before }) {
                     return None;
                 }
                 self.lead(epoch)
@@ -167,7 +168,7 @@ impl Candidate {
                 let reign = if epoch > claimed {
                     self.lead(epoch)
                 } else {
-                    tracing::error!(epoch, claimed, "etcd was set back to before the region's heads: delete its keys");
+                    tracing::error!(%epoch, %claimed, "etcd was set back to before the region's heads: delete its keys");
                     None
                 };
                 etcd.set_leads(reign.is_some()).await;
@@ -196,30 +197,29 @@ impl Candidate {
     }
 
     /// Becomes the head, with everything that is in the region.
-    fn lead(&self, epoch: u64) -> Option<Reign> {
+    fn lead(&self, epoch: Term) -> Option<Reign> {
         let region = self.region();
         let led = last_led(region);
         let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
         // One whose line cannot be read is in the middle of changing it, or died there.
         let predecessor = match led {
-            None => Predecessor::Gone(0),
+            None => Predecessor::Gone(Term::NONE),
             Some((_, led)) if gone.is_some() => Predecessor::Gone(led),
             Some(_) => Predecessor::MayGoOn,
         };
-        let gone = gone.map_or(0, |gone| 1 << gone.broker);
-        let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id;
+        let gone = gone.map_or(0, |gone| 1 << gone.broker.0);
+        let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id.0;
         let shown = self.publish(epoch, live);
         let (commands, queue) = unbounded();
         let seat = Seat(self.info.id);
         let mirror = self.mirror.as_ref().map(|file| file.region().clone());
         let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
-        let recovered =
-            Sequencer::recover(memory, (seat, epoch), predecessor, self.leases, queue, SystemClock.now().wall_us);
-        let sequencer = match recovered {
+        let takeover = Takeover { memory, seat, epoch, before: predecessor, leases: self.leases, commands: queue };
+        let sequencer = match Sequencer::recover(takeover, SystemClock.now().wall_us) {
             Ok(sequencer) => sequencer,
             Err(error) => {
-                tracing::error!(%error, epoch, "cannot take over: the order index has no room to go on in");
+                tracing::error!(%error, %epoch, "cannot take over: the order index has no room to go on in");
                 return None;
             }
         };
@@ -229,7 +229,7 @@ impl Candidate {
         let topics = tokio::sync::Mutex::new(());
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
             Some(Arc::new(HeadControl { commands, topics }));
-        tracing::info!(broker = self.info.id, epoch, "head");
+        tracing::info!(broker = %self.info.id, %epoch, "head");
         Some(Reign {
             epoch,
             liveness: Liveness::new(region, self.broker_lease, live, Instant::now()),
@@ -239,7 +239,7 @@ impl Candidate {
     }
 
     /// Shows which brokers live, and whose pins count.
-    fn publish(&self, epoch: u64, live: u64) -> (u64, u64) {
+    fn publish(&self, epoch: Term, live: u64) -> (u64, u64) {
         let shown = (live, live | self.stopped_brokers(live));
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
         let (broker_mask, pinning_mask) = shown;
@@ -249,11 +249,13 @@ impl Candidate {
 
     /// Brokers that are silent but not gone: they may go on, and deliver what they were about to.
     fn stopped_brokers(&self, live: u64) -> u64 {
-        (0..self.region().geometry().max_brokers)
-            .filter(|id| live & 1 << id == 0 && self.reach == Reach::Host)
+        self.region()
+            .geometry()
+            .brokers()
+            .filter(|id| live & 1 << id.0 == 0 && self.reach == Reach::Host)
             .filter_map(|id| read_broker(self.region(), id))
             .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
-            .fold(0, |mask, info| mask | 1 << info.id)
+            .fold(0, |mask, info| mask | 1 << info.id.0)
     }
 
     /// Leads, or follows and takes over, until the broker stops.
@@ -273,7 +275,7 @@ impl Candidate {
             match &mut reign {
                 Some(leading) if still_leads(self.region(), leading.epoch) => self.look_after(leading),
                 Some(leading) => {
-                    tracing::warn!(epoch = leading.epoch, "another broker took over: this one leads no more");
+                    tracing::warn!(epoch = %leading.epoch, "another broker took over: this one leads no more");
                     *self.control.write().unwrap_or_else(PoisonError::into_inner) = None;
                     reign = None;
                     if let Election::Etcd(etcd) = &self.election {
@@ -288,7 +290,7 @@ impl Candidate {
 
     /// The head's look at the others.
     fn look_after(&self, reign: &mut Reign) {
-        let live = reign.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id;
+        let live = reign.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
         let now = (live, live | self.stopped_brokers(live));
         if now != reign.shown {
             tracing::info!(mask = format!("{live:#b}"), "membership changed");
@@ -304,7 +306,7 @@ impl Candidate {
     fn tidy_up(&self, live: u64) {
         let region = self.region();
         let absent = absent::holders(region) & !live;
-        for broker in (0..region.geometry().max_brokers).filter(|broker| absent & 1 << broker != 0) {
+        for broker in region.geometry().brokers().filter(|broker| absent & 1 << broker.0 != 0) {
             // Taken by a process that stands still, or starts now.
             let Ok(_claim) = self.file.claim_broker(broker) else { continue };
             let pool: Arc<dyn SegmentAllocator> = match region.geometry().allocator {

@@ -1,6 +1,6 @@
 //! Receive: a publisher's connection, from its opening frame to batches that lie complete in the Blog.
 
-use crate::ack::AckQueue;
+use crate::ack::{AckOptions, AckQueue};
 use crate::delegation::{Landed, Origin};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
@@ -73,7 +73,7 @@ impl PublisherSession {
         let Some(session) = standing else {
             let text = format!(
                 "client {:#x} has no open session of epoch {} in slot {}",
-                open.client_id, open.session_epoch, open.session_slot
+                open.client_id.0, open.session_epoch, open.session_slot
             );
             return refuse(ErrorCode::UnknownSession, text);
         };
@@ -81,8 +81,13 @@ impl PublisherSession {
             let text = format!("ack level is {}, the session was opened with {}", open.ack_level, session.ack_level);
             return refuse(ErrorCode::AckLevel, text);
         }
-        let stream = topic.stream(topics.broker());
-        let acks = AckQueue::new(open.session_slot, open.client_id, open.session_epoch, stream, open.ack_level);
+        let acks = AckQueue::new(AckOptions {
+            slot: open.session_slot,
+            client_id: open.client_id,
+            epoch: open.session_epoch,
+            stream: topic.stream(topics.broker()),
+            ack_level: open.ack_level,
+        });
         let global = topic.config.order.is_global();
         let ready = PublishReady {
             committed: if global { read_progress(region, open.session_slot).map_err(nobody)? } else { 0 },

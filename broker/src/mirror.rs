@@ -8,7 +8,9 @@
 use crate::sequencer::spare_segments;
 use embarcadero_cxl::headship::{claim, inherit, last_led, lead};
 use embarcadero_cxl::layout::{RegionRole, SESSION_WINDOW, Seat};
-use embarcadero_cxl::order_index::{OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at};
+use embarcadero_cxl::order_index::{
+    IndexOptions, OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at,
+};
 use embarcadero_cxl::region::{Region, RegionError};
 use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::session_table::{
@@ -16,6 +18,7 @@ use embarcadero_cxl::session_table::{
 };
 use embarcadero_cxl::tables::{TopicConfig, live_topics_at, publish_topic};
 use embarcadero_cxl::{Fabric, Site};
+use embarcadero_wire::{Stream, Term};
 use std::sync::Arc;
 
 /// Checks that `mirror` is the mirror of `region`.
@@ -32,7 +35,7 @@ pub fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), Re
 pub struct Mirror<F: Fabric> {
     region: Region<F>,
     seat: Seat,
-    epoch: u64,
+    epoch: Term,
     pool: Arc<dyn SegmentAllocator>,
 }
 
@@ -41,7 +44,7 @@ impl<F: Fabric> Mirror<F> {
     ///
     /// # Errors
     /// [`PoolError`] when there is no room to go on in.
-    pub fn take_over(region: Region<F>, seat: Seat, epoch: u64) -> Result<Self, PoolError> {
+    pub fn take_over(region: Region<F>, seat: Seat, epoch: Term) -> Result<Self, PoolError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
         // Whoever it was may go on, unless it was this broker.
         let mut spares = match last_led(&region) {
@@ -65,9 +68,13 @@ impl<F: Fabric> Mirror<F> {
 
     /// The copy of a topic's order.
     pub fn open(&self, config: &TopicConfig) -> OrderIndexWriter<F> {
-        let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
-        let pool = Arc::clone(&self.pool);
-        OrderIndexWriter::open(self.region.clone(), id, self.seat, config.incarnation, self.epoch, pool)
+        let copy = IndexOptions {
+            id: StreamId { topic: config.id, stream: Stream::GLOBAL },
+            incarnation: config.incarnation,
+            writer: self.seat,
+            epoch: self.epoch,
+        };
+        OrderIndexWriter::open(self.region.clone(), copy, Arc::clone(&self.pool))
     }
 
     /// The copy of a topic's order, with everything that `index` has.
@@ -96,7 +103,7 @@ impl<F: Fabric> Mirror<F> {
 
     /// Copies what is known of sessions.
     pub fn follow_sessions(&self, from: &Region<F>) {
-        for slot in 0..from.geometry().max_sessions {
+        for slot in from.geometry().sessions() {
             let Some(session) = read_session_at(from, self.seat, slot) else { continue };
             let expected = read_progress_at(from, self.seat, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
@@ -144,12 +151,14 @@ pub struct MirroredTopic {
 /// [`ReadError`]: its memory is damaged.
 pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadError> {
     let Some((seat, _)) = last_led(mirror) else { return Ok(Vec::new()) };
-    let sessions: Vec<(Session, u64)> = (0..mirror.geometry().max_sessions)
+    let sessions: Vec<(Session, u64)> = mirror
+        .geometry()
+        .sessions()
         .filter_map(|slot| Some((read_session_at(mirror, seat, slot)?, read_progress_at(mirror, seat, slot))))
         .collect();
     let mut topics = Vec::new();
     for config in live_topics_at(mirror, seat).into_iter().filter(|config| config.order.is_global()) {
-        let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
+        let id = StreamId { topic: config.id, stream: Stream::GLOBAL };
         let extent = read_extent_at(mirror, seat, id);
         let mut reader = OrderIndexReader::new(mirror.clone(), id);
         let mut batches = Vec::new();

@@ -8,6 +8,7 @@ use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::tables::{BrokerInfo, read_broker};
 use embarcadero_cxl::{Fabric, Native};
+use embarcadero_wire::{BrokerId, Incarnation, Term};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
@@ -30,13 +31,13 @@ pub fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<d
 const CALL: Duration = Duration::from_secs(2);
 
 /// Where calls run, and the connection to the head of an epoch.
-type Calls = (tokio::runtime::Runtime, Option<(u64, ControlClient<Channel>)>);
+type Calls = (tokio::runtime::Runtime, Option<(Term, ControlClient<Channel>)>);
 
 /// DEV-005 (B): asks the head for segments; at the head, gives them.
 pub struct LeaderAllocator<F> {
     region: Region<F>,
-    broker: u32,
-    incarnation: u32,
+    broker: BrokerId,
+    incarnation: Incarnation,
     /// From when this broker is the head: then no other allocates any more.
     own: OnceLock<PartitionAllocator<F>>,
     calls: Mutex<Calls>,
@@ -99,7 +100,7 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
         if let Some(own) = self.own() {
             return own.allocate();
         }
-        let request = AllocateSegmentRequest { broker: self.broker };
+        let request = AllocateSegmentRequest { broker: self.broker.0 };
         self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))
     }
 
@@ -107,7 +108,7 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
         if let Some(own) = self.own() {
             return own.release(segment);
         }
-        let request = ReleaseSegmentRequest { segment, broker: self.broker };
+        let request = ReleaseSegmentRequest { segment, broker: self.broker.0 };
         self.call(async |client| client.release_segment(request).await.map(drop))
     }
 }

@@ -9,7 +9,7 @@ use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{SegmentAllocator, SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::tables::{TopicState, read_topic_at};
 use embarcadero_cxl::{Fabric, Guard, RegionOffset};
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,8 +20,8 @@ pub struct PinBoard<F: Fabric> {
 
 impl<F: Fabric> PinBoard<F> {
     /// A board on which nothing is pinned.
-    pub fn new(region: &Region<F>, topic: u32, order: Order, broker: u32) -> Self {
-        let stream = if order.is_global() { StreamId::GLOBAL } else { broker };
+    pub fn new(region: &Region<F>, topic: TopicId, order: Order, broker: BrokerId) -> Self {
+        let stream = if order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
         Self { inner: Mutex::new((Vec::new(), Pin::new(region.clone(), StreamId { topic, stream }, broker))) }
     }
 
@@ -83,7 +83,7 @@ const SCAN_ENTRIES: u64 = 4096;
 /// when it receives no more, all its batches are decided, all that committed are trimmed, and no broker pins them.
 pub struct Reclaimer<F: Fabric> {
     region: Region<F>,
-    broker: u32,
+    broker: BrokerId,
     stream: StreamId,
     reader: OrderIndexReader<F>,
     pin: usize,
@@ -96,7 +96,7 @@ pub struct Reclaimer<F: Fabric> {
 
 impl<F: Fabric> Reclaimer<F> {
     /// A reclaimer that has scanned nothing.
-    pub fn new(region: Region<F>, topic: &Topic<F>, broker: u32) -> Self {
+    pub fn new(region: Region<F>, topic: &Topic<F>, broker: BrokerId) -> Self {
         let stream = topic.stream(broker);
         let reader = OrderIndexReader::new(region.clone(), stream);
         Self {
@@ -113,7 +113,7 @@ impl<F: Fabric> Reclaimer<F> {
 
     /// One bounded round. `head` is where this broker's Batchlog (or own index) stands, `brokers` those whose pins
     /// count. Returns the number of segments that came free.
-    pub fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = u32>) -> usize {
+    pub fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = BrokerId>) -> usize {
         let retired = topic.blog.retired();
         // What is decided is read before the index, so that every commit it covers is in the index we scan.
         let decided = if topic.config.order.is_global() {
@@ -123,7 +123,7 @@ impl<F: Fabric> Reclaimer<F> {
             head
         };
         let Ok(extent) = read_extent(&self.region, self.stream) else { return 0 };
-        if extent.incarnation != u64::from(topic.config.incarnation) {
+        if extent.incarnation != topic.config.incarnation {
             return 0;
         }
         let Ok(committed) = self.reader.poll_beyond(&extent) else { return 0 };
@@ -176,7 +176,7 @@ impl<F: Fabric> Reclaimer<F> {
         if kept.is_ok_and(|kept| kept <= from) {
             while self.scanned < to {
                 let Ok(entry) = self.reader.read(self.scanned) else { break };
-                if u32::from(entry.broker) == self.broker {
+                if BrokerId::from(entry.broker) == self.broker {
                     let segment = topic.blog.segment_of(RegionOffset(entry.location));
                     self.highest.insert(segment, self.scanned);
                 }
@@ -192,7 +192,7 @@ struct Leftover {
     segment: u32,
     owner: SegmentUse,
     id: StreamId,
-    incarnation: u32,
+    incarnation: Incarnation,
     ordinal: u64,
     /// Where the order stood when the head was seen to have another segment in its place.
     replaced_at: Option<u64>,
@@ -202,7 +202,7 @@ struct Leftover {
 /// give them back, so it does, once nobody reads them any more.
 pub struct Leftovers<F: Fabric> {
     region: Region<F>,
-    broker: u32,
+    broker: BrokerId,
     pool: Arc<dyn SegmentAllocator>,
     /// The head under which they were looked for.
     mark: Option<u64>,
@@ -211,12 +211,12 @@ pub struct Leftovers<F: Fabric> {
 
 impl<F: Fabric> Leftovers<F> {
     /// None found yet.
-    pub fn new(region: Region<F>, broker: u32, pool: Arc<dyn SegmentAllocator>) -> Self {
+    pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
         Self { region, broker, pool, mark: None, found: Vec::new() }
     }
 
     /// Gives back what is not needed any more; the pins of `brokers` count. Only where the sequencer runs, if it does.
-    pub fn poll(&mut self, brokers: impl Iterator<Item = u32> + Clone) {
+    pub fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
         let mark = office_mark(&self.region);
         if self.mark != Some(mark) {
             self.mark = Some(mark);
@@ -236,14 +236,13 @@ impl<F: Fabric> Leftovers<F> {
     }
 
     fn find(&mut self) {
-        let global = self.region.geometry().max_brokers;
         self.found.clear();
         for segment in 0..self.region.geometry().segment_count {
             let owner = read_owner(&self.region, segment);
             if let SegmentUse::Index { topic, incarnation, stream, ordinal, holder } = owner
-                && (stream, holder) == (global, self.broker)
+                && (stream, holder) == (Stream::GLOBAL, self.broker)
             {
-                let id = StreamId { topic, stream: StreamId::GLOBAL };
+                let id = StreamId { topic, stream };
                 self.found.push(Leftover { segment, owner, id, incarnation, ordinal, replaced_at: None });
             }
         }
@@ -251,9 +250,9 @@ impl<F: Fabric> Leftovers<F> {
 
     fn is_needed(
         region: &Region<F>,
-        broker: u32,
+        broker: BrokerId,
         left: &mut Leftover,
-        brokers: impl Iterator<Item = u32>,
+        brokers: impl Iterator<Item = BrokerId>,
     ) -> Result<bool, NoHead> {
         let Leftover { segment, id, incarnation, ordinal, .. } = *left;
         let (own, config, extent, current) = of_head(region, |seat| {

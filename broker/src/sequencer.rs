@@ -9,7 +9,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
 use embarcadero_cxl::headship::{Inheritance, claim, inherit, last_led, lead, read_headship_at, still_leads};
 use embarcadero_cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
-use embarcadero_cxl::order_index::{ConsumedWriter, OrderIndexWriter, StreamId, is_open, lowest_pin};
+use embarcadero_cxl::order_index::{
+    ConsumedWriter, IndexOptions, OrderIndexWriter, Retention, StreamId, is_open, lowest_pin,
+};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, read_completion_at};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
@@ -22,6 +24,7 @@ use embarcadero_cxl::tables::{
     read_topic_at,
 };
 use embarcadero_cxl::{Fabric, Guard, Site};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, Term, TopicId};
 use std::sync::Arc;
 
 /// Most batches that are published in one group. Recovery re-reads as many.
@@ -32,7 +35,7 @@ pub const GROUP_BATCHES: u64 = 1024;
 pub enum SessionError {
     /// No such topic, or it is being deleted.
     #[error("topic slot {0} is not live")]
-    UnknownTopic(u32),
+    UnknownTopic(TopicId),
     /// All rows are taken.
     #[error("all {0} sessions of the region are in use; close some, or create the region with a larger max_sessions")]
     TableFull(u32),
@@ -44,13 +47,13 @@ pub enum Command {
     /// Make a topic.
     OpenTopic(TopicConfig, Sender<()>),
     /// A topic goes.
-    CloseTopic(u32, Sender<()>),
+    CloseTopic(TopicId, Sender<()>),
     /// Open the next epoch of a client's session on a topic.
     OpenSession {
         /// Topic slot.
-        topic: u32,
+        topic: TopicId,
         /// Client.
-        client_id: u64,
+        client_id: ClientId,
         /// Acknowledgement level.
         ack_level: u8,
         /// Answer.
@@ -59,11 +62,11 @@ pub enum Command {
     /// End a session in order.
     CloseSession {
         /// Row.
-        slot: u32,
+        slot: SessionSlot,
         /// Client.
-        client_id: u64,
+        client_id: ClientId,
         /// Epoch.
-        epoch: u32,
+        epoch: Epoch,
         /// Answer.
         reply: Sender<()>,
     },
@@ -81,8 +84,8 @@ pub struct Leases {
 /// What is known of the head before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Predecessor {
-    /// The head of this epoch never writes again; 0 if there was none.
-    Gone(u64),
+    /// The head of this epoch never writes again; [`Term::NONE`] if there was none.
+    Gone(Term),
     /// It may go on at any moment.
     MayGoOn,
 }
@@ -105,7 +108,7 @@ pub(crate) fn spare_segments<F: Fabric>(
     let Some((seat, _)) = last_led(region) else { return Ok(Vec::new()) };
     let mut spares = Vec::new();
     for topic in live_topics_at(region, seat) {
-        let id = StreamId { topic: topic.id, stream: StreamId::GLOBAL };
+        let id = StreamId { topic: topic.id, stream: Stream::GLOBAL };
         if !topic.order.is_global() || !is_open(region, id, seat) {
             continue;
         }
@@ -155,7 +158,7 @@ impl<F: Fabric> TopicOrder<F> {
     }
 
     /// Shows what was appended: an acknowledgement that follows is of what both regions have.
-    fn publish(&mut self, epoch: u64) {
+    fn publish(&mut self, epoch: Term) {
         let indexes = [Some(&mut self.index), self.mirror.as_mut()];
         for index in indexes.into_iter().flatten() {
             index.write_back_entries();
@@ -191,7 +194,7 @@ pub struct Sequencer<F: Fabric> {
     pool: Arc<dyn SegmentAllocator>,
     mirror: Option<Mirror<F>>,
     seat: Seat,
-    epoch: u64,
+    epoch: Term,
     leases: Leases,
     commands: Receiver<Command>,
     topics: Vec<Option<TopicOrder<F>>>,
@@ -216,20 +219,29 @@ pub struct Sequencer<F: Fabric> {
     stats: SequencerStats,
 }
 
+/// A broker that takes over the region's order.
+pub struct Takeover<F: Fabric> {
+    /// Where it writes.
+    pub memory: Memory<F>,
+    /// Its area.
+    pub seat: Seat,
+    /// Epoch to lead under, which must be higher than any before.
+    pub epoch: Term,
+    /// What it knows of the head before.
+    pub before: Predecessor,
+    /// Times to go by.
+    pub leases: Leases,
+    /// What the control plane asks.
+    pub commands: Receiver<Command>,
+}
+
 impl<F: Fabric> Sequencer<F> {
-    /// Takes over the region's order as `seat` under `epoch`, which must be higher than any before, with everything that
-    /// is committed. When it returns, the region has a new head.
+    /// Takes over the region's order, with everything that is committed. When it returns, the region has a new head.
     ///
     /// # Errors
     /// [`PoolError`]: there are no segments to take over into from a head that may go on, and so that one stays.
-    pub fn recover(
-        memory: Memory<F>,
-        (seat, epoch): (Seat, u64),
-        before: Predecessor,
-        leases: Leases,
-        commands: Receiver<Command>,
-        now_us: u64,
-    ) -> Result<Self, PoolError> {
+    pub fn recover(takeover: Takeover<F>, now_us: u64) -> Result<Self, PoolError> {
+        let Takeover { memory, seat, epoch, before, leases, commands } = takeover;
         let Memory { region, pool, mirror } = memory;
         // Found before anything is claimed.
         let mut spares = match before {
@@ -241,8 +253,8 @@ impl<F: Fabric> Sequencer<F> {
             claim(&region, seat, epoch);
         }
         let Inheritance { begun, from, contested } = inherit(&region, seat);
-        (0..region.geometry().max_topics).for_each(|topic| mend_topic(&region, seat, topic));
-        (0..region.geometry().max_sessions).for_each(|slot| mend_session(&region, seat, slot));
+        region.geometry().topics().for_each(|topic| mend_topic(&region, seat, topic));
+        region.geometry().sessions().for_each(|slot| mend_session(&region, seat, slot));
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
         let sessions = (0..region.geometry().max_sessions).map(|_| None).collect();
         let pulses = vec![0; region.geometry().max_brokers as usize];
@@ -263,7 +275,7 @@ impl<F: Fabric> Sequencer<F> {
             sessions,
             pulses,
             backlog: true,
-            first: seat.0 as usize,
+            first: seat.0.index(),
             held: 0,
             starved: false,
             closing: Vec::new(),
@@ -276,7 +288,7 @@ impl<F: Fabric> Sequencer<F> {
             sequencer.open_topic(config);
         }
         // Another may have led after the caller looked, and before the claim, or may be about to.
-        if contested || before != Predecessor::Gone(from.map_or(0, |(_, led)| led)) {
+        if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, led)| led)) {
             for topic in sequencer.topics.iter_mut().flatten() {
                 topic.index.replace_last(&mut spares)?;
             }
@@ -311,20 +323,20 @@ impl<F: Fabric> Sequencer<F> {
         let Some(mut topic) = self.topics.get_mut(slot).and_then(Option::take) else { return };
         let before = topic.index.next();
         let slots = u64::from(self.region.geometry().batchlog_slots);
-        for broker in 0..topic.brokers.len() {
-            let Some(state) = topic.brokers.get(broker) else { break };
+        for broker in self.region.geometry().brokers() {
+            let Some(state) = topic.brokers.get(broker.index()) else { break };
             let taken = state.consumed.consumed_through;
             for index in state.consumed.decided_through.max(taken.saturating_sub(slots))..taken {
-                let entry = peek_entry(&self.region, topic.config.id, broker as u32, index);
+                let entry = peek_entry(&self.region, topic.config.id, broker, index);
                 let intact =
-                    entry.lap == lap_of(index, slots) && entry.session_slot < self.region.geometry().max_sessions;
+                    entry.lap == lap_of(index, slots) && entry.session_slot.0 < self.region.geometry().max_sessions;
                 if !intact
                     || read_commit_at(&self.region, self.seat, entry.session_slot, entry.sequence) != Commit::Unknown
                     || topic.make_room().is_err()
                 {
                     continue;
                 }
-                self.order(&mut topic, Arrival { entry, broker: broker as u32, index }, now_us);
+                self.order(&mut topic, Arrival { entry, broker, index }, now_us);
             }
         }
         if topic.index.next() > before {
@@ -337,12 +349,12 @@ impl<F: Fabric> Sequencer<F> {
 
     /// Goes on with the deletions that an earlier head began.
     fn resume_closing(&mut self) {
-        for id in 0..self.region.geometry().max_topics {
+        for id in self.region.geometry().topics() {
             let deleting = |topic: &TopicConfig| topic.state == TopicState::Deleting;
             let Some(config) = read_topic_at(&self.region, self.seat, id).filter(deleting) else { continue };
             self.open_topic(config.clone());
-            let order = self.topics.get_mut(id as usize).and_then(Option::take);
-            if let Some(place) = self.configs.get_mut(id as usize) {
+            let order = self.topics.get_mut(id.index()).and_then(Option::take);
+            if let Some(place) = self.configs.get_mut(id.index()) {
                 *place = None;
             }
             // Whoever asked for it is gone.
@@ -360,21 +372,27 @@ impl<F: Fabric> Sequencer<F> {
     pub fn awaited_topics(&self) -> u32 {
         let durable =
             self.sessions.iter().flatten().map(|order| &order.session).filter(|session| session.ack_level > 1);
-        durable.fold(0, |mask, session| mask | 1 << session.topic)
+        durable.fold(0, |mask, session| mask | 1 << session.topic.0)
     }
 
     fn open_topic(&mut self, config: TopicConfig) {
-        if let Some(place) = self.configs.get_mut(config.id as usize) {
+        if let Some(place) = self.configs.get_mut(config.id.index()) {
             *place = Some(config.clone());
         }
         if !config.order.is_global() {
             return;
         }
         let region = &self.region;
-        let id = StreamId { topic: config.id, stream: StreamId::GLOBAL };
-        let pool = Arc::clone(&self.pool);
-        let index = OrderIndexWriter::open(region.clone(), id, self.seat, config.incarnation, self.epoch, pool);
-        let brokers = (0..region.geometry().max_brokers)
+        let options = IndexOptions {
+            id: StreamId { topic: config.id, stream: Stream::GLOBAL },
+            incarnation: config.incarnation,
+            writer: self.seat,
+            epoch: self.epoch,
+        };
+        let index = OrderIndexWriter::open(region.clone(), options, Arc::clone(&self.pool));
+        let brokers = region
+            .geometry()
+            .brokers()
             .map(|broker| {
                 let consumed = ConsumedWriter::recover(region.clone(), self.seat, config.id, broker);
                 let reader = BatchlogReader::new(region.clone(), config.id, broker, consumed.consumed_through);
@@ -382,7 +400,7 @@ impl<F: Fabric> Sequencer<F> {
             })
             .collect();
         let last_ordered_us = index.next().checked_sub(1).and_then(|at| index.entry(at)).map_or(0, |e| e.ordered_us);
-        let slot = config.id as usize;
+        let slot = config.id.index();
         if let Some(place) = self.topics.get_mut(slot) {
             *place = Some(TopicOrder { config, index, mirror: None, brokers, last_ordered_us });
         }
@@ -392,16 +410,16 @@ impl<F: Fabric> Sequencer<F> {
     /// Sessions as the table shows them, brought up to the index: an earlier head may have published a group in the
     /// index and died before it told the sessions. Where each index stood before the sessions were read is in `begun`.
     fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
-        for slot in 0..self.region.geometry().max_sessions {
+        for slot in self.region.geometry().sessions() {
             let progress = read_progress_at(&self.region, self.seat, slot);
             let Some(session) = read_session_at(&self.region, self.seat, slot) else { continue };
             if session.state != SessionState::Open {
                 continue;
             }
-            let Some(Some(config)) = self.configs.get(session.topic as usize) else { continue };
+            let Some(Some(config)) = self.configs.get(session.topic.index()) else { continue };
             if config.incarnation == session.topic_incarnation {
                 let order = SessionOrder::new(session, config.order, progress, now_us);
-                self.sessions[slot as usize] = Some(order);
+                self.sessions[slot.index()] = Some(order);
             }
         }
         if !self.region.fabric().keeps(Guard::RecoverBeforeAccept) {
@@ -409,7 +427,7 @@ impl<F: Fabric> Sequencer<F> {
         }
         let mut missing = Vec::new();
         for topic in self.topics.iter().flatten() {
-            let begun = begun.get(topic.config.id as usize).copied().unwrap_or(0);
+            let begun = begun.get(topic.config.id.index()).copied().unwrap_or(0);
             // The head before may have trimmed, but not given back, what it ordered since then.
             for at in begun.saturating_sub(GROUP_BATCHES + SESSION_WINDOW)..topic.index.next() {
                 if let Some(entry) = topic.index.entry_or_trimmed(at) {
@@ -451,9 +469,9 @@ impl<F: Fabric> Sequencer<F> {
             self.execute(command, now_us);
         }
         let mut news = self.backlog;
-        for broker in 0..self.region.geometry().max_brokers {
+        for broker in self.region.geometry().brokers() {
             let (_, published) = read_pulse(&self.region, broker);
-            if let Some(seen) = self.pulses.get_mut(broker as usize)
+            if let Some(seen) = self.pulses.get_mut(broker.index())
                 && *seen != published
             {
                 *seen = published;
@@ -498,7 +516,7 @@ impl<F: Fabric> Sequencer<F> {
                 let entry = state.reader.take();
                 state.dirty = true;
                 taken += 1;
-                self.order(&mut topic, Arrival { entry, broker: broker as u32, index }, now_us);
+                self.order(&mut topic, Arrival { entry, broker: BrokerId(broker as u32), index }, now_us);
             }
         }
         if taken > 0 || topic.index.next() > before {
@@ -514,7 +532,7 @@ impl<F: Fabric> Sequencer<F> {
     #[inline]
     fn order(&mut self, topic: &mut TopicOrder<F>, arrival: Arrival, now_us: u64) {
         let entry = &arrival.entry;
-        let Some(Some(order)) = self.sessions.get_mut(entry.session_slot as usize) else {
+        let Some(Some(order)) = self.sessions.get_mut(entry.session_slot.index()) else {
             self.stats.rejected += 1;
             return;
         };
@@ -545,7 +563,7 @@ impl<F: Fabric> Sequencer<F> {
         }
         Self::commit(&mut self.commits, &mut self.stats, self.epoch, topic, order, &arrival, now_us);
         if self.held > 0 {
-            self.drain_held(topic, entry.session_slot as usize, now_us);
+            self.drain_held(topic, entry.session_slot.index(), now_us);
         }
     }
 
@@ -571,7 +589,7 @@ impl<F: Fabric> Sequencer<F> {
     fn commit(
         commits: &mut Vec<SessionCommit>,
         stats: &mut SequencerStats,
-        epoch: u64,
+        epoch: Term,
         topic: &mut TopicOrder<F>,
         order: &mut SessionOrder,
         arrival: &Arrival,
@@ -587,12 +605,12 @@ impl<F: Fabric> Sequencer<F> {
             bytes: entry.bytes,
             message_count: entry.message_count,
             session_epoch: entry.session_epoch,
-            sequencer_epoch: epoch as u32,
-            broker: arrival.broker as u8,
+            sequencer_epoch: epoch.0 as u32,
+            broker: arrival.broker.byte(),
             replicas: 1,
             ..IndexEntry::zeroed()
         });
-        if let Some(state) = topic.brokers.get_mut(arrival.broker as usize) {
+        if let Some(state) = topic.brokers.get_mut(arrival.broker.index()) {
             state.consumed.ordered += 1;
             state.consumed.ordered_offset = first_offset + u64::from(entry.message_count);
             state.dirty = true;
@@ -659,7 +677,7 @@ impl<F: Fabric> Sequencer<F> {
                 }
             }
             Command::CloseSession { slot, client_id, epoch, reply } => {
-                let open = self.sessions.get(slot as usize).and_then(Option::as_ref);
+                let open = self.sessions.get(slot.index()).and_then(Option::as_ref);
                 if open.is_some_and(|order| order.session.client_id == client_id && order.session.epoch == epoch) {
                     self.end_session(slot, SessionState::Closed);
                 }
@@ -675,7 +693,7 @@ impl<F: Fabric> Sequencer<F> {
         if let Some(mirror) = &self.mirror {
             mirror.topic(config);
             if config.state == TopicState::Live
-                && let Some(Some(topic)) = self.topics.get_mut(config.id as usize)
+                && let Some(Some(topic)) = self.topics.get_mut(config.id.index())
             {
                 topic.mirror = Some(mirror.open(config));
             }
@@ -705,17 +723,17 @@ impl<F: Fabric> Sequencer<F> {
 
     fn open_session(
         &mut self,
-        topic: u32,
-        client_id: u64,
+        topic: TopicId,
+        client_id: ClientId,
         ack_level: u8,
         now_us: u64,
     ) -> Result<Session, SessionError> {
-        let config =
-            self.configs.get(topic as usize).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
+        let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let slot = self.row_for(topic, config.incarnation, client_id, now_us)?;
         self.end_session(slot, SessionState::Fenced);
         let committed = read_progress_at(&self.region, self.seat, slot);
-        let epoch = read_session_at(&self.region, self.seat, slot).map_or(0, |session| session.epoch) + 1;
+        let before = read_session_at(&self.region, self.seat, slot).map(|session| session.epoch);
+        let epoch = before.unwrap_or_default().next();
         let session = Session {
             slot,
             client_id,
@@ -727,24 +745,30 @@ impl<F: Fabric> Sequencer<F> {
             ack_level,
         };
         self.show_session(&session);
-        if let Some(place) = self.sessions.get_mut(slot as usize) {
+        if let Some(place) = self.sessions.get_mut(slot.index()) {
             *place = Some(SessionOrder::new(session, config.order, committed, now_us));
         }
         Ok(session)
     }
 
     /// The row that this client had, else a free one, else that of the session which has been idle longest.
-    fn row_for(&self, topic: u32, incarnation: u32, client_id: u64, now_us: u64) -> Result<u32, SessionError> {
+    fn row_for(
+        &self,
+        topic: TopicId,
+        incarnation: Incarnation,
+        client_id: ClientId,
+        now_us: u64,
+    ) -> Result<SessionSlot, SessionError> {
         let mut free = None;
-        let mut idle: Option<(u64, u32)> = None;
-        for slot in 0..self.region.geometry().max_sessions {
+        let mut idle: Option<(u64, SessionSlot)> = None;
+        for slot in self.region.geometry().sessions() {
             let row = read_session_at(&self.region, self.seat, slot);
             match row {
                 Some(row) if (row.topic, row.topic_incarnation, row.client_id) == (topic, incarnation, client_id) => {
                     return Ok(slot);
                 }
                 Some(row) if row.state == SessionState::Open => {
-                    let active = self.sessions.get(slot as usize).and_then(Option::as_ref).map_or(0, |s| s.active_us);
+                    let active = self.sessions.get(slot.index()).and_then(Option::as_ref).map_or(0, |s| s.active_us);
                     if now_us.saturating_sub(active) > self.leases.idle_us && idle.is_none_or(|(than, _)| active < than)
                     {
                         idle = Some((active, slot));
@@ -759,8 +783,8 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Ends a session: what is not committed now never will be, under this epoch.
-    fn end_session(&mut self, slot: u32, state: SessionState) {
-        let Some(order) = self.sessions.get_mut(slot as usize).and_then(Option::take) else { return };
+    fn end_session(&mut self, slot: SessionSlot, state: SessionState) {
+        let Some(order) = self.sessions.get_mut(slot.index()).and_then(Option::take) else { return };
         self.held -= order.held_count();
         if state == SessionState::Fenced {
             self.stats.fenced += 1;
@@ -769,36 +793,40 @@ impl<F: Fabric> Sequencer<F> {
         self.show_session(&ended);
     }
 
-    fn close_topic(&mut self, id: u32, reply: Sender<()>) {
-        let Some(config) = self.configs.get_mut(id as usize).and_then(Option::take) else {
+    fn close_topic(&mut self, id: TopicId, reply: Sender<()>) {
+        let Some(config) = self.configs.get_mut(id.index()).and_then(Option::take) else {
             let _ = reply.send(());
             return;
         };
         self.show_topic(&TopicConfig { state: TopicState::Deleting, ..config.clone() });
-        for slot in 0..self.region.geometry().max_sessions {
-            let here = self.sessions.get(slot as usize).and_then(Option::as_ref);
+        for slot in self.region.geometry().sessions() {
+            let here = self.sessions.get(slot.index()).and_then(Option::as_ref);
             if here.is_some_and(|order| order.session.topic == id) {
                 self.end_session(slot, SessionState::Closed);
             }
         }
-        let order = self.topics.get_mut(id as usize).and_then(Option::take);
+        let order = self.topics.get_mut(id.index()).and_then(Option::take);
         self.closing.push(Closing { config, order, reply });
     }
 
     /// Leases, retention, reclaim and deletion. Every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
         let live = read_headship_at(&self.region, self.seat).map_or(u64::MAX, |head| head.pinning_mask);
-        let brokers: Vec<u32> = (0..self.region.geometry().max_brokers).filter(|id| live & (1 << id) != 0).collect();
+        let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
         self.expire_gaps(now_us);
         let awaited = self.awaited_topics();
         for slot in 0..self.topics.len() {
             let Some(Some(topic)) = self.topics.get_mut(slot) else { continue };
             let config = &topic.config;
             // All brokers' lines say the same of the global stream. Who waits is known here first.
-            let awaited = awaited & 1 << config.id != 0;
-            let completion = Completion { awaited, ..read_completion_at(&self.region, self.seat, config.id, 0) };
-            let limit = trimmable(&self.region, config, completion);
-            topic.index.enforce_retention(config.retention_bytes, since(config.retention_ms, now_us), limit);
+            let awaited = awaited & 1 << config.id.0 != 0;
+            let completion =
+                Completion { awaited, ..read_completion_at(&self.region, self.seat, config.id, BrokerId(0)) };
+            topic.index.enforce_retention(Retention {
+                bytes: config.retention_bytes,
+                since_us: since(config.retention_ms, now_us),
+                limit: trimmable(&self.region, config, completion),
+            });
             // What a successor would still give to readers is not given back.
             if !still_leads(&self.region, self.epoch) {
                 return;
@@ -816,8 +844,8 @@ impl<F: Fabric> Sequencer<F> {
     fn expire_gaps(&mut self, now_us: u64) {
         // A broker that has no room leaves batches unread, perhaps the one that is missing: nobody's lease runs.
         let mut stalled = self.starved || free_segments(&self.region) == 0;
-        for (broker, seen) in self.stalls.iter_mut().enumerate() {
-            let stalls = read_stalls(&self.region, broker as u32);
+        for (broker, seen) in self.region.geometry().brokers().zip(&mut self.stalls) {
+            let stalls = read_stalls(&self.region, broker);
             stalled |= *seen != stalls;
             *seen = stalls;
         }
@@ -825,7 +853,7 @@ impl<F: Fabric> Sequencer<F> {
             return;
         }
         let mut dead = Vec::new();
-        for (slot, order) in self.sessions.iter_mut().enumerate() {
+        for (slot, order) in self.region.geometry().sessions().zip(&mut self.sessions) {
             let Some(order) = order else { continue };
             if !order.has_gap() {
                 continue;
@@ -833,7 +861,7 @@ impl<F: Fabric> Sequencer<F> {
             if stalled {
                 order.excuse_gap(now_us);
             } else if now_us.saturating_sub(order.gap_since_us()) > self.leases.gap_us {
-                dead.push(slot as u32);
+                dead.push(slot);
             }
         }
         for slot in dead {
@@ -845,13 +873,13 @@ impl<F: Fabric> Sequencer<F> {
     fn publish_decided(&mut self) {
         let mut changed = false;
         for topic in self.topics.iter_mut().flatten() {
-            for (broker, state) in topic.brokers.iter_mut().enumerate() {
+            for (broker, state) in self.region.geometry().brokers().zip(&mut topic.brokers) {
                 let next = state.reader.next();
                 if state.consumed.decided_through == next {
                     continue;
                 }
                 let held = self.sessions.iter().flatten().filter(|order| order.session.topic == topic.config.id);
-                let decided = held.filter_map(|order| order.lowest_held(broker as u32)).min().unwrap_or(next);
+                let decided = held.filter_map(|order| order.lowest_held(broker)).min().unwrap_or(next);
                 if decided != state.consumed.decided_through {
                     state.consumed.decided_through = decided;
                     state.consumed.store();
@@ -864,12 +892,11 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    fn finish_closing(&mut self, brokers: &[u32]) {
+    fn finish_closing(&mut self, brokers: &[BrokerId]) {
         let (region, seat, epoch, mirror) = (&self.region, self.seat, self.epoch, &self.mirror);
         self.closing.retain_mut(|closing| {
             let Closing { config, order, reply } = closing;
-            let incarnation = u64::from(config.incarnation);
-            if brokers.iter().any(|broker| read_released(region, config.id, *broker) < incarnation) {
+            if brokers.iter().any(|broker| read_released(region, config.id, *broker) < config.incarnation) {
                 return true;
             }
             if let Some(order) = order {

@@ -5,7 +5,7 @@
 
 use embarcadero_cxl::layout::{BatchEntry, SESSION_WINDOW};
 use embarcadero_cxl::session_table::Session;
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, Order};
 
 /// A batch as the sequencer read it, and who received it.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +13,7 @@ pub struct Arrival {
     /// Its Batchlog entry.
     pub entry: BatchEntry,
     /// Receiving broker.
-    pub broker: u32,
+    pub broker: BrokerId,
     /// Index of the entry in that broker's Batchlog.
     pub index: u64,
 }
@@ -159,7 +159,7 @@ impl SessionOrder {
 
     /// Lowest Batchlog index of `broker` that waits here.
     #[must_use]
-    pub fn lowest_held(&self, broker: u32) -> Option<u64> {
+    pub fn lowest_held(&self, broker: BrokerId) -> Option<u64> {
         if self.held_count == 0 {
             return None;
         }
@@ -172,16 +172,17 @@ mod tests {
     use super::*;
     use bytemuck::Zeroable;
     use embarcadero_cxl::session_table::SessionState;
+    use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
     use proptest::prelude::*;
 
     fn session(order: Order, expected: u64) -> SessionOrder {
         let identity = Session {
-            slot: 0,
-            client_id: 1,
-            epoch: 1,
+            slot: SessionSlot(0),
+            client_id: ClientId(1),
+            epoch: Epoch(1),
             state: SessionState::Open,
-            topic: 0,
-            topic_incarnation: 1,
+            topic: TopicId(0),
+            topic_incarnation: Incarnation(1),
             committed: expected,
             ack_level: 1,
         };
@@ -189,7 +190,7 @@ mod tests {
     }
 
     fn arrival(sequence: u64) -> Arrival {
-        Arrival { entry: BatchEntry { sequence, ..BatchEntry::zeroed() }, broker: 0, index: sequence }
+        Arrival { entry: BatchEntry { sequence, ..BatchEntry::zeroed() }, broker: BrokerId(0), index: sequence }
     }
 
     fn feed(state: &mut SessionOrder, sequence: u64, out: &mut Vec<u64>) {
@@ -238,7 +239,7 @@ mod tests {
         let mut state = session(Order::Strong, 10);
         assert_eq!(state.judge(&arrival(10 + SESSION_WINDOW), 0), Verdict::OutOfWindow);
         assert_eq!(state.judge(&arrival(10 + SESSION_WINDOW - 1), 0), Verdict::Held);
-        assert_eq!(state.lowest_held(0), Some(10 + SESSION_WINDOW - 1));
-        assert_eq!(state.lowest_held(1), None);
+        assert_eq!(state.lowest_held(BrokerId(0)), Some(10 + SESSION_WINDOW - 1));
+        assert_eq!(state.lowest_held(BrokerId(1)), None);
     }
 }

@@ -1,6 +1,6 @@
 //! The topics that this broker serves, opened when first asked for.
 
-use crate::blog::Blog;
+use crate::blog::{Blog, BlogId};
 use crate::reclaim::PinBoard;
 use embarcadero_cxl::Fabric;
 use embarcadero_cxl::batchlog::BatchlogWriter;
@@ -9,6 +9,7 @@ use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::tables::{TopicConfig, TopicState, read_topic};
+use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,8 +32,8 @@ impl<F: Fabric> Topic<F> {
     }
 
     /// The stream that subscribers of this broker read.
-    pub fn stream(&self, broker: u32) -> StreamId {
-        let stream = if self.config.order.is_global() { StreamId::GLOBAL } else { broker };
+    pub fn stream(&self, broker: BrokerId) -> StreamId {
+        let stream = if self.config.order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
         StreamId { topic: self.config.id, stream }
     }
 }
@@ -40,14 +41,14 @@ impl<F: Fabric> Topic<F> {
 /// All topics of this broker.
 pub struct TopicTable<F: Fabric> {
     region: Region<F>,
-    broker: u32,
+    broker: BrokerId,
     pool: Arc<dyn SegmentAllocator>,
     open: Mutex<Vec<Option<Arc<Topic<F>>>>>,
 }
 
 impl<F: Fabric> TopicTable<F> {
     /// None open yet.
-    pub fn new(region: Region<F>, broker: u32, pool: Arc<dyn SegmentAllocator>) -> Self {
+    pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
         let slots = region.geometry().max_topics as usize;
         Self { region, broker, pool, open: Mutex::new(vec![None; slots]) }
     }
@@ -58,7 +59,7 @@ impl<F: Fabric> TopicTable<F> {
     }
 
     /// This broker's id.
-    pub fn broker(&self) -> u32 {
+    pub fn broker(&self) -> BrokerId {
         self.broker
     }
 
@@ -71,9 +72,9 @@ impl<F: Fabric> TopicTable<F> {
     ///
     /// # Errors
     /// [`NoHead`]: nobody can say.
-    pub fn get(&self, id: u32, incarnation: u32) -> Result<Option<Arc<Topic<F>>>, NoHead> {
+    pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, NoHead> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(slot) = open.get_mut(id as usize) else { return Ok(None) };
+        let Some(slot) = open.get_mut(id.index()) else { return Ok(None) };
         if let Some(topic) = slot {
             let same = topic.config.incarnation == incarnation && !topic.is_deleted();
             return Ok(same.then(|| Arc::clone(topic)));
@@ -84,9 +85,10 @@ impl<F: Fabric> TopicTable<F> {
         let batches = if config.order.is_global() {
             BatchlogWriter::new(self.region.clone(), id, self.broker).head()
         } else {
-            read_extent(&self.region, StreamId { topic: id, stream: self.broker })?.committed
+            read_extent(&self.region, StreamId { topic: id, stream: Stream::of(self.broker) })?.committed
         };
-        let blog = Blog::new(self.region.clone(), id, incarnation, self.broker, batches, Arc::clone(&self.pool));
+        let log = BlogId { topic: id, incarnation, broker: self.broker };
+        let blog = Blog::new(self.region.clone(), log, batches, Arc::clone(&self.pool));
         let pins = PinBoard::new(&self.region, id, config.order, self.broker);
         let topic = Arc::new(Topic { config, blog, pins, deleted: AtomicBool::new(false) });
         *slot = Some(Arc::clone(&topic));
@@ -99,9 +101,9 @@ impl<F: Fabric> TopicTable<F> {
     }
 
     /// True while this broker holds anything of the topic in slot `id`.
-    pub fn is_open(&self, id: u32) -> bool {
+    pub fn is_open(&self, id: TopicId) -> bool {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.get(id as usize).is_some_and(Option::is_some)
+        open.get(id.index()).is_some_and(Option::is_some)
     }
 
     /// Marks a topic as going away.
@@ -110,8 +112,8 @@ impl<F: Fabric> TopicTable<F> {
     }
 
     /// Forgets a deleted topic, so that its slot can serve the next incarnation.
-    pub fn forget(&self, id: u32) {
-        if let Some(slot) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get_mut(id as usize) {
+    pub fn forget(&self, id: TopicId) {
+        if let Some(slot) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get_mut(id.index()) {
             *slot = None;
         }
     }

@@ -8,7 +8,7 @@ use crate::publisher::Publisher;
 use crate::subscriber::{Start, Subscriber};
 use crate::views::{ClusterView, StreamView, TopicOptions, TopicView};
 use embarcadero_control::v1 as proto;
-use embarcadero_wire::Order;
+use embarcadero_wire::{Order, Stream};
 use std::sync::Arc;
 
 /// A client. Its publishers share a background thread, which acknowledges, reconnects and resubmits while the
@@ -81,7 +81,7 @@ impl Client {
         let answer = self.context.control().head(async |client| client.describe_topic(request.clone()).await)?;
         let topic = answer.topic.ok_or_else(|| ClientError::Incompatible("the answer names no topic".to_owned()))?;
         let streams = answer.streams.into_iter().map(|stream| StreamView {
-            broker: (stream.broker != u32::MAX).then_some(stream.broker),
+            broker: Stream(stream.broker).broker(),
             earliest_offset: stream.earliest_offset,
             next_offset: stream.next_offset,
             batches: stream.batches,

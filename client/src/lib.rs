@@ -73,7 +73,7 @@ pub use batching::{BatchSizer, BufferState, SealStats};
 pub use client::Client;
 pub use config::{ClientConfig, RdmaConfig};
 pub use embarcadero_transport::TransportKind;
-pub use embarcadero_wire::{Order, OutOfBounds};
+pub use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, OutOfBounds, TopicId};
 pub use error::ClientError;
 pub use publisher::{MessageId, Publisher, PublisherStats, Status};
 pub use subscriber::{Batch, Message, Start, Subscriber};

@@ -2,7 +2,7 @@
 
 use crate::error::ClientError;
 use embarcadero_control::v1 as proto;
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
 use serde::Serialize;
 use std::net::SocketAddr;
 
@@ -31,9 +31,9 @@ impl Default for TopicOptions {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct BrokerView {
     /// Id.
-    pub id: u32,
+    pub id: BrokerId,
     /// Process under that id.
-    pub incarnation: u32,
+    pub incarnation: Incarnation,
     /// Data plane.
     pub data: SocketAddr,
     /// Control service.
@@ -46,9 +46,9 @@ pub struct BrokerView {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopicView {
     /// Slot.
-    pub id: u32,
+    pub id: TopicId,
     /// Incarnation of the slot.
-    pub incarnation: u32,
+    pub incarnation: Incarnation,
     /// Name.
     pub name: String,
     /// Order.
@@ -67,7 +67,7 @@ pub struct TopicView {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StreamView {
     /// Broker whose order it is; `None` for the global one.
-    pub broker: Option<u32>,
+    pub broker: Option<BrokerId>,
     /// First offset kept.
     pub earliest_offset: u64,
     /// Offset after the last.
@@ -110,8 +110,8 @@ impl TopicView {
             }
         };
         Ok(Self {
-            id: topic.id,
-            incarnation: topic.incarnation,
+            id: TopicId(topic.id),
+            incarnation: Incarnation(topic.incarnation),
             name: topic.name,
             order,
             ack_level: topic.ack_level,
@@ -129,7 +129,7 @@ impl ClusterView {
                 ClientError::Incompatible(format!("broker {} has data endpoint {:?}", broker.id, broker.data_endpoint))
             })?;
             let proto::Broker { id, incarnation, control_endpoint: control, head, .. } = broker;
-            Ok(BrokerView { id, incarnation, data, control, head })
+            Ok(BrokerView { id: BrokerId(id), incarnation: Incarnation(incarnation), data, control, head })
         });
         Ok(Self {
             region_uuid: answer.region_uuid,

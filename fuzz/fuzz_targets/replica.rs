@@ -3,9 +3,9 @@
 
 use embarcadero_broker::replica::format::{BLOCK, Identity, check_group};
 use embarcadero_broker::replica::medium::Medium;
-use embarcadero_sim::SimulatedMedium;
 use embarcadero_broker::replica::store::{read_batch, scan};
 use embarcadero_os::buffer::Buffer;
+use embarcadero_sim::SimulatedMedium;
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

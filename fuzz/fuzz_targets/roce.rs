@@ -3,9 +3,7 @@
 
 use embarcadero_roce::packet::{Reth, SCRATCH_BYTES, decode};
 use embarcadero_roce::psn::Psn;
-use embarcadero_roce::{
-    Access, Attributes, Memory, NoAccess, Operation, PathMtu, QueuePair, Receive, Work,
-};
+use embarcadero_roce::{Access, Attributes, Memory, NoAccess, Operation, PathMtu, QueuePair, Receive, Work};
 use libfuzzer_sys::fuzz_target;
 use std::net::IpAddr;
 

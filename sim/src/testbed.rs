@@ -1,7 +1,9 @@
 //! A region in private memory with a sequencer on it, in one thread: for benchmarks and tests of what ordering costs.
 
 use crossbeam_channel::{RecvError, bounded, unbounded};
-use embarcadero_broker::sequencer::{Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError};
+use embarcadero_broker::sequencer::{
+    Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover,
+};
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::cache::{FlushMethod, UnsupportedFlush};
 use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW, Seat};
@@ -9,12 +11,16 @@ use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::tables::{Pulse, TopicConfig, TopicState};
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionError};
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, Term, TopicId};
 use std::sync::Arc;
 use uuid::Uuid;
 
 /// Brokers whose Batchlogs there are, unless said otherwise.
 pub const BROKERS: u32 = 4;
+/// The topic, and its incarnation.
+pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
+/// The head.
+const HEAD: Seat = Seat(BrokerId(0));
 /// Segments that each broker has.
 const SEGMENTS: u32 = 16;
 /// Bytes of all segments.
@@ -93,14 +99,17 @@ impl<F: Fabric> Testbed<F> {
     /// # Errors
     /// [`TestbedError`].
     pub fn new(region: Region<F>, sessions: u32) -> Result<Self, TestbedError> {
-        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
+        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), HEAD.0));
         let (commands, queue) = unbounded();
         let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
         let memory = Memory { region: region.clone(), pool, mirror: None };
-        let mut sequencer = Sequencer::recover(memory, (Seat(0), 1), Predecessor::Gone(0), leases, queue, 0)?;
+        let before = Predecessor::Gone(Term::NONE);
+        let takeover = Takeover { memory, seat: HEAD, epoch: Term(1), before, leases, commands: queue };
+        let mut sequencer = Sequencer::recover(takeover, 0)?;
+        let (id, incarnation) = TOPIC;
         let topic = TopicConfig {
-            id: 0,
-            incarnation: 1,
+            id,
+            incarnation,
             state: TopicState::Live,
             name: "testbed".to_owned(),
             order: Order::Strong,
@@ -115,14 +124,15 @@ impl<F: Fabric> Testbed<F> {
         // The queue is there as long as the sequencer is.
         let _ = commands.send(Command::OpenTopic(topic, reply));
         let mut opened = Vec::new();
-        for client_id in 1..=u64::from(sessions) {
+        for client_id in (1..=u64::from(sessions)).map(ClientId) {
             let (reply, answer) = bounded(1);
-            let _ = commands.send(Command::OpenSession { topic: 0, client_id, ack_level: 1, reply });
+            let _ = commands.send(Command::OpenSession { topic: id, client_id, ack_level: 1, reply });
             sequencer.poll(0, 1);
             opened.push(answer.recv()??);
         }
-        let logs = (0..region.geometry().max_brokers)
-            .map(|broker| (BatchlogWriter::new(region.clone(), 0, broker), Pulse::new(region.clone(), broker)))
+        let brokers = region.geometry().brokers();
+        let logs = brokers
+            .map(|broker| (BatchlogWriter::new(region.clone(), id, broker), Pulse::new(region.clone(), broker)))
             .collect();
         Ok(Self { region, sequencer, logs, sequences: vec![0; opened.len()], sessions: opened })
     }
@@ -158,7 +168,7 @@ impl<F: Fabric> Testbed<F> {
                     sequence: *next,
                     session_epoch: session.epoch,
                     session_slot: session.slot,
-                    topic_incarnation: 1,
+                    topic_incarnation: TOPIC.1,
                     bytes: 1,
                     message_count: 1,
                     ..bytemuck::Zeroable::zeroed()

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test fails by panicking
 
 use crossbeam_channel::bounded;
-use embarcadero_broker::ack::AckQueue;
+use embarcadero_broker::ack::{AckOptions, AckQueue};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::topics::TopicTable;
 use embarcadero_cxl::Native;
@@ -10,15 +10,15 @@ use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::AllocatorKind;
 use embarcadero_cxl::order_index::StreamId;
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_sim::testbed::{Testbed, region};
+use embarcadero_sim::testbed::{TOPIC, Testbed, region};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
-use embarcadero_wire::{FRAME_BYTES, Frame};
+use embarcadero_wire::{BrokerId, FRAME_BYTES, Frame, Stream};
 use std::sync::Arc;
 
 #[global_allocator]
 static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 
-const BROKER: u32 = 1;
+const BROKER: BrokerId = BrokerId(1);
 const MESSAGES: u32 = 512;
 const WARM_UP: u64 = 200;
 /// A million messages.
@@ -34,19 +34,24 @@ fn a_million_messages_pass_without_an_allocation() {
     let session = testbed.sessions()[0];
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BROKER));
     let topics = Arc::new(TopicTable::new(region.clone(), BROKER, pool));
-    let topic = topics.get(0, 1).unwrap().unwrap();
+    let topic = topics.get(TOPIC.0, TOPIC.1).unwrap().unwrap();
     let (landed, queue) = bounded(64);
     let (acks, _ordered) = bounded(64);
     let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], FlushGroup::default());
-    let stream = StreamId { topic: 0, stream: StreamId::GLOBAL };
-    let mut waiting = AckQueue::new(session.slot, session.client_id, session.epoch, stream, 1);
+    let mut waiting = AckQueue::new(AckOptions {
+        slot: session.slot,
+        client_id: session.client_id,
+        epoch: session.epoch,
+        stream: StreamId { topic: TOPIC.0, stream: Stream::GLOBAL },
+        ack_level: 1,
+    });
 
     let origin = BatchOrigin {
         client_id: session.client_id,
         session_epoch: session.epoch,
         session_slot: session.slot,
-        topic: 0,
-        topic_incarnation: 1,
+        topic: TOPIC.0,
+        topic_incarnation: TOPIC.1,
     };
     let mut builder = BatchBuilder::new(64 << 10);
     let (mut acknowledged, mut allocated) = (0, 0);

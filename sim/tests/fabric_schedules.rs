@@ -19,7 +19,7 @@ use embarcadero_broker::replica::format::{Identity, parse_group};
 use embarcadero_broker::replica::medium::{Medium, MediumFile};
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer};
+use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::headship::{Headship, latest_claim, latest_claimant, publish_headship, read_headship};
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW, Seat};
@@ -33,9 +33,10 @@ use embarcadero_cxl::tables::{
 use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
 use embarcadero_os::buffer::Buffer;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
-use embarcadero_wire::BatchHeader;
-use embarcadero_wire::Order;
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
+use embarcadero_wire::{
+    BatchHeader, BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, Term, TopicId,
+};
 use shuttle::scheduler::RandomScheduler;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -70,8 +71,13 @@ const CALM_ROUNDS: usize = 3000;
 
 /// Nothing expires: the schedule decides how long anything takes.
 const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
-const HEAD: Seat = Seat(0);
-const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
+/// The host that only reads.
+const FAR: BrokerId = BrokerId(2);
+const HEAD: Seat = Seat(BrokerId(0));
+const TOPIC: TopicId = TopicId(0);
+/// Incarnation of the topic.
+const FIRST: Incarnation = Incarnation(1);
+const GLOBAL: StreamId = StreamId { topic: TOPIC, stream: Stream::GLOBAL };
 
 /// A ring of 16 slots wraps many times. Under a head that takes over it does not: the batches that the one before held
 /// would be lost with their slots, until their clients sent them again.
@@ -115,8 +121,8 @@ impl Replication {
 
 fn config(replication: Replication) -> TopicConfig {
     TopicConfig {
-        id: 0,
-        incarnation: 1,
+        id: TOPIC,
+        incarnation: FIRST,
         state: TopicState::Live,
         name: "simulated".to_owned(),
         order: Order::Strong,
@@ -129,18 +135,18 @@ fn config(replication: Replication) -> TopicConfig {
 }
 
 /// The order as readers saw it: position to (client, sequence, offset).
-type Log = Arc<Mutex<BTreeMap<u64, (u64, u64, u64)>>>;
+type Log = Arc<Mutex<BTreeMap<u64, (ClientId, u64, u64)>>>;
 
 /// What was acknowledged: position to (client, sequence).
-type Acknowledged = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
+type Acknowledged = Arc<Mutex<BTreeMap<u64, (ClientId, u64)>>>;
 
 /// What is durable on some disk: position to (client, sequence).
-type Durable = Arc<Mutex<BTreeMap<u64, (u64, u64)>>>;
+type Durable = Arc<Mutex<BTreeMap<u64, (ClientId, u64)>>>;
 
 /// A disk that remembers which batches are durable on it; whether they are whole it checks as they come.
 struct Disk {
     durable: Durable,
-    written: Vec<(u64, (u64, u64))>,
+    written: Vec<(u64, (ClientId, u64))>,
 }
 
 impl Disk {
@@ -181,7 +187,7 @@ impl MediumFile for Disk {
             for record in parse_group(from).expect("a whole group").1 {
                 let pair = |at: u64| {
                     let words: [u64; 2] = bytemuck::pod_read_unaligned(&from[at as usize..at as usize + 16]);
-                    (words[0], words[1])
+                    (ClientId(words[0]), words[1])
                 };
                 let (first, last) = (pair(record.at), pair(record.at + BATCH_BYTES - 64));
                 assert_eq!(first, last, "a replica copied what is not a batch");
@@ -219,7 +225,7 @@ fn replicator(topics: &Arc<TopicTable<Simulated>>, durable: &Durable) -> Replica
 }
 
 struct Host {
-    id: u32,
+    id: BrokerId,
     region: Region<Simulated>,
     topics: Arc<TopicTable<Simulated>>,
     delegation: Delegation<Simulated>,
@@ -245,12 +251,12 @@ struct Reader {
     log: Log,
 }
 
-fn check_payload(region: &Region<Simulated>, location: u64, expected: (u64, u64)) {
+fn check_payload(region: &Region<Simulated>, location: u64, expected: (ClientId, u64)) {
     let fabric = region.fabric();
     let last = location + BATCH_BYTES - 64;
     for at in [location, last] {
         fabric.invalidate(RegionOffset(at), 64, Site::PayloadRead);
-        let found = (fabric.load(RegionOffset(at)), fabric.load(RegionOffset(at + 8)));
+        let found = (ClientId(fabric.load(RegionOffset(at))), fabric.load(RegionOffset(at + 8)));
         assert_eq!(found, expected, "the payload at {at:#x} is not the batch's");
     }
 }
@@ -310,7 +316,7 @@ impl Reader {
 
 impl Host {
     fn new(
-        id: u32,
+        id: BrokerId,
         region: Region<Simulated>,
         log: &Log,
         (replication, durable): (Replication, Option<&Durable>),
@@ -322,10 +328,10 @@ impl Host {
         let (acks, _) = bounded(1);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
         let delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group);
-        let replicator = durable.filter(|_| id > 0).map(|durable| replicator(&topics, durable));
+        let replicator = durable.filter(|_| id.0 > 0).map(|durable| replicator(&topics, durable));
         let durable = durable.filter(|_| replication == Replication::Awaited).cloned();
         let index = OrderIndexReader::new(region.clone(), GLOBAL);
-        let reader = Reader { index, pin: None, cursor: 0, naps: id == 2, log: Arc::clone(log) };
+        let reader = Reader { index, pin: None, cursor: 0, naps: id == FAR, log: Arc::clone(log) };
         let (inbox, unacknowledged) = (Vec::new(), Vec::new());
         let last_segment = None;
         Self {
@@ -347,13 +353,14 @@ impl Host {
 
     /// Takes over, under an epoch of its own.
     fn take_over(&self, before: Predecessor, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
-        let (broker, epoch) = (self.id, latest_claim(&self.region) + 1);
+        let (broker, epoch) = (self.id, latest_claim(&self.region).next());
         let (broker_mask, pinning_mask) = ((1 << HOSTS) - 1, self.replication.pinning_mask());
-        let line = Headship { epoch, broker, incarnation: 1, broker_mask, pinning_mask };
+        let line = Headship { epoch, broker, incarnation: Incarnation(1), broker_mask, pinning_mask };
         publish_headship(&self.region, &line);
         let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
         let memory = Memory { region: region.clone(), pool, mirror: None };
-        let sequencer = Sequencer::recover(memory, (seat, epoch), before, LEASES, commands, now_us).ok()?;
+        let takeover = Takeover { memory, seat, epoch, before, leases: LEASES, commands };
+        let sequencer = Sequencer::recover(takeover, now_us).ok()?;
         Some((sequencer, CompletionStage::new(region, seat)))
     }
 
@@ -380,7 +387,7 @@ impl Host {
         self.last_segment = Some(topic.blog.segment_of(at));
         let fabric = self.region.fabric();
         for place in [at.0, at.0 + BATCH_BYTES - 64] {
-            fabric.store(RegionOffset(place), identity.client_id);
+            fabric.store(RegionOffset(place), identity.client_id.0);
             fabric.store(RegionOffset(place + 8), sequence);
         }
         let header = BatchHeader {
@@ -388,8 +395,8 @@ impl Host {
             sequence,
             session_epoch: identity.epoch,
             session_slot: identity.slot,
-            topic: 0,
-            topic_incarnation: 1,
+            topic: TOPIC,
+            topic_incarnation: FIRST,
             // 4 bytes of table and 64 of header: what `batch_bytes` adds up to.
             payload_bytes: (BATCH_BYTES - 68) as u32,
             message_count: 1,
@@ -410,7 +417,7 @@ impl Host {
                 Commit::Forgotten => false,
                 Commit::At(record) => {
                     if let Some(durable) = &self.durable {
-                        let completion = read_completion(region, 0, self.id);
+                        let completion = read_completion(region, TOPIC, self.id);
                         if completion.map_or(true, |completion| completion.durable_through <= record.position) {
                             return true;
                         }
@@ -439,7 +446,7 @@ impl Host {
 
     fn round(&mut self, now_us: u64, sessions: &[Session]) {
         self.delegation.maintain(now_us);
-        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        let Ok(Some(topic)) = self.topics.get(TOPIC, FIRST) else { return };
         self.receive(&topic, sessions);
         self.receive(&topic, sessions);
         self.delegation.poll(now_us, 2);
@@ -450,8 +457,8 @@ impl Host {
         self.acknowledge(sessions);
         // The far reader is slow, so that retention overtakes it.
         // Nor does it read what is not kept for it.
-        let slow = self.id == 2 && !now_us.is_multiple_of(8) && now_us < ROUNDS as u64;
-        if !slow && (self.id != 2 || self.replication != Replication::Unpinned) {
+        let slow = self.id == FAR && !now_us.is_multiple_of(8) && now_us < ROUNDS as u64;
+        if !slow && (self.id != FAR || self.replication != Replication::Unpinned) {
             self.reader.poll(&self.region, &topic, 3);
         }
     }
@@ -539,15 +546,15 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
             64,
             layout.seat(HEAD).0,
             layout.control_line(HEAD).0,
-            layout.broker(0).0,
-            layout.broker(1).0,
-            layout.head_topic(HEAD, 0).0,
-            layout.head_topic(HEAD, 0).0 + 64,
+            layout.broker(BrokerId(0)).0,
+            layout.broker(BrokerId(1)).0,
+            layout.head_topic(HEAD, TOPIC).0,
+            layout.head_topic(HEAD, TOPIC).0 + 64,
             layout.head_area(HEAD).0 + layout.head.directories,
         ];
         let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
         let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
-        let sessions = (0..2).map(|slot| layout.session(HEAD, slot).0);
+        let sessions = geometry.sessions().map(|slot| layout.session(HEAD, slot).0);
         for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
             fabric.load(RegionOffset(at));
         }
@@ -558,35 +565,38 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let log: Log = Arc::default();
     let durable: Option<Durable> = (replication != Replication::None).then(Arc::default);
     let acknowledged = Acknowledged::default();
-    let mut hosts: Vec<Host> = (0..HOSTS)
+    let mut hosts: Vec<Host> = geometry
+        .brokers()
         .zip(&regions)
         .map(|(id, region)| Host::new(id, region.clone(), &log, (replication, durable.as_ref()), &acknowledged))
         .collect();
 
     // The head opens topic and sessions.
     let (mut commands, queue) = unbounded();
-    let (mut sequencer, completion) = hosts[0].take_over(Predecessor::Gone(0), queue, 0).expect("there is room");
+    let (mut sequencer, completion) =
+        hosts[0].take_over(Predecessor::Gone(Term::NONE), queue, 0).expect("there is room");
     let (reply, _opened) = bounded(1);
     commands.send(Command::OpenTopic(config(replication), reply)).unwrap();
-    let answers: Vec<_> = [11, 22]
+    let answers: Vec<_> = [ClientId(11), ClientId(22)]
         .map(|client_id| {
             let (reply, answer) = bounded(1);
             commands
-                .send(Command::OpenSession { topic: 0, client_id, ack_level: config(replication).ack_level, reply })
+                .send(Command::OpenSession { topic: TOPIC, client_id, ack_level: config(replication).ack_level, reply })
                 .unwrap();
             answer
         })
         .into();
     sequencer.poll(1, 1);
     let sessions: Arc<Vec<Session>> = Arc::new(answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect());
-    let slot_info = |id: u32| {
+    let slot_info = |id: BrokerId| {
         let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
-        BrokerInfo { id, incarnation: 7, data: address(1), control: address(2), process_id: 3, running: true }
+        let incarnation = Incarnation(7);
+        BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true }
     };
-    publish_broker(&regions[0], &slot_info(0));
-    publish_broker(&regions[1], &slot_info(1));
+    publish_broker(&regions[0], &slot_info(BrokerId(0)));
+    publish_broker(&regions[1], &slot_info(BrokerId(1)));
     if replication != Replication::None {
-        publish_broker(&regions[2], &slot_info(2));
+        publish_broker(&regions[2], &slot_info(FAR));
     }
 
     // Clients stripe their batches over both receiving brokers; some they send twice, some clients old ones again and
@@ -612,11 +622,11 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let threads: Vec<_> = hosts
         .into_iter()
         .map(|mut host| {
-            let mut stages = if host.id == 0 { head_stages.take() } else { None };
-            let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id as usize].clone());
+            let mut stages = if host.id == HEAD.0 { head_stages.take() } else { None };
+            let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id.index()].clone());
             let event_at = (choice >> 8) as usize % ROUNDS;
-            let crash_at = (crash && host.id == 1).then_some(event_at);
-            let mut take_over = (deposed && host.id == 1).then(|| next_queue.clone());
+            let crash_at = (crash && host.id == BrokerId(1)).then_some(event_at);
+            let mut take_over = (deposed && host.id == BrokerId(1)).then(|| next_queue.clone());
             shuttle::thread::spawn(move || {
                 for round in 0..ROUNDS {
                     if crash_at == Some(round) {
@@ -639,7 +649,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                         }
                     }
                     if let Some((sequencer, completion)) = &mut stages {
-                        ORDERING.set(host.id == 0);
+                        ORDERING.set(host.id == HEAD.0);
                         // Two heads need not come to the same order.
                         let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
                         sequencer.poll(round as u64, budget);
@@ -651,7 +661,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                         stages = None;
                     }
                 }
-                if host.id == 1 {
+                if host.id == BrokerId(1) {
                     CHANGE_OF_HEAD.set(ChangeOfHead::None);
                 }
                 (host, stages)
@@ -666,7 +676,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         stages = with.or(stages);
     }
     let (mut sequencer, mut completion) = stages.filter(|(sequencer, _)| sequencer.leads()).expect("someone leads");
-    let head = latest_claimant(&regions[2]).unwrap().0 as usize;
+    let head = latest_claimant(&regions[2]).unwrap().0.index();
     if head == 1 {
         commands = next_commands;
     }
@@ -676,7 +686,8 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     hosts.iter_mut().for_each(|host| host.reader.naps = false);
     if crash {
         let pinning_mask = 0b101 & replication.pinning_mask();
-        let line = Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: 0b101, pinning_mask };
+        let incarnation = Incarnation(1);
+        let line = Headship { epoch: Term(1), broker: HEAD.0, incarnation, broker_mask: 0b101, pinning_mask };
         publish_headship(&regions[0], &line);
         let lost = hosts.remove(1);
         // Clients resend to the head whatever they have no ack for: all of it, here.
@@ -696,7 +707,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         count(&mut completion, sequencer.awaited_topics(), now as usize);
         let ordered = read_extent(&regions[head], GLOBAL).unwrap().next_offset;
         assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
-        let reads = |host: &Host| host.id != 2 || replication != Replication::Unpinned;
+        let reads = |host: &Host| host.id != FAR || replication != Replication::Unpinned;
         let reached = |host: &Host| !reads(host) || host.reader.cursor == host.reader.index.committed();
         let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
         if ordered == total && hosts.iter().all(|host| reached(host) && idle(host)) {
@@ -758,19 +769,19 @@ fn check_tables(
 ) {
     let far = &regions[2];
     let look = || {
-        let broker = read_broker(far, 1).map(|info| info.incarnation);
+        let broker = read_broker(far, BrokerId(1)).map(|info| info.incarnation);
         let session = read_session(far, sessions[1].slot).unwrap().map(|session| session.state);
-        let retention = read_topic(far, 0).unwrap().map(|topic| topic.retention_ms);
+        let retention = read_topic(far, TOPIC).unwrap().map(|topic| topic.retention_ms);
         (read_headship(far).map(|head| head.broker_mask), retention, broker, session)
     };
     look();
-    let mut info = read_broker(far, 0).expect("the broker slot is visible");
-    info.incarnation = 8;
+    let mut info = read_broker(far, BrokerId(0)).expect("the broker slot is visible");
+    info.incarnation = Incarnation(8);
     publish_broker(&regions[0], &info);
-    let (broker, seat) = (head as u32, Seat(head as u32));
+    let (broker, incarnation) = (BrokerId(head as u32), Incarnation(1));
     let epoch = latest_claim(far);
-    publish_headship(&regions[head], &Headship { epoch, broker, incarnation: 1, broker_mask: 9, pinning_mask: 9 });
-    publish_topic(&regions[head], seat, &TopicConfig { retention_ms: 77, ..config(Replication::None) });
+    publish_headship(&regions[head], &Headship { epoch, broker, incarnation, broker_mask: 9, pinning_mask: 9 });
+    publish_topic(&regions[head], Seat(broker), &TopicConfig { retention_ms: 77, ..config(Replication::None) });
     let (reply, answer) = bounded(1);
     let Session { slot, client_id, epoch, .. } = sessions[1];
     commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
@@ -778,13 +789,21 @@ fn check_tables(
     answer.recv().unwrap();
     let (mask, retention, _, session) = look();
     assert_eq!((mask, retention, session), (Some(9), Some(77), Some(SessionState::Closed)), "tables are stale");
-    assert_eq!(read_broker(far, 0).map(|info| info.incarnation), Some(8), "the broker slot is stale");
+    assert_eq!(
+        read_broker(far, BrokerId(0)).map(|info| info.incarnation),
+        Some(Incarnation(8)),
+        "the broker slot is stale"
+    );
     // A broker that dies while it shows itself anew is still known to have been there.
-    let (fabric, version) = (regions[0].fabric(), regions[0].layout().broker(0).add(56));
+    let (fabric, version) = (regions[0].fabric(), regions[0].layout().broker(BrokerId(0)).add(56));
     fabric.store(version, fabric.load(version) | 1);
     fabric.flush(version, 8, Site::BrokerSlotFlush);
     fabric.fence(Site::BrokerSlotFlush);
-    assert_eq!((read_broker(far, 0), last_incarnation(far, 0)), (None, 8), "a broker is forgotten");
+    assert_eq!(
+        (read_broker(far, BrokerId(0)), last_incarnation(far, BrokerId(0))),
+        (None, Incarnation(8)),
+        "a broker is forgotten"
+    );
 }
 
 /// A segment that the head takes in calm weather is seen as taken, and whose it is, by a host that looked before.
@@ -793,7 +812,8 @@ fn check_pool(regions: &[Region<Simulated>], head: &Host) {
     let look = || (free_segments(far), (0..SEGMENTS).map(|segment| read_owner(far, segment)).collect::<Vec<_>>());
     let (free, _) = look();
     let Ok(segment) = head.topics.pool().allocate() else { return };
-    let owner = SegmentUse::Index { topic: 0, incarnation: 1, stream: HOSTS, ordinal: 99, holder: 0 };
+    let (topic, stream) = (TOPIC, Stream::GLOBAL);
+    let owner = SegmentUse::Index { topic, incarnation: FIRST, stream, ordinal: 99, holder: HEAD.0 };
     publish_owner(&regions[0], segment, owner);
     let (now_free, owners) = look();
     assert_eq!(now_free, free - 1, "the bitmap is stale");
@@ -816,7 +836,7 @@ fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: 
     }
     // One order: positions are contiguous where they were read, offsets follow, sessions are in sequence.
     let log = log.lock().unwrap();
-    let mut due: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut due: BTreeMap<ClientId, u64> = BTreeMap::new();
     for (client, sequence, _) in log.values() {
         let due = due.entry(*client).or_insert(*sequence);
         assert!(*sequence >= *due, "client {client}: sequence {sequence} after {due}");
@@ -928,6 +948,12 @@ fn every_guard_is_needed() {
 fn a_simulated_header_describes_a_real_batch() {
     let mut builder = BatchBuilder::new(1 << 20);
     builder.push(&vec![0; (BATCH_BYTES - 68) as usize]);
-    let origin = BatchOrigin { client_id: 1, session_epoch: 1, session_slot: 0, topic: 0, topic_incarnation: 1 };
+    let origin = BatchOrigin {
+        client_id: ClientId(1),
+        session_epoch: Epoch(1),
+        session_slot: SessionSlot(0),
+        topic: TOPIC,
+        topic_incarnation: FIRST,
+    };
     assert_eq!(builder.seal(&origin, 0, false).batch_bytes(), BATCH_BYTES);
 }

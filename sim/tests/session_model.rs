@@ -10,7 +10,7 @@ use bytemuck::Zeroable;
 use embarcadero_broker::session::{Arrival, SessionOrder, Verdict};
 use embarcadero_cxl::layout::BatchEntry;
 use embarcadero_cxl::session_table::{Session, SessionState};
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -95,12 +95,12 @@ enum Action {
 /// The session as the head's production code keeps it.
 fn order(head: &Head, batchlog: &[Sent]) -> SessionOrder {
     let session = Session {
-        slot: 0,
-        client_id: 1,
-        epoch: head.session.unwrap_or(0),
+        slot: SessionSlot(0),
+        client_id: ClientId(1),
+        epoch: Epoch(head.session.unwrap_or(0)),
         state: SessionState::Open,
-        topic: 0,
-        topic_incarnation: 1,
+        topic: TopicId(0),
+        topic_incarnation: Incarnation(1),
         committed: head.expected,
         ack_level: 1,
     };
@@ -113,8 +113,8 @@ fn order(head: &Head, batchlog: &[Sent]) -> SessionOrder {
 
 fn arrival(batchlog: &[Sent], place: usize) -> Arrival {
     let (session_epoch, sequence) = batchlog[place];
-    let entry = BatchEntry { sequence, session_epoch, ..BatchEntry::zeroed() };
-    Arrival { entry, broker: 0, index: place as u64 }
+    let entry = BatchEntry { sequence, session_epoch: Epoch(session_epoch), ..BatchEntry::zeroed() };
+    Arrival { entry, broker: BrokerId(0), index: place as u64 }
 }
 
 impl Sessions {

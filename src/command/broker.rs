@@ -4,6 +4,7 @@ use crate::settings::{load, located};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use embarcadero_broker::{Broker, BrokerConfig};
+use embarcadero_wire::BrokerId;
 use serde_json::json;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -38,7 +39,7 @@ pub struct BrokerArgs {
 
 pub fn run(args: BrokerArgs) -> Result<()> {
     let mut config: BrokerConfig = load(args.config.as_deref(), "BROKER")?;
-    config.id = args.id.or(config.id);
+    config.id = args.id.map(BrokerId).or(config.id);
     config.cxl.path = args.region.unwrap_or(config.cxl.path);
     config.data_listen = args.data.unwrap_or(config.data_listen);
     config.data_advertise = args.advertise.or(config.data_advertise);

@@ -12,13 +12,14 @@ use embarcadero_cxl::layout::{
 };
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, StreamId, read_extent_at, read_sequencer_half_at};
 use embarcadero_cxl::region::{Creation, RegionFile};
-use embarcadero_cxl::replication::{Completion, read_completion_at, read_replicated};
+use embarcadero_cxl::replication::{Completion, Replication, read_completion_at, read_replicated};
 use embarcadero_cxl::segment::{SegmentUse, free_segments, read_owner};
 use embarcadero_cxl::session_table::{Session, read_progress_at, read_session_at};
 use embarcadero_cxl::tables::{
     BrokerInfo, ReplicaState, TopicConfig, read_broker, read_pulse, read_replica_state, read_topic_at,
 };
 use embarcadero_cxl::{Fabric, Native, Region, Site};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Stream, TopicId};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -191,7 +192,7 @@ pub fn run(command: RegionCommand) -> Result<()> {
         RegionCommand::Restore { path, from, mirror, uuid, accept_loss, dry_run } => {
             let mirror = mirror.map(|mirror| RegionFile::open(&mirror, FlushMethod::None)).transpose()?;
             let plan = Plan::read(find_media(&from)?, mirror.as_ref().map(RegionFile::region), uuid)?;
-            restore(&path, &plan, accept_loss, dry_run)
+            restore(&path, &plan, RestoreOptions { accept_loss, dry_run })
         }
         RegionCommand::Destroy { path, force } => {
             RegionFile::open(&path, FlushMethod::None)?.destroy(force)?;
@@ -201,7 +202,14 @@ pub fn run(command: RegionCommand) -> Result<()> {
     }
 }
 
-fn restore(path: &Path, plan: &Plan, accept_loss: bool, dry_run: bool) -> Result<()> {
+struct RestoreOptions {
+    /// Go on although messages are lost.
+    accept_loss: bool,
+    /// Only say what would be restored.
+    dry_run: bool,
+}
+
+fn restore(path: &Path, plan: &Plan, options: RestoreOptions) -> Result<()> {
     for damage in &plan.damage {
         eprintln!("{damage}");
     }
@@ -217,12 +225,12 @@ fn restore(path: &Path, plan: &Plan, accept_loss: bool, dry_run: bool) -> Result
         );
     }
     if let Some(losses) = plan.losses() {
-        if !accept_loss {
+        if !options.accept_loss {
             return Err(RestoreError::Lost(losses).into());
         }
         println!("lost:\n{losses}");
     }
-    if dry_run {
+    if options.dry_run {
         return Ok(());
     }
     let file = RegionFile::open(path, FlushMethod::None)?;
@@ -275,7 +283,7 @@ struct TopicReport {
 
 #[derive(Serialize)]
 struct OffsetEntryReport {
-    broker: u32,
+    broker: BrokerId,
     log_offset: u64,
     batchlog_head: u64,
     written: u64,
@@ -286,12 +294,12 @@ struct OffsetEntryReport {
     decided_through: u64,
     /// Lowest index position that a sender of this broker reads; null when none does.
     delivering_from: Option<u64>,
-    released_incarnation: u64,
+    released_incarnation: Incarnation,
     /// Entries of the stream that this broker acknowledges from below this are on enough disks, unless they are lost.
     durable_through: u64,
     lost_through: u64,
     /// How far this broker, as a replica, is with the batches of each source broker.
-    replicated: BTreeMap<u32, u64>,
+    replicated: BTreeMap<BrokerId, u64>,
     own_index: Option<Extent>,
     /// The newest entries of the Batchlog, oldest first.
     batchlog: Vec<BatchReport>,
@@ -302,9 +310,9 @@ struct OffsetEntryReport {
 struct BatchReport {
     index: u64,
     location: u64,
-    client_id: u64,
+    client_id: ClientId,
     sequence: u64,
-    session_epoch: u32,
+    session_epoch: Epoch,
     bytes: u32,
     message_count: u32,
     lap: u64,
@@ -316,12 +324,12 @@ struct IndexEntryReport {
     position: u64,
     first_offset: u64,
     message_count: u32,
-    broker: u8,
+    broker: BrokerId,
     location: u64,
     bytes: u32,
-    client_id: u64,
+    client_id: ClientId,
     sequence: u64,
-    session_epoch: u32,
+    session_epoch: Epoch,
     sequencer_epoch: u32,
     ordered_us: u64,
 }
@@ -350,20 +358,31 @@ struct SegmentReport {
     owner: SegmentUse,
 }
 
+/// The use of a segment as its owner line has it, where one past the last broker's id stands for the global stream.
+fn owner(region: &Region<Native>, segment: u32) -> SegmentUse {
+    let mut owner = read_owner(region, segment);
+    if let SegmentUse::Index { stream, .. } = &mut owner
+        && *stream == Stream::GLOBAL
+    {
+        *stream = Stream::of(BrokerId(region.geometry().max_brokers));
+    }
+    owner
+}
+
 impl Report {
     /// What is there, as the head has it, or the one that was it last.
     fn read(region: &Region<Native>) -> Self {
         let geometry = *region.geometry();
-        let seat = last_led(region).map_or(Seat(0), |(seat, _)| seat);
-        let brokers = (0..geometry.max_brokers).filter_map(|broker| {
+        let seat = last_led(region).map_or(Seat(BrokerId(0)), |(seat, _)| seat);
+        let brokers = geometry.brokers().filter_map(|broker| {
             let (heartbeat, batches_published) = read_pulse(region, broker);
             let replica = read_replica_state(region, broker);
             Some(BrokerReport { info: read_broker(region, broker)?, heartbeat, batches_published, replica })
         });
         let used = (0..geometry.segment_count)
-            .map(|segment| SegmentReport { segment, owner: read_owner(region, segment) })
+            .map(|segment| SegmentReport { segment, owner: owner(region, segment) })
             .filter(|report| report.owner != SegmentUse::Free);
-        let sessions = (0..geometry.max_sessions).filter_map(|slot| {
+        let sessions = geometry.sessions().filter_map(|slot| {
             let (session, expected) = (read_session_at(region, seat, slot)?, read_progress_at(region, seat, slot));
             Some(SessionReport { session, expected })
         });
@@ -378,7 +397,7 @@ impl Report {
             layout: *region.layout(),
             control_block: read_headship_at(region, seat),
             brokers: brokers.collect(),
-            topics: (0..geometry.max_topics).filter_map(|id| TopicReport::read(region, seat, id)).collect(),
+            topics: geometry.topics().filter_map(|id| TopicReport::read(region, seat, id)).collect(),
             sessions: sessions.collect(),
             segments: SegmentsReport {
                 total: geometry.segment_count,
@@ -390,24 +409,25 @@ impl Report {
 }
 
 impl TopicReport {
-    fn read(region: &Region<Native>, seat: Seat, id: u32) -> Option<Self> {
+    fn read(region: &Region<Native>, seat: Seat, id: TopicId) -> Option<Self> {
         let config = read_topic_at(region, seat, id)?;
         let extent = |stream| {
             let extent = read_extent_at(region, seat, StreamId { topic: id, stream });
-            (extent.incarnation == u64::from(config.incarnation)).then_some(extent)
+            (extent.incarnation == config.incarnation).then_some(extent)
         };
-        let entries = (0..region.geometry().max_brokers)
+        let brokers = region.geometry().brokers();
+        let entries = brokers
             .filter(|broker| read_broker(region, *broker).is_some())
-            .map(|broker| OffsetEntryReport::read(region, seat, id, broker, extent(broker)))
+            .map(|broker| OffsetEntryReport::read(region, seat, id, broker, extent(Stream::of(broker))))
             .collect();
-        let global_index = extent(StreamId::GLOBAL);
+        let global_index = extent(Stream::GLOBAL);
         let global_index_entries = global_index.map_or_else(Vec::new, |extent| newest_entries(region, id, &extent));
         Some(Self { global_index, global_index_entries, offset_entries: entries, config })
     }
 }
 
-fn newest_entries(region: &Region<Native>, topic: u32, extent: &Extent) -> Vec<IndexEntryReport> {
-    let mut reader = OrderIndexReader::new(region.clone(), StreamId { topic, stream: StreamId::GLOBAL });
+fn newest_entries(region: &Region<Native>, topic: TopicId, extent: &Extent) -> Vec<IndexEntryReport> {
+    let mut reader = OrderIndexReader::new(region.clone(), StreamId { topic, stream: Stream::GLOBAL });
     let committed = reader.poll();
     (extent.trimmed.max(committed.saturating_sub(NEWEST))..committed)
         .filter_map(|position| {
@@ -417,7 +437,7 @@ fn newest_entries(region: &Region<Native>, topic: u32, extent: &Extent) -> Vec<I
                 position,
                 first_offset: entry.first_offset,
                 message_count: entry.message_count,
-                broker: entry.broker,
+                broker: entry.broker.into(),
                 location: entry.location,
                 bytes: entry.bytes,
                 client_id: entry.client_id,
@@ -431,14 +451,15 @@ fn newest_entries(region: &Region<Native>, topic: u32, extent: &Extent) -> Vec<I
 }
 
 impl OffsetEntryReport {
-    fn read(region: &Region<Native>, seat: Seat, topic: u32, broker: u32, own_index: Option<Extent>) -> Self {
+    fn read(region: &Region<Native>, seat: Seat, topic: TopicId, broker: BrokerId, own_index: Option<Extent>) -> Self {
         let fabric = region.fabric();
         let half: BrokerHalf = fabric.observe_line(region.layout().offset_entry(topic, broker), Site::BatchlogHeadRead);
         let pins: PinLine = fabric.observe_line(region.layout().pin(topic, broker), Site::PinRead);
         let Completion { durable_through, lost_through, .. } = read_completion_at(region, seat, topic, broker);
-        let replicated = (0..region.geometry().max_brokers)
-            .map(|source| (source, read_replicated(region, topic, broker, source)))
-            .filter(|(_, position)| *position > 0);
+        let of = |source| Replication { topic, replica: broker, source };
+        let sources = region.geometry().brokers();
+        let replicated =
+            sources.map(|source| (source, read_replicated(region, of(source)))).filter(|(_, position)| *position > 0);
         let sequencer = read_sequencer_half_at(region, seat, topic, broker);
         let newest = half.batchlog_head.saturating_sub(NEWEST)..half.batchlog_head;
         let batchlog = newest.map(|index| {
@@ -466,7 +487,7 @@ impl OffsetEntryReport {
             decided_through: sequencer.decided_through,
             // Stored plus one; all ones stand for nothing.
             delivering_from: (1..u64::MAX).contains(&pins.delivering_from).then(|| pins.delivering_from - 1),
-            released_incarnation: pins.released,
+            released_incarnation: Incarnation::from_word(pins.released),
             durable_through,
             lost_through,
             replicated: replicated.collect(),

@@ -3,7 +3,7 @@
 use crate::settings::Connect;
 use anyhow::{Result, bail};
 use clap::Args;
-use embarcadero_client::{Batch, Order, Start};
+use embarcadero_client::{Batch, BrokerId, ClientId, Order, Start};
 use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -34,8 +34,8 @@ struct Check {
     messages: u64,
     bytes: u64,
     without_checksum: u64,
-    sessions: BTreeMap<(Option<u32>, u64), SessionSeen>,
-    last_ordered_us: BTreeMap<Option<u32>, u64>,
+    sessions: BTreeMap<(Option<BrokerId>, ClientId), SessionSeen>,
+    last_ordered_us: BTreeMap<Option<BrokerId>, u64>,
     faults: Vec<String>,
 }
 
@@ -59,13 +59,13 @@ impl Check {
         if self.order == Some(Order::Strong) {
             if let Some(due) = session.due.filter(|due| *due != sequence) {
                 let kind = if sequence < due { "duplicate or out of order" } else { "gap" };
-                let client = batch.client_id;
+                let client = batch.client_id.0;
                 self.faults
                     .push(format!("{kind}: client {client:#x} has sequence {sequence} at offset {at}, {due} was due"));
             }
             session.due = Some(sequence + 1);
         } else if !session.sequences.insert(sequence) {
-            self.faults.push(format!("duplicate: client {:#x} sequence {sequence} at offset {at}", batch.client_id));
+            self.faults.push(format!("duplicate: client {:#x} sequence {sequence} at offset {at}", batch.client_id.0));
         }
     }
 }

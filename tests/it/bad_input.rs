@@ -3,7 +3,10 @@
 use crate::support::{Cluster, PATIENCE, refused};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
-use embarcadero_wire::{ErrorCode, FRAME_BYTES, Frame, OpenPublish, Subscribe};
+use embarcadero_wire::{
+    BrokerId, ClientId, ErrorCode, FRAME_BYTES, Frame, Incarnation, OpenPublish, SessionSlot, Stream, Subscribe,
+    TopicId,
+};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::io::{Read, Write};
@@ -130,7 +133,7 @@ fn each_defect_of_a_batch_is_named() {
     assert!(code == ErrorCode::BadBatch && text.contains("message_count"), "{text}");
 
     let mut foreign = header;
-    foreign.client_id ^= 1;
+    foreign.client_id.0 ^= 1;
     let (code, text) = bench.publish_raw(&foreign.encode());
     assert!(code == ErrorCode::BadBatch && text.contains("another session"), "{text}");
     bench.still_works();
@@ -144,19 +147,25 @@ fn wrong_openings_are_named() {
         stream.write_all(&frame).unwrap();
         refusal(&answer(&mut stream))
     };
-    assert_eq!(refused(OpenPublish { topic: 31, ..bench.open }.encode()).0, ErrorCode::UnknownTopic);
-    assert_eq!(refused(OpenPublish { topic: u32::MAX, ..bench.open }.encode()).0, ErrorCode::UnknownTopic);
-    assert_eq!(refused(OpenPublish { topic_incarnation: 9, ..bench.open }.encode()).0, ErrorCode::UnknownTopic);
-    assert_eq!(refused(OpenPublish { client_id: 1, ..bench.open }.encode()).0, ErrorCode::UnknownSession);
-    assert_eq!(refused(OpenPublish { session_slot: u32::MAX, ..bench.open }.encode()).0, ErrorCode::UnknownSession);
+    assert_eq!(refused(OpenPublish { topic: TopicId(31), ..bench.open }.encode()).0, ErrorCode::UnknownTopic);
+    assert_eq!(refused(OpenPublish { topic: TopicId(u32::MAX), ..bench.open }.encode()).0, ErrorCode::UnknownTopic);
+    assert_eq!(
+        refused(OpenPublish { topic_incarnation: Incarnation(9), ..bench.open }.encode()).0,
+        ErrorCode::UnknownTopic
+    );
+    assert_eq!(refused(OpenPublish { client_id: ClientId(1), ..bench.open }.encode()).0, ErrorCode::UnknownSession);
+    assert_eq!(
+        refused(OpenPublish { session_slot: SessionSlot(u32::MAX), ..bench.open }.encode()).0,
+        ErrorCode::UnknownSession
+    );
     assert_eq!(refused(OpenPublish { ack_level: 2, ..bench.open }.encode()).0, ErrorCode::AckLevel);
     let subscribe = Subscribe {
         topic: bench.open.topic,
         topic_incarnation: bench.open.topic_incarnation,
-        stream: u32::MAX,
+        stream: Stream::GLOBAL,
         ..Subscribe::blank()
     };
-    assert_eq!(refused(Subscribe { stream: 0, ..subscribe }.encode()).0, ErrorCode::UnknownTopic);
+    assert_eq!(refused(Subscribe { stream: Stream::of(BrokerId(0)), ..subscribe }.encode()).0, ErrorCode::UnknownTopic);
     assert_eq!(refused(Subscribe { start_kind: 99, ..subscribe }.encode()).0, ErrorCode::BadFrame);
     assert_eq!(refused(Subscribe { start: 1 << 60, ..subscribe }.encode()).0, ErrorCode::OffsetOutOfRange);
     bench.still_works();

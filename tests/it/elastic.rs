@@ -1,8 +1,9 @@
 //! Promise: brokers join and leave under load, and the order goes on.
 
 use crate::support::{Cluster, PATIENCE, assert_exactly_once, eventually, message, parse};
-use embarcadero_client::{Order, Start, TopicOptions};
+use embarcadero_client::{BrokerId, Order, Start, TopicOptions};
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -37,9 +38,9 @@ fn brokers_join_and_leave_under_load() {
             .collect();
         // Each broker that is there receives batches: those that joined, too.
         let mut seen: Vec<Vec<(u64, u64)>> = vec![Vec::new(); 3];
-        let mut read_until_all_receive = |brokers: &[u32]| {
+        let mut read_until_all_receive = |brokers: Range<u32>| {
             let mut heard = BTreeSet::new();
-            while !brokers.iter().all(|broker| heard.contains(broker)) {
+            while !brokers.clone().all(|broker| heard.contains(&BrokerId(broker))) {
                 let batch = subscriber.next_batch(PATIENCE).unwrap().expect("a batch in time");
                 heard.insert(batch.broker);
                 for message in batch.messages() {
@@ -48,17 +49,17 @@ fn brokers_join_and_leave_under_load() {
                 }
             }
         };
-        read_until_all_receive(&[0, 1]);
+        read_until_all_receive(0..2);
         cluster.add(&[]);
         cluster.add(&[]);
         cluster.await_brokers(4);
-        read_until_all_receive(&[0, 1, 2, 3]);
+        read_until_all_receive(0..4);
         for _ in 0..2 {
             let mut leaving = cluster.brokers.remove(0);
             leaving.signal("-TERM");
             assert!(leaving.child.wait().unwrap().success());
         }
-        read_until_all_receive(&[2, 3]);
+        read_until_all_receive(2..4);
         eventually("two are left", || cluster.client_of_all().cluster().unwrap().brokers.len() == 2);
         done.store(true, Ordering::SeqCst);
         let counts: Vec<u64> = publishing.into_iter().map(|thread| thread.join().unwrap()).collect();
@@ -101,7 +102,7 @@ fn the_memory_of_a_broker_that_is_gone_comes_back() {
             };
             used.iter().filter(|segment| blog(segment)).count()
         };
-        let gone = cluster.brokers.iter().position(|broker| broker.id == 1).unwrap();
+        let gone = cluster.brokers.iter().position(|broker| broker.id == BrokerId(1)).unwrap();
         assert!(held(&cluster) > 0, "{allocator}: broker 1 received nothing");
         let dead = cluster.kill(gone);
         let publisher = cluster.client_of_all().publisher("t").unwrap();

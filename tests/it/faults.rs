@@ -1,7 +1,7 @@
 //! Promise: what was acknowledged is there, once and in order, whatever connection or process dies.
 
 use crate::support::{Cluster, Proxy, assert_exactly_once, eventually, history, loopback, message};
-use embarcadero_client::{Client, ClientConfig, MessageId, Order, Publisher, Status, TopicOptions};
+use embarcadero_client::{BrokerId, Client, ClientConfig, MessageId, Order, Publisher, Status, TopicOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
@@ -214,7 +214,7 @@ fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
 
     // The broker comes back under its id as another incarnation and serves again.
     let again = cluster.add(&["--id", "2"]);
-    assert_eq!(cluster.brokers[again].id, 2);
+    assert_eq!(cluster.brokers[again].id, BrokerId(2));
     cluster.await_brokers(4);
     let second = client.publisher("kill").unwrap();
     for number in 0..1000 {

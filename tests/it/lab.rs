@@ -4,7 +4,7 @@
 
 use crate::support::verbs::{REGION, order_and_integrity, over, publish, shell, small, strong};
 use crate::support::{Cluster, assert_exactly_once, history, message};
-use embarcadero_client::{Client, ClientConfig, RdmaConfig, TransportKind};
+use embarcadero_client::{BrokerId, Client, ClientConfig, RdmaConfig, TransportKind};
 use std::process::Command;
 
 const VERBS: (&str, &str) = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
@@ -471,7 +471,7 @@ mod two_guests {
         };
         cluster.add(&arguments);
         if guest == 1 {
-            assert_eq!(cluster.brokers[cluster.head()].id, 0);
+            assert_eq!(cluster.brokers[cluster.head()].id, BrokerId(0));
             cluster.client_of_all().create_topic("t", strong()).unwrap();
             signs.say("head", &control);
         }
@@ -499,7 +499,7 @@ mod two_guests {
         } else {
             signs.wait("dead");
             eventually("guest 2 leads", || {
-                cluster.client_of_all().cluster().unwrap().brokers.iter().any(|b| b.head && b.id == 1)
+                cluster.client_of_all().cluster().unwrap().brokers.iter().any(|b| b.head && b.id == BrokerId(1))
             });
             publish(COUNT);
             let seen = history(&cluster.client_of_all(), "t");

@@ -1,7 +1,7 @@
 //! Promise: what was acknowledged at level 2 is on as many disks as the topic asks for, whatever dies afterwards.
 
 use crate::support::{Cluster, PATIENCE, assert_exactly_once, eventually, history, message, parse, rebuild, run};
-use embarcadero_client::{Client, ClientConfig, ClientError, Order, Publisher, Start, TopicOptions};
+use embarcadero_client::{BrokerId, Client, ClientConfig, ClientError, Order, Publisher, Start, TopicOptions};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use tempfile::TempDir;
@@ -185,7 +185,7 @@ fn a_dead_replica_is_replaced_and_catches_up_when_it_returns() {
     let publisher = publishing.publisher("t").unwrap();
     publish(&publisher, 0..2000);
     publisher.flush().unwrap();
-    let dead = cluster.brokers.iter().position(|broker| broker.id == 2).unwrap();
+    let dead = cluster.brokers.iter().position(|broker| broker.id == BrokerId(2)).unwrap();
     cluster.brokers[dead].kill();
     publish(&publisher, 2000..6000);
     publisher.flush().unwrap();
@@ -207,7 +207,7 @@ fn without_enough_replicas_level_2_waits_and_level_1_goes_on() {
     let mut cluster = start(2, &disk);
     let (durable, visible) = (client(&cluster, 2), client(&cluster, 1));
     durable.create_topic("t", replicated(Order::Strong, 3)).unwrap();
-    let dead = cluster.brokers.iter().position(|broker| broker.id == 1).unwrap();
+    let dead = cluster.brokers.iter().position(|broker| broker.id == BrokerId(1)).unwrap();
     cluster.brokers[dead].kill();
     cluster.brokers.remove(dead);
     cluster.await_brokers(1);

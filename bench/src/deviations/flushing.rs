@@ -8,7 +8,8 @@ use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_cxl::layout::{AllocatorKind, BatchEntry};
 use embarcadero_cxl::{Fabric, Native, RegionOffset, Site};
-use embarcadero_sim::testbed::region;
+use embarcadero_sim::testbed::{TOPIC, region};
+use embarcadero_wire::BrokerId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -127,10 +128,10 @@ fn publish_entry(second_line: bool, seconds: f64) -> Result<f64> {
     let region = region(AllocatorKind::Partitioned, method()?, |native| native)?;
     let fabric = region.fabric().clone();
     let metadata = RegionOffset(region.layout().segments);
-    let mut log = BatchlogWriter::new(region.clone(), 0, 0);
+    let mut log = BatchlogWriter::new(region.clone(), TOPIC.0, BrokerId(0));
     let (mut spent, mut entries) = (Duration::ZERO, 0u32);
     while spent.as_secs_f64() < seconds {
-        log = BatchlogWriter::new(region.clone(), 0, 0);
+        log = BatchlogWriter::new(region.clone(), TOPIC.0, BrokerId(0));
         let begun = Instant::now();
         let mut of_log = 0;
         while log.has_room() && of_log < 1024 {

@@ -6,14 +6,15 @@ use crate::args::{BenchArgs, pin};
 use crate::ceiling::connected;
 use anyhow::{Context, Result};
 use crossbeam_channel::bounded;
-use embarcadero_broker::blog::{Blog, RESERVATION_ATOMICS};
+use embarcadero_broker::blog::{Blog, BlogId, RESERVATION_ATOMICS};
 use embarcadero_cxl::cache::FlushSupport;
 use embarcadero_cxl::layout::AllocatorKind;
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::{Fabric, Native, Region, RegionOffset, Site};
 use embarcadero_os::poller::wait_any;
-use embarcadero_sim::testbed::region;
+use embarcadero_sim::testbed::{TOPIC, region};
 use embarcadero_transport::tcp::receive_into;
+use embarcadero_wire::BrokerId;
 use std::io::{ErrorKind, IoSliceMut, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsRawFd;
@@ -40,8 +41,10 @@ struct Log {
 
 impl Log {
     fn new(region: &Region<Native>) -> Self {
-        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
-        Self { blog: Blog::new(region.clone(), 0, 1, 0, 0, pool), received: 0 }
+        let (topic, incarnation) = TOPIC;
+        let id = BlogId { topic, incarnation, broker: BrokerId(0) };
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id.broker));
+        Self { blog: Blog::new(region.clone(), id, 0, pool), received: 0 }
     }
 
     fn reserve(&self, bytes: u64) -> Result<RegionOffset> {

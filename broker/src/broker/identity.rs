@@ -2,14 +2,14 @@
 
 use super::BrokerError;
 use embarcadero_cxl::region::{BrokerLock, RegionError, RegionFile};
-use embarcadero_wire::OutOfBounds;
+use embarcadero_wire::{BrokerId, OutOfBounds};
 use std::time::{Duration, Instant};
 
 /// Time for which the head may hold an id whose broker is gone, to see to what it left.
 const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Claims an id, which the head may be holding for a moment.
-fn claim(file: &RegionFile, id: u32) -> Result<BrokerLock, RegionError> {
+fn claim(file: &RegionFile, id: BrokerId) -> Result<BrokerLock, RegionError> {
     let begun = Instant::now();
     loop {
         match file.claim_broker(id) {
@@ -22,15 +22,15 @@ fn claim(file: &RegionFile, id: u32) -> Result<BrokerLock, RegionError> {
 }
 
 /// Claims the id that is `wanted`, else the first that is free.
-pub(super) fn claim_id(file: &RegionFile, wanted: Option<u32>) -> Result<(u32, BrokerLock), BrokerError> {
+pub(super) fn claim_id(file: &RegionFile, wanted: Option<BrokerId>) -> Result<(BrokerId, BrokerLock), BrokerError> {
     let max = file.region().geometry().max_brokers;
     if let Some(id) = wanted {
-        if id >= max {
+        if id.0 >= max {
             return Err(OutOfBounds::new("id", id, format!("0 to {}, the region's max_brokers - 1", max - 1)).into());
         }
         return Ok((id, claim(file, id)?));
     }
-    for id in 0..max {
+    for id in file.region().geometry().brokers() {
         match file.claim_broker(id) {
             Ok(lock) => return Ok((id, lock)),
             Err(RegionError::BrokerIdTaken { .. }) => {}

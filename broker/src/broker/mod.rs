@@ -126,7 +126,7 @@ impl Broker {
             std::thread::sleep(DRAIN_POLL);
         }
         let left = left();
-        tracing::info!(broker = self.info.id, connections = left, "drained");
+        tracing::info!(broker = %self.info.id, connections = left, "drained");
         left == 0
     }
 

@@ -95,7 +95,7 @@ impl Prepared {
         }
         let (id, id_lock) = identity::claim_id(&file, config.id)?;
         let seats = region.geometry().max_heads;
-        if config.role == Role::Head && id >= seats {
+        if config.role == Role::Head && id.0 >= seats {
             let bound = format!("0 to {}, the region's max_heads - 1, for role head", seats - 1);
             return Err(OutOfBounds::new("id", id, bound).into());
         }
@@ -104,7 +104,7 @@ impl Prepared {
         let local = |socket: &TcpListener| socket.local_addr().map_err(io_error("read a socket's address"));
         let info = BrokerInfo {
             id,
-            incarnation: last_incarnation(&region, id) + 1,
+            incarnation: last_incarnation(&region, id).next(),
             data: config.data_advertise.unwrap_or(local(&data)?),
             control: config.control_advertise.unwrap_or(local(&control)?),
             process_id: std::process::id(),
@@ -165,7 +165,7 @@ impl Prepared {
         let plane = threads::ControlPlane { service, archive: reader, candidate, reign, stop: stopped };
         running.push(plane.spawn(runtime, control)?);
         let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
-        tracing::info!(broker = info.id, data = %info.data, control = %info.control, head = leads, "serving");
+        tracing::info!(broker = %info.id, data = %info.data, control = %info.control, head = leads, "serving");
         Ok(Broker { info, region, head, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
     }
 
@@ -193,7 +193,7 @@ fn candidate(
     (pool, stages, control): HeadPlaces,
 ) -> Candidate {
     Candidate {
-        eligible: config.role != Role::Follower && info.id < file.region().geometry().max_heads,
+        eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_heads,
         file,
         info: info.clone(),
         pool,

@@ -18,11 +18,11 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_control::v1::control_server::ControlServer;
 use embarcadero_cxl::Native;
 use embarcadero_cxl::layout::SESSION_WINDOW;
-use embarcadero_cxl::order_index::StreamId;
 use embarcadero_os::idle::{Idle, PollBounds, Step};
 use embarcadero_os::uring::Uring;
 use embarcadero_os::{Clock, Poller, SystemClock};
 use embarcadero_transport::tcp::SocketOptions;
+use embarcadero_wire::BrokerId;
 use std::io;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
@@ -86,7 +86,7 @@ impl Serving<'_> {
         let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
         let mut delegation = Delegation::new(Arc::clone(self.topics), landed_queue, acks, config.flush_group)
             .of_incarnation(self.start.info.incarnation);
-        let may_lead = self.start.info.id < self.topics.region().geometry().max_heads;
+        let may_lead = self.start.info.id.0 < self.topics.region().geometry().max_heads;
         if let Some(mirror) = self.start.mirror.as_ref().filter(|_| may_lead) {
             delegation.tidy(mirror.region().clone());
         }
@@ -146,11 +146,11 @@ impl Serving<'_> {
 const REPLICA_NICE: i32 = 10;
 
 /// Where a stream's files lie below the directory of a broker's replicas.
-fn stream_directory(base: &Path, broker: u32, identity: &Identity) -> PathBuf {
+fn stream_directory(base: &Path, broker: BrokerId, identity: &Identity) -> PathBuf {
     let region = uuid::Uuid::from_bytes(identity.region).simple().to_string();
-    let stream = match identity.stream {
-        StreamId::GLOBAL => "global".to_owned(),
-        broker => format!("broker-{broker}"),
+    let stream = match identity.stream.broker() {
+        None => "global".to_owned(),
+        Some(broker) => format!("broker-{broker}"),
     };
     let topic = format!("topic-{}-{}", identity.topic.id, identity.topic.incarnation);
     base.join(region).join(format!("replica-{broker}")).join(topic).join(stream)

@@ -22,6 +22,7 @@ use embarcadero_control::etcd::{
     WatchRequest, WatchResponse,
 };
 use embarcadero_cxl::tables::BrokerInfo;
+use embarcadero_wire::{BrokerId, Incarnation, Term};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,7 +62,7 @@ pub enum EtcdError {
     #[error("broker id {id} is taken by process {process} of host {host}, says etcd")]
     IdTaken {
         /// Which.
-        id: u32,
+        id: BrokerId,
         /// Whose host.
         host: String,
         /// Whose process.
@@ -94,8 +95,8 @@ pub enum CallError {
 /// A broker's entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Member {
-    broker: u32,
-    incarnation: u32,
+    broker: BrokerId,
+    incarnation: Incarnation,
     host: String,
     /// Changes when the host boots.
     boot: String,
@@ -129,7 +130,7 @@ impl Member {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elected {
     /// Which broker.
-    pub broker: u32,
+    pub broker: BrokerId,
     /// Whoever replaces it names this.
     revision: i64,
     lease: i64,
@@ -138,11 +139,11 @@ pub struct Elected {
 /// What etcd holds, as last seen.
 #[derive(Clone, Debug, Default)]
 struct View {
-    base: Option<u64>,
+    base: Option<Term>,
     head: Option<Elected>,
     /// Since when there is no head.
     headless_since: Option<Instant>,
-    members: BTreeMap<u32, (Member, i64)>,
+    members: BTreeMap<BrokerId, (Member, i64)>,
 }
 
 struct State {
@@ -166,7 +167,7 @@ pub struct Etcd {
     /// Ends with a slash.
     prefix: String,
     member: Member,
-    latest_claim: Arc<dyn Fn() -> u64 + Send + Sync>,
+    latest_claim: Arc<dyn Fn() -> Term + Send + Sync>,
     state: Arc<Mutex<State>>,
     /// Something changed.
     changed: Arc<Notify>,
@@ -196,7 +197,7 @@ impl Etcd {
         config: EtcdConfig,
         uuid: Uuid,
         info: &BrokerInfo,
-        latest_claim: impl Fn() -> u64 + Send + Sync + 'static,
+        latest_claim: impl Fn() -> Term + Send + Sync + 'static,
     ) -> Result<Self, EtcdError> {
         let channels = config.endpoints.iter().map(|endpoint| channel(endpoint)).collect::<Result<_, _>>();
         let channels =
@@ -371,7 +372,7 @@ impl Etcd {
         let value = serde_json::to_vec(&self.member).unwrap_or_default();
         let same = self.equal(name, TargetUnion::ModRevision(revision));
         // Epochs count from the base: it must be the one that was seen.
-        let base = self.state().view.base.unwrap_or(0).to_string();
+        let base = self.state().view.base.unwrap_or(Term::NONE).to_string();
         let base = self.equal("base", TargetUnion::Value(base.into()));
         self.transact(vec![same, base], self.put(name, value, lease)).await
     }
@@ -391,14 +392,14 @@ impl Etcd {
     ///
     /// # Errors
     /// [`EtcdError`]: nobody can be elected now.
-    pub async fn stand(&self, seen: Option<Elected>) -> Result<Option<u64>, EtcdError> {
+    pub async fn stand(&self, seen: Option<Elected>) -> Result<Option<Term>, EtcdError> {
         let (lease, base) = {
             let state = self.state();
-            (state.lease, state.view.base.unwrap_or(0))
+            (state.lease, state.view.base.unwrap_or(Term::NONE))
         };
         let elected = self.put_if("head", seen.map_or(0, |seen| seen.revision), lease).await?;
         self.refresh().await?;
-        Ok(elected.map(|revision| base + revision as u64))
+        Ok(elected.map(|revision| Term(base.0 + revision as u64)))
     }
 
     /// Notes whether this broker leads, so that its entry as head stays; takes it back when it does not lead after all.

@@ -7,6 +7,7 @@ use embarcadero_cxl::Fabric;
 use embarcadero_cxl::headship::read_headship;
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
+use embarcadero_wire::BrokerId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -31,8 +32,10 @@ pub struct Liveness {
 impl Liveness {
     /// A broker is alive while its heartbeat moves at least once a `lease`; those in the mask `live` have just been seen.
     pub fn new<F: Fabric>(region: &Region<F>, lease: Duration, live: u64, now: Instant) -> Self {
-        let seen = (0..region.geometry().max_brokers)
-            .map(|broker| (read_pulse(region, broker).0, (live & 1 << broker != 0).then_some(now)))
+        let seen = region
+            .geometry()
+            .brokers()
+            .map(|broker| (read_pulse(region, broker).0, (live & 1 << broker.0 != 0).then_some(now)))
             .collect();
         Self { lease, seen }
     }
@@ -40,7 +43,7 @@ impl Liveness {
     /// Looks at all heartbeats; a bit per broker that lives.
     pub fn poll<F: Fabric>(&mut self, region: &Region<F>, now: Instant) -> u64 {
         let mut mask = 0;
-        for (broker, (heartbeat, moved)) in (0u32..).zip(&mut self.seen) {
+        for (broker, (heartbeat, moved)) in region.geometry().brokers().zip(&mut self.seen) {
             let (current, _) = read_pulse(region, broker);
             if current != *heartbeat {
                 *heartbeat = current;
@@ -48,7 +51,7 @@ impl Liveness {
             }
             let fresh = moved.is_some_and(|moved| now.duration_since(moved) < self.lease);
             if fresh && read_broker(region, broker).is_some_and(|info| info.running) {
-                mask |= 1 << broker;
+                mask |= 1 << broker.0;
             }
         }
         mask
@@ -56,10 +59,12 @@ impl Liveness {
 }
 
 /// The brokers that the head takes for alive, and the head's id.
-pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<u32>) {
+pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
     let Some(head) = read_headship(region) else { return (Vec::new(), None) };
-    let brokers = (0..region.geometry().max_brokers)
-        .filter(|broker| head.broker_mask & (1 << broker) != 0)
+    let brokers = region
+        .geometry()
+        .brokers()
+        .filter(|broker| head.broker_mask & (1 << broker.0) != 0)
         .filter_map(|broker| read_broker(region, broker))
         .collect();
     (brokers, Some(head.broker))

@@ -1,12 +1,26 @@
 //! Which replica takes which broker's batches. Every broker works it out for itself: should two not agree for a moment,
 //! there is a copy more or fewer, and what is durable is counted, not assumed.
 
-/// The brokers that replicate the batches of `source`: the first `copies` of the brokers in the mask `usable` that
-/// follow it, in a ring of `brokers`. The source itself comes last: its disk is as good as any, but it is its own.
-pub fn replicas_of(source: u32, usable: u64, brokers: u32, copies: u32) -> impl Iterator<Item = u32> {
+use embarcadero_wire::BrokerId;
+
+/// Choice of replicas: from which brokers, and how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choice {
+    /// Brokers that there can be.
+    pub brokers: u32,
+    /// Brokers that can take batches, a bit each.
+    pub usable: u64,
+    /// Replicas of each batch.
+    pub copies: u32,
+}
+
+/// The brokers that replicate the batches of `source`: the first of the usable ones that follow it, in a ring of all. The
+/// source itself comes last: its disk is as good as any, but it is its own.
+pub fn replicas_of(source: BrokerId, among: Choice) -> impl Iterator<Item = BrokerId> {
+    let Choice { brokers, usable, copies } = among;
     (1..=brokers)
-        .map(move |step| (source + step) % brokers)
-        .filter(move |broker| usable & (1 << broker) != 0)
+        .map(move |step| BrokerId((source.0 + step) % brokers))
+        .filter(move |broker| usable & (1 << broker.0) != 0)
         .take(copies as usize)
 }
 
@@ -16,7 +30,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn chosen(source: u32, usable: u64, brokers: u32, copies: u32) -> Vec<u32> {
-        replicas_of(source, usable, brokers, copies).collect()
+        replicas_of(BrokerId(source), Choice { brokers, usable, copies }).map(|broker| broker.0).collect()
     }
 
     #[test]

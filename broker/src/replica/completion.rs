@@ -5,9 +5,10 @@ use embarcadero_cxl::headship::NoHead;
 use embarcadero_cxl::layout::Seat;
 use embarcadero_cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::replication::{Completion, publish_completion, read_completion_at, read_replicated};
+use embarcadero_cxl::replication::{Completion, Replication, publish_completion, read_completion_at, read_replicated};
 use embarcadero_cxl::tables::{TopicConfig, last_incarnation, live_topics_at};
 use embarcadero_cxl::{Fabric, Guard};
+use embarcadero_wire::{BrokerId, Incarnation, Stream};
 
 /// Time between two counts, microseconds: far less than an `fdatasync` takes.
 const PERIOD_US: u64 = 50;
@@ -54,48 +55,50 @@ impl<F: Fabric> CompletionStage<F> {
         for index in 0..self.topics.len() {
             let (id, copies) = (self.topics[index].id, usize::from(self.topics[index].replication_factor) - 1);
             let incarnation = self.topics[index].incarnation;
+            let of = |stream| StreamId { topic: id, stream };
             if self.topics[index].order.is_global() {
-                advanced += usize::from(self.count(id, incarnation, StreamId::GLOBAL, copies));
+                advanced += usize::from(self.count(of(Stream::GLOBAL), incarnation, copies));
             } else {
-                for stream in 0..self.region.geometry().max_brokers {
-                    advanced += usize::from(self.count(id, incarnation, stream, copies));
+                for broker in self.region.geometry().brokers() {
+                    advanced += usize::from(self.count(of(Stream::of(broker)), incarnation, copies));
                 }
             }
         }
         advanced
     }
 
-    fn count(&mut self, topic: u32, incarnation: u32, stream: u32, copies: usize) -> bool {
+    fn count(&mut self, id: StreamId, incarnation: Incarnation, copies: usize) -> bool {
         let region = &self.region;
-        let global = stream == StreamId::GLOBAL;
+        let StreamId { topic, stream } = id;
         let seat = self.seat;
-        let extent = read_extent_at(region, seat, StreamId { topic, stream });
-        if extent.incarnation != u64::from(incarnation) {
+        let extent = read_extent_at(region, seat, id);
+        if extent.incarnation != incarnation {
             return false;
         }
-        let brokers = region.geometry().max_brokers;
-        let shown = read_completion_at(region, seat, topic, if global { 0 } else { stream });
-        let awaited = self.awaited & 1 << topic != 0;
+        let brokers = || region.geometry().brokers();
+        let shown = read_completion_at(region, seat, topic, stream.broker().unwrap_or(BrokerId(0)));
+        let awaited = self.awaited & 1 << topic.0 != 0;
         if shown.durable_through >= extent.committed && shown.awaited == awaited {
             return false;
         }
         // SYNC: after the tail was read: whoever received a batch below it had shown itself before. Also those count that
         // died while they showed themselves anew.
-        self.known = (0..brokers)
-            .filter(|broker| self.known & 1 << broker != 0 || last_incarnation(region, *broker) > 0)
-            .fold(0, |mask, broker| mask | 1 << broker);
-        let known = |broker: &u32| self.known & 1 << broker != 0;
-        let sources = (0..brokers).filter(known).filter(|source| global || *source == stream);
+        self.known = brokers()
+            .filter(|broker| self.known & 1 << broker.0 != 0 || last_incarnation(region, *broker) > Incarnation::NONE)
+            .fold(0, |mask, broker| mask | 1 << broker.0);
+        let known = |broker: &BrokerId| self.known & 1 << broker.0 != 0;
+        let sources = brokers().filter(known).filter(|source| stream.broker().is_none_or(|own| own == *source));
         let through = sources
             .map(|source| {
+                let of = |replica| Replication { topic, replica, source };
                 let mut progress: Vec<u64> =
-                    (0..brokers).filter(known).map(|replica| read_replicated(region, topic, replica, source)).collect();
+                    brokers().filter(known).map(|replica| read_replicated(region, of(replica))).collect();
                 copied(&mut progress, copies)
             })
             .min()
             .unwrap_or(0);
         // SYNC: after the replicas' words: what a replica passed over as trimmed is seen as trimmed here too.
-        let trimmed = read_extent_at(region, seat, StreamId { topic, stream }).trimmed;
+        let trimmed = read_extent_at(region, seat, id).trimmed;
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
@@ -105,9 +108,11 @@ impl<F: Fabric> CompletionStage<F> {
         if now == shown {
             return false;
         }
-        for broker in
-            (0..brokers).filter(|broker| if global { *broker == 0 || known(broker) } else { *broker == stream })
-        {
+        let shows = |broker: &BrokerId| match stream.broker() {
+            None => *broker == BrokerId(0) || known(broker),
+            Some(own) => *broker == own,
+        };
+        for broker in brokers().filter(shows) {
             publish_completion(region, seat, topic, broker, now);
         }
         true

@@ -9,10 +9,10 @@ use bytemuck::{Pod, Zeroable};
 use embarcadero_cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES};
 use embarcadero_cxl::replication::Completion;
 use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name};
-use embarcadero_wire::Order;
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
-use embarcadero_wire::crc32c;
+use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId, crc32c};
 use std::mem::{offset_of, size_of};
+use std::ops::Range;
 
 /// What direct I/O needs positions and lengths to be a multiple of, everywhere.
 pub const BLOCK: usize = 4096;
@@ -80,9 +80,9 @@ struct FileHeader {
     version: u32,
     header_bytes: u32,
     region: [u8; 16],
-    topic: u32,
-    incarnation: u32,
-    stream: u32,
+    topic: TopicId,
+    incarnation: Incarnation,
+    stream: Stream,
     order: u8,
     ack_level: u8,
     replication_factor: u8,
@@ -145,7 +145,7 @@ pub struct Record {
     /// Messages.
     pub message_count: u32,
     /// Broker that received it.
-    pub source: u32,
+    pub source: BrokerId,
     /// Epoch of the sequencer that ordered it.
     pub sequencer_epoch: u32,
     reserved: [u32; 3],
@@ -159,8 +159,8 @@ pub struct Identity {
     pub region: [u8; 16],
     /// The topic, as it was when the file was begun.
     pub topic: TopicConfig,
-    /// The stream: a broker id, or [`embarcadero_cxl::order_index::StreamId::GLOBAL`].
-    pub stream: u32,
+    /// The stream.
+    pub stream: Stream,
 }
 
 impl Identity {
@@ -256,15 +256,22 @@ pub fn group_bytes(batches: &[Indexed]) -> u64 {
     (headers(batches.len()) as u64 + payload).next_multiple_of(BLOCK as u64)
 }
 
+/// A group that is to be written.
+#[derive(Clone, Debug)]
+pub struct Group<'a> {
+    /// Positions that it covers.
+    pub positions: Range<u64>,
+    /// The brokers whose batches at these positions are all in it, a bit each.
+    pub sources: u32,
+    /// How far the stream was replicated before.
+    pub completion: Completion,
+    /// Its batches, in order of position.
+    pub batches: &'a [Indexed],
+}
+
 /// Writes a group into `into`, whose length is that of [`group_bytes`]. `copy` fetches a batch.
-pub fn write_group(
-    into: &mut [u8],
-    positions: std::ops::Range<u64>,
-    sources: u32,
-    completion: Completion,
-    batches: &[Indexed],
-    mut copy: impl FnMut(&IndexEntry, &mut [u8]),
-) {
+pub fn write_group(into: &mut [u8], group: &Group<'_>, mut copy: impl FnMut(&IndexEntry, &mut [u8])) {
+    let Group { positions, sources, completion, batches } = group;
     let table = headers(batches.len());
     let mut at = table;
     for (index, (position, entry)) in batches.iter().enumerate() {
@@ -293,7 +300,7 @@ pub fn write_group(
         from: positions.start,
         through: positions.end,
         bytes,
-        sources,
+        sources: *sources,
         durable_through: completion.durable_through,
         lost_through: completion.lost_through,
         records: batches.len() as u32,
@@ -351,8 +358,8 @@ pub fn parse_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatErr
         if record.at < end || !record.at.is_multiple_of(64) || u64::from(record.bytes) > MAX_BATCH_BYTES {
             return field("at", record.at);
         }
-        if record.source >= MAX_BROKERS || header.sources & (1 << record.source) == 0 {
-            return field("source", record.source.into());
+        if record.source.0 >= MAX_BROKERS || header.sources & (1 << record.source.0) == 0 {
+            return field("source", record.source.0.into());
         }
         end = match record.at.checked_add(record.bytes.into()) {
             Some(end) if end <= header.bytes && record.bytes > 0 => end,
@@ -393,8 +400,8 @@ mod tests {
 
     fn identity() -> Identity {
         let topic = TopicConfig {
-            id: 3,
-            incarnation: 7,
+            id: TopicId(3),
+            incarnation: Incarnation(7),
             state: TopicState::Live,
             name: "orders".to_owned(),
             order: Order::Strong,
@@ -404,7 +411,7 @@ mod tests {
             retention_ms: 0,
             created_ms: 1,
         };
-        Identity { region: [9; 16], topic, stream: u32::MAX }
+        Identity { region: [9; 16], topic, stream: Stream::GLOBAL }
     }
 
     /// A group of batches of these sizes, each filled with the low byte of its position.
@@ -427,9 +434,9 @@ mod tests {
             .collect();
         let mut bytes = vec![0xaa; group_bytes(&batches) as usize];
         let through = 5 + 2 * sizes.len() as u64;
-        write_group(&mut bytes, 5..through, 0b10, Completion::default(), &batches, |entry, into| {
-            into.fill(entry.first_offset as u8)
-        });
+        let group =
+            Group { positions: 5..through, sources: 0b10, completion: Completion::default(), batches: &batches };
+        write_group(&mut bytes, &group, |entry, into| into.fill(entry.first_offset as u8));
         bytes
     }
 

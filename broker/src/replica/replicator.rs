@@ -1,7 +1,7 @@
 //! Copies batches from CXL memory to this broker's disk, and says how far it is.
 
-use super::assign::replicas_of;
-use super::format::{GROUP_RECORDS, Identity, Indexed, group_bytes, peek_group, write_group};
+use super::assign::{Choice, replicas_of};
+use super::format::{GROUP_RECORDS, Group, Identity, Indexed, group_bytes, peek_group, write_group};
 use super::medium::Medium;
 use super::store::{StoreError, StoreOptions, StreamLog};
 use crate::archive::{ArchiveKey, Catalog};
@@ -9,10 +9,11 @@ use crate::topics::{Topic, TopicTable};
 use embarcadero_cxl::headship::{NoHead, read_headship};
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::replication::{Completion, publish_replicated, read_completion, read_replicated};
+use embarcadero_cxl::replication::{Completion, Replication, publish_replicated, read_completion, read_replicated};
 use embarcadero_cxl::tables::{ReplicaState, last_incarnation, publish_replica_state, read_replica_state};
 use embarcadero_cxl::{Fabric, Guard, RegionOffset, Site};
 use embarcadero_os::buffer::Buffer;
+use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -26,20 +27,21 @@ const SCAN_ENTRIES: u64 = 64 << 10;
 /// [`NoHead`].
 pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoHead> {
     let live = read_headship(region).ok_or(NoHead)?.broker_mask;
-    Ok((0..region.geometry().max_brokers)
-        .filter(|broker| live & (1 << broker) != 0)
+    let brokers = region.geometry().brokers().filter(|broker| live & (1 << broker.0) != 0);
+    Ok(brokers
         .filter(|broker| read_replica_state(region, *broker) == ReplicaState::Running)
-        .fold(0, |mask, broker| mask | 1 << broker))
+        .fold(0, |mask, broker| mask | 1 << broker.0))
 }
 
 /// Takes back what an earlier process of this broker said of its disk, which may be another one now; a replica that runs
 /// says it anew once it has looked.
-pub fn disclaim<F: Fabric>(region: &Region<F>, broker: u32) {
+pub fn disclaim<F: Fabric>(region: &Region<F>, broker: BrokerId) {
     publish_replica_state(region, broker, ReplicaState::None);
-    for topic in 0..region.geometry().max_topics {
-        for source in 0..region.geometry().max_brokers {
-            if read_replicated(region, topic, broker, source) > 0 {
-                publish_replicated(region, topic, broker, source, 0);
+    for topic in region.geometry().topics() {
+        for source in region.geometry().brokers() {
+            let own = Replication { topic, replica: broker, source };
+            if read_replicated(region, own) > 0 {
+                publish_replicated(region, own, 0);
             }
         }
     }
@@ -104,7 +106,7 @@ fn key<F: Fabric>(topic: &Topic<F>, stream: StreamId) -> ArchiveKey {
 /// This broker as a replica of others' batches.
 pub struct Replicator<F: Fabric> {
     region: Region<F>,
-    broker: u32,
+    broker: BrokerId,
     topics: Arc<TopicTable<F>>,
     open: OpenMedium,
     options: ReplicaOptions,
@@ -112,8 +114,8 @@ pub struct Replicator<F: Fabric> {
     scratch: Scratch,
     failed: bool,
     catalog: Arc<Catalog>,
-    /// How far replicas that go before this one were, and since when: (topic, replica, source).
-    watched: BTreeMap<(u32, u32, u32), (u64, u64)>,
+    /// How far replicas that go before this one were, and since when.
+    watched: BTreeMap<Replication, (u64, u64)>,
 }
 
 impl<F: Fabric> Replicator<F> {
@@ -172,11 +174,11 @@ impl<F: Fabric> Replicator<F> {
                 continue;
             }
             let sources = self.sources_of(&topic, usable, now_us);
-            let streams: Vec<(u32, u32)> = if topic.config.order.is_global() {
-                vec![(StreamId::GLOBAL, sources)]
+            let streams: Vec<(Stream, u32)> = if topic.config.order.is_global() {
+                vec![(Stream::GLOBAL, sources)]
             } else {
-                let all = 0..self.region.geometry().max_brokers;
-                all.map(|stream| (stream, sources & 1 << stream)).collect()
+                let all = self.region.geometry().brokers();
+                all.map(|broker| (Stream::of(broker), sources & 1 << broker.0)).collect()
             };
             for (stream, sources) in streams {
                 let id = StreamId { topic: topic.config.id, stream };
@@ -211,21 +213,25 @@ impl<F: Fabric> Replicator<F> {
         let brokers = self.region.geometry().max_brokers;
         let copies = u32::from(topic.config.replication_factor) - 1;
         let mut mine = 0;
-        for source in 0..brokers {
-            if last_incarnation(&self.region, source) == 0 {
+        for source in self.region.geometry().brokers() {
+            if last_incarnation(&self.region, source) == Incarnation::NONE {
                 continue;
             }
             let mut usable = usable;
             // Those that stand still do not count; each that is taken out lets another in.
             loop {
-                let chosen: Vec<u32> = replicas_of(source, usable, brokers, copies).collect();
+                let chosen: Vec<BrokerId> = replicas_of(source, Choice { brokers, usable, copies }).collect();
                 let me = self.broker;
                 let mut others = chosen.iter().copied().filter(|replica| *replica != me);
-                let stuck = others.find(|replica| self.stands_still(topic, *replica, source, now_us));
+                let id = topic.config.id;
+                let stuck = others.find(|replica| {
+                    let other = Replication { topic: id, replica: *replica, source };
+                    self.stands_still(topic, other, now_us)
+                });
                 match stuck {
-                    Some(replica) => usable &= !(1 << replica),
+                    Some(replica) => usable &= !(1 << replica.0),
                     None => {
-                        mine |= u32::from(chosen.contains(&self.broker)) << source;
+                        mine |= u32::from(chosen.contains(&self.broker)) << source.0;
                         break;
                     }
                 }
@@ -235,12 +241,10 @@ impl<F: Fabric> Replicator<F> {
     }
 
     /// True when a replica has had something to do for the whole of our patience, and got nowhere.
-    fn stands_still(&mut self, topic: &Topic<F>, replica: u32, source: u32, now_us: u64) -> bool {
-        let stream = if topic.config.order.is_global() { StreamId::GLOBAL } else { source };
-        let id = topic.config.id;
-        let position = read_replicated(&self.region, id, replica, source);
-        let Ok(extent) = read_extent(&self.region, StreamId { topic: id, stream }) else { return false };
-        let seen = self.watched.entry((id, replica, source)).or_insert((position, now_us));
+    fn stands_still(&mut self, topic: &Topic<F>, other: Replication, now_us: u64) -> bool {
+        let position = read_replicated(&self.region, other);
+        let Ok(extent) = read_extent(&self.region, topic.stream(other.source)) else { return false };
+        let seen = self.watched.entry(other).or_insert((position, now_us));
         if seen.0 != position || position >= extent.committed {
             *seen = (position, now_us);
         }
@@ -296,25 +300,25 @@ impl<F: Fabric> Replicator<F> {
 }
 
 impl<F: Fabric> Task<F> {
-    fn each_source(&self) -> impl Iterator<Item = u32> + use<F> {
+    fn each_source(&self) -> impl Iterator<Item = BrokerId> + use<F> {
         let sources = self.sources;
-        (0..32).filter(move |source| sources & (1 << source) != 0)
+        (0..u32::BITS).filter(move |source| sources & (1 << source) != 0).map(BrokerId)
     }
 
     fn step(
         &mut self,
         region: &Region<F>,
-        broker: u32,
+        broker: BrokerId,
         options: &ReplicaOptions,
         scratch: &mut Scratch,
     ) -> Result<bool, StoreError> {
         if self.topic.is_deleted() || self.sources == 0 {
             return Ok(false);
         }
-        let own = if self.stream.stream == StreamId::GLOBAL { broker } else { self.stream.stream };
+        let own = self.stream.stream.broker().unwrap_or(broker);
         let read = (read_extent(region, self.stream), read_completion(region, self.stream.topic, own));
         let (Ok(extent), Ok(completion)) = read else { return Ok(false) };
-        if extent.incarnation != u64::from(self.topic.config.incarnation) {
+        if extent.incarnation != self.topic.config.incarnation {
             return Ok(false);
         }
         let committed = self.reader.poll();
@@ -334,10 +338,11 @@ impl<F: Fabric> Task<F> {
         };
         for source in self.each_source() {
             let reached = self.log.missing(source, first);
-            let said = &mut self.said[source as usize];
+            let said = &mut self.said[source.index()];
             if *said != Some(reached) {
                 *said = Some(reached);
-                publish_replicated(region, self.stream.topic, broker, source, reached);
+                let own = Replication { topic: self.stream.topic, replica: broker, source };
+                publish_replicated(region, own, reached);
             }
         }
         Ok(worked)
@@ -352,7 +357,7 @@ impl<F: Fabric> Task<F> {
         for source in self.each_source() {
             match self.log.missing(source, begin) {
                 missing if missing == begin => {
-                    sources |= 1 << source;
+                    sources |= 1 << source.0;
                     until = until.min(self.log.missing_until(source, begin));
                 }
                 later => until = until.min(later),
@@ -438,7 +443,8 @@ impl<F: Fabric> Task<F> {
         }
         buffer.resize(bytes);
         let fabric = region.fabric();
-        write_group(buffer, covered, *sources, completion, batches, |entry, into| {
+        let group = Group { positions: covered, sources: *sources, completion, batches };
+        write_group(buffer, &group, |entry, into| {
             let at = RegionOffset(entry.location);
             // SYNC: pairs with the payload flush of the delegation that received it.
             fabric.invalidate(at, entry.bytes.into(), Site::PayloadRead);

@@ -3,12 +3,12 @@
 use super::format::{Identity, Record};
 use super::medium::{Directory, Medium};
 use super::store::{Located, Scan, StoreError, read_batch, scan};
-use crate::blog::Blog;
+use crate::blog::{Blog, BlogId};
 use crate::mirror::{self, MirroredTopic};
 use bytemuck::Zeroable;
 use embarcadero_cxl::headship::{claim, latest_claim, lead};
 use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, RegionRole, SESSION_WINDOW, Seat};
-use embarcadero_cxl::order_index::{OrderIndexWriter, ReadError, StreamId};
+use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, ReadError, StreamId};
 use embarcadero_cxl::region::{Region, RegionError};
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::session_table::{
@@ -16,8 +16,9 @@ use embarcadero_cxl::session_table::{
 };
 use embarcadero_cxl::tables::{TopicConfig, publish_topic};
 use embarcadero_cxl::{CoherentFabric, Fabric, Site};
-use embarcadero_wire::Order;
-use embarcadero_wire::{BatchHeader, FRAME_BYTES, WireError};
+use embarcadero_wire::{
+    BatchHeader, BrokerId, ClientId, FRAME_BYTES, Incarnation, Order, SessionSlot, Stream, Term, TopicId, WireError,
+};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::Range;
@@ -26,9 +27,9 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 /// The head as whom a restored region is written, before it has any.
-const RESTORED: Seat = Seat(0);
+const RESTORED: Seat = Seat(BrokerId(0));
 /// Its epoch.
-const RESTORED_EPOCH: u64 = 1;
+const RESTORED_EPOCH: Term = Term(1);
 /// Batches after which the index's tail is moved.
 const GROUP: u64 = 1024;
 
@@ -120,7 +121,7 @@ type Copy = (usize, Located);
 
 /// A stream that will be rebuilt.
 struct StreamPlan {
-    stream: u32,
+    stream: Stream,
     /// Each begins at the offset at which the one before it ends.
     pieces: Vec<Piece>,
 }
@@ -157,7 +158,7 @@ pub struct TopicPlan {
     /// What the mirror says of its sessions, and what each expected next.
     sessions: Vec<(Session, u64)>,
     /// Offsets that were durable, or are in the mirror, and in none of the files: the stream, and from where to where.
-    pub lost: Vec<(u32, Range<u64>)>,
+    pub lost: Vec<(Stream, Range<u64>)>,
     /// Batches behind the first that is missing of those that nobody was promised.
     pub unacknowledged: u64,
 }
@@ -223,7 +224,7 @@ impl Plan {
         };
         scans.retain(|(_, of, _)| of.region == *region.as_bytes());
         // Of several topics that had a slot one after another, the last.
-        let mut newest: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut newest: BTreeMap<TopicId, Incarnation> = BTreeMap::new();
         let of_files = scans.iter().map(|(_, of, _)| &of.topic);
         for config in of_files.chain(mirrored.iter().map(|topic| &topic.config)) {
             let known = newest.entry(config.id).or_default();
@@ -232,11 +233,11 @@ impl Plan {
         let mut topics = Vec::new();
         for (id, incarnation) in newest {
             let of_topic = scans.iter().filter(|(_, of, _)| (of.topic.id, of.topic.incarnation) == (id, incarnation));
-            let mut streams: BTreeMap<u32, Vec<(usize, &Scan)>> = BTreeMap::new();
+            let mut streams: BTreeMap<Stream, Vec<(usize, &Scan)>> = BTreeMap::new();
             let mirror = mirrored.iter().find(|topic| (topic.config.id, topic.config.incarnation) == (id, incarnation));
             let mut config = mirror.map(|topic| topic.config.clone());
             if mirror.is_some() {
-                streams.entry(StreamId::GLOBAL).or_default();
+                streams.entry(Stream::GLOBAL).or_default();
             }
             for (medium, of, scan) in of_topic {
                 streams.entry(of.stream).or_default().push((*medium, scan));
@@ -246,7 +247,7 @@ impl Plan {
             let sessions = mirror.map_or_else(Vec::new, |topic| topic.sessions.clone());
             let mut topic = TopicPlan { config, streams: Vec::new(), sessions, lost: Vec::new(), unacknowledged: 0 };
             for (stream, copies) in streams {
-                topic.add_stream(&media, stream, &copies, mirror.filter(|_| stream == StreamId::GLOBAL))?;
+                topic.add_stream(&media, stream, &copies, mirror.filter(|_| stream == Stream::GLOBAL))?;
             }
             topics.push(topic);
         }
@@ -270,12 +271,12 @@ impl Plan {
         mut progress: impl FnMut(u64),
     ) -> Result<(), RestoreError> {
         let geometry = region.geometry();
-        if latest_claim(region) > 0 {
+        if latest_claim(region) > Term::NONE {
             return Err(RestoreError::NotEmpty);
         }
-        let mut next_slot = 0;
+        let mut next_slot = SessionSlot(0);
         for topic in &self.topics {
-            let (found, needed) = (geometry.max_topics, topic.config.id + 1);
+            let (found, needed) = (geometry.max_topics, topic.config.id.0 + 1);
             if needed > found {
                 return Err(RestoreError::Geometry { what: "topics", found, needed });
             }
@@ -291,7 +292,7 @@ impl Plan {
 impl TopicPlan {
     fn losses(&self) -> impl Iterator<Item = String> {
         self.lost.iter().map(|(stream, offsets)| {
-            let stream = if *stream == StreamId::GLOBAL { String::new() } else { format!(" of broker {stream}") };
+            let stream = stream.broker().map_or(String::new(), |broker| format!(" of broker {broker}"));
             format!("topic {}{stream}: offsets {} to {}", self.config.name, offsets.start, offsets.end - 1)
         })
     }
@@ -299,7 +300,7 @@ impl TopicPlan {
     fn add_stream(
         &mut self,
         media: &[Box<dyn Medium>],
-        stream: u32,
+        stream: Stream,
         copies: &[(usize, &Scan)],
         mirror: Option<&MirroredTopic>,
     ) -> Result<(), RestoreError> {
@@ -318,7 +319,7 @@ impl TopicPlan {
     }
 
     /// What is on disks, by position, as far as it can be known to be all.
-    fn contiguous(&mut self, stream: u32, copies: &[(usize, &Scan)], known: BTreeMap<u64, Copy>) -> Vec<Piece> {
+    fn contiguous(&mut self, stream: Stream, copies: &[(usize, &Scan)], known: BTreeMap<u64, Copy>) -> Vec<Piece> {
         let durable = copies.iter().map(|(_, scan)| scan.durable_through).max().unwrap_or(0);
         let lost = copies.iter().map(|(_, scan)| scan.lost_through).max().unwrap_or(0);
         let mut pieces: Vec<Piece> = Vec::new();
@@ -372,7 +373,7 @@ impl TopicPlan {
         }
         self.unacknowledged += kept.len() as u64;
         let lost = pieces.iter().filter_map(|piece| match piece {
-            Piece::Lost(offsets) => Some((StreamId::GLOBAL, offsets.clone())),
+            Piece::Lost(offsets) => Some((Stream::GLOBAL, offsets.clone())),
             Piece::Batch(_) => None,
         });
         self.lost.extend(lost);
@@ -387,31 +388,29 @@ impl TopicPlan {
         &self,
         region: &Region<F>,
         media: &[Box<dyn Medium>],
-        next_slot: &mut u32,
+        next_slot: &mut SessionSlot,
         progress: &mut impl FnMut(u64),
     ) -> Result<(), RestoreError> {
         let TopicConfig { id, incarnation, .. } = self.config;
         let brokers = region.geometry().max_brokers;
-        let mut logs: BTreeMap<u32, Blog<F>> = BTreeMap::new();
+        let mut logs: BTreeMap<BrokerId, Blog<F>> = BTreeMap::new();
         // By client: its row in the session table, and its last batches.
-        let mut sessions: BTreeMap<u64, (u32, Vec<CommitRecord>)> = BTreeMap::new();
+        let mut sessions: BTreeMap<ClientId, (SessionSlot, Vec<CommitRecord>)> = BTreeMap::new();
         let mut bytes = Vec::new();
         for plan in &self.streams {
-            let of_broker = if plan.stream == StreamId::GLOBAL { RESTORED.0 } else { plan.stream };
-            let needed = plan.batches().map(|(_, batch)| batch.record.source + 1).max().unwrap_or(0);
-            let needed = needed.max(of_broker + 1);
+            let of_broker = plan.stream.broker().unwrap_or(RESTORED.0);
+            let needed = plan.batches().map(|(_, batch)| batch.record.source.0 + 1).max().unwrap_or(0);
+            let needed = needed.max(of_broker.0 + 1);
             if needed > brokers {
                 return Err(RestoreError::Geometry { what: "brokers", found: brokers, needed });
             }
-            let stream = StreamId { topic: id, stream: plan.stream };
-            let mut index = OrderIndexWriter::open(
-                region.clone(),
-                stream,
-                Seat(of_broker),
+            let options = IndexOptions {
+                id: StreamId { topic: id, stream: plan.stream },
                 incarnation,
-                0,
-                allocator(region, of_broker),
-            );
+                writer: Seat(of_broker),
+                epoch: Term::NONE,
+            };
+            let mut index = OrderIndexWriter::open(region.clone(), options, allocator(region, of_broker));
             if let Some(first) = plan.first_offset() {
                 index.begin_at(first);
             }
@@ -435,7 +434,8 @@ impl TopicPlan {
                     Entry::Occupied(log) => log.into_mut(),
                     Entry::Vacant(place) => {
                         let pool = allocator(region, record.source);
-                        place.insert(Blog::new(region.clone(), id, incarnation, record.source, 0, pool))
+                        let log = BlogId { topic: id, incarnation, broker: record.source };
+                        place.insert(Blog::new(region.clone(), log, 0, pool))
                     }
                 };
                 let at = log.reserve(bytes.len() as u64)?;
@@ -452,7 +452,7 @@ impl TopicPlan {
                     message_count: record.message_count,
                     session_epoch: header.session_epoch,
                     sequencer_epoch: record.sequencer_epoch,
-                    broker: record.source as u8,
+                    broker: record.source.byte(),
                     replicas: 1,
                     ..IndexEntry::zeroed()
                 });
@@ -478,11 +478,11 @@ impl TopicPlan {
                 progress(u64::from(record.bytes));
                 if (position + 1).is_multiple_of(GROUP) {
                     index.write_back_entries();
-                    index.publish_tail(0);
+                    index.publish_tail(Term::NONE);
                 }
             }
             index.write_back_entries();
-            index.publish_tail(0);
+            index.publish_tail(Term::NONE);
             region.fabric().fence(Site::TailFlush);
         }
         for (session, expected) in &self.sessions {
@@ -493,20 +493,20 @@ impl TopicPlan {
                     Session { slot: *next_slot, committed: *expected, state: SessionState::Fenced, ..*session };
                 self.check_slot(region, *next_slot)?;
                 show_session(region, &session, &commits);
-                *next_slot += 1;
+                next_slot.0 += 1;
             }
         }
         for (client_id, (_, commits)) in sessions {
             self.check_slot(region, *next_slot)?;
             self.write_session(region, *next_slot, client_id, &commits);
-            *next_slot += 1;
+            next_slot.0 += 1;
         }
         publish_topic(region, RESTORED, &self.config);
         Ok(())
     }
 
-    fn check_slot<F: Fabric>(&self, region: &Region<F>, slot: u32) -> Result<(), RestoreError> {
-        let (found, needed) = (region.geometry().max_sessions, slot + 1);
+    fn check_slot<F: Fabric>(&self, region: &Region<F>, slot: SessionSlot) -> Result<(), RestoreError> {
+        let (found, needed) = (region.geometry().max_sessions, slot.0 + 1);
         if needed > found {
             return Err(RestoreError::Geometry { what: "sessions", found, needed });
         }
@@ -515,9 +515,15 @@ impl TopicPlan {
 
     /// A session of which these were the last batches to be ordered. It is fenced: its client opens the next epoch, and
     /// hears what is committed.
-    fn write_session<F: Fabric>(&self, region: &Region<F>, slot: u32, client_id: u64, commits: &[CommitRecord]) {
+    fn write_session<F: Fabric>(
+        &self,
+        region: &Region<F>,
+        slot: SessionSlot,
+        client_id: ClientId,
+        commits: &[CommitRecord],
+    ) {
         let committed: BTreeMap<u64, &CommitRecord> = commits.iter().map(|record| (record.tag - 1, record)).collect();
-        let epoch = commits.iter().map(|record| record.session_epoch).max().unwrap_or(0);
+        let epoch = commits.iter().map(|record| record.session_epoch).max().unwrap_or_default();
         let newest = committed.last_key_value().map_or(0, |(sequence, _)| *sequence);
         let oldest = committed.first_key_value().map_or(0, |(sequence, _)| *sequence);
         let expected = if self.config.order == Order::Strong {
@@ -571,7 +577,7 @@ fn leave_empty<F: Fabric>(
 }
 
 /// The allocator by which `broker` would take segments.
-fn allocator<F: CoherentFabric>(region: &Region<F>, broker: u32) -> Arc<dyn SegmentAllocator> {
+fn allocator<F: CoherentFabric>(region: &Region<F>, broker: BrokerId) -> Arc<dyn SegmentAllocator> {
     match region.geometry().allocator {
         AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
         AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),

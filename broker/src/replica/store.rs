@@ -5,6 +5,7 @@ use super::format::{
 };
 use super::medium::{Medium, MediumFile};
 use embarcadero_os::buffer::Buffer;
+use embarcadero_wire::BrokerId;
 use rangemap::RangeSet;
 use std::collections::BTreeMap;
 use std::io;
@@ -295,14 +296,14 @@ impl StreamLog {
 
     /// First position from `from` on of which the batches of `source` may be missing.
     #[must_use]
-    pub fn missing(&self, source: u32, from: u64) -> u64 {
-        self.covered.get(source as usize).and_then(|covered| covered.get(&from)).map_or(from, |range| range.end)
+    pub fn missing(&self, source: BrokerId, from: u64) -> u64 {
+        self.covered.get(source.index()).and_then(|covered| covered.get(&from)).map_or(from, |range| range.end)
     }
 
     /// First position after `from`, which is missing, of which the batches of `source` are here.
     #[must_use]
-    pub fn missing_until(&self, source: u32, from: u64) -> u64 {
-        let covered = self.covered.get(source as usize);
+    pub fn missing_until(&self, source: BrokerId, from: u64) -> u64 {
+        let covered = self.covered.get(source.index());
         covered.and_then(|covered| covered.overlapping(from..u64::MAX).next()).map_or(u64::MAX, |range| range.start)
     }
 
@@ -394,7 +395,7 @@ pub struct Archived {
     /// Messages.
     pub message_count: u32,
     /// Broker that received it.
-    pub source: u32,
+    pub source: BrokerId,
     /// When it was ordered, microseconds since 1970.
     pub ordered_us: u64,
     /// Header and body.

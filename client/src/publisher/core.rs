@@ -10,8 +10,8 @@ use crate::nic::loaded_batch_bytes;
 use crate::views::TopicView;
 use embarcadero_control::v1 as proto;
 use embarcadero_transport::{Sockets, Transport};
-use embarcadero_wire::OutOfBounds;
 use embarcadero_wire::batch::{BatchOrigin, largest_message};
+use embarcadero_wire::{ClientId, Epoch, OutOfBounds, SessionSlot};
 use spin::mutex::SpinMutex;
 use spin::relax::Yield;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -66,17 +66,21 @@ pub(super) struct PublisherCore {
     pub(super) acknowledged: AtomicU64,
 }
 
-fn open_session(context: &Context, topic: &str, client_id: u64) -> Result<proto::OpenSessionResponse, ClientError> {
+fn open_session(
+    context: &Context,
+    topic: &str,
+    client_id: ClientId,
+) -> Result<proto::OpenSessionResponse, ClientError> {
     let ack_level = context.config.ack_level.into();
-    let request = proto::OpenSessionRequest { topic: topic.to_owned(), client_id, ack_level };
+    let request = proto::OpenSessionRequest { topic: topic.to_owned(), client_id: client_id.0, ack_level };
     context.control().head(async |client| client.open_session(request.clone()).await)
 }
 
-fn origin(session: &proto::OpenSessionResponse, topic: &TopicView, client_id: u64) -> BatchOrigin {
+fn origin(session: &proto::OpenSessionResponse, topic: &TopicView, client_id: ClientId) -> BatchOrigin {
     BatchOrigin {
         client_id,
-        session_epoch: session.epoch,
-        session_slot: session.slot,
+        session_epoch: Epoch(session.epoch),
+        session_slot: SessionSlot(session.slot),
         topic: topic.id,
         topic_incarnation: topic.incarnation,
     }
@@ -85,7 +89,7 @@ fn origin(session: &proto::OpenSessionResponse, topic: &TopicView, client_id: u6
 impl PublisherCore {
     /// Opens a session and connects to the topic's brokers.
     pub(super) fn open(context: Arc<Context>, topic: &str) -> Result<Arc<Self>, ClientError> {
-        let client_id = rand::random::<u64>().max(1);
+        let client_id = ClientId(rand::random::<u64>().max(1));
         let session = open_session(&context, topic, client_id)?;
         let (topic, cluster) = context.topic(topic)?;
         let config = &context.config;
@@ -101,7 +105,7 @@ impl PublisherCore {
         let mut brokers = cluster.brokers;
         if config.max_brokers > 0 && config.max_brokers < brokers.len() {
             // Different clients start with different brokers.
-            let start = client_id as usize % brokers.len();
+            let start = client_id.0 as usize % brokers.len();
             brokers.rotate_left(start);
             brokers.truncate(config.max_brokers);
         }
@@ -157,7 +161,7 @@ impl PublisherCore {
             }
             Err(_) => return,
         };
-        let row_kept = session.slot == send.session.origin.session_slot;
+        let row_kept = SessionSlot(session.slot) == send.session.origin.session_slot;
         let global = self.topic.order.is_global();
         let first = send.in_flight.first();
         let known = &mut send.session;

@@ -17,6 +17,7 @@ use crate::publisher::core::{PublisherCore, SendTrigger};
 use embarcadero_control::v1 as proto;
 use embarcadero_os::poller::wait_any;
 use embarcadero_transport::SendBuffer;
+use embarcadero_wire::ClientId;
 use embarcadero_wire::batch::BatchBuilder;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
@@ -184,16 +185,16 @@ impl Publisher {
         self.flush()?;
         let origin = self.core.send().session.origin;
         let request = proto::CloseSessionRequest {
-            slot: origin.session_slot,
-            client_id: origin.client_id,
-            epoch: origin.session_epoch,
+            slot: origin.session_slot.0,
+            client_id: origin.client_id.0,
+            epoch: origin.session_epoch.0,
         };
         self.core.context.control().head(async |client| client.close_session(request).await).map(drop)
     }
 
     /// This publisher's id, as batches and index entries show it.
     #[must_use]
-    pub fn client_id(&self) -> u64 {
+    pub fn client_id(&self) -> ClientId {
         self.core.send().session.origin.client_id
     }
 

@@ -9,7 +9,7 @@ use crate::error::ClientError;
 use crate::views::BrokerView;
 use embarcadero_transport::{LinkError, PublisherChannel, PublisherLink};
 use embarcadero_wire::batch::BatchOrigin;
-use embarcadero_wire::{ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
+use embarcadero_wire::{Ack, ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
@@ -79,7 +79,7 @@ impl SendState {
     ) -> Self {
         let (count, budget_bytes) = buffers;
         Self {
-            next_connection: session.origin.client_id as usize,
+            next_connection: session.origin.client_id.0 as usize,
             session,
             connections: brokers.into_iter().map(|broker| BrokerConnection::new(broker, now)).collect(),
             in_flight: InFlightBatches::new(count),
@@ -248,7 +248,7 @@ impl SendState {
                     *ready = true;
                 }
             }
-            Frame::Ack(ack) => self.acknowledge(ack.sequence, ack.first_offset, ack.committed),
+            Frame::Ack(ack) => self.acknowledge(ack),
             Frame::Fenced(fenced) if fenced.session_epoch == self.session.origin.session_epoch => self.reopen = true,
             _ => {}
         }
@@ -275,13 +275,13 @@ impl SendState {
         }
     }
 
-    fn acknowledge(&mut self, sequence: u64, first_offset: u64, committed: u64) {
-        let number = sequence.wrapping_sub(self.session.shift);
-        let committed = committed.wrapping_sub(self.session.shift);
+    fn acknowledge(&mut self, ack: &Ack) {
+        let number = ack.sequence.wrapping_sub(self.session.shift);
+        let committed = ack.committed.wrapping_sub(self.session.shift);
         if committed <= self.in_flight.next_number() {
             self.session.committed = self.session.committed.max(committed);
         }
-        self.in_flight.acknowledge(number, first_offset);
+        self.in_flight.acknowledge(number, ack.first_offset);
     }
 
     /// Gives queued batches to connections in turn.

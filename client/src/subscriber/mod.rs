@@ -8,11 +8,11 @@ use crate::views::TopicView;
 use embarcadero_os::poller::wait_any;
 use embarcadero_transport::{Item, LinkError, SubscriberLink};
 use embarcadero_wire::batch::{BODY_CHECKSUM, BatchView, Messages};
-use embarcadero_wire::{BatchHeader, Deliver, ErrorCode, Frame, Position, WireError};
+use embarcadero_wire::{self as wire, BatchHeader, BrokerId, ClientId, Deliver, ErrorCode, Frame, Position, WireError};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use stream::{GLOBAL, Stream};
+use stream::Stream;
 
 /// Time before a stream whose connection broke is connected anew, and one that could not be connected.
 const RECONNECT: Duration = Duration::from_millis(10);
@@ -41,9 +41,9 @@ pub struct Message<'a> {
     /// Its offset in the order of its stream.
     pub offset: u64,
     /// Broker whose stream it is in; `None` for the global order.
-    pub stream: Option<u32>,
+    pub stream: Option<BrokerId>,
     /// Client that published it.
-    pub client_id: u64,
+    pub client_id: ClientId,
     /// When its batch was ordered, microseconds since 1970.
     pub ordered_us: u64,
     /// Its bytes.
@@ -56,13 +56,13 @@ pub struct Batch<'a> {
     /// Offset of its first message (of the first one asked for, in the first batch).
     pub first_offset: u64,
     /// Broker whose stream it is in; `None` for the global order.
-    pub stream: Option<u32>,
+    pub stream: Option<BrokerId>,
     /// Broker that received it.
-    pub broker: u32,
+    pub broker: BrokerId,
     /// When it was ordered, microseconds since 1970.
     pub ordered_us: u64,
     /// Client that published it.
-    pub client_id: u64,
+    pub client_id: ClientId,
     /// Its number in the session of that client.
     pub sequence: u64,
     /// Bytes of all its messages.
@@ -124,10 +124,6 @@ impl Current {
     fn is_used_up(&self) -> bool {
         self.taken >= self.header.message_count as usize
     }
-
-    fn stream_id(&self) -> Option<u32> {
-        (self.deliver.stream != GLOBAL).then_some(self.deliver.stream)
-    }
 }
 
 impl Subscriber {
@@ -137,9 +133,9 @@ impl Subscriber {
             // Spread subscribers over brokers.
             let pick = rand::random::<u32>() as usize % cluster.brokers.len().max(1);
             let broker = cluster.brokers.into_iter().nth(pick);
-            broker.map(|broker| Stream::new(GLOBAL, broker, from)).into_iter().collect()
+            broker.map(|broker| Stream::new(wire::Stream::GLOBAL, broker, from)).into_iter().collect()
         } else {
-            cluster.brokers.into_iter().map(|broker| Stream::new(broker.id, broker, from)).collect()
+            cluster.brokers.into_iter().map(|broker| Stream::new(wire::Stream::of(broker.id), broker, from)).collect()
         };
         if streams.is_empty() {
             return Err(ClientError::Unreachable("the cluster has no live broker".to_owned()));
@@ -173,11 +169,10 @@ impl Subscriber {
         let Ok(cluster) = self.context.cluster() else { return };
         let stream = &mut self.streams[index];
         let mut others = cluster.brokers;
-        others.retain(
-            |broker| {
-                if stream.id == GLOBAL { broker.data != stream.broker.data } else { broker.id == stream.id }
-            },
-        );
+        others.retain(|broker| match stream.id.broker() {
+            None => broker.data != stream.broker.data,
+            Some(own) => broker.id == own,
+        });
         if !others.is_empty() {
             let pick = rand::random::<u32>() as usize % others.len();
             stream.broker = others.swap_remove(pick);
@@ -311,7 +306,7 @@ impl Subscriber {
         let Current { deliver, header, taken, .. } = current;
         Ok(Batch {
             first_offset: deliver.first_offset + *taken as u64,
-            stream: current.stream_id(),
+            stream: current.deliver.stream.broker(),
             broker: deliver.broker,
             ordered_us: deliver.ordered_us,
             client_id: header.client_id,
@@ -363,7 +358,7 @@ impl Subscriber {
         current.taken += 1;
         current.payload_at += length;
         let current = self.current.insert(current);
-        let (offset, stream) = (current.deliver.first_offset + index as u64, current.stream_id());
+        let (offset, stream) = (current.deliver.first_offset + index as u64, current.deliver.stream.broker());
         let (client_id, ordered_us) = (current.header.client_id, current.deliver.ordered_us);
         let Some(current) = &self.current else { return Ok(None) };
         let payload = &self.body(current)[start..start + length];

@@ -4,17 +4,14 @@ use super::Start;
 use crate::context::Context;
 use crate::views::{BrokerView, TopicView};
 use embarcadero_transport::{Sockets, SubscriberChannel, Transport};
-use embarcadero_wire::{START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe};
+use embarcadero_wire::{self as wire, START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Number of the global stream.
-pub(super) const GLOBAL: u32 = u32::MAX;
-
 /// A stream, connected or not.
 pub(super) struct Stream {
-    /// Broker whose stream it is, or [`GLOBAL`].
-    pub(super) id: u32,
+    /// Which.
+    pub(super) id: wire::Stream,
     pub(super) broker: BrokerView,
     pub(super) link: Option<SubscriberChannel>,
     /// Offset that is due next; `None` until the broker said where the stream starts.
@@ -27,7 +24,7 @@ pub(super) struct Stream {
 
 impl Stream {
     /// Not connected yet.
-    pub(super) fn new(id: u32, broker: BrokerView, from: Start) -> Self {
+    pub(super) fn new(id: wire::Stream, broker: BrokerView, from: Start) -> Self {
         Self { id, broker, link: None, due: None, from, retry_at: Instant::now(), connections: 0 }
     }
 

@@ -4,19 +4,20 @@ use crate::fabric::{Fabric, Guard, RegionOffset, Site};
 use crate::headship::of_head;
 use crate::layout::{BatchEntry, BrokerHalf, Seat, SequencerHalf};
 use crate::region::Region;
+use embarcadero_wire::{BrokerId, TopicId};
 use std::mem::offset_of;
 
 /// Batchlog slots below this may be reused, as a head says.
-fn consumed_through<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32) -> u64 {
+fn consumed_through<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId, broker: BrokerId) -> u64 {
     let half = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
     region.fabric().observe(half.add(offset_of!(SequencerHalf, consumed_through) as u64), Site::ConsumedRead)
 }
 
 const HEAD: u64 = offset_of!(BrokerHalf, batchlog_head) as u64;
 
-fn ring<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> RegionOffset {
+fn ring<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> RegionOffset {
     let geometry = region.geometry();
-    let index = u64::from(topic) * u64::from(geometry.max_brokers) + u64::from(broker);
+    let index = u64::from(topic.0) * u64::from(geometry.max_brokers) + u64::from(broker.0);
     RegionOffset(region.layout().batchlogs + index * u64::from(geometry.batchlog_slots) * 64)
 }
 
@@ -39,8 +40,8 @@ pub struct BatchlogWriter<F> {
     region: Region<F>,
     ring: RegionOffset,
     half: RegionOffset,
-    topic: u32,
-    broker: u32,
+    topic: TopicId,
+    broker: BrokerId,
     slots: u64,
     head: u64,
     published: u64,
@@ -50,7 +51,7 @@ pub struct BatchlogWriter<F> {
 
 impl<F: Fabric> BatchlogWriter<F> {
     /// Goes on where the region says that this broker stopped.
-    pub fn new(region: Region<F>, topic: u32, broker: u32) -> Self {
+    pub fn new(region: Region<F>, topic: TopicId, broker: BrokerId) -> Self {
         let half = region.layout().offset_entry(topic, broker);
         let head = region.fabric().observe(half.add(HEAD), Site::BatchlogHeadRead);
         let ring = ring(&region, topic, broker);
@@ -137,7 +138,7 @@ pub const fn lap_of(index: u64, slots: u64) -> u64 {
 }
 
 /// The slot of entry `index`, as memory has it now: for inspection. Its lap tells whether it still is that entry.
-pub fn peek_entry<F: Fabric>(region: &Region<F>, topic: u32, broker: u32, index: u64) -> BatchEntry {
+pub fn peek_entry<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId, index: u64) -> BatchEntry {
     let slots = u64::from(region.geometry().batchlog_slots);
     region.fabric().observe_line(ring(region, topic, broker).add(index % slots * 64), Site::BatchEntryRead)
 }
@@ -154,7 +155,7 @@ pub struct BatchlogReader<F> {
 
 impl<F: Fabric> BatchlogReader<F> {
     /// Reads on from `next`, the consumed_through of the sequencer half.
-    pub fn new(region: Region<F>, topic: u32, broker: u32, next: u64) -> Self {
+    pub fn new(region: Region<F>, topic: TopicId, broker: BrokerId, next: u64) -> Self {
         let head_at = region.layout().offset_entry(topic, broker).add(HEAD);
         let ring = ring(&region, topic, broker);
         let slots = u64::from(region.geometry().batchlog_slots);

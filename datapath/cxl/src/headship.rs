@@ -15,6 +15,7 @@ use crate::layout::{ControlLine, HEAD_TOPIC_BYTES, SESSION_BYTES, Seat, SeatLine
 use crate::order_index::{StreamId, read_extent_at};
 use crate::region::Region;
 use bytemuck::Zeroable;
+use embarcadero_wire::{BrokerId, Incarnation, Stream, Term};
 use serde::Serialize;
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -30,7 +31,7 @@ pub struct NoHead;
 /// A head in office: its epoch, and the area that counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct InOffice {
-    epoch: u64,
+    epoch: Term,
     seat: Seat,
 }
 
@@ -44,11 +45,11 @@ pub(super) struct Office {
 impl Office {
     fn get(&self) -> Option<InOffice> {
         let packed = self.packed.load(Ordering::Relaxed);
-        (packed != 0).then_some(InOffice { epoch: packed >> 8, seat: Seat((packed & 0xff) as u32) })
+        (packed != 0).then_some(InOffice { epoch: Term(packed >> 8), seat: Seat(BrokerId::from(packed as u8)) })
     }
 
     fn set(&self, InOffice { epoch, seat }: InOffice) {
-        self.packed.store(epoch << 8 | u64::from(seat.0), Ordering::Relaxed);
+        self.packed.store(epoch.0 << 8 | u64::from(seat.0.byte()), Ordering::Relaxed);
     }
 
     /// Changes with the head.
@@ -60,13 +61,13 @@ impl Office {
 
 /// All seats as memory has them now: (seat, claimed, led).
 #[inline]
-fn seats<F: Fabric>(region: &Region<F>) -> impl Iterator<Item = (Seat, u64, u64)> {
+fn seats<F: Fabric>(region: &Region<F>) -> impl Iterator<Item = (Seat, Term, Term)> {
     let heads = region.geometry().max_heads;
     let fabric = region.fabric();
-    fabric.invalidate(region.layout().seat(Seat(0)), u64::from(heads) * LINE_BYTES, Site::SeatRead);
-    (0..heads).map(move |id| {
-        let at = region.layout().seat(Seat(id));
-        (Seat(id), fabric.load(at.add(CLAIMED)), fabric.load(at.add(LED)))
+    fabric.invalidate(region.layout().seat(Seat(BrokerId(0))), u64::from(heads) * LINE_BYTES, Site::SeatRead);
+    (0..heads).map(BrokerId).map(Seat).map(move |seat| {
+        let at = region.layout().seat(seat);
+        (seat, Term(fabric.load(at.add(CLAIMED))), Term(fabric.load(at.add(LED))))
     })
 }
 
@@ -74,26 +75,26 @@ fn seats<F: Fabric>(region: &Region<F>) -> impl Iterator<Item = (Seat, u64, u64)
 #[inline]
 fn in_office<F: Fabric>(region: &Region<F>) -> Result<InOffice, NoHead> {
     let (seat, claimed, led) = seats(region).max_by_key(|(_, claimed, _)| *claimed).ok_or(NoHead)?;
-    if claimed > 0 && claimed == led { Ok(InOffice { epoch: claimed, seat }) } else { Err(NoHead) }
+    if claimed > Term::NONE && claimed == led { Ok(InOffice { epoch: claimed, seat }) } else { Err(NoHead) }
 }
 
-/// The highest epoch under which anyone is, or is about to be, the head; 0 before the first.
+/// The highest epoch under which anyone is, or is about to be, the head.
 #[inline]
-pub fn latest_claim<F: Fabric>(region: &Region<F>) -> u64 {
-    seats(region).map(|(_, claimed, _)| claimed).max().unwrap_or(0)
+pub fn latest_claim<F: Fabric>(region: &Region<F>) -> Term {
+    seats(region).map(|(_, claimed, _)| claimed).max().unwrap_or(Term::NONE)
 }
 
 /// The broker that is, or is about to be, the head, and its epoch.
-pub fn latest_claimant<F: Fabric>(region: &Region<F>) -> Option<(u32, u64)> {
+pub fn latest_claimant<F: Fabric>(region: &Region<F>) -> Option<(BrokerId, Term)> {
     let (seat, claimed, _) = seats(region).max_by_key(|(_, claimed, _)| *claimed)?;
-    (claimed > 0).then_some((seat.0, claimed))
+    (claimed > Term::NONE).then_some((seat.0, claimed))
 }
 
 /// The area that has everything: that of the head in office, or of the one before while another takes over; and the epoch
 /// under which that one led. For inspection, and for the successor.
-pub fn last_led<F: Fabric>(region: &Region<F>) -> Option<(Seat, u64)> {
+pub fn last_led<F: Fabric>(region: &Region<F>) -> Option<(Seat, Term)> {
     let (seat, _, led) = seats(region).max_by_key(|(_, _, led)| *led)?;
-    (led > 0).then_some((seat, led))
+    (led > Term::NONE).then_some((seat, led))
 }
 
 /// Reads what the head says: `read` is given the area to read from, perhaps more than once.
@@ -123,7 +124,7 @@ pub fn of_head<F: Fabric, R>(region: &Region<F>, mut read: impl FnMut(Seat) -> R
 
 /// True while no epoch higher than `epoch` is claimed: what the head of that epoch wrote before asking counts.
 #[inline]
-pub fn still_leads<F: Fabric>(region: &Region<F>, epoch: u64) -> bool {
+pub fn still_leads<F: Fabric>(region: &Region<F>, epoch: Term) -> bool {
     // SYNC: the seats are looked at after what was written is in memory; pairs with `claim`.
     region.fabric().full_fence(Site::SeatRead);
     latest_claim(region) == epoch
@@ -137,30 +138,39 @@ pub fn office_mark<F: Fabric>(region: &Region<F>) -> u64 {
 
 /// Begins to take over under `epoch`, which must be higher than every claim: from now on nothing counts that earlier
 /// heads write.
-pub fn claim<F: Fabric>(region: &Region<F>, seat: Seat, epoch: u64) {
+pub fn claim<F: Fabric>(region: &Region<F>, seat: Seat, epoch: Term) {
     let at = region.layout().seat(seat).add(CLAIMED);
-    region.fabric().store(at, epoch);
+    region.fabric().store(at, epoch.0);
     region.fabric().flush(at, 8, Site::SeatFlush);
     // SYNC: in memory before anything of the predecessor is read; pairs with `of_head`.
     region.fabric().full_fence(Site::SeatFlush);
 }
 
 /// Everything is in this head's area: it leads, under the epoch that it claimed.
-pub fn lead<F: Fabric>(region: &Region<F>, seat: Seat, epoch: u64) {
+pub fn lead<F: Fabric>(region: &Region<F>, seat: Seat, epoch: Term) {
     let at = region.layout().seat(seat).add(LED);
-    region.fabric().store(at, epoch);
+    region.fabric().store(at, epoch.0);
     region.fabric().flush(at, 8, Site::SeatFlush);
     region.fabric().fence(Site::SeatFlush);
 }
 
 /// The highest epoch that anyone stood for, on memory that is coherent among all hosts.
-pub fn highest_candidacy<F: Fabric>(region: &Region<F>) -> u64 {
-    region.fabric().load(region.layout().election())
+pub fn highest_candidacy<F: Fabric>(region: &Region<F>) -> Term {
+    Term(region.fabric().load(region.layout().election()))
 }
 
-/// Stands for election under `epoch`, after the candidacy under `before` was the highest. True if no other did.
-pub fn stand<F: CoherentFabric>(region: &Region<F>, before: u64, epoch: u64) -> bool {
-    region.fabric().compare_exchange(region.layout().election(), before, epoch)
+/// Candidacy for the head's office, on memory that is coherent among all hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidacy {
+    /// Epoch to lead under.
+    pub epoch: Term,
+    /// Highest candidacy that was seen.
+    pub before: Term,
+}
+
+/// Stands for election. True if no other did since the candidate looked.
+pub fn stand<F: CoherentFabric>(region: &Region<F>, candidacy: Candidacy) -> bool {
+    region.fabric().compare_exchange(region.layout().election(), candidacy.before.0, candidacy.epoch.0)
 }
 
 /// What a successor took over.
@@ -170,7 +180,7 @@ pub struct Inheritance {
     /// after it.
     pub begun: Vec<u64>,
     /// Whose area it was, and the epoch under which that one led. It may be a later one than was there before the claim.
-    pub from: Option<(Seat, u64)>,
+    pub from: Option<(Seat, Term)>,
     /// Another claimed an epoch after that one had led: whether or not it came to lead, it may be about to go on in the same
     /// segments. Of two candidates at least one sees the other, as each claims before it looks.
     pub contested: bool,
@@ -185,8 +195,8 @@ pub fn inherit<F: Fabric>(region: &Region<F>, seat: Seat) -> Inheritance {
     let Some((from, led)) = last_led(region) else {
         return Inheritance { begun: vec![0; geometry.max_topics as usize], from: None, contested: false };
     };
-    let reached = |topic| read_extent_at(region, from, StreamId { topic, stream: StreamId::GLOBAL }).committed;
-    let begun = (0..geometry.max_topics).map(reached).collect();
+    let reached = |topic| read_extent_at(region, from, StreamId { topic, stream: Stream::GLOBAL }).committed;
+    let begun = geometry.topics().map(reached).collect();
     let contested = seats(region).any(|(other, claimed, _)| other != seat && claimed > led);
     let inheritance = Inheritance { begun, from: Some((from, led)), contested };
     if from == seat {
@@ -281,11 +291,11 @@ const COPIES: u32 = 1000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Headship {
     /// Grows with each head.
-    pub epoch: u64,
+    pub epoch: Term,
     /// The head's broker id.
-    pub broker: u32,
+    pub broker: BrokerId,
     /// The head's incarnation.
-    pub incarnation: u32,
+    pub incarnation: Incarnation,
     /// Bit per broker that the head takes for alive.
     pub broker_mask: u64,
     /// Bit per broker whose pins count: those, and others that may still go on.

@@ -3,8 +3,9 @@
 //! All integers are little-endian (the only byte order of the platforms that have CXL), reserved bytes are zero.
 
 use crate::fabric::{Line, RegionOffset};
+use crate::replication::Replication;
 use bytemuck::{Pod, Zeroable};
-use embarcadero_wire::{OutOfBounds, within};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, OutOfBounds, SessionSlot, Term, TopicId, within};
 use serde::{Deserialize, Serialize};
 use std::mem::{offset_of, size_of};
 
@@ -101,7 +102,7 @@ lines! {
 
     /// The highest epoch that anyone stood for, where hosts share one coherence domain: compare-and-swap by all.
     pub struct ElectionLine {
-        pub epoch: u64 = 0,
+        pub epoch: Term = 0,
         pub reserved: [u64; 7] = 8,
     }
 
@@ -109,16 +110,16 @@ lines! {
     /// will be; it is once its `led` is the same.
     pub struct SeatLine {
         /// Epoch under which it last began to take over.
-        pub claimed: u64 = 0,
+        pub claimed: Term = 0,
         /// Epoch under which it last led: everything up to then is in its area.
-        pub led: u64 = 8,
+        pub led: Term = 8,
         pub reserved: [u64; 6] = 16,
     }
 
     /// What a head says of the brokers. Written by that head. Versioned.
     pub struct ControlLine {
-        pub epoch: u64 = 0,
-        pub incarnation: u32 = 8,
+        pub epoch: Term = 0,
+        pub incarnation: Incarnation = 8,
         pub reserved_low: u32 = 12,
         /// Brokers that live.
         pub broker_mask: u64 = 16,
@@ -134,7 +135,7 @@ lines! {
         pub control_address: [u8; 16] = 16,
         pub data_port: u16 = 32,
         pub control_port: u16 = 34,
-        pub incarnation: u32 = 36,
+        pub incarnation: Incarnation = 36,
         pub process_id: u32 = 40,
         pub state: u32 = 44,
         pub reserved: u64 = 48,
@@ -154,7 +155,7 @@ lines! {
 
     /// What a topic is. Written by a head. Versioned; the version also guards the name line behind it.
     pub struct TopicLine {
-        pub incarnation: u32 = 0,
+        pub incarnation: Incarnation = 0,
         pub state: u8 = 4,
         pub order: u8 = 5,
         pub ack_level: u8 = 6,
@@ -186,7 +187,7 @@ lines! {
         /// Message offset of the first entry that is kept.
         pub trimmed_offset: u64 = 32,
         /// Epoch of the writer.
-        pub epoch: u64 = 40,
+        pub epoch: Term = 40,
         /// Batch bytes ever indexed.
         pub bytes: u64 = 48,
         /// Incarnation of the topic that the other words speak of.
@@ -231,13 +232,13 @@ lines! {
     /// One batch, in the order in which its broker received it. `lap` is the commit word.
     pub struct BatchEntry {
         pub location: u64 = 0,
-        pub client_id: u64 = 8,
+        pub client_id: ClientId = 8,
         pub sequence: u64 = 16,
-        pub session_epoch: u32 = 24,
+        pub session_epoch: Epoch = 24,
         pub bytes: u32 = 28,
         pub message_count: u32 = 32,
-        pub session_slot: u32 = 36,
-        pub topic_incarnation: u32 = 40,
+        pub session_slot: SessionSlot = 36,
+        pub topic_incarnation: Incarnation = 40,
         pub reserved_low: u32 = 44,
         pub reserved: u64 = 48,
         pub lap: u64 = 56,
@@ -247,13 +248,13 @@ lines! {
     pub struct IndexEntry {
         pub first_offset: u64 = 0,
         pub location: u64 = 8,
-        pub client_id: u64 = 16,
+        pub client_id: ClientId = 16,
         pub sequence: u64 = 24,
         /// Sequencer's wall clock, microseconds since 1970, never going back within an index.
         pub ordered_us: u64 = 32,
         pub bytes: u32 = 40,
         pub message_count: u32 = 44,
-        pub session_epoch: u32 = 48,
+        pub session_epoch: Epoch = 48,
         pub sequencer_epoch: u32 = 52,
         pub broker: u8 = 56,
         pub replicas: u8 = 57,
@@ -275,11 +276,11 @@ lines! {
 
     /// Who a session belongs to and what became of it. Written by a head. Versioned.
     pub struct SessionLine {
-        pub client_id: u64 = 0,
-        pub epoch: u32 = 8,
+        pub client_id: ClientId = 0,
+        pub epoch: Epoch = 8,
         pub state: u32 = 12,
-        pub topic: u32 = 16,
-        pub topic_incarnation: u32 = 20,
+        pub topic: TopicId = 16,
+        pub topic_incarnation: Incarnation = 20,
         /// Sequences below this are committed (strong order), or were when the session ended.
         pub committed: u64 = 24,
         pub ack_level: u32 = 32,
@@ -303,12 +304,13 @@ lines! {
     /// Who holds a segment. Written by the holder. Versioned.
     pub struct OwnerLine {
         pub kind: u32 = 0,
-        pub topic: u32 = 4,
+        pub topic: TopicId = 4,
+        /// Broker that received what is in it; of an index, its stream: a broker id, or `max_brokers` for the global one.
         pub broker: u32 = 8,
-        pub topic_incarnation: u32 = 12,
+        pub topic_incarnation: Incarnation = 12,
         pub ordinal: u64 = 16,
         /// Who took it from the pool, and alone may give it back.
-        pub holder: u32 = 24,
+        pub holder: BrokerId = 24,
         pub reserved_low: u32 = 28,
         pub reserved: [u64; 3] = 32,
         pub version: u64 = 56,
@@ -324,9 +326,9 @@ pub struct CommitRecord {
     /// Position of its entry in the order index.
     pub position: u64,
     /// Broker that received it.
-    pub broker: u32,
+    pub broker: BrokerId,
     /// Epoch of the session under which it committed.
-    pub session_epoch: u32,
+    pub session_epoch: Epoch,
     /// Batch sequence + 1.
     pub tag: u64,
 }
@@ -542,6 +544,21 @@ impl Geometry {
         Ok(())
     }
 
+    /// Every broker slot.
+    pub fn brokers(&self) -> impl DoubleEndedIterator<Item = BrokerId> + Clone + use<> {
+        (0..self.max_brokers).map(BrokerId)
+    }
+
+    /// Every topic slot.
+    pub fn topics(&self) -> impl DoubleEndedIterator<Item = TopicId> + Clone + use<> {
+        (0..self.max_topics).map(TopicId)
+    }
+
+    /// Every row of the session table.
+    pub fn sessions(&self) -> impl DoubleEndedIterator<Item = SessionSlot> + Clone + use<> {
+        (0..self.max_sessions).map(SessionSlot)
+    }
+
     /// Slots of an order index's directory: a power of two that no index can outgrow.
     #[must_use]
     pub const fn directory_slots(&self) -> u64 {
@@ -599,7 +616,7 @@ pub struct HeadLayout {
 
 /// Number of a head's area: the id of the broker that writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Seat(pub u32);
+pub struct Seat(pub BrokerId);
 
 impl Layout {
     /// Lays the areas out one after another.
@@ -664,62 +681,68 @@ impl Layout {
     /// The [`SeatLine`] of a broker that can be the head. They lie one after another.
     #[must_use]
     pub const fn seat(&self, seat: Seat) -> RegionOffset {
-        RegionOffset(self.control + 64 + seat.0 as u64 * 64)
+        RegionOffset(self.control + 64 + seat.0.0 as u64 * 64)
     }
 
     /// The [`ControlLine`] of a broker that can be the head.
     #[must_use]
     pub const fn control_line(&self, seat: Seat) -> RegionOffset {
-        RegionOffset(self.control + (1 + MAX_BROKERS as u64 + seat.0 as u64) * 64)
+        RegionOffset(self.control + (1 + MAX_BROKERS as u64 + seat.0.0 as u64) * 64)
     }
 
     /// A broker's slot: its [`BrokerLine`], then its [`PulseLine`].
     #[must_use]
-    pub const fn broker(&self, broker: u32) -> RegionOffset {
-        RegionOffset(self.brokers + broker as u64 * 128)
+    pub const fn broker(&self, broker: BrokerId) -> RegionOffset {
+        RegionOffset(self.brokers + broker.0 as u64 * 128)
     }
 
     /// The offset entry of a broker in a topic: its broker half starts here.
     #[must_use]
-    pub const fn offset_entry(&self, topic: u32, broker: u32) -> RegionOffset {
-        RegionOffset(self.tinodes + topic as u64 * TINODE_BYTES + broker as u64 * OFFSET_ENTRY_BYTES)
+    pub const fn offset_entry(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
+        RegionOffset(self.tinodes + topic.0 as u64 * TINODE_BYTES + broker.0 as u64 * OFFSET_ENTRY_BYTES)
     }
 
     /// The area of a head.
     #[must_use]
     pub const fn head_area(&self, seat: Seat) -> RegionOffset {
-        RegionOffset(self.heads + seat.0 as u64 * self.head.bytes)
+        RegionOffset(self.heads + seat.0.0 as u64 * self.head.bytes)
     }
 
     /// What a head says of a topic: its [`TopicLine`] starts here, then [`NameLine`] and [`TailLine`].
     #[must_use]
-    pub const fn head_topic(&self, seat: Seat, topic: u32) -> RegionOffset {
-        self.head_area(seat).add(topic as u64 * HEAD_TOPIC_BYTES)
+    pub const fn head_topic(&self, seat: Seat, topic: TopicId) -> RegionOffset {
+        self.head_area(seat).add(topic.0 as u64 * HEAD_TOPIC_BYTES)
     }
 
     /// A head's [`SequencerHalf`] of a broker in a topic.
     #[must_use]
-    pub const fn sequencer_half(&self, geometry: &Geometry, seat: Seat, topic: u32, broker: u32) -> RegionOffset {
-        let index = topic as u64 * geometry.max_brokers as u64 + broker as u64;
+    pub const fn sequencer_half(
+        &self,
+        geometry: &Geometry,
+        seat: Seat,
+        topic: TopicId,
+        broker: BrokerId,
+    ) -> RegionOffset {
+        let index = topic.0 as u64 * geometry.max_brokers as u64 + broker.0 as u64;
         self.head_area(seat).add(self.head.halves + index * 64)
     }
 
     /// The [`PinLine`] of a broker in a topic.
     #[must_use]
-    pub const fn pin(&self, topic: u32, broker: u32) -> RegionOffset {
+    pub const fn pin(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
         self.offset_entry(topic, broker).add(64)
     }
 
-    /// The word in which `replica` says how far it is with the batches of `source`.
+    /// The word in which a replica says how far it is with the batches of a source.
     #[must_use]
-    pub const fn replication_done(&self, topic: u32, replica: u32, source: u32) -> RegionOffset {
-        self.offset_entry(topic, replica).add(REPLICATION_DONE_AT + source as u64 * 8)
+    pub const fn replication_done(&self, of: Replication) -> RegionOffset {
+        self.offset_entry(of.topic, of.replica).add(REPLICATION_DONE_AT + of.source.0 as u64 * 8)
     }
 
     /// A head's [`CompletionLine`] that `broker` acknowledges by.
     #[must_use]
-    pub const fn completion(&self, geometry: &Geometry, seat: Seat, topic: u32, broker: u32) -> RegionOffset {
-        let index = topic as u64 * geometry.max_brokers as u64 + broker as u64;
+    pub const fn completion(&self, geometry: &Geometry, seat: Seat, topic: TopicId, broker: BrokerId) -> RegionOffset {
+        let index = topic.0 as u64 * geometry.max_brokers as u64 + broker.0 as u64;
         self.head_area(seat).add(self.head.completion + index * 64)
     }
 
@@ -731,8 +754,8 @@ impl Layout {
 
     /// A session's row at a head.
     #[must_use]
-    pub const fn session(&self, seat: Seat, slot: u32) -> RegionOffset {
-        self.head_area(seat).add(self.head.sessions + slot as u64 * SESSION_BYTES)
+    pub const fn session(&self, seat: Seat, slot: SessionSlot) -> RegionOffset {
+        self.head_area(seat).add(self.head.sessions + slot.0 as u64 * SESSION_BYTES)
     }
 
     /// The first byte of a segment.

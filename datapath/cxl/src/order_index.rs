@@ -12,47 +12,41 @@ use crate::layout::{IndexEntry, Layout, PinLine, Seat, SequencerHalf, TailLine};
 use crate::region::Region;
 use crate::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
 use bytemuck::Zeroable;
+use embarcadero_wire::{BrokerId, Incarnation, Stream, Term, TopicId};
 use serde::Serialize;
 use std::collections::VecDeque;
 use std::mem::offset_of;
 use std::sync::Arc;
 
-/// Which index: the slot of its topic, and a broker id or [`StreamId::GLOBAL`].
+/// Which index: the slot of its topic, and the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct StreamId {
     /// Topic slot.
-    pub topic: u32,
-    /// Broker id, or [`StreamId::GLOBAL`].
-    pub stream: u32,
+    pub topic: TopicId,
+    /// Stream of the topic.
+    pub stream: Stream,
 }
 
 impl StreamId {
-    /// The stream of a topic's global order.
-    pub const GLOBAL: u32 = u32::MAX;
-
-    /// What stands for the stream in a segment's owner line.
-    #[must_use]
-    pub fn number<F: Fabric>(self, region: &Region<F>) -> u32 {
-        if self.stream == Self::GLOBAL { region.geometry().max_brokers } else { self.stream }
-    }
-
     /// The stream's tail; that of the global order as the head `seat` has it.
     fn tail<F: Fabric>(self, region: &Region<F>, seat: Seat) -> RegionOffset {
-        if self.stream == Self::GLOBAL {
-            region.layout().head_topic(seat, self.topic).add(128)
-        } else {
-            region.layout().offset_entry(self.topic, self.stream).add(128)
+        match self.stream.broker() {
+            None => region.layout().head_topic(seat, self.topic).add(128),
+            Some(broker) => region.layout().offset_entry(self.topic, broker).add(128),
         }
     }
 
     fn directory_entry<F: Fabric>(self, region: &Region<F>, seat: Seat, ordinal: u64) -> RegionOffset {
         let (geometry, layout) = (region.geometry(), region.layout());
-        let directory = if self.stream == Self::GLOBAL {
-            let index = u64::from(self.topic);
-            layout.head_area(seat).add(layout.head.directories + index * Layout::directory_bytes(geometry))
-        } else {
-            let index = u64::from(self.topic) * u64::from(geometry.max_brokers) + u64::from(self.stream);
-            RegionOffset(layout.directories + index * Layout::directory_bytes(geometry))
+        let directory = match self.stream.broker() {
+            None => {
+                let index = u64::from(self.topic.0);
+                layout.head_area(seat).add(layout.head.directories + index * Layout::directory_bytes(geometry))
+            }
+            Some(broker) => {
+                let index = u64::from(self.topic.0) * u64::from(geometry.max_brokers) + u64::from(broker.0);
+                RegionOffset(layout.directories + index * Layout::directory_bytes(geometry))
+            }
         };
         directory.add(ordinal % geometry.directory_slots() * 8)
     }
@@ -60,7 +54,10 @@ impl StreamId {
     /// Reads of a stream: one of the global order by way of the head, one of a broker's own directly.
     #[inline]
     fn observe<F: Fabric, R>(self, region: &Region<F>, mut read: impl FnMut(Seat) -> R) -> Result<R, NoHead> {
-        if self.stream == Self::GLOBAL { of_head(region, read) } else { Ok(read(Seat(self.stream))) }
+        match self.stream.broker() {
+            None => of_head(region, read),
+            Some(broker) => Ok(read(Seat(broker))),
+        }
     }
 }
 
@@ -80,13 +77,37 @@ fn entries_per_segment<F: Fabric>(region: &Region<F>) -> u64 {
     region.geometry().segment_bytes / 64
 }
 
+/// The index that an [`OrderIndexWriter`] goes on with, and as whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexOptions {
+    /// Which.
+    pub id: StreamId,
+    /// Incarnation of the topic.
+    pub incarnation: Incarnation,
+    /// Broker that writes it: of a global order the head, which has inherited everything.
+    pub writer: Seat,
+    /// Epoch of the head; [`Term::NONE`] for a broker's own order.
+    pub epoch: Term,
+}
+
+/// Bounds of what an order index keeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retention {
+    /// Bytes of batches that are kept at most; 0 keeps all.
+    pub bytes: u64,
+    /// Time before which nothing is kept, microseconds since 1970.
+    pub since_us: u64,
+    /// Position at or above which everything is kept.
+    pub limit: u64,
+}
+
 /// The only writer of an order index.
 pub struct OrderIndexWriter<F> {
     region: Region<F>,
     id: StreamId,
     writer: Seat,
     pool: Arc<dyn SegmentAllocator>,
-    incarnation: u32,
+    incarnation: Incarnation,
     tail_at: RegionOffset,
     next: u64,
     published: u64,
@@ -108,20 +129,14 @@ struct IndexSegment {
 
 impl<F: Fabric> OrderIndexWriter<F> {
     /// Goes on at the tail that the region shows, or starts the index of a new incarnation of its topic: offsets then
-    /// begin at 0, positions go on growing. Of a global order `writer` is the head, which has inherited everything.
-    pub fn open(
-        region: Region<F>,
-        id: StreamId,
-        writer: Seat,
-        incarnation: u32,
-        epoch: u64,
-        pool: Arc<dyn SegmentAllocator>,
-    ) -> Self {
+    /// begin at 0, positions go on growing.
+    pub fn open(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Self {
+        let IndexOptions { id, incarnation, writer, epoch } = options;
         let tail_at = id.tail(&region, writer);
         let mut tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
         let per_segment = entries_per_segment(&region);
         let mut segments = VecDeque::new();
-        if tail.incarnation == u64::from(incarnation) {
+        if tail.incarnation == incarnation.word() {
             if tail.committed > tail.base {
                 for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
                     if let Some(segment) = read_directory(&region, id, writer, ordinal) {
@@ -140,7 +155,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
                 trimmed: base,
                 committed: base,
                 epoch,
-                incarnation: incarnation.into(),
+                incarnation: incarnation.word(),
                 ..TailLine::zeroed()
             };
             let fabric = region.fabric();
@@ -150,7 +165,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
                 (TRIMMED_OFFSET, 0),
                 (NEXT_OFFSET, 0),
                 (BYTES, 0),
-                (EPOCH, epoch),
+                (EPOCH, epoch.0),
                 (COMMITTED, base),
                 (INCARNATION, tail.incarnation),
             ] {
@@ -290,7 +305,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     }
 
     fn add_segment(&mut self, ordinal: u64, segment: u32) {
-        let (StreamId { topic, .. }, stream) = (self.id, self.id.number(&self.region));
+        let StreamId { topic, stream } = self.id;
         let Self { incarnation, writer: Seat(holder), .. } = *self;
         publish_owner(&self.region, segment, SegmentUse::Index { topic, incarnation, stream, ordinal, holder });
         let at = self.id.directory_entry(&self.region, self.writer, ordinal);
@@ -341,11 +356,11 @@ impl<F: Fabric> OrderIndexWriter<F> {
 
     /// Makes the entries visible. The caller fences (with whatever else it flushes) before it acts on that.
     #[inline]
-    pub fn publish_tail(&mut self, epoch: u64) {
+    pub fn publish_tail(&mut self, epoch: Term) {
         let fabric = self.region.fabric();
         fabric.store(self.tail_at.add(NEXT_OFFSET), self.next_offset);
         fabric.store(self.tail_at.add(BYTES), self.bytes);
-        fabric.store(self.tail_at.add(EPOCH), epoch);
+        fabric.store(self.tail_at.add(EPOCH), epoch.0);
         fabric.store(self.tail_at.add(COMMITTED), self.next);
         fabric.flush(self.tail_at, 64, Site::TailFlush);
         self.published = self.next;
@@ -384,7 +399,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         match read_owner(&self.region, segment) {
             SegmentUse::Index { topic, incarnation, stream, ordinal, .. }
                 if (topic, incarnation) == (self.id.topic, self.incarnation)
-                    && (stream, ordinal) == (self.id.number(&self.region), position / per_segment) => {}
+                    && (stream, ordinal) == (self.id.stream, position / per_segment) => {}
             _ => return None,
         }
         let base = self.region.layout().segment(self.region.geometry(), segment);
@@ -393,9 +408,9 @@ impl<F: Fabric> OrderIndexWriter<F> {
         (entry.commit == commit_word(position)).then_some(entry)
     }
 
-    /// Trims what the topic's retention does not keep: `bytes` at most (0: all), nothing ordered before `since_us`; but
-    /// nothing at `limit` or above.
-    pub fn enforce_retention(&mut self, bytes: u64, since_us: u64, limit: u64) {
+    /// Trims what the topic's retention does not keep.
+    pub fn enforce_retention(&mut self, retention: Retention) {
+        let Retention { bytes, since_us, limit } = retention;
         let mut position = self.trimmed;
         while position < self.published.min(limit) {
             let Some(entry) = self.entry(position) else { break };
@@ -467,7 +482,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
 }
 
 /// The lowest position that any of `brokers` pins in a stream; `u64::MAX` when none does.
-pub fn lowest_pin<F: Fabric>(region: &Region<F>, topic: u32, brokers: impl Iterator<Item = u32>) -> u64 {
+pub fn lowest_pin<F: Fabric>(region: &Region<F>, topic: TopicId, brokers: impl Iterator<Item = BrokerId>) -> u64 {
     brokers
         .map(|broker| match region.fabric().observe(region.layout().pin(topic, broker), Site::PinRead) {
             // Zero is a line never written; positions are stored plus one.
@@ -488,7 +503,7 @@ pub struct Pin<F> {
 
 impl<F: Fabric> Pin<F> {
     /// The pin of `broker` on a stream; nothing is pinned yet.
-    pub fn new(region: Region<F>, id: StreamId, broker: u32) -> Self {
+    pub fn new(region: Region<F>, id: StreamId, broker: BrokerId) -> Self {
         let at = region.layout().pin(id.topic, broker).add(field(offset_of!(PinLine, delivering_from)));
         let mut pin = Self { region, at, id, position: 0 };
         // Whether or not there is a head.
@@ -527,7 +542,7 @@ impl<F: Fabric> Pin<F> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Extent {
     /// Incarnation of the topic that the rest speaks of.
-    pub incarnation: u64,
+    pub incarnation: Incarnation,
     /// First position of the incarnation.
     pub base: u64,
     /// First position kept.
@@ -561,7 +576,7 @@ pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent
 pub fn read_extent_at<F: Fabric>(region: &Region<F>, seat: Seat, id: StreamId) -> Extent {
     let tail: TailLine = region.fabric().observe_line(id.tail(region, seat), Site::TailRead);
     Extent {
-        incarnation: tail.incarnation,
+        incarnation: Incarnation::from_word(tail.incarnation),
         base: tail.base,
         trimmed: tail.trimmed,
         committed: tail.committed,
@@ -735,7 +750,7 @@ pub struct ConsumedWriter<F> {
 
 impl<F: Fabric> ConsumedWriter<F> {
     /// Goes on from what the region shows.
-    pub fn recover(region: Region<F>, seat: Seat, topic: u32, broker: u32) -> Self {
+    pub fn recover(region: Region<F>, seat: Seat, topic: TopicId, broker: BrokerId) -> Self {
         let at = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
         let half: SequencerHalf = region.fabric().observe_line(at, Site::TailRead);
         Self {
@@ -764,12 +779,21 @@ impl<F: Fabric> ConsumedWriter<F> {
 ///
 /// # Errors
 /// [`NoHead`].
-pub fn read_sequencer_half<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> Result<SequencerHalf, NoHead> {
+pub fn read_sequencer_half<F: Fabric>(
+    region: &Region<F>,
+    topic: TopicId,
+    broker: BrokerId,
+) -> Result<SequencerHalf, NoHead> {
     of_head(region, |seat| read_sequencer_half_at(region, seat, topic, broker))
 }
 
 /// As [`read_sequencer_half`], as a certain head has it.
-pub fn read_sequencer_half_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32) -> SequencerHalf {
+pub fn read_sequencer_half_at<F: Fabric>(
+    region: &Region<F>,
+    seat: Seat,
+    topic: TopicId,
+    broker: BrokerId,
+) -> SequencerHalf {
     let at = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
     region.fabric().observe_line(at, Site::ConsumedRead)
 }

@@ -9,7 +9,7 @@ use crate::layout::{
 };
 use crate::native::{Mapping, Native};
 use bytemuck::Zeroable;
-use embarcadero_wire::{OutOfBounds, crc32c};
+use embarcadero_wire::{BrokerId, OutOfBounds, crc32c};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -113,13 +113,13 @@ pub enum RegionError {
     #[error("broker id {broker} is taken: another live process holds it in this region")]
     BrokerIdTaken {
         /// The id.
-        broker: u32,
+        broker: BrokerId,
     },
     /// Brokers are using the region.
     #[error("the region is in use by broker {broker}; stop it first or pass --force")]
     InUse {
         /// One of them.
-        broker: u32,
+        broker: BrokerId,
     },
     /// Pages are on another NUMA node than the configuration asks for.
     #[error(
@@ -348,12 +348,12 @@ impl Region<Native> {
     }
 }
 
-fn broker_lock(broker: u32) -> libc::flock {
+fn broker_lock(broker: BrokerId) -> libc::flock {
     // SAFETY: flock is plain data, for which zero is valid.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::F_WRLCK as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
-    lock.l_start = LOCK_BASE + i64::from(broker);
+    lock.l_start = LOCK_BASE + i64::from(broker.0);
     lock.l_len = 1;
     lock
 }
@@ -417,61 +417,11 @@ impl RegionFile {
                 }
             })?
         };
-        let made = Self::format_file(&file, path, geometry, method, creation, device);
+        let made = Place { file: &file, path, device }.format(geometry, method, creation);
         if made.is_err() && !device {
             let _ = std::fs::remove_file(path);
         }
         Ok(Self { region: made?, path: path.to_owned(), file })
-    }
-
-    fn format_file(
-        file: &File,
-        path: &Path,
-        geometry: &Geometry,
-        method: FlushMethod,
-        creation: Creation,
-        device: bool,
-    ) -> Result<Region<Native>, RegionError> {
-        let bytes = Layout::new(geometry).region_bytes;
-        let io = |action: &'static str| move |source| RegionError::Io { action, path: path.to_owned(), source };
-        let available = if device {
-            device_bytes(file).map_err(io("size"))?
-        } else {
-            let page = page_bytes(file).map_err(io("size"))?;
-            let rounded = bytes.next_multiple_of(page);
-            file.set_len(rounded).map_err(io("size"))?;
-            rounded
-        };
-        if available < bytes {
-            return Err(RegionError::Truncated { found: available, expected: bytes });
-        }
-        let mapping = Mapping::of_file(file, available).map_err(io("map"))?;
-        if let Some(node) = creation.numa_node {
-            bind(&mapping, path, device, node)?;
-        }
-        if creation.reserve && !device {
-            mapping.prefault().map_err(|source| RegionError::NoSpace { path: path.to_owned(), bytes, source })?;
-        }
-        let native = Native::new(mapping, method)?;
-        if device {
-            let magic = native.load(RegionOffset(0));
-            if magic != 0 && !creation.force {
-                return Err(RegionError::AlreadyExists(path.to_owned()));
-            }
-            native.store(RegionOffset(0), 0);
-            let zeros = vec![0u8; 1 << 20];
-            let tables = Layout::new(geometry).segments;
-            for at in (0..tables).step_by(zeros.len()) {
-                let len = (tables - at).min(zeros.len() as u64);
-                native.write_bytes(RegionOffset(at), &zeros[..len as usize]);
-                native.flush(RegionOffset(at), len, Site::SuperblockFlush);
-            }
-            native.fence(Site::SuperblockFlush);
-        }
-        let created_ms = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .map_or(0, |since| since.as_millis() as u64);
-        Region::format(native, geometry, creation.uuid.unwrap_or_else(Uuid::new_v4), created_ms)
     }
 
     /// Opens the region at `path`.
@@ -501,7 +451,7 @@ impl RegionFile {
     /// [`RegionError::Io`]: for a device, and for a node that is not there.
     pub fn bind(&self, node: u32) -> Result<(), RegionError> {
         let device = self.file.metadata().is_ok_and(|meta| meta.file_type().is_char_device());
-        bind(self.region.fabric().mapping(), &self.path, device, node)
+        Place { file: &self.file, path: &self.path, device }.bind(self.region.fabric().mapping(), node)
     }
 
     /// Checks that a NIC can be given the region's pages.
@@ -543,7 +493,7 @@ impl RegionFile {
     ///
     /// # Errors
     /// [`RegionError::BrokerIdTaken`] when a live process has it.
-    pub fn claim_broker(&self, broker: u32) -> Result<BrokerLock, RegionError> {
+    pub fn claim_broker(&self, broker: BrokerId) -> Result<BrokerLock, RegionError> {
         // A lock of the open file description (F_OFD_SETLK, fcntl(2)) belongs to this `File` alone and is dropped by
         // the kernel with the process. So each claim opens its own.
         let file =
@@ -566,7 +516,7 @@ impl RegionFile {
     ///
     /// # Errors
     /// [`RegionError::Io`] when locks do not work on this file.
-    pub fn is_claimed(&self, broker: u32) -> Result<bool, RegionError> {
+    pub fn is_claimed(&self, broker: BrokerId) -> Result<bool, RegionError> {
         let mut lock = broker_lock(broker);
         // SAFETY: the descriptor is open and the structure lives across the call, which only writes into it.
         let result = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
@@ -587,7 +537,7 @@ impl RegionFile {
     /// [`RegionError::InUse`], or what the system reports.
     pub fn destroy(self, force: bool) -> Result<(), RegionError> {
         let mut claims = Vec::new();
-        for broker in 0..self.region.geometry().max_brokers {
+        for broker in self.region.geometry().brokers() {
             match self.claim_broker(broker) {
                 Ok(claim) => claims.push(claim),
                 Err(RegionError::BrokerIdTaken { .. }) if force => {}
@@ -611,14 +561,74 @@ impl RegionFile {
     }
 }
 
-/// Has a file's pages come from a NUMA node.
-fn bind(mapping: &Mapping, path: &Path, device: bool, node: u32) -> Result<(), RegionError> {
-    let bound = if device {
-        Err(io::Error::new(io::ErrorKind::InvalidInput, "a device's memory is where it is; leave the node out"))
-    } else {
-        mapping.bind(node)
-    };
-    bound.map_err(|source| RegionError::Io { action: "bind to a NUMA node", path: path.to_owned(), source })
+/// File or device in which a region is.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    file: &'a File,
+    path: &'a Path,
+    device: bool,
+}
+
+impl Place<'_> {
+    /// Writes an empty region.
+    fn format(
+        self,
+        geometry: &Geometry,
+        method: FlushMethod,
+        creation: Creation,
+    ) -> Result<Region<Native>, RegionError> {
+        let Self { file, path, device } = self;
+        let bytes = Layout::new(geometry).region_bytes;
+        let io = |action: &'static str| move |source| RegionError::Io { action, path: path.to_owned(), source };
+        let available = if device {
+            device_bytes(file).map_err(io("size"))?
+        } else {
+            let page = page_bytes(file).map_err(io("size"))?;
+            let rounded = bytes.next_multiple_of(page);
+            file.set_len(rounded).map_err(io("size"))?;
+            rounded
+        };
+        if available < bytes {
+            return Err(RegionError::Truncated { found: available, expected: bytes });
+        }
+        let mapping = Mapping::of_file(file, available).map_err(io("map"))?;
+        if let Some(node) = creation.numa_node {
+            self.bind(&mapping, node)?;
+        }
+        if creation.reserve && !device {
+            mapping.prefault().map_err(|source| RegionError::NoSpace { path: path.to_owned(), bytes, source })?;
+        }
+        let native = Native::new(mapping, method)?;
+        if device {
+            let magic = native.load(RegionOffset(0));
+            if magic != 0 && !creation.force {
+                return Err(RegionError::AlreadyExists(path.to_owned()));
+            }
+            native.store(RegionOffset(0), 0);
+            let zeros = vec![0u8; 1 << 20];
+            let tables = Layout::new(geometry).segments;
+            for at in (0..tables).step_by(zeros.len()) {
+                let len = (tables - at).min(zeros.len() as u64);
+                native.write_bytes(RegionOffset(at), &zeros[..len as usize]);
+                native.flush(RegionOffset(at), len, Site::SuperblockFlush);
+            }
+            native.fence(Site::SuperblockFlush);
+        }
+        let created_ms = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| since.as_millis() as u64);
+        Region::format(native, geometry, creation.uuid.unwrap_or_else(Uuid::new_v4), created_ms)
+    }
+
+    /// Has its pages, which are mapped, come from a NUMA node.
+    fn bind(self, mapping: &Mapping, node: u32) -> Result<(), RegionError> {
+        let bound = if self.device {
+            Err(io::Error::new(io::ErrorKind::InvalidInput, "a device's memory is where it is; leave the node out"))
+        } else {
+            mapping.bind(node)
+        };
+        bound.map_err(|source| RegionError::Io { action: "bind to a NUMA node", path: self.path.to_owned(), source })
+    }
 }
 
 /// Says how to get the permission that is missing.
@@ -741,12 +751,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = make(&dir);
         let file = RegionFile::open(&path, FlushMethod::None).unwrap();
-        let held = file.claim_broker(1).unwrap();
-        assert!(matches!(file.claim_broker(1), Err(RegionError::BrokerIdTaken { broker: 1 })));
+        let held = file.claim_broker(BrokerId(1)).unwrap();
+        assert!(matches!(file.claim_broker(BrokerId(1)), Err(RegionError::BrokerIdTaken { broker: BrokerId(1) })));
         let other = RegionFile::open(&path, FlushMethod::None).unwrap();
-        assert!(matches!(other.claim_broker(1), Err(RegionError::BrokerIdTaken { broker: 1 })));
-        assert!(matches!(other.destroy(false), Err(RegionError::InUse { broker: 1 })));
+        assert!(matches!(other.claim_broker(BrokerId(1)), Err(RegionError::BrokerIdTaken { broker: BrokerId(1) })));
+        assert!(matches!(other.destroy(false), Err(RegionError::InUse { broker: BrokerId(1) })));
         drop(held);
-        file.claim_broker(1).unwrap();
+        file.claim_broker(BrokerId(1)).unwrap();
     }
 }

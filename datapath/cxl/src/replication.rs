@@ -7,21 +7,33 @@ use crate::fabric::{Fabric, Site};
 use crate::headship::{NoHead, of_head};
 use crate::layout::{CompletionLine, Seat};
 use crate::region::Region;
+use embarcadero_wire::{BrokerId, TopicId};
 use std::mem::offset_of;
 
-/// Says that the batches of `source` at positions below `position` of their order index are durable at `replica`,
-/// from the position on at which it began. Only that replica may; it falls only when its broker starts.
-pub fn publish_replicated<F: Fabric>(region: &Region<F>, topic: u32, replica: u32, source: u32, position: u64) {
-    let at = region.layout().replication_done(topic, replica, source);
+/// Replica of the batches that one broker received in a topic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Replication {
+    /// Topic slot.
+    pub topic: TopicId,
+    /// Broker that copies them to its disk.
+    pub replica: BrokerId,
+    /// Broker that received them.
+    pub source: BrokerId,
+}
+
+/// Says that the batches of a source at positions below `position` of their order index are durable at a replica, from
+/// the position on at which it began. Only that replica may; it falls only when its broker starts.
+pub fn publish_replicated<F: Fabric>(region: &Region<F>, of: Replication, position: u64) {
+    let at = region.layout().replication_done(of);
     let fabric = region.fabric();
     fabric.store(at, position);
     fabric.flush(at, 8, Site::ReplicationFlush);
     fabric.fence(Site::ReplicationFlush);
 }
 
-/// How far `replica` says that it is with the batches of `source`.
-pub fn read_replicated<F: Fabric>(region: &Region<F>, topic: u32, replica: u32, source: u32) -> u64 {
-    region.fabric().observe(region.layout().replication_done(topic, replica, source), Site::ReplicationRead)
+/// How far a replica says that it is with the batches of a source.
+pub fn read_replicated<F: Fabric>(region: &Region<F>, of: Replication) -> u64 {
+    region.fabric().observe(region.layout().replication_done(of), Site::ReplicationRead)
 }
 
 /// How far a stream is replicated.
@@ -40,7 +52,13 @@ const LOST: u64 = offset_of!(CompletionLine, lost_through) as u64;
 const AWAITED: u64 = offset_of!(CompletionLine, awaited) as u64;
 
 /// Writes a line of the completion vector. Only the head may; positions only grow.
-pub fn publish_completion<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32, completion: Completion) {
+pub fn publish_completion<F: Fabric>(
+    region: &Region<F>,
+    seat: Seat,
+    topic: TopicId,
+    broker: BrokerId,
+    completion: Completion,
+) {
     let at = region.layout().completion(region.geometry(), seat, topic, broker);
     let fabric = region.fabric();
     // SYNC: what is lost is told before it is passed over; pairs with `read_completion`.
@@ -56,13 +74,13 @@ pub fn publish_completion<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32,
 /// # Errors
 /// [`NoHead`].
 #[inline]
-pub fn read_completion<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> Result<Completion, NoHead> {
+pub fn read_completion<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Result<Completion, NoHead> {
     of_head(region, |seat| read_completion_at(region, seat, topic, broker))
 }
 
 /// As [`read_completion`], as a certain head has it.
 #[inline]
-pub fn read_completion_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32, broker: u32) -> Completion {
+pub fn read_completion_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId, broker: BrokerId) -> Completion {
     let at = region.layout().completion(region.geometry(), seat, topic, broker);
     // SYNC: the durable word first; pairs with `publish_completion`.
     let fabric = region.fabric();

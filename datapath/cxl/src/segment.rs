@@ -8,6 +8,7 @@ use crate::fabric::{CoherentFabric, Fabric, RegionOffset, Site};
 use crate::layout::{AllocatorKind, Layout, OwnerLine};
 use crate::region::Region;
 use bytemuck::Zeroable;
+use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use serde::Serialize;
 use std::cell::Cell;
 use std::ops::Range;
@@ -131,11 +132,11 @@ pub struct PartitionAllocator<F> {
 
 impl<F: Fabric> PartitionAllocator<F> {
     /// The partition of `broker`.
-    pub fn of_broker(region: Region<F>, broker: u32) -> Self {
+    pub fn of_broker(region: Region<F>, broker: BrokerId) -> Self {
         let geometry = *region.geometry();
         let size = geometry.partition_segments();
-        let first = (broker * size).min(geometry.segment_count);
-        let at = RegionOffset(region.layout().bitmap + u64::from(broker) * Layout::partition_bytes(&geometry));
+        let first = (broker.0 * size).min(geometry.segment_count);
+        let at = RegionOffset(region.layout().bitmap + u64::from(broker.0) * Layout::partition_bytes(&geometry));
         Self::new(region, first..(first + size).min(geometry.segment_count), at)
     }
 
@@ -201,27 +202,37 @@ pub enum SegmentUse {
     /// Batches that a broker received.
     Blog {
         /// Topic slot.
-        topic: u32,
+        topic: TopicId,
         /// Incarnation of the topic.
-        incarnation: u32,
+        incarnation: Incarnation,
         /// Receiving broker.
-        broker: u32,
+        broker: BrokerId,
         /// Position in the chain.
         ordinal: u64,
     },
     /// Entries of an order index.
     Index {
         /// Topic slot.
-        topic: u32,
+        topic: TopicId,
         /// Incarnation of the topic.
-        incarnation: u32,
-        /// Stream: a broker id, or the region's `max_brokers` for the global one.
-        stream: u32,
+        incarnation: Incarnation,
+        /// Stream.
+        stream: Stream,
         /// Position in the index.
         ordinal: u64,
         /// Broker that took it from the pool, and alone may give it back.
-        holder: u32,
+        holder: BrokerId,
     },
+}
+
+/// The number of a stream in an owner line: that of its broker, or one past the last broker's for the global one.
+fn stream_number<F: Fabric>(region: &Region<F>, stream: Stream) -> u32 {
+    stream.broker().map_or(region.geometry().max_brokers, |broker| broker.0)
+}
+
+/// The stream of a number in an owner line.
+fn numbered_stream<F: Fabric>(region: &Region<F>, number: u32) -> Stream {
+    if number == region.geometry().max_brokers { Stream::GLOBAL } else { Stream::of(BrokerId(number)) }
 }
 
 /// Says who holds a segment, for inspection and for the holder's next incarnation.
@@ -231,14 +242,14 @@ pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: Segment
         SegmentUse::Blog { topic, incarnation, broker, ordinal } => OwnerLine {
             kind: 1,
             topic,
-            broker,
+            broker: broker.0,
             topic_incarnation: incarnation,
             ordinal,
             holder: broker,
             ..OwnerLine::zeroed()
         },
         SegmentUse::Index { topic, incarnation, stream, ordinal, holder } => {
-            let (kind, broker, topic_incarnation) = (2, stream, incarnation);
+            let (kind, broker, topic_incarnation) = (2, stream_number(region, stream), incarnation);
             OwnerLine { kind, topic, broker, topic_incarnation, ordinal, holder, ..OwnerLine::zeroed() }
         }
     };
@@ -253,13 +264,13 @@ pub fn read_owner<F: Fabric>(region: &Region<F>, segment: u32) -> SegmentUse {
         Some((line, ())) if line.kind == 1 => SegmentUse::Blog {
             topic: line.topic,
             incarnation: line.topic_incarnation,
-            broker: line.broker,
+            broker: BrokerId(line.broker),
             ordinal: line.ordinal,
         },
         Some((line, ())) if line.kind == 2 => SegmentUse::Index {
             topic: line.topic,
             incarnation: line.topic_incarnation,
-            stream: line.broker,
+            stream: numbered_stream(region, line.broker),
             ordinal: line.ordinal,
             holder: line.holder,
         },
@@ -352,7 +363,7 @@ mod tests {
                 let mine: BTreeSet<u32> =
                     (broker * size..(broker + 1) * size).filter(|segment| *segment < segments).collect();
                 if !mine.is_empty() {
-                    conformance(&PartitionAllocator::of_broker(split.clone(), broker), &mine);
+                    conformance(&PartitionAllocator::of_broker(split.clone(), BrokerId(broker)), &mine);
                 }
             }
             assert_eq!(free_segments(&split), segments);
@@ -362,10 +373,10 @@ mod tests {
     #[test]
     fn a_partition_survives_its_process() {
         let shared = region(16, AllocatorKind::Partitioned);
-        let first = PartitionAllocator::of_broker(shared.clone(), 2);
+        let first = PartitionAllocator::of_broker(shared.clone(), BrokerId(2));
         let taken = first.allocate().unwrap();
         drop(first);
-        let second = PartitionAllocator::of_broker(shared, 2);
+        let second = PartitionAllocator::of_broker(shared, BrokerId(2));
         assert_ne!(second.allocate().unwrap(), taken);
     }
 

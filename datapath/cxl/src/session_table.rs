@@ -5,6 +5,7 @@ use crate::headship::{NoHead, of_head};
 use crate::layout::{CommitRecord, SESSION_WINDOW, Seat, SessionLine};
 use crate::region::Region;
 use bytemuck::Zeroable;
+use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
 use serde::Serialize;
 
 /// Life of a session slot.
@@ -25,17 +26,17 @@ pub enum SessionState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Session {
     /// Row.
-    pub slot: u32,
+    pub slot: SessionSlot,
     /// Client, chosen by itself; never 0.
-    pub client_id: u64,
+    pub client_id: ClientId,
     /// Grows with each session in this row.
-    pub epoch: u32,
+    pub epoch: Epoch,
     /// State.
     pub state: SessionState,
     /// Topic slot.
-    pub topic: u32,
+    pub topic: TopicId,
     /// Incarnation of the topic.
-    pub topic_incarnation: u32,
+    pub topic_incarnation: Incarnation,
     /// Sequences below this were committed when the line was written.
     pub committed: u64,
     /// Acknowledgement level.
@@ -71,11 +72,11 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, seat: Seat, session: &Sess
 /// Ends a session whose row an earlier head was changing when it died: of each word the old or the new one is there, and
 /// nobody was told of the change. Its epoch moves past both, so that no epoch ever names two sessions. Only the head may,
 /// before it leads.
-pub fn mend_session<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) {
+pub fn mend_session<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) {
     let (fabric, at) = (region.fabric(), region.layout().session(seat, slot));
     let line: SessionLine = fabric.observe_line(at, Site::SessionRead);
     if line.version & 1 == 1 {
-        let (epoch, committed) = (line.epoch.saturating_add(1), read_progress_at(region, seat, slot));
+        let (epoch, committed) = (line.epoch.next(), read_progress_at(region, seat, slot));
         let fenced = SessionLine { epoch, state: SessionState::Fenced as u32, committed, ..line };
         fabric.publish_versioned(at, &fenced, Site::SessionFlush);
     }
@@ -85,13 +86,13 @@ pub fn mend_session<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) {
 ///
 /// # Errors
 /// [`NoHead`].
-pub fn read_session<F: Fabric>(region: &Region<F>, slot: u32) -> Result<Option<Session>, NoHead> {
+pub fn read_session<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<Option<Session>, NoHead> {
     of_head(region, |seat| read_session_at(region, seat, slot))
 }
 
 /// As [`read_session`], as a certain head has it.
-pub fn read_session_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> Option<Session> {
-    if slot >= region.geometry().max_sessions {
+pub fn read_session_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) -> Option<Session> {
+    if slot.0 >= region.geometry().max_sessions {
         return None;
     }
     let (line, ()) = region.fabric().observe_versioned::<SessionLine, ()>(
@@ -119,11 +120,11 @@ pub fn read_session_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> 
 }
 
 #[inline]
-fn record_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) -> RegionOffset {
+fn record_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot, sequence: u64) -> RegionOffset {
     region.layout().session(seat, slot).add(128 + sequence % SESSION_WINDOW * 32)
 }
 
-fn progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> RegionOffset {
+fn progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) -> RegionOffset {
     region.layout().session(seat, slot).add(64)
 }
 
@@ -131,7 +132,7 @@ fn progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> RegionOf
 #[derive(Clone, Copy, Debug)]
 pub struct SessionCommit {
     /// Slot of its session.
-    pub slot: u32,
+    pub slot: SessionSlot,
     /// Where it is.
     pub record: CommitRecord,
     /// What the session expects next.
@@ -155,22 +156,22 @@ pub fn publish_commits<F: Fabric>(region: &Region<F>, seat: Seat, batches: &[Ses
         }
         fabric.store(progress_at(region, seat, *slot), *expected);
     }
-    let (mut last_line, mut last_slot) = (u64::MAX, u32::MAX);
+    let (mut last_line, mut last_slot) = (u64::MAX, None);
     for SessionCommit { slot, record, .. } in batches {
         let at = record_at(region, seat, *slot, record.tag - 1);
         if at.0 / LINE_BYTES != last_line {
             last_line = at.0 / LINE_BYTES;
             fabric.flush(at, 32, Site::RecordFlush);
         }
-        if *slot != last_slot {
-            last_slot = *slot;
+        if last_slot != Some(*slot) {
+            last_slot = Some(*slot);
             fabric.flush(progress_at(region, seat, *slot), 8, Site::RecordFlush);
         }
     }
 }
 
 /// Writes the progress word of a session of which no batch commits now. Only the head may.
-pub fn store_progress<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, expected: u64) {
+pub fn store_progress<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot, expected: u64) {
     let at = progress_at(region, seat, slot);
     region.fabric().store(at, expected);
     region.fabric().flush(at, 8, Site::RecordFlush);
@@ -179,13 +180,13 @@ pub fn store_progress<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, expe
 /// What became of a batch; [`Commit::Unknown`] while there is no head. Sequence numbers never repeat within a slot, so an
 /// old record is never taken for a new.
 #[inline]
-pub fn read_commit<F: Fabric>(region: &Region<F>, slot: u32, sequence: u64) -> Commit {
+pub fn read_commit<F: Fabric>(region: &Region<F>, slot: SessionSlot, sequence: u64) -> Commit {
     of_head(region, |seat| read_commit_at(region, seat, slot, sequence)).unwrap_or(Commit::Unknown)
 }
 
 /// As [`read_commit`], as a certain head has it.
 #[inline]
-pub fn read_commit_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequence: u64) -> Commit {
+pub fn read_commit_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot, sequence: u64) -> Commit {
     let at = record_at(region, seat, slot, sequence);
     let fabric = region.fabric();
     fabric.invalidate(at, 32, Site::RecordRead);
@@ -209,12 +210,12 @@ pub fn read_commit_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32, sequ
 /// # Errors
 /// [`NoHead`].
 #[inline]
-pub fn read_progress<F: Fabric>(region: &Region<F>, slot: u32) -> Result<u64, NoHead> {
+pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<u64, NoHead> {
     of_head(region, |seat| read_progress_at(region, seat, slot))
 }
 
 /// As [`read_progress`], as a certain head has it.
 #[inline]
-pub fn read_progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: u32) -> u64 {
+pub fn read_progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) -> u64 {
     region.fabric().observe(progress_at(region, seat, slot), Site::RecordRead)
 }

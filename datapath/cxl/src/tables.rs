@@ -5,7 +5,7 @@ use crate::headship::{NoHead, of_head};
 use crate::layout::{BrokerLine, NameLine, PinLine, PulseLine, Seat, TOPIC_NAME_BYTES, TopicLine};
 use crate::region::Region;
 use bytemuck::Zeroable;
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
 use serde::Serialize;
 use std::mem::offset_of;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -26,9 +26,9 @@ pub enum TopicState {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopicConfig {
     /// Slot.
-    pub id: u32,
+    pub id: TopicId,
     /// Counts the topics that used this slot.
-    pub incarnation: u32,
+    pub incarnation: Incarnation,
     /// State.
     pub state: TopicState,
     /// Name, 1 to 64 bytes.
@@ -88,7 +88,7 @@ pub fn publish_topic<F: Fabric>(region: &Region<F>, seat: Seat, config: &TopicCo
 
 /// Has a topic go whose line an earlier head was changing when it died: either it was being made, and nobody was told, or it
 /// was to be deleted. Only the head may, before it leads.
-pub fn mend_topic<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32) {
+pub fn mend_topic<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId) {
     let (fabric, at) = (region.fabric(), region.layout().head_topic(seat, topic));
     let line: TopicLine = fabric.observe_line(at, Site::TopicRead);
     if line.version & 1 == 1 {
@@ -102,13 +102,13 @@ pub fn mend_topic<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32) {
 ///
 /// # Errors
 /// [`NoHead`].
-pub fn read_topic<F: Fabric>(region: &Region<F>, topic: u32) -> Result<Option<TopicConfig>, NoHead> {
+pub fn read_topic<F: Fabric>(region: &Region<F>, topic: TopicId) -> Result<Option<TopicConfig>, NoHead> {
     of_head(region, |seat| read_topic_at(region, seat, topic))
 }
 
 /// As [`read_topic`], as a certain head has it.
-pub fn read_topic_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: u32) -> Option<TopicConfig> {
-    if topic >= region.geometry().max_topics {
+pub fn read_topic_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId) -> Option<TopicConfig> {
+    if topic.0 >= region.geometry().max_topics {
         return None;
     }
     let at = region.layout().head_topic(seat, topic);
@@ -146,34 +146,36 @@ pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, No
 
 /// As [`live_topics`], as a certain head has it.
 pub fn live_topics_at<F: Fabric>(region: &Region<F>, seat: Seat) -> Vec<TopicConfig> {
-    (0..region.geometry().max_topics)
+    region
+        .geometry()
+        .topics()
         .filter_map(|topic| read_topic_at(region, seat, topic))
         .filter(|topic| topic.state == TopicState::Live)
         .collect()
 }
 
 /// Says that this broker holds nothing of the topic's incarnations up to `incarnation`.
-pub fn publish_released<F: Fabric>(region: &Region<F>, topic: u32, broker: u32, incarnation: u32) {
+pub fn publish_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId, incarnation: Incarnation) {
     let at = region.layout().pin(topic, broker).add(offset_of!(PinLine, released) as u64);
     let fabric = region.fabric();
-    fabric.store(at, incarnation.into());
+    fabric.store(at, incarnation.word());
     fabric.flush(at, 8, Site::PinFlush);
     fabric.fence(Site::PinFlush);
 }
 
 /// The highest incarnation that the broker let go of.
-pub fn read_released<F: Fabric>(region: &Region<F>, topic: u32, broker: u32) -> u64 {
+pub fn read_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Incarnation {
     let at = region.layout().pin(topic, broker).add(offset_of!(PinLine, released) as u64);
-    region.fabric().observe(at, Site::PinRead)
+    Incarnation::from_word(region.fabric().observe(at, Site::PinRead))
 }
 
 /// A broker as the table shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct BrokerInfo {
     /// Slot.
-    pub id: u32,
+    pub id: BrokerId,
     /// Counts the processes that ran under this id.
-    pub incarnation: u32,
+    pub incarnation: Incarnation,
     /// Where publishers and subscribers connect.
     pub data: SocketAddr,
     /// Where the control service listens.
@@ -201,13 +203,13 @@ pub fn publish_broker<F: Fabric>(region: &Region<F>, info: &BrokerInfo) {
 
 /// The incarnation that the last process of a broker had, or was about to show when it died; 0 before the first. Also
 /// readable while [`read_broker`] finds a row that its writer left half written.
-pub fn last_incarnation<F: Fabric>(region: &Region<F>, broker: u32) -> u32 {
+pub fn last_incarnation<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Incarnation {
     region.fabric().observe_line::<BrokerLine>(region.layout().broker(broker), Site::BrokerSlotRead).incarnation
 }
 
 /// Reads a broker slot; `None` when it was never used, or is being written.
-pub fn read_broker<F: Fabric>(region: &Region<F>, broker: u32) -> Option<BrokerInfo> {
-    if broker >= region.geometry().max_brokers {
+pub fn read_broker<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Option<BrokerInfo> {
+    if broker.0 >= region.geometry().max_brokers {
         return None;
     }
     let (line, ()) = region.fabric().observe_versioned::<BrokerLine, ()>(
@@ -250,7 +252,7 @@ pub enum ReplicaState {
 }
 
 /// Says what this broker's replica does.
-pub fn publish_replica_state<F: Fabric>(region: &Region<F>, broker: u32, state: ReplicaState) {
+pub fn publish_replica_state<F: Fabric>(region: &Region<F>, broker: BrokerId, state: ReplicaState) {
     let at = region.layout().broker(broker).add(64 + offset_of!(PulseLine, replica) as u64);
     let fabric = region.fabric();
     fabric.store(at, state as u64);
@@ -259,7 +261,7 @@ pub fn publish_replica_state<F: Fabric>(region: &Region<F>, broker: u32, state: 
 }
 
 /// What a broker's replica does, as it says.
-pub fn read_replica_state<F: Fabric>(region: &Region<F>, broker: u32) -> ReplicaState {
+pub fn read_replica_state<F: Fabric>(region: &Region<F>, broker: BrokerId) -> ReplicaState {
     let at = region.layout().broker(broker).add(64 + offset_of!(PulseLine, replica) as u64);
     match region.fabric().observe(at, Site::PulseRead) {
         1 => ReplicaState::Running,
@@ -279,7 +281,7 @@ pub struct Pulse<F> {
 
 impl<F: Fabric> Pulse<F> {
     /// Goes on from what the slot says, so that the counters never shrink.
-    pub fn new(region: Region<F>, broker: u32) -> Self {
+    pub fn new(region: Region<F>, broker: BrokerId) -> Self {
         let at = region.layout().broker(broker).add(64);
         let heartbeat = region.fabric().observe(at, Site::PulseRead);
         let published = region.fabric().load(at.add(8));
@@ -318,13 +320,13 @@ impl<F: Fabric> Pulse<F> {
 
 /// A broker's counters as another host sees them: (heartbeat, batches published).
 #[inline]
-pub fn read_pulse<F: Fabric>(region: &Region<F>, broker: u32) -> (u64, u64) {
+pub fn read_pulse<F: Fabric>(region: &Region<F>, broker: BrokerId) -> (u64, u64) {
     let at = region.layout().broker(broker).add(64);
     let heartbeat = region.fabric().observe(at, Site::PulseRead);
     (heartbeat, region.fabric().load(at.add(8)))
 }
 
 /// A broker's count of stalls as another host sees it.
-pub fn read_stalls<F: Fabric>(region: &Region<F>, broker: u32) -> u64 {
+pub fn read_stalls<F: Fabric>(region: &Region<F>, broker: BrokerId) -> u64 {
     region.fabric().observe(region.layout().broker(broker).add(64 + 16), Site::PulseRead)
 }

@@ -3,7 +3,7 @@
 //! `[[DEVIATION_007]]` The paper puts a 64-byte header before each message. With the lengths in one table a broker
 //! checks a batch without touching its messages, and a message costs four bytes.
 
-use super::{BatchHeader, FRAME_BYTES, WireError, crc32c};
+use super::{BatchHeader, ClientId, Epoch, FRAME_BYTES, Incarnation, SessionSlot, TopicId, WireError, crc32c};
 use std::ops::DerefMut;
 
 /// Batches begin at multiples of so many bytes in landing windows: a cache line.
@@ -50,7 +50,7 @@ impl BatchHeader {
         if self.flags & !BODY_CHECKSUM != 0 {
             return field("flags", self.flags.into(), 0, BODY_CHECKSUM.into());
         }
-        if self.client_id == 0 {
+        if self.client_id == ClientId(0) {
             return field("client_id", 0, 1, u64::MAX);
         }
         Ok(())
@@ -144,15 +144,15 @@ pub fn check_body(header: &BatchHeader, body: &[u8]) -> Result<(), BodyError> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchOrigin {
     /// Client.
-    pub client_id: u64,
+    pub client_id: ClientId,
     /// Session epoch.
-    pub session_epoch: u32,
+    pub session_epoch: Epoch,
     /// Session slot.
-    pub session_slot: u32,
+    pub session_slot: SessionSlot,
     /// Topic slot.
-    pub topic: u32,
+    pub topic: TopicId,
     /// Topic incarnation.
-    pub topic_incarnation: u32,
+    pub topic_incarnation: Incarnation,
 }
 
 /// The largest message that a batch of `capacity` bytes can hold.
@@ -379,8 +379,13 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const ORIGIN: BatchOrigin =
-        BatchOrigin { client_id: 7, session_epoch: 1, session_slot: 3, topic: 2, topic_incarnation: 9 };
+    const ORIGIN: BatchOrigin = BatchOrigin {
+        client_id: ClientId(7),
+        session_epoch: Epoch(1),
+        session_slot: SessionSlot(3),
+        topic: TopicId(2),
+        topic_incarnation: Incarnation(9),
+    };
 
     proptest! {
         #[test]
@@ -408,7 +413,7 @@ mod tests {
         fn hostile_headers_and_bodies_fail_cleanly(
             payload_bytes: u32, message_count: u32, flags: u16, body in prop::collection::vec(any::<u8>(), 0..200),
         ) {
-            let header = BatchHeader { payload_bytes, message_count, flags, client_id: 1, ..BatchHeader::blank() };
+            let header = BatchHeader { payload_bytes, message_count, flags, client_id: ClientId(1), ..BatchHeader::blank() };
             let _ = header.check(MAX_BATCH_BYTES);
             if let Ok(view) = BatchView::parse(&header, &body) {
                 prop_assert_eq!(view.messages().count(), message_count as usize);

@@ -7,9 +7,11 @@
 
 pub mod batch;
 mod bounds;
+mod ids;
 mod order;
 
 pub use bounds::{OutOfBounds, within};
+pub use ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, Term, TopicId};
 pub use order::Order;
 
 use bytemuck::{Pod, Zeroable};
@@ -163,28 +165,28 @@ macro_rules! frames {
 frames! {
     /// A batch: its header on the wire and in CXL memory. Body: see [`batch`].
     3 BatchHeader {
-        client_id: u64 = 8,
+        client_id: ClientId = 8,
         sequence: u64 = 16,
-        session_epoch: u32 = 24,
+        session_epoch: Epoch = 24,
         /// Bytes of the messages, without padding and length table.
         payload_bytes: u32 = 28,
         message_count: u32 = 32,
         /// CRC32C of the body, if flag [`batch::BODY_CHECKSUM`] is set.
         body_checksum: u32 = 36,
-        topic: u32 = 40,
-        topic_incarnation: u32 = 44,
-        session_slot: u32 = 48,
+        topic: TopicId = 40,
+        topic_incarnation: Incarnation = 44,
+        session_slot: SessionSlot = 48,
         reserved: [u32; 2] = 52,
     }
     /// Client to broker, first frame: "I publish under this session".
     1 OpenPublish {
-        client_id: u64 = 8,
+        client_id: ClientId = 8,
         /// The client wants to know what became of its batches from here on.
         resume_from: u64 = 16,
-        session_epoch: u32 = 24,
-        session_slot: u32 = 28,
-        topic: u32 = 32,
-        topic_incarnation: u32 = 36,
+        session_epoch: Epoch = 24,
+        session_slot: SessionSlot = 28,
+        topic: TopicId = 32,
+        topic_incarnation: Incarnation = 36,
         ack_level: u32 = 40,
         reserved: [u32; 4] = 44,
     }
@@ -195,7 +197,7 @@ frames! {
         /// Largest batch, header and body.
         max_batch_bytes: u64 = 16,
         window_batches: u32 = 24,
-        broker: u32 = 28,
+        broker: BrokerId = 28,
         reserved: [u64; 3] = 32,
         reserved_low: u32 = 56,
     }
@@ -206,9 +208,9 @@ frames! {
         first_offset: u64 = 16,
         /// Sequences below this are committed (strong order).
         committed: u64 = 24,
-        session_epoch: u32 = 32,
-        /// Stream of the offset: a broker id, or `u32::MAX` for the global one.
-        stream: u32 = 36,
+        session_epoch: Epoch = 32,
+        /// Stream of the offset.
+        stream: Stream = 36,
         reserved: [u64; 2] = 40,
         reserved_low: u32 = 56,
     }
@@ -216,7 +218,7 @@ frames! {
     5 Fenced {
         /// Sequences below this are committed; resubmit from here under the next epoch.
         committed: u64 = 8,
-        session_epoch: u32 = 16,
+        session_epoch: Epoch = 16,
         reserved: u32 = 20,
         reserved_tail: [u64; 4] = 24,
         reserved_low: u32 = 56,
@@ -227,10 +229,9 @@ frames! {
         start: u64 = 8,
         /// One of [`START_OFFSET`], [`START_EARLIEST`], [`START_LATEST`], [`START_TIMESTAMP`].
         start_kind: u32 = 16,
-        topic: u32 = 20,
-        topic_incarnation: u32 = 24,
-        /// A broker id, or `u32::MAX` for the global stream.
-        stream: u32 = 28,
+        topic: TopicId = 20,
+        topic_incarnation: Incarnation = 24,
+        stream: Stream = 28,
         reserved: [u64; 3] = 32,
         reserved_low: u32 = 56,
     }
@@ -251,8 +252,8 @@ frames! {
         batch_bytes: u32 = 24,
         message_count: u32 = 28,
         /// Broker that received the batch.
-        broker: u32 = 32,
-        stream: u32 = 36,
+        broker: BrokerId = 32,
+        stream: Stream = 36,
         reserved: [u64; 2] = 40,
         reserved_low: u32 = 56,
     }
@@ -423,6 +424,7 @@ mod tests {
 
         #[test]
         fn a_flipped_bit_never_passes(sequence: u64, client_id: u64, bit in 0usize..512) {
+            let client_id = ClientId(client_id);
             let header = BatchHeader { sequence, client_id, message_count: 1, ..BatchHeader::blank() };
             let mut bytes = header.encode();
             let Ok(Frame::BatchHeader(decoded)) = Frame::decode(&bytes) else { panic!("does not decode") };

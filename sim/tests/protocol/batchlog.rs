@@ -6,8 +6,12 @@ use embarcadero_cxl::headship::{claim, lead};
 use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, RegionRole, Seat, SequencerHalf};
 use embarcadero_cxl::{Fabric, Region, Site};
 use embarcadero_sim::{Simulated, Turbulence, World};
+use embarcadero_wire::{BrokerId, Term, TopicId};
 use std::mem::offset_of;
 use uuid::Uuid;
+
+const TOPIC: TopicId = TopicId(0);
+const BROKER: BrokerId = BrokerId(0);
 
 #[test]
 fn entries_arrive_once_in_order_and_a_full_ring_waits() {
@@ -26,11 +30,11 @@ fn entries_arrive_once_in_order_and_a_full_ring_waits() {
     let fabric = Simulated::join(&world, || {});
     let broker = Region::format(fabric.clone(), &geometry, Uuid::nil(), 0).unwrap();
     let sequencer = Region::open(Simulated::join(&world, || {})).unwrap();
-    let mut writer = BatchlogWriter::new(broker, 0, 0);
-    let mut reader = BatchlogReader::new(sequencer.clone(), 0, 0, 0);
-    claim(&sequencer, Seat(0), 1);
-    lead(&sequencer, Seat(0), 1);
-    let half = sequencer.layout().sequencer_half(&geometry, Seat(0), 0, 0);
+    let mut writer = BatchlogWriter::new(broker, TOPIC, BROKER);
+    let mut reader = BatchlogReader::new(sequencer.clone(), TOPIC, BROKER, 0);
+    claim(&sequencer, Seat(BROKER), Term(1));
+    lead(&sequencer, Seat(BROKER), Term(1));
+    let half = sequencer.layout().sequencer_half(&geometry, Seat(BROKER), TOPIC, BROKER);
     let consumed_at = half.add(offset_of!(SequencerHalf, consumed_through) as u64);
     let mut next = 0;
     for round in 0..100u64 {
@@ -48,5 +52,5 @@ fn entries_arrive_once_in_order_and_a_full_ring_waits() {
         sequencer.fabric().fence(Site::ConsumedFlush);
     }
     assert!(next > 100);
-    assert_eq!(BatchlogWriter::new(Region::open(fabric).unwrap(), 0, 0).head(), writer.head());
+    assert_eq!(BatchlogWriter::new(Region::open(fabric).unwrap(), TOPIC, BROKER).head(), writer.head());
 }

@@ -6,7 +6,8 @@ use embarcadero_cxl::headship::NoHead;
 use embarcadero_cxl::headship::claim;
 use embarcadero_cxl::layout::{AllocatorKind, Seat};
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId, read_extent};
-use embarcadero_sim::testbed::{Testbed, region};
+use embarcadero_sim::testbed::{TOPIC, Testbed, region};
+use embarcadero_wire::{BrokerId, Stream, Term};
 
 /// A broker that has just started must not take the order for empty, and its segments for free, because the head
 /// changes while it looks.
@@ -16,10 +17,10 @@ fn between_two_heads_an_order_is_not_taken_for_empty() {
     let mut testbed = Testbed::new(region.clone(), 1).unwrap();
     let batches = testbed.append();
     testbed.order(batches);
-    let stream = StreamId { topic: 0, stream: StreamId::GLOBAL };
+    let stream = StreamId { topic: TOPIC.0, stream: Stream::GLOBAL };
     let extent = read_extent(&region, stream).unwrap();
     assert_eq!(extent.committed, batches);
-    claim(&region, Seat(0), 2);
+    claim(&region, Seat(BrokerId(0)), Term(2));
     let mut reader = OrderIndexReader::new(region, stream);
     assert_eq!(reader.poll(), 0, "nobody can say");
     assert_eq!(reader.poll_beyond(&extent), Err(NoHead));

@@ -1,7 +1,7 @@
 //! Replica files on disks that fail, fill up, lose power and damage what they hold.
 
 use bytemuck::Zeroable;
-use embarcadero_broker::replica::format::{BLOCK, Identity, Indexed, group_bytes, peek_group, write_group};
+use embarcadero_broker::replica::format::{BLOCK, Group, Identity, Indexed, group_bytes, peek_group, write_group};
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::store::{Damage, StoreError, StoreOptions, StreamLog, read_batch, scan};
 use embarcadero_cxl::layout::IndexEntry;
@@ -9,15 +9,16 @@ use embarcadero_cxl::replication::Completion;
 use embarcadero_cxl::tables::{TopicConfig, TopicState};
 use embarcadero_os::Buffer;
 use embarcadero_sim::{Fault, SimulatedMedium};
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
 use proptest::prelude::*;
 
+const SOURCES: [BrokerId; 2] = [BrokerId(0), BrokerId(1)];
 const OPTIONS: StoreOptions = StoreOptions { file_bytes: 40_000, retention_bytes: 0 };
 
 fn identity() -> Identity {
     let topic = TopicConfig {
-        id: 1,
-        incarnation: 2,
+        id: TopicId(1),
+        incarnation: Incarnation(2),
         state: TopicState::Live,
         name: "t".to_owned(),
         order: Order::Strong,
@@ -27,7 +28,7 @@ fn identity() -> Identity {
         retention_ms: 0,
         created_ms: 0,
     };
-    Identity { region: [1; 16], topic, stream: u32::MAX }
+    Identity { region: [1; 16], topic, stream: Stream::GLOBAL }
 }
 
 fn open(medium: &SimulatedMedium) -> (StreamLog, Vec<Damage>) {
@@ -45,9 +46,9 @@ fn append(log: &mut StreamLog, position: u64, bytes: u32) -> Result<(), StoreErr
     };
     let batches: [Indexed; 1] = [(position, entry)];
     let mut group = Buffer::zeroed(group_bytes(&batches) as usize).unwrap();
-    write_group(&mut group, position..position + 1, 1, Completion::default(), &batches, |_, into| {
-        into.fill(position as u8)
-    });
+    let positions = position..position + 1;
+    let parts = Group { positions, sources: 1, completion: Completion::default(), batches: &batches };
+    write_group(&mut group, &parts, |_, into| into.fill(position as u8));
     log.append(&peek_group(&group).unwrap(), &group)
 }
 
@@ -70,13 +71,16 @@ fn what_was_appended_is_there_again_and_gaps_are_known() {
         append(&mut log, position, 9000).unwrap();
     }
     log.cover(1, 9..12);
-    assert_eq!((log.missing(0, 0), log.missing_until(0, 3), log.missing(0, 5)), (3, 5, 7));
-    assert_eq!((log.missing(0, 9), log.missing_until(0, 12), log.missing(1, 0)), (12, u64::MAX, 0));
+    assert_eq!((log.missing(SOURCES[0], 0), log.missing_until(SOURCES[0], 3), log.missing(SOURCES[0], 5)), (3, 5, 7));
+    assert_eq!(
+        (log.missing(SOURCES[0], 9), log.missing_until(SOURCES[0], 12), log.missing(SOURCES[1], 0)),
+        (12, u64::MAX, 0)
+    );
     drop(log);
     let (mut log, damage) = open(&medium);
     assert_eq!((damage, positions(&medium)), (vec![], vec![0, 1, 2, 5, 6]));
     // What is known to be empty is not written down.
-    assert_eq!((log.missing(0, 5), log.missing(0, 9)), (7, 9));
+    assert_eq!((log.missing(SOURCES[0], 5), log.missing(SOURCES[0], 9)), (7, 9));
     assert!(medium.list().unwrap().len() > 1);
     log.destroy().unwrap();
     assert_eq!(medium.list().unwrap(), Vec::<String>::new());
@@ -123,7 +127,7 @@ fn another_topics_files_are_refused() {
     let medium = SimulatedMedium::default();
     append(&mut open(&medium).0, 0, 100).unwrap();
     let mut other = identity();
-    other.topic.incarnation = 3;
+    other.topic.incarnation = Incarnation(3);
     let refused = StreamLog::open(Box::new(medium), other, 2, OPTIONS);
     assert!(matches!(refused, Err(StoreError::Foreign { .. })));
 }
@@ -136,7 +140,7 @@ fn after_a_disk_error_nothing_is_taken_and_nothing_is_claimed() {
         append(&mut log, 0, 100).unwrap();
         medium.set_fault(fault);
         assert!(matches!(append(&mut log, 1, 100), Err(StoreError::Io { .. })), "{fault:?}");
-        assert_eq!(log.missing(0, 0), 1);
+        assert_eq!(log.missing(SOURCES[0], 0), 1);
         medium.set_fault(Fault::None);
         assert!(matches!(append(&mut log, 1, 100), Err(StoreError::Failed { .. })), "{fault:?}");
     }
@@ -153,7 +157,7 @@ fn damage_in_the_middle_is_reported_with_its_positions_and_the_rest_stays() {
         let (log, damage) = open(&medium);
         assert_eq!(damage.len(), 1);
         assert_eq!(damage[0].positions, 1..2, "{}", damage[0]);
-        assert_eq!((log.missing(0, 0), log.missing(0, 2), positions(&medium)), (1, 4, vec![0, 2, 3]));
+        assert_eq!((log.missing(SOURCES[0], 0), log.missing(SOURCES[0], 2), positions(&medium)), (1, 4, vec![0, 2, 3]));
         medium.damage("0000000000.replica", |bytes| bytes[damaged] ^= 1);
     }
     assert_eq!(positions(&medium), [0, 1, 2, 3]);
@@ -184,9 +188,9 @@ proptest! {
         medium.lose_power(|| false);
         let found = positions(&medium);
         prop_assert!(found.len() as u64 >= promised && found.len() as u64 <= promised + unsynced);
-        prop_assert_eq!(found, (0..log.missing(0, 0)).collect::<Vec<_>>());
+        prop_assert_eq!(found, (0..log.missing(SOURCES[0], 0)).collect::<Vec<_>>());
         // It goes on where it stopped, and reads as one.
-        let next = log.missing(0, 0);
+        let next = log.missing(SOURCES[0], 0);
         append(&mut log, next, 3000).unwrap();
         prop_assert_eq!(positions(&medium), (0..=next).collect::<Vec<_>>());
     }

@@ -13,13 +13,17 @@ use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::tables::TopicState;
 use embarcadero_cxl::tables::{BrokerInfo, TopicConfig, publish_broker, publish_topic, read_pulse};
 use embarcadero_sim::{Simulated, Turbulence, World};
-use embarcadero_wire::BatchHeader;
-use embarcadero_wire::Order;
+use embarcadero_wire::{BatchHeader, BrokerId, Incarnation, Order, Term, TopicId};
 use std::sync::Arc;
+
+const TOPIC: TopicId = TopicId(0);
+const BROKER: BrokerId = BrokerId(0);
+const HEAD: Seat = Seat(BROKER);
 
 /// A batch of a topic, as it lies in a broker's Blog.
 fn land(topic: &Arc<Topic<Simulated>>) -> Landed<Simulated> {
-    let header = BatchHeader { payload_bytes: 60, message_count: 1, topic_incarnation: 1, ..BatchHeader::zeroed() };
+    let header =
+        BatchHeader { payload_bytes: 60, message_count: 1, topic_incarnation: Incarnation(1), ..BatchHeader::zeroed() };
     let at = topic.blog.reserve(header.batch_bytes()).expect("there is room");
     Landed { topic: Arc::clone(topic), header, at, in_memory: false, origin: Origin { worker: 0, token: 0 } }
 }
@@ -42,10 +46,11 @@ fn a_process_that_was_replaced_writes_nothing_any_more() {
     let [old, new] = [0, 1].map(|_| Simulated::join(&world, || {}));
     Region::format(old.clone(), &geometry, uuid::Uuid::nil(), 0).expect("it fits");
     let address = std::net::SocketAddr::from(([10, 0, 0, 1], 1));
-    let info = BrokerInfo { id: 0, incarnation: 1, data: address, control: address, process_id: 1, running: true };
+    let incarnation = Incarnation(1);
+    let info = BrokerInfo { id: BROKER, incarnation, data: address, control: address, process_id: 1, running: true };
     let config = TopicConfig {
-        id: 0,
-        incarnation: 1,
+        id: TOPIC,
+        incarnation: Incarnation(1),
         state: TopicState::Live,
         name: "t".to_owned(),
         order: Order::Strong,
@@ -56,33 +61,33 @@ fn a_process_that_was_replaced_writes_nothing_any_more() {
         created_ms: 0,
     };
     let [old, new] = [old, new].map(|fabric| Region::open(fabric).expect("it is a region"));
-    claim(&old, Seat(0), 1);
-    publish_headship(&old, &Headship { epoch: 1, broker: 0, incarnation: 1, broker_mask: 1, pinning_mask: 1 });
-    publish_topic(&old, Seat(0), &config);
-    lead(&old, Seat(0), 1);
+    claim(&old, HEAD, Term(1));
+    publish_headship(&old, &Headship { epoch: Term(1), broker: BROKER, incarnation, broker_mask: 1, pinning_mask: 1 });
+    publish_topic(&old, HEAD, &config);
+    lead(&old, HEAD, Term(1));
     publish_broker(&old, &info);
     let start = |region: &Region<Simulated>, incarnation| {
-        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), 0));
-        let topics = Arc::new(TopicTable::new(region.clone(), 0, pool));
-        let topic = topics.get(0, 1).expect("there is a head").expect("the topic is there");
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BROKER));
+        let topics = Arc::new(TopicTable::new(region.clone(), BROKER, pool));
+        let topic = topics.get(TOPIC, Incarnation(1)).expect("there is a head").expect("the topic is there");
         let ((landed, queue), (acks, _)) = (unbounded(), bounded(1));
         let delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default());
         (delegation.of_incarnation(incarnation), landed, topic)
     };
-    let (mut delegation, landed, topic) = start(&old, 1);
+    let (mut delegation, landed, topic) = start(&old, incarnation);
     landed.send(land(&topic)).expect("it is taken");
     assert_eq!(delegation.poll(0, 8), 1);
-    let mut reader = BatchlogReader::new(new.clone(), 0, 0, 0);
+    let mut reader = BatchlogReader::new(new.clone(), TOPIC, BROKER, 0);
     assert_eq!(reader.available(8), 1);
     reader.take();
-    let before = read_pulse(&new, 0);
-    publish_broker(&new, &BrokerInfo { incarnation: 2, ..info });
-    let (mut successor, landed_there, topic_there) = start(&new, 2);
+    let before = read_pulse(&new, BROKER);
+    publish_broker(&new, &BrokerInfo { incarnation: incarnation.next(), ..info });
+    let (mut successor, landed_there, topic_there) = start(&new, incarnation.next());
     landed.send(land(&topic)).expect("it is taken");
     delegation.poll(1, 8);
     delegation.beat();
     assert!(delegation.is_superseded() && !successor.is_superseded());
-    assert_eq!((reader.available(8), read_pulse(&new, 0)), (0, before), "it wrote on");
+    assert_eq!((reader.available(8), read_pulse(&new, BROKER)), (0, before), "it wrote on");
     landed_there.send(land(&topic_there)).expect("it is taken");
     assert_eq!(successor.poll(1, 8), 1);
     assert_eq!(reader.available(8), 1);

@@ -5,7 +5,7 @@ use embarcadero_cxl::session_table::{Session, SessionState, mend_session, publis
 use embarcadero_cxl::tables::{TopicConfig, TopicState, mend_topic, publish_topic, read_topic_at};
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_sim::{Simulated, Turbulence, World};
-use embarcadero_wire::Order;
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 
 /// A head that died in the middle of a row or of a topic's line: its successor uses no epoch twice, and no incarnation.
 #[test]
@@ -19,20 +19,20 @@ fn what_a_head_was_changing_when_it_died_is_brought_to_an_end() {
     };
     let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::CALM, None);
     let region = Region::format(Simulated::join(&world, || {}), &geometry, uuid::Uuid::nil(), 0).unwrap();
-    let (seat, state) = (Seat(0), SessionState::Open);
+    let (seat, state) = (Seat(BrokerId(0)), SessionState::Open);
     let session = |slot| Session {
         slot,
-        client_id: 7,
-        epoch: 3,
+        client_id: ClientId(7),
+        epoch: Epoch(3),
         state,
-        topic: 0,
-        topic_incarnation: 5,
+        topic: TopicId(0),
+        topic_incarnation: Incarnation(5),
         committed: 0,
         ack_level: 1,
     };
     let topic = TopicConfig {
-        id: 0,
-        incarnation: 5,
+        id: TopicId(0),
+        incarnation: Incarnation(5),
         state: TopicState::Live,
         name: "t".to_owned(),
         order: Order::Strong,
@@ -49,15 +49,16 @@ fn what_a_head_was_changing_when_it_died_is_brought_to_an_end() {
         region.fabric().fence(Site::SessionFlush);
     };
     publish_topic(&region, seat, &topic);
-    (0..2).for_each(|slot| publish_session(&region, seat, &session(slot)));
-    tear(region.layout().session(seat, 1));
-    tear(region.layout().head_topic(seat, 0));
-    assert_eq!((read_session_at(&region, seat, 1), read_topic_at(&region, seat, 0)), (None, None));
-    (0..2).for_each(|slot| mend_session(&region, seat, slot));
-    mend_topic(&region, seat, 0);
-    assert_eq!(read_session_at(&region, seat, 0), Some(session(0)), "it was whole");
-    let mended = Session { epoch: 4, state: SessionState::Fenced, ..session(1) };
-    assert_eq!(read_session_at(&region, seat, 1), Some(mended));
-    let left = read_topic_at(&region, seat, 0).map(|topic| (topic.incarnation, topic.state));
-    assert_eq!(left, Some((5, TopicState::Deleting)));
+    let slots = [SessionSlot(0), SessionSlot(1)];
+    slots.iter().for_each(|slot| publish_session(&region, seat, &session(*slot)));
+    tear(region.layout().session(seat, slots[1]));
+    tear(region.layout().head_topic(seat, topic.id));
+    assert_eq!((read_session_at(&region, seat, slots[1]), read_topic_at(&region, seat, topic.id)), (None, None));
+    slots.iter().for_each(|slot| mend_session(&region, seat, *slot));
+    mend_topic(&region, seat, topic.id);
+    assert_eq!(read_session_at(&region, seat, slots[0]), Some(session(slots[0])), "it was whole");
+    let mended = Session { epoch: Epoch(4), state: SessionState::Fenced, ..session(slots[1]) };
+    assert_eq!(read_session_at(&region, seat, slots[1]), Some(mended));
+    let left = read_topic_at(&region, seat, topic.id).map(|topic| (topic.incarnation, topic.state));
+    assert_eq!(left, Some((topic.incarnation, TopicState::Deleting)));
 }

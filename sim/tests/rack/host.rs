@@ -5,10 +5,10 @@ use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
 use super::network::{Answer, Batch, Request};
 use super::nic::{Nic, WINDOW_BYTES};
-use super::{COPIES, GLOBAL, HEADS, HOSTS, Rack};
+use super::{COPIES, GLOBAL, HEADS, HOSTS, Rack, TOPIC};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use embarcadero_broker::ack::{AckQueue, SessionStatus};
+use embarcadero_broker::ack::{AckOptions, AckQueue, SessionStatus};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::membership::Liveness;
 use embarcadero_broker::mirror;
@@ -17,7 +17,7 @@ use embarcadero_broker::replica::format::Identity;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError};
+use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::headship::{
     Headship, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at,
@@ -30,7 +30,7 @@ use embarcadero_cxl::tables::{BrokerInfo, last_incarnation, publish_broker, read
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_roce::psn::Psn;
 use embarcadero_sim::Simulated;
-use embarcadero_wire::BatchHeader;
+use embarcadero_wire::{BatchHeader, BrokerId, ClientId, Term};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,7 +54,7 @@ struct Head {
     sequencer: Sequencer<Simulated>,
     completion: CompletionStage<Simulated>,
     liveness: Liveness,
-    epoch: u64,
+    epoch: Term,
     shown: u64,
     commands: Sender<Command>,
     asked: Vec<Asked>,
@@ -82,7 +82,7 @@ struct Process {
     cursor: u64,
     head: Option<Head>,
     /// The head as last looked at, and for how many looks it did not move.
-    watched: ((Option<(u32, u64)>, u64), u64),
+    watched: ((Option<(BrokerId, Term)>, u64), u64),
     draining: bool,
 }
 
@@ -108,7 +108,7 @@ pub fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64
     };
     let (first, last) = (read(entry.location), read(entry.location + BATCH_BYTES - 64));
     assert_eq!(first, last, "the payload of {entry:?} is not one batch");
-    assert_eq!(first.0, entry.client_id, "the payload of {entry:?} is another client's");
+    assert_eq!(ClientId(first.0), entry.client_id, "the payload of {entry:?} is another client's");
     (first.0 as usize, first.1)
 }
 
@@ -225,11 +225,11 @@ impl Machine {
 
 impl Process {
     fn start(host: usize, rack: &Arc<Rack>, clock: Clock, disk: &Disk, fabrics: &[Simulated; 2]) -> Self {
-        let id = host as u32;
+        let id = BrokerId(host as u32);
         let [region, mirror] = fabrics.clone().map(|fabric| Region::open(fabric).expect("the superblock is visible"));
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
         let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
-        let incarnation = last_incarnation(&region, id) + 1;
+        let incarnation = last_incarnation(&region, id).next();
         let replicator = if rack.replicated {
             let disk = disk.clone();
             let open = move |_: &Identity| -> Box<dyn Medium> { Box::new(disk.clone()) };
@@ -306,7 +306,7 @@ impl Process {
 
     /// A client's NIC may write from now on.
     fn connect(&mut self, client: usize, psn: Psn) {
-        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
         if self.draining {
             return;
         }
@@ -321,7 +321,7 @@ impl Process {
 
     /// As a worker receives a batch: on a connection of its session, which its first batch opens. A NIC has `written` it.
     fn receive(&mut self, batch: &Batch, written: Option<RegionOffset>) {
-        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
         let session = batch.session;
         let same = |at: &Connection| (at.session.client_id, at.session.epoch) == (session.client_id, session.epoch);
         let at = match self.connections.iter().position(same) {
@@ -351,8 +351,8 @@ impl Process {
             sequence: batch.sequence,
             session_epoch: session.epoch,
             session_slot: session.slot,
-            topic: 0,
-            topic_incarnation: 1,
+            topic: TOPIC.0,
+            topic_incarnation: TOPIC.1,
             payload_bytes: (BATCH_BYTES - 68) as u32,
             message_count: 1,
             ..BatchHeader::zeroed()
@@ -365,7 +365,7 @@ impl Process {
 
     fn accept(&mut self, session: &Session, resume_from: u64) -> Option<usize> {
         let found = read_session(&self.region, session.slot).ok()?;
-        let client = session.client_id as usize;
+        let client = session.client_id.0 as usize;
         let standing = found.filter(|found| {
             (found.client_id, found.epoch, found.state) == (session.client_id, session.epoch, SessionState::Open)
         });
@@ -373,8 +373,13 @@ impl Process {
             self.rack.network.answer(client, Answer::Fenced(session.epoch));
             return None;
         }
-        let level = session.ack_level.into();
-        let mut acks = AckQueue::new(session.slot, session.client_id, session.epoch, GLOBAL, level);
+        let mut acks = AckQueue::new(AckOptions {
+            slot: session.slot,
+            client_id: session.client_id,
+            epoch: session.epoch,
+            stream: GLOBAL,
+            ack_level: session.ack_level.into(),
+        });
         let network = &self.rack.network;
         acks.replay(&self.region, resume_from, |ack| network.answer(client, Answer::Ack(ack))).ok()?;
         self.connections.push(Connection { session: *session, acks });
@@ -384,7 +389,7 @@ impl Process {
     fn acknowledge(&mut self) {
         let Self { rack, region, connections, info, .. } = self;
         connections.retain_mut(|at| {
-            let client = at.session.client_id as usize;
+            let client = at.session.client_id.0 as usize;
             let polled = at.acks.poll(region, info.id, |ack| {
                 if rack.replicated {
                     rack.history.must_be_durable(ack.first_offset, COPIES);
@@ -404,7 +409,7 @@ impl Process {
 
     /// Reads on in the order, as a sender does.
     fn deliver(&mut self) {
-        let Ok(Some(topic)) = self.topics.get(0, 1) else { return };
+        let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
         let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
         let committed = self.reader.poll();
         for _ in 0..4 {
@@ -434,7 +439,7 @@ impl Process {
         let Some(head) = &mut self.head else { return };
         let (reply, answer) = bounded(1);
         let ack_level = 1 + u8::from(self.rack.replicated);
-        let open = Command::OpenSession { topic: 0, client_id: client as u64, ack_level, reply };
+        let open = Command::OpenSession { topic: TOPIC.0, client_id: ClientId(client as u64), ack_level, reply };
         head.commands.send(open).expect("the sequencer is there");
         head.asked.push((client, attempt, answer));
     }
@@ -458,7 +463,7 @@ impl Process {
             }
             Err(error) => error.is_empty(),
         });
-        let live = head.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id;
+        let live = head.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id.0;
         if live != head.shown {
             head.shown = live;
             let (epoch, BrokerInfo { id: broker, incarnation, .. }) = (head.epoch, &self.info);
@@ -489,26 +494,27 @@ impl Process {
     }
 
     /// As the candidate of a real broker does.
-    fn take_over(&mut self, epoch: u64, now_us: u64) {
+    fn take_over(&mut self, epoch: Term, now_us: u64) {
         let region = &self.region;
         let led = last_led(region);
         let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
         let predecessor = match led {
-            None => Predecessor::Gone(0),
+            None => Predecessor::Gone(Term::NONE),
             // Its own past self.
             Some((seat, led)) if seat.0 == self.info.id => Predecessor::Gone(led),
             Some(_) => Predecessor::MayGoOn,
         };
-        let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id;
+        let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id.0;
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
         let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };
         publish_headship(region, &line);
         let (commands, queue) = unbounded();
         let (seat, pool) = (Seat(broker), Arc::clone(self.topics.pool()));
         let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
-        let recovered = Sequencer::recover(memory, (seat, epoch), predecessor, self.rack.leases, queue, now_us);
-        let Ok(sequencer) = recovered else { return };
-        if read_topic_at(region, seat, 0).is_none() {
+        let leases = self.rack.leases;
+        let takeover = Takeover { memory, seat, epoch, before: predecessor, leases, commands: queue };
+        let Ok(sequencer) = Sequencer::recover(takeover, now_us) else { return };
+        if read_topic_at(region, seat, TOPIC.0).is_none() {
             // The first head, or one whose predecessor did not come to it.
             let (reply, _) = bounded(1);
             commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");

@@ -25,7 +25,7 @@ use embarcadero_cxl::order_index::StreamId;
 use embarcadero_cxl::tables::{TopicConfig, TopicState};
 use embarcadero_cxl::{Guard, Region};
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
-use embarcadero_wire::Order;
+use embarcadero_wire::{Incarnation, Order, Stream, Term, TopicId};
 use fate::{one_in, random, tick};
 use history::{History, Tally};
 use host::Machine;
@@ -43,8 +43,10 @@ pub const HOSTS: usize = 5;
 pub const HEADS: usize = 3;
 /// Disks that have each batch, where the topic is replicated.
 pub const COPIES: usize = 2;
+/// The topic, and its incarnation.
+pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
 /// The order.
-pub const GLOBAL: StreamId = StreamId { topic: 0, stream: StreamId::GLOBAL };
+pub const GLOBAL: StreamId = StreamId { topic: TOPIC.0, stream: Stream::GLOBAL };
 const CLIENTS: usize = 3;
 /// Batches of each client.
 const BATCHES: u64 = 40;
@@ -69,7 +71,7 @@ pub struct Rack {
     /// Memory of the mirror.
     mirror: Arc<Mutex<World>>,
     /// Stands for etcd: the epoch of who was elected last.
-    elected: Mutex<u64>,
+    elected: Mutex<Term>,
     began: Instant,
 }
 
@@ -85,7 +87,7 @@ impl Rack {
             leases: Leases { gap_us, idle_us: u64::MAX / 2 },
             world,
             mirror,
-            elected: Mutex::new(0),
+            elected: Mutex::new(Term::NONE),
             began: Instant::now(),
         }
     }
@@ -98,8 +100,8 @@ impl Rack {
     /// The topic that all publish to.
     pub fn topic(&self) -> TopicConfig {
         TopicConfig {
-            id: 0,
-            incarnation: 1,
+            id: TOPIC.0,
+            incarnation: TOPIC.1,
             state: TopicState::Live,
             name: "rack".to_owned(),
             order: Order::Strong,
@@ -112,17 +114,17 @@ impl Rack {
     }
 
     /// Epoch of who was elected last.
-    pub fn elected(&self) -> u64 {
+    pub fn elected(&self) -> Term {
         *self.elected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Stands for election, if still nobody was elected after `before`. The epoch, if it wins.
-    pub fn stand(&self, before: u64) -> Option<u64> {
+    pub fn stand(&self, before: Term) -> Option<Term> {
         let mut elected = self.elected.lock().unwrap_or_else(PoisonError::into_inner);
         if *elected != before {
             return None;
         }
-        *elected += 1;
+        *elected = elected.next();
         Some(*elected)
     }
 

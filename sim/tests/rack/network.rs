@@ -1,13 +1,14 @@
 //! The network between clients and brokers: messages and packets are lost, repeated, and overtake each other; packets are
 //! damaged too.
 
+use super::TOPIC;
 use super::fate::{one_in, random};
 use super::host::BATCH_BYTES;
 use super::nic::{Port, Window};
 use embarcadero_cxl::session_table::{Session, SessionState};
 use embarcadero_roce::packet::SCRATCH_BYTES;
 use embarcadero_roce::psn::Psn;
-use embarcadero_wire::Ack;
+use embarcadero_wire::{Ack, ClientId, Epoch, SessionSlot};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A batch on its way: the session's identity, its sequence, and what it holds.
@@ -31,7 +32,8 @@ impl Batch {
     pub fn encode(&self) -> Vec<u8> {
         let Self { session, sequence, content, resume_from } = self;
         let mut words = [0; BATCH_BYTES as usize / 8];
-        let head = [session.client_id, *content, session.epoch.into(), session.slot.into(), *sequence, *resume_from];
+        let (client, epoch, slot) = (session.client_id.0, session.epoch.0.into(), session.slot.0.into());
+        let head = [client, *content, epoch, slot, *sequence, *resume_from];
         words[..head.len()].copy_from_slice(&head);
         words[6] = session.ack_level.into();
         words[Self::END..Self::END + 2].copy_from_slice(&head[..2]);
@@ -43,12 +45,12 @@ impl Batch {
         let word = |index: usize| u64::from_le_bytes(bytes.as_chunks().0[index]);
         assert_eq!((word(0), word(1)), (word(Self::END), word(Self::END + 1)), "half of a batch is complete");
         let session = Session {
-            slot: word(3) as u32,
-            client_id: word(0),
-            epoch: word(2) as u32,
+            slot: SessionSlot(word(3) as u32),
+            client_id: ClientId(word(0)),
+            epoch: Epoch(word(2) as u32),
             state: SessionState::Open,
-            topic: 0,
-            topic_incarnation: 1,
+            topic: TOPIC.0,
+            topic_incarnation: TOPIC.1,
             committed: 0,
             ack_level: word(6) as u8,
         };
@@ -83,7 +85,7 @@ pub enum Answer {
     /// A batch is committed, and as durable as it has to be.
     Ack(Ack),
     /// The session of this epoch has ended.
-    Fenced(u32),
+    Fenced(Epoch),
     /// A window was opened.
     Connected {
         /// By which host.

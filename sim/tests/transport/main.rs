@@ -13,7 +13,10 @@ use embarcadero_transport::{
     TransportError,
 };
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
-use embarcadero_wire::{Ack, BatchHeader, Deliver, ErrorCode, FRAME_BYTES, Frame, Position};
+use embarcadero_wire::{
+    Ack, BatchHeader, ClientId, Deliver, Epoch, ErrorCode, FRAME_BYTES, Frame, Incarnation, Position, SessionSlot,
+    TopicId,
+};
 use ends::Ends;
 use landing::TestLanding;
 use std::time::{Duration, Instant};
@@ -70,7 +73,13 @@ fn batch(sequence: u64, bytes: usize) -> BatchBuilder<SendBuffer> {
             *byte = (sequence as usize * 31 + at) as u8;
         }
     });
-    let origin = BatchOrigin { client_id: 7, session_epoch: 1, session_slot: 0, topic: 0, topic_incarnation: 1 };
+    let origin = BatchOrigin {
+        client_id: ClientId(7),
+        session_epoch: Epoch(1),
+        session_slot: SessionSlot(0),
+        topic: TopicId(0),
+        topic_incarnation: Incarnation(1),
+    };
     batch.seal(&origin, sequence, true);
     batch
 }

@@ -5,8 +5,8 @@ pub mod verbs;
 pub mod wire;
 
 use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
-use embarcadero_wire::OpenPublish;
 use embarcadero_wire::batch::BatchOrigin;
+use embarcadero_wire::{BrokerId, Epoch, OpenPublish, SessionSlot};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -23,7 +23,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Broker {
     pub child: Child,
-    pub id: u32,
+    pub id: BrokerId,
     /// What it was started with.
     arguments: Vec<String>,
     pub data: SocketAddr,
@@ -151,7 +151,7 @@ impl Cluster {
         self.brokers.push(Broker {
             child,
             arguments: arguments.iter().map(|argument| (*argument).to_owned()).collect(),
-            id: said["broker"].as_u64().unwrap() as u32,
+            id: BrokerId(said["broker"].as_u64().unwrap() as u32),
             data: said["data"].as_str().unwrap().parse().unwrap(),
             control: said["control"].as_str().unwrap().to_owned(),
         });
@@ -235,11 +235,11 @@ impl Cluster {
         let client_id = publisher.client_id();
         let report = self.inspect();
         let sessions = report["sessions"].as_array().unwrap();
-        let session = sessions.iter().find(|session| session["client_id"].as_u64() == Some(client_id)).unwrap();
+        let session = sessions.iter().find(|session| session["client_id"].as_u64() == Some(client_id.0)).unwrap();
         let origin = BatchOrigin {
             client_id,
-            session_epoch: session["epoch"].as_u64().unwrap() as u32,
-            session_slot: session["slot"].as_u64().unwrap() as u32,
+            session_epoch: Epoch(session["epoch"].as_u64().unwrap() as u32),
+            session_slot: SessionSlot(session["slot"].as_u64().unwrap() as u32),
             topic: topic.id,
             topic_incarnation: topic.incarnation,
         };

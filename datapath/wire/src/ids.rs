@@ -1,0 +1,179 @@
+//! Numbers that name something, each a type of its own, so that none is taken for another. They have the bytes, and the
+//! JSON, of the number itself.
+
+use bytemuck::{Pod, Zeroable};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+macro_rules! ids {
+    ($($(#[$meta:meta])* pub struct $name:ident(pub $number:ty);)*) => {
+        $(
+            $(#[$meta])*
+            #[repr(transparent)]
+            #[derive(
+                Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Pod, Zeroable, Serialize, Deserialize,
+                JsonSchema,
+            )]
+            #[serde(transparent)]
+            pub struct $name(pub $number);
+
+            impl fmt::Display for $name {
+                fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    fmt::Display::fmt(&self.0, formatter)
+                }
+            }
+        )*
+    };
+}
+
+ids! {
+    /// Slot of a topic in the region's table.
+    pub struct TopicId(pub u32);
+
+    /// Count of the topics that used a slot, or of the processes that ran under a broker id.
+    pub struct Incarnation(pub u32);
+
+    /// Slot of a broker in the region's table.
+    pub struct BrokerId(pub u32);
+
+    /// Name of a publisher, which it chose itself; never 0.
+    pub struct ClientId(pub u64);
+
+    /// Count of the sessions that used a row of the session table.
+    pub struct Epoch(pub u32);
+
+    /// Row of a session in the session table.
+    pub struct SessionSlot(pub u32);
+
+    /// Number under which a broker leads; it grows with each head.
+    pub struct Term(pub u64);
+
+    /// Order of a topic: the global one, or a broker's own.
+    pub struct Stream(pub u32);
+}
+
+impl TopicId {
+    /// The place of the slot in a table.
+    #[inline]
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl Incarnation {
+    /// The count before the first.
+    pub const NONE: Self = Self(0);
+
+    /// The next one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+
+    /// The incarnation in a word of the region. A word that is none gives the last there can be.
+    #[inline]
+    #[must_use]
+    pub fn from_word(word: u64) -> Self {
+        Self(u32::try_from(word).unwrap_or(u32::MAX))
+    }
+
+    /// The word of the region that holds it.
+    #[inline]
+    #[must_use]
+    pub const fn word(self) -> u64 {
+        self.0 as u64
+    }
+}
+
+impl BrokerId {
+    /// The place of the slot in a table.
+    #[inline]
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// The byte that names it in an index entry. One that does not fit, which no region has, gives 255: nobody.
+    #[inline]
+    #[must_use]
+    pub fn byte(self) -> u8 {
+        u8::try_from(self.0).unwrap_or(u8::MAX)
+    }
+}
+
+impl From<u8> for BrokerId {
+    fn from(byte: u8) -> Self {
+        Self(byte.into())
+    }
+}
+
+impl Epoch {
+    /// The next one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl SessionSlot {
+    /// The place of the row in a table.
+    #[inline]
+    #[must_use]
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+impl Term {
+    /// The number before the first head.
+    pub const NONE: Self = Self(0);
+
+    /// The next one.
+    #[must_use]
+    pub const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+}
+
+impl Stream {
+    /// The one order of all brokers.
+    pub const GLOBAL: Self = Self(u32::MAX);
+
+    /// The own order of a broker.
+    #[inline]
+    #[must_use]
+    pub const fn of(broker: BrokerId) -> Self {
+        Self(broker.0)
+    }
+
+    /// The broker whose own order it is; `None` for the global one.
+    #[inline]
+    #[must_use]
+    pub const fn broker(self) -> Option<BrokerId> {
+        match self {
+            Self::GLOBAL => None,
+            Self(broker) => Some(BrokerId(broker)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_the_global_one_or_a_brokers() {
+        assert_eq!(Stream::GLOBAL.broker(), None);
+        assert_eq!(Stream::of(BrokerId(3)).broker(), Some(BrokerId(3)));
+    }
+
+    #[test]
+    fn a_number_that_does_not_fit_names_nobody() {
+        assert_eq!((BrokerId(31).byte(), BrokerId(256).byte()), (31, u8::MAX));
+        assert_eq!(Incarnation::from_word(Incarnation(7).word()), Incarnation(7));
+        assert_eq!(Incarnation::from_word(1 << 32), Incarnation(u32::MAX));
+        assert_eq!(Term(u64::MAX).next(), Term(u64::MAX));
+    }
+}
