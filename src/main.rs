@@ -28,7 +28,7 @@ enum Command {
     Region(region::RegionCommand),
     /// Run one broker in the foreground.
     Broker(broker::BrokerArgs),
-    /// List the brokers that are alive, and say who elects their head.
+    /// List the brokers that are alive, and say who elects their leader.
     Brokers(brokers::BrokersArgs),
     /// Start, watch and stop a local cluster of broker processes on one region.
     Cluster(ClusterArgs),

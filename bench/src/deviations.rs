@@ -107,7 +107,7 @@ const BY_CONSTRUCTION: [(&str, &str); 4] = [
         "DEV-010",
         "| DEV-010 | messages from disk to durable | length of the chain | 1 word a replica | | | by construction |",
     ),
-    ("DEV-011", "| DEV-011 | bytes of tables a broker that can be the head | 0 | 4.5 MB | | | by construction |"),
+    ("DEV-011", "| DEV-011 | bytes of tables a broker that can be the leader | 0 | 4.5 MB | | | by construction |"),
 ];
 
 type Measure = fn(&DeviationArgs) -> Result<Vec<Comparison>>;

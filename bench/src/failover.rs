@@ -12,14 +12,14 @@ const SETTLED: Duration = Duration::from_millis(500);
 
 pub fn run(args: &BenchArgs) -> Result<()> {
     let args = BenchArgs { brokers: args.brokers.max(2), ..args.clone() };
-    let (mut head, mut other, mut quiet) = (vec![], vec![], vec![]);
+    let (mut leader, mut other, mut quiet) = (vec![], vec![], vec![]);
     for _ in 0..args.runs {
-        head.push(longest_gap(&args, Some(0))?);
+        leader.push(longest_gap(&args, Some(0))?);
         other.push(longest_gap(&args, Some(1))?);
         quiet.push(longest_gap(&args, None)?);
     }
     let rows = [
-        Row::new("failover.head_killed.longest_gap", "s", &head).with_ceiling("nobody killed", &quiet),
+        Row::new("failover.leader_killed.longest_gap", "s", &leader).with_ceiling("nobody killed", &quiet),
         Row::new("failover.broker_killed.longest_gap", "s", &other).with_ceiling("nobody killed", &quiet),
     ];
     Report::new(args.parameters(), args.format()).print(&rows)

@@ -55,7 +55,7 @@ enum BenchCommand {
     Sequencer(GridArgs),
     /// CPU of an idle broker.
     Idle(BenchArgs),
-    /// Longest time without an acknowledgement when the head, or another broker, is killed.
+    /// Longest time without an acknowledgement when the leader, or another broker, is killed.
     Failover(BenchArgs),
     /// Goodput with replication at levels 1 and 2, beside the disk's and that without.
     Replication(BenchArgs),

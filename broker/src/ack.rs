@@ -2,8 +2,8 @@
 
 use crate::delegation::OrderedLocally;
 use embarcadero_cxl::Fabric;
-use embarcadero_cxl::headship::NoHead;
 use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::read_completion;
@@ -100,13 +100,13 @@ impl AckQueue {
     /// not durable yet, and has to be, follows from [`AckQueue::poll`].
     ///
     /// # Errors
-    /// [`NoHead`]: nobody can say.
+    /// [`NoLeader`]: nobody can say.
     pub fn replay<F: Fabric>(
         &mut self,
         region: &Region<F>,
         from: u64,
         mut send: impl FnMut(Ack),
-    ) -> Result<(), NoHead> {
+    ) -> Result<(), NoLeader> {
         let committed = read_progress(region, self.slot)?;
         for sequence in from.max(committed.saturating_sub(SESSION_WINDOW))..committed + SESSION_WINDOW {
             let commit = read_commit(region, self.slot, sequence);
@@ -124,7 +124,7 @@ impl AckQueue {
     }
 
     /// Where a committed batch is in the order. One whose record is gone is no later than the newest.
-    fn place<F: Fabric>(&self, region: &Region<F>, sequence: u64, commit: Commit) -> Result<Committed, NoHead> {
+    fn place<F: Fabric>(&self, region: &Region<F>, sequence: u64, commit: Commit) -> Result<Committed, NoLeader> {
         Ok(match commit {
             Commit::At(record) => Committed { sequence, first_offset: record.first_offset, position: record.position },
             Commit::Forgotten | Commit::Unknown => {

@@ -7,7 +7,7 @@ use crate::replica::store::StreamFiles;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
-use embarcadero_cxl::headship::{NoHead, read_headship};
+use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
@@ -185,13 +185,13 @@ impl ArchiveReader {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
         answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
-        let Some(head) = read_headship(&self.region) else {
-            answers.spawn(async { Err(NoHead.to_string()) });
+        let Some(leader) = read_leader(&self.region) else {
+            answers.spawn(async { Err(NoLeader.to_string()) });
             return answers;
         };
         for id in self.region.geometry().brokers().filter(|id| *id != self.broker) {
             let Some(info) = read_broker(&self.region, id) else { continue };
-            if head.broker_mask & 1 << id.0 != 0 {
+            if leader.broker_mask & 1 << id.0 != 0 {
                 answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
             } else if info.running && read_replica_state(&self.region, id) == ReplicaState::Running {
                 answers.spawn(async move { Err(format!("broker {id} is not there")) });

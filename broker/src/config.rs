@@ -52,7 +52,7 @@ pub struct CxlConfig {
     #[serde(alias = "device")]
     pub path: PathBuf,
     /// The region's mirror, on another unit of memory, as `region create --mirror` made it. Of a region that has one, every
-    /// broker that may be the head names it.
+    /// broker that may be the leader names it.
     pub mirror: Option<PathBuf>,
     /// What the platform gives.
     pub coherence: Coherence,
@@ -111,11 +111,11 @@ impl CxlConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// The head if there is none, else a follower.
+    /// The leader if there is none, else a follower.
     Auto,
-    /// The head, or fail.
-    Head,
-    /// Never the head.
+    /// The leader, or fail.
+    Leader,
+    /// Never the leader.
     Follower,
 }
 
@@ -225,8 +225,8 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// Prefix of all keys.
     pub prefix: String,
-    /// After what silence etcd takes a broker for gone, seconds. (A head that is silent in the region is replaced after
-    /// `head_lease_ms`.)
+    /// After what silence etcd takes a broker for gone, seconds. (A leader that is silent in the region is replaced after
+    /// `leader_lease_ms`.)
     pub lease_s: u32,
 }
 
@@ -244,7 +244,7 @@ pub struct BrokerConfig {
     pub id: Option<BrokerId>,
     /// Part to take.
     pub role: Role,
-    /// Who elects the head.
+    /// Who elects the leader.
     pub membership: Membership,
     /// etcd, where `membership` is `etcd`.
     pub etcd: EtcdConfig,
@@ -284,10 +284,10 @@ pub struct BrokerConfig {
     pub session_idle_ms: u64,
     /// Time between heartbeats (and retention, reclaim, topic discovery), milliseconds.
     pub heartbeat_ms: u64,
-    /// After what silence the head takes a broker for dead, milliseconds.
+    /// After what silence the leader takes a broker for dead, milliseconds.
     pub broker_lease_ms: u64,
-    /// After what silence the head is replaced, milliseconds. (One whose process is gone is replaced at once.)
-    pub head_lease_ms: u64,
+    /// After what silence the leader is replaced, milliseconds. (One whose process is gone is replaced at once.)
+    pub leader_lease_ms: u64,
     /// How long a subscriber may hold what retention wants, milliseconds.
     pub delivery_patience_ms: u64,
     /// How long a broker that is told to stop (SIGTERM) waits for its clients to be served and gone, milliseconds.
@@ -324,7 +324,7 @@ impl Default for BrokerConfig {
             session_idle_ms: 60_000,
             heartbeat_ms: 10,
             broker_lease_ms: 2000,
-            head_lease_ms: 100,
+            leader_lease_ms: 100,
             delivery_patience_ms: 5000,
             drain_ms: 3000,
             socket_buffer_bytes: None,
@@ -353,7 +353,7 @@ impl BrokerConfig {
             ("session_idle_ms", self.session_idle_ms, 100, 86_400_000),
             ("heartbeat_ms", self.heartbeat_ms, 1, 1000),
             ("broker_lease_ms", self.broker_lease_ms, heartbeats, 600_000),
-            ("head_lease_ms", self.head_lease_ms, heartbeats, 600_000),
+            ("leader_lease_ms", self.leader_lease_ms, heartbeats, 600_000),
             ("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000),
             ("drain_ms", self.drain_ms, 0, 3_600_000),
             ("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30),
@@ -398,7 +398,7 @@ impl BrokerConfig {
         }
         if self.membership == Membership::Embedded && self.cxl.coherence == Coherence::None && self.role == Role::Auto {
             let bound =
-                "head or follower where cxl.coherence is none and membership is embedded (membership: etcd elects)";
+                "leader or follower where cxl.coherence is none and membership is embedded (membership: etcd elects)";
             return Err(OutOfBounds::new("role", "auto", bound));
         }
         if self.cxl.coherence != Coherence::None && self.cxl.flush != FlushChoice::Auto {

@@ -8,8 +8,8 @@ use crate::sequencer::{Command, SessionError};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
-use embarcadero_cxl::headship::{NoHead, read_headship};
 use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name, live_topics, read_broker, read_topic};
@@ -23,20 +23,20 @@ use tonic::{Request, Response, Status};
 /// How long the sequencer may take to answer, and brokers to let go of a topic.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// How long a call waits while the region has no head, and how often it looks.
-const HEAD_WAIT: Duration = Duration::from_secs(2);
-const HEAD_POLL: Duration = Duration::from_millis(5);
+/// How long a call waits while the region has no leader, and how often it looks.
+const LEADER_WAIT: Duration = Duration::from_secs(2);
+const LEADER_POLL: Duration = Duration::from_millis(5);
 
-/// What the head adds to a broker's control service.
-pub struct HeadControl {
+/// What the leader adds to a broker's control service.
+pub struct LeaderControl {
     /// To the sequencer.
     pub commands: Sender<Command>,
     /// One change of the topic table at a time.
     pub topics: tokio::sync::Mutex<()>,
 }
 
-/// There while this broker is the head.
-pub type HeadSlot = RwLock<Option<Arc<HeadControl>>>;
+/// There while this broker is the leader.
+pub type CurrentLeader = RwLock<Option<Arc<LeaderControl>>>;
 
 /// The service of one broker.
 pub struct ControlService {
@@ -44,9 +44,9 @@ pub struct ControlService {
     pub region: Region<Native>,
     /// Largest batch.
     pub max_batch_bytes: u64,
-    /// What the head can do, if this broker is it.
-    pub head: Arc<HeadSlot>,
-    /// This broker's allocator; at the head, with the leader allocator, everyone's.
+    /// What the leader can do, if this broker is it.
+    pub leader: Arc<CurrentLeader>,
+    /// This broker's allocator; at the leader, with the leader allocator, everyone's.
     pub pool: Arc<dyn SegmentAllocator>,
     /// What is on this broker's disk.
     pub(crate) catalog: Arc<Catalog>,
@@ -55,13 +55,13 @@ pub struct ControlService {
 }
 
 impl ControlService {
-    /// Who elects the head, and whether it can.
+    /// Who elects the leader, and whether it can.
     fn membership(&self) -> String {
         if let Some(etcd) = &self.etcd {
             return match etcd.lost() {
                 None => "etcd".to_owned(),
                 Some((time, error)) => {
-                    format!("etcd, lost {} s ago: topics go on, no head can be elected ({error})", time.as_secs())
+                    format!("etcd, lost {} s ago: topics go on, no leader can be elected ({error})", time.as_secs())
                 }
             };
         }
@@ -69,33 +69,33 @@ impl ControlService {
     }
 
     #[allow(clippy::result_large_err)] // tonic's own error type
-    fn head(&self) -> Result<Arc<HeadControl>, Status> {
-        let head = self.head.read().unwrap_or_else(PoisonError::into_inner).clone();
-        head.ok_or_else(|| {
-            let head = read_headship(&self.region).and_then(|head| read_broker(&self.region, head.broker));
-            Status::failed_precondition(match head {
-                Some(head) => format!("this broker is not the head; the head is at {}", head.control),
-                None => "this broker is not the head, and the region has none".to_owned(),
+    fn leader(&self) -> Result<Arc<LeaderControl>, Status> {
+        let leader = self.leader.read().unwrap_or_else(PoisonError::into_inner).clone();
+        leader.ok_or_else(|| {
+            let leader = read_leader(&self.region).and_then(|leader| read_broker(&self.region, leader.broker));
+            Status::failed_precondition(match leader {
+                Some(leader) => format!("this broker is not the leader; the leader is at {}", leader.control),
+                None => "this broker is not the leader, and the region has none".to_owned(),
             })
         })
     }
 
-    /// What the head says, once there is one.
-    async fn of_head<R>(&self, read: impl Fn(&Region<Native>) -> Result<R, NoHead>) -> Result<R, Status> {
-        let deadline = Instant::now() + HEAD_WAIT;
+    /// What the leader says, once there is one.
+    async fn with_leader<R>(&self, read: impl Fn(&Region<Native>) -> Result<R, NoLeader>) -> Result<R, Status> {
+        let deadline = Instant::now() + LEADER_WAIT;
         loop {
             match read(&self.region) {
                 Ok(result) => return Ok(result),
                 Err(error) if Instant::now() >= deadline => {
                     return Err(Status::unavailable(format!("{error} (membership: {})", self.membership())));
                 }
-                Err(NoHead) => tokio::time::sleep(HEAD_POLL).await,
+                Err(NoLeader) => tokio::time::sleep(LEADER_POLL).await,
             }
         }
     }
 
     async fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
-        self.of_head(live_topics)
+        self.with_leader(live_topics)
             .await?
             .into_iter()
             .find(|topic| topic.name == name)
@@ -104,8 +104,8 @@ impl ControlService {
 
     async fn ask<R: Send + 'static>(&self, command: impl FnOnce(Sender<R>) -> Command) -> Result<R, Status> {
         let (reply, answer): (Sender<R>, Receiver<R>) = bounded(1);
-        let head = self.head()?;
-        head.commands.send(command(reply)).map_err(|_| Status::unavailable("the sequencer has stopped"))?;
+        let leader = self.leader()?;
+        leader.commands.send(command(reply)).map_err(|_| Status::unavailable("the sequencer has stopped"))?;
         tokio::task::spawn_blocking(move || answer.recv_timeout(ANSWER))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
@@ -176,8 +176,8 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
 impl Control for ControlService {
     async fn metadata(&self, _: Request<proto::MetadataRequest>) -> Result<Response<proto::MetadataResponse>, Status> {
         let region = &self.region;
-        let topics = self.of_head(live_topics).await?;
-        let (brokers, head) = live_brokers(region);
+        let topics = self.with_leader(live_topics).await?;
+        let (brokers, leader) = live_brokers(region);
         Ok(Response::new(proto::MetadataResponse {
             region_uuid: region.uuid().to_string(),
             brokers: brokers
@@ -187,7 +187,7 @@ impl Control for ControlService {
                     incarnation: broker.incarnation.0,
                     data_endpoint: broker.data.to_string(),
                     control_endpoint: broker.control.to_string(),
-                    head: Some(broker.id) == head,
+                    leader: Some(broker.id) == leader,
                 })
                 .collect(),
             topics: topics.iter().map(topic_to_proto).collect(),
@@ -204,22 +204,22 @@ impl Control for ControlService {
     ) -> Result<Response<proto::Topic>, Status> {
         let mut config = requested_topic(request.get_ref())?;
         let needed = config.replication_factor - 1;
-        let running = self.of_head(running_replicas).await?.count_ones();
+        let running = self.with_leader(running_replicas).await?.count_ones();
         if running < needed.into() {
             return Err(Status::resource_exhausted(format!(
                 "replication_factor {} needs {needed} live brokers that replicate (replica.path), and there are {running}",
                 config.replication_factor
             )));
         }
-        let head = self.head()?;
-        let _one_at_a_time = head.topics.lock().await;
-        if self.of_head(live_topics).await?.iter().any(|topic| topic.name == config.name) {
+        let leader = self.leader()?;
+        let _one_at_a_time = leader.topics.lock().await;
+        if self.with_leader(live_topics).await?.iter().any(|topic| topic.name == config.name) {
             return Err(Status::already_exists(format!("topic {:?} exists already", config.name)));
         }
         let slots = self.region.geometry().max_topics;
         let mut free = None;
         for id in self.region.geometry().topics().rev() {
-            match self.of_head(|region| read_topic(region, id)).await? {
+            match self.with_leader(|region| read_topic(region, id)).await? {
                 None => free = Some((id, Incarnation::NONE.next())),
                 Some(old) if old.state == TopicState::Free => free = Some((id, old.incarnation.next())),
                 Some(_) => {}
@@ -238,8 +238,8 @@ impl Control for ControlService {
         &self,
         request: Request<proto::DeleteTopicRequest>,
     ) -> Result<Response<proto::DeleteTopicResponse>, Status> {
-        let head = self.head()?;
-        let _one_at_a_time = head.topics.lock().await;
+        let leader = self.leader()?;
+        let _one_at_a_time = leader.topics.lock().await;
         let topic = self.topic(&request.get_ref().name).await?;
         self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?;
         Ok(Response::new(proto::DeleteTopicResponse {}))
@@ -258,9 +258,9 @@ impl Control for ControlService {
         let id = |stream| StreamId { topic: topic.id, stream };
         let read = |region: &_| {
             let extents = streams.iter().map(|stream| Ok((*stream, read_extent(region, id(*stream))?)));
-            extents.collect::<Result<Vec<_>, NoHead>>()
+            extents.collect::<Result<Vec<_>, NoLeader>>()
         };
-        let streams = self.of_head(read).await?;
+        let streams = self.with_leader(read).await?;
         let streams = streams
             .into_iter()
             .filter(|(_, extent)| extent.incarnation == topic.incarnation)
@@ -279,7 +279,7 @@ impl Control for ControlService {
         request: Request<proto::OpenSessionRequest>,
     ) -> Result<Response<proto::OpenSessionResponse>, Status> {
         let request = request.into_inner();
-        self.head()?;
+        self.leader()?;
         let topic = self.topic(&request.topic).await?;
         if request.client_id == 0 {
             return Err(Status::invalid_argument("client_id is 0; it must be at least 1"));
@@ -331,7 +331,7 @@ impl Control for ControlService {
         &self,
         _: Request<proto::AllocateSegmentRequest>,
     ) -> Result<Response<proto::AllocateSegmentResponse>, Status> {
-        self.head()?;
+        self.leader()?;
         match self.pool.allocate() {
             Ok(segment) => Ok(Response::new(proto::AllocateSegmentResponse { segment })),
             Err(error @ PoolError::Exhausted { .. }) => Err(Status::resource_exhausted(error.to_string())),
@@ -343,7 +343,7 @@ impl Control for ControlService {
         &self,
         request: Request<proto::ReleaseSegmentRequest>,
     ) -> Result<Response<proto::ReleaseSegmentResponse>, Status> {
-        self.head()?;
+        self.leader()?;
         self.pool
             .release(request.get_ref().segment)
             .map(|()| Response::new(proto::ReleaseSegmentResponse {}))

@@ -1,14 +1,14 @@
 //! Local order: one delegation a broker appends received batches to the Batchlog in arrival order. For topics
 //! without a global order it writes the broker's own order index instead.
 
-use crate::reclaim::{Leftovers, Reclaimer};
+use crate::reclaim::{OrphanedSegments, Reclaimer};
 use crate::replica::completion::trimmable;
 use crate::topics::{Topic, TopicTable};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender};
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
-use embarcadero_cxl::headship::read_headship;
-use embarcadero_cxl::layout::{BatchEntry, IndexEntry, Seat};
+use embarcadero_cxl::layout::{BatchEntry, IndexEntry, LeaderArea};
+use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, Retention, StreamId, lowest_pin};
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::PartitionAllocator;
@@ -113,7 +113,7 @@ pub struct Delegation<F: Fabric> {
     /// A later process has this broker's place.
     superseded: bool,
     /// Of the region, and of its mirror.
-    leftovers: Vec<Leftovers<F>>,
+    leftovers: Vec<OrphanedSegments<F>>,
 }
 
 impl<F: Fabric> Delegation<F> {
@@ -126,7 +126,8 @@ impl<F: Fabric> Delegation<F> {
     ) -> Self {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
-        let leftovers = vec![Leftovers::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()))];
+        let leftovers =
+            vec![OrphanedSegments::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()))];
         Self {
             logs: (0..slots).map(|_| None).collect(),
             topics,
@@ -163,11 +164,11 @@ impl<F: Fabric> Delegation<F> {
         self.superseded
     }
 
-    /// Gives back what this broker took as the head in the region's mirror, too.
+    /// Gives back what this broker took as the leader in the region's mirror, too.
     pub fn tidy(&mut self, mirror: Region<F>) {
         let broker = self.topics.broker();
         let pool = Arc::new(PartitionAllocator::of_broker(mirror.clone(), broker));
-        self.leftovers.push(Leftovers::new(mirror, broker, pool));
+        self.leftovers.push(OrphanedSegments::new(mirror, broker, pool));
     }
 
     /// Takes up to `budget` batches; publishes groups, and what is left once nothing more is there. Returns how many
@@ -273,8 +274,8 @@ impl<F: Fabric> Delegation<F> {
             let own = IndexOptions {
                 id: StreamId { topic: config.id, stream: Stream::of(broker) },
                 incarnation: config.incarnation,
-                writer: Seat(broker),
-                epoch: Term::NONE,
+                writer: LeaderArea(broker),
+                term: Term::NONE,
             };
             Log::Own(OrderIndexWriter::open(region.clone(), own, Arc::clone(self.topics.pool())))
         };
@@ -328,7 +329,7 @@ impl<F: Fabric> Delegation<F> {
         }
         let region = self.topics.region().clone();
         let broker = self.topics.broker();
-        let live = read_headship(&region).map_or(u64::MAX, |head| head.pinning_mask) | 1 << broker.0;
+        let live = read_leader(&region).map_or(u64::MAX, |leader| leader.pinning_mask) | 1 << broker.0;
         let brokers = || region.geometry().brokers().filter(move |id| live & (1 << id.0) != 0);
         self.follow_topics();
         self.leftovers.iter_mut().for_each(|leftovers| leftovers.poll(brokers()));

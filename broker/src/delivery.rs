@@ -147,7 +147,7 @@ impl SubscriberSession {
         let Ok(trimmed) = self.topic.pins.set(self.pin, 0) else { return Ok(false) };
         let Some(extent) = self.extent() else { return Ok(false) };
         let next_offset = match self.next_offset(&extent) {
-            Err(ReadError::NoHead(_)) => return Ok(false),
+            Err(ReadError::NoLeader(_)) => return Ok(false),
             known => known.map_err(unreadable)?,
         };
         let committed = self.reader.committed();
@@ -216,7 +216,7 @@ impl SubscriberSession {
     /// # Errors
     /// The index cannot be read.
     pub fn position(&mut self, outbox: &mut Outbox) -> Result<(), TransportError> {
-        // Between two heads nobody can say; the client asks again.
+        // Between two leaders nobody can say; the client asks again.
         let extent = read_extent(&self.region, self.stream).map_err(ReadError::from).map_err(unreadable)?;
         let exists = extent.incarnation == self.topic.config.incarnation;
         let next_offset = match Some(extent).filter(|_| exists) {
@@ -266,7 +266,7 @@ impl SubscriberSession {
         while self.cursor < committed && outbox.len() < QUEUED_BATCHES {
             let entry = match self.reader.read(self.cursor) {
                 Ok(entry) => entry,
-                Err(ReadError::NoHead(_)) => break,
+                Err(ReadError::NoLeader(_)) => break,
                 Err(error) => return Err(unreadable(error)),
             };
             if entry.bytes == 0 && outbox.lowest_position() != u64::MAX {
@@ -302,7 +302,7 @@ impl SubscriberSession {
         }
         let since = *self.unwanted_since.get_or_insert(now);
         if outbox.is_mid_way() && now.saturating_duration_since(since) < patience {
-            // Whether or not there is a head.
+            // Whether or not there is a leader.
             let _ = self.topic.pins.set(self.pin, outbox.lowest_position());
             return Ok(());
         }
@@ -477,6 +477,6 @@ impl SubscriberSession {
 }
 
 fn unreadable(error: ReadError) -> TransportError {
-    let code = if let ReadError::NoHead(_) = error { ErrorCode::Unavailable } else { ErrorCode::Corrupt };
+    let code = if let ReadError::NoLeader(_) = error { ErrorCode::Unavailable } else { ErrorCode::Corrupt };
     TransportError::refused(code, error.to_string())
 }

@@ -4,8 +4,8 @@ use crate::ack::{AckOptions, AckQueue};
 use crate::delegation::{Landed, Origin};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
-use embarcadero_cxl::headship::NoHead;
 use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::session_table::{SessionState, read_progress, read_session};
 use embarcadero_cxl::{Native, RegionOffset};
 use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
@@ -57,7 +57,7 @@ impl PublisherSession {
         now: Instant,
     ) -> Result<(Self, PublishReady), TransportError> {
         let refuse = |code, text: String| Err(TransportError::refused(code, text));
-        let nobody = |error: NoHead| TransportError::refused(ErrorCode::Unavailable, error.to_string());
+        let nobody = |error: NoLeader| TransportError::refused(ErrorCode::Unavailable, error.to_string());
         let Some(topic) = topics.get(open.topic, open.topic_incarnation).map_err(nobody)? else {
             let text = format!("topic slot {} incarnation {} is not live", open.topic, open.topic_incarnation);
             return refuse(ErrorCode::UnknownTopic, text);

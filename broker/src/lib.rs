@@ -6,17 +6,17 @@
 //! longer holds. [`worker`] runs these stages; [`control`] is the gRPC side.
 #![forbid(unsafe_code)]
 
-mod absent;
 pub mod ack;
 mod archive;
 pub mod blog;
 mod broker;
 pub mod config;
 pub mod control;
+mod dead_broker;
 pub mod delegation;
 pub mod delivery;
-mod head;
 pub mod ingest;
+mod leader;
 pub mod membership;
 pub mod mirror;
 pub mod pool;

@@ -1,13 +1,13 @@
-//! The mirror: a second region, on another unit of memory, in which the head keeps a copy of what it writes: topics,
+//! The mirror: a second region, on another unit of memory, in which the leader keeps a copy of what it writes: topics,
 //! sessions, and the global orders. Should the region be lost, it says what was in it to the last message that was
 //! acknowledged ([`crate::replica::restore`]).
 //!
-//! It has the tables of a region and is written by the same code, each head in its own area. What the mirror shows, the
+//! It has the tables of a region and is written by the same code, each leader in its own area. What the mirror shows, the
 //! region shows already or is about to; what is acknowledged, both have.
 
 use crate::sequencer::spare_segments;
-use embarcadero_cxl::headship::{claim, inherit, last_led, lead};
-use embarcadero_cxl::layout::{RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW};
+use embarcadero_cxl::leadership::{activate_term, claim_term, last_active};
 use embarcadero_cxl::order_index::{
     IndexOptions, OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at,
 };
@@ -17,6 +17,7 @@ use embarcadero_cxl::session_table::{
     Commit, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at, read_session_at,
 };
 use embarcadero_cxl::tables::{TopicConfig, live_topics_at, publish_topic};
+use embarcadero_cxl::takeover::copy_predecessor;
 use embarcadero_cxl::{Fabric, Site};
 use embarcadero_wire::{Stream, Term};
 use std::sync::Arc;
@@ -31,30 +32,30 @@ pub fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), Re
     mirror.require_uuid(region.uuid())
 }
 
-/// The mirror, as the head writes it.
+/// The mirror, as the leader writes it.
 pub struct Mirror<F: Fabric> {
     region: Region<F>,
-    seat: Seat,
-    epoch: Term,
+    area: LeaderArea,
+    term: Term,
     pool: Arc<dyn SegmentAllocator>,
 }
 
 impl<F: Fabric> Mirror<F> {
-    /// Takes over from the head before, as in the region itself. That may be another one here: it came so far, and no further.
+    /// Takes over from the leader before, as in the region itself. That may be another one here: it came so far, and no further.
     ///
     /// # Errors
     /// [`PoolError`] when there is no room to go on in.
-    pub fn take_over(region: Region<F>, seat: Seat, epoch: Term) -> Result<Self, PoolError> {
-        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
+    pub fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, PoolError> {
+        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
         // Whoever it was may go on, unless it was this broker.
-        let mut spares = match last_led(&region) {
-            Some((led, _)) if led != seat => spare_segments(&region, &*pool)?,
+        let mut spares = match last_active(&region) {
+            Some((led, _)) if led != area => spare_segments(&region, &*pool)?,
             _ => Vec::new(),
         };
-        claim(&region, seat, epoch);
-        let own = inherit(&region, seat).from.is_none_or(|(from, _)| from == seat);
-        let mirror = Self { region, seat, epoch, pool };
-        for config in live_topics_at(&mirror.region, seat) {
+        claim_term(&region, area, term);
+        let own = copy_predecessor(&region, area).from.is_none_or(|(from, _)| from == area);
+        let mirror = Self { region, area, term, pool };
+        for config in live_topics_at(&mirror.region, area) {
             if config.order.is_global() && !own {
                 mirror.open(&config).replace_last(&mut spares)?;
             }
@@ -62,7 +63,7 @@ impl<F: Fabric> Mirror<F> {
         for spare in spares {
             let _ = mirror.pool.release(spare);
         }
-        lead(&mirror.region, seat, epoch);
+        activate_term(&mirror.region, area, term);
         Ok(mirror)
     }
 
@@ -71,8 +72,8 @@ impl<F: Fabric> Mirror<F> {
         let copy = IndexOptions {
             id: StreamId { topic: config.id, stream: Stream::GLOBAL },
             incarnation: config.incarnation,
-            writer: self.seat,
-            epoch: self.epoch,
+            writer: self.area,
+            term: self.term,
         };
         OrderIndexWriter::open(self.region.clone(), copy, Arc::clone(&self.pool))
     }
@@ -96,7 +97,7 @@ impl<F: Fabric> Mirror<F> {
             }
         }
         copy.write_back_entries();
-        copy.publish_tail(self.epoch);
+        copy.publish_tail(self.term);
         copy.fence();
         Ok(copy)
     }
@@ -104,10 +105,10 @@ impl<F: Fabric> Mirror<F> {
     /// Copies what is known of sessions.
     pub fn follow_sessions(&self, from: &Region<F>) {
         for slot in from.geometry().sessions() {
-            let Some(session) = read_session_at(from, self.seat, slot) else { continue };
-            let expected = read_progress_at(from, self.seat, slot);
+            let Some(session) = read_session_at(from, self.area, slot) else { continue };
+            let expected = read_progress_at(from, self.area, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
-                if let Commit::At(record) = read_commit_at(from, self.seat, slot, sequence) {
+                if let Commit::At(record) = read_commit_at(from, self.area, slot, sequence) {
                     self.commit(&[SessionCommit { slot, record, expected }]);
                 }
             }
@@ -117,17 +118,17 @@ impl<F: Fabric> Mirror<F> {
 
     /// Writes a topic's line.
     pub fn topic(&self, config: &TopicConfig) {
-        publish_topic(&self.region, self.seat, config);
+        publish_topic(&self.region, self.area, config);
     }
 
     /// Writes a session's line.
     pub fn session(&self, session: &Session) {
-        publish_session(&self.region, self.seat, session);
+        publish_session(&self.region, self.area, session);
     }
 
     /// Writes commit records.
     pub fn commit(&self, commits: &[SessionCommit]) {
-        publish_commits(&self.region, self.seat, commits);
+        publish_commits(&self.region, self.area, commits);
         self.region.fabric().fence(Site::RecordFlush);
     }
 }
@@ -150,16 +151,16 @@ pub struct MirroredTopic {
 /// # Errors
 /// [`ReadError`]: its memory is damaged.
 pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadError> {
-    let Some((seat, _)) = last_led(mirror) else { return Ok(Vec::new()) };
+    let Some((area, _)) = last_active(mirror) else { return Ok(Vec::new()) };
     let sessions: Vec<(Session, u64)> = mirror
         .geometry()
         .sessions()
-        .filter_map(|slot| Some((read_session_at(mirror, seat, slot)?, read_progress_at(mirror, seat, slot))))
+        .filter_map(|slot| Some((read_session_at(mirror, area, slot)?, read_progress_at(mirror, area, slot))))
         .collect();
     let mut topics = Vec::new();
-    for config in live_topics_at(mirror, seat).into_iter().filter(|config| config.order.is_global()) {
+    for config in live_topics_at(mirror, area).into_iter().filter(|config| config.order.is_global()) {
         let id = StreamId { topic: config.id, stream: Stream::GLOBAL };
-        let extent = read_extent_at(mirror, seat, id);
+        let extent = read_extent_at(mirror, area, id);
         let mut reader = OrderIndexReader::new(mirror.clone(), id);
         let mut batches = Vec::new();
         // The word for the next offset in the tail may be ahead of it: what counts is where the last batch ends.

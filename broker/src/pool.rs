@@ -2,8 +2,8 @@
 
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
-use embarcadero_cxl::headship::{latest_claimant, read_headship, read_headship_at};
-use embarcadero_cxl::layout::{AllocatorKind, Seat};
+use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
+use embarcadero_cxl::leadership::{latest_claimant, read_leader, read_leader_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::tables::{BrokerInfo, read_broker};
@@ -30,15 +30,15 @@ pub fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<d
 /// How long a call to the leader may take.
 const CALL: Duration = Duration::from_secs(2);
 
-/// Where calls run, and the connection to the head of an epoch.
+/// Where calls run, and the connection to the leader of an term.
 type Calls = (tokio::runtime::Runtime, Option<(Term, ControlClient<Channel>)>);
 
-/// DEV-005 (B): asks the head for segments; at the head, gives them.
+/// DEV-005 (B): asks the leader for segments; at the leader, gives them.
 pub struct LeaderAllocator<F> {
     region: Region<F>,
     broker: BrokerId,
     incarnation: Incarnation,
-    /// From when this broker is the head: then no other allocates any more.
+    /// From when this broker is the leader: then no other allocates any more.
     own: OnceLock<PartitionAllocator<F>>,
     calls: Mutex<Calls>,
 }
@@ -54,13 +54,13 @@ impl<F: Fabric> LeaderAllocator<F> {
         Ok(Self { region, broker, incarnation, own: OnceLock::new(), calls: Mutex::new((runtime, None)) })
     }
 
-    /// The allocator itself, if this broker is the head.
+    /// The allocator itself, if this broker is the leader.
     fn own(&self) -> Option<&PartitionAllocator<F>> {
         // From when it takes over, as it needs segments for that.
-        let (broker, epoch) = latest_claimant(&self.region)?;
-        let head = read_headship_at(&self.region, Seat(broker))?;
-        let is_head = (head.epoch, head.broker, head.incarnation) == (epoch, self.broker, self.incarnation);
-        is_head.then(|| self.own.get_or_init(|| PartitionAllocator::of_leader(self.region.clone())))
+        let (broker, term) = latest_claimant(&self.region)?;
+        let leader = read_leader_at(&self.region, LeaderArea(broker))?;
+        let is_leader = (leader.term, leader.broker, leader.incarnation) == (term, self.broker, self.incarnation);
+        is_leader.then(|| self.own.get_or_init(|| PartitionAllocator::of_leader(self.region.clone())))
     }
 
     fn call<R>(
@@ -68,13 +68,13 @@ impl<F: Fabric> LeaderAllocator<F> {
         request: impl AsyncFnOnce(&mut ControlClient<Channel>) -> Result<R, tonic::Status>,
     ) -> Result<R, PoolError> {
         let unreachable = |error: &dyn std::fmt::Display| PoolError::Unreachable(error.to_string());
-        let head = read_headship(&self.region).ok_or_else(|| unreachable(&"the region has no head"))?;
-        let info = read_broker(&self.region, head.broker).ok_or_else(|| unreachable(&"the head has no address"))?;
+        let leader = read_leader(&self.region).ok_or_else(|| unreachable(&"the region has no leader"))?;
+        let info = read_broker(&self.region, leader.broker).ok_or_else(|| unreachable(&"the leader has no address"))?;
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         let (runtime, client) = &mut *calls;
         runtime.block_on(async {
             let mut connected = match client.take() {
-                Some((epoch, connected)) if epoch == head.epoch => connected,
+                Some((term, connected)) if term == leader.term => connected,
                 _ => {
                     let endpoint = tonic::transport::Endpoint::try_from(format!("http://{}", info.control))
                         .map_err(|error| unreachable(&error))?
@@ -85,7 +85,7 @@ impl<F: Fabric> LeaderAllocator<F> {
             };
             let result = request(&mut connected).await;
             if result.as_ref().err().is_none_or(|status| status.code() == Code::ResourceExhausted) {
-                *client = Some((head.epoch, connected));
+                *client = Some((leader.term, connected));
             }
             result.map_err(|status| match status.code() {
                 Code::ResourceExhausted => PoolError::Exhausted { segments: self.region.geometry().segment_count },

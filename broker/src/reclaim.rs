@@ -1,7 +1,7 @@
 //! When a segment may return to the pool: nobody reads it, and retention does not want it.
 
 use crate::topics::Topic;
-use embarcadero_cxl::headship::{NoHead, of_head, office_mark};
+use embarcadero_cxl::leadership::{NoLeader, leader_version, with_leader};
 use embarcadero_cxl::order_index::{
     OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at, read_sequencer_half,
 };
@@ -45,13 +45,13 @@ impl<F: Fabric> PinBoard<F> {
         if let Some(pin) = inner.0.get_mut(reader) {
             *pin = None;
         }
-        // Whether or not there is a head.
+        // Whether or not there is a leader.
         let _ = Self::show(&mut inner);
     }
 
     /// Lets go of what a reader pinned.
     pub fn clear(&self, reader: usize) {
-        // Whether or not there is a head.
+        // Whether or not there is a leader.
         let _ = self.set(reader, u64::MAX);
     }
 
@@ -59,9 +59,9 @@ impl<F: Fabric> PinBoard<F> {
     /// or above both stays.
     ///
     /// # Errors
-    /// [`NoHead`]: nobody can say what is trimmed.
+    /// [`NoLeader`]: nobody can say what is trimmed.
     #[inline]
-    pub fn set(&self, reader: usize, position: u64) -> Result<u64, NoHead> {
+    pub fn set(&self, reader: usize, position: u64) -> Result<u64, NoLeader> {
         let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(pin) = inner.0.get_mut(reader) {
             *pin = Some(position);
@@ -69,7 +69,7 @@ impl<F: Fabric> PinBoard<F> {
         Self::show(&mut inner)
     }
 
-    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> Result<u64, NoHead> {
+    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> Result<u64, NoLeader> {
         pin.set(pins.iter().flatten().copied().min().unwrap_or(u64::MAX))
     }
 }
@@ -187,29 +187,29 @@ impl<F: Fabric> Reclaimer<F> {
     }
 }
 
-/// A segment of a global order index that this broker took as the head.
+/// A segment of a global order index that this broker took as the leader.
 struct Leftover {
     segment: u32,
     owner: SegmentUse,
     id: StreamId,
     incarnation: Incarnation,
     ordinal: u64,
-    /// Where the order stood when the head was seen to have another segment in its place.
+    /// Where the order stood when the leader was seen to have another segment in its place.
     replaced_at: Option<u64>,
 }
 
-/// Index segments that this broker took as the head before another took over, or in an earlier life. Only this broker may
+/// Index segments that this broker took as the leader before another took over, or in an earlier life. Only this broker may
 /// give them back, so it does, once nobody reads them any more.
-pub struct Leftovers<F: Fabric> {
+pub struct OrphanedSegments<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
     pool: Arc<dyn SegmentAllocator>,
-    /// The head under which they were looked for.
+    /// The leader under which they were looked for.
     mark: Option<u64>,
     found: Vec<Leftover>,
 }
 
-impl<F: Fabric> Leftovers<F> {
+impl<F: Fabric> OrphanedSegments<F> {
     /// None found yet.
     pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
         Self { region, broker, pool, mark: None, found: Vec::new() }
@@ -217,7 +217,7 @@ impl<F: Fabric> Leftovers<F> {
 
     /// Gives back what is not needed any more; the pins of `brokers` count. Only where the sequencer runs, if it does.
     pub fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
-        let mark = office_mark(&self.region);
+        let mark = leader_version(&self.region);
         if self.mark != Some(mark) {
             self.mark = Some(mark);
             self.find();
@@ -231,7 +231,7 @@ impl<F: Fabric> Leftovers<F> {
             }
             // The sequencer gave it back.
             Ok(needed) => needed,
-            Err(NoHead) => true,
+            Err(NoLeader) => true,
         });
     }
 
@@ -253,11 +253,11 @@ impl<F: Fabric> Leftovers<F> {
         broker: BrokerId,
         left: &mut Leftover,
         brokers: impl Iterator<Item = BrokerId>,
-    ) -> Result<bool, NoHead> {
+    ) -> Result<bool, NoLeader> {
         let Leftover { segment, id, incarnation, ordinal, .. } = *left;
-        let (own, config, extent, current) = of_head(region, |seat| {
-            let current = read_directory(region, id, seat, ordinal) == Some(segment);
-            (seat.0 == broker, read_topic_at(region, seat, id.topic), read_extent_at(region, seat, id), current)
+        let (own, config, extent, current) = with_leader(region, |area| {
+            let current = read_directory(region, id, area, ordinal) == Some(segment);
+            (area.0 == broker, read_topic_at(region, area, id.topic), read_extent_at(region, area, id), current)
         })?;
         let Some(config) = config else { return Ok(true) };
         if config.incarnation != incarnation || config.state == TopicState::Free {

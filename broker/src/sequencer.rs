@@ -1,4 +1,4 @@
-//! Global order: the head's sequencer takes batches from every broker's Batchlog and gives each its place.
+//! Global order: the leader's sequencer takes batches from every broker's Batchlog and gives each its place.
 
 use crate::delegation::since;
 use crate::mirror::Mirror;
@@ -7,8 +7,8 @@ use crate::session::{Arrival, SessionOrder, Verdict};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_cxl::batchlog::{BatchlogReader, lap_of, peek_entry};
-use embarcadero_cxl::headship::{Inheritance, claim, inherit, last_led, lead, read_headship_at, still_leads};
-use embarcadero_cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW, Seat};
+use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW};
+use embarcadero_cxl::leadership::{activate_term, claim_term, last_active, read_leader_at, still_leads};
 use embarcadero_cxl::order_index::{
     ConsumedWriter, IndexOptions, OrderIndexWriter, Retention, StreamId, is_open, lowest_pin,
 };
@@ -16,13 +16,14 @@ use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, read_completion_at};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::session_table::{
-    Commit, Session, SessionCommit, SessionState, mend_session, publish_commits, publish_session, read_commit_at,
-    read_progress_at, read_session_at,
+    Commit, Session, SessionCommit, SessionState, publish_commits, publish_session, read_commit_at, read_progress_at,
+    read_session_at, repair_torn_session,
 };
 use embarcadero_cxl::tables::{
-    TopicConfig, TopicState, live_topics_at, mend_topic, publish_topic, read_pulse, read_released, read_stalls,
-    read_topic_at,
+    TopicConfig, TopicState, live_topics_at, publish_topic, read_pulse, read_released, read_stalls, read_topic_at,
+    repair_torn_topic,
 };
+use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
 use embarcadero_cxl::{Fabric, Guard, Site};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, Term, TopicId};
 use std::sync::Arc;
@@ -81,16 +82,16 @@ pub struct Leases {
     pub idle_us: u64,
 }
 
-/// What is known of the head before.
+/// What is known of the leader before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Predecessor {
-    /// The head of this epoch never writes again; [`Term::NONE`] if there was none.
+    /// The leader of this epoch never writes again; [`Term::NONE`] if there was none.
     Gone(Term),
     /// It may go on at any moment.
     MayGoOn,
 }
 
-/// Where a head writes.
+/// Where a leader writes.
 pub struct Memory<F: Fabric> {
     /// The region.
     pub region: Region<F>,
@@ -105,11 +106,11 @@ pub(crate) fn spare_segments<F: Fabric>(
     region: &Region<F>,
     pool: &dyn SegmentAllocator,
 ) -> Result<Vec<u32>, PoolError> {
-    let Some((seat, _)) = last_led(region) else { return Ok(Vec::new()) };
+    let Some((area, _)) = last_active(region) else { return Ok(Vec::new()) };
     let mut spares = Vec::new();
-    for topic in live_topics_at(region, seat) {
+    for topic in live_topics_at(region, area) {
         let id = StreamId { topic: topic.id, stream: Stream::GLOBAL };
-        if !topic.order.is_global() || !is_open(region, id, seat) {
+        if !topic.order.is_global() || !is_open(region, id, area) {
             continue;
         }
         match pool.allocate() {
@@ -158,11 +159,11 @@ impl<F: Fabric> TopicOrder<F> {
     }
 
     /// Shows what was appended: an acknowledgement that follows is of what both regions have.
-    fn publish(&mut self, epoch: Term) {
+    fn publish(&mut self, term: Term) {
         let indexes = [Some(&mut self.index), self.mirror.as_mut()];
         for index in indexes.into_iter().flatten() {
             index.write_back_entries();
-            index.publish_tail(epoch);
+            index.publish_tail(term);
             // SYNC: the tail is in memory before any commit record; pairs with `read_commit` in the ack stage.
             index.fence();
         }
@@ -188,13 +189,13 @@ pub struct SequencerStats {
     pub fenced: u64,
 }
 
-/// The only writer of a head's area: global order, topics, session table, sequencer halves.
+/// The only writer of a leader's area: global order, topics, session table, sequencer halves.
 pub struct Sequencer<F: Fabric> {
     region: Region<F>,
     pool: Arc<dyn SegmentAllocator>,
     mirror: Option<Mirror<F>>,
-    seat: Seat,
-    epoch: Term,
+    area: LeaderArea,
+    term: Term,
     leases: Leases,
     commands: Receiver<Command>,
     topics: Vec<Option<TopicOrder<F>>>,
@@ -224,10 +225,10 @@ pub struct Takeover<F: Fabric> {
     /// Where it writes.
     pub memory: Memory<F>,
     /// Its area.
-    pub seat: Seat,
-    /// Epoch to lead under, which must be higher than any before.
-    pub epoch: Term,
-    /// What it knows of the head before.
+    pub area: LeaderArea,
+    /// Term to lead under, which must be higher than any before.
+    pub term: Term,
+    /// What it knows of the leader before.
     pub before: Predecessor,
     /// Times to go by.
     pub leases: Leases,
@@ -236,25 +237,25 @@ pub struct Takeover<F: Fabric> {
 }
 
 impl<F: Fabric> Sequencer<F> {
-    /// Takes over the region's order, with everything that is committed. When it returns, the region has a new head.
+    /// Takes over the region's order, with everything that is committed. When it returns, the region has a new leader.
     ///
     /// # Errors
-    /// [`PoolError`]: there are no segments to take over into from a head that may go on, and so that one stays.
+    /// [`PoolError`]: there are no segments to take over into from a leader that may go on, and so that one stays.
     pub fn recover(takeover: Takeover<F>, now_us: u64) -> Result<Self, PoolError> {
-        let Takeover { memory, seat, epoch, before, leases, commands } = takeover;
+        let Takeover { memory, area, term, before, leases, commands } = takeover;
         let Memory { region, pool, mirror } = memory;
         // Found before anything is claimed.
         let mut spares = match before {
             Predecessor::Gone(_) => Vec::new(),
             Predecessor::MayGoOn => spare_segments(&region, &*pool)?,
         };
-        let in_time = region.fabric().keeps(Guard::ClaimBeforeInherit);
+        let in_time = region.fabric().keeps(Guard::ClaimBeforeCopy);
         if in_time {
-            claim(&region, seat, epoch);
+            claim_term(&region, area, term);
         }
-        let Inheritance { begun, from, contested } = inherit(&region, seat);
-        region.geometry().topics().for_each(|topic| mend_topic(&region, seat, topic));
-        region.geometry().sessions().for_each(|slot| mend_session(&region, seat, slot));
+        let PredecessorState { begun, from, contested } = copy_predecessor(&region, area);
+        region.geometry().topics().for_each(|topic| repair_torn_topic(&region, area, topic));
+        region.geometry().sessions().for_each(|slot| repair_torn_session(&region, area, slot));
         let topics = (0..region.geometry().max_topics).map(|_| None).collect();
         let sessions = (0..region.geometry().max_sessions).map(|_| None).collect();
         let pulses = vec![0; region.geometry().max_brokers as usize];
@@ -262,20 +263,20 @@ impl<F: Fabric> Sequencer<F> {
         let stats = SequencerStats::default();
         let configs = (0..region.geometry().max_topics).map(|_| None).collect();
         let stalls = pulses.clone();
-        let mirror = mirror.map(|mirror| Mirror::take_over(mirror, seat, epoch)).transpose()?;
+        let mirror = mirror.map(|mirror| Mirror::take_over(mirror, area, term)).transpose()?;
         let mut sequencer = Self {
             region,
             pool,
             mirror,
-            seat,
-            epoch,
+            area,
+            term,
             leases,
             commands,
             topics,
             sessions,
             pulses,
             backlog: true,
-            first: seat.0.index(),
+            first: area.0.index(),
             held: 0,
             starved: false,
             closing: Vec::new(),
@@ -284,10 +285,10 @@ impl<F: Fabric> Sequencer<F> {
             commits,
             stats,
         };
-        for config in live_topics_at(&sequencer.region, seat) {
+        for config in live_topics_at(&sequencer.region, area) {
             sequencer.open_topic(config);
         }
-        // Another may have led after the caller looked, and before the claim, or may be about to.
+        // Another may have led after the caller looked, and before the claim_term, or may be about to.
         if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, led)| led)) {
             for topic in sequencer.topics.iter_mut().flatten() {
                 topic.index.replace_last(&mut spares)?;
@@ -305,19 +306,19 @@ impl<F: Fabric> Sequencer<F> {
         }
         sequencer.resume_closing();
         if !in_time {
-            claim(&sequencer.region, seat, epoch);
+            claim_term(&sequencer.region, area, term);
         }
-        lead(&sequencer.region, seat, epoch);
+        activate_term(&sequencer.region, area, term);
         Ok(sequencer)
     }
 
     /// False once another took over: then nothing that this one does counts, and it should end.
     #[must_use]
     pub fn leads(&self) -> bool {
-        still_leads(&self.region, self.epoch)
+        still_leads(&self.region, self.term)
     }
 
-    /// Takes again what an earlier head took from the Batchlogs and may have held for a gap to close: its memory is gone,
+    /// Takes again what an earlier leader took from the Batchlogs and may have held for a gap to close: its memory is gone,
     /// but a ring keeps its entries until they are overwritten. What did commit is a duplicate now.
     fn retake_undecided(&mut self, slot: usize, now_us: u64) {
         let Some(mut topic) = self.topics.get_mut(slot).and_then(Option::take) else { return };
@@ -331,7 +332,7 @@ impl<F: Fabric> Sequencer<F> {
                 let intact =
                     entry.lap == lap_of(index, slots) && entry.session_slot.0 < self.region.geometry().max_sessions;
                 if !intact
-                    || read_commit_at(&self.region, self.seat, entry.session_slot, entry.sequence) != Commit::Unknown
+                    || read_commit_at(&self.region, self.area, entry.session_slot, entry.sequence) != Commit::Unknown
                     || topic.make_room().is_err()
                 {
                     continue;
@@ -347,11 +348,11 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    /// Goes on with the deletions that an earlier head began.
+    /// Goes on with the deletions that an earlier leader began.
     fn resume_closing(&mut self) {
         for id in self.region.geometry().topics() {
             let deleting = |topic: &TopicConfig| topic.state == TopicState::Deleting;
-            let Some(config) = read_topic_at(&self.region, self.seat, id).filter(deleting) else { continue };
+            let Some(config) = read_topic_at(&self.region, self.area, id).filter(deleting) else { continue };
             self.open_topic(config.clone());
             let order = self.topics.get_mut(id.index()).and_then(Option::take);
             if let Some(place) = self.configs.get_mut(id.index()) {
@@ -386,15 +387,15 @@ impl<F: Fabric> Sequencer<F> {
         let options = IndexOptions {
             id: StreamId { topic: config.id, stream: Stream::GLOBAL },
             incarnation: config.incarnation,
-            writer: self.seat,
-            epoch: self.epoch,
+            writer: self.area,
+            term: self.term,
         };
         let index = OrderIndexWriter::open(region.clone(), options, Arc::clone(&self.pool));
         let brokers = region
             .geometry()
             .brokers()
             .map(|broker| {
-                let consumed = ConsumedWriter::recover(region.clone(), self.seat, config.id, broker);
+                let consumed = ConsumedWriter::recover(region.clone(), self.area, config.id, broker);
                 let reader = BatchlogReader::new(region.clone(), config.id, broker, consumed.consumed_through);
                 BrokerOrder { reader, consumed, dirty: false }
             })
@@ -407,12 +408,12 @@ impl<F: Fabric> Sequencer<F> {
         self.backlog = true;
     }
 
-    /// Sessions as the table shows them, brought up to the index: an earlier head may have published a group in the
+    /// Sessions as the table shows them, brought up to the index: an earlier leader may have published a group in the
     /// index and died before it told the sessions. Where each index stood before the sessions were read is in `begun`.
     fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
         for slot in self.region.geometry().sessions() {
-            let progress = read_progress_at(&self.region, self.seat, slot);
-            let Some(session) = read_session_at(&self.region, self.seat, slot) else { continue };
+            let progress = read_progress_at(&self.region, self.area, slot);
+            let Some(session) = read_session_at(&self.region, self.area, slot) else { continue };
             if session.state != SessionState::Open {
                 continue;
             }
@@ -428,7 +429,7 @@ impl<F: Fabric> Sequencer<F> {
         let mut missing = Vec::new();
         for topic in self.topics.iter().flatten() {
             let begun = begun.get(topic.config.id.index()).copied().unwrap_or(0);
-            // The head before may have trimmed, but not given back, what it ordered since then.
+            // The leader before may have trimmed, but not given back, what it ordered since then.
             for at in begun.saturating_sub(GROUP_BATCHES + SESSION_WINDOW)..topic.index.next() {
                 if let Some(entry) = topic.index.entry_or_trimmed(at) {
                     missing.push((topic.config.id, at, entry));
@@ -443,7 +444,7 @@ impl<F: Fabric> Sequencer<F> {
             let Some(order) = owner else { continue };
             if entry.sequence >= order.expected() {
                 order.committed(entry.sequence, now_us);
-            } else if read_commit_at(&self.region, self.seat, order.session.slot, entry.sequence) != Commit::Unknown {
+            } else if read_commit_at(&self.region, self.area, order.session.slot, entry.sequence) != Commit::Unknown {
                 continue;
             }
             let record = CommitRecord {
@@ -561,7 +562,7 @@ impl<F: Fabric> Sequencer<F> {
                 return;
             }
         }
-        Self::commit(&mut self.commits, &mut self.stats, self.epoch, topic, order, &arrival, now_us);
+        Self::commit(&mut self.commits, &mut self.stats, self.term, topic, order, &arrival, now_us);
         if self.held > 0 {
             self.drain_held(topic, entry.session_slot.index(), now_us);
         }
@@ -581,7 +582,7 @@ impl<F: Fabric> Sequencer<F> {
                 return;
             }
             self.held -= 1;
-            Self::commit(&mut self.commits, &mut self.stats, self.epoch, topic, order, &held, now_us);
+            Self::commit(&mut self.commits, &mut self.stats, self.term, topic, order, &held, now_us);
         }
     }
 
@@ -589,7 +590,7 @@ impl<F: Fabric> Sequencer<F> {
     fn commit(
         commits: &mut Vec<SessionCommit>,
         stats: &mut SequencerStats,
-        epoch: Term,
+        term: Term,
         topic: &mut TopicOrder<F>,
         order: &mut SessionOrder,
         arrival: &Arrival,
@@ -605,7 +606,7 @@ impl<F: Fabric> Sequencer<F> {
             bytes: entry.bytes,
             message_count: entry.message_count,
             session_epoch: entry.session_epoch,
-            sequencer_epoch: epoch.0 as u32,
+            term: term.0 as u32,
             broker: arrival.broker.byte(),
             replicas: 1,
             ..IndexEntry::zeroed()
@@ -631,7 +632,7 @@ impl<F: Fabric> Sequencer<F> {
     /// acknowledgement is therefore never seen before the batch is.
     fn publish(&mut self, topic: &mut TopicOrder<F>, before: u64) {
         if topic.index.next() > before {
-            topic.publish(self.epoch);
+            topic.publish(self.term);
         }
         self.show_commits();
         for broker in 0..topic.brokers.len() {
@@ -654,7 +655,7 @@ impl<F: Fabric> Sequencer<F> {
         if let Some(mirror) = &self.mirror {
             mirror.commit(&self.commits);
         }
-        publish_commits(&self.region, self.seat, &self.commits);
+        publish_commits(&self.region, self.area, &self.commits);
         self.commits.clear();
     }
 
@@ -698,14 +699,14 @@ impl<F: Fabric> Sequencer<F> {
                 topic.mirror = Some(mirror.open(config));
             }
         }
-        publish_topic(&self.region, self.seat, config);
+        publish_topic(&self.region, self.area, config);
     }
 
     fn show_session(&self, session: &Session) {
         if let Some(mirror) = &self.mirror {
             mirror.session(session);
         }
-        publish_session(&self.region, self.seat, session);
+        publish_session(&self.region, self.area, session);
     }
 
     /// Brings the mirror up to what is in the region.
@@ -731,8 +732,8 @@ impl<F: Fabric> Sequencer<F> {
         let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let slot = self.row_for(topic, config.incarnation, client_id, now_us)?;
         self.end_session(slot, SessionState::Fenced);
-        let committed = read_progress_at(&self.region, self.seat, slot);
-        let before = read_session_at(&self.region, self.seat, slot).map(|session| session.epoch);
+        let committed = read_progress_at(&self.region, self.area, slot);
+        let before = read_session_at(&self.region, self.area, slot).map(|session| session.epoch);
         let epoch = before.unwrap_or_default().next();
         let session = Session {
             slot,
@@ -762,7 +763,7 @@ impl<F: Fabric> Sequencer<F> {
         let mut free = None;
         let mut idle: Option<(u64, SessionSlot)> = None;
         for slot in self.region.geometry().sessions() {
-            let row = read_session_at(&self.region, self.seat, slot);
+            let row = read_session_at(&self.region, self.area, slot);
             match row {
                 Some(row) if (row.topic, row.topic_incarnation, row.client_id) == (topic, incarnation, client_id) => {
                     return Ok(slot);
@@ -811,7 +812,7 @@ impl<F: Fabric> Sequencer<F> {
 
     /// Leases, retention, reclaim and deletion. Every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
-        let live = read_headship_at(&self.region, self.seat).map_or(u64::MAX, |head| head.pinning_mask);
+        let live = read_leader_at(&self.region, self.area).map_or(u64::MAX, |leader| leader.pinning_mask);
         let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
         self.expire_gaps(now_us);
         let awaited = self.awaited_topics();
@@ -821,14 +822,14 @@ impl<F: Fabric> Sequencer<F> {
             // All brokers' lines say the same of the global stream. Who waits is known here first.
             let awaited = awaited & 1 << config.id.0 != 0;
             let completion =
-                Completion { awaited, ..read_completion_at(&self.region, self.seat, config.id, BrokerId(0)) };
+                Completion { awaited, ..read_completion_at(&self.region, self.area, config.id, BrokerId(0)) };
             topic.index.enforce_retention(Retention {
                 bytes: config.retention_bytes,
                 since_us: since(config.retention_ms, now_us),
                 limit: trimmable(&self.region, config, completion),
             });
             // What a successor would still give to readers is not given back.
-            if !still_leads(&self.region, self.epoch) {
+            if !still_leads(&self.region, self.term) {
                 return;
             }
             topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
@@ -893,7 +894,7 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     fn finish_closing(&mut self, brokers: &[BrokerId]) {
-        let (region, seat, epoch, mirror) = (&self.region, self.seat, self.epoch, &self.mirror);
+        let (region, area, term, mirror) = (&self.region, self.area, self.term, &self.mirror);
         self.closing.retain_mut(|closing| {
             let Closing { config, order, reply } = closing;
             if brokers.iter().any(|broker| read_released(region, config.id, *broker) < config.incarnation) {
@@ -905,8 +906,8 @@ impl<F: Fabric> Sequencer<F> {
             }
             let gone = TopicConfig { state: TopicState::Free, ..config.clone() };
             mirror.iter().for_each(|mirror| mirror.topic(&gone));
-            publish_topic(region, seat, &gone);
-            if still_leads(region, epoch) {
+            publish_topic(region, area, &gone);
+            if still_leads(region, term) {
                 let _ = reply.send(());
             }
             false

@@ -4,7 +4,7 @@ use crate::blog::{Blog, BlogId};
 use crate::reclaim::PinBoard;
 use embarcadero_cxl::Fabric;
 use embarcadero_cxl::batchlog::BatchlogWriter;
-use embarcadero_cxl::headship::NoHead;
+use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
@@ -71,8 +71,8 @@ impl<F: Fabric> TopicTable<F> {
     /// The topic in slot `id`, if it is live and of this incarnation.
     ///
     /// # Errors
-    /// [`NoHead`]: nobody can say.
-    pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, NoHead> {
+    /// [`NoLeader`]: nobody can say.
+    pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, NoLeader> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(slot) = open.get_mut(id.index()) else { return Ok(None) };
         if let Some(topic) = slot {

@@ -59,7 +59,7 @@ impl Client {
             retention_bytes: options.retention_bytes,
             retention_ms: options.retention_ms,
         };
-        let topic = self.context.control().head(async |client| client.create_topic(request.clone()).await)?;
+        let topic = self.context.control().leader(async |client| client.create_topic(request.clone()).await)?;
         TopicView::from_proto(topic)
     }
 
@@ -69,7 +69,7 @@ impl Client {
     /// It does not exist, or brokers do not let go of it.
     pub fn delete_topic(&self, name: &str) -> Result<(), ClientError> {
         let request = proto::DeleteTopicRequest { name: name.to_owned() };
-        self.context.control().head(async |client| client.delete_topic(request.clone()).await).map(drop)
+        self.context.control().leader(async |client| client.delete_topic(request.clone()).await).map(drop)
     }
 
     /// What a topic is and how far its streams reach.
@@ -78,7 +78,7 @@ impl Client {
     /// It does not exist.
     pub fn describe_topic(&self, name: &str) -> Result<(TopicView, Vec<StreamView>), ClientError> {
         let request = proto::DescribeTopicRequest { name: name.to_owned() };
-        let answer = self.context.control().head(async |client| client.describe_topic(request.clone()).await)?;
+        let answer = self.context.control().leader(async |client| client.describe_topic(request.clone()).await)?;
         let topic = answer.topic.ok_or_else(|| ClientError::Incompatible("the answer names no topic".to_owned()))?;
         let streams = answer.streams.into_iter().map(|stream| StreamView {
             broker: Stream(stream.broker).broker(),

@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-/// How long the head may be missing before a call gives up.
-const HEAD_WAIT: Duration = Duration::from_secs(5);
+/// How long the leader may be missing before a call gives up.
+const LEADER_WAIT: Duration = Duration::from_secs(5);
 /// How long one call may take.
 const CALL: Duration = Duration::from_secs(35);
 
-/// A connection to the control plane: to any broker, and to the head.
+/// A connection to the control plane: to any broker, and to the leader.
 pub(crate) struct Control {
     runtime: tokio::runtime::Runtime,
     endpoints: Vec<String>,
     connect_timeout: Duration,
-    head: Option<ControlClient<Channel>>,
+    leader: Option<ControlClient<Channel>>,
 }
 
 fn status(error: &Status) -> ClientError {
@@ -31,7 +31,12 @@ impl Control {
             .enable_all()
             .build()
             .map_err(ClientError::io("start the control runtime"))?;
-        Ok(Self { runtime, endpoints: config.bootstrap.clone(), connect_timeout: config.connect_timeout(), head: None })
+        Ok(Self {
+            runtime,
+            endpoints: config.bootstrap.clone(),
+            connect_timeout: config.connect_timeout(),
+            leader: None,
+        })
     }
 
     async fn connect(endpoint: &str, timeout: Duration) -> Result<ControlClient<Channel>, ClientError> {
@@ -71,14 +76,14 @@ impl Control {
         Ok(found)
     }
 
-    /// Calls the head, looking for it anew when it does not answer.
-    pub(crate) fn head<R>(
+    /// Calls the leader, looking for it anew when it does not answer.
+    pub(crate) fn leader<R>(
         &mut self,
         call: impl AsyncFn(&mut ControlClient<Channel>) -> Result<tonic::Response<R>, Status>,
     ) -> Result<R, ClientError> {
-        let deadline = Instant::now() + HEAD_WAIT;
+        let deadline = Instant::now() + LEADER_WAIT;
         loop {
-            let error = match self.try_head(&call) {
+            let error = match self.try_leader(&call) {
                 Ok(Ok(answer)) => return Ok(answer),
                 Ok(Err(error)) if !matches!(error.code(), Code::Unavailable | Code::FailedPrecondition) => {
                     return Err(status(&error));
@@ -86,7 +91,7 @@ impl Control {
                 Ok(Err(error)) => status(&error),
                 Err(error) => error,
             };
-            self.head = None;
+            self.leader = None;
             if Instant::now() >= deadline {
                 return Err(error);
             }
@@ -94,21 +99,22 @@ impl Control {
         }
     }
 
-    fn try_head<R>(
+    fn try_leader<R>(
         &mut self,
         call: &impl AsyncFn(&mut ControlClient<Channel>) -> Result<tonic::Response<R>, Status>,
     ) -> Result<Result<R, Status>, ClientError> {
-        let mut client = match self.head.take() {
+        let mut client = match self.leader.take() {
             Some(client) => client,
             None => {
                 let metadata = self.metadata()?;
-                let head = metadata.brokers.iter().find(|broker| broker.head);
-                let head = head.ok_or_else(|| ClientError::Unreachable("the cluster has no live head".to_owned()))?;
-                self.runtime.block_on(Self::connect(&head.control_endpoint, self.connect_timeout))?
+                let leader = metadata.brokers.iter().find(|broker| broker.leader);
+                let leader =
+                    leader.ok_or_else(|| ClientError::Unreachable("the cluster has no live leader".to_owned()))?;
+                self.runtime.block_on(Self::connect(&leader.control_endpoint, self.connect_timeout))?
             }
         };
         let answer = self.runtime.block_on(call(&mut client));
-        self.head = Some(client);
+        self.leader = Some(client);
         Ok(answer.map(tonic::Response::into_inner))
     }
 }

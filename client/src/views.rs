@@ -39,7 +39,7 @@ pub struct BrokerView {
     /// Control service.
     pub control: String,
     /// True for the broker that orders.
-    pub head: bool,
+    pub leader: bool,
 }
 
 /// A topic as clients see it.
@@ -91,7 +91,7 @@ pub struct ClusterView {
     pub segments_total: u64,
     /// Of them, free.
     pub segments_free: u64,
-    /// Who elects the head, and whether it can, in words.
+    /// Who elects the leader, and whether it can, in words.
     pub membership: String,
 }
 
@@ -128,8 +128,8 @@ impl ClusterView {
             let data = broker.data_endpoint.parse().map_err(|_| {
                 ClientError::Incompatible(format!("broker {} has data endpoint {:?}", broker.id, broker.data_endpoint))
             })?;
-            let proto::Broker { id, incarnation, control_endpoint: control, head, .. } = broker;
-            Ok(BrokerView { id: BrokerId(id), incarnation: Incarnation(incarnation), data, control, head })
+            let proto::Broker { id, incarnation, control_endpoint: control, leader, .. } = broker;
+            Ok(BrokerView { id: BrokerId(id), incarnation: Incarnation(incarnation), data, control, leader })
         });
         Ok(Self {
             region_uuid: answer.region_uuid,

@@ -3,7 +3,7 @@
 
 use embarcadero_broker::mirror;
 use embarcadero_cxl::cache::FlushMethod;
-use embarcadero_cxl::headship::read_headship;
+use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::session_table::read_session;
 use embarcadero_cxl::tables::{live_topics, read_broker};
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
@@ -25,7 +25,7 @@ fuzz_target!(|bytes: &[u8]| {
         memory.write_bytes(RegionOffset(0), bytes);
         if let Ok(region) = Region::open(memory.clone()) {
             let _ = mirror::read(&region);
-            let _ = (live_topics(&region), read_headship(&region));
+            let _ = (live_topics(&region), read_leader(&region));
             let _ = (read_broker(&region, BrokerId(0)), read_session(&region, SessionSlot(0)));
         }
     });

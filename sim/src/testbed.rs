@@ -6,7 +6,7 @@ use embarcadero_broker::sequencer::{
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::cache::{FlushMethod, UnsupportedFlush};
-use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, SESSION_WINDOW, Seat};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW};
 use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::tables::{Pulse, TopicConfig, TopicState};
@@ -19,8 +19,8 @@ use uuid::Uuid;
 pub const BROKERS: u32 = 4;
 /// The topic, and its incarnation.
 pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
-/// The head.
-const HEAD: Seat = Seat(BrokerId(0));
+/// The leader.
+const LEADER: LeaderArea = LeaderArea(BrokerId(0));
 /// Segments that each broker has.
 const SEGMENTS: u32 = 16;
 /// Bytes of all segments.
@@ -77,7 +77,8 @@ pub fn region_of<F: Fabric>(
     let segment_bytes = SEGMENTS_BYTES / u64::from(SEGMENTS * brokers.next_power_of_two());
     let tables = Geometry::with_segments_of(segment_bytes, allocator);
     let segment_count = SEGMENTS * brokers;
-    let geometry = Geometry { max_brokers: brokers, max_heads: brokers.min(2), max_topics: 1, segment_count, ..tables };
+    let geometry =
+        Geometry { max_brokers: brokers, max_leaders: brokers.min(2), max_topics: 1, segment_count, ..tables };
     let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes)?;
     mapping.prefault()?;
     Ok(Region::format(wrap(Native::new(mapping, method)?), &geometry, Uuid::new_v4(), 0)?)
@@ -99,12 +100,12 @@ impl<F: Fabric> Testbed<F> {
     /// # Errors
     /// [`TestbedError`].
     pub fn new(region: Region<F>, sessions: u32) -> Result<Self, TestbedError> {
-        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), HEAD.0));
+        let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), LEADER.0));
         let (commands, queue) = unbounded();
         let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
         let memory = Memory { region: region.clone(), pool, mirror: None };
         let before = Predecessor::Gone(Term::NONE);
-        let takeover = Takeover { memory, seat: HEAD, epoch: Term(1), before, leases, commands: queue };
+        let takeover = Takeover { memory, area: LEADER, term: Term(1), before, leases, commands: queue };
         let mut sequencer = Sequencer::recover(takeover, 0)?;
         let (id, incarnation) = TOPIC;
         let topic = TopicConfig {
@@ -115,7 +116,7 @@ impl<F: Fabric> Testbed<F> {
             order: Order::Strong,
             ack_level: 1,
             replication_factor: 1,
-            // Entries are of one byte, and this many keep at most half of the head's segments in use.
+            // Entries are of one byte, and this many keep at most half of the leader's segments in use.
             retention_bytes: u64::from(SEGMENTS) * region.geometry().segment_bytes / 256,
             retention_ms: 0,
             created_ms: 0,

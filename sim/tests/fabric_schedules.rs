@@ -1,7 +1,7 @@
 //! The production code of brokers, sequencer and readers on the simulated fabric, under thousands of seeded schedules.
 //!
-//! Three hosts share a region without coherence. Host 0 is the head: it receives, orders and maintains. Host 1
-//! receives and acknowledges, and may crash, or take over from the head, which is not dead but finds out in the middle of
+//! Three hosts share a region without coherence. Host 0 is the leader: it receives, orders and maintains. Host 1
+//! receives and acknowledges, and may crash, or take over from the leader, which is not dead but finds out in the middle of
 //! something. Host 2 reads, as a broker that delivers. Every operation on the fabric is
 //! a point where the scheduler may switch hosts. Checked all along: a batch that is read is the batch that was
 //! written, all readers agree on one order, each session's batches appear once and in submission order, an
@@ -21,8 +21,8 @@ use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
 use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
-use embarcadero_cxl::headship::{Headship, latest_claim, latest_claimant, publish_headship, read_headship};
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, SESSION_WINDOW, Seat};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SESSION_WINDOW};
+use embarcadero_cxl::leadership::{LeaderInfo, latest_claim, latest_claimant, publish_leader, read_leader};
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentUse, free_segments, publish_owner, read_owner};
@@ -60,9 +60,9 @@ const CLIENT_WINDOW: u64 = 5;
 const SEGMENTS: u32 = 27;
 /// Rounds of each actor in rough weather.
 const ROUNDS: usize = 60;
-/// Switches for which the first head stands still, now and then.
+/// Switches for which the first leader stands still, now and then.
 const PAUSE: usize = 2000;
-/// Rounds for which a successor waits for the head to stand still; it takes over from one that does not, too.
+/// Rounds for which a successor waits for the leader to stand still; it takes over from one that does not, too.
 const PATIENCE: usize = 8;
 /// Switches for which the far reader naps.
 const NAP: usize = 300;
@@ -73,22 +73,22 @@ const CALM_ROUNDS: usize = 3000;
 const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
 /// The host that only reads.
 const FAR: BrokerId = BrokerId(2);
-const HEAD: Seat = Seat(BrokerId(0));
+const LEADER: LeaderArea = LeaderArea(BrokerId(0));
 const TOPIC: TopicId = TopicId(0);
 /// Incarnation of the topic.
 const FIRST: Incarnation = Incarnation(1);
 const GLOBAL: StreamId = StreamId { topic: TOPIC, stream: Stream::GLOBAL };
 
-/// A ring of 16 slots wraps many times. Under a head that takes over it does not: the batches that the one before held
+/// A ring of 16 slots wraps many times. Under a leader that takes over it does not: the batches that the one before held
 /// would be lost with their slots, until their clients sent them again.
-fn geometry(deposed: bool) -> Geometry {
+fn geometry(superseded: bool) -> Geometry {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
     Geometry {
         max_brokers: HOSTS,
-        max_heads: 2,
+        max_leaders: 2,
         max_topics: 1,
         max_sessions: 2,
-        batchlog_slots: if deposed { 256 } else { 16 },
+        batchlog_slots: if superseded { 256 } else { 16 },
         segment_count: SEGMENTS,
         ..base
     }
@@ -100,7 +100,7 @@ enum Replication {
     None,
     /// Sessions wait for it.
     Awaited,
-    /// Nobody waits, and the head has taken host 2 for dead: retention does not mind what it copies.
+    /// Nobody waits, and the leader has taken host 2 for dead: retention does not mind what it copies.
     Unpinned,
 }
 
@@ -296,7 +296,7 @@ impl Reader {
             }
             let entry = match self.index.read(self.cursor) {
                 Ok(entry) => entry,
-                Err(ReadError::NoHead(_)) => break,
+                Err(ReadError::NoLeader(_)) => break,
                 Err(error) => panic!("a pinned entry is not readable: {error}"),
             };
             let batch = (entry.client_id, entry.sequence);
@@ -353,15 +353,15 @@ impl Host {
 
     /// Takes over, under an epoch of its own.
     fn take_over(&self, before: Predecessor, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
-        let (broker, epoch) = (self.id, latest_claim(&self.region).next());
+        let (broker, term) = (self.id, latest_claim(&self.region).next());
         let (broker_mask, pinning_mask) = ((1 << HOSTS) - 1, self.replication.pinning_mask());
-        let line = Headship { epoch, broker, incarnation: Incarnation(1), broker_mask, pinning_mask };
-        publish_headship(&self.region, &line);
-        let (region, pool, seat) = (self.region.clone(), Arc::clone(self.topics.pool()), Seat(broker));
+        let line = LeaderInfo { term, broker, incarnation: Incarnation(1), broker_mask, pinning_mask };
+        publish_leader(&self.region, &line);
+        let (region, pool, area) = (self.region.clone(), Arc::clone(self.topics.pool()), LeaderArea(broker));
         let memory = Memory { region: region.clone(), pool, mirror: None };
-        let takeover = Takeover { memory, seat, epoch, before, leases: LEASES, commands };
+        let takeover = Takeover { memory, area, term, before, leases: LEASES, commands };
         let sequencer = Sequencer::recover(takeover, now_us).ok()?;
-        Some((sequencer, CompletionStage::new(region, seat)))
+        Some((sequencer, CompletionStage::new(region, area)))
     }
 
     /// Receives the next batch, if there is one and room for it.
@@ -464,10 +464,10 @@ impl Host {
     }
 }
 
-/// What a head runs.
+/// What a leader runs.
 type Stages = (Sequencer<Simulated>, CompletionStage<Simulated>);
 
-/// The head's count of the disks, which it does every so often.
+/// The leader's count of the disks, which it does every so often.
 fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize) {
     completion.maintain(awaited);
     completion.poll(round as u64 * 1000);
@@ -490,13 +490,13 @@ fn doze() {
 
 thread_local! {
     /// What host 0 and its successor know of each other. All hosts of a schedule run on one thread of the system.
-    static CHANGE_OF_HEAD: Cell<ChangeOfHead> = const { Cell::new(ChangeOfHead::None) };
+    static CHANGE_OF_LEADER: Cell<ChangeOfLeader> = const { Cell::new(ChangeOfLeader::None) };
     /// Host 0 is giving batches their place.
     static ORDERING: Cell<bool> = const { Cell::new(false) };
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum ChangeOfHead {
+enum ChangeOfLeader {
     None,
     /// Host 1 wants to take over.
     Awaited,
@@ -504,14 +504,14 @@ enum ChangeOfHead {
     Due,
 }
 
-/// Host 0, the first head, also stands still for a long time: now and then in the middle of whatever it does, and in the
+/// Host 0, the first leader, also stands still for a long time: now and then in the middle of whatever it does, and in the
 /// middle of ordering when its successor waits for that.
 fn pause() {
-    let (awaited, ordering) = (CHANGE_OF_HEAD.get() == ChangeOfHead::Awaited, ORDERING.get());
+    let (awaited, ordering) = (CHANGE_OF_LEADER.get() == ChangeOfLeader::Awaited, ORDERING.get());
     let mut random = shuttle::rand::thread_rng();
     if awaited && ordering && shuttle::rand::Rng::gen_ratio(&mut random, 1, 32) {
-        CHANGE_OF_HEAD.set(ChangeOfHead::Due);
-        while CHANGE_OF_HEAD.get() == ChangeOfHead::Due {
+        CHANGE_OF_LEADER.set(ChangeOfLeader::Due);
+        while CHANGE_OF_LEADER.get() == ChangeOfLeader::Due {
             shuttle::thread::yield_now();
         }
         let more = shuttle::rand::Rng::gen_range(&mut random, 0..PAUSE);
@@ -525,9 +525,9 @@ fn pause() {
 /// One schedule. Panics when a promise breaks.
 fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
-    let (crash, deposed) = (choice.is_multiple_of(3), choice % 3 == 1);
-    CHANGE_OF_HEAD.set(ChangeOfHead::None);
-    let geometry = geometry(deposed);
+    let (crash, superseded) = (choice.is_multiple_of(3), choice % 3 == 1);
+    CHANGE_OF_LEADER.set(ChangeOfLeader::None);
+    let geometry = geometry(superseded);
     let layout = Layout::new(&geometry);
     let bytes = layout.region_bytes;
     let world = World::new(bytes, choice, Turbulence::ROUGH, removed);
@@ -544,24 +544,24 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         let lines = [
             0,
             64,
-            layout.seat(HEAD).0,
-            layout.control_line(HEAD).0,
+            layout.terms(LEADER).0,
+            layout.control_line(LEADER).0,
             layout.broker(BrokerId(0)).0,
             layout.broker(BrokerId(1)).0,
-            layout.head_topic(HEAD, TOPIC).0,
-            layout.head_topic(HEAD, TOPIC).0 + 64,
-            layout.head_area(HEAD).0 + layout.head.directories,
+            layout.leader_topic(LEADER, TOPIC).0,
+            layout.leader_topic(LEADER, TOPIC).0 + 64,
+            layout.leader_area(LEADER).0 + layout.leader.directories,
         ];
         let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
         let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
-        let sessions = geometry.sessions().map(|slot| layout.session(HEAD, slot).0);
+        let sessions = geometry.sessions().map(|slot| layout.session(LEADER, slot).0);
         for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
             fabric.load(RegionOffset(at));
         }
     }
-    let head_region = Region::format(fabrics[0].clone(), &geometry, Uuid::nil(), 0).unwrap();
+    let leader_region = Region::format(fabrics[0].clone(), &geometry, Uuid::nil(), 0).unwrap();
     let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
-    let regions: Vec<Region<Simulated>> = std::iter::once(head_region).chain(others).collect();
+    let regions: Vec<Region<Simulated>> = std::iter::once(leader_region).chain(others).collect();
     let log: Log = Arc::default();
     let durable: Option<Durable> = (replication != Replication::None).then(Arc::default);
     let acknowledged = Acknowledged::default();
@@ -571,7 +571,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         .map(|(id, region)| Host::new(id, region.clone(), &log, (replication, durable.as_ref()), &acknowledged))
         .collect();
 
-    // The head opens topic and sessions.
+    // The leader opens topic and sessions.
     let (mut commands, queue) = unbounded();
     let (mut sequencer, completion) =
         hosts[0].take_over(Predecessor::Gone(Term::NONE), queue, 0).expect("there is room");
@@ -601,7 +601,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
 
     // Clients stripe their batches over both receiving brokers; some they send twice, some clients old ones again and
     // again.
-    let flood = !crash && !deposed && choice % 7 == 3;
+    let flood = !crash && !superseded && choice % 7 == 3;
     for sequence in 0..BATCHES {
         for session in 0..2 {
             let to = (sequence as usize + session) % 2;
@@ -617,16 +617,16 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
 
     // Rough weather: hosts run interleaved.
     world.lock().unwrap().set_turbulence(Turbulence::ROUGHEST);
-    let mut head_stages = Some((sequencer, completion));
+    let mut leader_stages = Some((sequencer, completion));
     let (next_commands, next_queue) = unbounded();
     let threads: Vec<_> = hosts
         .into_iter()
         .map(|mut host| {
-            let mut stages = if host.id == HEAD.0 { head_stages.take() } else { None };
+            let mut stages = if host.id == LEADER.0 { leader_stages.take() } else { None };
             let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id.index()].clone());
             let event_at = (choice >> 8) as usize % ROUNDS;
             let crash_at = (crash && host.id == BrokerId(1)).then_some(event_at);
-            let mut take_over = (deposed && host.id == BrokerId(1)).then(|| next_queue.clone());
+            let mut take_over = (superseded && host.id == BrokerId(1)).then(|| next_queue.clone());
             shuttle::thread::spawn(move || {
                 for round in 0..ROUNDS {
                     if crash_at == Some(round) {
@@ -638,19 +638,19 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                         && let Some(queue) = &take_over
                     {
                         let impatient = event_at + PATIENCE <= round || round + 1 == ROUNDS;
-                        if CHANGE_OF_HEAD.get() != ChangeOfHead::Due && !impatient {
-                            CHANGE_OF_HEAD.set(ChangeOfHead::Awaited);
+                        if CHANGE_OF_LEADER.get() != ChangeOfLeader::Due && !impatient {
+                            CHANGE_OF_LEADER.set(ChangeOfLeader::Awaited);
                         } else {
                             stages = host.take_over(Predecessor::MayGoOn, queue.clone(), round as u64);
                         }
                         if stages.is_some() {
-                            CHANGE_OF_HEAD.set(ChangeOfHead::None);
+                            CHANGE_OF_LEADER.set(ChangeOfLeader::None);
                             take_over = None;
                         }
                     }
                     if let Some((sequencer, completion)) = &mut stages {
-                        ORDERING.set(host.id == HEAD.0);
-                        // Two heads need not come to the same order.
+                        ORDERING.set(host.id == LEADER.0);
+                        // Two leaders need not come to the same order.
                         let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
                         sequencer.poll(round as u64, budget);
                         ORDERING.set(false);
@@ -662,7 +662,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                     }
                 }
                 if host.id == BrokerId(1) {
-                    CHANGE_OF_HEAD.set(ChangeOfHead::None);
+                    CHANGE_OF_LEADER.set(ChangeOfLeader::None);
                 }
                 (host, stages)
             })
@@ -676,8 +676,8 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         stages = with.or(stages);
     }
     let (mut sequencer, mut completion) = stages.filter(|(sequencer, _)| sequencer.leads()).expect("someone leads");
-    let head = latest_claimant(&regions[2]).unwrap().0.index();
-    if head == 1 {
+    let leader = latest_claimant(&regions[2]).unwrap().0.index();
+    if leader == 1 {
         commands = next_commands;
     }
 
@@ -687,10 +687,10 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     if crash {
         let pinning_mask = 0b101 & replication.pinning_mask();
         let incarnation = Incarnation(1);
-        let line = Headship { epoch: Term(1), broker: HEAD.0, incarnation, broker_mask: 0b101, pinning_mask };
-        publish_headship(&regions[0], &line);
+        let line = LeaderInfo { term: Term(1), broker: LEADER.0, incarnation, broker_mask: 0b101, pinning_mask };
+        publish_leader(&regions[0], &line);
         let lost = hosts.remove(1);
-        // Clients resend to the head whatever they have no ack for: all of it, here.
+        // Clients resend to the leader whatever they have no ack for: all of it, here.
         hosts[0].inbox.extend(lost.inbox);
         hosts[0].inbox.extend(lost.unacknowledged);
         hosts[0].inbox.sort_by_key(|(session, sequence)| (*sequence, *session));
@@ -705,7 +705,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         sequencer.poll(now, 64);
         sequencer.maintain(now);
         count(&mut completion, sequencer.awaited_topics(), now as usize);
-        let ordered = read_extent(&regions[head], GLOBAL).unwrap().next_offset;
+        let ordered = read_extent(&regions[leader], GLOBAL).unwrap().next_offset;
         assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
         let reads = |host: &Host| host.id != FAR || replication != Replication::Unpinned;
         let reached = |host: &Host| !reads(host) || host.reader.cursor == host.reader.index.committed();
@@ -729,20 +729,20 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                     )
                 })
                 .collect();
-            let extent = read_extent(&regions[head], GLOBAL);
+            let extent = read_extent(&regions[leader], GLOBAL);
             let free = free_segments(&regions[0]);
             panic!(
-                "stuck: {ordered} of {total} ordered (crash {crash}, deposed {deposed}); {free} segments free; {extent:?}; hosts {state:?}; {:?}",
+                "stuck: {ordered} of {total} ordered (crash {crash}, superseded {superseded}); {free} segments free; {extent:?}; hosts {state:?}; {:?}",
                 sequencer.stats()
             );
         }
     }
-    // What an earlier head left is given back.
+    // What an earlier leader left is given back.
     hosts.iter_mut().for_each(|host| host.round(u64::MAX >> 1, &sessions));
     let index = |owner: &SegmentUse| matches!(owner, SegmentUse::Index { .. });
     let indexes = (0..SEGMENTS).map(|segment| read_owner(&regions[2], segment)).filter(index).count();
     assert_eq!(indexes, 1, "index segments");
-    check_tables(&regions, head, &mut sequencer, &commands, &sessions);
+    check_tables(&regions, leader, &mut sequencer, &commands, &sessions);
     check_pool(&regions, &hosts[0]);
     check_end(&regions, &hosts, &log, durable.as_ref());
     for (position, batch) in acknowledged.lock().unwrap().iter() {
@@ -759,10 +759,10 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     }
 }
 
-/// What the head and a broker write in calm weather, another host that had read it before sees at once.
+/// What the leader and a broker write in calm weather, another host that had read it before sees at once.
 fn check_tables(
     regions: &[Region<Simulated>],
-    head: usize,
+    leader: usize,
     sequencer: &mut Sequencer<Simulated>,
     commands: &Sender<Command>,
     sessions: &[Session],
@@ -772,16 +772,16 @@ fn check_tables(
         let broker = read_broker(far, BrokerId(1)).map(|info| info.incarnation);
         let session = read_session(far, sessions[1].slot).unwrap().map(|session| session.state);
         let retention = read_topic(far, TOPIC).unwrap().map(|topic| topic.retention_ms);
-        (read_headship(far).map(|head| head.broker_mask), retention, broker, session)
+        (read_leader(far).map(|leader| leader.broker_mask), retention, broker, session)
     };
     look();
     let mut info = read_broker(far, BrokerId(0)).expect("the broker slot is visible");
     info.incarnation = Incarnation(8);
     publish_broker(&regions[0], &info);
-    let (broker, incarnation) = (BrokerId(head as u32), Incarnation(1));
-    let epoch = latest_claim(far);
-    publish_headship(&regions[head], &Headship { epoch, broker, incarnation, broker_mask: 9, pinning_mask: 9 });
-    publish_topic(&regions[head], Seat(broker), &TopicConfig { retention_ms: 77, ..config(Replication::None) });
+    let (broker, incarnation) = (BrokerId(leader as u32), Incarnation(1));
+    let term = latest_claim(far);
+    publish_leader(&regions[leader], &LeaderInfo { term, broker, incarnation, broker_mask: 9, pinning_mask: 9 });
+    publish_topic(&regions[leader], LeaderArea(broker), &TopicConfig { retention_ms: 77, ..config(Replication::None) });
     let (reply, answer) = bounded(1);
     let Session { slot, client_id, epoch, .. } = sessions[1];
     commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
@@ -806,14 +806,14 @@ fn check_tables(
     );
 }
 
-/// A segment that the head takes in calm weather is seen as taken, and whose it is, by a host that looked before.
-fn check_pool(regions: &[Region<Simulated>], head: &Host) {
+/// A segment that the leader takes in calm weather is seen as taken, and whose it is, by a host that looked before.
+fn check_pool(regions: &[Region<Simulated>], leader: &Host) {
     let far = &regions[2];
     let look = || (free_segments(far), (0..SEGMENTS).map(|segment| read_owner(far, segment)).collect::<Vec<_>>());
     let (free, _) = look();
-    let Ok(segment) = head.topics.pool().allocate() else { return };
+    let Ok(segment) = leader.topics.pool().allocate() else { return };
     let (topic, stream) = (TOPIC, Stream::GLOBAL);
-    let owner = SegmentUse::Index { topic, incarnation: FIRST, stream, ordinal: 99, holder: HEAD.0 };
+    let owner = SegmentUse::Index { topic, incarnation: FIRST, stream, ordinal: 99, holder: LEADER.0 };
     publish_owner(&regions[0], segment, owner);
     let (now_free, owners) = look();
     assert_eq!(now_free, free - 1, "the bitmap is stale");
@@ -920,7 +920,7 @@ fn every_full_fence_is_needed() {
         catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &Arc::default()))).is_ok()
     };
     let survivors: Vec<_> =
-        [Site::PinFlush, Site::TrimFlush, Site::SeatFlush, Site::SeatRead].iter().filter(needed).collect();
+        [Site::PinFlush, Site::TrimFlush, Site::TermFlush, Site::TermRead].iter().filter(needed).collect();
     let _ = std::panic::take_hook();
     assert!(survivors.is_empty(), "that these are weaker is not noticed in {budget} schedules: {survivors:?}");
 }

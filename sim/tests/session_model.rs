@@ -1,6 +1,6 @@
-//! A model of sessions, fencing and the head's failover, explored exhaustively at small scope with stateright. What is
+//! A model of sessions, fencing and the leader's failover, explored exhaustively at small scope with stateright. What is
 //! judged is judged by the production code (`SessionOrder`); around it, each step that a crash can come between is an
-//! action of its own: a batch is sent, and received later or never; the head takes, publishes the tail, the commit records,
+//! action of its own: a batch is sent, and received later or never; the leader takes, publishes the tail, the commit records,
 //! how far it consumed; it dies, another recovers; a gap's lease ends, the client opens the next epoch.
 //!
 //! Each guard of the protocol is removed in turn, and a property that is named here must fail.
@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 const BATCHES: u64 = 2;
 /// Sends of one batch, over all epochs: the first, and one again.
 const SENDS: u32 = 2;
-/// Heads that die, and sessions that are fenced.
+/// Leaders that die, and sessions that are fenced.
 const DEATHS: u32 = 1;
 const FENCES: u32 = 1;
 
@@ -29,7 +29,7 @@ enum Guard {
     Deduplicate,
     /// The tail of the index is in memory before the commit records that acknowledge.
     TailBeforeRecords,
-    /// A new head brings sessions up to the index before it takes anything.
+    /// A new leader brings sessions up to the index before it takes anything.
     RecoverBeforeAccept,
     /// A batch of an epoch that is not the session's is not ordered.
     CheckEpoch,
@@ -43,7 +43,7 @@ struct Sessions {
 type Sent = (u32, u64);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Head {
+struct Leader {
     /// Batches of the index, those that no tail covers included.
     index: Vec<Sent>,
     expected: u64,
@@ -70,7 +70,7 @@ struct State {
     decided: usize,
     row_epoch: u32,
     row_open: bool,
-    head: Option<Head>,
+    leader: Option<Leader>,
     deaths: u32,
     fences: u32,
     /// A batch was ordered under an epoch that had ended.
@@ -92,20 +92,20 @@ enum Action {
     Reopen,
 }
 
-/// The session as the head's production code keeps it.
-fn order(head: &Head, batchlog: &[Sent]) -> SessionOrder {
+/// The session as the leader's production code keeps it.
+fn order(leader: &Leader, batchlog: &[Sent]) -> SessionOrder {
     let session = Session {
         slot: SessionSlot(0),
         client_id: ClientId(1),
-        epoch: Epoch(head.session.unwrap_or(0)),
+        epoch: Epoch(leader.session.unwrap_or(0)),
         state: SessionState::Open,
         topic: TopicId(0),
         topic_incarnation: Incarnation(1),
-        committed: head.expected,
+        committed: leader.expected,
         ack_level: 1,
     };
-    let mut order = SessionOrder::new(session, Order::Strong, head.expected, 0);
-    for place in head.held.values() {
+    let mut order = SessionOrder::new(session, Order::Strong, leader.expected, 0);
+    for place in leader.held.values() {
         assert_eq!(order.judge(&arrival(batchlog, *place), 0), Verdict::Held);
     }
     order
@@ -123,41 +123,41 @@ impl Sessions {
     }
 
     fn take(&self, state: &mut State) {
-        let Some(head) = &mut state.head else { return };
-        let place = head.taken;
-        head.taken += 1;
+        let Some(leader) = &mut state.leader else { return };
+        let place = leader.taken;
+        leader.taken += 1;
         let (epoch, sequence) = state.batchlog[place];
-        let Some(open) = head.session else { return };
+        let Some(open) = leader.session else { return };
         if self.guards(Guard::CheckEpoch) && epoch != open {
             return;
         }
-        let mut session = order(head, &state.batchlog);
-        let mut commit = |head: &mut Head, place: usize| {
+        let mut session = order(leader, &state.batchlog);
+        let mut commit = |leader: &mut Leader, place: usize| {
             let (epoch, sequence) = state.batchlog[place];
             state.resurfaced |= epoch != open;
-            head.index.push((epoch, sequence));
+            leader.index.push((epoch, sequence));
         };
         match session.judge(&arrival(&state.batchlog, place), 0) {
-            Verdict::Duplicate if self.guards(Guard::Deduplicate) || sequence >= head.expected => {}
+            Verdict::Duplicate if self.guards(Guard::Deduplicate) || sequence >= leader.expected => {}
             Verdict::OutOfWindow => {}
             Verdict::Held => {
-                head.held.insert(sequence, place);
+                leader.held.insert(sequence, place);
             }
-            Verdict::Duplicate => commit(head, place),
+            Verdict::Duplicate => commit(leader, place),
             Verdict::Commit => {
-                commit(head, place);
+                commit(leader, place);
                 session.committed(sequence, 0);
                 while let Some(held) = session.next_held() {
-                    commit(head, held.index as usize);
-                    head.held.remove(&held.entry.sequence);
+                    commit(leader, held.index as usize);
+                    leader.held.remove(&held.entry.sequence);
                     session.committed(held.entry.sequence, 0);
                 }
-                head.expected = session.expected();
+                leader.expected = session.expected();
             }
         }
     }
 
-    fn recover(&self, state: &State) -> Head {
+    fn recover(&self, state: &State) -> Leader {
         let mut expected = state.progress;
         if self.guards(Guard::RecoverBeforeAccept) {
             for (_, sequence) in &state.tail {
@@ -165,13 +165,13 @@ impl Sessions {
             }
         }
         let session = state.row_open.then_some(state.row_epoch);
-        Head { index: state.tail.clone(), expected, held: BTreeMap::new(), taken: state.decided, session }
+        Leader { index: state.tail.clone(), expected, held: BTreeMap::new(), taken: state.decided, session }
     }
 }
 
-/// True when all that the head did is in memory: it answers commands only then.
-fn published(state: &State, head: &Head) -> bool {
-    state.tail == head.index && state.progress == head.expected
+/// True when all that the leader did is in memory: it answers commands only then.
+fn published(state: &State, leader: &Leader) -> bool {
+    state.tail == leader.index && state.progress == leader.expected
 }
 
 impl Model for Sessions {
@@ -179,7 +179,7 @@ impl Model for Sessions {
     type Action = Action;
 
     fn init_states(&self) -> Vec<State> {
-        let head = Head { index: vec![], expected: 0, held: BTreeMap::new(), taken: 0, session: Some(1) };
+        let leader = Leader { index: vec![], expected: 0, held: BTreeMap::new(), taken: 0, session: Some(1) };
         vec![State {
             epoch: 1,
             sends: vec![0; BATCHES as usize],
@@ -192,7 +192,7 @@ impl Model for Sessions {
             decided: 0,
             row_epoch: 1,
             row_open: true,
-            head: Some(head),
+            leader: Some(leader),
             deaths: 0,
             fences: 0,
             resurfaced: false,
@@ -211,23 +211,23 @@ impl Model for Sessions {
         for sent in state.network.keys() {
             actions.push(Action::Receive(*sent));
         }
-        let Some(head) = &state.head else {
+        let Some(leader) = &state.leader else {
             actions.push(Action::Recover);
             return;
         };
-        if head.taken < state.batchlog.len() {
+        if leader.taken < state.batchlog.len() {
             actions.push(Action::Take);
         }
-        if state.tail != head.index {
+        if state.tail != leader.index {
             actions.push(Action::PublishTail);
         }
-        let tail_first = state.tail == head.index || !self.guards(Guard::TailBeforeRecords);
-        if tail_first && state.progress != head.expected {
+        let tail_first = state.tail == leader.index || !self.guards(Guard::TailBeforeRecords);
+        if tail_first && state.progress != leader.expected {
             actions.push(Action::PublishRecords);
         }
-        if published(state, head) {
+        if published(state, leader) {
             actions.push(Action::PublishDecided);
-            if !head.held.is_empty() && state.fences < FENCES {
+            if !leader.held.is_empty() && state.fences < FENCES {
                 actions.push(Action::Fence);
             }
             if !state.row_open {
@@ -254,37 +254,37 @@ impl Model for Sessions {
                 state.batchlog.push(sent);
             }
             Action::Take => self.take(&mut state),
-            Action::PublishTail => state.tail = state.head.as_ref()?.index.clone(),
+            Action::PublishTail => state.tail = state.leader.as_ref()?.index.clone(),
             Action::PublishRecords => {
-                let head = state.head.as_ref()?;
-                state.progress = head.expected;
-                state.records.extend(head.index.iter().map(|(_, sequence)| *sequence));
+                let leader = state.leader.as_ref()?;
+                state.progress = leader.expected;
+                state.records.extend(leader.index.iter().map(|(_, sequence)| *sequence));
             }
             Action::PublishDecided => {
-                let head = state.head.as_ref()?;
-                state.decided = head.held.values().copied().min().unwrap_or(head.taken);
+                let leader = state.leader.as_ref()?;
+                state.decided = leader.held.values().copied().min().unwrap_or(leader.taken);
             }
             Action::Acknowledge(sequence) => {
                 state.acknowledged.insert(sequence);
             }
             Action::Die => {
-                state.head = None;
+                state.leader = None;
                 state.deaths += 1;
             }
-            Action::Recover => state.head = Some(self.recover(&state)),
+            Action::Recover => state.leader = Some(self.recover(&state)),
             Action::Fence => {
-                let head = state.head.as_mut()?;
-                head.session = None;
-                head.held.clear();
+                let leader = state.leader.as_mut()?;
+                leader.session = None;
+                leader.held.clear();
                 state.row_open = false;
                 state.fences += 1;
             }
             Action::Reopen => {
-                let head = state.head.as_mut()?;
+                let leader = state.leader.as_mut()?;
                 state.row_epoch += 1;
                 state.row_open = true;
                 state.epoch = state.row_epoch;
-                head.session = Some(state.row_epoch);
+                leader.session = Some(state.row_epoch);
                 // It hears what is committed, and sends the rest again.
                 state.sends.iter_mut().for_each(|sends| *sends = (*sends).min(SENDS - 1));
             }
@@ -299,12 +299,12 @@ impl Model for Sessions {
                 let order = state.tail.iter().map(|(_, sequence)| *sequence);
                 order.eq(0..state.tail.len() as u64)
             }),
-            // The case of an acknowledgement that a dead head gave, of what the next one does not know.
-            Property::always("what is acknowledged is in the order of every later head", |_, state: &State| {
+            // The case of an acknowledgement that a dead leader gave, of what the next one does not know.
+            Property::always("what is acknowledged is in the order of every later leader", |_, state: &State| {
                 let within = |index: &[Sent]| {
                     state.acknowledged.iter().all(|sequence| index.iter().any(|(_, known)| known == sequence))
                 };
-                within(&state.tail) && state.head.as_ref().is_none_or(|head| within(&head.index))
+                within(&state.tail) && state.leader.as_ref().is_none_or(|leader| within(&leader.index))
             }),
             Property::always("nothing is ordered under an epoch that has ended", |_, state: &State| !state.resurfaced),
             Property::sometimes("all is acknowledged after a death and a fence", |_, state: &State| {
@@ -325,7 +325,7 @@ fn every_reachable_state_keeps_the_promises() {
 fn without_a_guard_the_property_that_it_protects_fails() {
     for (guard, property) in [
         (Guard::Deduplicate, "each batch once and in order"),
-        (Guard::TailBeforeRecords, "what is acknowledged is in the order of every later head"),
+        (Guard::TailBeforeRecords, "what is acknowledged is in the order of every later leader"),
         (Guard::RecoverBeforeAccept, "each batch once and in order"),
         (Guard::CheckEpoch, "nothing is ordered under an epoch that has ended"),
     ] {

@@ -50,7 +50,10 @@ pub fn run(args: BrokerArgs) -> Result<()> {
     let mut broker = Broker::start(config)?;
     let info = broker.info();
     // One line on standard output tells a parent process where the broker is.
-    println!("{}", json!({ "broker": info.id, "head": broker.is_head(), "data": info.data, "control": info.control }));
+    println!(
+        "{}",
+        json!({ "broker": info.id, "leader": broker.is_leader(), "data": info.data, "control": info.control })
+    );
     let signal = loop {
         if broker.is_superseded() {
             broker.stop();

@@ -5,7 +5,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-/// Those that the head takes for alive, and who elects the head.
+/// Those that the leader takes for alive, and who elects the leader.
 #[derive(Args)]
 pub struct BrokersArgs {
     #[command(flatten)]
@@ -22,8 +22,8 @@ pub fn run(args: &BrokersArgs) -> Result<()> {
         return Ok(());
     }
     for broker in cluster.brokers {
-        let head = if broker.head { "\thead" } else { "" };
-        println!("{}\tdata {}\tcontrol {}{head}", broker.id, broker.data, broker.control);
+        let leader = if broker.leader { "\thead" } else { "" };
+        println!("{}\tdata {}\tcontrol {}{leader}", broker.id, broker.data, broker.control);
     }
     println!("membership: {}", cluster.membership);
     Ok(())

@@ -6,10 +6,10 @@ use clap::{Subcommand, ValueEnum};
 use embarcadero_broker::replica::restore::{Plan, RestoreError, find_media};
 use embarcadero_cxl::batchlog::peek_entry;
 use embarcadero_cxl::cache::FlushMethod;
-use embarcadero_cxl::headship::{Headship, last_led, read_headship_at};
 use embarcadero_cxl::layout::{
-    AllocatorKind, BatchEntry, BrokerHalf, DEFAULT_HEADS, Geometry, PinLine, RegionRole, Seat,
+    AllocatorKind, BatchEntry, BrokerHalf, DEFAULT_LEADERS, Geometry, LeaderArea, PinLine, RegionRole,
 };
+use embarcadero_cxl::leadership::{LeaderInfo, last_active, read_leader_at};
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, StreamId, read_extent_at, read_sequencer_half_at};
 use embarcadero_cxl::region::{Creation, RegionFile};
 use embarcadero_cxl::replication::{Completion, Replication, read_completion_at, read_replicated};
@@ -30,7 +30,7 @@ pub enum Allocator {
     Bitmap,
     /// A bitmap partition for each broker.
     Partitioned,
-    /// The head allocates, by RPC.
+    /// The leader allocates, by RPC.
     Leader,
 }
 
@@ -63,9 +63,9 @@ pub enum RegionCommand {
         /// Most brokers.
         #[arg(long, default_value_t = 32)]
         max_brokers: u32,
-        /// Brokers that can be the head, those with the lowest ids; unset means 4, or all where there are fewer.
+        /// Brokers that can be the leader, those with the lowest ids; unset means 4, or all where there are fewer.
         #[arg(long)]
-        max_heads: Option<u32>,
+        max_leaders: Option<u32>,
         /// Most topics.
         #[arg(long, default_value_t = 32)]
         max_topics: u32,
@@ -75,10 +75,10 @@ pub enum RegionCommand {
         /// Batchlog entries of each topic and broker, a power of two.
         #[arg(long, default_value_t = 1024)]
         batchlog_slots: u32,
-        /// A mirror beside it, on another unit of memory: what its heads write, twice.
+        /// A mirror beside it, on another unit of memory: what its leaders write, twice.
         #[arg(long)]
         mirror: Option<PathBuf>,
-        /// Size of the mirror: 64 bytes a batch that the region keeps, for each head, and its tables.
+        /// Size of the mirror: 64 bytes a batch that the region keeps, for each leader, and its tables.
         #[arg(long, value_parser = parse_bytes, default_value = "64MiB")]
         mirror_size: u64,
         /// Do not allocate the pages now.
@@ -140,7 +140,7 @@ pub fn run(command: RegionCommand) -> Result<()> {
             segment_size,
             allocator,
             max_brokers,
-            max_heads,
+            max_leaders,
             max_topics,
             max_sessions,
             batchlog_slots,
@@ -151,10 +151,10 @@ pub fn run(command: RegionCommand) -> Result<()> {
             force,
         } => {
             let tables = Geometry::with_segments_of(segment_size, allocator.into());
-            let max_heads = max_heads.unwrap_or(DEFAULT_HEADS.min(max_brokers));
+            let max_leaders = max_leaders.unwrap_or(DEFAULT_LEADERS.min(max_brokers));
             let role = if mirror.is_some() { RegionRole::Mirrored } else { RegionRole::Single };
             let geometry =
-                Geometry { max_brokers, max_heads, max_topics, max_sessions, batchlog_slots, role, ..tables }
+                Geometry { max_brokers, max_leaders, max_topics, max_sessions, batchlog_slots, role, ..tables }
                     .fit(size)?;
             let of_mirror = mirror.as_ref().map(|_| geometry.of_mirror(mirror_size)).transpose()?;
             let creation = Creation { reserve: !sparse, numa_node, force, uuid: None };
@@ -246,7 +246,7 @@ fn restore(path: &Path, plan: &Plan, options: RestoreOptions) -> Result<()> {
 struct Report {
     superblock: Superblock,
     layout: embarcadero_cxl::layout::Layout,
-    control_block: Option<Headship>,
+    control_block: Option<LeaderInfo>,
     brokers: Vec<BrokerReport>,
     topics: Vec<TopicReport>,
     sessions: Vec<SessionReport>,
@@ -330,7 +330,7 @@ struct IndexEntryReport {
     client_id: ClientId,
     sequence: u64,
     session_epoch: Epoch,
-    sequencer_epoch: u32,
+    term: u32,
     ordered_us: u64,
 }
 
@@ -370,10 +370,10 @@ fn owner(region: &Region<Native>, segment: u32) -> SegmentUse {
 }
 
 impl Report {
-    /// What is there, as the head has it, or the one that was it last.
+    /// What is there, as the leader has it, or the one that was it last.
     fn read(region: &Region<Native>) -> Self {
         let geometry = *region.geometry();
-        let seat = last_led(region).map_or(Seat(BrokerId(0)), |(seat, _)| seat);
+        let area = last_active(region).map_or(LeaderArea(BrokerId(0)), |(area, _)| area);
         let brokers = geometry.brokers().filter_map(|broker| {
             let (heartbeat, batches_published) = read_pulse(region, broker);
             let replica = read_replica_state(region, broker);
@@ -383,7 +383,7 @@ impl Report {
             .map(|segment| SegmentReport { segment, owner: owner(region, segment) })
             .filter(|report| report.owner != SegmentUse::Free);
         let sessions = geometry.sessions().filter_map(|slot| {
-            let (session, expected) = (read_session_at(region, seat, slot)?, read_progress_at(region, seat, slot));
+            let (session, expected) = (read_session_at(region, area, slot)?, read_progress_at(region, area, slot));
             Some(SessionReport { session, expected })
         });
         Self {
@@ -395,9 +395,9 @@ impl Report {
                 geometry,
             },
             layout: *region.layout(),
-            control_block: read_headship_at(region, seat),
+            control_block: read_leader_at(region, area),
             brokers: brokers.collect(),
-            topics: geometry.topics().filter_map(|id| TopicReport::read(region, seat, id)).collect(),
+            topics: geometry.topics().filter_map(|id| TopicReport::read(region, area, id)).collect(),
             sessions: sessions.collect(),
             segments: SegmentsReport {
                 total: geometry.segment_count,
@@ -409,16 +409,16 @@ impl Report {
 }
 
 impl TopicReport {
-    fn read(region: &Region<Native>, seat: Seat, id: TopicId) -> Option<Self> {
-        let config = read_topic_at(region, seat, id)?;
+    fn read(region: &Region<Native>, area: LeaderArea, id: TopicId) -> Option<Self> {
+        let config = read_topic_at(region, area, id)?;
         let extent = |stream| {
-            let extent = read_extent_at(region, seat, StreamId { topic: id, stream });
+            let extent = read_extent_at(region, area, StreamId { topic: id, stream });
             (extent.incarnation == config.incarnation).then_some(extent)
         };
         let brokers = region.geometry().brokers();
         let entries = brokers
             .filter(|broker| read_broker(region, *broker).is_some())
-            .map(|broker| OffsetEntryReport::read(region, seat, id, broker, extent(Stream::of(broker))))
+            .map(|broker| OffsetEntryReport::read(region, area, id, broker, extent(Stream::of(broker))))
             .collect();
         let global_index = extent(Stream::GLOBAL);
         let global_index_entries = global_index.map_or_else(Vec::new, |extent| newest_entries(region, id, &extent));
@@ -443,7 +443,7 @@ fn newest_entries(region: &Region<Native>, topic: TopicId, extent: &Extent) -> V
                 client_id: entry.client_id,
                 sequence: entry.sequence,
                 session_epoch: entry.session_epoch,
-                sequencer_epoch: entry.sequencer_epoch,
+                term: entry.term,
                 ordered_us: entry.ordered_us,
             })
         })
@@ -451,16 +451,22 @@ fn newest_entries(region: &Region<Native>, topic: TopicId, extent: &Extent) -> V
 }
 
 impl OffsetEntryReport {
-    fn read(region: &Region<Native>, seat: Seat, topic: TopicId, broker: BrokerId, own_index: Option<Extent>) -> Self {
+    fn read(
+        region: &Region<Native>,
+        area: LeaderArea,
+        topic: TopicId,
+        broker: BrokerId,
+        own_index: Option<Extent>,
+    ) -> Self {
         let fabric = region.fabric();
         let half: BrokerHalf = fabric.observe_line(region.layout().offset_entry(topic, broker), Site::BatchlogHeadRead);
         let pins: PinLine = fabric.observe_line(region.layout().pin(topic, broker), Site::PinRead);
-        let Completion { durable_through, lost_through, .. } = read_completion_at(region, seat, topic, broker);
+        let Completion { durable_through, lost_through, .. } = read_completion_at(region, area, topic, broker);
         let of = |source| Replication { topic, replica: broker, source };
         let sources = region.geometry().brokers();
         let replicated =
             sources.map(|source| (source, read_replicated(region, of(source)))).filter(|(_, position)| *position > 0);
-        let sequencer = read_sequencer_half_at(region, seat, topic, broker);
+        let sequencer = read_sequencer_half_at(region, area, topic, broker);
         let newest = half.batchlog_head.saturating_sub(NEWEST)..half.batchlog_head;
         let batchlog = newest.map(|index| {
             let entry: BatchEntry = peek_entry(region, topic, broker, index);

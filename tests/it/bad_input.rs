@@ -213,7 +213,7 @@ fn regions_and_configurations_that_do_not_fit_are_refused() {
     refused(&broker, &[("EMBARCADERO_BROKER_CXL__SEGMENT_BYTES", "2097152")], "segment_bytes = 1048576");
     let none = ("EMBARCADERO_BROKER_CXL__COHERENCE", "none");
     refused(&broker, &[none, ("EMBARCADERO_BROKER_ROLE", "follower")], "needs hardware coherence");
-    refused(&broker, &[("EMBARCADERO_BROKER_ROLE", "head")], "another live broker is the head");
+    refused(&broker, &[("EMBARCADERO_BROKER_ROLE", "leader")], "another live broker is the leader");
     refused(&broker, &[("EMBARCADERO_BROKER_HEARTBEAT_MS", "0")], "heartbeat_ms is 0");
     refused(&broker, &[("EMBARCADERO_BROKER_HEARTBEET_MS", "5")], "heartbeet_ms");
     refused(&broker, &[("EMBARCADERO_BROKER_FLUSH_GROUP__BATCHES", "many")], "flush_group.batches");

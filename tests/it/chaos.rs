@@ -108,12 +108,12 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
         for number in 0..rounds {
             round.store(number, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(random.random_range(5..100)));
-            let head = reading.cluster().ok().and_then(|view| view.brokers.into_iter().find(|broker| broker.head));
-            let head = head.and_then(|head| cluster.brokers.iter().position(|broker| broker.id == head.id));
+            let leader = reading.cluster().ok().and_then(|view| view.brokers.into_iter().find(|broker| broker.leader));
+            let leader = leader.and_then(|leader| cluster.brokers.iter().position(|broker| broker.id == leader.id));
             let any = random.random_range(0..cluster.brokers.len());
             match random.random_range(0..7) {
                 0 | 1 => {
-                    let dead = cluster.kill(head.unwrap_or(any));
+                    let dead = cluster.kill(leader.unwrap_or(any));
                     cluster.restart(&dead);
                 }
                 2 => {
@@ -127,7 +127,7 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
                 }
                 // Long enough for another to take over from it.
                 4 => {
-                    let stopped = head.unwrap_or(any);
+                    let stopped = leader.unwrap_or(any);
                     cluster.brokers[stopped].signal("-STOP");
                     std::thread::sleep(Duration::from_millis(random.random_range(150..500)));
                     cluster.brokers[stopped].signal("-CONT");

@@ -1,4 +1,4 @@
-//! Promise: when the head dies another broker takes over, and what was acknowledged is there, once and in order.
+//! Promise: when the leader dies another broker takes over, and what was acknowledged is there, once and in order.
 
 use crate::support::{Cluster, assert_exactly_once, eventually, history, message};
 use embarcadero_client::{Order, TopicOptions};
@@ -11,8 +11,8 @@ fn start(brokers: u32, create: &[&str]) -> Cluster {
     Cluster::start(brokers, &[REGION, create].concat(), &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")])
 }
 
-/// Rounds of: four publishers at work, the head is killed, another takes over, the dead one comes back.
-fn heads_die(create: &[&str], rounds: u64) {
+/// Rounds of: four publishers at work, the leader is killed, another takes over, the dead one comes back.
+fn leaders_die(create: &[&str], rounds: u64) {
     const EACH: u64 = 4000;
     let mut cluster = start(3, create);
     cluster
@@ -26,7 +26,7 @@ fn heads_die(create: &[&str], rounds: u64) {
             let deaths = &deaths;
             scope.spawn(move || {
                 for message_number in 0..rounds * EACH {
-                    // Work goes on all along: it must not be done before the last head is dead.
+                    // Work goes on all along: it must not be done before the last leader is dead.
                     while message_number >= (deaths.load(Ordering::SeqCst) + 1) * EACH {
                         std::thread::sleep(Duration::from_millis(1));
                     }
@@ -37,10 +37,10 @@ fn heads_die(create: &[&str], rounds: u64) {
         }
         for round in 1..=rounds {
             std::thread::sleep(Duration::from_millis(20));
-            let dead = cluster.head();
+            let dead = cluster.leader();
             let dead = cluster.kill(dead);
             deaths.store(round, Ordering::SeqCst);
-            let next = cluster.head();
+            let next = cluster.leader();
             assert_ne!(cluster.brokers[next].id, dead.id);
             cluster.restart(&dead);
         }
@@ -49,7 +49,7 @@ fn heads_die(create: &[&str], rounds: u64) {
     for number in 0..4 {
         assert_exactly_once(&seen[&number], rounds * EACH);
     }
-    assert!(cluster.epoch() > rounds, "each head has an epoch of its own");
+    assert!(cluster.term() > rounds, "each leader has an term of its own");
     // The control plane is there as well.
     cluster.client_of_all().create_topic("later", TopicOptions::default()).unwrap();
     cluster.client_of_all().delete_topic("later").unwrap();
@@ -57,16 +57,16 @@ fn heads_die(create: &[&str], rounds: u64) {
 
 #[test]
 fn another_broker_takes_over_from_a_killed_head() {
-    heads_die(&[], 6);
+    leaders_die(&[], 6);
 }
 
 #[test]
 fn another_broker_takes_over_the_leaders_allocator() {
-    heads_die(&["--allocator", "leader"], 3);
+    leaders_die(&["--allocator", "leader"], 3);
 }
 
 #[test]
-fn a_head_that_stands_still_is_replaced_and_cannot_order_when_it_goes_on() {
+fn a_leader_that_stands_still_is_replaced_and_cannot_order_when_it_goes_on() {
     const EACH: u64 = 2000;
     const ROUNDS: u64 = 6;
     let cluster = start(3, &[]);
@@ -91,9 +91,9 @@ fn a_head_that_stands_still_is_replaced_and_cannot_order_when_it_goes_on() {
         }
         for round in 1..=ROUNDS {
             std::thread::sleep(Duration::from_millis(20));
-            let (stopped, before) = (cluster.head(), cluster.epoch());
+            let (stopped, before) = (cluster.leader(), cluster.term());
             cluster.brokers[stopped].signal("-STOP");
-            eventually("another leads", || cluster.epoch() > before);
+            eventually("another leads", || cluster.term() > before);
             rounds.store(round, Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(50));
             // In the middle of whatever it was doing.
@@ -104,25 +104,25 @@ fn a_head_that_stands_still_is_replaced_and_cannot_order_when_it_goes_on() {
     for number in 0..4 {
         assert_exactly_once(&seen[&number], ROUNDS * EACH);
     }
-    // It follows now, and can be the head again.
+    // It follows now, and can be the leader again.
     cluster.client_of_all().create_topic("later", TopicOptions::default()).unwrap();
 }
 
 #[test]
-fn a_head_of_the_leaders_allocator_is_replaced_only_when_it_is_gone() {
+fn a_leader_of_the_leaders_allocator_is_replaced_only_when_it_is_gone() {
     let mut cluster = start(2, &["--allocator", "leader"]);
     cluster.client_of_all().create_topic("t", TopicOptions::default()).unwrap();
-    let stopped = cluster.head();
+    let stopped = cluster.leader();
     cluster.brokers[stopped].signal("-STOP");
     // Much longer than its lease: it could go on at any moment, and give away what another gave.
     std::thread::sleep(Duration::from_millis(1000));
-    assert_eq!(cluster.epoch(), 1);
+    assert_eq!(cluster.term(), 1);
     cluster.kill(stopped);
-    eventually("another leads", || cluster.epoch() == 2);
+    eventually("another leads", || cluster.term() == 2);
 }
 
 #[test]
-fn what_a_dead_head_held_for_a_gap_needs_no_lease() {
+fn what_a_dead_leader_held_for_a_gap_needs_no_lease() {
     // A gap lease that would outlast the test's patience.
     let environment = [("EMBARCADERO_BROKER_GAP_LEASE_MS", "600000"), ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")];
     let mut cluster = Cluster::start(3, REGION, &environment);
@@ -133,7 +133,7 @@ fn what_a_dead_head_held_for_a_gap_needs_no_lease() {
         for number in round * 2000..(round + 1) * 2000 {
             publisher.publish_wait(&message(0, number)).unwrap();
         }
-        let dead = cluster.head();
+        let dead = cluster.leader();
         let dead = cluster.kill(dead);
         publisher.flush().unwrap();
         cluster.restart(&dead);

@@ -225,13 +225,13 @@ fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
 }
 
 #[test]
-fn a_head_that_restarts_goes_on_where_the_region_stands() {
+fn a_leader_that_restarts_goes_on_where_the_region_stands() {
     let mut cluster = Cluster::start(2, REGION, &[("EMBARCADERO_BROKER_GAP_LEASE_MS", "500")]);
     let client =
         Client::connect(ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() })
             .unwrap();
-    client.create_topic("head", TopicOptions::default()).unwrap();
-    let first = client.publisher("head").unwrap();
+    client.create_topic("leader", TopicOptions::default()).unwrap();
+    let first = client.publisher("leader").unwrap();
     for number in 0..5000 {
         first.publish_wait(&message(0, number)).unwrap();
     }
@@ -250,5 +250,5 @@ fn a_head_that_restarts_goes_on_where_the_region_stands() {
     }
     first.flush().unwrap();
     let client = cluster.client();
-    assert_exactly_once(&history(&client, "head")[&0], 6000);
+    assert_exactly_once(&history(&client, "leader")[&0], 6000);
 }

@@ -388,7 +388,7 @@ mod two_guests {
         }
     }
 
-    /// Guest 1 has the head, guest 2 another broker, on one region in shared CXL memory that nothing keeps coherent. Both
+    /// Guest 1 has the leader, guest 2 another broker, on one region in shared CXL memory that nothing keeps coherent. Both
     /// publish over verbs to both brokers; both read the same order.
     #[test]
     #[ignore = "needs two hosts that share CXL memory: scripts/lab run --guests 2 --cxl has them"]
@@ -400,7 +400,7 @@ mod two_guests {
         let environment = [
             VERBS,
             ("EMBARCADERO_BROKER_CXL__COHERENCE", "none"),
-            ("EMBARCADERO_BROKER_ROLE", if guest == 1 { "head" } else { "follower" }),
+            ("EMBARCADERO_BROKER_ROLE", if guest == 1 { "leader" } else { "follower" }),
             ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "20000"),
         ];
         let (data, control) = (format!("{address}:7001"), format!("{address}:7000"));
@@ -410,12 +410,12 @@ mod two_guests {
                 ["--size", "192MiB", "--segment-size", "2MiB", "--max-brokers", "2", "--allocator", "partitioned"];
             Cluster::start_on("/dev/dax0.0".into(), 0, &create, &environment)
         } else {
-            eventually("the head starts", || said("head").is_some());
+            eventually("the leader starts", || said("leader").is_some());
             Cluster::on("/dev/dax0.0".into(), &environment)
         };
         cluster.add(&arguments);
         if guest == 1 {
-            say("head", &control);
+            say("leader", &control);
         }
         cluster.await_brokers(2);
         let client = over(TransportKind::Verbs, &cluster);
@@ -456,7 +456,7 @@ mod two_guests {
             ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", &endpoints),
             // Emulated hosts stand still for longer than real ones.
             ("EMBARCADERO_BROKER_ETCD__LEASE_S", "10"),
-            ("EMBARCADERO_BROKER_HEAD_LEASE_MS", "5000"),
+            ("EMBARCADERO_BROKER_LEADER_LEASE_MS", "5000"),
             ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "20000"),
         ];
         let (data, control) = (format!("{address}:7001"), format!("{address}:7000"));
@@ -466,14 +466,14 @@ mod two_guests {
             let create = [&create[..], &["--allocator", "partitioned", "--force"]].concat();
             Cluster::start_on("/dev/dax0.0".into(), 0, &create, &environment)
         } else {
-            signs.wait("head");
+            signs.wait("leader");
             Cluster::on("/dev/dax0.0".into(), &environment)
         };
         cluster.add(&arguments);
         if guest == 1 {
-            assert_eq!(cluster.brokers[cluster.head()].id, BrokerId(0));
+            assert_eq!(cluster.brokers[cluster.leader()].id, BrokerId(0));
             cluster.client_of_all().create_topic("t", strong()).unwrap();
-            signs.say("head", &control);
+            signs.say("leader", &control);
         }
         cluster.await_brokers(2);
         let publisher = cluster.client_of_all().publisher("t").unwrap();
@@ -488,7 +488,7 @@ mod two_guests {
         if guest == 1 {
             signs.wait("published.2");
             cluster.kill(0);
-            signs.say("dead", "the head");
+            signs.say("dead", "the leader");
             signs.wait("checked");
             // It comes back, follows, and reads the same.
             cluster.add(&arguments);
@@ -499,7 +499,7 @@ mod two_guests {
         } else {
             signs.wait("dead");
             eventually("guest 2 leads", || {
-                cluster.client_of_all().cluster().unwrap().brokers.iter().any(|b| b.head && b.id == BrokerId(1))
+                cluster.client_of_all().cluster().unwrap().brokers.iter().any(|b| b.leader && b.id == BrokerId(1))
             });
             publish(COUNT);
             let seen = history(&cluster.client_of_all(), "t");

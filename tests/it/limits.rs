@@ -94,7 +94,7 @@ fn retention_recycles(create: &[&str], order: Order) {
     arguments.extend(create);
     let mut cluster = if create.contains(&"partitioned") {
         let mut cluster = Cluster::start(0, &arguments, &[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")]);
-        cluster.set("EMBARCADERO_BROKER_ROLE", "head");
+        cluster.set("EMBARCADERO_BROKER_ROLE", "leader");
         cluster.add(&[]);
         cluster.set("EMBARCADERO_BROKER_ROLE", "follower");
         cluster

@@ -41,10 +41,10 @@ fn publish_in_rounds(publisher: &Publisher, number: u32, total: u64, rounds: &At
     publisher.flush().unwrap();
 }
 
-/// Heads are killed and stopped in turn; memory is taken for not coherent, so that nothing but etcd and what lies in the
+/// Leaders are killed and stopped in turn; memory is taken for not coherent, so that nothing but etcd and what lies in the
 /// region decides.
 #[test]
-fn etcd_elects_the_next_head() {
+fn etcd_elects_the_next_leader() {
     const ROUNDS: u64 = 6;
     let etcd = Etcd::start([127, 0, 0, 1].into());
     let environment = [("EMBARCADERO_BROKER_CXL__COHERENCE", "none")];
@@ -54,7 +54,7 @@ fn etcd_elects_the_next_head() {
     assert!(listed.contains("\thead\n") && listed.ends_with("membership: etcd\n"), "{listed}");
     cluster.client_of_all().create_topic("t", strong()).unwrap();
     let rounds = AtomicU64::new(0);
-    let mut epochs = vec![cluster.epoch()];
+    let mut terms = vec![cluster.term()];
     std::thread::scope(|scope| {
         for number in 0..2 {
             let (publisher, rounds) = (cluster.client_of_all().publisher("t").unwrap(), &rounds);
@@ -62,8 +62,8 @@ fn etcd_elects_the_next_head() {
         }
         for round in 1..=ROUNDS {
             std::thread::sleep(Duration::from_millis(50));
-            let (index, before) = (cluster.head(), cluster.epoch());
-            let leads = |cluster: &Cluster| cluster.epoch() > before;
+            let (index, before) = (cluster.leader(), cluster.term());
+            let leads = |cluster: &Cluster| cluster.term() > before;
             if round % 2 == 0 {
                 let dead = cluster.kill(index);
                 eventually("another leads", || leads(&cluster));
@@ -73,7 +73,7 @@ fn etcd_elects_the_next_head() {
                 eventually("another leads", || leads(&cluster));
                 cluster.brokers[index].signal("-CONT");
             }
-            epochs.push(cluster.epoch());
+            terms.push(cluster.term());
             rounds.store(round, Ordering::SeqCst);
         }
     });
@@ -81,7 +81,7 @@ fn etcd_elects_the_next_head() {
     for number in 0..2 {
         assert_exactly_once(&seen[&number], ROUNDS * COUNT);
     }
-    assert!(epochs.is_sorted(), "{epochs:?}");
+    assert!(terms.is_sorted(), "{terms:?}");
 }
 
 #[test]
@@ -101,40 +101,40 @@ fn while_etcd_is_away_topics_go_on_and_nobody_is_elected() {
         }
     };
     publish(true);
-    let first = cluster.epoch();
+    let first = cluster.term();
 
-    // Restarted with what it knew, while the head leads: the same goes on.
+    // Restarted with what it knew, while the leader leads: the same goes on.
     etcd.kill();
-    eventually("the loss is told", || membership(&cluster).contains("no head can be elected"));
+    eventually("the loss is told", || membership(&cluster).contains("no leader can be elected"));
     publish(true);
     etcd.restart();
     eventually("it is back", || membership(&cluster) == "etcd");
     publish(true);
-    assert_eq!(cluster.epoch(), first);
+    assert_eq!(cluster.term(), first);
 
-    // The head dies while it is away: the others wait.
+    // The leader dies while it is away: the others wait.
     etcd.kill();
-    eventually("the loss is told", || membership(&cluster).contains("no head can be elected"));
-    let head = cluster.head();
-    let dead = cluster.kill(head);
-    assert!(cluster.assert_command(&["brokers"]).contains("no head can be elected"));
+    eventually("the loss is told", || membership(&cluster).contains("no leader can be elected"));
+    let leader = cluster.leader();
+    let dead = cluster.kill(leader);
+    assert!(cluster.assert_command(&["brokers"]).contains("no leader can be elected"));
     std::thread::sleep(Duration::from_secs(3));
-    assert_eq!(cluster.epoch(), first, "nobody can have been elected");
+    assert_eq!(cluster.term(), first, "nobody can have been elected");
     etcd.restart();
-    eventually("another is elected", || cluster.epoch() > first);
+    eventually("another is elected", || cluster.term() > first);
     cluster.restart(&dead);
     publish(true);
 
-    // It comes back and knows nothing: the head stays, and the next has a higher epoch all the same.
-    let second = cluster.epoch();
+    // It comes back and knows nothing: the leader stays, and the next has a higher term all the same.
+    let second = cluster.term();
     etcd.wipe();
     etcd.restart();
     eventually("it is back", || membership(&cluster) == "etcd");
     publish(true);
-    assert_eq!(cluster.epoch(), second);
-    let head = cluster.head();
-    cluster.kill(head);
-    eventually("another is elected", || cluster.epoch() > second);
+    assert_eq!(cluster.term(), second);
+    let leader = cluster.leader();
+    cluster.kill(leader);
+    eventually("another is elected", || cluster.term() > second);
     publish(true);
     assert_exactly_once(&history(&cluster.client_of_all(), "t")[&0], next);
 }

@@ -96,7 +96,7 @@ fn read(client: &Client, topic: &str) -> Vec<(u64, u64)> {
     }
 }
 
-/// No disk has anything: all that was acknowledged, by two heads, is named, and nothing else. Offsets go on behind it.
+/// No disk has anything: all that was acknowledged, by two leaders, is named, and nothing else. Offsets go on behind it.
 #[test]
 fn without_replicas_the_lost_offsets_are_named_exactly() {
     let (mirror, another) = (Mirror::new(), Mirror::new());
@@ -106,13 +106,13 @@ fn without_replicas_the_lost_offsets_are_named_exactly() {
     client(&cluster, 1).create_topic("empty", options).unwrap();
     let publisher = client(&cluster, 1).publisher("t").unwrap();
     publish(&publisher, 0..1000);
-    // The next head writes the mirror on.
-    let head = cluster.head();
-    let dead = cluster.kill(head);
+    // The next leader writes the mirror on.
+    let leader = cluster.leader();
+    let dead = cluster.kill(leader);
     publish(&publisher, 1000..2500);
     cluster.restart(&dead);
-    let head = cluster.head();
-    cluster.kill(head);
+    let leader = cluster.leader();
+    cluster.kill(leader);
     publish(&publisher, 2500..3000);
     drop(publisher);
     lose(&mut cluster, &another);

@@ -5,10 +5,10 @@ use embarcadero_cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_wire::{BrokerId, OutOfBounds};
 use std::time::{Duration, Instant};
 
-/// Time for which the head may hold an id whose broker is gone, to see to what it left.
+/// Time for which the leader may hold an id whose broker is gone, to see to what it left.
 const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Claims an id, which the head may be holding for a moment.
+/// Claims an id, which the leader may be holding for a moment.
 fn claim(file: &RegionFile, id: BrokerId) -> Result<BrokerLock, RegionError> {
     let begun = Instant::now();
     loop {

@@ -6,7 +6,7 @@ mod start;
 mod threads;
 
 use crate::config::BrokerConfig;
-use crate::control::HeadSlot;
+use crate::control::CurrentLeader;
 use crate::membership::etcd::EtcdError;
 use embarcadero_cxl::region::{BrokerLock, RegionError};
 use embarcadero_cxl::tables::{BrokerInfo, publish_broker};
@@ -52,9 +52,9 @@ pub enum BrokerError {
     /// No id is left.
     #[error("all {0} broker ids of the region are taken")]
     NoFreeId(u32),
-    /// Another is the head.
-    #[error("role is head, but another live broker is the head of this region")]
-    HeadTaken,
+    /// Another is the leader.
+    #[error("role is leader, but another live broker is the leader of this region")]
+    LeaderTaken,
 }
 
 fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError {
@@ -66,7 +66,7 @@ fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError 
 pub struct Broker {
     info: BrokerInfo,
     region: Region<Native>,
-    head: Arc<HeadSlot>,
+    leader: Arc<CurrentLeader>,
     exit: Exit,
     control_stop: Option<tokio::sync::oneshot::Sender<()>>,
     threads: Vec<JoinHandle<()>>,
@@ -106,8 +106,8 @@ impl Broker {
     }
 
     /// True for the broker that orders.
-    pub fn is_head(&self) -> bool {
-        self.head.read().unwrap_or_else(PoisonError::into_inner).is_some()
+    pub fn is_leader(&self) -> bool {
+        self.leader.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
     /// True once a later process, on another host, has this broker's place: it stood still for so long that it was taken for

@@ -4,8 +4,8 @@ use super::threads::{self, Serving};
 use super::{Broker, BrokerError, Exit, device, identity, io_error};
 use crate::archive::{Archive, Catalog};
 use crate::config::{BrokerConfig, Coherence, Role};
-use crate::control::{ControlService, HeadSlot};
-use crate::head::{Candidate, Election, Reach};
+use crate::control::{ControlService, CurrentLeader};
+use crate::leader::{Candidate, CoherenceScope, Election};
 use crate::membership::Membership;
 use crate::membership::etcd::Etcd;
 use crate::mirror;
@@ -13,10 +13,10 @@ use crate::pool;
 use crate::replica::replicator::disclaim;
 use crate::sequencer::Leases;
 use crate::topics::TopicTable;
-use crate::worker::HeadStages;
+use crate::worker::LeaderStages;
 use crossbeam_channel::{Sender, bounded};
-use embarcadero_cxl::headship::latest_claim;
 use embarcadero_cxl::layout::RegionRole;
+use embarcadero_cxl::leadership::latest_claim;
 use embarcadero_cxl::region::{BrokerLock, RegionFile};
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::tables::{BrokerInfo, last_incarnation, publish_broker};
@@ -66,7 +66,7 @@ fn open_region(config: &BrokerConfig) -> Result<RegionFile, BrokerError> {
     Ok(file)
 }
 
-/// Opens the region's mirror. Of a region that has one, all that may be its head must know it.
+/// Opens the region's mirror. Of a region that has one, all that may be its leader must know it.
 fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<RegionFile>, BrokerError> {
     let Some(path) = &config.cxl.mirror else {
         if config.role != Role::Follower {
@@ -94,9 +94,9 @@ impl Prepared {
             region.require_node(node)?;
         }
         let (id, id_lock) = identity::claim_id(&file, config.id)?;
-        let seats = region.geometry().max_heads;
-        if config.role == Role::Head && id.0 >= seats {
-            let bound = format!("0 to {}, the region's max_heads - 1, for role head", seats - 1);
+        let term_lines = region.geometry().max_leaders;
+        if config.role == Role::Leader && id.0 >= term_lines {
+            let bound = format!("0 to {}, the region's max_leaders - 1, for role leader", term_lines - 1);
             return Err(OutOfBounds::new("id", id, bound).into());
         }
         let socket = |address| listen(address).map_err(io_error(format!("listen on {address}")));
@@ -134,7 +134,7 @@ impl Prepared {
         let (archive, reader) = Archive::new(region.clone(), self.info.id, Arc::clone(&catalog));
         let serving = Serving { start: &self, topics: &topics, exit: &exit, archive };
         let accepted = serving.spawn_workers(promoted, &mut running)?;
-        let head: Arc<HeadSlot> = Arc::default();
+        let leader: Arc<CurrentLeader> = Arc::default();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -143,7 +143,7 @@ impl Prepared {
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: self.config.max_batch_bytes,
-            head: Arc::clone(&head),
+            leader: Arc::clone(&leader),
             pool: Arc::clone(&pool),
             catalog,
             etcd: etcd.clone(),
@@ -151,22 +151,22 @@ impl Prepared {
         let Self { config, file, mirror, info, id_lock, data, control, .. } = self;
         running.push(threads::spawn_acceptor(data, accepted, Arc::clone(&exit.stop))?);
         let election = etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd)));
-        let candidate = candidate(&config, (file, mirror), &info, election, (pool, stages, Arc::clone(&head)));
-        let reign = runtime.block_on(candidate.take_over_if_gone());
-        if config.role == Role::Head && reign.is_none() {
+        let candidate = candidate(&config, (file, mirror), &info, election, (pool, stages, Arc::clone(&leader)));
+        let leadership = runtime.block_on(candidate.take_over_if_gone());
+        if config.role == Role::Leader && leadership.is_none() {
             exit.stop.store(true, Ordering::Relaxed);
             for thread in running {
                 let _ = thread.join();
             }
-            return Err(BrokerError::HeadTaken);
+            return Err(BrokerError::LeaderTaken);
         }
         publish_broker(&region, &info);
         let (control_stop, stopped) = tokio::sync::oneshot::channel();
-        let plane = threads::ControlPlane { service, archive: reader, candidate, reign, stop: stopped };
+        let plane = threads::ControlPlane { service, archive: reader, candidate, leadership, stop: stopped };
         running.push(plane.spawn(runtime, control)?);
-        let leads = head.read().unwrap_or_else(PoisonError::into_inner).is_some();
-        tracing::info!(broker = %info.id, data = %info.data, control = %info.control, head = leads, "serving");
-        Ok(Broker { info, region, head, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
+        let leads = leader.read().unwrap_or_else(PoisonError::into_inner).is_some();
+        tracing::info!(broker = %info.id, data = %info.data, control = %info.control, leader = leads, "serving");
+        Ok(Broker { info, region, leader, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
     }
 
     /// Joins etcd, if that elects.
@@ -181,30 +181,30 @@ impl Prepared {
     }
 }
 
-/// Where the head's work goes: its allocator, the worker that runs its stages, and the control service.
-type HeadPlaces = (Arc<dyn SegmentAllocator>, Sender<HeadStages>, Arc<HeadSlot>);
+/// Where the leader's work goes: its allocator, the worker that runs its stages, and the control service.
+type LeaderPlaces = (Arc<dyn SegmentAllocator>, Sender<LeaderStages>, Arc<CurrentLeader>);
 
-/// This broker as one that may become the head.
+/// This broker as one that may become the leader.
 fn candidate(
     config: &BrokerConfig,
     (file, mirror): (RegionFile, Option<RegionFile>),
     info: &BrokerInfo,
     election: Election,
-    (pool, stages, control): HeadPlaces,
+    (pool, stages, control): LeaderPlaces,
 ) -> Candidate {
     Candidate {
-        eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_heads,
+        eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_leaders,
         file,
         info: info.clone(),
         pool,
         mirror,
         leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
         broker_lease: Duration::from_millis(config.broker_lease_ms),
-        head_lease: Duration::from_millis(config.head_lease_ms),
+        leader_lease: Duration::from_millis(config.leader_lease_ms),
         reach: match config.cxl.coherence {
-            Coherence::Host => Reach::Host,
-            Coherence::Fabric => Reach::Fabric,
-            Coherence::None => Reach::None,
+            Coherence::Host => CoherenceScope::Host,
+            Coherence::Fabric => CoherenceScope::Fabric,
+            Coherence::None => CoherenceScope::None,
         },
         election,
         stages,

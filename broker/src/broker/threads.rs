@@ -6,14 +6,14 @@ use crate::archive::{Archive, ArchiveReader, Catalog};
 use crate::config::{BrokerConfig, Coherence, ReplicaIo};
 use crate::control::ControlService;
 use crate::delegation::Delegation;
-use crate::head::{Candidate, Reign};
 use crate::ingest::IngestLimits;
+use crate::leader::{Candidate, Leadership};
 use crate::replica::format::Identity;
 use crate::replica::medium::{Directory, Medium};
 use crate::replica::replicator::{ReplicaOptions, Replicator};
 use crate::replica::store::StoreOptions;
 use crate::topics::TopicTable;
-use crate::worker::{HeadStages, Shared, Stages, Worker, WorkerSetup};
+use crate::worker::{LeaderStages, Shared, Stages, Worker, WorkerSetup};
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_control::v1::control_server::ControlServer;
 use embarcadero_cxl::Native;
@@ -72,7 +72,7 @@ impl Serving<'_> {
     /// connections from.
     pub(super) fn spawn_workers(
         self,
-        promoted: Receiver<HeadStages>,
+        promoted: Receiver<LeaderStages>,
         threads: &mut Vec<JoinHandle<()>>,
     ) -> Result<Vec<Sender<TcpStream>>, BrokerError> {
         let config = &self.start.config;
@@ -86,7 +86,7 @@ impl Serving<'_> {
         let (acks, ordered): (Vec<_>, Vec<_>) = (0..workers).map(|_| bounded(ack_slots)).unzip();
         let mut delegation = Delegation::new(Arc::clone(self.topics), landed_queue, acks, config.flush_group)
             .of_incarnation(self.start.info.incarnation);
-        let may_lead = self.start.info.id.0 < self.topics.region().geometry().max_heads;
+        let may_lead = self.start.info.id.0 < self.topics.region().geometry().max_leaders;
         if let Some(mirror) = self.start.mirror.as_ref().filter(|_| may_lead) {
             delegation.tidy(mirror.region().clone());
         }
@@ -133,7 +133,7 @@ impl Serving<'_> {
             stop: Arc::clone(&exit.stop),
             superseded: Arc::clone(&exit.superseded),
             lease: match config.cxl.coherence {
-                // The head sees that a process is there, and keeps what it pinned.
+                // The leader sees that a process is there, and keeps what it pinned.
                 Coherence::Host => Duration::MAX,
                 Coherence::Fabric | Coherence::None => Duration::from_millis(config.broker_lease_ms),
             },
@@ -259,13 +259,13 @@ pub(super) struct ControlPlane {
     pub(super) service: ControlService,
     pub(super) archive: ArchiveReader,
     pub(super) candidate: Candidate,
-    pub(super) reign: Option<Reign>,
+    pub(super) leadership: Option<Leadership>,
     /// Ends it.
     pub(super) stop: tokio::sync::oneshot::Receiver<()>,
 }
 
 impl ControlPlane {
-    /// Starts the thread, which serves gRPC on `listener`, watches the head, speaks to etcd and reads from disks.
+    /// Starts the thread, which serves gRPC on `listener`, watches the leader, speaks to etcd and reads from disks.
     pub(super) fn spawn(
         self,
         runtime: tokio::runtime::Runtime,
@@ -281,13 +281,13 @@ impl ControlPlane {
         };
         spawn("control".to_owned(), move || {
             runtime.block_on(async move {
-                let Self { service, archive, candidate, reign, stop } = self;
+                let Self { service, archive, candidate, leadership, stop } = self;
                 let etcd = service.etcd.clone();
                 if let Some(etcd) = &etcd {
                     tokio::spawn(etcd.clone().run());
                 }
                 tokio::spawn(archive.run());
-                tokio::spawn(candidate.run(reign));
+                tokio::spawn(candidate.run(leadership));
                 let served = tonic::transport::Server::builder()
                     .add_service(ControlServer::new(service))
                     .serve_with_incoming_shutdown(incoming, async {

@@ -1,12 +1,12 @@
 //! Membership and election by etcd, where hosts cannot compare and swap in the region.
 //!
-//! Below `PREFIX/REGION-UUID/` lie `brokers/ID`, one a live broker, and `head`, both under a lease that the broker keeps
-//! alive, and `base`. Whoever replaces `head`, in a transaction that fails if another did, is elected; its epoch is `base`
-//! plus the revision of that transaction, so that epochs grow in the order in which heads were elected (etcd v3 API,
-//! "Revision"). `base` is the region's highest epoch when etcd first saw it: a region outlives an etcd.
+//! Below `PREFIX/REGION-UUID/` lie `brokers/ID`, one a live broker, and `leader`, both under a lease that the broker keeps
+//! alive, and `base`. Whoever replaces `leader`, in a transaction that fails if another did, is elected; its term is `base`
+//! plus the revision of that transaction, so that terms grow in the order in which leaders were elected (etcd v3 API,
+//! "Revision"). `base` is the region's highest term when etcd first saw it: a region outlives an etcd.
 //!
-//! etcd only decides who may claim the next epoch. What keeps a deposed head from being believed is the claim itself, in
-//! the region (`embarcadero_cxl::headship`), so a lease that expired late or early loses nothing.
+//! etcd only decides who may claim the next term. What keeps a superseded leader from being believed is the claim itself, in
+//! the region (`embarcadero_cxl::leadership`), so a lease that expired late or early loses nothing.
 
 use crate::config::EtcdConfig;
 use embarcadero_control::etcd::compare::{CompareResult, CompareTarget, TargetUnion};
@@ -126,7 +126,7 @@ impl Member {
     }
 }
 
-/// The head's entry as etcd has it.
+/// The leader's entry as etcd has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Elected {
     /// Which broker.
@@ -140,9 +140,9 @@ pub struct Elected {
 #[derive(Clone, Debug, Default)]
 struct View {
     base: Option<Term>,
-    head: Option<Elected>,
-    /// Since when there is no head.
-    headless_since: Option<Instant>,
+    leader: Option<Elected>,
+    /// Since when there is no leader.
+    leaderless_since: Option<Instant>,
     members: BTreeMap<BrokerId, (Member, i64)>,
 }
 
@@ -189,7 +189,7 @@ fn channel(endpoint: &str) -> Result<Channel, CallError> {
 }
 
 impl Etcd {
-    /// Registers a broker of the region `uuid`, of which `latest_claim` tells the highest epoch.
+    /// Registers a broker of the region `uuid`, of which `latest_claim` tells the highest term.
     ///
     /// # Errors
     /// [`EtcdError`].
@@ -307,9 +307,9 @@ impl Etcd {
             for entry in &answer.kvs {
                 match entry.key.strip_prefix(self.prefix.as_bytes()) {
                     Some(b"base") => view.base = Some(self.decode(entry)?),
-                    Some(b"head") => {
+                    Some(b"leader") => {
                         let Member { broker, .. } = self.decode(entry)?;
-                        view.head = Some(Elected { broker, revision: entry.mod_revision, lease: entry.lease });
+                        view.leader = Some(Elected { broker, revision: entry.mod_revision, lease: entry.lease });
                     }
                     Some(_) => {
                         let member: Member = self.decode(entry)?;
@@ -320,10 +320,10 @@ impl Etcd {
             }
             if view.base.is_some() {
                 let mut state = self.state();
-                if view.head.is_none() {
-                    view.headless_since = Some(state.view.headless_since.unwrap_or_else(Instant::now));
+                if view.leader.is_none() {
+                    view.leaderless_since = Some(state.view.leaderless_since.unwrap_or_else(Instant::now));
                 }
-                if state.view.head != view.head {
+                if state.view.leader != view.leader {
                     self.changed.notify_one();
                 }
                 state.view = view;
@@ -347,9 +347,9 @@ impl Etcd {
             self.state().lease = lease;
         }
         self.refresh().await?;
-        let (mine, head, leads) = {
+        let (mine, leader, leads) = {
             let State { view, leads, .. } = &*self.state();
-            (view.members.get(&self.member.broker).cloned(), view.head, *leads)
+            (view.members.get(&self.member.broker).cloned(), view.leader, *leads)
         };
         let name = format!("brokers/{}", self.member.broker);
         let revision = match mine {
@@ -359,9 +359,9 @@ impl Etcd {
             found => found.map_or(0, |(_, revision)| revision),
         };
         self.put_if(&name, revision, lease).await?;
-        let own = |head: Elected| head.broker == self.member.broker;
-        if leads && head.is_none_or(|head| own(head) && head.lease != lease) {
-            self.put_if("head", head.map_or(0, |head| head.revision), lease).await?;
+        let own = |leader: Elected| leader.broker == self.member.broker;
+        if leads && leader.is_none_or(|leader| own(leader) && leader.lease != lease) {
+            self.put_if("leader", leader.map_or(0, |leader| leader.revision), lease).await?;
         }
         self.refresh().await?;
         Ok(lease)
@@ -377,41 +377,41 @@ impl Etcd {
         self.transact(vec![same, base], self.put(name, value, lease)).await
     }
 
-    /// The head, as etcd has it, and how long there has been none.
+    /// The leader, as etcd has it, and how long there has been none.
     pub fn elected(&self) -> Result<Elected, Duration> {
         let view = &self.state().view;
-        view.head.ok_or_else(|| view.headless_since.map_or(Duration::ZERO, |since| since.elapsed()))
+        view.leader.ok_or_else(|| view.leaderless_since.map_or(Duration::ZERO, |since| since.elapsed()))
     }
 
-    /// Time after which a head whose entry is gone does not come back for it.
+    /// Time after which a leader whose entry is gone does not come back for it.
     pub fn grace(&self) -> Duration {
         Duration::from_secs(u64::from(self.config.lease_s) * 2)
     }
 
-    /// Stands for election, to replace `seen`. The epoch to lead under, if this broker won.
+    /// Stands for election, to replace `seen`. The term to lead under, if this broker won.
     ///
     /// # Errors
     /// [`EtcdError`]: nobody can be elected now.
-    pub async fn stand(&self, seen: Option<Elected>) -> Result<Option<Term>, EtcdError> {
+    pub async fn campaign(&self, seen: Option<Elected>) -> Result<Option<Term>, EtcdError> {
         let (lease, base) = {
             let state = self.state();
             (state.lease, state.view.base.unwrap_or(Term::NONE))
         };
-        let elected = self.put_if("head", seen.map_or(0, |seen| seen.revision), lease).await?;
+        let elected = self.put_if("leader", seen.map_or(0, |seen| seen.revision), lease).await?;
         self.refresh().await?;
         Ok(elected.map(|revision| Term(base.0 + revision as u64)))
     }
 
-    /// Notes whether this broker leads, so that its entry as head stays; takes it back when it does not lead after all.
+    /// Notes whether this broker leads, so that its entry as leader stays; takes it back when it does not lead after all.
     pub async fn set_leads(&self, leads: bool) {
-        let head = {
+        let leader = {
             let mut state = self.state();
             state.leads = leads;
-            state.view.head
+            state.view.leader
         };
-        if let Some(head) = head.filter(|head| !leads && head.broker == self.member.broker) {
-            let same = self.equal("head", TargetUnion::ModRevision(head.revision));
-            let delete = Request::RequestDeleteRange(DeleteRangeRequest { key: self.key("head").into() });
+        if let Some(leader) = leader.filter(|leader| !leads && leader.broker == self.member.broker) {
+            let same = self.equal("leader", TargetUnion::ModRevision(leader.revision));
+            let delete = Request::RequestDeleteRange(DeleteRangeRequest { key: self.key("leader").into() });
             // If it fails, the lease ends it.
             let _ = self.transact(vec![same], delete).await;
         }
@@ -424,7 +424,7 @@ impl Etcd {
         let _ = self.call(request, revoke).await;
     }
 
-    /// Waits until the head's entry changes.
+    /// Waits until the leader's entry changes.
     pub async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -446,7 +446,7 @@ impl Etcd {
                 first
             };
             if first {
-                tracing::warn!(%error, "lost etcd: topics go on, but no head can be elected");
+                tracing::warn!(%error, "lost etcd: topics go on, but no leader can be elected");
             }
             tokio::time::sleep(RETRY).await;
         }

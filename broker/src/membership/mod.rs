@@ -1,10 +1,10 @@
-//! Who is alive, as the head sees it: heartbeats in the region, timed by the observer's own clock. Who may be the head is
+//! Who is alive, as the leader sees it: heartbeats in the region, timed by the observer's own clock. Who may be the leader is
 //! decided in the region, or by [`etcd`].
 
 pub mod etcd;
 
 use embarcadero_cxl::Fabric;
-use embarcadero_cxl::headship::read_headship;
+use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_wire::BrokerId;
@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// Who elects the head.
+/// Who elects the leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Membership {
@@ -22,7 +22,7 @@ pub enum Membership {
     Etcd,
 }
 
-/// The head's view of the other brokers.
+/// The leader's view of the other brokers.
 pub struct Liveness {
     lease: Duration,
     /// Last heartbeat of each broker, and when it was seen to move.
@@ -58,14 +58,14 @@ impl Liveness {
     }
 }
 
-/// The brokers that the head takes for alive, and the head's id.
+/// The brokers that the leader takes for alive, and the leader's id.
 pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
-    let Some(head) = read_headship(region) else { return (Vec::new(), None) };
+    let Some(leader) = read_leader(region) else { return (Vec::new(), None) };
     let brokers = region
         .geometry()
         .brokers()
-        .filter(|broker| head.broker_mask & (1 << broker.0) != 0)
+        .filter(|broker| leader.broker_mask & (1 << broker.0) != 0)
         .filter_map(|broker| read_broker(region, broker))
         .collect();
-    (brokers, Some(head.broker))
+    (brokers, Some(leader.broker))
 }

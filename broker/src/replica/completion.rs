@@ -1,8 +1,8 @@
-//! What is durable: the head counts the disks that have each batch, and shows it in the completion vector.
+//! What is durable: the leader counts the disks that have each batch, and shows it in the completion vector.
 
 use super::replicator::running_replicas;
-use embarcadero_cxl::headship::NoHead;
-use embarcadero_cxl::layout::Seat;
+use embarcadero_cxl::layout::LeaderArea;
+use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_completion, read_completion_at, read_replicated};
@@ -22,7 +22,7 @@ fn copied(progress: &mut [u64], copies: usize) -> u64 {
 /// The stage that advances the completion vector. Runs where the sequencer does.
 pub struct CompletionStage<F: Fabric> {
     region: Region<F>,
-    seat: Seat,
+    area: LeaderArea,
     topics: Vec<TopicConfig>,
     /// Brokers that were ever there, a bit each.
     known: u64,
@@ -33,15 +33,15 @@ pub struct CompletionStage<F: Fabric> {
 
 impl<F: Fabric> CompletionStage<F> {
     /// Goes on from what the region shows.
-    pub fn new(region: Region<F>, seat: Seat) -> Self {
-        Self { region, seat, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
+    pub fn new(region: Region<F>, area: LeaderArea) -> Self {
+        Self { region, area, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
     }
 
     /// Looks which topics are replicated; of those in the mask `awaited`, sessions wait for durable batches. Every few
     /// milliseconds.
     pub fn maintain(&mut self, awaited: u32) {
         self.awaited = awaited;
-        self.topics = live_topics_at(&self.region, self.seat);
+        self.topics = live_topics_at(&self.region, self.area);
         self.topics.retain(|topic| topic.replication_factor > 1);
     }
 
@@ -70,13 +70,13 @@ impl<F: Fabric> CompletionStage<F> {
     fn count(&mut self, id: StreamId, incarnation: Incarnation, copies: usize) -> bool {
         let region = &self.region;
         let StreamId { topic, stream } = id;
-        let seat = self.seat;
-        let extent = read_extent_at(region, seat, id);
+        let area = self.area;
+        let extent = read_extent_at(region, area, id);
         if extent.incarnation != incarnation {
             return false;
         }
         let brokers = || region.geometry().brokers();
-        let shown = read_completion_at(region, seat, topic, stream.broker().unwrap_or(BrokerId(0)));
+        let shown = read_completion_at(region, area, topic, stream.broker().unwrap_or(BrokerId(0)));
         let awaited = self.awaited & 1 << topic.0 != 0;
         if shown.durable_through >= extent.committed && shown.awaited == awaited {
             return false;
@@ -98,7 +98,7 @@ impl<F: Fabric> CompletionStage<F> {
             .min()
             .unwrap_or(0);
         // SYNC: after the replicas' words: what a replica passed over as trimmed is seen as trimmed here too.
-        let trimmed = read_extent_at(region, seat, id).trimmed;
+        let trimmed = read_extent_at(region, area, id).trimmed;
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
@@ -113,7 +113,7 @@ impl<F: Fabric> CompletionStage<F> {
             Some(own) => *broker == own,
         };
         for broker in brokers().filter(shows) {
-            publish_completion(region, seat, topic, broker, now);
+            publish_completion(region, area, topic, broker, now);
         }
         true
     }
@@ -128,8 +128,8 @@ pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion:
     }
     match running_replicas(region) {
         Ok(running) if running.count_ones() < copies => u64::MAX,
-        // Without a head nobody knows who lives.
-        Ok(_) | Err(NoHead) => completion.durable_through,
+        // Without a leader nobody knows who lives.
+        Ok(_) | Err(NoLeader) => completion.durable_through,
     }
 }
 

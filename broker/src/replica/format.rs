@@ -147,7 +147,7 @@ pub struct Record {
     /// Broker that received it.
     pub source: BrokerId,
     /// Epoch of the sequencer that ordered it.
-    pub sequencer_epoch: u32,
+    pub term: u32,
     reserved: [u32; 3],
 }
 const _: () = assert!(size_of::<Record>() == 64);
@@ -286,7 +286,7 @@ pub fn write_group(into: &mut [u8], group: &Group<'_>, mut copy: impl FnMut(&Ind
             checksum: crc32c(&into[at..end]),
             message_count: entry.message_count,
             source: entry.broker.into(),
-            sequencer_epoch: entry.sequencer_epoch,
+            term: entry.term,
             ..Record::zeroed()
         };
         into[headers(index)..headers(index + 1)].copy_from_slice(bytemuck::bytes_of(&record));

@@ -6,7 +6,7 @@ use super::medium::Medium;
 use super::store::{StoreError, StoreOptions, StreamLog};
 use crate::archive::{ArchiveKey, Catalog};
 use crate::topics::{Topic, TopicTable};
-use embarcadero_cxl::headship::{NoHead, read_headship};
+use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_replicated, read_completion, read_replicated};
@@ -21,12 +21,12 @@ use std::sync::Arc;
 /// Index entries that are looked at for one group.
 const SCAN_ENTRIES: u64 = 64 << 10;
 
-/// Brokers whose replica runs, of those that the head takes for alive.
+/// Brokers whose replica runs, of those that the leader takes for alive.
 ///
 /// # Errors
-/// [`NoHead`].
-pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoHead> {
-    let live = read_headship(region).ok_or(NoHead)?.broker_mask;
+/// [`NoLeader`].
+pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> {
+    let live = read_leader(region).ok_or(NoLeader)?.broker_mask;
     let brokers = region.geometry().brokers().filter(|broker| live & (1 << broker.0) != 0);
     Ok(brokers
         .filter(|broker| read_replica_state(region, *broker) == ReplicaState::Running)
@@ -391,7 +391,7 @@ impl<F: Fabric> Task<F> {
         let mut through = positions.start;
         let layout = region.layout();
         let stream = self.stream;
-        // SYNC: after what was read; a head that took this broker for dead did not wait for its pin, and what is trimmed may be
+        // SYNC: after what was read; a leader that took this broker for dead did not wait for its pin, and what is trimmed may be
         // something else by now. Pairs with `OrderIndexWriter::trim`, which comes before memory is given back.
         let was_kept = || {
             std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
@@ -403,7 +403,7 @@ impl<F: Fabric> Task<F> {
             let entry = match self.reader.read(through) {
                 Ok(entry) => entry,
                 // What was read so far will do.
-                Err(ReadError::NoHead(_)) => break,
+                Err(ReadError::NoLeader(_)) => break,
                 Err(_) if !was_kept() => return Ok(self.give_up()),
                 Err(error) => return Err(StoreError::Memory(error.to_string())),
             };

@@ -6,8 +6,8 @@ use super::store::{Located, Scan, StoreError, read_batch, scan};
 use crate::blog::{Blog, BlogId};
 use crate::mirror::{self, MirroredTopic};
 use bytemuck::Zeroable;
-use embarcadero_cxl::headship::{claim, latest_claim, lead};
-use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, RegionRole, SESSION_WINDOW, Seat};
+use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, LeaderArea, RegionRole, SESSION_WINDOW};
+use embarcadero_cxl::leadership::{activate_term, claim_term, latest_claim};
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, ReadError, StreamId};
 use embarcadero_cxl::region::{Region, RegionError};
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
@@ -26,8 +26,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// The head as whom a restored region is written, before it has any.
-const RESTORED: Seat = Seat(BrokerId(0));
+/// The leader as whom a restored region is written, before it has any.
+const RESTORED: LeaderArea = LeaderArea(BrokerId(0));
 /// Its epoch.
 const RESTORED_EPOCH: Term = Term(1);
 /// Batches after which the index's tail is moved.
@@ -282,9 +282,9 @@ impl Plan {
             }
             topic.write(region, &self.media, &mut next_slot, &mut progress)?;
         }
-        // The first head inherits it.
-        claim(region, RESTORED, RESTORED_EPOCH);
-        lead(region, RESTORED, RESTORED_EPOCH);
+        // The first leader inherits it.
+        claim_term(region, RESTORED, RESTORED_EPOCH);
+        activate_term(region, RESTORED, RESTORED_EPOCH);
         Ok(())
     }
 }
@@ -407,8 +407,8 @@ impl TopicPlan {
             let options = IndexOptions {
                 id: StreamId { topic: id, stream: plan.stream },
                 incarnation,
-                writer: Seat(of_broker),
-                epoch: Term::NONE,
+                writer: LeaderArea(of_broker),
+                term: Term::NONE,
             };
             let mut index = OrderIndexWriter::open(region.clone(), options, allocator(region, of_broker));
             if let Some(first) = plan.first_offset() {
@@ -451,7 +451,7 @@ impl TopicPlan {
                     bytes: record.bytes,
                     message_count: record.message_count,
                     session_epoch: header.session_epoch,
-                    sequencer_epoch: record.sequencer_epoch,
+                    term: record.term,
                     broker: record.source.byte(),
                     replicas: 1,
                     ..IndexEntry::zeroed()

@@ -5,7 +5,7 @@ mod device;
 mod stages;
 mod turn;
 
-pub use stages::{HeadStages, Stages};
+pub use stages::{LeaderStages, Stages};
 
 use crate::archive::Archive;
 use crate::delegation::{Landed, OrderedLocally};
@@ -63,7 +63,7 @@ pub struct Shared {
     pub stop: Arc<AtomicBool>,
     /// Set when a later process has this broker's place.
     pub superseded: Arc<AtomicBool>,
-    /// Silence after which the head no longer minds what this broker reads.
+    /// Silence after which the leader no longer minds what this broker reads.
     pub lease: Duration,
     /// Time between heartbeats.
     pub heartbeat: Duration,
@@ -200,7 +200,7 @@ impl<C: Clock> Worker<C> {
         moved
     }
 
-    /// This host stood still for so long that the head may have given back memory which subscribers were about to read:
+    /// This host stood still for so long that the leader may have given back memory which subscribers were about to read:
     /// they begin anew.
     fn stood_still(&mut self, now: Now) {
         tracing::warn!(worker = self.index, "stood still beyond broker_lease_ms: subscribers have to connect again");

@@ -10,8 +10,8 @@ use std::sync::Arc;
 /// Batches that the delegation takes at a time.
 const DELEGATION_BATCHES: usize = 256;
 
-/// The stages that only the head has.
-pub struct HeadStages {
+/// The stages that only the leader has.
+pub struct LeaderStages {
     /// Global order.
     pub sequencer: Sequencer<Native>,
     /// The count of what is durable.
@@ -25,9 +25,9 @@ pub struct HeadStages {
 pub struct Stages {
     /// Local order.
     pub delegation: Option<Delegation<Native>>,
-    /// Where global order and the count of what is durable come from, when this broker becomes the head.
-    pub promoted: Option<Receiver<HeadStages>>,
-    head: Option<HeadStages>,
+    /// Where global order and the count of what is durable come from, when this broker becomes the leader.
+    pub promoted: Option<Receiver<LeaderStages>>,
+    leader: Option<LeaderStages>,
 }
 
 /// A later process has this broker's place.
@@ -36,8 +36,8 @@ pub(super) struct Superseded;
 impl Stages {
     /// The stages of a broker's first thread.
     #[must_use]
-    pub fn new(delegation: Delegation<Native>, promoted: Receiver<HeadStages>) -> Self {
-        Self { delegation: Some(delegation), promoted: Some(promoted), head: None }
+    pub fn new(delegation: Delegation<Native>, promoted: Receiver<LeaderStages>) -> Self {
+        Self { delegation: Some(delegation), promoted: Some(promoted), leader: None }
     }
 
     /// Orders what has come. True when anything moved.
@@ -46,7 +46,7 @@ impl Stages {
         if let Some(delegation) = &mut self.delegation {
             moved |= delegation.poll(now_us, DELEGATION_BATCHES) > 0;
         }
-        if let Some(HeadStages { sequencer, completion, .. }) = &mut self.head {
+        if let Some(LeaderStages { sequencer, completion, .. }) = &mut self.leader {
             moved |= sequencer.poll(now_us, GROUP_BATCHES) > 0;
             moved |= completion.poll(now_us) > 0;
         }
@@ -65,13 +65,13 @@ impl Stages {
             }
             delegation.maintain(now_us);
         }
-        if self.head.as_ref().is_some_and(|head| !head.sequencer.leads()) {
-            self.head = None;
+        if self.leader.as_ref().is_some_and(|leader| !leader.sequencer.leads()) {
+            self.leader = None;
         }
-        if self.head.is_none() {
-            self.head = self.promoted.as_ref().and_then(|promoted| promoted.try_recv().ok());
+        if self.leader.is_none() {
+            self.leader = self.promoted.as_ref().and_then(|promoted| promoted.try_recv().ok());
         }
-        if let Some(HeadStages { sequencer, completion, .. }) = &mut self.head {
+        if let Some(LeaderStages { sequencer, completion, .. }) = &mut self.leader {
             sequencer.maintain(now_us);
             completion.maintain(sequencer.awaited_topics());
         }

@@ -73,7 +73,7 @@ fn open_session(
 ) -> Result<proto::OpenSessionResponse, ClientError> {
     let ack_level = context.config.ack_level.into();
     let request = proto::OpenSessionRequest { topic: topic.to_owned(), client_id: client_id.0, ack_level };
-    context.control().head(async |client| client.open_session(request.clone()).await)
+    context.control().leader(async |client| client.open_session(request.clone()).await)
 }
 
 fn origin(session: &proto::OpenSessionResponse, topic: &TopicView, client_id: ClientId) -> BatchOrigin {
@@ -154,7 +154,7 @@ impl PublisherCore {
         let mut send = self.send();
         let session = match session {
             Ok(session) => session,
-            // The head may be back later; only what can never work ends the publisher.
+            // The leader may be back later; only what can never work ends the publisher.
             Err(error @ ClientError::Control { .. }) => {
                 send.failed = Some(error);
                 return;

@@ -180,7 +180,7 @@ impl Publisher {
     /// Flushes and ends the session in order.
     ///
     /// # Errors
-    /// As [`Publisher::flush`], or the head does not answer.
+    /// As [`Publisher::flush`], or the leader does not answer.
     pub fn close(self) -> Result<(), ClientError> {
         self.flush()?;
         let origin = self.core.send().session.origin;
@@ -189,7 +189,7 @@ impl Publisher {
             client_id: origin.client_id.0,
             epoch: origin.session_epoch.0,
         };
-        self.core.context.control().head(async |client| client.close_session(request).await).map(drop)
+        self.core.context.control().leader(async |client| client.close_session(request).await).map(drop)
     }
 
     /// This publisher's id, as batches and index entries show it.

@@ -1,15 +1,15 @@
 //! The Batchlog: a broker's ring of batch entries of one topic, which the sequencer polls.
 
 use crate::fabric::{Fabric, Guard, RegionOffset, Site};
-use crate::headship::of_head;
-use crate::layout::{BatchEntry, BrokerHalf, Seat, SequencerHalf};
+use crate::layout::{BatchEntry, BrokerHalf, LeaderArea, SequencerHalf};
+use crate::leadership::with_leader;
 use crate::region::Region;
 use embarcadero_wire::{BrokerId, TopicId};
 use std::mem::offset_of;
 
 /// Batchlog slots below this may be reused, as a head says.
-fn consumed_through<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId, broker: BrokerId) -> u64 {
-    let half = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
+fn consumed_through<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId, broker: BrokerId) -> u64 {
+    let half = region.layout().sequencer_half(region.geometry(), area, topic, broker);
     region.fabric().observe(half.add(offset_of!(SequencerHalf, consumed_through) as u64), Site::ConsumedRead)
 }
 
@@ -85,7 +85,7 @@ impl<F: Fabric> BatchlogWriter<F> {
         }
         // SYNC: pairs with the flush of the sequencer half; a stale value is only too small.
         let Self { region, topic, broker, .. } = self;
-        let Ok(consumed) = of_head(region, |seat| consumed_through(region, seat, *topic, *broker)) else {
+        let Ok(consumed) = with_leader(region, |area| consumed_through(region, area, *topic, *broker)) else {
             return false;
         };
         self.consumed = consumed.max(self.consumed);

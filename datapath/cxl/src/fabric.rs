@@ -42,27 +42,27 @@ sites! {
     SuperblockFlush,
     /// Superblock, before it is judged.
     SuperblockRead,
-    /// What a head says of the brokers.
+    /// What a leader says of the brokers.
     ControlFlush,
     /// The same, by anyone.
     ControlRead,
-    /// Who is the head, by one that takes over.
-    SeatFlush,
-    /// The same, by whoever acts on what a head says.
-    SeatRead,
-    /// What a head takes over into its own area.
-    InheritFlush,
-    /// The same, in the area of the head before.
-    InheritRead,
+    /// Who is the leader, by one that takes over.
+    TermFlush,
+    /// The same, by whoever acts on what a leader says.
+    TermRead,
+    /// What a leader takes over into its own area.
+    TakeoverFlush,
+    /// The same, in the area of the leader before.
+    TakeoverRead,
     /// Broker slot: endpoints and incarnation.
     BrokerSlotFlush,
     /// Broker slot, by anyone.
     BrokerSlotRead,
     /// Heartbeat and activity counters of a broker.
     PulseFlush,
-    /// The same, by the head.
+    /// The same, by the leader.
     PulseRead,
-    /// Topic configuration and name, by the head.
+    /// Topic configuration and name, by the leader.
     TopicFlush,
     /// The same, by brokers.
     TopicRead,
@@ -72,7 +72,7 @@ sites! {
     PayloadRead,
     /// Batchlog entries.
     BatchEntryFlush,
-    /// Entries and payload are in memory before the head that publishes them.
+    /// Entries and payload are in memory before the leader that publishes them.
     BatchEntryFence,
     /// Batchlog entries, by the sequencer.
     BatchEntryRead,
@@ -116,9 +116,9 @@ sites! {
     PinRead,
     /// How far a replica is.
     ReplicationFlush,
-    /// The same, by the head.
+    /// The same, by the leader.
     ReplicationRead,
-    /// How far a stream is durable, by the head.
+    /// How far a stream is durable, by the leader.
     CompletionFlush,
     /// The same, by a broker that acknowledges.
     CompletionRead,
@@ -136,14 +136,14 @@ sites! {
 /// needed; in `Native` they are always there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Guard {
-    /// Whoever acts on what a head says looks afterwards that it still is the head.
-    EpochAfterRead,
+    /// Whoever acts on what a leader says looks afterwards that it still is the leader.
+    TermAfterRead,
     /// A successor claims its epoch before it reads what its predecessor left.
-    ClaimBeforeInherit,
+    ClaimBeforeCopy,
     /// A successor does not write into the open segment of its predecessor's order index.
     OwnSegment,
-    /// A reader that knows a segment of the order index looks for it anew under another head.
-    SegmentOfHead,
+    /// A reader that knows a segment of the order index looks for it anew under another leader.
+    SegmentOfLeader,
     /// Sessions are brought up to the order index before anything is accepted.
     RecoverBeforeAccept,
     /// What was taken from the Batchlogs and not decided is taken again.
@@ -165,10 +165,10 @@ pub enum Guard {
 impl Guard {
     /// All of them.
     pub const ALL: &'static [Self] = &[
-        Self::EpochAfterRead,
-        Self::ClaimBeforeInherit,
+        Self::TermAfterRead,
+        Self::ClaimBeforeCopy,
         Self::OwnSegment,
-        Self::SegmentOfHead,
+        Self::SegmentOfLeader,
         Self::RecoverBeforeAccept,
         Self::RetakeUndecided,
         Self::DedupCompare,

@@ -15,8 +15,8 @@ pub const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
 pub const LAYOUT_VERSION: u32 = 3;
 /// Most brokers a region can hold.
 pub const MAX_BROKERS: u32 = 32;
-/// Brokers that can be the head, where nothing else is asked for: those with the lowest ids.
-pub const DEFAULT_HEADS: u32 = 4;
+/// Brokers that can be the leader, where nothing else is asked for: those with the lowest ids.
+pub const DEFAULT_LEADERS: u32 = 4;
 /// Most topics a region can hold.
 pub const MAX_TOPICS: u32 = 32;
 /// Most sessions a region can hold.
@@ -54,7 +54,7 @@ macro_rules! lines {
                 $(hash = fnv(hash, stringify!($field).as_bytes(), offset_of!($name, $field));)*
             )*
             hash = fnv(hash, b"tinode", TINODE_BYTES as usize);
-            hash = fnv(hash, b"head topic", HEAD_TOPIC_BYTES as usize);
+            hash = fnv(hash, b"leader topic", LEADER_TOPIC_BYTES as usize);
             hash = fnv(hash, b"session", SESSION_BYTES as usize);
             hash
         };
@@ -93,32 +93,32 @@ lines! {
         pub segment_bytes: u64 = 16,
         pub segment_count: u32 = 24,
         pub allocator: u32 = 28,
-        pub max_heads: u32 = 32,
+        pub max_leaders: u32 = 32,
         pub role: u32 = 36,
         pub reserved: [u64; 2] = 40,
         pub reserved_high: u32 = 56,
         pub checksum: u32 = 60,
     }
 
-    /// The highest epoch that anyone stood for, where hosts share one coherence domain: compare-and-swap by all.
+    /// The highest term that anyone campaigned for, where hosts share one coherence domain: compare-and-swap by all.
     pub struct ElectionLine {
-        pub epoch: Term = 0,
+        pub term: Term = 0,
         pub reserved: [u64; 7] = 8,
     }
 
-    /// A broker that can be the head: words, written by that broker. The broker with the highest `claimed` is the head, or
-    /// will be; it is once its `led` is the same.
-    pub struct SeatLine {
-        /// Epoch under which it last began to take over.
+    /// A broker that can be the leader: words, written by that broker. The broker with the highest `claimed` is the leader, or
+    /// will be; it is once its `active` is the same.
+    pub struct TermLine {
+        /// Term under which it last began to take over.
         pub claimed: Term = 0,
-        /// Epoch under which it last led: everything up to then is in its area.
-        pub led: Term = 8,
+        /// Term under which it last led: everything up to then is in its area.
+        pub active: Term = 8,
         pub reserved: [u64; 6] = 16,
     }
 
-    /// What a head says of the brokers. Written by that head. Versioned.
+    /// What a leader says of the brokers. Written by that leader. Versioned.
     pub struct ControlLine {
-        pub epoch: Term = 0,
+        pub term: Term = 0,
         pub incarnation: Incarnation = 8,
         pub reserved_low: u32 = 12,
         /// Brokers that live.
@@ -153,7 +153,7 @@ lines! {
         pub reserved: [u64; 4] = 32,
     }
 
-    /// What a topic is. Written by a head. Versioned; the version also guards the name line behind it.
+    /// What a topic is. Written by a leader. Versioned; the version also guards the name line behind it.
     pub struct TopicLine {
         pub incarnation: Incarnation = 0,
         pub state: u8 = 4,
@@ -187,7 +187,7 @@ lines! {
         /// Message offset of the first entry that is kept.
         pub trimmed_offset: u64 = 32,
         /// Epoch of the writer.
-        pub epoch: Term = 40,
+        pub term: Term = 40,
         /// Batch bytes ever indexed.
         pub bytes: u64 = 48,
         /// Incarnation of the topic that the other words speak of.
@@ -216,7 +216,7 @@ lines! {
         pub reserved: [u64; 6] = 16,
     }
 
-    /// How far a head is with a broker's Batchlog: words, written by that head (the paper's sequencer half).
+    /// How far a leader is with a broker's Batchlog: words, written by that leader (the paper's sequencer half).
     pub struct SequencerHalf {
         /// Batches of this broker that are ordered (the paper's ordered_seq).
         pub ordered: u64 = 0,
@@ -255,7 +255,7 @@ lines! {
         pub bytes: u32 = 40,
         pub message_count: u32 = 44,
         pub session_epoch: Epoch = 48,
-        pub sequencer_epoch: u32 = 52,
+        pub term: u32 = 52,
         pub broker: u8 = 56,
         pub replicas: u8 = 57,
         pub reserved: u16 = 58,
@@ -263,7 +263,7 @@ lines! {
         pub commit: u32 = 60,
     }
 
-    /// How far the stream that a broker acknowledges from is replicated: words, written by a head.
+    /// How far the stream that a broker acknowledges from is replicated: words, written by a leader.
     pub struct CompletionLine {
         /// Entries below this are on as many disks as the topic asks for, unless they are lost.
         pub durable_through: u64 = 0,
@@ -274,7 +274,7 @@ lines! {
         pub reserved: [u64; 5] = 24,
     }
 
-    /// Who a session belongs to and what became of it. Written by a head. Versioned.
+    /// Who a session belongs to and what became of it. Written by a leader. Versioned.
     pub struct SessionLine {
         pub client_id: ClientId = 0,
         pub epoch: Epoch = 8,
@@ -289,7 +289,7 @@ lines! {
         pub version: u64 = 56,
     }
 
-    /// Progress of a session: words, written by a head.
+    /// Progress of a session: words, written by a leader.
     pub struct SessionProgressLine {
         /// Sequences below this are committed.
         pub expected: u64 = 0,
@@ -348,14 +348,14 @@ pub const OFFSET_ENTRY_BYTES: u64 = 512;
 pub const REPLICATION_DONE_AT: u64 = 192;
 /// `[[DEVIATION_004]]` Bytes of a TInode: what brokers say of a topic. It stands in for a separate broker metadata region.
 pub const TINODE_BYTES: u64 = MAX_BROKERS as u64 * OFFSET_ENTRY_BYTES;
-/// `[[DEVIATION_011]]` Bytes of what a head says of a topic, in its own area: configuration, name, tail of the global
+/// `[[DEVIATION_011]]` Bytes of what a leader says of a topic, in its own area: configuration, name, tail of the global
 /// order, one reserved line.
-pub const HEAD_TOPIC_BYTES: u64 = 256;
+pub const LEADER_TOPIC_BYTES: u64 = 256;
 /// Bytes of a row of the session table: identity, progress, commit records.
 pub const SESSION_BYTES: u64 = 128 + SESSION_WINDOW * size_of::<CommitRecord>() as u64;
 const _: () = {
     // Halves that different hosts write must not share a line, nor the pair of lines that CPUs prefetch together.
-    assert!(OFFSET_ENTRY_BYTES.is_multiple_of(256) && HEAD_TOPIC_BYTES.is_multiple_of(256));
+    assert!(OFFSET_ENTRY_BYTES.is_multiple_of(256) && LEADER_TOPIC_BYTES.is_multiple_of(256));
     assert!(REPLICATION_DONE_AT + MAX_BROKERS as u64 * 8 <= OFFSET_ENTRY_BYTES);
     assert!(SESSION_BYTES.is_multiple_of(64));
 };
@@ -368,7 +368,7 @@ pub enum AllocatorKind {
     Bitmap,
     /// One bitmap a broker, each written by its owner.
     Partitioned,
-    /// The head allocates, by RPC.
+    /// The leader allocates, by RPC.
     Leader,
 }
 
@@ -402,7 +402,7 @@ pub enum RegionRole {
     /// All there is.
     #[default]
     Single,
-    /// It holds everything; its heads keep a copy of what they write in another, on a second unit of memory.
+    /// It holds everything; its leaders keep a copy of what they write in another, on a second unit of memory.
     Mirrored,
     /// That other.
     Mirror,
@@ -437,8 +437,8 @@ impl RegionRole {
 pub struct Geometry {
     /// Broker slots, 1 to 32.
     pub max_brokers: u32,
-    /// Brokers that can be the head, 1 to `max_brokers`: those with ids below this.
-    pub max_heads: u32,
+    /// Brokers that can be the leader, 1 to `max_brokers`: those with ids below this.
+    pub max_leaders: u32,
     /// Topic slots, 1 to 32.
     pub max_topics: u32,
     /// Session slots, 1 to 4096.
@@ -461,7 +461,7 @@ impl Geometry {
     pub const fn with_segments_of(segment_bytes: u64, allocator: AllocatorKind) -> Self {
         Self {
             max_brokers: MAX_BROKERS,
-            max_heads: DEFAULT_HEADS,
+            max_leaders: DEFAULT_LEADERS,
             max_topics: MAX_TOPICS,
             max_sessions: 1024,
             batchlog_slots: 1024,
@@ -472,15 +472,15 @@ impl Geometry {
         }
     }
 
-    /// Of a mirror of a region of this geometry, of at most `bytes`: the tables of its heads, and room for their order
-    /// indexes in segments of 1 MiB, of which each head has as many.
+    /// Of a mirror of a region of this geometry, of at most `bytes`: the tables of its leaders, and room for their order
+    /// indexes in segments of 1 MiB, of which each leader has as many.
     ///
     /// # Errors
-    /// [`OutOfBounds`] when not even one segment a head fits.
+    /// [`OutOfBounds`] when not even one segment a leader fits.
     pub fn of_mirror(&self, bytes: u64) -> Result<Self, OutOfBounds> {
         let mirror = Self {
-            max_brokers: self.max_heads,
-            max_heads: self.max_heads,
+            max_brokers: self.max_leaders,
+            max_leaders: self.max_leaders,
             max_topics: self.max_topics,
             max_sessions: self.max_sessions,
             batchlog_slots: 16,
@@ -490,8 +490,8 @@ impl Geometry {
             role: RegionRole::Mirror,
         }
         .fit(bytes)?;
-        if mirror.segment_count < self.max_heads {
-            let least = Self { segment_count: self.max_heads, ..mirror };
+        if mirror.segment_count < self.max_leaders {
+            let least = Self { segment_count: self.max_leaders, ..mirror };
             let bound = format!("at least {}", Layout::new(&least).region_bytes);
             return Err(OutOfBounds::new("mirror size", bytes, bound));
         }
@@ -529,7 +529,7 @@ impl Geometry {
     /// The first number that is out of bounds.
     pub fn validate(&self) -> Result<(), OutOfBounds> {
         within("max_brokers", self.max_brokers, 1, MAX_BROKERS)?;
-        within("max_heads", self.max_heads, 1, self.max_brokers)?;
+        within("max_leaders", self.max_leaders, 1, self.max_brokers)?;
         within("max_topics", self.max_topics, 1, MAX_TOPICS)?;
         within("max_sessions", self.max_sessions, 1, MAX_SESSIONS)?;
         within("batchlog_slots", self.batchlog_slots, 16, 1 << 20)?;
@@ -575,7 +575,7 @@ impl Geometry {
 /// Start of each area, computed from a [`Geometry`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Layout {
-    /// Control block: the [`ElectionLine`], a [`SeatLine`] for each broker, a [`ControlLine`] for each broker.
+    /// Control block: the [`ElectionLine`], a [`TermLine`] for each broker, a [`ControlLine`] for each broker.
     pub control: u64,
     /// Broker table: 128 bytes a broker.
     pub brokers: u64,
@@ -589,19 +589,19 @@ pub struct Layout {
     pub batchlogs: u64,
     /// Directories of the brokers' own order indexes, topic-major, then broker.
     pub directories: u64,
-    /// Areas of the heads, one after another.
-    pub heads: u64,
-    /// What is where in the area of a head.
-    pub head: HeadLayout,
+    /// Areas of the leaders, one after another.
+    pub leaders: u64,
+    /// What is where in the area of a leader.
+    pub leader: LeaderAreaLayout,
     /// The pool.
     pub segments: u64,
     /// End of the pool.
     pub region_bytes: u64,
 }
 
-/// Start of each part of a head's area, from the start of that area. At 0: [`HEAD_TOPIC_BYTES`] a topic.
+/// Start of each part of a leader's area, from the start of that area. At 0: [`LEADER_TOPIC_BYTES`] a topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct HeadLayout {
+pub struct LeaderAreaLayout {
     /// A [`SequencerHalf`] for each topic and broker, topic-major.
     pub halves: u64,
     /// Completion vector: a [`CompletionLine`] for each topic and broker, topic-major.
@@ -614,9 +614,9 @@ pub struct HeadLayout {
     pub bytes: u64,
 }
 
-/// Number of a head's area: the id of the broker that writes it.
+/// Number of a leader's area: the id of the broker that writes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Seat(pub BrokerId);
+pub struct LeaderArea(pub BrokerId);
 
 impl Layout {
     /// Lays the areas out one after another.
@@ -638,12 +638,12 @@ impl Layout {
         let batchlogs_at = up(tinodes_at + topics * TINODE_BYTES);
         let directories_at = up(batchlogs_at + topics * brokers * geometry.batchlog_slots as u64 * 64);
         let heads_at = up(directories_at + topics * brokers * Self::directory_bytes(geometry));
-        let halves = topics * HEAD_TOPIC_BYTES;
+        let halves = topics * LEADER_TOPIC_BYTES;
         let completion = halves + topics * brokers * 64;
         let sessions = completion + topics * brokers * 64;
         let directories = sessions + geometry.max_sessions as u64 * SESSION_BYTES;
         let bytes = up(directories + topics * Self::directory_bytes(geometry));
-        let tables_end = heads_at + geometry.max_heads as u64 * bytes;
+        let tables_end = heads_at + geometry.max_leaders as u64 * bytes;
         let segments_at = tables_end.next_multiple_of(if geometry.segment_bytes < 2 << 20 { 1 << 20 } else { 2 << 20 });
         Self {
             control: control_at,
@@ -653,8 +653,8 @@ impl Layout {
             tinodes: tinodes_at,
             batchlogs: batchlogs_at,
             directories: directories_at,
-            heads: heads_at,
-            head: HeadLayout { halves, completion, sessions, directories, bytes },
+            leaders: heads_at,
+            leader: LeaderAreaLayout { halves, completion, sessions, directories, bytes },
             segments: segments_at,
             region_bytes: segments_at + segments * geometry.segment_bytes,
         }
@@ -678,16 +678,16 @@ impl Layout {
         RegionOffset(self.control)
     }
 
-    /// The [`SeatLine`] of a broker that can be the head. They lie one after another.
+    /// The [`TermLine`] of a broker that can be the leader. They lie one after another.
     #[must_use]
-    pub const fn seat(&self, seat: Seat) -> RegionOffset {
-        RegionOffset(self.control + 64 + seat.0.0 as u64 * 64)
+    pub const fn terms(&self, area: LeaderArea) -> RegionOffset {
+        RegionOffset(self.control + 64 + area.0.0 as u64 * 64)
     }
 
-    /// The [`ControlLine`] of a broker that can be the head.
+    /// The [`ControlLine`] of a broker that can be the leader.
     #[must_use]
-    pub const fn control_line(&self, seat: Seat) -> RegionOffset {
-        RegionOffset(self.control + (1 + MAX_BROKERS as u64 + seat.0.0 as u64) * 64)
+    pub const fn control_line(&self, area: LeaderArea) -> RegionOffset {
+        RegionOffset(self.control + (1 + MAX_BROKERS as u64 + area.0.0 as u64) * 64)
     }
 
     /// A broker's slot: its [`BrokerLine`], then its [`PulseLine`].
@@ -702,29 +702,29 @@ impl Layout {
         RegionOffset(self.tinodes + topic.0 as u64 * TINODE_BYTES + broker.0 as u64 * OFFSET_ENTRY_BYTES)
     }
 
-    /// The area of a head.
+    /// The area of a leader.
     #[must_use]
-    pub const fn head_area(&self, seat: Seat) -> RegionOffset {
-        RegionOffset(self.heads + seat.0.0 as u64 * self.head.bytes)
+    pub const fn leader_area(&self, area: LeaderArea) -> RegionOffset {
+        RegionOffset(self.leaders + area.0.0 as u64 * self.leader.bytes)
     }
 
-    /// What a head says of a topic: its [`TopicLine`] starts here, then [`NameLine`] and [`TailLine`].
+    /// What a leader says of a topic: its [`TopicLine`] starts here, then [`NameLine`] and [`TailLine`].
     #[must_use]
-    pub const fn head_topic(&self, seat: Seat, topic: TopicId) -> RegionOffset {
-        self.head_area(seat).add(topic.0 as u64 * HEAD_TOPIC_BYTES)
+    pub const fn leader_topic(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
+        self.leader_area(area).add(topic.0 as u64 * LEADER_TOPIC_BYTES)
     }
 
-    /// A head's [`SequencerHalf`] of a broker in a topic.
+    /// A leader's [`SequencerHalf`] of a broker in a topic.
     #[must_use]
     pub const fn sequencer_half(
         &self,
         geometry: &Geometry,
-        seat: Seat,
+        area: LeaderArea,
         topic: TopicId,
         broker: BrokerId,
     ) -> RegionOffset {
         let index = topic.0 as u64 * geometry.max_brokers as u64 + broker.0 as u64;
-        self.head_area(seat).add(self.head.halves + index * 64)
+        self.leader_area(area).add(self.leader.halves + index * 64)
     }
 
     /// The [`PinLine`] of a broker in a topic.
@@ -739,11 +739,17 @@ impl Layout {
         self.offset_entry(of.topic, of.replica).add(REPLICATION_DONE_AT + of.source.0 as u64 * 8)
     }
 
-    /// A head's [`CompletionLine`] that `broker` acknowledges by.
+    /// A leader's [`CompletionLine`] that `broker` acknowledges by.
     #[must_use]
-    pub const fn completion(&self, geometry: &Geometry, seat: Seat, topic: TopicId, broker: BrokerId) -> RegionOffset {
+    pub const fn completion(
+        &self,
+        geometry: &Geometry,
+        area: LeaderArea,
+        topic: TopicId,
+        broker: BrokerId,
+    ) -> RegionOffset {
         let index = topic.0 as u64 * geometry.max_brokers as u64 + broker.0 as u64;
-        self.head_area(seat).add(self.head.completion + index * 64)
+        self.leader_area(area).add(self.leader.completion + index * 64)
     }
 
     /// A segment's owner line.
@@ -752,10 +758,10 @@ impl Layout {
         RegionOffset(self.owners + segment as u64 * 64)
     }
 
-    /// A session's row at a head.
+    /// A session's row at a leader.
     #[must_use]
-    pub const fn session(&self, seat: Seat, slot: SessionSlot) -> RegionOffset {
-        self.head_area(seat).add(self.head.sessions + slot.0 as u64 * SESSION_BYTES)
+    pub const fn session(&self, area: LeaderArea, slot: SessionSlot) -> RegionOffset {
+        self.leader_area(area).add(self.leader.sessions + slot.0 as u64 * SESSION_BYTES)
     }
 
     /// The first byte of a segment.
@@ -782,7 +788,7 @@ mod tests {
                 prop_assert!(layout.region_bytes <= region);
                 let areas = [
                     SUPERBLOCK_BYTES, layout.control, layout.brokers, layout.bitmap, layout.owners, layout.tinodes,
-                    layout.batchlogs, layout.directories, layout.heads, layout.segments,
+                    layout.batchlogs, layout.directories, layout.leaders, layout.segments,
                 ];
                 prop_assert!(areas.windows(2).all(|pair| pair[0] < pair[1]));
                 prop_assert!(geometry.directory_slots() >= u64::from(geometry.segment_count));

@@ -7,8 +7,9 @@
 pub mod batchlog;
 pub mod cache;
 mod fabric;
-pub mod headship;
 pub mod layout;
+mod leader_cache;
+pub mod leadership;
 mod native;
 mod numa;
 pub mod order_index;
@@ -17,6 +18,7 @@ pub mod replication;
 pub mod segment;
 pub mod session_table;
 pub mod tables;
+pub mod takeover;
 
 pub use fabric::{CoherentFabric, Fabric, Guard, LINE_BYTES, Line, RegionOffset, Site};
 pub use native::{Mapping, Native};

@@ -131,15 +131,15 @@ impl Native {
     /// As [`Native::write_past_caches`], but they are there only after [`cache::lines_stored`].
     pub fn stream(&self, at: RegionOffset, from: &[u8]) {
         let before = at.0.next_multiple_of(LINE_BYTES) - at.0;
-        let (head, rest) = from.split_at(from.len().min(before as usize));
+        let (leader, rest) = from.split_at(from.len().min(before as usize));
         let (lines, tail) = rest.as_chunks();
-        for (at, edge) in [(at, head), (at.add((from.len() - tail.len()) as u64), tail)] {
+        for (at, edge) in [(at, leader), (at.add((from.len() - tail.len()) as u64), tail)] {
             self.write_bytes(at, edge);
             if !edge.is_empty() {
                 self.flush(at, edge.len() as u64, Site::PayloadFlush);
             }
         }
-        let to = self.address(at.add(head.len() as u64), size_of_val(lines) as u64);
+        let to = self.address(at.add(leader.len() as u64), size_of_val(lines) as u64);
         // SAFETY: in bounds, and at a line unless there is none; `from` is ordinary memory that cannot overlap a range
         // which the caller reserved.
         unsafe { cache::store_lines(to, lines) };

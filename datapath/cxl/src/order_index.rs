@@ -7,8 +7,8 @@
 //! sequencer touches.
 
 use crate::fabric::{Fabric, Guard, RegionOffset, Site};
-use crate::headship::{NoHead, of_head, office_mark};
-use crate::layout::{IndexEntry, Layout, PinLine, Seat, SequencerHalf, TailLine};
+use crate::layout::{IndexEntry, Layout, LeaderArea, PinLine, SequencerHalf, TailLine};
+use crate::leadership::{NoLeader, leader_version, with_leader};
 use crate::region::Region;
 use crate::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
 use bytemuck::Zeroable;
@@ -28,20 +28,20 @@ pub struct StreamId {
 }
 
 impl StreamId {
-    /// The stream's tail; that of the global order as the head `seat` has it.
-    fn tail<F: Fabric>(self, region: &Region<F>, seat: Seat) -> RegionOffset {
+    /// The stream's tail; that of the global order as the leader `area` has it.
+    fn tail<F: Fabric>(self, region: &Region<F>, area: LeaderArea) -> RegionOffset {
         match self.stream.broker() {
-            None => region.layout().head_topic(seat, self.topic).add(128),
+            None => region.layout().leader_topic(area, self.topic).add(128),
             Some(broker) => region.layout().offset_entry(self.topic, broker).add(128),
         }
     }
 
-    fn directory_entry<F: Fabric>(self, region: &Region<F>, seat: Seat, ordinal: u64) -> RegionOffset {
+    fn directory_entry<F: Fabric>(self, region: &Region<F>, area: LeaderArea, ordinal: u64) -> RegionOffset {
         let (geometry, layout) = (region.geometry(), region.layout());
         let directory = match self.stream.broker() {
             None => {
                 let index = u64::from(self.topic.0);
-                layout.head_area(seat).add(layout.head.directories + index * Layout::directory_bytes(geometry))
+                layout.leader_area(area).add(layout.leader.directories + index * Layout::directory_bytes(geometry))
             }
             Some(broker) => {
                 let index = u64::from(self.topic.0) * u64::from(geometry.max_brokers) + u64::from(broker.0);
@@ -51,12 +51,12 @@ impl StreamId {
         directory.add(ordinal % geometry.directory_slots() * 8)
     }
 
-    /// Reads of a stream: one of the global order by way of the head, one of a broker's own directly.
+    /// Reads of a stream: one of the global order by way of the leader, one of a broker's own directly.
     #[inline]
-    fn observe<F: Fabric, R>(self, region: &Region<F>, mut read: impl FnMut(Seat) -> R) -> Result<R, NoHead> {
+    fn observe<F: Fabric, R>(self, region: &Region<F>, mut read: impl FnMut(LeaderArea) -> R) -> Result<R, NoLeader> {
         match self.stream.broker() {
-            None => of_head(region, read),
-            Some(broker) => Ok(read(Seat(broker))),
+            None => with_leader(region, read),
+            Some(broker) => Ok(read(LeaderArea(broker))),
         }
     }
 }
@@ -69,7 +69,7 @@ const NEXT_OFFSET: u64 = field(offset_of!(TailLine, next_offset));
 const BASE: u64 = field(offset_of!(TailLine, base));
 const TRIMMED: u64 = field(offset_of!(TailLine, trimmed));
 const TRIMMED_OFFSET: u64 = field(offset_of!(TailLine, trimmed_offset));
-const EPOCH: u64 = field(offset_of!(TailLine, epoch));
+const TERM: u64 = field(offset_of!(TailLine, term));
 const BYTES: u64 = field(offset_of!(TailLine, bytes));
 const INCARNATION: u64 = field(offset_of!(TailLine, incarnation));
 
@@ -84,10 +84,10 @@ pub struct IndexOptions {
     pub id: StreamId,
     /// Incarnation of the topic.
     pub incarnation: Incarnation,
-    /// Broker that writes it: of a global order the head, which has inherited everything.
-    pub writer: Seat,
-    /// Epoch of the head; [`Term::NONE`] for a broker's own order.
-    pub epoch: Term,
+    /// Broker that writes it: of a global order the leader, which has inherited everything.
+    pub writer: LeaderArea,
+    /// Epoch of the leader; [`Term::NONE`] for a broker's own order.
+    pub term: Term,
 }
 
 /// Bounds of what an order index keeps.
@@ -105,7 +105,7 @@ pub struct Retention {
 pub struct OrderIndexWriter<F> {
     region: Region<F>,
     id: StreamId,
-    writer: Seat,
+    writer: LeaderArea,
     pool: Arc<dyn SegmentAllocator>,
     incarnation: Incarnation,
     tail_at: RegionOffset,
@@ -131,7 +131,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// Goes on at the tail that the region shows, or starts the index of a new incarnation of its topic: offsets then
     /// begin at 0, positions go on growing.
     pub fn open(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Self {
-        let IndexOptions { id, incarnation, writer, epoch } = options;
+        let IndexOptions { id, incarnation, writer, term } = options;
         let tail_at = id.tail(&region, writer);
         let mut tail: TailLine = region.fabric().observe_line(tail_at, Site::TailRead);
         let per_segment = entries_per_segment(&region);
@@ -154,7 +154,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
                 base,
                 trimmed: base,
                 committed: base,
-                epoch,
+                term,
                 incarnation: incarnation.word(),
                 ..TailLine::zeroed()
             };
@@ -165,7 +165,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
                 (TRIMMED_OFFSET, 0),
                 (NEXT_OFFSET, 0),
                 (BYTES, 0),
-                (EPOCH, epoch.0),
+                (TERM, term.0),
                 (COMMITTED, base),
                 (INCARNATION, tail.incarnation),
             ] {
@@ -220,7 +220,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         }
     }
 
-    /// Puts a copy in the place of the segment that an earlier head was filling, where that head may go on and write into
+    /// Puts a copy in the place of the segment that an earlier leader was filling, where that leader may go on and write into
     /// it, whoever took it from the pool. Takes the segment for it from `spares` first.
     ///
     /// # Errors
@@ -306,7 +306,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
 
     fn add_segment(&mut self, ordinal: u64, segment: u32) {
         let StreamId { topic, stream } = self.id;
-        let Self { incarnation, writer: Seat(holder), .. } = *self;
+        let Self { incarnation, writer: LeaderArea(holder), .. } = *self;
         publish_owner(&self.region, segment, SegmentUse::Index { topic, incarnation, stream, ordinal, holder });
         let at = self.id.directory_entry(&self.region, self.writer, ordinal);
         let fabric = self.region.fabric();
@@ -356,11 +356,11 @@ impl<F: Fabric> OrderIndexWriter<F> {
 
     /// Makes the entries visible. The caller fences (with whatever else it flushes) before it acts on that.
     #[inline]
-    pub fn publish_tail(&mut self, epoch: Term) {
+    pub fn publish_tail(&mut self, term: Term) {
         let fabric = self.region.fabric();
         fabric.store(self.tail_at.add(NEXT_OFFSET), self.next_offset);
         fabric.store(self.tail_at.add(BYTES), self.bytes);
-        fabric.store(self.tail_at.add(EPOCH), epoch.0);
+        fabric.store(self.tail_at.add(TERM), term.0);
         fabric.store(self.tail_at.add(COMMITTED), self.next);
         fabric.flush(self.tail_at, 64, Site::TailFlush);
         self.published = self.next;
@@ -385,7 +385,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         Some(self.region.fabric().load_line(at))
     }
 
-    /// As [`OrderIndexWriter::entry`], also of what is trimmed but was not given back before this head took over.
+    /// As [`OrderIndexWriter::entry`], also of what is trimmed but was not given back before this leader took over.
     pub fn entry_or_trimmed(&self, position: u64) -> Option<IndexEntry> {
         if position >= self.trimmed {
             return self.entry(position);
@@ -452,7 +452,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     }
 
     /// Lets go of the segments whose entries are all below both the trim point and `pinned`. Its own go back to the pool;
-    /// of a global order, only while this head is in office ([`crate::headship::still_leads`]): another may trim less.
+    /// of a global order, only while this leader is in office ([`crate::leadership::still_leads`]): another may trim less.
     pub fn reclaim(&mut self, pinned: u64) {
         let floor = self.trimmed.min(pinned);
         let per_segment = entries_per_segment(&self.region);
@@ -506,7 +506,7 @@ impl<F: Fabric> Pin<F> {
     pub fn new(region: Region<F>, id: StreamId, broker: BrokerId) -> Self {
         let at = region.layout().pin(id.topic, broker).add(field(offset_of!(PinLine, delivering_from)));
         let mut pin = Self { region, at, id, position: 0 };
-        // Whether or not there is a head.
+        // Whether or not there is a leader.
         let _ = pin.set(u64::MAX);
         pin
     }
@@ -515,9 +515,9 @@ impl<F: Fabric> Pin<F> {
     /// what lies at or above it stays until the pin moves on.
     ///
     /// # Errors
-    /// [`NoHead`], for a global order: nobody can say what is trimmed.
+    /// [`NoLeader`], for a global order: nobody can say what is trimmed.
     #[inline]
-    pub fn set(&mut self, position: u64) -> Result<u64, NoHead> {
+    pub fn set(&mut self, position: u64) -> Result<u64, NoLeader> {
         let fabric = self.region.fabric();
         if position != self.position {
             self.position = position;
@@ -528,7 +528,7 @@ impl<F: Fabric> Pin<F> {
             fabric.full_fence(Site::PinFlush);
         }
         let (region, id) = (&self.region, self.id);
-        id.observe(region, |seat| fabric.observe(id.tail(region, seat).add(TRIMMED), Site::TrimRead))
+        id.observe(region, |area| fabric.observe(id.tail(region, area).add(TRIMMED), Site::TrimRead))
     }
 
     /// What is pinned.
@@ -567,14 +567,14 @@ impl Extent {
 /// Reads the extent of a stream.
 ///
 /// # Errors
-/// [`NoHead`], for a global order.
-pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent, NoHead> {
-    id.observe(region, |seat| read_extent_at(region, seat, id))
+/// [`NoLeader`], for a global order.
+pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent, NoLeader> {
+    id.observe(region, |area| read_extent_at(region, area, id))
 }
 
-/// As [`read_extent`], as a certain head has it.
-pub fn read_extent_at<F: Fabric>(region: &Region<F>, seat: Seat, id: StreamId) -> Extent {
-    let tail: TailLine = region.fabric().observe_line(id.tail(region, seat), Site::TailRead);
+/// As [`read_extent`], as a certain leader has it.
+pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: StreamId) -> Extent {
+    let tail: TailLine = region.fabric().observe_line(id.tail(region, area), Site::TailRead);
     Extent {
         incarnation: Incarnation::from_word(tail.incarnation),
         base: tail.base,
@@ -586,16 +586,16 @@ pub fn read_extent_at<F: Fabric>(region: &Region<F>, seat: Seat, id: StreamId) -
     }
 }
 
-/// The segment that holds the entries of `ordinal`, as a certain head has it.
-pub fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat, ordinal: u64) -> Option<u32> {
-    let at = id.directory_entry(region, seat, ordinal);
+/// The segment that holds the entries of `ordinal`, as a certain leader has it.
+pub fn read_directory<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea, ordinal: u64) -> Option<u32> {
+    let at = id.directory_entry(region, area, ordinal);
     let word = region.fabric().observe(at, Site::DirectoryRead);
     (word >> 32 == ordinal + 1).then_some(word as u32)
 }
 
-/// True when the head of that seat was filling a segment of a global order: [`OrderIndexWriter::replace_last`] needs another.
-pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, seat: Seat) -> bool {
-    let extent = read_extent_at(region, seat, id);
+/// True when the leader of that area was filling a segment of a global order: [`OrderIndexWriter::replace_last`] needs another.
+pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea) -> bool {
+    let extent = read_extent_at(region, area, id);
     extent.committed > extent.base && !extent.committed.is_multiple_of(entries_per_segment(region))
 }
 
@@ -620,9 +620,9 @@ pub enum ReadError {
         /// What it holds.
         found: u32,
     },
-    /// Between two heads.
+    /// Between two leaders.
     #[error(transparent)]
-    NoHead(#[from] NoHead),
+    NoLeader(#[from] NoLeader),
 }
 
 /// Reads an order index. Positions at or above the trim point that a [`Pin`] returned are safe to read.
@@ -633,7 +633,7 @@ pub struct OrderIndexReader<F> {
     /// Entries from here on may be in this host's cache from an earlier life of their segment.
     fresh_from: u64,
     fresh_to: u64,
-    /// The segment last read from: its ordinal, and under which head.
+    /// The segment last read from: its ordinal, and under which leader.
     segment: Option<(u64, u32, u64)>,
 }
 
@@ -646,18 +646,18 @@ impl<F: Fabric> OrderIndexReader<F> {
     /// As [`OrderIndexReader::poll`], at least as far as an extent that was read before.
     ///
     /// # Errors
-    /// [`NoHead`]: the head has changed since, and nobody can say.
-    pub fn poll_beyond(&mut self, extent: &Extent) -> Result<u64, NoHead> {
+    /// [`NoLeader`]: the leader has changed since, and nobody can say.
+    pub fn poll_beyond(&mut self, extent: &Extent) -> Result<u64, NoLeader> {
         let committed = self.poll();
-        if committed < extent.committed { Err(NoHead) } else { Ok(committed) }
+        if committed < extent.committed { Err(NoLeader) } else { Ok(committed) }
     }
 
-    /// One past the last complete entry, as memory says now; as before, while there is no head.
+    /// One past the last complete entry, as memory says now; as before, while there is no leader.
     #[inline]
     pub fn poll(&mut self) -> u64 {
         let Self { region, id, .. } = self;
         // SYNC: pairs with `OrderIndexWriter::publish_tail`.
-        let read = |seat| region.fabric().observe(id.tail(region, seat).add(COMMITTED), Site::TailRead);
+        let read = |area| region.fabric().observe(id.tail(region, area).add(COMMITTED), Site::TailRead);
         self.committed = id.observe(region, read).unwrap_or(self.committed);
         self.committed
     }
@@ -677,23 +677,23 @@ impl<F: Fabric> OrderIndexReader<F> {
         assert!(position < self.committed, "entry {position} is not committed");
         let per_segment = entries_per_segment(&self.region);
         let ordinal = position / per_segment;
-        // SYNC: a head that took over may have put another segment in this one's place; whoever pinned what it reads, or
-        // polled, saw that head. Pairs with `Leftovers::poll` of the broker.
-        let mark = office_mark(&self.region);
+        // SYNC: a leader that took over may have put another segment in this one's place; whoever pinned what it reads, or
+        // polled, saw that leader. Pairs with `OrphanedSegments::poll` of the broker.
+        let mark = leader_version(&self.region);
         let segment = match self.segment {
             Some((known, segment, under))
-                if known == ordinal && (under == mark || !self.region.fabric().keeps(Guard::SegmentOfHead)) =>
+                if known == ordinal && (under == mark || !self.region.fabric().keeps(Guard::SegmentOfLeader)) =>
             {
                 segment
             }
             _ => {
                 let Self { region, id, .. } = self;
-                let found = id.observe(region, |seat| read_directory(region, *id, seat, ordinal));
+                let found = id.observe(region, |area| read_directory(region, *id, area, ordinal));
                 let segment = found?.ok_or(ReadError::Trimmed { position })?;
                 if segment >= self.region.geometry().segment_count {
                     return Err(ReadError::Corrupt { position, found: segment });
                 }
-                self.segment = Some((ordinal, segment, office_mark(&self.region)));
+                self.segment = Some((ordinal, segment, leader_version(&self.region)));
                 self.fresh_to = self.fresh_from;
                 segment
             }
@@ -750,8 +750,8 @@ pub struct ConsumedWriter<F> {
 
 impl<F: Fabric> ConsumedWriter<F> {
     /// Goes on from what the region shows.
-    pub fn recover(region: Region<F>, seat: Seat, topic: TopicId, broker: BrokerId) -> Self {
-        let at = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
+    pub fn recover(region: Region<F>, area: LeaderArea, topic: TopicId, broker: BrokerId) -> Self {
+        let at = region.layout().sequencer_half(region.geometry(), area, topic, broker);
         let half: SequencerHalf = region.fabric().observe_line(at, Site::TailRead);
         Self {
             region,
@@ -778,22 +778,22 @@ impl<F: Fabric> ConsumedWriter<F> {
 /// How far the sequencer is with a broker's Batchlog.
 ///
 /// # Errors
-/// [`NoHead`].
+/// [`NoLeader`].
 pub fn read_sequencer_half<F: Fabric>(
     region: &Region<F>,
     topic: TopicId,
     broker: BrokerId,
-) -> Result<SequencerHalf, NoHead> {
-    of_head(region, |seat| read_sequencer_half_at(region, seat, topic, broker))
+) -> Result<SequencerHalf, NoLeader> {
+    with_leader(region, |area| read_sequencer_half_at(region, area, topic, broker))
 }
 
-/// As [`read_sequencer_half`], as a certain head has it.
+/// As [`read_sequencer_half`], as a certain leader has it.
 pub fn read_sequencer_half_at<F: Fabric>(
     region: &Region<F>,
-    seat: Seat,
+    area: LeaderArea,
     topic: TopicId,
     broker: BrokerId,
 ) -> SequencerHalf {
-    let at = region.layout().sequencer_half(region.geometry(), seat, topic, broker);
+    let at = region.layout().sequencer_half(region.geometry(), area, topic, broker);
     region.fabric().observe_line(at, Site::ConsumedRead)
 }

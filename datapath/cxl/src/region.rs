@@ -2,11 +2,11 @@
 
 use crate::cache::{FlushMethod, UnsupportedFlush};
 use crate::fabric::{Fabric, RegionOffset, Site};
-use crate::headship::Office;
 use crate::layout::{
     AllocatorKind, Geometry, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, RegionRole, SUPERBLOCK_BYTES,
     SuperblockGeometry, SuperblockHead,
 };
+use crate::leader_cache::LeaderCache;
 use crate::native::{Mapping, Native};
 use bytemuck::Zeroable;
 use embarcadero_wire::{BrokerId, OutOfBounds, crc32c};
@@ -156,7 +156,7 @@ pub struct Region<F> {
     layout: Layout,
     uuid: Uuid,
     created_ms: u64,
-    office: Arc<Office>,
+    leader_cache: Arc<LeaderCache>,
 }
 
 impl std::fmt::Debug for Native {
@@ -194,7 +194,7 @@ impl<F: Fabric> Region<F> {
             segment_bytes: geometry.segment_bytes,
             segment_count: geometry.segment_count,
             allocator: geometry.allocator.code(),
-            max_heads: geometry.max_heads,
+            max_leaders: geometry.max_leaders,
             role: geometry.role.code(),
             ..SuperblockGeometry::zeroed()
         };
@@ -211,7 +211,7 @@ impl<F: Fabric> Region<F> {
         fabric.store(RegionOffset(0), MAGIC);
         fabric.flush(RegionOffset(0), 64, Site::SuperblockFlush);
         fabric.fence(Site::SuperblockFlush);
-        Ok(Self { fabric, geometry: *geometry, layout, uuid, created_ms, office: Arc::default() })
+        Ok(Self { fabric, geometry: *geometry, layout, uuid, created_ms, leader_cache: Arc::default() })
     }
 
     /// Checks the superblock and adopts its geometry.
@@ -242,7 +242,7 @@ impl<F: Fabric> Region<F> {
         let role = RegionRole::from_code(body.role).ok_or_else(|| OutOfBounds::new("role", body.role, "0 to 2"))?;
         let geometry = Geometry {
             max_brokers: body.max_brokers,
-            max_heads: body.max_heads,
+            max_leaders: body.max_leaders,
             max_topics: body.max_topics,
             max_sessions: body.max_sessions,
             batchlog_slots: body.batchlog_slots,
@@ -264,7 +264,7 @@ impl<F: Fabric> Region<F> {
             return Err(RegionError::Truncated { found: fabric.bytes(), expected: layout.region_bytes });
         }
         let uuid = Uuid::from_bytes(head.uuid);
-        Ok(Self { fabric, geometry, layout, uuid, created_ms: head.created_ms, office: Arc::default() })
+        Ok(Self { fabric, geometry, layout, uuid, created_ms: head.created_ms, leader_cache: Arc::default() })
     }
 
     /// The door to the memory.
@@ -285,10 +285,10 @@ impl<F: Fabric> Region<F> {
         &self.layout
     }
 
-    /// The head that this process last saw in office.
+    /// The leader that this process last saw in its term.
     #[inline]
-    pub(super) fn office(&self) -> &Office {
-        &self.office
+    pub(super) fn leader_cache(&self) -> &LeaderCache {
+        &self.leader_cache
     }
 
     /// Identity of the region.
@@ -670,7 +670,7 @@ mod tests {
     fn geometry() -> Geometry {
         Geometry {
             max_brokers: 4,
-            max_heads: 1,
+            max_leaders: 1,
             max_topics: 2,
             max_sessions: 8,
             batchlog_slots: 64,

@@ -1,11 +1,11 @@
 //! How far batches are replicated: what replicas say of themselves, and the completion vector that follows from it.
 //!
 //! `[[DEVIATION_010]]` The paper passes a token along a chain of replicas, whose tail advances the vector. Here every
-//! replica says in a word of its own how far it is, and the head takes for durable what enough of them have.
+//! replica says in a word of its own how far it is, and the leader takes for durable what enough of them have.
 
 use crate::fabric::{Fabric, Site};
-use crate::headship::{NoHead, of_head};
-use crate::layout::{CompletionLine, Seat};
+use crate::layout::{CompletionLine, LeaderArea};
+use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use embarcadero_wire::{BrokerId, TopicId};
 use std::mem::offset_of;
@@ -51,15 +51,15 @@ const DURABLE: u64 = offset_of!(CompletionLine, durable_through) as u64;
 const LOST: u64 = offset_of!(CompletionLine, lost_through) as u64;
 const AWAITED: u64 = offset_of!(CompletionLine, awaited) as u64;
 
-/// Writes a line of the completion vector. Only the head may; positions only grow.
+/// Writes a line of the completion vector. Only the leader may; positions only grow.
 pub fn publish_completion<F: Fabric>(
     region: &Region<F>,
-    seat: Seat,
+    area: LeaderArea,
     topic: TopicId,
     broker: BrokerId,
     completion: Completion,
 ) {
-    let at = region.layout().completion(region.geometry(), seat, topic, broker);
+    let at = region.layout().completion(region.geometry(), area, topic, broker);
     let fabric = region.fabric();
     // SYNC: what is lost is told before it is passed over; pairs with `read_completion`.
     fabric.store(at.add(AWAITED), completion.awaited.into());
@@ -72,16 +72,25 @@ pub fn publish_completion<F: Fabric>(
 /// Reads a line of the completion vector.
 ///
 /// # Errors
-/// [`NoHead`].
+/// [`NoLeader`].
 #[inline]
-pub fn read_completion<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Result<Completion, NoHead> {
-    of_head(region, |seat| read_completion_at(region, seat, topic, broker))
+pub fn read_completion<F: Fabric>(
+    region: &Region<F>,
+    topic: TopicId,
+    broker: BrokerId,
+) -> Result<Completion, NoLeader> {
+    with_leader(region, |area| read_completion_at(region, area, topic, broker))
 }
 
-/// As [`read_completion`], as a certain head has it.
+/// As [`read_completion`], as a certain leader has it.
 #[inline]
-pub fn read_completion_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId, broker: BrokerId) -> Completion {
-    let at = region.layout().completion(region.geometry(), seat, topic, broker);
+pub fn read_completion_at<F: Fabric>(
+    region: &Region<F>,
+    area: LeaderArea,
+    topic: TopicId,
+    broker: BrokerId,
+) -> Completion {
+    let at = region.layout().completion(region.geometry(), area, topic, broker);
     // SYNC: the durable word first; pairs with `publish_completion`.
     let fabric = region.fabric();
     let durable_through = fabric.observe(at.add(DURABLE), Site::CompletionRead);

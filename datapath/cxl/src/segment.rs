@@ -2,7 +2,7 @@
 //!
 //! The paper gives each broker one contiguous log. Here a log is a chain of segments from one pool, and
 //! three allocators stand behind [`SegmentAllocator`]: one atomic bitmap (coherent fabrics), a bitmap partition for
-//! each broker (no coherence needed), and the head by RPC (the broker crate implements the caller's side).
+//! each broker (no coherence needed), and the leader by RPC (the broker crate implements the caller's side).
 
 use crate::fabric::{CoherentFabric, Fabric, RegionOffset, Site};
 use crate::layout::{AllocatorKind, Layout, OwnerLine};
@@ -31,7 +31,7 @@ pub enum PoolError {
         /// Which.
         segment: u32,
     },
-    /// The head did not answer.
+    /// The leader did not answer.
     #[error("the leader allocator did not answer: {0}")]
     Unreachable(String),
 }
@@ -121,7 +121,7 @@ impl<F: CoherentFabric> SegmentAllocator for BitmapAllocator<F> {
     }
 }
 
-/// A bitmap that one broker writes: its partition of the segments, or (at the head, for the leader allocator) all.
+/// A bitmap that one broker writes: its partition of the segments, or (at the leader, for the leader allocator) all.
 pub struct PartitionAllocator<F> {
     region: Region<F>,
     segments: Range<u32>,
@@ -315,7 +315,7 @@ mod tests {
     fn region(segments: u32, allocator: AllocatorKind) -> Region<Native> {
         let geometry = Geometry {
             max_brokers: 4,
-            max_heads: 1,
+            max_leaders: 1,
             max_topics: 1,
             max_sessions: 1,
             batchlog_slots: 16,

@@ -1,8 +1,8 @@
 //! The session table: what is committed of each session, as everyone may read it.
 
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset, Site};
-use crate::headship::{NoHead, of_head};
-use crate::layout::{CommitRecord, SESSION_WINDOW, Seat, SessionLine};
+use crate::layout::{CommitRecord, LeaderArea, SESSION_WINDOW, SessionLine};
+use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use bytemuck::Zeroable;
 use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
@@ -54,8 +54,8 @@ pub enum Commit {
     Forgotten,
 }
 
-/// Writes a slot's identity. Only the head may.
-pub fn publish_session<F: Fabric>(region: &Region<F>, seat: Seat, session: &Session) {
+/// Writes a slot's identity. Only the leader may.
+pub fn publish_session<F: Fabric>(region: &Region<F>, area: LeaderArea, session: &Session) {
     let line = SessionLine {
         client_id: session.client_id,
         epoch: session.epoch,
@@ -66,17 +66,17 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, seat: Seat, session: &Sess
         ack_level: session.ack_level.into(),
         ..SessionLine::zeroed()
     };
-    region.fabric().publish_versioned(region.layout().session(seat, session.slot), &line, Site::SessionFlush);
+    region.fabric().publish_versioned(region.layout().session(area, session.slot), &line, Site::SessionFlush);
 }
 
-/// Ends a session whose row an earlier head was changing when it died: of each word the old or the new one is there, and
-/// nobody was told of the change. Its epoch moves past both, so that no epoch ever names two sessions. Only the head may,
+/// Ends a session whose row an earlier leader was changing when it died: of each word the old or the new one is there, and
+/// nobody was told of the change. Its epoch moves past both, so that no epoch ever names two sessions. Only the leader may,
 /// before it leads.
-pub fn mend_session<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) {
-    let (fabric, at) = (region.fabric(), region.layout().session(seat, slot));
+pub fn repair_torn_session<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) {
+    let (fabric, at) = (region.fabric(), region.layout().session(area, slot));
     let line: SessionLine = fabric.observe_line(at, Site::SessionRead);
     if line.version & 1 == 1 {
-        let (epoch, committed) = (line.epoch.next(), read_progress_at(region, seat, slot));
+        let (epoch, committed) = (line.epoch.next(), read_progress_at(region, area, slot));
         let fenced = SessionLine { epoch, state: SessionState::Fenced as u32, committed, ..line };
         fabric.publish_versioned(at, &fenced, Site::SessionFlush);
     }
@@ -85,18 +85,18 @@ pub fn mend_session<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot
 /// Reads a slot's identity; `None` when it was never used or is being written.
 ///
 /// # Errors
-/// [`NoHead`].
-pub fn read_session<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<Option<Session>, NoHead> {
-    of_head(region, |seat| read_session_at(region, seat, slot))
+/// [`NoLeader`].
+pub fn read_session<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<Option<Session>, NoLeader> {
+    with_leader(region, |area| read_session_at(region, area, slot))
 }
 
-/// As [`read_session`], as a certain head has it.
-pub fn read_session_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) -> Option<Session> {
+/// As [`read_session`], as a certain leader has it.
+pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> Option<Session> {
     if slot.0 >= region.geometry().max_sessions {
         return None;
     }
     let (line, ()) = region.fabric().observe_versioned::<SessionLine, ()>(
-        region.layout().session(seat, slot),
+        region.layout().session(area, slot),
         Site::SessionRead,
         |_| (),
     )?;
@@ -120,12 +120,12 @@ pub fn read_session_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionS
 }
 
 #[inline]
-fn record_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot, sequence: u64) -> RegionOffset {
-    region.layout().session(seat, slot).add(128 + sequence % SESSION_WINDOW * 32)
+fn record_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, sequence: u64) -> RegionOffset {
+    region.layout().session(area, slot).add(128 + sequence % SESSION_WINDOW * 32)
 }
 
-fn progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) -> RegionOffset {
-    region.layout().session(seat, slot).add(64)
+fn progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> RegionOffset {
+    region.layout().session(area, slot).add(64)
 }
 
 /// A batch that has its place in the order.
@@ -144,50 +144,50 @@ pub struct SessionCommit {
 /// Two records of a session share a line, and all of them its progress word: what neighbours in `batches` share is
 /// written back once.
 #[inline]
-pub fn publish_commits<F: Fabric>(region: &Region<F>, seat: Seat, batches: &[SessionCommit]) {
+pub fn publish_commits<F: Fabric>(region: &Region<F>, area: LeaderArea, batches: &[SessionCommit]) {
     let fabric = region.fabric();
     for SessionCommit { slot, record, expected } in batches {
-        let at = record_at(region, seat, *slot, record.tag - 1);
+        let at = record_at(region, area, *slot, record.tag - 1);
         let words: [u64; 4] = bytemuck::cast(*record);
         // SYNC: the tag is stored last; pairs with `read_commit`, which loads it first. On memory that is not coherent
         // the record lies within one line and travels whole.
         for (index, word) in words.iter().enumerate() {
             fabric.store(at.add(index as u64 * 8), *word);
         }
-        fabric.store(progress_at(region, seat, *slot), *expected);
+        fabric.store(progress_at(region, area, *slot), *expected);
     }
     let (mut last_line, mut last_slot) = (u64::MAX, None);
     for SessionCommit { slot, record, .. } in batches {
-        let at = record_at(region, seat, *slot, record.tag - 1);
+        let at = record_at(region, area, *slot, record.tag - 1);
         if at.0 / LINE_BYTES != last_line {
             last_line = at.0 / LINE_BYTES;
             fabric.flush(at, 32, Site::RecordFlush);
         }
         if last_slot != Some(*slot) {
             last_slot = Some(*slot);
-            fabric.flush(progress_at(region, seat, *slot), 8, Site::RecordFlush);
+            fabric.flush(progress_at(region, area, *slot), 8, Site::RecordFlush);
         }
     }
 }
 
-/// Writes the progress word of a session of which no batch commits now. Only the head may.
-pub fn store_progress<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot, expected: u64) {
-    let at = progress_at(region, seat, slot);
+/// Writes the progress word of a session of which no batch commits now. Only the leader may.
+pub fn store_progress<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, expected: u64) {
+    let at = progress_at(region, area, slot);
     region.fabric().store(at, expected);
     region.fabric().flush(at, 8, Site::RecordFlush);
 }
 
-/// What became of a batch; [`Commit::Unknown`] while there is no head. Sequence numbers never repeat within a slot, so an
+/// What became of a batch; [`Commit::Unknown`] while there is no leader. Sequence numbers never repeat within a slot, so an
 /// old record is never taken for a new.
 #[inline]
 pub fn read_commit<F: Fabric>(region: &Region<F>, slot: SessionSlot, sequence: u64) -> Commit {
-    of_head(region, |seat| read_commit_at(region, seat, slot, sequence)).unwrap_or(Commit::Unknown)
+    with_leader(region, |area| read_commit_at(region, area, slot, sequence)).unwrap_or(Commit::Unknown)
 }
 
-/// As [`read_commit`], as a certain head has it.
+/// As [`read_commit`], as a certain leader has it.
 #[inline]
-pub fn read_commit_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot, sequence: u64) -> Commit {
-    let at = record_at(region, seat, slot, sequence);
+pub fn read_commit_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, sequence: u64) -> Commit {
+    let at = record_at(region, area, slot, sequence);
     let fabric = region.fabric();
     fabric.invalidate(at, 32, Site::RecordRead);
     let tag = fabric.load(at.add(24));
@@ -208,14 +208,14 @@ pub fn read_commit_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSl
 /// Sequences below this are committed.
 ///
 /// # Errors
-/// [`NoHead`].
+/// [`NoLeader`].
 #[inline]
-pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<u64, NoHead> {
-    of_head(region, |seat| read_progress_at(region, seat, slot))
+pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<u64, NoLeader> {
+    with_leader(region, |area| read_progress_at(region, area, slot))
 }
 
-/// As [`read_progress`], as a certain head has it.
+/// As [`read_progress`], as a certain leader has it.
 #[inline]
-pub fn read_progress_at<F: Fabric>(region: &Region<F>, seat: Seat, slot: SessionSlot) -> u64 {
-    region.fabric().observe(progress_at(region, seat, slot), Site::RecordRead)
+pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> u64 {
+    region.fabric().observe(progress_at(region, area, slot), Site::RecordRead)
 }

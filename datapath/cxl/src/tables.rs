@@ -1,8 +1,8 @@
 //! The topics, and the broker table.
 
 use crate::fabric::{Fabric, RegionOffset, Site};
-use crate::headship::{NoHead, of_head};
-use crate::layout::{BrokerLine, NameLine, PinLine, PulseLine, Seat, TOPIC_NAME_BYTES, TopicLine};
+use crate::layout::{BrokerLine, LeaderArea, NameLine, PinLine, PulseLine, TOPIC_NAME_BYTES, TopicLine};
+use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use bytemuck::Zeroable;
 use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
@@ -61,9 +61,9 @@ pub fn check_topic_name(name: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Writes a topic's configuration. Only the head may.
-pub fn publish_topic<F: Fabric>(region: &Region<F>, seat: Seat, config: &TopicConfig) {
-    let at = region.layout().head_topic(seat, config.id);
+/// Writes a topic's configuration. Only the leader may.
+pub fn publish_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, config: &TopicConfig) {
+    let at = region.layout().leader_topic(area, config.id);
     let mut name = NameLine::zeroed();
     let bytes = config.name.as_bytes();
     name.name[..bytes.len().min(TOPIC_NAME_BYTES)].copy_from_slice(&bytes[..bytes.len().min(TOPIC_NAME_BYTES)]);
@@ -86,10 +86,10 @@ pub fn publish_topic<F: Fabric>(region: &Region<F>, seat: Seat, config: &TopicCo
     });
 }
 
-/// Has a topic go whose line an earlier head was changing when it died: either it was being made, and nobody was told, or it
-/// was to be deleted. Only the head may, before it leads.
-pub fn mend_topic<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId) {
-    let (fabric, at) = (region.fabric(), region.layout().head_topic(seat, topic));
+/// Has a topic go whose line an earlier leader was changing when it died: either it was being made, and nobody was told, or it
+/// was to be deleted. Only the leader may, before it leads.
+pub fn repair_torn_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId) {
+    let (fabric, at) = (region.fabric(), region.layout().leader_topic(area, topic));
     let line: TopicLine = fabric.observe_line(at, Site::TopicRead);
     if line.version & 1 == 1 {
         let state = if line.state == TopicState::Live as u8 { TopicState::Deleting as u8 } else { line.state };
@@ -101,17 +101,17 @@ pub fn mend_topic<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId) {
 /// Reads a topic slot; `None` when it was never used, is being written, or makes no sense.
 ///
 /// # Errors
-/// [`NoHead`].
-pub fn read_topic<F: Fabric>(region: &Region<F>, topic: TopicId) -> Result<Option<TopicConfig>, NoHead> {
-    of_head(region, |seat| read_topic_at(region, seat, topic))
+/// [`NoLeader`].
+pub fn read_topic<F: Fabric>(region: &Region<F>, topic: TopicId) -> Result<Option<TopicConfig>, NoLeader> {
+    with_leader(region, |area| read_topic_at(region, area, topic))
 }
 
-/// As [`read_topic`], as a certain head has it.
-pub fn read_topic_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId) -> Option<TopicConfig> {
+/// As [`read_topic`], as a certain leader has it.
+pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId) -> Option<TopicConfig> {
     if topic.0 >= region.geometry().max_topics {
         return None;
     }
-    let at = region.layout().head_topic(seat, topic);
+    let at = region.layout().leader_topic(area, topic);
     let fabric = region.fabric();
     let (line, name): (TopicLine, NameLine) =
         fabric.observe_versioned(at, Site::TopicRead, |_| fabric.observe_line(at.add(64), Site::TopicRead))?;
@@ -139,17 +139,17 @@ pub fn read_topic_at<F: Fabric>(region: &Region<F>, seat: Seat, topic: TopicId) 
 /// The topics that are in use.
 ///
 /// # Errors
-/// [`NoHead`].
-pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoHead> {
-    of_head(region, |seat| live_topics_at(region, seat))
+/// [`NoLeader`].
+pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoLeader> {
+    with_leader(region, |area| live_topics_at(region, area))
 }
 
-/// As [`live_topics`], as a certain head has it.
-pub fn live_topics_at<F: Fabric>(region: &Region<F>, seat: Seat) -> Vec<TopicConfig> {
+/// As [`live_topics`], as a certain leader has it.
+pub fn live_topics_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Vec<TopicConfig> {
     region
         .geometry()
         .topics()
-        .filter_map(|topic| read_topic_at(region, seat, topic))
+        .filter_map(|topic| read_topic_at(region, area, topic))
         .filter(|topic| topic.state == TopicState::Live)
         .collect()
 }

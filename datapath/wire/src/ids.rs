@@ -46,7 +46,7 @@ ids! {
     /// Row of a session in the session table.
     pub struct SessionSlot(pub u32);
 
-    /// Number under which a broker leads; it grows with each head.
+    /// Number under which a broker leads; it grows with each leader.
     pub struct Term(pub u64);
 
     /// Order of a topic: the global one, or a broker's own.
@@ -127,7 +127,7 @@ impl SessionSlot {
 }
 
 impl Term {
-    /// The number before the first head.
+    /// The number before the first leader.
     pub const NONE: Self = Self(0);
 
     /// The next one.

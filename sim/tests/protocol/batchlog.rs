@@ -2,8 +2,8 @@
 
 use bytemuck::Zeroable;
 use embarcadero_cxl::batchlog::{BatchlogReader, BatchlogWriter, Written};
-use embarcadero_cxl::headship::{claim, lead};
-use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, RegionRole, Seat, SequencerHalf};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, RegionRole, SequencerHalf};
+use embarcadero_cxl::leadership::{activate_term, claim_term};
 use embarcadero_cxl::{Fabric, Region, Site};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, Term, TopicId};
@@ -17,7 +17,7 @@ const BROKER: BrokerId = BrokerId(0);
 fn entries_arrive_once_in_order_and_a_full_ring_waits() {
     let geometry = Geometry {
         max_brokers: 1,
-        max_heads: 1,
+        max_leaders: 1,
         max_topics: 1,
         max_sessions: 1,
         batchlog_slots: 16,
@@ -32,9 +32,9 @@ fn entries_arrive_once_in_order_and_a_full_ring_waits() {
     let sequencer = Region::open(Simulated::join(&world, || {})).unwrap();
     let mut writer = BatchlogWriter::new(broker, TOPIC, BROKER);
     let mut reader = BatchlogReader::new(sequencer.clone(), TOPIC, BROKER, 0);
-    claim(&sequencer, Seat(BROKER), Term(1));
-    lead(&sequencer, Seat(BROKER), Term(1));
-    let half = sequencer.layout().sequencer_half(&geometry, Seat(BROKER), TOPIC, BROKER);
+    claim_term(&sequencer, LeaderArea(BROKER), Term(1));
+    activate_term(&sequencer, LeaderArea(BROKER), Term(1));
+    let half = sequencer.layout().sequencer_half(&geometry, LeaderArea(BROKER), TOPIC, BROKER);
     let consumed_at = half.add(offset_of!(SequencerHalf, consumed_through) as u64);
     let mut next = 0;
     for round in 0..100u64 {

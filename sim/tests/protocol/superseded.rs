@@ -6,9 +6,9 @@ use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::Region;
 use embarcadero_cxl::batchlog::BatchlogReader;
-use embarcadero_cxl::headship::{Headship, claim, lead, publish_headship};
-use embarcadero_cxl::layout::Seat;
+use embarcadero_cxl::layout::LeaderArea;
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout};
+use embarcadero_cxl::leadership::{LeaderInfo, activate_term, claim_term, publish_leader};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::tables::TopicState;
 use embarcadero_cxl::tables::{BrokerInfo, TopicConfig, publish_broker, publish_topic, read_pulse};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 const TOPIC: TopicId = TopicId(0);
 const BROKER: BrokerId = BrokerId(0);
-const HEAD: Seat = Seat(BROKER);
+const LEADER: LeaderArea = LeaderArea(BROKER);
 
 /// A batch of a topic, as it lies in a broker's Blog.
 fn land(topic: &Arc<Topic<Simulated>>) -> Landed<Simulated> {
@@ -35,7 +35,7 @@ fn a_process_that_was_replaced_writes_nothing_any_more() {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
     let geometry = Geometry {
         max_brokers: 1,
-        max_heads: 1,
+        max_leaders: 1,
         max_topics: 1,
         max_sessions: 1,
         batchlog_slots: 16,
@@ -61,15 +61,15 @@ fn a_process_that_was_replaced_writes_nothing_any_more() {
         created_ms: 0,
     };
     let [old, new] = [old, new].map(|fabric| Region::open(fabric).expect("it is a region"));
-    claim(&old, HEAD, Term(1));
-    publish_headship(&old, &Headship { epoch: Term(1), broker: BROKER, incarnation, broker_mask: 1, pinning_mask: 1 });
-    publish_topic(&old, HEAD, &config);
-    lead(&old, HEAD, Term(1));
+    claim_term(&old, LEADER, Term(1));
+    publish_leader(&old, &LeaderInfo { term: Term(1), broker: BROKER, incarnation, broker_mask: 1, pinning_mask: 1 });
+    publish_topic(&old, LEADER, &config);
+    activate_term(&old, LEADER, Term(1));
     publish_broker(&old, &info);
     let start = |region: &Region<Simulated>, incarnation| {
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BROKER));
         let topics = Arc::new(TopicTable::new(region.clone(), BROKER, pool));
-        let topic = topics.get(TOPIC, Incarnation(1)).expect("there is a head").expect("the topic is there");
+        let topic = topics.get(TOPIC, Incarnation(1)).expect("there is a leader").expect("the topic is there");
         let ((landed, queue), (acks, _)) = (unbounded(), bounded(1));
         let delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default());
         (delegation.of_incarnation(incarnation), landed, topic)

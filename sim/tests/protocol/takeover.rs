@@ -5,28 +5,28 @@ use embarcadero_broker::sequencer::{Leases, Memory, Predecessor, Sequencer, Take
 use embarcadero_cxl::Native;
 use embarcadero_cxl::Region;
 use embarcadero_cxl::cache::FlushMethod;
-use embarcadero_cxl::headship::claim;
 use embarcadero_cxl::layout::AllocatorKind;
-use embarcadero_cxl::layout::Seat;
+use embarcadero_cxl::layout::LeaderArea;
+use embarcadero_cxl::leadership::claim_term;
 use embarcadero_cxl::order_index::{StreamId, read_directory};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
 use embarcadero_wire::{BrokerId, Stream, Term};
 use std::sync::Arc;
 
-const SEATS: [Seat; 2] = [Seat(BrokerId(0)), Seat(BrokerId(1))];
+const AREAS: [LeaderArea; 2] = [LeaderArea(BrokerId(0)), LeaderArea(BrokerId(1))];
 const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
 
-fn take_over(region: &Region<Native>, seat: Seat, epoch: Term, before: Predecessor) -> Sequencer<Native> {
-    let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), seat.0));
+fn take_over(region: &Region<Native>, area: LeaderArea, term: Term, before: Predecessor) -> Sequencer<Native> {
+    let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
     let memory = Memory { region: region.clone(), pool, mirror: None };
-    let takeover = Takeover { memory, seat, epoch, before, leases: LEASES, commands: unbounded().1 };
+    let takeover = Takeover { memory, area, term, before, leases: LEASES, commands: unbounded().1 };
     Sequencer::recover(takeover, 0).unwrap()
 }
 
-/// The segment that is being filled, as a head has it.
-fn open_segment(region: &Region<Native>, seat: Seat) -> u32 {
-    read_directory(region, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL }, seat, 0).unwrap()
+/// The segment that is being filled, as a leader has it.
+fn open_segment(region: &Region<Native>, area: LeaderArea) -> u32 {
+    read_directory(region, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL }, area, 0).unwrap()
 }
 
 fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
@@ -37,35 +37,35 @@ fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
     (region, testbed)
 }
 
-/// A candidate looked, and nobody led; by the time that it claims its epoch another does, and may go on.
+/// A candidate looked, and nobody led; by the time that it claims its term another does, and may go on.
 #[test]
-fn a_head_that_was_not_seen_is_not_taken_for_gone() {
+fn a_leader_that_was_not_seen_is_not_taken_for_gone() {
     let (region, _still_there) = led_by_seat_0();
-    let successor = take_over(&region, SEATS[1], Term(2), Predecessor::Gone(Term::NONE));
+    let successor = take_over(&region, AREAS[1], Term(2), Predecessor::Gone(Term::NONE));
     assert!(successor.leads());
-    assert_ne!(open_segment(&region, SEATS[1]), open_segment(&region, SEATS[0]));
+    assert_ne!(open_segment(&region, AREAS[1]), open_segment(&region, AREAS[0]));
 }
 
-/// A candidate claimed after the head that is gone had led, and stands still: it may be about to fill that one's segment.
+/// A candidate claimed after the leader that is gone had led, and stands still: it may be about to fill that one's segment.
 #[test]
 fn a_segment_that_another_may_have_taken_over_is_replaced() {
     let (region, gone) = led_by_seat_0();
     drop(gone);
-    let shared = open_segment(&region, SEATS[0]);
-    claim(&region, SEATS[1], Term(2));
-    let _back = take_over(&region, SEATS[0], Term(3), Predecessor::Gone(Term(1)));
-    assert_ne!(open_segment(&region, SEATS[0]), shared);
+    let shared = open_segment(&region, AREAS[0]);
+    claim_term(&region, AREAS[1], Term(2));
+    let _back = take_over(&region, AREAS[0], Term(3), Predecessor::Gone(Term(1)));
+    assert_ne!(open_segment(&region, AREAS[0]), shared);
 }
 
-/// A successor of a head that is gone fills that one's segment; when the broker is back and takes over again, the segment
+/// A successor of a leader that is gone fills that one's segment; when the broker is back and takes over again, the segment
 /// is its own, and another may still write into it.
 #[test]
 fn an_own_segment_that_another_fills_is_replaced() {
     let (region, gone) = led_by_seat_0();
     drop(gone);
-    let shared = open_segment(&region, SEATS[0]);
-    let _still_there = take_over(&region, SEATS[1], Term(2), Predecessor::Gone(Term(1)));
-    assert_eq!(open_segment(&region, SEATS[1]), shared);
-    let _back = take_over(&region, SEATS[0], Term(3), Predecessor::MayGoOn);
-    assert_ne!(open_segment(&region, SEATS[0]), shared);
+    let shared = open_segment(&region, AREAS[0]);
+    let _still_there = take_over(&region, AREAS[1], Term(2), Predecessor::Gone(Term(1)));
+    assert_eq!(open_segment(&region, AREAS[1]), shared);
+    let _back = take_over(&region, AREAS[0], Term(3), Predecessor::MayGoOn);
+    assert_ne!(open_segment(&region, AREAS[0]), shared);
 }

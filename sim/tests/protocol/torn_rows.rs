@@ -1,25 +1,25 @@
 //! Rows and lines that their writer was changing when it died.
 
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, Seat};
-use embarcadero_cxl::session_table::{Session, SessionState, mend_session, publish_session, read_session_at};
-use embarcadero_cxl::tables::{TopicConfig, TopicState, mend_topic, publish_topic, read_topic_at};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea};
+use embarcadero_cxl::session_table::{Session, SessionState, publish_session, read_session_at, repair_torn_session};
+use embarcadero_cxl::tables::{TopicConfig, TopicState, publish_topic, read_topic_at, repair_torn_topic};
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 
-/// A head that died in the middle of a row or of a topic's line: its successor uses no epoch twice, and no incarnation.
+/// A leader that died in the middle of a row or of a topic's line: its successor uses no epoch twice, and no incarnation.
 #[test]
-fn what_a_head_was_changing_when_it_died_is_brought_to_an_end() {
+fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
     let geometry = Geometry {
         max_brokers: 1,
-        max_heads: 1,
+        max_leaders: 1,
         max_topics: 1,
         max_sessions: 2,
         ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
     };
     let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::CALM, None);
     let region = Region::format(Simulated::join(&world, || {}), &geometry, uuid::Uuid::nil(), 0).unwrap();
-    let (seat, state) = (Seat(BrokerId(0)), SessionState::Open);
+    let (area, state) = (LeaderArea(BrokerId(0)), SessionState::Open);
     let session = |slot| Session {
         slot,
         client_id: ClientId(7),
@@ -48,17 +48,17 @@ fn what_a_head_was_changing_when_it_died_is_brought_to_an_end() {
         region.fabric().flush(at, 64, Site::SessionFlush);
         region.fabric().fence(Site::SessionFlush);
     };
-    publish_topic(&region, seat, &topic);
+    publish_topic(&region, area, &topic);
     let slots = [SessionSlot(0), SessionSlot(1)];
-    slots.iter().for_each(|slot| publish_session(&region, seat, &session(*slot)));
-    tear(region.layout().session(seat, slots[1]));
-    tear(region.layout().head_topic(seat, topic.id));
-    assert_eq!((read_session_at(&region, seat, slots[1]), read_topic_at(&region, seat, topic.id)), (None, None));
-    slots.iter().for_each(|slot| mend_session(&region, seat, *slot));
-    mend_topic(&region, seat, topic.id);
-    assert_eq!(read_session_at(&region, seat, slots[0]), Some(session(slots[0])), "it was whole");
+    slots.iter().for_each(|slot| publish_session(&region, area, &session(*slot)));
+    tear(region.layout().session(area, slots[1]));
+    tear(region.layout().leader_topic(area, topic.id));
+    assert_eq!((read_session_at(&region, area, slots[1]), read_topic_at(&region, area, topic.id)), (None, None));
+    slots.iter().for_each(|slot| repair_torn_session(&region, area, *slot));
+    repair_torn_topic(&region, area, topic.id);
+    assert_eq!(read_session_at(&region, area, slots[0]), Some(session(slots[0])), "it was whole");
     let mended = Session { epoch: Epoch(4), state: SessionState::Fenced, ..session(slots[1]) };
-    assert_eq!(read_session_at(&region, seat, slots[1]), Some(mended));
-    let left = read_topic_at(&region, seat, topic.id).map(|topic| (topic.incarnation, topic.state));
+    assert_eq!(read_session_at(&region, area, slots[1]), Some(mended));
+    let left = read_topic_at(&region, area, topic.id).map(|topic| (topic.incarnation, topic.state));
     assert_eq!(left, Some((topic.incarnation, TopicState::Deleting)));
 }

@@ -89,7 +89,7 @@ impl Client {
             if late {
                 self.heard_us = self.clock.now_us();
                 self.attempt += 1;
-                // The head is one of them.
+                // The leader is one of them.
                 for host in 0..HOSTS {
                     let (client, attempt) = (self.id, self.attempt);
                     self.rack.network.request(host, Request::OpenSession { client, attempt });

@@ -5,7 +5,7 @@ use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
 use super::network::{Answer, Batch, Request};
 use super::nic::{Nic, WINDOW_BYTES};
-use super::{COPIES, GLOBAL, HEADS, HOSTS, Rack, TOPIC};
+use super::{COPIES, GLOBAL, HOSTS, LEADERS, Rack, TOPIC};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_broker::ack::{AckOptions, AckQueue, SessionStatus};
@@ -19,10 +19,10 @@ use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, discla
 use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
-use embarcadero_cxl::headship::{
-    Headship, last_led, latest_claim, latest_claimant, publish_headship, read_headship_at,
+use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
+use embarcadero_cxl::leadership::{
+    LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at,
 };
-use embarcadero_cxl::layout::{IndexEntry, Seat};
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::{Session, SessionState, read_session};
@@ -36,9 +36,9 @@ use std::time::Duration;
 
 /// Bytes that a batch claims: 64 of header, 4 of length table, the rest one message.
 pub const BATCH_BYTES: u64 = 256;
-/// Looks at a head that does not move after which another stands for election.
-const HEAD_PATIENCE: u64 = 12;
-/// After what silence the head takes a broker for dead, by its own clock.
+/// Looks at a leader that does not move after which another stands for election.
+const LEADER_PATIENCE: u64 = 12;
+/// After what silence the leader takes a broker for dead, by its own clock.
 const BROKER_LEASE: Duration = Duration::from_millis(40);
 /// Requests that a broker takes in a round.
 const REQUESTS: usize = 4;
@@ -49,12 +49,12 @@ struct Connection {
     acks: AckQueue,
 }
 
-/// What a process has as the head.
-struct Head {
+/// What a process has as the leader.
+struct Leader {
     sequencer: Sequencer<Simulated>,
     completion: CompletionStage<Simulated>,
     liveness: Liveness,
-    epoch: Term,
+    term: Term,
     shown: u64,
     commands: Sender<Command>,
     asked: Vec<Asked>,
@@ -80,8 +80,8 @@ struct Process {
     reader: OrderIndexReader<Simulated>,
     pin: Option<usize>,
     cursor: u64,
-    head: Option<Head>,
-    /// The head as last looked at, and for how many looks it did not move.
+    leader: Option<Leader>,
+    /// The leader as last looked at, and for how many looks it did not move.
     watched: ((Option<(BrokerId, Term)>, u64), u64),
     draining: bool,
 }
@@ -131,7 +131,7 @@ impl Machine {
         match &self.process {
             None => format!("host {}: down for {:?}", self.host, self.down_for),
             Some(process) => format!(
-                "host {}: incarnation {}, read {} of {}, {} landed, acks {:?}, replica failed {:?}, head {:?}",
+                "host {}: incarnation {}, read {} of {}, {} landed, acks {:?}, replica failed {:?}, leader {:?}",
                 self.host,
                 process.info.incarnation,
                 process.cursor,
@@ -139,7 +139,7 @@ impl Machine {
                 process.landed.len(),
                 process.connections.iter().map(|at| &at.acks).collect::<Vec<_>>(),
                 process.replicator.as_ref().map(Replicator::has_failed),
-                process.head.as_ref().map(|head| (head.epoch, head.sequencer.stats())),
+                process.leader.as_ref().map(|leader| (leader.term, leader.sequencer.stats())),
             ),
         }
     }
@@ -161,7 +161,7 @@ impl Machine {
                 self.rack.history.count(|tally| &mut tally.disk_failures);
                 self.disk.fail();
             }
-            5 if self.host >= HEADS => self.process.iter_mut().for_each(|process| process.draining = true),
+            5 if self.host >= LEADERS => self.process.iter_mut().for_each(|process| process.draining = true),
             _ => {}
         }
         self.round();
@@ -244,7 +244,7 @@ impl Process {
         let (acks, _) = bounded(1);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
         let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group).of_incarnation(incarnation);
-        if host < HEADS {
+        if host < LEADERS {
             delegation.tidy(mirror.clone());
         }
         let address = |port| std::net::SocketAddr::from(([10, 0, 0, host as u8], port));
@@ -267,7 +267,7 @@ impl Process {
             reader,
             pin: None,
             cursor: 0,
-            head: None,
+            leader: None,
             watched: ((None, 0), 0),
             draining: false,
         }
@@ -426,7 +426,7 @@ impl Process {
         }
         let entry = match self.reader.read(self.cursor) {
             Ok(entry) => entry,
-            Err(ReadError::NoHead(_)) => return false,
+            Err(ReadError::NoLeader(_)) => return false,
             Err(error) => panic!("a pinned entry is not readable: {error}"),
         };
         self.rack.history.read(self.cursor, (content_of(&self.region, &entry), entry.first_offset));
@@ -434,28 +434,28 @@ impl Process {
         true
     }
 
-    /// A client wants a session: the head opens it.
+    /// A client wants a session: the leader opens it.
     fn ask(&mut self, client: usize, attempt: u64) {
-        let Some(head) = &mut self.head else { return };
+        let Some(leader) = &mut self.leader else { return };
         let (reply, answer) = bounded(1);
         let ack_level = 1 + u8::from(self.rack.replicated);
         let open = Command::OpenSession { topic: TOPIC.0, client_id: ClientId(client as u64), ack_level, reply };
-        head.commands.send(open).expect("the sequencer is there");
-        head.asked.push((client, attempt, answer));
+        leader.commands.send(open).expect("the sequencer is there");
+        leader.asked.push((client, attempt, answer));
     }
 
     /// Leads, or watches who does and takes over.
     fn lead(&mut self, now_us: u64) {
-        let Some(head) = &mut self.head else { return self.follow(now_us) };
-        if !head.sequencer.leads() {
-            self.head = None;
+        let Some(leader) = &mut self.leader else { return self.follow(now_us) };
+        if !leader.sequencer.leads() {
+            self.leader = None;
             return;
         }
-        head.sequencer.poll(now_us, random(1..6));
-        head.sequencer.maintain(now_us);
-        head.completion.maintain(head.sequencer.awaited_topics());
-        head.completion.poll(now_us);
-        head.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
+        leader.sequencer.poll(now_us, random(1..6));
+        leader.sequencer.maintain(now_us);
+        leader.completion.maintain(leader.sequencer.awaited_topics());
+        leader.completion.poll(now_us);
+        leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
             Ok(opened) => {
                 let session = opened.expect("there is room in the session table");
                 self.rack.network.answer(*client, Answer::Opened { attempt: *attempt, session });
@@ -463,18 +463,18 @@ impl Process {
             }
             Err(error) => error.is_empty(),
         });
-        let live = head.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id.0;
-        if live != head.shown {
-            head.shown = live;
-            let (epoch, BrokerInfo { id: broker, incarnation, .. }) = (head.epoch, &self.info);
+        let live = leader.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id.0;
+        if live != leader.shown {
+            leader.shown = live;
+            let (term, BrokerInfo { id: broker, incarnation, .. }) = (leader.term, &self.info);
             let (broker, incarnation) = (*broker, *incarnation);
-            let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };
-            publish_headship(&self.region, &line);
+            let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
+            publish_leader(&self.region, &line);
         }
     }
 
     fn follow(&mut self, now_us: u64) {
-        if self.host >= HEADS || self.draining {
+        if self.host >= LEADERS || self.draining {
             return;
         }
         let elected = self.rack.elected();
@@ -483,46 +483,46 @@ impl Process {
         self.watched = if self.watched.0 == seen { (seen, self.watched.1 + 1) } else { (seen, 0) };
         // Its own past self is gone.
         let gone = claimant.is_none_or(|(broker, _)| broker == self.info.id);
-        if !gone && self.watched.1 < HEAD_PATIENCE {
+        if !gone && self.watched.1 < LEADER_PATIENCE {
             return;
         }
         self.watched.1 = 0;
-        let Some(epoch) = self.rack.stand(elected) else { return };
-        if epoch > latest_claim(&self.region) {
-            self.take_over(epoch, now_us);
+        let Some(term) = self.rack.campaign(elected) else { return };
+        if term > latest_claim(&self.region) {
+            self.take_over(term, now_us);
         }
     }
 
     /// As the candidate of a real broker does.
-    fn take_over(&mut self, epoch: Term, now_us: u64) {
+    fn take_over(&mut self, term: Term, now_us: u64) {
         let region = &self.region;
-        let led = last_led(region);
-        let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
+        let led = last_active(region);
+        let before = led.and_then(|(area, _)| read_leader_at(region, area));
         let predecessor = match led {
             None => Predecessor::Gone(Term::NONE),
             // Its own past self.
-            Some((seat, led)) if seat.0 == self.info.id => Predecessor::Gone(led),
+            Some((area, led)) if area.0 == self.info.id => Predecessor::Gone(led),
             Some(_) => Predecessor::MayGoOn,
         };
         let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id.0;
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
-        let line = Headship { epoch, broker, incarnation, broker_mask: live, pinning_mask: live };
-        publish_headship(region, &line);
+        let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
+        publish_leader(region, &line);
         let (commands, queue) = unbounded();
-        let (seat, pool) = (Seat(broker), Arc::clone(self.topics.pool()));
+        let (area, pool) = (LeaderArea(broker), Arc::clone(self.topics.pool()));
         let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
         let leases = self.rack.leases;
-        let takeover = Takeover { memory, seat, epoch, before: predecessor, leases, commands: queue };
+        let takeover = Takeover { memory, area, term, before: predecessor, leases, commands: queue };
         let Ok(sequencer) = Sequencer::recover(takeover, now_us) else { return };
-        if read_topic_at(region, seat, TOPIC.0).is_none() {
-            // The first head, or one whose predecessor did not come to it.
+        if read_topic_at(region, area, TOPIC.0).is_none() {
+            // The first leader, or one whose predecessor did not come to it.
             let (reply, _) = bounded(1);
             commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
         }
         self.rack.history.count(|tally| &mut tally.takeovers);
-        let completion = CompletionStage::new(region.clone(), seat);
+        let completion = CompletionStage::new(region.clone(), area);
         let liveness = Liveness::new(region, BROKER_LEASE, live, self.rack.instant(now_us));
-        self.head = Some(Head { sequencer, completion, liveness, epoch, shown: live, commands, asked: Vec::new() });
+        self.leader = Some(Leader { sequencer, completion, liveness, term, shown: live, commands, asked: Vec::new() });
     }
 }
 

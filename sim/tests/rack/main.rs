@@ -39,8 +39,8 @@ use uuid::Uuid;
 
 /// Hosts, each with a broker.
 pub const HOSTS: usize = 5;
-/// Those that may be the head.
-pub const HEADS: usize = 3;
+/// Those that may be the leader.
+pub const LEADERS: usize = 3;
 /// Disks that have each batch, where the topic is replicated.
 pub const COPIES: usize = 2;
 /// The topic, and its incarnation.
@@ -65,7 +65,7 @@ pub struct Rack {
     pub replicated: bool,
     /// Clients and hosts have NICs, which carry batches by the RoCEv2 engine.
     pub has_nics: bool,
-    /// Times that heads go by.
+    /// Times that leaders go by.
     pub leases: Leases,
     world: Arc<Mutex<World>>,
     /// Memory of the mirror.
@@ -119,7 +119,7 @@ impl Rack {
     }
 
     /// Stands for election, if still nobody was elected after `before`. The epoch, if it wins.
-    pub fn stand(&self, before: Term) -> Option<Term> {
+    pub fn campaign(&self, before: Term) -> Option<Term> {
         let mut elected = self.elected.lock().unwrap_or_else(PoisonError::into_inner);
         if *elected != before {
             return None;
@@ -137,7 +137,7 @@ impl Rack {
 fn geometry() -> Geometry {
     Geometry {
         max_brokers: HOSTS as u32,
-        max_heads: HEADS as u32,
+        max_leaders: LEADERS as u32,
         max_topics: 1,
         max_sessions: CLIENTS as u32 + 1,
         batchlog_slots: 256,
@@ -291,9 +291,9 @@ fn a_seed_replays() {
 /// The checks without which some seed must fail. The others guard what the rack has not: memory that is reused, rings that
 /// wrap, readers that stop between two words, clients that do not send again what they hear nothing of.
 const NOTICED: [Guard; 7] = [
-    Guard::ClaimBeforeInherit,
+    Guard::ClaimBeforeCopy,
     Guard::OwnSegment,
-    Guard::SegmentOfHead,
+    Guard::SegmentOfLeader,
     Guard::RecoverBeforeAccept,
     Guard::DedupCompare,
     Guard::DecidedBeforeReuse,

@@ -33,10 +33,10 @@ impl Batch {
         let Self { session, sequence, content, resume_from } = self;
         let mut words = [0; BATCH_BYTES as usize / 8];
         let (client, epoch, slot) = (session.client_id.0, session.epoch.0.into(), session.slot.0.into());
-        let head = [client, *content, epoch, slot, *sequence, *resume_from];
-        words[..head.len()].copy_from_slice(&head);
+        let header = [client, *content, epoch, slot, *sequence, *resume_from];
+        words[..header.len()].copy_from_slice(&header);
         words[6] = session.ack_level.into();
-        words[Self::END..Self::END + 2].copy_from_slice(&head[..2]);
+        words[Self::END..Self::END + 2].copy_from_slice(&header[..2]);
         words.iter().flat_map(|word: &u64| word.to_le_bytes()).collect()
     }
 
@@ -70,7 +70,7 @@ pub enum Request {
         /// Number of its first packet.
         psn: Psn,
     },
-    /// Open the next epoch of a client's session, if you are the head.
+    /// Open the next epoch of a client's session, if you are the leader.
     OpenSession {
         /// Which client.
         client: usize,

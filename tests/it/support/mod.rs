@@ -162,7 +162,7 @@ impl Cluster {
         let client = self.client();
         let begun = Instant::now();
         while client.cluster().unwrap().brokers.len() != count {
-            assert!(begun.elapsed() < PATIENCE, "the head does not see {count} brokers");
+            assert!(begun.elapsed() < PATIENCE, "the leader does not see {count} brokers");
             std::thread::sleep(Duration::from_millis(10));
         }
     }
@@ -192,23 +192,23 @@ impl Cluster {
         Client::connect(config).unwrap()
     }
 
-    /// Index of the head among the brokers, once there is one that lives.
-    pub fn head(&self) -> usize {
+    /// Index of the leader among the brokers, once there is one that lives.
+    pub fn leader(&self) -> usize {
         let begun = Instant::now();
         loop {
-            let found = self.client_of_all().cluster().unwrap().brokers.into_iter().find(|broker| broker.head);
-            let index = found.and_then(|head| self.brokers.iter().position(|broker| broker.id == head.id));
+            let found = self.client_of_all().cluster().unwrap().brokers.into_iter().find(|broker| broker.leader);
+            let index = found.and_then(|leader| self.brokers.iter().position(|broker| broker.id == leader.id));
             if let Some(index) = index {
                 return index;
             }
-            assert!(begun.elapsed() < PATIENCE, "no broker became the head");
+            assert!(begun.elapsed() < PATIENCE, "no broker became the leader");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// Epoch of the head that leads, or led last.
-    pub fn epoch(&self) -> u64 {
-        self.inspect()["control_block"]["epoch"].as_u64().unwrap()
+    /// Epoch of the leader that leads, or led last.
+    pub fn term(&self) -> u64 {
+        self.inspect()["control_block"]["term"].as_u64().unwrap()
     }
 
     /// kill -9; what was killed, to start it again.
@@ -402,11 +402,11 @@ pub fn write_text(path: &Path, prefix: &str, bytes: u64) {
     let (mut written, mut number) = (0, 0u64);
     while written < bytes {
         for line in text.split(|byte| *byte == b'\n') {
-            let head = format!("{prefix} {number} ");
-            file.write_all(head.as_bytes()).unwrap();
+            let leader = format!("{prefix} {number} ");
+            file.write_all(leader.as_bytes()).unwrap();
             file.write_all(line).unwrap();
             file.write_all(b"\n").unwrap();
-            written += (head.len() + line.len() + 1) as u64;
+            written += (leader.len() + line.len() + 1) as u64;
             number += 1;
             if written >= bytes {
                 break;

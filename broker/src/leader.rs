@@ -1,22 +1,22 @@
-//! Who is the head: one broker orders, the others watch it and take over when it is gone or silent.
+//! Who is the leader: one broker orders, the others watch it and take over when it is gone or silent.
 //!
-//! On one host the kernel tells when the head's process is gone: its claim on its broker id is free. A head that is there
+//! On one host the kernel tells when the leader's process is gone: its claim on its broker id is free. A leader that is there
 //! but does not move its heartbeat is silent; it may go on at any moment, and then finds that it leads no more. Nothing
-//! that it writes until then counts (`embarcadero_cxl::headship`).
+//! that it writes until then counts (`embarcadero_cxl::leadership`).
 
-use crate::absent;
-use crate::control::{HeadControl, HeadSlot};
+use crate::control::{CurrentLeader, LeaderControl};
+use crate::dead_broker;
 use crate::membership::Liveness;
 use crate::membership::etcd::Etcd;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
-use crate::worker::HeadStages;
+use crate::worker::LeaderStages;
 use crossbeam_channel::{Sender, unbounded};
-use embarcadero_cxl::headship::{
-    Candidacy, Headship, highest_candidacy, last_led, latest_claim, latest_claimant, publish_headship,
-    read_headship_at, stand, still_leads,
+use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
+use embarcadero_cxl::leadership::{
+    Candidacy, LeaderInfo, campaign, highest_candidacy, last_active, latest_claim, latest_claimant, publish_leader,
+    read_leader_at, still_leads,
 };
-use embarcadero_cxl::layout::{AllocatorKind, Seat};
 use embarcadero_cxl::region::RegionFile;
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
@@ -27,16 +27,16 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
 
-/// Time between two looks at the head, or at the other brokers' heartbeats.
+/// Time between two looks at the leader, or at the other brokers' heartbeats.
 const PERIOD: Duration = Duration::from_millis(20);
 /// Looks at the other brokers between two at what those left that are gone.
-const TIDY_EVERY: u32 = 50;
+const REAP_EVERY: u32 = 50;
 /// Looks that are let pass after a takeover that failed.
 const REST: u32 = 25;
 
 /// Which brokers see each other, so that one can tell whether another is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
+pub enum CoherenceScope {
     /// All are processes of this host.
     Host,
     /// Other hosts, on memory that is coherent among them.
@@ -45,15 +45,15 @@ pub enum Reach {
     None,
 }
 
-/// Who says which broker may claim the next epoch.
+/// Who says which broker may claim the next term.
 pub enum Election {
-    /// The region's election word; where brokers do not see each other, whoever is configured to be the head.
+    /// The region's election word; where brokers do not see each other, whoever is configured to be the leader.
     Region,
     /// etcd.
     Etcd(Box<Etcd>),
 }
 
-/// A broker as head, or as one that takes over.
+/// A broker as leader, or as one that takes over.
 pub struct Candidate {
     /// The region's file, which has the claims on broker ids.
     pub file: RegionFile,
@@ -67,35 +67,35 @@ pub struct Candidate {
     pub leases: Leases,
     /// After what silence another broker is dead.
     pub broker_lease: Duration,
-    /// After what silence the head is replaced.
-    pub head_lease: Duration,
+    /// After what silence the leader is replaced.
+    pub leader_lease: Duration,
     /// Whom it sees.
-    pub reach: Reach,
+    pub reach: CoherenceScope,
     /// Who elects.
     pub election: Election,
-    /// It may be the head.
+    /// It may be the leader.
     pub eligible: bool,
-    /// To the worker that runs the head's stages.
-    pub stages: Sender<HeadStages>,
-    /// What the control service can do while this is the head.
-    pub control: Arc<HeadSlot>,
+    /// To the worker that runs the leader's stages.
+    pub stages: Sender<LeaderStages>,
+    /// What the control service can do while this is the leader.
+    pub control: Arc<CurrentLeader>,
     /// Shared with the stages, so that it is seen when they have ended.
     pub in_use: Arc<()>,
 }
 
 /// How this broker leads.
-pub struct Reign {
-    epoch: Term,
+pub struct Leadership {
+    term: Term,
     liveness: Liveness,
     shown: (u64, u64),
     /// Looks until what others left is seen to.
-    tidy_in: u32,
+    reap_in: u32,
 }
 
-/// The head as a follower sees it.
+/// The leader as a follower sees it.
 #[derive(Default)]
 struct Watch {
-    /// The head, the highest candidacy, and the head's heartbeat.
+    /// The leader, the highest candidacy, and the leader's heartbeat.
     seen: (Option<(BrokerId, Term)>, Term, u64),
     /// Looks for which nothing of it moved.
     unmoved: u32,
@@ -116,7 +116,7 @@ impl Candidate {
             // We have its claim, and our own threads that led have ended.
             return Arc::strong_count(&self.in_use) == 1;
         }
-        if self.reach != Reach::Host {
+        if self.reach != CoherenceScope::Host {
             return false;
         }
         let claimed = self.file.is_claimed(broker).unwrap_or_else(|error| {
@@ -128,36 +128,36 @@ impl Candidate {
         !claimed || replaced
     }
 
-    /// True when there is no head, and none can come back.
-    fn head_is_gone(&self) -> bool {
-        let Some((broker, epoch)) = latest_claimant(self.region()) else { return true };
-        let line = read_headship_at(self.region(), Seat(broker)).filter(|line| line.epoch == epoch);
+    /// True when there is no leader, and none can come back.
+    fn leader_is_gone(&self) -> bool {
+        let Some((broker, term)) = latest_claimant(self.region()) else { return true };
+        let line = read_leader_at(self.region(), LeaderArea(broker)).filter(|line| line.term == term);
         self.is_gone(broker, line.map(|line| line.incarnation))
     }
 
-    /// Takes over if there is no head that could go on. Returns how this broker leads, if it does.
-    pub async fn take_over_if_gone(&self) -> Option<Reign> {
-        // Looked at before the head is: whoever stands in between wins.
+    /// Takes over if there is no leader that could go on. Returns how this broker leads, if it does.
+    pub async fn take_over_if_gone(&self) -> Option<Leadership> {
+        // Looked at before the leader is: whoever stands in between wins.
         let before = highest_candidacy(self.region());
-        if self.eligible && self.head_is_gone() { self.take_over(before).await } else { None }
+        if self.eligible && self.leader_is_gone() { self.take_over(before).await } else { None }
     }
 
     /// Stands for election, and leads if it wins.
-    async fn take_over(&self, before: Term) -> Option<Reign> {
+    async fn take_over(&self, before: Term) -> Option<Leadership> {
         if Arc::strong_count(&self.in_use) > 1 {
             return None;
         }
         match &self.election {
             Election::Region => {
-                let epoch = before.max(latest_claim(self.region())).next();
-                // Where nobody could see the others' candidacies there is only one who may be the head.
-                if self.reach != Reach::None && !stand(self.region(), Candidacy { epoch, before }) {
+                let term = before.max(latest_claim(self.region())).next();
+                // Where nobody could see the others' candidacies there is only one who may be the leader.
+                if self.reach != CoherenceScope::None && !campaign(self.region(), Candidacy { term, before }) {
                     return None;
                 }
-                self.lead(epoch)
+                self.lead(term)
             }
             Election::Etcd(etcd) => {
-                let epoch = match etcd.stand(etcd.elected().ok()).await {
+                let term = match etcd.campaign(etcd.elected().ok()).await {
                     Ok(elected) => elected?,
                     Err(error) => {
                         tracing::warn!(%error, "nobody can take over");
@@ -165,19 +165,19 @@ impl Candidate {
                     }
                 };
                 let claimed = latest_claim(self.region());
-                let reign = if epoch > claimed {
-                    self.lead(epoch)
+                let leadership = if term > claimed {
+                    self.lead(term)
                 } else {
-                    tracing::error!(%epoch, %claimed, "etcd was set back to before the region's heads: delete its keys");
+                    tracing::error!(%term, %claimed, "etcd was set back to before the region's leaders: delete its keys");
                     None
                 };
-                etcd.set_leads(reign.is_some()).await;
-                reign
+                etcd.set_leads(leadership.is_some()).await;
+                leadership
             }
         }
     }
 
-    /// True when the head has long given up its place with who elects, although it goes on.
+    /// True when the leader has long given up its place with who elects, although it goes on.
     fn has_resigned(&self) -> bool {
         match &self.election {
             Election::Region => false,
@@ -188,7 +188,7 @@ impl Candidate {
     /// True when who elects can be asked; what it is otherwise.
     fn can_elect(&self) -> Result<(), String> {
         match &self.election {
-            Election::Region if self.reach == Reach::None => {
+            Election::Region if self.reach == CoherenceScope::None => {
                 Err("membership: embedded elects nobody on memory that is not coherent".to_owned())
             }
             Election::Region => Ok(()),
@@ -196,11 +196,11 @@ impl Candidate {
         }
     }
 
-    /// Becomes the head, with everything that is in the region.
-    fn lead(&self, epoch: Term) -> Option<Reign> {
+    /// Becomes the leader, with everything that is in the region.
+    fn lead(&self, term: Term) -> Option<Leadership> {
         let region = self.region();
-        let led = last_led(region);
-        let before = led.and_then(|(seat, _)| read_headship_at(region, seat));
+        let led = last_active(region);
+        let before = led.and_then(|(area, _)| read_leader_at(region, area));
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
         // One whose line cannot be read is in the middle of changing it, or died there.
         let predecessor = match led {
@@ -210,40 +210,40 @@ impl Candidate {
         };
         let gone = gone.map_or(0, |gone| 1 << gone.broker.0);
         let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id.0;
-        let shown = self.publish(epoch, live);
+        let shown = self.publish(term, live);
         let (commands, queue) = unbounded();
-        let seat = Seat(self.info.id);
+        let area = LeaderArea(self.info.id);
         let mirror = self.mirror.as_ref().map(|file| file.region().clone());
         let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
-        let takeover = Takeover { memory, seat, epoch, before: predecessor, leases: self.leases, commands: queue };
+        let takeover = Takeover { memory, area, term, before: predecessor, leases: self.leases, commands: queue };
         let sequencer = match Sequencer::recover(takeover, SystemClock.now().wall_us) {
             Ok(sequencer) => sequencer,
             Err(error) => {
-                tracing::error!(%error, %epoch, "cannot take over: the order index has no room to go on in");
+                tracing::error!(%error, %term, "cannot take over: the order index has no room to go on in");
                 return None;
             }
         };
-        let completion = CompletionStage::new(region.clone(), seat);
+        let completion = CompletionStage::new(region.clone(), area);
         // There is room: the stages of an earlier time have ended.
-        let _ = self.stages.try_send(HeadStages { sequencer, completion, in_use: Arc::clone(&self.in_use) });
+        let _ = self.stages.try_send(LeaderStages { sequencer, completion, in_use: Arc::clone(&self.in_use) });
         let topics = tokio::sync::Mutex::new(());
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
-            Some(Arc::new(HeadControl { commands, topics }));
-        tracing::info!(broker = %self.info.id, %epoch, "head");
-        Some(Reign {
-            epoch,
+            Some(Arc::new(LeaderControl { commands, topics }));
+        tracing::info!(broker = %self.info.id, %term, "leader");
+        Some(Leadership {
+            term,
             liveness: Liveness::new(region, self.broker_lease, live, Instant::now()),
             shown,
-            tidy_in: TIDY_EVERY,
+            reap_in: REAP_EVERY,
         })
     }
 
     /// Shows which brokers live, and whose pins count.
-    fn publish(&self, epoch: Term, live: u64) -> (u64, u64) {
+    fn publish(&self, term: Term, live: u64) -> (u64, u64) {
         let shown = (live, live | self.stopped_brokers(live));
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
         let (broker_mask, pinning_mask) = shown;
-        publish_headship(self.region(), &Headship { epoch, broker, incarnation, broker_mask, pinning_mask });
+        publish_leader(self.region(), &LeaderInfo { term, broker, incarnation, broker_mask, pinning_mask });
         shown
     }
 
@@ -252,14 +252,14 @@ impl Candidate {
         self.region()
             .geometry()
             .brokers()
-            .filter(|id| live & 1 << id.0 == 0 && self.reach == Reach::Host)
+            .filter(|id| live & 1 << id.0 == 0 && self.reach == CoherenceScope::Host)
             .filter_map(|id| read_broker(self.region(), id))
             .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
             .fold(0, |mask, info| mask | 1 << info.id.0)
     }
 
     /// Leads, or follows and takes over, until the broker stops.
-    pub async fn run(self, mut reign: Option<Reign>) {
+    pub async fn run(self, mut leadership: Option<Leadership>) {
         let mut ticks = tokio::time::interval(PERIOD);
         // A look counts for one, even if this host stood still for many.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -272,58 +272,58 @@ impl Candidate {
                     () = etcd.changed() => {}
                 },
             }
-            match &mut reign {
-                Some(leading) if still_leads(self.region(), leading.epoch) => self.look_after(leading),
+            match &mut leadership {
+                Some(leading) if still_leads(self.region(), leading.term) => self.look_after(leading),
                 Some(leading) => {
-                    tracing::warn!(epoch = %leading.epoch, "another broker took over: this one leads no more");
+                    tracing::warn!(term = %leading.term, "another broker took over: this one leads no more");
                     *self.control.write().unwrap_or_else(PoisonError::into_inner) = None;
-                    reign = None;
+                    leadership = None;
                     if let Election::Etcd(etcd) = &self.election {
                         etcd.set_leads(false).await;
                     }
                 }
-                None if self.eligible => reign = self.follow(&mut watch).await,
+                None if self.eligible => leadership = self.follow(&mut watch).await,
                 None => {}
             }
         }
     }
 
-    /// The head's look at the others.
-    fn look_after(&self, reign: &mut Reign) {
-        let live = reign.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
+    /// The leader's look at the others.
+    fn look_after(&self, leadership: &mut Leadership) {
+        let live = leadership.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
         let now = (live, live | self.stopped_brokers(live));
-        if now != reign.shown {
+        if now != leadership.shown {
             tracing::info!(mask = format!("{live:#b}"), "membership changed");
-            reign.shown = self.publish(reign.epoch, live);
+            leadership.shown = self.publish(leadership.term, live);
         }
-        reign.tidy_in = reign.tidy_in.checked_sub(1).unwrap_or(TIDY_EVERY);
-        if reign.tidy_in == 0 && self.reach == Reach::Host {
-            self.tidy_up(live);
+        leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
+        if leadership.reap_in == 0 && self.reach == CoherenceScope::Host {
+            self.reap(live);
         }
     }
 
     /// Gives back the memory of brokers that are gone. Holds their ids meanwhile: none of them starts.
-    fn tidy_up(&self, live: u64) {
+    fn reap(&self, live: u64) {
         let region = self.region();
-        let absent = absent::holders(region) & !live;
-        for broker in region.geometry().brokers().filter(|broker| absent & 1 << broker.0 != 0) {
+        let dead = dead_broker::holders(region) & !live;
+        for broker in region.geometry().brokers().filter(|broker| dead & 1 << broker.0 != 0) {
             // Taken by a process that stands still, or starts now.
             let Ok(_claim) = self.file.claim_broker(broker) else { continue };
             let pool: Arc<dyn SegmentAllocator> = match region.geometry().allocator {
                 AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
                 AllocatorKind::Bitmap | AllocatorKind::Leader => Arc::clone(&self.pool),
             };
-            absent::tidy_up(region, broker, pool, SystemClock.now().wall_us);
+            dead_broker::reap(region, broker, pool, SystemClock.now().wall_us);
         }
     }
 
-    /// A follower's look at the head.
-    async fn follow(&self, watch: &mut Watch) -> Option<Reign> {
+    /// A follower's look at the leader.
+    async fn follow(&self, watch: &mut Watch) -> Option<Leadership> {
         let region = self.region();
         let before = highest_candidacy(region);
-        let head = latest_claimant(region);
-        let heartbeat = head.map_or(0, |(broker, _)| read_pulse(region, broker).0);
-        let seen = (head, before, heartbeat);
+        let leader = latest_claimant(region);
+        let heartbeat = leader.map_or(0, |(broker, _)| read_pulse(region, broker).0);
+        let seen = (leader, before, heartbeat);
         if watch.seen != seen {
             (watch.seen, watch.unmoved, watch.warned) = (seen, 0, false);
         } else {
@@ -333,9 +333,9 @@ impl Candidate {
             watch.resting -= 1;
             return None;
         }
-        let gone = self.head_is_gone();
-        // With the leader allocator a head also gives segments, and might give one that its successor gave.
-        let silent = PERIOD * watch.unmoved >= self.head_lease;
+        let gone = self.leader_is_gone();
+        // With the leader allocator a leader also gives segments, and might give one that its successor gave.
+        let silent = PERIOD * watch.unmoved >= self.leader_lease;
         let why = match (gone, silent) {
             (true, _) => "is gone",
             (_, true) => "is silent",
@@ -345,19 +345,20 @@ impl Candidate {
         let blocked = match self.can_elect() {
             Err(error) => Some(error),
             Ok(()) if !gone && region.geometry().allocator == AllocatorKind::Leader => {
-                Some("the leader allocator's own head may go on".to_owned())
+                Some("the leader allocator's own leader may go on".to_owned())
             }
             Ok(()) => None,
         };
         if let Some(reason) = blocked {
             if !std::mem::replace(&mut watch.warned, true) {
-                tracing::warn!(reason, "the head {why}, and nobody can take over");
+                tracing::warn!(reason, "the leader {why}, and nobody can take over");
             }
             return None;
         }
-        tracing::warn!("the head {why}: taking over");
-        let reign = self.take_over(before).await;
-        (watch.unmoved, watch.resting) = (0, if reign.is_none() && latest_claim(region) > before { REST } else { 0 });
-        reign
+        tracing::warn!("the leader {why}: taking over");
+        let leadership = self.take_over(before).await;
+        (watch.unmoved, watch.resting) =
+            (0, if leadership.is_none() && latest_claim(region) > before { REST } else { 0 });
+        leadership
     }
 }

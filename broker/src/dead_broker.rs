@@ -1,4 +1,4 @@
-//! What a broker left behind: while its process is gone, the head does for it what it would do when idle, so that memory
+//! What a broker left behind: while its process is gone, the leader does for it what it would do when idle, so that memory
 //! comes back without it.
 
 use crate::delegation::{Delegation, FlushGroup};
@@ -25,7 +25,7 @@ const ROUND_ENTRIES: u64 = 4096;
 
 /// Applies retention to what `broker` left, and gives back what nobody needs. The caller holds its claim on the id, so that
 /// no process of the broker does the same; `pool` is the allocator that it would use.
-pub fn tidy_up<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
+pub fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
     let kept = |topic| {
         [Stream::GLOBAL, Stream::of(broker)]
             .map(|stream| read_extent(region, StreamId { topic, stream }))
