@@ -127,8 +127,8 @@ mod tests {
     fn every_combination_is_a_point() {
         assert_eq!(labels(&[]), [""]);
         assert_eq!(
-            labels(&["--over", "brokers=1,4", "--over", "order=weak,strong"]),
-            ["brokers=1 order=weak", "brokers=1 order=strong", "brokers=4 order=weak", "brokers=4 order=strong"]
+            labels(&["--over", "brokers=1,4", "--over", "order=total,strong"]),
+            ["brokers=1 order=total", "brokers=1 order=strong", "brokers=4 order=total", "brokers=4 order=strong"]
         );
     }
 

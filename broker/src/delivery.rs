@@ -9,10 +9,7 @@ use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::{Fabric, Native, RegionOffset, Site};
 use embarcadero_transport::{Outbox, Outgoing, TransportError};
-use embarcadero_wire::{
-    Deliver, ErrorCode, Position, START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe,
-    SubscribeReady,
-};
+use embarcadero_wire::{Deliver, ErrorCode, Position, StartKind, Subscribe, SubscribeReady};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -99,9 +96,6 @@ impl SubscriberSession {
             );
             return refuse(ErrorCode::UnknownTopic, text, 0);
         }
-        if request.start_kind > START_TIMESTAMP {
-            return refuse(ErrorCode::BadFrame, format!("start_kind is {}; it must be 0 to 3", request.start_kind), 0);
-        }
         let region = topics.region().clone();
         let reader = OrderIndexReader::new(region.clone(), stream);
         let pin = topic.pins.register();
@@ -159,25 +153,28 @@ impl SubscriberSession {
         let earliest =
             if low < committed { self.reader.read(low).map_err(unreadable)?.first_offset } else { next_offset };
         let archived = self.is_archived() && earliest > 0;
-        let (cursor, start_offset) = match request.start_kind {
-            START_EARLIEST if archived => {
+        let Some(kind) = StartKind::from_code(request.start_kind) else {
+            return refuse(ErrorCode::BadFrame, format!("start_kind is {}; it must be 0 to 3", request.start_kind), 0);
+        };
+        let (cursor, start_offset) = match kind {
+            StartKind::Earliest if archived => {
                 self.request = None;
                 self.archived = ArchiveRead::begin(From::Offset(0));
                 return Ok(true);
             }
-            START_TIMESTAMP if archived && self.begins_after(low, committed, request.start)? => {
+            StartKind::Timestamp if archived && self.begins_after(low, committed, request.start)? => {
                 self.request = None;
                 self.archived = ArchiveRead::begin(From::Time(request.start));
                 return Ok(true);
             }
-            START_OFFSET if archived && request.start < earliest => {
+            StartKind::Offset if archived && request.start < earliest => {
                 self.request = None;
                 self.archived = ArchiveRead::at(request.start);
                 (low, request.start)
             }
-            START_EARLIEST => (low, earliest),
-            START_LATEST => (committed, next_offset),
-            START_OFFSET => {
+            StartKind::Earliest => (low, earliest),
+            StartKind::Latest => (committed, next_offset),
+            StartKind::Offset => {
                 if request.start < earliest || request.start > next_offset {
                     let text = format!(
                         "offset {} is out of range: topic {} has {earliest} to {next_offset}",
@@ -188,7 +185,7 @@ impl SubscriberSession {
                 let after = |entry: &IndexEntry| entry.first_offset + u64::from(entry.message_count) > request.start;
                 (self.reader.partition_point(low, committed, after).map_err(unreadable)?, request.start)
             }
-            _ => {
+            StartKind::Timestamp => {
                 let after = |entry: &IndexEntry| entry.ordered_us >= request.start;
                 let cursor = self.reader.partition_point(low, committed, after).map_err(unreadable)?;
                 let offset = if cursor < committed {

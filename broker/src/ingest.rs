@@ -141,15 +141,15 @@ impl PublisherSession {
     }
 
     fn check(&self, memory: &Native, header: &BatchHeader, at: RegionOffset) -> Result<(), BodyError> {
-        let table_at = at.add(FRAME_BYTES as u64 + header.table_at());
-        let table_bytes = u64::from(header.message_count) * 4;
         if self.limits.verify_body {
             memory.with_bytes(at.add(FRAME_BYTES as u64), header.body_bytes(), |body| {
                 check_lengths(header, body)?;
                 check_body(header, body)
             })
         } else {
-            memory.with_bytes(table_at, table_bytes, |table| header.check_table(table))
+            let payload_bytes = u64::from(header.payload_bytes);
+            let tail_at = at.add(FRAME_BYTES as u64 + payload_bytes);
+            memory.with_bytes(tail_at, header.body_bytes() - payload_bytes, |tail| header.check_tail(tail))
         }
     }
 

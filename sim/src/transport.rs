@@ -189,7 +189,7 @@ impl<F: Fabric> Connection<F> for SimulatedConnection {
 
 fn refusal(error: &ErrorFrame, text: &[u8]) -> LinkError {
     let text = String::from_utf8_lossy(text).into_owned();
-    LinkError::Refused { code: ErrorCode::from_u32(error.code), text, detail: error.detail }
+    LinkError::Refused { code: ErrorCode::from_code(error.code), text, detail: error.detail }
 }
 
 /// A publisher's end.

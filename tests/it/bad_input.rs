@@ -30,7 +30,7 @@ fn refusal(bytes: &[u8]) -> (ErrorCode, String) {
             && let Ok(Frame::ErrorFrame(error)) = Frame::decode(frame)
         {
             let text = &bytes[(index + 1) * FRAME_BYTES..][..error.text_bytes as usize];
-            return (ErrorCode::from_u32(error.code).unwrap(), String::from_utf8(text.to_vec()).unwrap());
+            return (ErrorCode::from_code(error.code).unwrap(), String::from_utf8(text.to_vec()).unwrap());
         }
     }
     panic!("no error frame in {} bytes", bytes.len());

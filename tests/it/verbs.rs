@@ -316,7 +316,7 @@ impl Offender {
         let Frame::ErrorFrame(error) = read_frame(&mut self.socket) else { panic!("no error frame") };
         let mut text = vec![0; error.text_bytes as usize];
         self.socket.read_exact(&mut text).unwrap();
-        (ErrorCode::from_u32(error.code).unwrap(), String::from_utf8(text).unwrap())
+        (ErrorCode::from_code(error.code).unwrap(), String::from_utf8(text).unwrap())
     }
 }
 

@@ -4,7 +4,7 @@ use super::Start;
 use crate::context::Context;
 use crate::views::{BrokerView, TopicView};
 use embarcadero_transport::{Sockets, SubscriberChannel, Transport};
-use embarcadero_wire::{self as wire, START_EARLIEST, START_LATEST, START_OFFSET, START_TIMESTAMP, Subscribe};
+use embarcadero_wire::{self as wire, StartKind, Subscribe};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -32,14 +32,14 @@ impl Stream {
     pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> io::Result<()> {
         let options = context.link_options().map_err(io::Error::other)?;
         let (start_kind, start) = match (self.due, self.from) {
-            (Some(offset), _) | (None, Start::Offset(offset)) => (START_OFFSET, offset),
-            (None, Start::Earliest) => (START_EARLIEST, 0),
-            (None, Start::Latest) => (START_LATEST, 0),
-            (None, Start::Timestamp(time)) => (START_TIMESTAMP, time),
+            (Some(offset), _) | (None, Start::Offset(offset)) => (StartKind::Offset, offset),
+            (None, Start::Earliest) => (StartKind::Earliest, 0),
+            (None, Start::Latest) => (StartKind::Latest, 0),
+            (None, Start::Timestamp(time)) => (StartKind::Timestamp, time),
         };
         let request = Subscribe {
             start,
-            start_kind,
+            start_kind: start_kind.code(),
             topic: topic.id,
             topic_incarnation: topic.incarnation,
             stream: self.id,

@@ -1,12 +1,13 @@
-//! A batch: header, messages back to back, zero bytes up to a multiple of four, then one 32-bit length a message.
+//! Batches: a header, messages back to back, zero bytes up to a multiple of four, then one 32-bit length per message.
 //!
-//! `[[DEVIATION_007]]` The paper puts a 64-byte header before each message. With the lengths in one table a broker
-//! checks a batch without touching its messages, and a message costs four bytes.
+//! The lengths lie in one table, so a broker checks a batch without touching its messages, and a message costs four bytes.
+
+// [[DEVIATION_007]] The paper puts a 64-byte header before each message.
 
 use super::{BatchHeader, ClientId, Epoch, FRAME_BYTES, Incarnation, SessionSlot, TopicId, WireError, crc32c};
 use std::ops::DerefMut;
 
-/// Batches begin at multiples of so many bytes in landing windows: a cache line.
+/// Alignment of batches in landing windows, bytes: a cache line.
 pub const ALIGN_BYTES: u64 = 64;
 /// Flag of [`BatchHeader`]: `body_checksum` holds the CRC32C of the body.
 pub const BODY_CHECKSUM: u16 = 1;
@@ -14,7 +15,7 @@ pub const BODY_CHECKSUM: u16 = 1;
 pub const MAX_BATCH_BYTES: u64 = 64 << 20;
 
 impl BatchHeader {
-    /// Bytes of the body. Call after [`BatchHeader::check`].
+    /// Bytes of the body. Only meaningful after [`BatchHeader::check`].
     #[inline]
     #[must_use]
     pub fn body_bytes(&self) -> u64 {
@@ -28,7 +29,7 @@ impl BatchHeader {
         FRAME_BYTES as u64 + self.body_bytes()
     }
 
-    /// Where the length table starts in the body.
+    /// Offset of the length table in the body.
     #[inline]
     #[must_use]
     pub fn table_at(&self) -> u64 {
@@ -38,7 +39,7 @@ impl BatchHeader {
     /// Checks the bounds of the fields.
     ///
     /// # Errors
-    /// [`WireError::Field`] naming the first that is wrong.
+    /// [`WireError::Field`] with the first field that is wrong.
     pub fn check(&self, max_batch_bytes: u64) -> Result<(), WireError> {
         let field = |field, value, low, high| Err(WireError::Field { field, value, low, high });
         if self.message_count == 0 {
@@ -46,9 +47,6 @@ impl BatchHeader {
         }
         if self.batch_bytes() > max_batch_bytes {
             return field("batch bytes", self.batch_bytes(), FRAME_BYTES as u64 + 4, max_batch_bytes);
-        }
-        if self.flags & !BODY_CHECKSUM != 0 {
-            return field("flags", self.flags.into(), 0, BODY_CHECKSUM.into());
         }
         if self.client_id == ClientId(0) {
             return field("client_id", 0, 1, u64::MAX);
@@ -69,11 +67,15 @@ impl BatchHeader {
         u32::from_le_bytes(table.as_chunks().0[index]) as usize
     }
 
-    /// Checks that the length table adds up to the payload.
+    /// Checks what follows the messages in a body: the padding, and the length table against the payload.
     ///
     /// # Errors
-    /// [`BodyError::Lengths`].
-    pub fn check_table(&self, table: &[u8]) -> Result<(), BodyError> {
+    /// [`BodyError::Padding`], [`BodyError::Lengths`].
+    pub fn check_tail(&self, tail: &[u8]) -> Result<(), BodyError> {
+        let (padding, table) = tail.split_at((self.table_at() - u64::from(self.payload_bytes)) as usize);
+        if padding.iter().any(|byte| *byte != 0) {
+            return Err(BodyError::Padding);
+        }
         let lengths = table.as_chunks::<4>().0;
         let found: u64 = lengths.iter().map(|length| u64::from(u32::from_le_bytes(*length))).sum();
         if found == u64::from(self.payload_bytes) {
@@ -84,18 +86,18 @@ impl BatchHeader {
     }
 }
 
-/// Why a body does not belong to its header.
+/// Reason why a body does not belong to its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BodyError {
-    /// Too short or too long.
+    /// The body is too short or too long.
     #[error("the batch body has {found} bytes, its header says {expected}")]
     Length {
-        /// Bytes there.
+        /// Bytes that there are.
         found: u64,
-        /// Bytes expected.
+        /// Bytes that the header announces.
         expected: u64,
     },
-    /// The length table does not add up.
+    /// The lengths of the messages do not add up to the payload.
     #[error("the message lengths add up to {found}, the header says payload_bytes = {expected}")]
     Lengths {
         /// Sum of the table.
@@ -103,7 +105,10 @@ pub enum BodyError {
         /// As the header says.
         expected: u64,
     },
-    /// Damaged.
+    /// A byte between the messages and the length table is not zero.
+    #[error("the padding behind the messages is not zero")]
+    Padding,
+    /// The body is damaged.
     #[error("the body's checksum is {found:#010x}, the header says {expected:#010x}")]
     Checksum {
         /// As computed.
@@ -113,7 +118,7 @@ pub enum BodyError {
     },
 }
 
-/// Checks that the lengths add up to the payload, without touching the messages.
+/// Checks the padding and that the lengths add up to the payload, without touching the messages.
 ///
 /// # Errors
 /// [`BodyError`].
@@ -121,7 +126,7 @@ pub fn check_lengths(header: &BatchHeader, body: &[u8]) -> Result<(), BodyError>
     if body.len() as u64 != header.body_bytes() {
         return Err(BodyError::Length { found: body.len() as u64, expected: header.body_bytes() });
     }
-    header.check_table(&body[header.table_at() as usize..])
+    header.check_tail(&body[header.payload_bytes as usize..])
 }
 
 /// Checks the body's checksum, if the batch carries one.
@@ -140,7 +145,7 @@ pub fn check_body(header: &BatchHeader, body: &[u8]) -> Result<(), BodyError> {
     }
 }
 
-/// Who sends a batch and where it belongs: the fields of its header that are the same for a whole session.
+/// Fields of a header that are the same for a whole session: the sender, and where its batches belong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchOrigin {
     /// Client.
@@ -155,18 +160,18 @@ pub struct BatchOrigin {
     pub topic_incarnation: Incarnation,
 }
 
-/// The largest message that a batch of `capacity` bytes can hold.
+/// Bytes of the largest message that a batch of `capacity` bytes holds.
 #[must_use]
 pub const fn largest_message(capacity: usize) -> usize {
     capacity.saturating_sub(FRAME_BYTES + 3 + 4)
 }
 
-/// Memory of a fixed capacity that a batch is filled in.
+/// Memory of a fixed capacity into which a batch is built.
 pub trait BatchBuffer: DerefMut<Target = [u8]> {
-    /// Most bytes that it can hold.
+    /// Most bytes that the buffer holds.
     fn capacity(&self) -> usize;
 
-    /// Sets the number of bytes in it, at most its capacity. Those that are added have any value.
+    /// Sets the number of bytes in use, at most the capacity. Added bytes have any value.
     fn resize(&mut self, len: usize);
 }
 
@@ -180,7 +185,7 @@ impl BatchBuffer for Vec<u8> {
     }
 }
 
-/// A batch being filled: one buffer that is sent as it is.
+/// Batch under construction, in one buffer that is sent as it is.
 #[derive(Debug)]
 pub struct BatchBuilder<B = Vec<u8>> {
     bytes: B,
@@ -188,7 +193,7 @@ pub struct BatchBuilder<B = Vec<u8>> {
 }
 
 impl BatchBuilder {
-    /// An empty batch in memory of its own that will hold at most `capacity` bytes, header and table included.
+    /// Begins a batch of at most `capacity` bytes, header and length table included, in memory of its own.
     #[must_use]
     pub fn new(capacity: usize) -> Self {
         Self::in_buffer(Vec::with_capacity(capacity.max(FRAME_BYTES)))
@@ -196,21 +201,20 @@ impl BatchBuilder {
 }
 
 impl<B: BatchBuffer> BatchBuilder<B> {
-    /// An empty batch in `buffer`, which has room for a header at least. Its capacity bounds the batch, header and table
-    /// included.
+    /// Begins a batch in `buffer`, which has room for a header at least. Its capacity bounds header, messages and table.
     #[must_use]
     pub fn in_buffer(mut buffer: B) -> Self {
         buffer.resize(FRAME_BYTES);
         Self { bytes: buffer, lengths: Vec::with_capacity(1024) }
     }
 
-    /// Most bytes that it can have.
+    /// Most bytes of the batch.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.bytes.capacity()
     }
 
-    /// What it is filled in.
+    /// Buffer in which the batch is built.
     pub fn buffer_mut(&mut self) -> &mut B {
         &mut self.bytes
     }
@@ -222,28 +226,28 @@ impl<B: BatchBuffer> BatchBuilder<B> {
         self.bytes[start..].copy_from_slice(bytes);
     }
 
-    /// Bytes that the batch will have when sealed now.
+    /// Bytes of the batch if it were sealed now.
     #[inline]
     #[must_use]
     pub fn batch_bytes(&self) -> usize {
         self.bytes.len().next_multiple_of(4) + self.lengths.len() * 4
     }
 
-    /// Messages in it.
+    /// Number of messages.
     #[inline]
     #[must_use]
     pub fn message_count(&self) -> u32 {
         self.lengths.len() as u32
     }
 
-    /// True while no message is in it.
+    /// Returns true while the batch has no message.
     #[inline]
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.lengths.is_empty()
     }
 
-    /// True when a message of `bytes` still fits.
+    /// Returns true when a message of `bytes` bytes still fits.
     #[inline]
     #[must_use]
     pub fn fits(&self, bytes: usize) -> bool {
@@ -251,7 +255,10 @@ impl<B: BatchBuffer> BatchBuilder<B> {
         self.bytes.len() + bytes + 3 + (self.lengths.len() + 1) * 4 <= self.bytes.capacity()
     }
 
-    /// Appends a message. Call only if it [`fits`](BatchBuilder::fits).
+    /// Appends a message.
+    ///
+    /// # Panics
+    /// When it does not [fit](BatchBuilder::fits).
     #[inline]
     pub fn push(&mut self, message: &[u8]) {
         assert!(self.fits(message.len()), "the message does not fit");
@@ -259,7 +266,10 @@ impl<B: BatchBuffer> BatchBuilder<B> {
         self.lengths.push(message.len() as u32);
     }
 
-    /// Appends a message of `bytes` that `fill` writes in place; they are zero before.
+    /// Appends a message of `bytes` zero bytes, which `fill` then writes in place.
+    ///
+    /// # Panics
+    /// When it does not [fit](BatchBuilder::fits).
     #[inline]
     pub fn push_with(&mut self, bytes: usize, fill: impl FnOnce(&mut [u8])) {
         assert!(self.fits(bytes), "the message does not fit");
@@ -270,7 +280,7 @@ impl<B: BatchBuffer> BatchBuilder<B> {
         self.lengths.push(bytes as u32);
     }
 
-    /// Writes padding, length table and header; the batch can now be sent.
+    /// Writes padding, length table and header. The batch can be sent afterwards.
     pub fn seal(&mut self, origin: &BatchOrigin, sequence: u64, checksum: bool) -> BatchHeader {
         let payload_bytes = (self.bytes.len() - FRAME_BYTES) as u32;
         let padding = self.bytes.len().next_multiple_of(4) - self.bytes.len();
@@ -289,7 +299,7 @@ impl<B: BatchBuffer> BatchBuilder<B> {
         self.address(header, origin)
     }
 
-    /// Writes the header anew for another session epoch; the body stays.
+    /// Writes the header again, for another session epoch. The body stays.
     pub fn readdress(&mut self, header: &BatchHeader, origin: &BatchOrigin) -> BatchHeader {
         self.address(*header, origin)
     }
@@ -304,20 +314,20 @@ impl<B: BatchBuffer> BatchBuilder<B> {
         header
     }
 
-    /// The sealed bytes.
+    /// Bytes of the batch, complete once it is sealed.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Empties the buffer for another batch; keeps its memory.
+    /// Empties the buffer for another batch, and keeps its memory.
     pub fn clear(&mut self) {
         self.bytes.resize(FRAME_BYTES);
         self.lengths.clear();
     }
 }
 
-/// The messages of a received batch, in place.
+/// Messages of a received batch, in place.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchView<'a> {
     payload: &'a [u8],
@@ -335,18 +345,18 @@ impl<'a> BatchView<'a> {
         Ok(Self { payload: &body[..header.payload_bytes as usize], table: &body[header.table_at() as usize..] })
     }
 
-    /// Messages in order.
+    /// Iterates over the messages in order.
     pub fn messages(&self) -> Messages<'a> {
         Messages { payload: self.payload, table: self.table }
     }
 
-    /// How many there are.
+    /// Number of messages.
     #[must_use]
     pub fn len(&self) -> usize {
         self.table.len() / 4
     }
 
-    /// Never true: a batch has at least one message.
+    /// Returns true for a batch without messages, which no header that was checked has.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.table.is_empty()
@@ -367,7 +377,8 @@ impl<'a> Iterator for Messages<'a> {
     fn next(&mut self) -> Option<&'a [u8]> {
         let (length, table) = self.table.split_first_chunk::<4>()?;
         self.table = table;
-        let (message, rest) = self.payload.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        // The lengths were checked against the payload.
+        let (message, rest) = self.payload.split_at(u32::from_le_bytes(*length) as usize);
         self.payload = rest;
         Some(message)
     }
@@ -405,6 +416,11 @@ mod tests {
             let Ok(Frame::BatchHeader(header)) = Frame::decode(frame) else { panic!("does not decode") };
             let view = BatchView::parse(&header, body).unwrap();
             prop_assert!(view.messages().eq(messages.iter().map(Vec::as_slice)));
+            let mut body = body.to_vec();
+            if !header.payload_bytes.is_multiple_of(4) {
+                body[header.table_at() as usize - 1] = 1;
+                prop_assert_eq!(check_lengths(&header, &body), Err(BodyError::Padding));
+            }
             builder.clear();
             prop_assert!(builder.is_empty());
         }

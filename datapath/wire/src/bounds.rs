@@ -1,25 +1,25 @@
-//! The error of a value that is out of bounds, wherever it was set.
+//! Error of a value that is out of bounds, for every setting and every format.
 
-/// A configured value that is out of its bounds.
+/// Value that is out of its bounds.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{key} is {value}; it must be {bound}")]
 pub struct OutOfBounds {
-    /// Name of the setting, with the sections that it is in: `cxl.segment_bytes`.
+    /// Name of the setting with its sections, such as `cxl.segment_bytes`.
     pub key: &'static str,
-    /// The value that was found.
+    /// Value that was found.
     pub value: String,
-    /// What is allowed, as it follows "it must be".
+    /// Values that are allowed; the text follows "it must be".
     pub bound: String,
 }
 
 impl OutOfBounds {
-    /// The error of `key`, which is `value` and must be `bound`.
+    /// Error of the setting `key`, whose value is `value` and must be `bound`.
     pub fn new(key: &'static str, value: impl ToString, bound: impl Into<String>) -> Self {
         Self { key, value: value.to_string(), bound: bound.into() }
     }
 }
 
-/// Checks that a number is within its bounds, both allowed.
+/// Checks that `low <= value <= high`.
 ///
 /// # Errors
 /// [`OutOfBounds`] when it is not.

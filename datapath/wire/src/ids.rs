@@ -1,5 +1,4 @@
-//! Numbers that name something, each a type of its own, so that none is taken for another. They have the bytes, and the
-//! JSON, of the number itself.
+//! Ids: a type each, so that the compiler tells them apart. They have the bytes and the JSON of the number itself.
 
 use bytemuck::{Pod, Zeroable};
 use schemars::JsonSchema;
@@ -49,12 +48,12 @@ ids! {
     /// Number under which a broker leads; it grows with each leader.
     pub struct Term(pub u64);
 
-    /// Order of a topic: the global one, or a broker's own.
+    /// One order of a topic: the global one, or a broker's own.
     pub struct Stream(pub u32);
 }
 
 impl TopicId {
-    /// The place of the slot in a table.
+    /// Index of the slot in a table.
     #[inline]
     #[must_use]
     pub const fn index(self) -> usize {
@@ -63,23 +62,23 @@ impl TopicId {
 }
 
 impl Incarnation {
-    /// The count before the first.
+    /// Count before the first.
     pub const NONE: Self = Self(0);
 
-    /// The next one.
+    /// Returns the number that follows.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
 
-    /// The incarnation in a word of the region. A word that is none gives the last there can be.
+    /// Reads an incarnation from a word of the region. A word that is too large gives the largest incarnation.
     #[inline]
     #[must_use]
     pub fn from_word(word: u64) -> Self {
         Self(u32::try_from(word).unwrap_or(u32::MAX))
     }
 
-    /// The word of the region that holds it.
+    /// Returns the word of the region that holds it.
     #[inline]
     #[must_use]
     pub const fn word(self) -> u64 {
@@ -88,14 +87,14 @@ impl Incarnation {
 }
 
 impl BrokerId {
-    /// The place of the slot in a table.
+    /// Index of the slot in a table.
     #[inline]
     #[must_use]
     pub const fn index(self) -> usize {
         self.0 as usize
     }
 
-    /// The byte that names it in an index entry. One that does not fit, which no region has, gives 255: nobody.
+    /// Byte that names the broker in an index entry; 255, which no broker has, for an id that does not fit.
     #[inline]
     #[must_use]
     pub fn byte(self) -> u8 {
@@ -110,7 +109,7 @@ impl From<u8> for BrokerId {
 }
 
 impl Epoch {
-    /// The next one.
+    /// Returns the number that follows.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
@@ -118,7 +117,7 @@ impl Epoch {
 }
 
 impl SessionSlot {
-    /// The place of the row in a table.
+    /// Index of the row in a table.
     #[inline]
     #[must_use]
     pub const fn index(self) -> usize {
@@ -127,10 +126,10 @@ impl SessionSlot {
 }
 
 impl Term {
-    /// The number before the first leader.
+    /// Number before the first leader.
     pub const NONE: Self = Self(0);
 
-    /// The next one.
+    /// Returns the number that follows.
     #[must_use]
     pub const fn next(self) -> Self {
         Self(self.0.saturating_add(1))
@@ -138,17 +137,17 @@ impl Term {
 }
 
 impl Stream {
-    /// The one order of all brokers.
+    /// Order over all brokers.
     pub const GLOBAL: Self = Self(u32::MAX);
 
-    /// The own order of a broker.
+    /// Order of one broker's own messages.
     #[inline]
     #[must_use]
     pub const fn of(broker: BrokerId) -> Self {
         Self(broker.0)
     }
 
-    /// The broker whose own order it is; `None` for the global one.
+    /// Broker whose own order it is; `None` for the global one.
     #[inline]
     #[must_use]
     pub const fn broker(self) -> Option<BrokerId> {

@@ -83,5 +83,5 @@ fn is_again(error: &io::Error) -> bool {
 fn refusal(error: &ErrorFrame, rest: &[u8]) -> Option<LinkError> {
     let text = rest.get(..(error.text_bytes as usize).min(ERROR_TEXT_BYTES))?;
     let text = String::from_utf8_lossy(text).into_owned();
-    Some(LinkError::Refused { code: ErrorCode::from_u32(error.code), text, detail: error.detail })
+    Some(LinkError::Refused { code: ErrorCode::from_code(error.code), text, detail: error.detail })
 }
