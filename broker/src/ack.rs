@@ -2,12 +2,13 @@
 
 use crate::delegation::OrderedLocally;
 use embarcadero_cxl::Fabric;
-use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::read_completion;
-use embarcadero_cxl::session_table::{Commit, SessionState, read_commit, read_progress, read_session};
+use embarcadero_cxl::session_table::{Commit, read_commit, read_progress, read_session};
+use embarcadero_cxl::{Damage, Row};
 use embarcadero_wire::{Ack, BrokerId, ClientId, Epoch, Fenced, SessionSlot, Stream, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
@@ -18,6 +19,8 @@ pub enum SessionStatus {
     Open,
     /// Nothing commits any more; the client must hear of it.
     Fenced(Fenced),
+    /// The session's row is damaged.
+    Damaged(Damage),
 }
 
 /// A batch that has its place in the order and waits to be durable.
@@ -230,15 +233,16 @@ impl AckQueue {
         };
         match session {
             // Being rewritten right now: look again next time.
-            None => SessionStatus::Open,
-            Some(session)
+            Row::Unused | Row::Unsettled => SessionStatus::Open,
+            Row::Damaged(damage) => SessionStatus::Damaged(damage),
+            Row::Used(session)
                 if session.client_id == self.client_id
                     && session.epoch == self.epoch
                     && session.state == SessionState::Open =>
             {
                 SessionStatus::Open
             }
-            Some(session) => SessionStatus::Fenced(Fenced {
+            Row::Used(session) => SessionStatus::Fenced(Fenced {
                 committed: if session.client_id == self.client_id { committed } else { 0 },
                 session_epoch: self.epoch,
                 ..Fenced::blank()

@@ -7,8 +7,9 @@ use crate::replica::store::StreamFiles;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
+use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_replica_state};
+use embarcadero_cxl::layout::ReplicaState;
 use embarcadero_cxl::leadership::{NoLeader, read_leader};
-use embarcadero_cxl::tables::{BrokerInfo, ReplicaState, read_broker, read_replica_state};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
@@ -190,10 +191,10 @@ impl ArchiveReader {
             return answers;
         };
         for id in self.region.geometry().brokers().filter(|id| *id != self.broker) {
-            let Some(info) = read_broker(&self.region, id) else { continue };
+            let Some(info) = read_broker(&self.region, id).used() else { continue };
             if leader.broker_mask & 1 << id.0 != 0 {
                 answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
-            } else if info.running && read_replica_state(&self.region, id) == ReplicaState::Running {
+            } else if info.running && read_replica_state(&self.region, id) == Ok(ReplicaState::Running) {
                 answers.spawn(async move { Err(format!("broker {id} is not there")) });
             }
         }

@@ -1,8 +1,9 @@
 //! The Blog: a broker's log of a topic, a chain of pool segments into which batches are received.
 
+use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{PoolError, SegmentAllocator, SegmentUse, publish_owner, read_owner};
-use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset};
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset, Row};
 use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -71,7 +72,7 @@ impl<F: Fabric> Blog<F> {
         let mut retired = Vec::new();
         for segment in 0..region.geometry().segment_count {
             match read_owner(&region, segment) {
-                SegmentUse::Blog { topic, incarnation, broker, ordinal: place }
+                Row::Used(SegmentUse::Blog { topic, incarnation, broker, ordinal: place })
                     if (BlogId { topic, incarnation, broker }) == id =>
                 {
                     retired.push(Retired { segment, batches_below: batches });
@@ -127,7 +128,7 @@ impl<F: Fabric> Blog<F> {
             let (current, position) = ((before >> 32) as u32, u64::from(before as u32));
             if current == segment && position + lines <= self.lines_per_segment() {
                 self.reserved_bytes.fetch_add(lines * LINE_BYTES, Ordering::Relaxed);
-                let base = self.region.layout().segment(self.region.geometry(), segment);
+                let base = self.region.layout().segment(segment);
                 return Ok(base.add(position * LINE_BYTES));
             }
             if let Some(count) = self.in_flight.get(segment as usize) {
@@ -201,7 +202,7 @@ impl<F: Fabric> Blog<F> {
     /// none came after it. Call before the reservation is settled. All in whole lines.
     pub fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
         let segment = self.segment_of(at);
-        let base = self.region.layout().segment(self.region.geometry(), segment);
+        let base = self.region.layout().segment(segment);
         let line = |offset: u64| pack(segment, ((at.0 + offset - base.0) / LINE_BYTES) as u32);
         if self.cursor.compare_exchange(line(bytes), line(used), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             self.reserved_bytes.fetch_sub(bytes - used, Ordering::Relaxed);

@@ -8,12 +8,13 @@ use crate::sequencer::{Command, SessionError};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
-use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::broker_table::read_broker;
+use embarcadero_cxl::layout::{SESSION_WINDOW, TopicState};
 use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
-use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name, live_topics, read_broker, read_topic};
-use embarcadero_cxl::{Native, Region};
+use embarcadero_cxl::topic_table::{TopicConfig, check_topic_name, live_topics, read_topic};
+use embarcadero_cxl::{Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, TopicId};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -72,7 +73,7 @@ impl ControlService {
     fn leader(&self) -> Result<Arc<LeaderControl>, Status> {
         let leader = self.leader.read().unwrap_or_else(PoisonError::into_inner).clone();
         leader.ok_or_else(|| {
-            let leader = read_leader(&self.region).and_then(|leader| read_broker(&self.region, leader.broker));
+            let leader = read_leader(&self.region).and_then(|leader| read_broker(&self.region, leader.broker).used());
             Status::failed_precondition(match leader {
                 Some(leader) => format!("this broker is not the leader; the leader is at {}", leader.control),
                 None => "this broker is not the leader, and the region has none".to_owned(),
@@ -220,9 +221,11 @@ impl Control for ControlService {
         let mut free = None;
         for id in self.region.geometry().topics().rev() {
             match self.with_leader(|region| read_topic(region, id)).await? {
-                None => free = Some((id, Incarnation::NONE.next())),
-                Some(old) if old.state == TopicState::Free => free = Some((id, old.incarnation.next())),
-                Some(_) => {}
+                Row::Unused => free = Some((id, Incarnation::NONE.next())),
+                Row::Used(old) if old.state == TopicState::Free => free = Some((id, old.incarnation.next())),
+                Row::Used(_) | Row::Unsettled => {}
+                // Its last incarnation is not known, and must not come again.
+                Row::Damaged(damage) => tracing::error!(slot = %id, %damage, "the topic slot stays unused"),
             }
         }
         let Some((id, incarnation)) = free else {
@@ -296,6 +299,7 @@ impl Control for ControlService {
             .await?
             .map_err(|error| match error {
                 SessionError::UnknownTopic(_) => Status::not_found(error.to_string()),
+                SessionError::Damaged(..) => Status::data_loss(error.to_string()),
                 SessionError::TableFull(_) => Status::resource_exhausted(error.to_string()),
             })?;
         Ok(Response::new(proto::OpenSessionResponse {

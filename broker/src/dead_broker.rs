@@ -4,18 +4,19 @@
 use crate::delegation::{Delegation, FlushGroup};
 use crate::topics::TopicTable;
 use crossbeam_channel::bounded;
-use embarcadero_cxl::Fabric;
+use embarcadero_cxl::{Fabric, Row};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
+use embarcadero_cxl::owner::{SegmentUse, read_owner};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{SegmentAllocator, SegmentUse, read_owner};
+use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_wire::{BrokerId, Stream};
 use std::sync::Arc;
 
 /// Brokers that hold segments, a bit each.
 pub fn holders<F: Fabric>(region: &Region<F>) -> u64 {
     let holder = |segment| match read_owner(region, segment) {
-        SegmentUse::Free => 0,
-        SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. } => 1 << broker.0,
+        Row::Used(SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. }) => 1 << broker.0,
+        _ => 0,
     };
     (0..region.geometry().segment_count).fold(0, |mask, segment| mask | holder(segment))
 }

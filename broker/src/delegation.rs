@@ -7,13 +7,14 @@ use crate::topics::{Topic, TopicTable};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender};
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
-use embarcadero_cxl::layout::{BatchEntry, IndexEntry, LeaderArea};
+use embarcadero_cxl::broker_table::{Pulse, last_incarnation};
+use embarcadero_cxl::layout::{BatchEntry, IndexEntry, LeaderArea, TopicState};
 use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, Retention, StreamId, lowest_pin};
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::tables::{Pulse, TopicState, last_incarnation, publish_released, read_topic};
-use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
+use embarcadero_cxl::topic_table::{publish_released, read_topic};
+use embarcadero_cxl::{Fabric, Region, RegionOffset, Row, Site};
 use embarcadero_wire::{BatchHeader, Incarnation, Stream, Term};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -195,11 +196,13 @@ impl<F: Fabric> Delegation<F> {
 
     fn append(&mut self, landed: Landed<F>, now_us: u64) -> Result<(), Landed<F>> {
         let slot = landed.topic.config.id.index();
-        if landed.topic.is_deleted() {
+        if !landed.topic.is_deleted() {
+            self.open(&landed.topic);
+        }
+        if landed.topic.is_deleted() || landed.topic.is_damaged() {
             landed.topic.blog.settle(landed.at);
             return Ok(());
         }
-        self.open(&landed.topic);
         let broker = self.topics.broker();
         let fabric = self.topics.region().fabric();
         let Some(Some(local)) = self.logs.get_mut(slot) else { return Ok(()) };
@@ -277,7 +280,10 @@ impl<F: Fabric> Delegation<F> {
                 writer: LeaderArea(broker),
                 term: Term::NONE,
             };
-            Log::Own(OrderIndexWriter::open(region.clone(), own, Arc::clone(self.topics.pool())))
+            match OrderIndexWriter::open(region.clone(), own, Arc::clone(self.topics.pool())) {
+                Ok(index) => Log::Own(index),
+                Err(damage) => return topic.mark_damaged(damage),
+            }
         };
         *slot = Some(LocalLog {
             topic: Arc::clone(topic),
@@ -362,7 +368,7 @@ impl<F: Fabric> Delegation<F> {
     fn follow_topics(&mut self) {
         let region = self.topics.region().clone();
         for id in region.geometry().topics() {
-            let Ok(Some(config)) = read_topic(&region, id) else { continue };
+            let Ok(Row::Used(config)) = read_topic(&region, id) else { continue };
             let live = config.state == TopicState::Live;
             for topic in self.topics.opened() {
                 if topic.config.id == id && !(live && topic.config.incarnation == config.incarnation) {

@@ -238,9 +238,7 @@ impl SubscriberSession {
         patience: Duration,
         now: Instant,
     ) -> Result<usize, TransportError> {
-        if self.topic.is_deleted() {
-            return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name), 0);
-        }
+        self.topic.check()?;
         if !self.start(outbox)? {
             return Ok(0);
         }

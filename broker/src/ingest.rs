@@ -4,10 +4,10 @@ use crate::ack::{AckOptions, AckQueue};
 use crate::delegation::{Landed, Origin};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
-use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::NoLeader;
-use embarcadero_cxl::session_table::{SessionState, read_progress, read_session};
-use embarcadero_cxl::{Native, RegionOffset};
+use embarcadero_cxl::session_table::{read_progress, read_session};
+use embarcadero_cxl::{Native, RegionOffset, Row};
 use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
 use embarcadero_wire::batch::{BodyError, check_body, check_lengths};
 use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
@@ -63,14 +63,18 @@ impl PublisherSession {
             return refuse(ErrorCode::UnknownTopic, text);
         };
         let region = topics.region();
-        let standing = read_session(region, open.session_slot).map_err(nobody)?.filter(|session| {
+        let row = read_session(region, open.session_slot).map_err(nobody)?;
+        if let Row::Damaged(damage) = row {
+            return refuse(ErrorCode::Corrupt, damage.to_string());
+        }
+        let session = row.used().filter(|session| {
             session.client_id == open.client_id
                 && session.epoch == open.session_epoch
                 && session.topic == open.topic
                 && session.topic_incarnation == open.topic_incarnation
                 && session.state == SessionState::Open
         });
-        let Some(session) = standing else {
+        let Some(session) = session else {
             let text = format!(
                 "client {:#x} has no open session of epoch {} in slot {}",
                 open.client_id.0, open.session_epoch, open.session_slot
@@ -190,8 +194,8 @@ impl PublisherSession {
             let text = "the batch names another session or topic than the connection was opened for";
             return refuse(ErrorCode::BadBatch, text.to_owned());
         }
-        if self.topic.is_deleted() {
-            return refuse(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.topic.config.name));
+        if let Err(error) = self.topic.check() {
+            return Some(Placement::Refuse(error));
         }
         if self.topic.config.order.is_global() && header.sequence >= self.progress + SESSION_WINDOW {
             self.progress = read_progress(topics.region(), self.open.session_slot).unwrap_or(self.progress);

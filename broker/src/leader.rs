@@ -12,6 +12,7 @@ use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
 use crate::worker::LeaderStages;
 use crossbeam_channel::{Sender, unbounded};
+use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{
     Candidacy, LeaderInfo, campaign, highest_candidacy, last_active, latest_claim, latest_claimant, publish_leader,
@@ -19,7 +20,6 @@ use embarcadero_cxl::leadership::{
 };
 use embarcadero_cxl::region::RegionFile;
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
-use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{BrokerId, Incarnation, Term};
@@ -124,6 +124,7 @@ impl Candidate {
             true
         });
         let replaced = read_broker(self.region(), broker)
+            .used()
             .is_some_and(|now| incarnation.is_some_and(|incarnation| now.incarnation > incarnation));
         !claimed || replaced
     }
@@ -131,7 +132,7 @@ impl Candidate {
     /// True when there is no leader, and none can come back.
     fn leader_is_gone(&self) -> bool {
         let Some((broker, term)) = latest_claimant(self.region()) else { return true };
-        let line = read_leader_at(self.region(), LeaderArea(broker)).filter(|line| line.term == term);
+        let line = read_leader_at(self.region(), LeaderArea(broker)).used().filter(|line| line.term == term);
         self.is_gone(broker, line.map(|line| line.incarnation))
     }
 
@@ -200,7 +201,7 @@ impl Candidate {
     fn lead(&self, term: Term) -> Option<Leadership> {
         let region = self.region();
         let led = last_active(region);
-        let before = led.and_then(|(area, _)| read_leader_at(region, area));
+        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
         // One whose line cannot be read is in the middle of changing it, or died there.
         let predecessor = match led {
@@ -219,7 +220,7 @@ impl Candidate {
         let sequencer = match Sequencer::recover(takeover, SystemClock.now().wall_us) {
             Ok(sequencer) => sequencer,
             Err(error) => {
-                tracing::error!(%error, %term, "cannot take over: the order index has no room to go on in");
+                tracing::error!(%error, %term, "cannot take over");
                 return None;
             }
         };
@@ -253,7 +254,7 @@ impl Candidate {
             .geometry()
             .brokers()
             .filter(|id| live & 1 << id.0 == 0 && self.reach == CoherenceScope::Host)
-            .filter_map(|id| read_broker(self.region(), id))
+            .filter_map(|id| read_broker(self.region(), id).used())
             .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
             .fold(0, |mask, info| mask | 1 << info.id.0)
     }

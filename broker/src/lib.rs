@@ -23,7 +23,7 @@ pub mod pool;
 pub mod reclaim;
 pub mod replica;
 pub mod sequencer;
-pub mod session;
+mod spares;
 pub mod topics;
 pub mod worker;
 

@@ -5,20 +5,21 @@
 //! It has the tables of a region and is written by the same code, each leader in its own area. What the mirror shows, the
 //! region shows already or is about to; what is acknowledged, both have.
 
-use crate::sequencer::spare_segments;
+use crate::sequencer::TakeoverError;
+use crate::spares::spare_segments;
 use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW};
 use embarcadero_cxl::leadership::{activate_term, claim_term, last_active};
 use embarcadero_cxl::order_index::{
     IndexOptions, OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at,
 };
 use embarcadero_cxl::region::{Region, RegionError};
-use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::session_table::{
     Commit, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at, read_session_at,
 };
-use embarcadero_cxl::tables::{TopicConfig, live_topics_at, publish_topic};
 use embarcadero_cxl::takeover::copy_predecessor;
-use embarcadero_cxl::{Fabric, Site};
+use embarcadero_cxl::topic_table::{TopicConfig, live_topics_at, publish_topic};
+use embarcadero_cxl::{Damage, Fabric, Site};
 use embarcadero_wire::{Stream, Term};
 use std::sync::Arc;
 
@@ -44,8 +45,8 @@ impl<F: Fabric> Mirror<F> {
     /// Takes over from the leader before, as in the region itself. That may be another one here: it came so far, and no further.
     ///
     /// # Errors
-    /// [`PoolError`] when there is no room to go on in.
-    pub fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, PoolError> {
+    /// [`TakeoverError`].
+    pub fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, TakeoverError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
         // Whoever it was may go on, unless it was this broker.
         let mut spares = match last_active(&region) {
@@ -57,7 +58,7 @@ impl<F: Fabric> Mirror<F> {
         let mirror = Self { region, area, term, pool };
         for config in live_topics_at(&mirror.region, area) {
             if config.order.is_global() && !own {
-                mirror.open(&config).replace_last(&mut spares)?;
+                mirror.open(&config)?.replace_last(&mut spares)?;
             }
         }
         for spare in spares {
@@ -68,7 +69,10 @@ impl<F: Fabric> Mirror<F> {
     }
 
     /// The copy of a topic's order.
-    pub fn open(&self, config: &TopicConfig) -> OrderIndexWriter<F> {
+    ///
+    /// # Errors
+    /// [`Damage`] in the mirror.
+    pub fn open(&self, config: &TopicConfig) -> Result<OrderIndexWriter<F>, Damage> {
         let copy = IndexOptions {
             id: StreamId { topic: config.id, stream: Stream::GLOBAL },
             incarnation: config.incarnation,
@@ -81,16 +85,21 @@ impl<F: Fabric> Mirror<F> {
     /// The copy of a topic's order, with everything that `index` has.
     ///
     /// # Errors
-    /// [`PoolError`] when it has no room for that.
-    pub fn follow(&self, config: &TopicConfig, index: &OrderIndexWriter<F>) -> Result<OrderIndexWriter<F>, PoolError> {
-        let mut copy = self.open(config);
+    /// [`TakeoverError`] when it has no room for that, or is damaged.
+    pub fn follow(
+        &self,
+        config: &TopicConfig,
+        index: &OrderIndexWriter<F>,
+    ) -> Result<OrderIndexWriter<F>, TakeoverError> {
+        let mut copy = self.open(config)?;
         let follows = (index.earliest_offset()..=index.next_offset()).contains(&copy.next_offset());
         if !follows {
             // It is new, or was away.
             copy.abandon();
             copy.begin_at(index.earliest_offset());
         }
-        for entry in (index.trimmed()..index.next()).filter_map(|position| index.entry(position)) {
+        for position in index.trimmed()..index.next() {
+            let Some(entry) = index.entry(position)? else { continue };
             if entry.first_offset >= copy.next_offset() {
                 copy.make_room()?;
                 copy.append(entry);
@@ -105,7 +114,7 @@ impl<F: Fabric> Mirror<F> {
     /// Copies what is known of sessions.
     pub fn follow_sessions(&self, from: &Region<F>) {
         for slot in from.geometry().sessions() {
-            let Some(session) = read_session_at(from, self.area, slot) else { continue };
+            let Some(session) = read_session_at(from, self.area, slot).used() else { continue };
             let expected = read_progress_at(from, self.area, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
                 if let Commit::At(record) = read_commit_at(from, self.area, slot, sequence) {
@@ -155,7 +164,7 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadErr
     let sessions: Vec<(Session, u64)> = mirror
         .geometry()
         .sessions()
-        .filter_map(|slot| Some((read_session_at(mirror, area, slot)?, read_progress_at(mirror, area, slot))))
+        .filter_map(|slot| Some((read_session_at(mirror, area, slot).used()?, read_progress_at(mirror, area, slot))))
         .collect();
     let mut topics = Vec::new();
     for config in live_topics_at(mirror, area).into_iter().filter(|config| config.order.is_global()) {
@@ -170,7 +179,7 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadErr
             let end = entry.first_offset.checked_add(entry.message_count.into());
             next_offset = end
                 .filter(|_| entry.first_offset == next_offset || batches.is_empty())
-                .ok_or(ReadError::Corrupt { position, found: entry.commit })?;
+                .ok_or_else(|| reader.corrupt(position, "first_offset", entry.first_offset))?;
             batches.push((entry.first_offset, entry.message_count));
         }
         let of_topic = |(session, _): &&(Session, u64)| {

@@ -2,11 +2,11 @@
 
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
+use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{latest_claimant, read_leader, read_leader_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_cxl::tables::{BrokerInfo, read_broker};
 use embarcadero_cxl::{Fabric, Native};
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use std::io;
@@ -58,7 +58,7 @@ impl<F: Fabric> LeaderAllocator<F> {
     fn own(&self) -> Option<&PartitionAllocator<F>> {
         // From when it takes over, as it needs segments for that.
         let (broker, term) = latest_claimant(&self.region)?;
-        let leader = read_leader_at(&self.region, LeaderArea(broker))?;
+        let leader = read_leader_at(&self.region, LeaderArea(broker)).used()?;
         let is_leader = (leader.term, leader.broker, leader.incarnation) == (term, self.broker, self.incarnation);
         is_leader.then(|| self.own.get_or_init(|| PartitionAllocator::of_leader(self.region.clone())))
     }
@@ -69,7 +69,7 @@ impl<F: Fabric> LeaderAllocator<F> {
     ) -> Result<R, PoolError> {
         let unreachable = |error: &dyn std::fmt::Display| PoolError::Unreachable(error.to_string());
         let leader = read_leader(&self.region).ok_or_else(|| unreachable(&"the region has no leader"))?;
-        let info = read_broker(&self.region, leader.broker).ok_or_else(|| unreachable(&"the leader has no address"))?;
+        let info = read_broker(&self.region, leader.broker).used().ok_or_else(|| unreachable(&"the leader has no address"))?;
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         let (runtime, client) = &mut *calls;
         runtime.block_on(async {

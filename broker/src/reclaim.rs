@@ -1,14 +1,17 @@
 //! When a segment may return to the pool: nobody reads it, and retention does not want it.
 
 use crate::topics::Topic;
+use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::{NoLeader, leader_version, with_leader};
 use embarcadero_cxl::order_index::{
-    OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at, read_sequencer_half,
+    OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
 };
+use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{SegmentAllocator, SegmentUse, publish_owner, read_owner};
-use embarcadero_cxl::tables::{TopicState, read_topic_at};
-use embarcadero_cxl::{Fabric, Guard, RegionOffset};
+use embarcadero_cxl::segment::SegmentAllocator;
+use embarcadero_cxl::sequencer_half::read_consumed;
+use embarcadero_cxl::topic_table::read_topic_at;
+use embarcadero_cxl::{Fabric, Guard, RegionOffset, Row};
 use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -117,7 +120,7 @@ impl<F: Fabric> Reclaimer<F> {
         let retired = topic.blog.retired();
         // What is decided is read before the index, so that every commit it covers is in the index we scan.
         let decided = if topic.config.order.is_global() {
-            let Ok(half) = read_sequencer_half(&self.region, self.stream.topic, self.broker) else { return 0 };
+            let Ok(half) = read_consumed(&self.region, self.stream.topic, self.broker) else { return 0 };
             half.decided_through
         } else {
             head
@@ -224,7 +227,7 @@ impl<F: Fabric> OrphanedSegments<F> {
         }
         let Self { region, broker, pool, found, .. } = self;
         found.retain_mut(|left| match Self::is_needed(region, *broker, left, brokers.clone()) {
-            Ok(false) if read_owner(region, left.segment) == left.owner => {
+            Ok(false) if read_owner(region, left.segment) == Row::Used(left.owner) => {
                 publish_owner(region, left.segment, SegmentUse::Free);
                 let _ = pool.release(left.segment);
                 false
@@ -238,8 +241,8 @@ impl<F: Fabric> OrphanedSegments<F> {
     fn find(&mut self) {
         self.found.clear();
         for segment in 0..self.region.geometry().segment_count {
-            let owner = read_owner(&self.region, segment);
-            if let SegmentUse::Index { topic, incarnation, stream, ordinal, holder } = owner
+            if let Row::Used(owner) = read_owner(&self.region, segment)
+                && let SegmentUse::Index { topic, incarnation, stream, ordinal, holder } = owner
                 && (stream, holder) == (Stream::GLOBAL, self.broker)
             {
                 let id = StreamId { topic, stream };
@@ -256,10 +259,10 @@ impl<F: Fabric> OrphanedSegments<F> {
     ) -> Result<bool, NoLeader> {
         let Leftover { segment, id, incarnation, ordinal, .. } = *left;
         let (own, config, extent, current) = with_leader(region, |area| {
-            let current = read_directory(region, id, area, ordinal) == Some(segment);
+            let current = read_directory(region, id, area, ordinal) == Ok(Some(segment));
             (area.0 == broker, read_topic_at(region, area, id.topic), read_extent_at(region, area, id), current)
         })?;
-        let Some(config) = config else { return Ok(true) };
+        let Row::Used(config) = config else { return Ok(true) };
         if config.incarnation != incarnation || config.state == TopicState::Free {
             return Ok(config.incarnation < incarnation);
         }

@@ -2,16 +2,18 @@
 
 use crate::blog::{Blog, BlogId};
 use crate::reclaim::PinBoard;
-use embarcadero_cxl::Fabric;
+use embarcadero_cxl::{Damage, Fabric};
 use embarcadero_cxl::batchlog::BatchlogWriter;
+use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
-use embarcadero_cxl::tables::{TopicConfig, TopicState, read_topic};
-use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
+use embarcadero_cxl::topic_table::{TopicConfig, read_topic};
+use embarcadero_transport::TransportError;
+use embarcadero_wire::{BrokerId, ErrorCode, Incarnation, Stream, TopicId};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// A topic as this broker serves it. Connections hold it; it goes when the last of them does.
 pub struct Topic<F: Fabric> {
@@ -22,9 +24,37 @@ pub struct Topic<F: Fabric> {
     /// What this broker's senders are reading.
     pub pins: PinBoard<F>,
     deleted: AtomicBool,
+    damage: OnceLock<Damage>,
 }
 
 impl<F: Fabric> Topic<F> {
+    /// Checks that the topic can be used.
+    ///
+    /// # Errors
+    /// A refusal: the topic is deleted, or its order index is damaged.
+    pub fn check(&self) -> Result<(), TransportError> {
+        let name = &self.config.name;
+        if self.is_deleted() {
+            return Err(TransportError::refused(ErrorCode::TopicDeleted, format!("topic {name} is deleted")));
+        }
+        match self.damage.get() {
+            Some(damage) => Err(TransportError::refused(ErrorCode::Corrupt, format!("topic {name}: {damage}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Marks the topic as unusable at this broker: its memory is damaged.
+    pub fn mark_damaged(&self, damage: Damage) {
+        if self.damage.set(damage).is_ok() {
+            tracing::error!(topic = self.config.name, %damage, "the topic cannot be used at this broker");
+        }
+    }
+
+    /// Returns true once the topic's memory was found to be damaged.
+    pub fn is_damaged(&self) -> bool {
+        self.damage.get().is_some()
+    }
+
     /// True once the topic is being deleted: nothing may be received or delivered any more.
     #[inline]
     pub fn is_deleted(&self) -> bool {
@@ -81,7 +111,7 @@ impl<F: Fabric> TopicTable<F> {
         }
         let config = read_topic(&self.region, id)?;
         let live = |config: &TopicConfig| config.state == TopicState::Live && config.incarnation == incarnation;
-        let Some(config) = config.filter(live) else { return Ok(None) };
+        let Some(config) = config.used().filter(live) else { return Ok(None) };
         let batches = if config.order.is_global() {
             BatchlogWriter::new(self.region.clone(), id, self.broker).head()
         } else {
@@ -90,7 +120,7 @@ impl<F: Fabric> TopicTable<F> {
         let log = BlogId { topic: id, incarnation, broker: self.broker };
         let blog = Blog::new(self.region.clone(), log, batches, Arc::clone(&self.pool));
         let pins = PinBoard::new(&self.region, id, config.order, self.broker);
-        let topic = Arc::new(Topic { config, blog, pins, deleted: AtomicBool::new(false) });
+        let topic = Arc::new(Topic { config, blog, pins, deleted: AtomicBool::new(false), damage: OnceLock::new() });
         *slot = Some(Arc::clone(&topic));
         Ok(Some(topic))
     }

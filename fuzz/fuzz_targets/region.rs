@@ -2,11 +2,12 @@
 #![no_main]
 
 use embarcadero_broker::mirror;
+use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
+use embarcadero_cxl::broker_table::read_broker;
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::session_table::read_session;
-use embarcadero_cxl::tables::{live_topics, read_broker};
-use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
+use embarcadero_cxl::topic_table::live_topics;
 use embarcadero_wire::{BrokerId, SessionSlot};
 use libfuzzer_sys::fuzz_target;
 use std::cell::OnceCell;

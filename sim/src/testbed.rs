@@ -5,11 +5,12 @@ use embarcadero_broker::sequencer::{
     Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover,
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
+use embarcadero_cxl::broker_table::Pulse;
 use embarcadero_cxl::cache::{FlushMethod, UnsupportedFlush};
-use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, TopicState};
 use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
 use embarcadero_cxl::session_table::Session;
-use embarcadero_cxl::tables::{Pulse, TopicConfig, TopicState};
+use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionError};
 use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, Term, TopicId};
 use std::sync::Arc;

@@ -21,15 +21,15 @@ use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator};
 use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SESSION_WINDOW};
+use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker, read_broker};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionState, TopicState};
 use embarcadero_cxl::leadership::{LeaderInfo, latest_claim, latest_claimant, publish_leader, read_leader};
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
+use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::replication::read_completion;
-use embarcadero_cxl::segment::{PartitionAllocator, SegmentUse, free_segments, publish_owner, read_owner};
-use embarcadero_cxl::session_table::{Commit, Session, SessionState, read_commit, read_progress, read_session};
-use embarcadero_cxl::tables::{
-    BrokerInfo, TopicConfig, TopicState, last_incarnation, publish_broker, publish_topic, read_broker, read_topic,
-};
+use embarcadero_cxl::segment::{PartitionAllocator, free_segments};
+use embarcadero_cxl::session_table::{Commit, Session, read_commit, read_progress, read_session};
+use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic};
 use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
 use embarcadero_os::buffer::Buffer;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World};

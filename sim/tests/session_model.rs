@@ -7,9 +7,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 use bytemuck::Zeroable;
-use embarcadero_broker::session::{Arrival, SessionOrder, Verdict};
-use embarcadero_cxl::layout::BatchEntry;
-use embarcadero_cxl::session_table::{Session, SessionState};
+use embarcadero_broker::sequencer::session::{Arrival, SessionOrder, Verdict};
+use embarcadero_cxl::layout::{BatchEntry, SessionState};
+use embarcadero_cxl::session_table::Session;
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::collections::{BTreeMap, BTreeSet};

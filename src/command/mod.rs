@@ -8,6 +8,7 @@ pub mod brokers;
 pub mod cluster;
 pub mod consume;
 pub mod doctor;
+mod inspect;
 pub mod produce;
 pub mod region;
 pub mod topic;

@@ -21,7 +21,7 @@ use embarcadero_control::etcd::{
     LeaseRevokeRequest, LeaseTimeToLiveRequest, PutRequest, RangeRequest, RequestOp, TxnRequest, WatchCreateRequest,
     WatchRequest, WatchResponse,
 };
-use embarcadero_cxl::tables::BrokerInfo;
+use embarcadero_cxl::broker_table::BrokerInfo;
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

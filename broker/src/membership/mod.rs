@@ -4,9 +4,9 @@
 pub mod etcd;
 
 use embarcadero_cxl::Fabric;
+use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::tables::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_wire::BrokerId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,7 +50,7 @@ impl Liveness {
                 *moved = Some(now);
             }
             let fresh = moved.is_some_and(|moved| now.duration_since(moved) < self.lease);
-            if fresh && read_broker(region, broker).is_some_and(|info| info.running) {
+            if fresh && read_broker(region, broker).used().is_some_and(|info| info.running) {
                 mask |= 1 << broker.0;
             }
         }
@@ -65,7 +65,7 @@ pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<B
         .geometry()
         .brokers()
         .filter(|broker| leader.broker_mask & (1 << broker.0) != 0)
-        .filter_map(|broker| read_broker(region, broker))
+        .filter_map(|broker| read_broker(region, broker).used())
         .collect();
     (brokers, Some(leader.broker))
 }

@@ -1,12 +1,13 @@
 //! What is durable: the leader counts the disks that have each batch, and shows it in the completion vector.
 
 use super::replicator::running_replicas;
+use embarcadero_cxl::broker_table::last_incarnation;
 use embarcadero_cxl::layout::LeaderArea;
 use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_completion, read_completion_at, read_replicated};
-use embarcadero_cxl::tables::{TopicConfig, last_incarnation, live_topics_at};
+use embarcadero_cxl::topic_table::{TopicConfig, live_topics_at};
 use embarcadero_cxl::{Fabric, Guard};
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
 

@@ -6,9 +6,9 @@
 //! [`BLOCK`] and 64 bytes.
 
 use bytemuck::{Pod, Zeroable};
-use embarcadero_cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES};
+use embarcadero_cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES, TopicState};
 use embarcadero_cxl::replication::Completion;
-use embarcadero_cxl::tables::{TopicConfig, TopicState, check_topic_name};
+use embarcadero_cxl::topic_table::{TopicConfig, check_topic_name};
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
 use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId, crc32c};
 use std::mem::{offset_of, size_of};

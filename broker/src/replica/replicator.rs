@@ -6,11 +6,12 @@ use super::medium::Medium;
 use super::store::{StoreError, StoreOptions, StreamLog};
 use crate::archive::{ArchiveKey, Catalog};
 use crate::topics::{Topic, TopicTable};
+use embarcadero_cxl::broker_table::{last_incarnation, publish_replica_state, read_replica_state};
+use embarcadero_cxl::layout::ReplicaState;
 use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_replicated, read_completion, read_replicated};
-use embarcadero_cxl::tables::{ReplicaState, last_incarnation, publish_replica_state, read_replica_state};
 use embarcadero_cxl::{Fabric, Guard, RegionOffset, Site};
 use embarcadero_os::buffer::Buffer;
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
@@ -29,7 +30,7 @@ pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> 
     let live = read_leader(region).ok_or(NoLeader)?.broker_mask;
     let brokers = region.geometry().brokers().filter(|broker| live & (1 << broker.0) != 0);
     Ok(brokers
-        .filter(|broker| read_replica_state(region, *broker) == ReplicaState::Running)
+        .filter(|broker| read_replica_state(region, *broker) == Ok(ReplicaState::Running))
         .fold(0, |mask, broker| mask | 1 << broker.0))
 }
 

@@ -6,18 +6,19 @@ use super::store::{Located, Scan, StoreError, read_batch, scan};
 use crate::blog::{Blog, BlogId};
 use crate::mirror::{self, MirroredTopic};
 use bytemuck::Zeroable;
-use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, LeaderArea, RegionRole, SESSION_WINDOW};
+use embarcadero_cxl::layout::{
+    AllocatorKind, CommitRecord, IndexEntry, LeaderArea, RegionRole, SESSION_WINDOW, SessionState,
+};
 use embarcadero_cxl::leadership::{activate_term, claim_term, latest_claim};
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, ReadError, StreamId};
 use embarcadero_cxl::region::{Region, RegionError};
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_cxl::session_table::{
-    Session, SessionCommit, SessionState, publish_commits, publish_session, store_progress,
-};
-use embarcadero_cxl::tables::{TopicConfig, publish_topic};
-use embarcadero_cxl::{CoherentFabric, Fabric, Site};
+use embarcadero_cxl::session_table::{Session, SessionCommit, publish_commits, publish_session, store_progress};
+use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
+use embarcadero_cxl::{CoherentFabric, Damage, Fabric, Site};
+use embarcadero_wire::batch::MAX_BATCH_BYTES;
 use embarcadero_wire::{
-    BatchHeader, BrokerId, ClientId, FRAME_BYTES, Incarnation, Order, SessionSlot, Stream, Term, TopicId, WireError,
+    BatchHeader, BrokerId, ClientId, FRAME_BYTES, Frame, Incarnation, Order, SessionSlot, Stream, Term, TopicId, WireError,
 };
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -72,6 +73,9 @@ pub enum RestoreError {
     /// The region is too small.
     #[error("{0}; make a larger region")]
     Pool(#[from] PoolError),
+    /// The new region is damaged.
+    #[error(transparent)]
+    Damage(#[from] Damage),
     /// The mirror's memory is damaged.
     #[error("the mirror: {0}")]
     Mirror(#[from] ReadError),
@@ -410,7 +414,7 @@ impl TopicPlan {
                 writer: LeaderArea(of_broker),
                 term: Term::NONE,
             };
-            let mut index = OrderIndexWriter::open(region.clone(), options, allocator(region, of_broker));
+            let mut index = OrderIndexWriter::open(region.clone(), options, allocator(region, of_broker))?;
             if let Some(first) = plan.first_offset() {
                 index.begin_at(first);
             }
@@ -426,9 +430,7 @@ impl TopicPlan {
                 let record = &batch.record;
                 let failed =
                     |source| RestoreError::Batch { topic: self.config.name.clone(), position: record.position, source };
-                let header: BatchHeader =
-                    bytes.get(..FRAME_BYTES).map_or(BatchHeader::zeroed(), bytemuck::pod_read_unaligned);
-                header.check(bytes.len() as u64).map_err(failed)?;
+                let header = decode_header(&bytes).map_err(failed)?;
                 index.make_room()?;
                 let log = match logs.entry(record.source) {
                     Entry::Occupied(log) => log.into_mut(),
@@ -553,6 +555,16 @@ fn show_session<F: Fabric>(region: &Region<F>, session: &Session, commits: &[Com
     publish_session(region, RESTORED, session);
 }
 
+/// Decodes the header of a batch that fills `bytes`.
+fn decode_header(bytes: &[u8]) -> Result<BatchHeader, WireError> {
+    let out_of_bounds = |value| WireError::Field { field: "batch bytes", value, low: FRAME_BYTES as u64, high: MAX_BATCH_BYTES };
+    let frame = bytes.first_chunk().ok_or_else(|| out_of_bounds(bytes.len() as u64))?;
+    match Frame::decode(frame)? {
+        Frame::BatchHeader(header) => header.check(bytes.len() as u64).map(|()| header),
+        other => Err(WireError::Kind { found: other.kind() }),
+    }
+}
+
 /// Offset after the last message of a batch.
 fn end_offset(record: &Record) -> u64 {
     record.first_offset + u64::from(record.message_count)
@@ -563,9 +575,10 @@ fn leave_empty<F: Fabric>(
     index: &mut OrderIndexWriter<F>,
     region: &Region<F>,
     offsets: &Range<u64>,
-) -> Result<(), PoolError> {
+) -> Result<(), RestoreError> {
     let mut due = offsets.start;
-    let ordered_us = index.next().checked_sub(1).and_then(|last| index.entry(last)).map_or(0, |last| last.ordered_us);
+    let last = index.next().checked_sub(1).map_or(Ok(None), |last| index.entry(last))?;
+    let ordered_us = last.map_or(0, |last| last.ordered_us);
     while due < offsets.end {
         let message_count = (offsets.end - due).min(u32::MAX.into()) as u32;
         index.make_room()?;

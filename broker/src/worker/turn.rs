@@ -148,10 +148,7 @@ fn check_session(
     outbox: &mut Outbox,
     now: Instant,
 ) -> Result<(), TransportError> {
-    if session.topic().is_deleted() {
-        let text = format!("topic {} is deleted", session.topic().config.name);
-        return Err(TransportError::refused(ErrorCode::TopicDeleted, text));
-    }
+    session.topic().check()?;
     if session.is_idle_holding(windows, shared.window_idle, now) {
         let text = "landing windows of an idle session are taken back; connect again to get others";
         return Err(TransportError::refused(ErrorCode::Unavailable, text));
@@ -163,5 +160,6 @@ fn check_session(
             let text = format!("session epoch {} is fenced", fenced.session_epoch);
             Err(TransportError::refused(ErrorCode::UnknownSession, text))
         }
+        SessionStatus::Damaged(damage) => Err(TransportError::refused(ErrorCode::Corrupt, damage.to_string())),
     }
 }

@@ -1,17 +1,24 @@
-//! The only door to shared memory.
+//! Access to shared memory: loads, stores and cache control.
 
+use crate::row::{Damage, Row};
+use crate::site::{Guard, Site};
 use bytemuck::Pod;
+use embarcadero_wire::first_set;
+use std::sync::atomic::{Ordering, fence};
 
 /// Bytes of a cache line, the unit in which memory moves between a host's cache and the region.
 pub const LINE_BYTES: u64 = 64;
 const _: () = assert!(LINE_BYTES == embarcadero_wire::batch::ALIGN_BYTES, "batches begin at lines");
 
-/// A byte position in the region. Shared memory holds offsets, never pointers: each process maps it elsewhere.
+const WORD_BYTES: u64 = 8;
+const WORDS: usize = (LINE_BYTES / WORD_BYTES) as usize;
+
+/// Position in the region, in bytes. Shared memory holds offsets, never pointers: each process maps it elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RegionOffset(pub u64);
 
 impl RegionOffset {
-    /// The position `bytes` further on.
+    /// Returns the position `bytes` bytes further on.
     #[inline]
     #[must_use]
     pub const fn add(self, bytes: u64) -> Self {
@@ -19,171 +26,25 @@ impl RegionOffset {
     }
 }
 
-/// A structure of exactly one cache line. `Pod` proves at compile time that it has no padding and no pointers.
-pub trait Line: Pod {}
-
-macro_rules! sites {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Every place where protocol code writes back or drops cache lines, or fences.
-        ///
-        /// A label, nothing more: `Native` ignores it. `Simulated` can be told to skip one, which is how the tests prove
-        /// that each of them is needed: see `tests/fabric_schedules.rs`.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum Site { $($(#[$doc])* $name),* }
-        impl Site {
-            /// All of them.
-            pub const ALL: &'static [Site] = &[$(Site::$name),*];
-        }
-    };
+/// Structure of exactly one cache line. `Pod` proves at compile time that it has no padding and no pointers.
+pub trait Line: Pod {
+    /// Name of the structure, for errors.
+    const NAME: &'static str;
+    /// Bits that are zero in every line that a writer of this layout made.
+    const RESERVED: [u64; 8];
 }
 
-sites! {
-    /// Superblock, written once at creation.
-    SuperblockFlush,
-    /// Superblock, before it is judged.
-    SuperblockRead,
-    /// What a leader says of the brokers.
-    ControlFlush,
-    /// The same, by anyone.
-    ControlRead,
-    /// Who is the leader, by one that takes over.
-    TermFlush,
-    /// The same, by whoever acts on what a leader says.
-    TermRead,
-    /// What a leader takes over into its own area.
-    TakeoverFlush,
-    /// The same, in the area of the leader before.
-    TakeoverRead,
-    /// Broker slot: endpoints and incarnation.
-    BrokerSlotFlush,
-    /// Broker slot, by anyone.
-    BrokerSlotRead,
-    /// Heartbeat and activity counters of a broker.
-    PulseFlush,
-    /// The same, by the leader.
-    PulseRead,
-    /// Topic configuration and name, by the leader.
-    TopicFlush,
-    /// The same, by brokers.
-    TopicRead,
-    /// Payload bytes that the network put into this host's cache.
-    PayloadFlush,
-    /// Payload bytes, before this host sends them on.
-    PayloadRead,
-    /// Batchlog entries.
-    BatchEntryFlush,
-    /// Entries and payload are in memory before the leader that publishes them.
-    BatchEntryFence,
-    /// Batchlog entries, by the sequencer.
-    BatchEntryRead,
-    /// Broker half of an offset entry: the Batchlog's head.
-    BatchlogHeadFlush,
-    /// The same, by the sequencer.
-    BatchlogHeadRead,
-    /// Order index entries.
-    IndexEntryFlush,
-    /// Order index entries are in memory before the tail that publishes them.
-    IndexEntryFence,
-    /// Order index entries, by a reader.
-    IndexEntryRead,
-    /// Directory of the order index's segments.
-    DirectoryFlush,
-    /// The same, by a reader.
-    DirectoryRead,
-    /// Tail of an order index.
-    TailFlush,
-    /// The same, by a reader.
-    TailRead,
-    /// Trim point of an order index.
-    TrimFlush,
-    /// The same, by a reader that is about to deliver.
-    TrimRead,
-    /// Identity and state of a session.
-    SessionFlush,
-    /// The same, by a broker.
-    SessionRead,
-    /// Commit records of a session.
-    RecordFlush,
-    /// The same, by a broker that acknowledges.
-    RecordRead,
-    /// Sequencer half of an offset entry.
-    ConsumedFlush,
-    /// The same, by the broker that reuses Batchlog slots and segments.
-    ConsumedRead,
-    /// What a broker is delivering from.
-    PinFlush,
-    /// The same, before a segment is reclaimed.
-    PinRead,
-    /// How far a replica is.
-    ReplicationFlush,
-    /// The same, by the leader.
-    ReplicationRead,
-    /// How far a stream is durable, by the leader.
-    CompletionFlush,
-    /// The same, by a broker that acknowledges.
-    CompletionRead,
-    /// Owner of a segment.
-    OwnerFlush,
-    /// The same, when a broker or inspector starts.
-    OwnerRead,
-    /// A broker's partition of the segment bitmap.
-    BitmapFlush,
-    /// The same, by others (inspection) or after a restart.
-    BitmapRead,
+/// Line that readers may look at while it changes. Its last word is a version: odd while it changes, 0 before the first
+/// write.
+pub trait Versioned: Line {
+    /// Offset of the version in the line.
+    const VERSION_AT: u64 = LINE_BYTES - WORD_BYTES;
 }
 
-/// A check of the protocol that `Simulated` can be told to leave out, which is how the tests prove that each of them is
-/// needed; in `Native` they are always there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Guard {
-    /// Whoever acts on what a leader says looks afterwards that it still is the leader.
-    TermAfterRead,
-    /// A successor claims its epoch before it reads what its predecessor left.
-    ClaimBeforeCopy,
-    /// A successor does not write into the open segment of its predecessor's order index.
-    OwnSegment,
-    /// A reader that knows a segment of the order index looks for it anew under another leader.
-    SegmentOfLeader,
-    /// Sessions are brought up to the order index before anything is accepted.
-    RecoverBeforeAccept,
-    /// What was taken from the Batchlogs and not decided is taken again.
-    RetakeUndecided,
-    /// A batch is compared with what its session committed, and dropped if it was among it.
-    DedupCompare,
-    /// A slot of a Batchlog is reused only after the sequencer took what was in it.
-    SlotReuse,
-    /// A segment is reused only when all that was received into it is decided.
-    DecidedBeforeReuse,
-    /// A segment is reused only when nobody reads it.
-    PinBeforeReuse,
-    /// A batch counts as durable only when enough replicas say that it is on their disks.
-    DiskBeforeAck,
-    /// A replica looks, after it copied, whether what it copied was trimmed meanwhile.
-    TrimAfterCopy,
-}
-
-impl Guard {
-    /// All of them.
-    pub const ALL: &'static [Self] = &[
-        Self::TermAfterRead,
-        Self::ClaimBeforeCopy,
-        Self::OwnSegment,
-        Self::SegmentOfLeader,
-        Self::RecoverBeforeAccept,
-        Self::RetakeUndecided,
-        Self::DedupCompare,
-        Self::SlotReuse,
-        Self::DecidedBeforeReuse,
-        Self::PinBeforeReuse,
-        Self::DiskBeforeAck,
-        Self::TrimAfterCopy,
-    ];
-}
-
-/// Loads, stores and cache control over one shared region, as seen by one host.
+/// One host's view of a shared region: loads, stores and cache control.
 ///
-/// A store is visible to this host at once and to other hosts after [`Fabric::flush`] and [`Fabric::fence`]; a load
-/// may return what this host cached earlier until [`Fabric::invalidate`] dropped it. Loads acquire, stores release.
+/// A store is visible to this host at once, and to other hosts after [`Fabric::flush`] and [`Fabric::fence`]. A load may
+/// return what this host cached earlier, until [`Fabric::invalidate`] drops it. Loads acquire, stores release.
 pub trait Fabric: Clone + Send + Sync + 'static {
     /// Bytes of the region.
     fn bytes(&self) -> u64;
@@ -197,16 +58,16 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// Starts the write-back of every line that `len` bytes from `at` touch. Complete only after a fence.
     fn flush(&self, at: RegionOffset, len: u64, site: Site);
 
-    /// Orders all flushes and stores of this thread before its later flushes and stores. A later load may still be
-    /// done before they are in memory.
+    /// Orders all flushes and stores of this thread before its later flushes and stores. A later load may still run
+    /// before they are in memory.
     fn fence(&self, site: Site);
 
-    /// As [`Fabric::fence`], and orders them before later loads too: when this returns they are in memory. Needed
-    /// where two hosts each store a word and then load the other's, and at least one of them has to see the other.
+    /// Orders all flushes and stores of this thread before its later loads too: they are in memory when this returns.
+    /// Needed where two hosts each store a word and then load the other's, and at least one must see the other.
     fn full_fence(&self, site: Site);
 
-    /// Drops this host's copies of the lines, so that the next load comes from memory.
-    /// Only for lines that this host does not write. It does not wait for this host's own flushes.
+    /// Drops this host's copies of the lines, so that the next load comes from memory. Only for lines that this host does
+    /// not write. It does not wait for this host's own flushes.
     fn invalidate(&self, at: RegionOffset, len: u64, site: Site);
 
     /// Copies bytes out of the region, possibly stale.
@@ -215,60 +76,91 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// Copies bytes into the region, through this host's cache.
     fn write_bytes(&self, at: RegionOffset, from: &[u8]);
 
-    /// True when hosts see each other's stores without flushes.
+    /// Returns true when hosts see each other's stores without flushes.
     fn is_coherent(&self) -> bool;
 
-    /// False where a test leaves this guard out.
+    /// Returns false where a test leaves this guard out.
     #[inline]
     fn keeps(&self, guard: Guard) -> bool {
         let _ = guard;
         true
     }
 
-    /// Reads a word as memory has it now.
+    /// Reads a word from memory.
     #[inline]
     fn observe(&self, at: RegionOffset, site: Site) -> u64 {
         self.invalidate(at, 8, site);
         self.load(at)
     }
 
-    /// Reads a line, its last word first: when that word says that the line is complete, the rest is too.
+    /// Reads the eight words of a line, the last first.
     #[inline]
-    fn load_line<T: Line>(&self, at: RegionOffset) -> T {
-        let mut words = [0u64; 8];
-        for word in (0..8).rev() {
-            words[word] = self.load(at.add(word as u64 * 8));
+    fn load_words(&self, at: RegionOffset) -> [u64; WORDS] {
+        let mut words = [0; WORDS];
+        for word in (0..WORDS).rev() {
+            words[word] = self.load(at.add(word as u64 * WORD_BYTES));
         }
-        bytemuck::cast(words)
+        words
     }
 
-    /// Reads a line as memory has it now.
+    /// Writes the eight words of a line, the last (a commit word) last.
     #[inline]
-    fn observe_line<T: Line>(&self, at: RegionOffset, site: Site) -> T {
+    fn store_words(&self, at: RegionOffset, words: &[u64; WORDS]) {
+        for (index, word) in words.iter().enumerate() {
+            self.store(at.add(index as u64 * WORD_BYTES), *word);
+        }
+    }
+
+    /// Reads a line. When its last word, read first, says that the line is complete, the rest is too.
+    ///
+    /// # Errors
+    /// [`Damage`] when a reserved byte is not zero.
+    #[inline]
+    fn load_line<T: Line>(&self, at: RegionOffset) -> Result<T, Damage> {
+        let words = self.load_words(at);
+        match first_set(&words, &T::RESERVED) {
+            None => Ok(bytemuck::cast(words)),
+            Some(byte) => {
+                let value = u64::from(bytemuck::bytes_of(&words)[byte]);
+                Err(Damage { structure: T::NAME, at: at.add(byte as u64), what: "a reserved byte", value })
+            }
+        }
+    }
+
+    /// Reads a line from memory.
+    ///
+    /// # Errors
+    /// [`Damage`] when a reserved byte is not zero.
+    #[inline]
+    fn observe_line<T: Line>(&self, at: RegionOffset, site: Site) -> Result<T, Damage> {
         self.invalidate(at, LINE_BYTES, site);
         self.load_line(at)
+    }
+
+    /// Reads a line without reserved bytes from memory.
+    #[inline]
+    fn observe_words<T: Line>(&self, at: RegionOffset, site: Site) -> T {
+        const { assert!(none(&T::RESERVED), "the line has reserved bytes, which are to be checked") };
+        self.invalidate(at, LINE_BYTES, site);
+        bytemuck::cast(self.load_words(at))
     }
 
     /// Writes a line, its last word (the commit word) last.
     #[inline]
     fn store_line<T: Line>(&self, at: RegionOffset, line: &T) {
-        let words: [u64; 8] = bytemuck::cast(*line);
-        for (index, word) in words.iter().enumerate() {
-            self.store(at.add(index as u64 * 8), *word);
-        }
+        self.store_words(at, &bytemuck::cast(*line));
     }
 
-    /// Writes a line that readers may look at while it changes. Its last word is a version: odd while it changes.
-    /// The whole line is in memory when this returns.
-    fn publish_versioned<T: Line>(&self, at: RegionOffset, line: &T, site: Site) {
+    /// Writes a versioned line. The whole line is in memory when this returns.
+    fn publish_versioned<T: Versioned>(&self, at: RegionOffset, line: &T, site: Site) {
         self.publish_versioned_with(at, line, site, || {});
     }
 
-    /// As [`Fabric::publish_versioned`]; `more` writes and flushes further lines that the same version guards.
-    fn publish_versioned_with<T: Line>(&self, at: RegionOffset, line: &T, site: Site, more: impl FnOnce()) {
-        let version_at = at.add(56);
+    /// Writes a versioned line and what `more` writes and flushes: further lines that the same version guards.
+    fn publish_versioned_with<T: Versioned>(&self, at: RegionOffset, line: &T, site: Site, more: impl FnOnce()) {
+        let version_at = at.add(T::VERSION_AT);
         let version = self.load(version_at) | 1;
-        // SYNC: pairs with `observe_versioned`: odd before the first changed word, even after the last.
+        // SYNC: odd before the first changed word, even after the last; pairs with `observe_versioned`.
         self.store(version_at, version);
         if !self.is_coherent() {
             self.flush(at, LINE_BYTES, site);
@@ -276,43 +168,63 @@ pub trait Fabric: Clone + Send + Sync + 'static {
         }
         more();
         self.fence(site);
-        let words: [u64; 8] = bytemuck::cast(*line);
-        for (index, word) in words.iter().take(7).enumerate() {
-            self.store(at.add(index as u64 * 8), *word);
+        let words: [u64; WORDS] = bytemuck::cast(*line);
+        for (index, word) in words.iter().take(WORDS - 1).enumerate() {
+            self.store(at.add(index as u64 * WORD_BYTES), *word);
         }
         self.store(version_at, version + 1);
         self.flush(at, LINE_BYTES, site);
         self.fence(site);
     }
 
-    /// Reads a versioned line and what `more` reads under it; `None` while its writer is changing it or when it was
-    /// never written.
-    fn observe_versioned<T: Line, R>(
+    /// Reads a versioned line from memory, and what `more` reads under the same version.
+    fn observe_versioned<T: Versioned, R>(
         &self,
         at: RegionOffset,
         site: Site,
         more: impl FnOnce(&T) -> R,
-    ) -> Option<(T, R)> {
-        let version_at = at.add(56);
+    ) -> Row<(T, R)> {
+        let version_at = at.add(T::VERSION_AT);
         self.invalidate(at, LINE_BYTES, site);
         let before = self.load(version_at);
-        if before == 0 || before & 1 == 1 {
-            return None;
+        if before == 0 {
+            return Row::Unused;
         }
-        let line: T = self.load_line(at);
-        let extra = more(&line);
-        std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
+        if before & 1 == 1 {
+            return Row::Unsettled;
+        }
+        let line = self.load_line(at);
+        let extra = line.as_ref().map(more);
+        fence(Ordering::Acquire);
         self.invalidate(at, LINE_BYTES, site);
-        (self.load(version_at) == before).then_some((line, extra))
+        if self.load(version_at) != before {
+            return Row::Unsettled;
+        }
+        match (line, extra) {
+            (Ok(line), Ok(extra)) => Row::Used((line, extra)),
+            (Err(damage), _) => Row::Damaged(damage),
+            (_, Err(damage)) => Row::Damaged(*damage),
+        }
     }
 }
 
-/// A fabric whose hosts share one coherence domain, so that read-modify-write works across them.
+const fn none(mask: &[u64; WORDS]) -> bool {
+    let mut word = 0;
+    while word < WORDS {
+        if mask[word] != 0 {
+            return false;
+        }
+        word += 1;
+    }
+    true
+}
+
+/// Fabric whose hosts share one coherence domain, so that read-modify-write works across them.
 pub trait CoherentFabric: Fabric {
     /// Atomically ors `bits` into the word and returns what was there.
     fn fetch_or(&self, at: RegionOffset, bits: u64) -> u64;
     /// Atomically ands `bits` into the word and returns what was there.
     fn fetch_and(&self, at: RegionOffset, bits: u64) -> u64;
-    /// Atomically replaces the word if it is `before`. True if it was.
+    /// Atomically replaces the word if it is `before`. Returns true if it was.
     fn compare_exchange(&self, at: RegionOffset, before: u64, after: u64) -> bool;
 }

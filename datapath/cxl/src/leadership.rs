@@ -10,12 +10,14 @@
 //! A reader therefore sees the claim and drops what it read, or its read happened before the claim, and then the
 //! successor has copied the same.
 
-// DEV-011: docs/internals/deviations.md.
+// [[DEVIATION_011]]
 
-use crate::fabric::{CoherentFabric, Fabric, Guard, LINE_BYTES, Site};
+use crate::fabric::{CoherentFabric, Fabric, LINE_BYTES};
 use crate::layout::{ControlLine, LeaderArea, TermLine};
 use crate::leader_cache::ActiveTerm;
 use crate::region::Region;
+use crate::row::Row;
+use crate::site::{Guard, Site};
 use bytemuck::Zeroable;
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use serde::Serialize;
@@ -186,20 +188,21 @@ pub fn publish_leader<F: Fabric>(region: &Region<F>, leader: &LeaderInfo) {
     );
 }
 
-/// Reads the statement of one leader, whether or not it still leads. `None` while it changes or was never written.
-pub fn read_leader_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Option<LeaderInfo> {
+/// Reads the statement of one leader, whether or not it still leads.
+pub fn read_leader_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Row<LeaderInfo> {
     let at = region.layout().control_line(area);
-    let (line, ()) = region.fabric().observe_versioned::<ControlLine, ()>(at, Site::ControlRead, |_| ())?;
-    Some(LeaderInfo {
-        term: line.term,
-        broker: area.0,
-        incarnation: line.incarnation,
-        broker_mask: line.broker_mask,
-        pinning_mask: line.pinning_mask,
+    region.fabric().observe_versioned::<ControlLine, ()>(at, Site::ControlRead, |_| ()).decode(|(line, ())| {
+        Ok(LeaderInfo {
+            term: line.term,
+            broker: area.0,
+            incarnation: line.incarnation,
+            broker_mask: line.broker_mask,
+            pinning_mask: line.pinning_mask,
+        })
     })
 }
 
-/// Reads the statement of the leader. `None` while there is no leader, or while it changes the statement.
+/// Reads the statement of the leader. `None` while there is no leader, and while the statement is not whole.
 pub fn read_leader<F: Fabric>(region: &Region<F>) -> Option<LeaderInfo> {
-    with_leader(region, |area| read_leader_at(region, area)).ok().flatten()
+    with_leader(region, |area| read_leader_at(region, area)).ok()?.used()
 }

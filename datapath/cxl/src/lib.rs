@@ -1,10 +1,11 @@
 //! Shared memory that hosts may cache without snooping each other, and the structures that live in it.
 //!
-//! Three laws hold everywhere (see `docs/memory-layout.md`): one writing host a line, shared values only grow, and
-//! *flush to publish, invalidate to observe*. Every structure is reached through [`Fabric`], so that the same code
-//! runs on [`Native`] memory and on the [`Simulated`] fabric that shows a forgotten flush.
+//! Three rules hold everywhere: a line has one writing host at a time, shared values only grow, and writers *flush to
+//! publish* while readers *invalidate to observe*. Every structure is reached through [`Fabric`], so the same code runs on
+//! [`Native`] memory and on the simulated fabric of the tests, which shows a forgotten flush. Start with [`layout`].
 
 pub mod batchlog;
+pub mod broker_table;
 pub mod cache;
 mod fabric;
 pub mod layout;
@@ -13,13 +14,19 @@ pub mod leadership;
 mod native;
 mod numa;
 pub mod order_index;
+pub mod owner;
 pub mod region;
 pub mod replication;
+mod row;
 pub mod segment;
+pub mod sequencer_half;
 pub mod session_table;
-pub mod tables;
+mod site;
 pub mod takeover;
+pub mod topic_table;
 
-pub use fabric::{CoherentFabric, Fabric, Guard, LINE_BYTES, Line, RegionOffset, Site};
+pub use fabric::{CoherentFabric, Fabric, LINE_BYTES, Line, RegionOffset, Versioned};
 pub use native::{Mapping, Native};
 pub use region::{Region, RegionError};
+pub use row::{Damage, Row};
+pub use site::{Guard, Site};

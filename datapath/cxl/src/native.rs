@@ -1,7 +1,8 @@
 //! The region as this host maps it.
 
 use crate::cache::{self, FlushMethod, FlushSupport, UnsupportedFlush};
-use crate::fabric::{CoherentFabric, Fabric, LINE_BYTES, Line, RegionOffset, Site};
+use crate::fabric::{CoherentFabric, Fabric, LINE_BYTES, RegionOffset};
+use crate::site::Site;
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
@@ -193,28 +194,27 @@ impl Fabric for Native {
     }
 
     #[inline]
-    fn store_line<T: Line>(&self, at: RegionOffset, line: &T) {
-        let words: [u64; 8] = bytemuck::cast(*line);
+    fn store_words(&self, at: RegionOffset, words: &[u64; 8]) {
         if self.method == FlushMethod::Movdir64b {
             let to = self.address(at, LINE_BYTES);
             assert!(at.0.is_multiple_of(LINE_BYTES), "{at:?} is not aligned to a line");
             // SAFETY: checked just above; `new` checked the CPU. The store is atomic as a whole line.
-            unsafe { cache::direct_store(to, &words) };
+            unsafe { cache::direct_store(to, words) };
             return;
         }
         for (to, word) in self.line(at).iter().zip(words) {
-            to.store(word, Ordering::Release);
+            to.store(*word, Ordering::Release);
         }
     }
 
     #[inline]
-    fn load_line<T: Line>(&self, at: RegionOffset) -> T {
+    fn load_words(&self, at: RegionOffset) -> [u64; 8] {
         let line = self.line(at);
         let mut words = [0u64; 8];
         for (word, from) in words.iter_mut().zip(line).rev() {
             *word = from.load(Ordering::Acquire);
         }
-        bytemuck::cast(words)
+        words
     }
 
     #[inline]

@@ -1,12 +1,14 @@
-//! How far batches are replicated: what replicas say of themselves, and the completion vector that follows from it.
+//! Replication: the progress of every replica, and the completion vector that the leader derives from it.
 //!
-//! `[[DEVIATION_010]]` The paper passes a token along a chain of replicas, whose tail advances the vector. Here every
-//! replica says in a word of its own how far it is, and the leader takes for durable what enough of them have.
+//! Each replica writes its progress to a word of its own. A batch is durable once enough replicas have it.
 
-use crate::fabric::{Fabric, Site};
+// [[DEVIATION_010]] The paper passes a token along a chain of replicas, whose tail advances the vector.
+
+use crate::fabric::{Fabric, LINE_BYTES};
 use crate::layout::{CompletionLine, LeaderArea};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
+use crate::site::Site;
 use embarcadero_wire::{BrokerId, TopicId};
 use std::mem::offset_of;
 
@@ -21,29 +23,29 @@ pub struct Replication {
     pub source: BrokerId,
 }
 
-/// Says that the batches of a source at positions below `position` of their order index are durable at a replica, from
-/// the position on at which it began. Only that replica may; it falls only when its broker starts.
+/// Records that a replica has the batches of a source on disk: all at positions below `position` of their order index, from
+/// where the replica began. Only that replica may. The position falls only when its broker starts.
 pub fn publish_replicated<F: Fabric>(region: &Region<F>, of: Replication, position: u64) {
-    let at = region.layout().replication_done(of);
+    let at = region.layout().replicated(of);
     let fabric = region.fabric();
     fabric.store(at, position);
     fabric.flush(at, 8, Site::ReplicationFlush);
     fabric.fence(Site::ReplicationFlush);
 }
 
-/// How far a replica says that it is with the batches of a source.
+/// Reads the position below which a replica has the batches of a source on disk.
 pub fn read_replicated<F: Fabric>(region: &Region<F>, of: Replication) -> u64 {
-    region.fabric().observe(region.layout().replication_done(of), Site::ReplicationRead)
+    region.fabric().observe(region.layout().replicated(of), Site::ReplicationRead)
 }
 
-/// How far a stream is replicated.
+/// Replication of a stream.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Completion {
-    /// Entries below this are durable, unless they are lost.
+    /// Entries below this position are durable, unless they are lost.
     pub durable_through: u64,
-    /// Entries below this that were not durable by then are on no disk: retention took them.
+    /// Entries below this position that were not durable by then are on no disk: retention took them.
     pub lost_through: u64,
-    /// Sessions wait for batches to be durable.
+    /// Sessions are waiting for batches to be durable.
     pub awaited: bool,
 }
 
@@ -59,13 +61,13 @@ pub fn publish_completion<F: Fabric>(
     broker: BrokerId,
     completion: Completion,
 ) {
-    let at = region.layout().completion(region.geometry(), area, topic, broker);
+    let at = region.layout().completion(area, topic, broker);
     let fabric = region.fabric();
-    // SYNC: what is lost is told before it is passed over; pairs with `read_completion`.
+    // SYNC: what is lost is stored before the position that passes it; pairs with `read_completion_at`.
     fabric.store(at.add(AWAITED), completion.awaited.into());
     fabric.store(at.add(LOST), completion.lost_through);
     fabric.store(at.add(DURABLE), completion.durable_through);
-    fabric.flush(at, 24, Site::CompletionFlush);
+    fabric.flush(at, LINE_BYTES, Site::CompletionFlush);
     fabric.fence(Site::CompletionFlush);
 }
 
@@ -82,7 +84,7 @@ pub fn read_completion<F: Fabric>(
     with_leader(region, |area| read_completion_at(region, area, topic, broker))
 }
 
-/// As [`read_completion`], as a certain leader has it.
+/// Reads a line of the completion vector from one leader's area.
 #[inline]
 pub fn read_completion_at<F: Fabric>(
     region: &Region<F>,
@@ -90,8 +92,8 @@ pub fn read_completion_at<F: Fabric>(
     topic: TopicId,
     broker: BrokerId,
 ) -> Completion {
-    let at = region.layout().completion(region.geometry(), area, topic, broker);
-    // SYNC: the durable word first; pairs with `publish_completion`.
+    let at = region.layout().completion(area, topic, broker);
+    // SYNC: the durable word is loaded first; pairs with `publish_completion`.
     let fabric = region.fabric();
     let durable_through = fabric.observe(at.add(DURABLE), Site::CompletionRead);
     Completion { durable_through, lost_through: fabric.load(at.add(LOST)), awaited: fabric.load(at.add(AWAITED)) != 0 }

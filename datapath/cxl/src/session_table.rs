@@ -1,35 +1,28 @@
-//! The session table: what is committed of each session, as everyone may read it.
+//! Session table: the owner of every session slot, and the place of each committed batch, in each leader's area.
 
-use crate::fabric::{Fabric, LINE_BYTES, RegionOffset, Site};
-use crate::layout::{CommitRecord, LeaderArea, SESSION_WINDOW, SessionLine};
+use crate::fabric::{Fabric, LINE_BYTES};
+use crate::layout::{CommitRecord, LeaderArea, SessionLine, SessionState};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
+use crate::row::{Damage, Row};
+use crate::site::Site;
 use bytemuck::Zeroable;
 use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
 use serde::Serialize;
+use std::mem::{offset_of, size_of};
+use std::sync::atomic::{Ordering, fence};
 
-/// Life of a session slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SessionState {
-    /// Nobody's.
-    Free,
-    /// Batches commit.
-    Open,
-    /// Nothing commits any more under this epoch.
-    Fenced,
-    /// Its client left in order.
-    Closed,
-}
+const RECORD_BYTES: u64 = size_of::<CommitRecord>() as u64;
+const TAG: u64 = offset_of!(CommitRecord, tag) as u64;
 
-/// Who a slot belongs to.
+/// Session, as its slot shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Session {
-    /// Row.
+    /// Slot.
     pub slot: SessionSlot,
-    /// Client, chosen by itself; never 0.
+    /// Client, which chose the number itself; never 0.
     pub client_id: ClientId,
-    /// Grows with each session in this row.
+    /// Count of the sessions that used the slot.
     pub epoch: Epoch,
     /// State.
     pub state: SessionState,
@@ -37,29 +30,29 @@ pub struct Session {
     pub topic: TopicId,
     /// Incarnation of the topic.
     pub topic_incarnation: Incarnation,
-    /// Sequences below this were committed when the line was written.
+    /// Sequences below this were committed when the row was written.
     pub committed: u64,
     /// Acknowledgement level.
     pub ack_level: u8,
 }
 
-/// Where a batch went.
+/// Fate of a batch, as far as this host sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Commit {
-    /// Not (yet) committed, as far as this host sees.
+    /// The batch is not committed, or not yet.
     Unknown,
-    /// Committed, its first message at this offset.
+    /// The batch is committed.
     At(CommitRecord),
-    /// Committed so long ago that its record is gone.
+    /// The batch was committed so long ago that its record is gone.
     Forgotten,
 }
 
-/// Writes a slot's identity. Only the leader may.
+/// Writes a session's identity and state. Only the leader may.
 pub fn publish_session<F: Fabric>(region: &Region<F>, area: LeaderArea, session: &Session) {
     let line = SessionLine {
         client_id: session.client_id,
         epoch: session.epoch,
-        state: session.state as u32,
+        state: session.state.code(),
         topic: session.topic,
         topic_incarnation: session.topic_incarnation,
         committed: session.committed,
@@ -69,128 +62,112 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, area: LeaderArea, session:
     region.fabric().publish_versioned(region.layout().session(area, session.slot), &line, Site::SessionFlush);
 }
 
-/// Ends a session whose row an earlier leader was changing when it died: of each word the old or the new one is there, and
-/// nobody was told of the change. Its epoch moves past both, so that no epoch ever names two sessions. Only the leader may,
-/// before it leads.
+/// Repairs a session row that an earlier leader left half written: the session is fenced. Each word is the old or the new
+/// one, and no client was told. The epoch moves past both, so that no epoch names two sessions. Only a successor may,
+/// before it activates its term.
 pub fn repair_torn_session<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) {
     let (fabric, at) = (region.fabric(), region.layout().session(area, slot));
-    let line: SessionLine = fabric.observe_line(at, Site::SessionRead);
+    // A damaged row stays as it is: no session gets its slot.
+    let Ok(line) = fabric.observe_line::<SessionLine>(at, Site::SessionRead) else { return };
     if line.version & 1 == 1 {
         let (epoch, committed) = (line.epoch.next(), read_progress_at(region, area, slot));
-        let fenced = SessionLine { epoch, state: SessionState::Fenced as u32, committed, ..line };
+        let fenced = SessionLine { epoch, state: SessionState::Fenced.code(), committed, ..line };
         fabric.publish_versioned(at, &fenced, Site::SessionFlush);
     }
 }
 
-/// Reads a slot's identity; `None` when it was never used or is being written.
+/// Reads a session slot.
 ///
 /// # Errors
 /// [`NoLeader`].
-pub fn read_session<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<Option<Session>, NoLeader> {
+pub fn read_session<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<Row<Session>, NoLeader> {
     with_leader(region, |area| read_session_at(region, area, slot))
 }
 
-/// As [`read_session`], as a certain leader has it.
-pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> Option<Session> {
+/// Reads a session slot of one leader's area. A slot that the region does not have is unused.
+pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> Row<Session> {
     if slot.0 >= region.geometry().max_sessions {
-        return None;
+        return Row::Unused;
     }
-    let (line, ()) = region.fabric().observe_versioned::<SessionLine, ()>(
-        region.layout().session(area, slot),
-        Site::SessionRead,
-        |_| (),
-    )?;
-    let state = match line.state {
-        0 => SessionState::Free,
-        1 => SessionState::Open,
-        2 => SessionState::Fenced,
-        3 => SessionState::Closed,
-        _ => return None,
-    };
-    Some(Session {
-        slot,
-        client_id: line.client_id,
-        epoch: line.epoch,
-        state,
-        topic: line.topic,
-        topic_incarnation: line.topic_incarnation,
-        committed: line.committed,
-        ack_level: line.ack_level as u8,
+    let at = region.layout().session(area, slot);
+    region.fabric().observe_versioned::<SessionLine, ()>(at, Site::SessionRead, |_| ()).decode(|(line, ())| {
+        let damage = |what, value: u32| Damage { structure: "SessionLine", at, what, value: value.into() };
+        Ok(Session {
+            slot,
+            client_id: line.client_id,
+            epoch: line.epoch,
+            state: SessionState::from_code(line.state).ok_or_else(|| damage("state", line.state))?,
+            topic: line.topic,
+            topic_incarnation: line.topic_incarnation,
+            committed: line.committed,
+            ack_level: u8::try_from(line.ack_level).map_err(|_| damage("ack_level", line.ack_level))?,
+        })
     })
 }
 
-#[inline]
-fn record_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, sequence: u64) -> RegionOffset {
-    region.layout().session(area, slot).add(128 + sequence % SESSION_WINDOW * 32)
-}
-
-fn progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> RegionOffset {
-    region.layout().session(area, slot).add(64)
-}
-
-/// A batch that has its place in the order.
+/// Batch that has its place in the order.
 #[derive(Clone, Copy, Debug)]
 pub struct SessionCommit {
-    /// Slot of its session.
+    /// Slot of the session.
     pub slot: SessionSlot,
-    /// Where it is.
+    /// Place of the batch.
     pub record: CommitRecord,
-    /// What the session expects next.
+    /// Sequence that the session expects next.
     pub expected: u64,
 }
 
-/// Writes commit records and progress words and starts their write-back; a fence must follow. Only the sequencer may.
+/// Writes commit records and progress words, and starts their write-back; a fence must follow. Only the sequencer may.
 ///
-/// Two records of a session share a line, and all of them its progress word: what neighbours in `batches` share is
+/// Two records of a session share a line, and all share its progress word. A line that neighbours in `batches` share is
 /// written back once.
 #[inline]
 pub fn publish_commits<F: Fabric>(region: &Region<F>, area: LeaderArea, batches: &[SessionCommit]) {
-    let fabric = region.fabric();
+    let (fabric, layout) = (region.fabric(), region.layout());
     for SessionCommit { slot, record, expected } in batches {
-        let at = record_at(region, area, *slot, record.tag - 1);
+        let at = layout.commit_record(area, *slot, record.tag - 1);
         let words: [u64; 4] = bytemuck::cast(*record);
-        // SYNC: the tag is stored last; pairs with `read_commit`, which loads it first. On memory that is not coherent
+        // SYNC: the tag is stored last; pairs with `read_commit_at`, which loads it first. On memory that is not coherent
         // the record lies within one line and travels whole.
         for (index, word) in words.iter().enumerate() {
             fabric.store(at.add(index as u64 * 8), *word);
         }
-        fabric.store(progress_at(region, area, *slot), *expected);
+        fabric.store(layout.session_progress(area, *slot), *expected);
     }
     let (mut last_line, mut last_slot) = (u64::MAX, None);
     for SessionCommit { slot, record, .. } in batches {
-        let at = record_at(region, area, *slot, record.tag - 1);
+        let at = layout.commit_record(area, *slot, record.tag - 1);
         if at.0 / LINE_BYTES != last_line {
             last_line = at.0 / LINE_BYTES;
-            fabric.flush(at, 32, Site::RecordFlush);
+            fabric.flush(at, RECORD_BYTES, Site::RecordFlush);
         }
         if last_slot != Some(*slot) {
             last_slot = Some(*slot);
-            fabric.flush(progress_at(region, area, *slot), 8, Site::RecordFlush);
+            fabric.flush(layout.session_progress(area, *slot), 8, Site::RecordFlush);
         }
     }
 }
 
-/// Writes the progress word of a session of which no batch commits now. Only the leader may.
+/// Writes the progress word of a session, and starts its write-back; a fence must follow. Only the leader may.
 pub fn store_progress<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, expected: u64) {
-    let at = progress_at(region, area, slot);
+    let at = region.layout().session_progress(area, slot);
     region.fabric().store(at, expected);
     region.fabric().flush(at, 8, Site::RecordFlush);
 }
 
-/// What became of a batch; [`Commit::Unknown`] while there is no leader. Sequence numbers never repeat within a slot, so an
-/// old record is never taken for a new.
+/// Reads the fate of a batch; [`Commit::Unknown`] while there is no leader. Sequences never repeat within a slot, so an
+/// old record is never taken for a new one.
 #[inline]
 pub fn read_commit<F: Fabric>(region: &Region<F>, slot: SessionSlot, sequence: u64) -> Commit {
     with_leader(region, |area| read_commit_at(region, area, slot, sequence)).unwrap_or(Commit::Unknown)
 }
 
-/// As [`read_commit`], as a certain leader has it.
+/// Reads the fate of a batch from one leader's area.
 #[inline]
 pub fn read_commit_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, sequence: u64) -> Commit {
-    let at = record_at(region, area, slot, sequence);
+    let at = region.layout().commit_record(area, slot, sequence);
     let fabric = region.fabric();
-    fabric.invalidate(at, 32, Site::RecordRead);
-    let tag = fabric.load(at.add(24));
+    fabric.invalidate(at, RECORD_BYTES, Site::RecordRead);
+    let tag = fabric.load(at.add(TAG));
     if tag < sequence + 1 {
         return Commit::Unknown;
     }
@@ -198,14 +175,14 @@ pub fn read_commit_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Ses
         return Commit::Forgotten;
     }
     let words = [fabric.load(at), fabric.load(at.add(8)), fabric.load(at.add(16)), tag];
-    std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-    if fabric.load(at.add(24)) != tag {
+    fence(Ordering::Acquire);
+    if fabric.load(at.add(TAG)) != tag {
         return Commit::Forgotten;
     }
     Commit::At(bytemuck::cast(words))
 }
 
-/// Sequences below this are committed.
+/// Reads the sequence below which every batch of a session is committed.
 ///
 /// # Errors
 /// [`NoLeader`].
@@ -214,8 +191,8 @@ pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result
     with_leader(region, |area| read_progress_at(region, area, slot))
 }
 
-/// As [`read_progress`], as a certain leader has it.
+/// Reads the progress of a session from one leader's area.
 #[inline]
 pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> u64 {
-    region.fabric().observe(progress_at(region, area, slot), Site::RecordRead)
+    region.fabric().observe(region.layout().session_progress(area, slot), Site::RecordRead)
 }

@@ -3,12 +3,18 @@
 //! The predecessor may go on writing meanwhile. A word that depends on another is therefore copied before it: how far
 //! Batchlogs are consumed, what is durable and what sessions committed come before the tails that cover them all.
 
-use crate::fabric::{Fabric, LINE_BYTES, Line, RegionOffset, Site};
-use crate::layout::{LeaderArea, SESSION_BYTES, SessionLine, TailLine, TopicLine};
+use crate::fabric::{Fabric, LINE_BYTES, RegionOffset, Versioned};
+use crate::layout::{LeaderArea, NameLine, SessionLine, SessionRow, TailLine, TopicLine};
 use crate::leadership::{last_active, read_terms};
 use crate::order_index::{StreamId, read_extent_at};
 use crate::region::Region;
+use crate::row::Row;
+use crate::site::Site;
 use embarcadero_wire::{Stream, Term};
+use std::mem::size_of;
+
+/// Bytes of a session's progress and commit records, which follow its identity.
+const SESSION_REST_BYTES: u64 = (size_of::<SessionRow>() - size_of::<SessionLine>()) as u64;
 
 /// Attempts to read a line that its writer changes. After as many, the line counts as left half written.
 const ATTEMPTS: u32 = 1000;
@@ -43,18 +49,18 @@ pub fn copy_predecessor<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Pred
     let (source, target) = (layout.leader_area(from), layout.leader_area(area));
     let copy = |at: u64, bytes: u64| copy_lines(region, source.add(at), target.add(at), bytes);
     for topic in geometry.topics() {
-        let (from, to) = (layout.leader_topic(from, topic), layout.leader_topic(area, topic));
-        copy_versioned::<F, TopicLine>(region, from, to, LINE_BYTES);
+        let (from, to) = (layout.topic(from, topic), layout.topic(area, topic));
+        copy_versioned::<F, TopicLine>(region, from, to, size_of::<NameLine>() as u64);
     }
     for slot in geometry.sessions() {
         let (from, to) = (layout.session(from, slot), layout.session(area, slot));
         if copy_versioned::<F, SessionLine>(region, from, to, 0) {
-            copy_lines(region, from.add(LINE_BYTES), to.add(LINE_BYTES), SESSION_BYTES - LINE_BYTES);
+            copy_lines(region, from.add(LINE_BYTES), to.add(LINE_BYTES), SESSION_REST_BYTES);
         }
     }
     copy(layout.leader.halves, layout.leader.sessions - layout.leader.halves);
     for topic in geometry.topics() {
-        copy_steady(region, layout.leader_topic(from, topic).add(128), layout.leader_topic(area, topic).add(128));
+        copy_steady(region, layout.global_tail(from, topic), layout.global_tail(area, topic));
     }
     copy(layout.leader.directories, layout.leader.bytes - layout.leader.directories);
     region.fabric().fence(Site::TakeoverFlush);
@@ -65,7 +71,7 @@ pub fn copy_predecessor<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Pred
 /// that the line held them between the reads (Afek et al., "Atomic snapshots of shared memory", J. ACM 1993).
 fn copy_steady<F: Fabric>(region: &Region<F>, from: RegionOffset, to: RegionOffset) {
     let fabric = region.fabric();
-    let look = || fabric.observe_line::<TailLine>(from, Site::TakeoverRead);
+    let look = || fabric.observe_words::<TailLine>(from, Site::TakeoverRead);
     let mut line = look();
     for _ in 0..ATTEMPTS {
         let again = look();
@@ -92,23 +98,32 @@ fn copy_lines<F: Fabric>(region: &Region<F>, from: RegionOffset, to: RegionOffse
 }
 
 /// Copies a versioned line and `more` bytes behind it. Returns false when the line was never written.
-fn copy_versioned<F: Fabric, T: Line>(region: &Region<F>, from: RegionOffset, to: RegionOffset, more: u64) -> bool {
+fn copy_versioned<F: Fabric, T: Versioned>(
+    region: &Region<F>,
+    from: RegionOffset,
+    to: RegionOffset,
+    more: u64,
+) -> bool {
     let fabric = region.fabric();
     fabric.invalidate(from, LINE_BYTES, Site::TakeoverRead);
-    if fabric.load(from.add(56)) == 0 && fabric.load(to.add(56)) == 0 {
+    if fabric.load(from.add(T::VERSION_AT)) == 0 && fabric.load(to.add(T::VERSION_AT)) == 0 {
         return false;
     }
     for _ in 0..ATTEMPTS {
         let copied = fabric.observe_versioned::<T, ()>(from, Site::TakeoverRead, |_| {
             copy_lines(region, from.add(LINE_BYTES), to.add(LINE_BYTES), more);
         });
-        if let Some((line, ())) = copied {
-            fabric.publish_versioned(to, &line, Site::TakeoverFlush);
-            return true;
+        match copied {
+            Row::Used((line, ())) => {
+                fabric.publish_versioned(to, &line, Site::TakeoverFlush);
+                return true;
+            }
+            // It stays as it is, so that readers of the copy see the damage too.
+            Row::Damaged(_) => break,
+            Row::Unused | Row::Unsettled => std::hint::spin_loop(),
         }
-        std::hint::spin_loop();
     }
-    // The writer stopped in the middle of a change, so no client has seen this line. It is copied torn: the successor
+    // Or the writer stopped in the middle of a change, and no client has seen this line. It is copied torn: the successor
     // finds the odd version and repairs it.
     copy_lines(region, from, to, LINE_BYTES + more);
     true

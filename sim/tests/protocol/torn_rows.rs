@@ -1,8 +1,8 @@
 //! Rows and lines that their writer was changing when it died.
 
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea};
-use embarcadero_cxl::session_table::{Session, SessionState, publish_session, read_session_at, repair_torn_session};
-use embarcadero_cxl::tables::{TopicConfig, TopicState, publish_topic, read_topic_at, repair_torn_topic};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionState, TopicState};
+use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, repair_torn_session};
+use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic_at, repair_torn_topic};
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};

@@ -19,14 +19,15 @@ use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, discla
 use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
-use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
+use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker, read_pulse};
+use embarcadero_cxl::layout::{IndexEntry, LeaderArea, SessionState};
 use embarcadero_cxl::leadership::{
     LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at,
 };
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError};
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::session_table::{Session, SessionState, read_session};
-use embarcadero_cxl::tables::{BrokerInfo, last_incarnation, publish_broker, read_pulse, read_topic_at};
+use embarcadero_cxl::session_table::{Session, read_session};
+use embarcadero_cxl::topic_table::read_topic_at;
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_roce::psn::Psn;
 use embarcadero_sim::Simulated;

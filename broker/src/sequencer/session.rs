@@ -1,56 +1,58 @@
-//! Sessions as the sequencer keeps them: what is expected next, what waits for a gap to close, what is a duplicate.
+//! Session as the sequencer keeps it: the next sequence, the batches that wait for a gap to close, and duplicates.
 //!
-//! `[[DEVIATION_008]]` The paper's sequencer skips a gap that does not close. Ours never does: a gap that outlives the
-//! session's lease fences the session, and its client resubmits exactly what did not commit under the next epoch.
+//! A gap is never skipped. One that outlives its lease fences the session, and the client resubmits exactly what did not
+//! commit under the next epoch.
+
+// [[DEVIATION_008]] The paper's sequencer skips a gap that does not close.
 
 use embarcadero_cxl::layout::{BatchEntry, SESSION_WINDOW};
 use embarcadero_cxl::session_table::Session;
 use embarcadero_wire::{BrokerId, Order};
 
-/// A batch as the sequencer read it, and who received it.
+/// Batch as the sequencer read it, with the broker that received it.
 #[derive(Clone, Copy, Debug)]
 pub struct Arrival {
-    /// Its Batchlog entry.
+    /// Batchlog entry.
     pub entry: BatchEntry,
-    /// Receiving broker.
+    /// Broker that received it.
     pub broker: BrokerId,
     /// Index of the entry in that broker's Batchlog.
     pub index: u64,
 }
 
-/// What to do with a batch.
+/// Decision about a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Give it its place in the order now.
+    /// The batch gets its place in the order now.
     Commit,
-    /// It waits for those before it.
+    /// The batch waits for those before it.
     Held,
-    /// It is committed already.
+    /// The batch is committed already.
     Duplicate,
-    /// Its sequence is further ahead than a session may be; brokers do not let that pass.
+    /// The sequence is further ahead than a session may be. Brokers refuse such a batch.
     OutOfWindow,
 }
 
-/// One session. Its sequence numbers go on where the one before it in the same table row stopped, so a number names
-/// one batch for ever.
+/// Open session. Its sequences continue where the session before it in the same slot stopped, so a sequence names one batch
+/// for ever.
 #[derive(Debug)]
 pub struct SessionOrder {
-    /// Identity, as the table shows it.
+    /// Row of the session table.
     pub session: Session,
     strong: bool,
     expected: u64,
     /// Batches ahead of `expected`, at their sequence modulo the window.
     held: Box<[Option<Arrival>]>,
     held_count: u32,
-    /// Sequence + 1 of what committed at each place of the window (total order commits out of turn).
+    /// Sequence plus one of the batch that committed at each place of the window: total order commits out of turn.
     committed: Box<[u64]>,
     gap_since_us: u64,
-    /// When a batch last arrived.
+    /// Time of the last arrival, microseconds.
     pub active_us: u64,
 }
 
 impl SessionOrder {
-    /// A session of which everything below `expected` is committed.
+    /// Returns a session of which every batch below `expected` is committed.
     #[must_use]
     pub fn new(session: Session, order: Order, expected: u64, now_us: u64) -> Self {
         Self {
@@ -72,27 +74,27 @@ impl SessionOrder {
         self.expected
     }
 
-    /// True while batches wait for a gap to close.
+    /// Returns true while batches wait for a gap to close.
     #[inline]
     #[must_use]
     pub fn has_gap(&self) -> bool {
         self.held_count > 0
     }
 
-    /// Batches that wait.
+    /// Number of batches that wait.
     #[must_use]
     pub fn held_count(&self) -> u32 {
         self.held_count
     }
 
-    /// When the present gap was first seen (or last excused), microseconds.
+    /// Time from which the lease of the present gap runs, microseconds.
     #[must_use]
     pub fn gap_since_us(&self) -> u64 {
         self.gap_since_us
     }
 
-    /// The gap is not the client's fault: its lease starts again.
-    pub fn excuse_gap(&mut self, now_us: u64) {
+    /// Starts the lease of the gap again: the gap is not the client's fault.
+    pub fn restart_gap_timer(&mut self, now_us: u64) {
         self.gap_since_us = now_us;
     }
 
@@ -101,7 +103,8 @@ impl SessionOrder {
         (sequence % SESSION_WINDOW) as usize
     }
 
-    /// Judges a batch. After [`Verdict::Commit`] call [`SessionOrder::committed`], then drain [`SessionOrder::next_held`].
+    /// Judges a batch. [`Verdict::Commit`] is followed by [`SessionOrder::committed`], and by [`SessionOrder::next_held`] until
+    /// it gives none.
     #[inline]
     pub fn judge(&mut self, arrival: &Arrival, now_us: u64) -> Verdict {
         self.active_us = now_us;
@@ -130,7 +133,7 @@ impl SessionOrder {
         Verdict::Held
     }
 
-    /// Notes that `sequence` has its place in the order.
+    /// Records that the batch `sequence` has its place in the order.
     #[inline]
     pub fn committed(&mut self, sequence: u64, now_us: u64) {
         self.committed[Self::place(sequence)] = sequence + 1;
@@ -140,7 +143,7 @@ impl SessionOrder {
         self.gap_since_us = now_us;
     }
 
-    /// The batch that waited for its turn and has it now.
+    /// Takes the batch that waited for its turn and has it now.
     #[inline]
     pub fn next_held(&mut self) -> Option<Arrival> {
         if self.held_count == 0 {
@@ -151,13 +154,13 @@ impl SessionOrder {
         Some(arrival)
     }
 
-    /// Puts back what [`SessionOrder::next_held`] gave: it cannot be ordered now.
+    /// Puts back the batch that [`SessionOrder::next_held`] gave: it cannot be ordered now.
     pub fn hold_again(&mut self, arrival: Arrival) {
         self.held[Self::place(arrival.entry.sequence)] = Some(arrival);
         self.held_count += 1;
     }
 
-    /// Lowest Batchlog index of `broker` that waits here.
+    /// Lowest Batchlog index of a broker's batches that wait here.
     #[must_use]
     pub fn lowest_held(&self, broker: BrokerId) -> Option<u64> {
         if self.held_count == 0 {
@@ -171,7 +174,7 @@ impl SessionOrder {
 mod tests {
     use super::*;
     use bytemuck::Zeroable;
-    use embarcadero_cxl::session_table::SessionState;
+    use embarcadero_cxl::layout::SessionState;
     use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
     use proptest::prelude::*;
 

@@ -1,0 +1,66 @@
+//! Maintenance: leases, retention, reclaiming and deletion.
+
+use super::Sequencer;
+use crate::delegation::since;
+use crate::replica::completion::trimmable;
+use embarcadero_cxl::leadership::{read_leader_at, still_leads};
+use embarcadero_cxl::order_index::{Retention, lowest_pin};
+use embarcadero_cxl::replication::{Completion, read_completion_at};
+use embarcadero_cxl::{Fabric, Site};
+use embarcadero_wire::BrokerId;
+
+impl<F: Fabric> Sequencer<F> {
+    /// Does what is not done per batch. Call it every few milliseconds.
+    pub fn maintain(&mut self, now_us: u64) {
+        let live = read_leader_at(&self.region, self.area).used().map_or(u64::MAX, |leader| leader.pinning_mask);
+        let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
+        self.expire_gaps(now_us);
+        let awaited = self.awaited_topics();
+        for topic in self.topics.iter_mut().flatten() {
+            let config = &topic.config;
+            // All brokers' lines say the same of the global stream. Sessions that wait are known here first.
+            let shown = read_completion_at(&self.region, self.area, config.id, BrokerId(0));
+            let completion = Completion { awaited: awaited & 1 << config.id.0 != 0, ..shown };
+            topic.index.enforce_retention(Retention {
+                bytes: config.retention_bytes,
+                since_us: since(config.retention_ms, now_us),
+                limit: trimmable(&self.region, config, completion),
+            });
+            // A segment that a successor still gives to readers is not given back.
+            if !still_leads(&self.region, self.term) {
+                return;
+            }
+            topic.index.reclaim(lowest_pin(&self.region, config.id, brokers.iter().copied()));
+            if let Some(mirror) = &mut topic.mirror {
+                mirror.trim_below(topic.index.earliest_offset());
+                mirror.reclaim(u64::MAX);
+            }
+        }
+        self.publish_decided();
+        self.finish_closing(&brokers);
+    }
+
+    /// Tells brokers which of their batches are held, while any are: brokers keep the memory of those.
+    fn publish_decided(&mut self) {
+        let mut changed = false;
+        for topic in self.topics.iter_mut().flatten() {
+            for (broker, state) in self.region.geometry().brokers().zip(&mut topic.brokers) {
+                let next = state.reader.next();
+                if state.consumed.consumed.decided_through == next {
+                    continue;
+                }
+                let sessions = self.group.sessions.iter().flatten();
+                let held = sessions.filter(|order| order.session.topic == topic.config.id);
+                let decided = held.filter_map(|order| order.lowest_held(broker)).min().unwrap_or(next);
+                if decided != state.consumed.consumed.decided_through {
+                    state.consumed.consumed.decided_through = decided;
+                    state.consumed.store();
+                    changed = true;
+                }
+            }
+        }
+        if changed {
+            self.region.fabric().fence(Site::ConsumedFlush);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Sequencer: the leader takes batches from every broker's Batchlog and gives each its place in the global order.
+//!
+//! Only the leader runs one. It writes the leader's area and nothing else: the order index of each topic, the session table,
+//! the topic table, and how far it is with each Batchlog.
+//!
+//! - [`recover`]: a new leader goes on where its predecessor stopped.
+//! - [`group`]: batches are judged and get their places, a group at a time.
+//! - [`topic`]: one topic's order, and its copy in the mirror.
+//! - [`sessions`], [`topics`]: what the control plane asks for.
+//! - [`maintenance`]: leases, retention, reclaiming, deletion.
+
+mod group;
+mod maintenance;
+mod recover;
+pub mod session;
+mod sessions;
+mod topic;
+mod topics;
+
+pub use recover::{Memory, Predecessor, Takeover, TakeoverError};
+pub use sessions::SessionError;
+
+use crate::mirror::Mirror;
+use crossbeam_channel::{Receiver, Sender};
+use embarcadero_cxl::broker_table::read_pulse;
+use embarcadero_cxl::layout::LeaderArea;
+use embarcadero_cxl::leadership::still_leads;
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::SegmentAllocator;
+use embarcadero_cxl::session_table::{Session, publish_commits};
+use embarcadero_cxl::topic_table::TopicConfig;
+use embarcadero_cxl::{Damage, Fabric, Site};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Term, TopicId};
+use group::{Group, Stamp};
+use std::sync::Arc;
+use topic::TopicOrder;
+use topics::Closing;
+
+/// Most batches of a topic that are published in one group. A successor reads as many again.
+pub const GROUP_BATCHES: u64 = 1024;
+
+/// Request of the control plane. It is answered in turn with ordering, so that nothing commits under an epoch after its end
+/// was reported.
+pub enum Command {
+    /// Creates a topic.
+    OpenTopic(TopicConfig, Sender<()>),
+    /// Deletes a topic. The answer comes once no broker holds its memory.
+    CloseTopic(TopicId, Sender<()>),
+    /// Opens the next epoch of a client's session on a topic.
+    OpenSession {
+        /// Topic slot.
+        topic: TopicId,
+        /// Client.
+        client_id: ClientId,
+        /// Acknowledgement level.
+        ack_level: u8,
+        /// Answer.
+        reply: Sender<Result<Session, SessionError>>,
+    },
+    /// Ends a session in order.
+    CloseSession {
+        /// Session slot.
+        slot: SessionSlot,
+        /// Client.
+        client_id: ClientId,
+        /// Epoch.
+        epoch: Epoch,
+        /// Answer.
+        reply: Sender<()>,
+    },
+}
+
+/// Durations by which the sequencer goes, microseconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Leases {
+    /// Longest time that a gap may last before its session is fenced.
+    pub gap_us: u64,
+    /// Time without batches after which a session's slot may go to another client.
+    pub idle_us: u64,
+}
+
+/// Counters of a sequencer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SequencerStats {
+    /// Batches that were ordered.
+    pub ordered: u64,
+    /// Batches that had been ordered before.
+    pub duplicates: u64,
+    /// Batches of sessions that are fenced, closed or unknown.
+    pub rejected: u64,
+    /// Sessions that were fenced.
+    pub fenced: u64,
+    /// Batchlogs and topics whose memory was found to be damaged.
+    pub damaged: u64,
+}
+
+/// Sequencer of a leader.
+pub struct Sequencer<F: Fabric> {
+    region: Region<F>,
+    pool: Arc<dyn SegmentAllocator>,
+    mirror: Option<Mirror<F>>,
+    area: LeaderArea,
+    term: Term,
+    leases: Leases,
+    commands: Receiver<Command>,
+    /// Topics with a global order, by slot.
+    topics: Vec<Option<TopicOrder<F>>>,
+    /// Every topic, by slot, whatever its order.
+    configs: Vec<Option<TopicConfig>>,
+    /// Topics that cannot be ordered, by slot: their memory is damaged.
+    damaged: Vec<Option<Damage>>,
+    /// Deleted topics whose memory brokers still hold.
+    closing: Vec<Closing<F>>,
+    group: Group,
+    /// Batches published by each broker, as last seen.
+    pulses: Vec<u64>,
+    /// Stall counter of each broker, as last seen.
+    stalls: Vec<u64>,
+    /// Index of the broker whose Batchlogs are read first in the next turn. All get their turn, even if one could fill the
+    /// budget.
+    first: usize,
+}
+
+impl<F: Fabric> Sequencer<F> {
+    /// Returns false once another broker took over. Nothing that this sequencer does counts then, and it should end.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        still_leads(&self.region, self.term)
+    }
+
+    /// Returns the counters since the start.
+    #[must_use]
+    pub fn stats(&self) -> SequencerStats {
+        self.group.stats
+    }
+
+    /// Returns the topics with sessions that wait until their batches are durable, one bit per slot.
+    #[must_use]
+    pub fn awaited_topics(&self) -> u32 {
+        let sessions = self.group.sessions.iter().flatten().map(|order| &order.session);
+        sessions.filter(|session| session.ack_level > 1).fold(0, |mask, session| mask | 1 << session.topic.0)
+    }
+
+    /// Orders what has arrived, at most `budget` batches per topic, and answers requests. Returns the number of batches that
+    /// it took; 0 once it leads no more.
+    pub fn poll(&mut self, now_us: u64, budget: u64) -> u64 {
+        if !self.leads() {
+            return 0;
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            self.execute(command, now_us);
+        }
+        let mut news = self.group.backlog;
+        for (broker, seen) in self.region.geometry().brokers().zip(&mut self.pulses) {
+            let (_, published) = read_pulse(&self.region, broker);
+            news |= *seen != published;
+            *seen = published;
+        }
+        if !news {
+            return 0;
+        }
+        self.group.backlog = false;
+        let starved = std::mem::take(&mut self.group.starved);
+        let mut taken = 0;
+        for slot in 0..self.topics.len() {
+            taken += self.order_topic(slot, starved, now_us, budget.min(GROUP_BATCHES));
+        }
+        self.first = (self.first + 1) % self.pulses.len();
+        taken
+    }
+
+    /// Orders what has arrived of one topic. `starved` tells that held batches had their turn before and found no room.
+    fn order_topic(&mut self, slot: usize, starved: bool, now_us: u64, budget: u64) -> u64 {
+        let stamp = Stamp { term: self.term, now_us };
+        let Self { topics, group, region, first, .. } = self;
+        let Some(topic) = &mut topics[slot] else { return 0 };
+        topic.last_ordered_us = topic.last_ordered_us.max(now_us);
+        let before = topic.index.next();
+        if starved {
+            group.drain_all(topic, stamp);
+        }
+        let mut taken = 0;
+        for broker in (*first..topic.brokers.len()).chain(0..*first) {
+            taken += group.take_from(region.fabric(), topic, BrokerId(broker as u32), stamp, budget - taken);
+        }
+        if taken > 0 || topic.index.next() > before {
+            group.backlog = true;
+            self.publish(slot, before);
+        }
+        taken
+    }
+
+    /// Publishes a topic's group: first its index entries and the tail, then the sessions, then what brokers may reuse. An
+    /// acknowledgement is therefore never seen before its batch.
+    fn publish(&mut self, slot: usize, before: u64) {
+        let Some(topic) = &mut self.topics[slot] else { return };
+        if topic.index.next() > before {
+            topic.publish(self.term);
+        }
+        self.publish_commits();
+        let decided = self.group.held == 0;
+        if let Some(topic) = &mut self.topics[slot] {
+            topic.show_consumed(decided);
+        }
+        self.region.fabric().fence(Site::ConsumedFlush);
+    }
+
+    /// Writes the commit records of the group, in the mirror first. A fence must follow.
+    fn publish_commits(&mut self) {
+        let commits = &mut self.group.commits;
+        if let Some(mirror) = &self.mirror {
+            mirror.commit(commits);
+        }
+        publish_commits(&self.region, self.area, commits);
+        commits.clear();
+    }
+
+    /// Does what the control plane asks. Only what a successor will know of is answered.
+    fn execute(&mut self, command: Command, now_us: u64) {
+        match command {
+            Command::OpenTopic(config, reply) => {
+                self.create_topic(config);
+                if self.leads() {
+                    let _ = reply.send(());
+                }
+            }
+            Command::CloseTopic(id, reply) => self.close_topic(id, reply),
+            Command::OpenSession { topic, client_id, ack_level, reply } => {
+                let opened = self.open_session(topic, client_id, ack_level, now_us);
+                if self.leads() {
+                    let _ = reply.send(opened);
+                }
+            }
+            Command::CloseSession { slot, client_id, epoch, reply } => {
+                self.close_session(slot, client_id, epoch);
+                if self.leads() {
+                    let _ = reply.send(());
+                }
+            }
+        }
+    }
+
+    /// Leaves a topic out of the order: its memory is damaged.
+    fn set_damaged(&mut self, slot: usize, damage: Damage) {
+        tracing::error!(topic = slot, %damage, "the topic cannot be ordered");
+        self.topics[slot] = None;
+        self.damaged[slot] = Some(damage);
+        self.group.stats.damaged += 1;
+    }
+}

@@ -1,0 +1,234 @@
+//! Recovery: a new leader takes over the order with everything that is committed.
+
+use super::group::{Group, Stamp};
+use super::session::{Arrival, SessionOrder};
+use super::{Command, GROUP_BATCHES, Leases, Sequencer};
+use crate::mirror::Mirror;
+use crate::spares::spare_segments;
+use crossbeam_channel::Receiver;
+use embarcadero_cxl::batchlog::peek_entry;
+use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
+use embarcadero_cxl::leadership::{activate_term, claim_term};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::session_table::{
+    Commit, SessionCommit, read_commit_at, read_progress_at, read_session_at, repair_torn_session,
+};
+use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
+use embarcadero_cxl::topic_table::{live_topics_at, repair_torn_topic};
+use embarcadero_cxl::{Damage, Fabric, Guard, Site};
+use embarcadero_wire::Term;
+use std::sync::Arc;
+
+/// Knowledge of the leader before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Predecessor {
+    /// The leader of this term never writes again. [`Term::NONE`] if there was none.
+    Gone(Term),
+    /// The leader before may go on at any moment.
+    MayGoOn,
+}
+
+/// Memory that a leader writes.
+pub struct Memory<F: Fabric> {
+    /// Region.
+    pub region: Region<F>,
+    /// Allocator for the order indexes.
+    pub pool: Arc<dyn SegmentAllocator>,
+    /// Mirror of the region, if it has one.
+    pub mirror: Option<Region<F>>,
+}
+
+/// Takeover of the region's order.
+pub struct Takeover<F: Fabric> {
+    /// Memory that the leader writes.
+    pub memory: Memory<F>,
+    /// Area of the new leader.
+    pub area: LeaderArea,
+    /// Term to lead under, higher than every term before.
+    pub term: Term,
+    /// Knowledge of the leader before.
+    pub before: Predecessor,
+    /// Durations to go by.
+    pub leases: Leases,
+    /// Requests of the control plane.
+    pub commands: Receiver<Command>,
+}
+
+/// Reason why a broker cannot take over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TakeoverError {
+    /// A leader that may go on fills a segment of an order index, and there is no other segment to continue in.
+    #[error("the order index has no room to go on in: {0}")]
+    Pool(#[from] PoolError),
+    /// The mirror is damaged.
+    #[error("{0}; recreate the mirror")]
+    Mirror(#[from] Damage),
+}
+
+impl<F: Fabric> Sequencer<F> {
+    /// Takes over the region's order, with everything that is committed. The new leader leads when this returns.
+    ///
+    /// # Errors
+    /// [`TakeoverError`].
+    pub fn recover(takeover: Takeover<F>, now_us: u64) -> Result<Self, TakeoverError> {
+        let Takeover { memory, area, term, before, leases, commands } = takeover;
+        let Memory { region, pool, mirror } = memory;
+        // Found before the claim: without them the leader before stays.
+        let mut spares = match before {
+            Predecessor::Gone(_) => Vec::new(),
+            Predecessor::MayGoOn => spare_segments(&region, &*pool)?,
+        };
+        let claim_first = region.fabric().keeps(Guard::ClaimBeforeCopy);
+        if claim_first {
+            claim_term(&region, area, term);
+        }
+        let PredecessorState { begun, from, contested } = copy_predecessor(&region, area);
+        region.geometry().topics().for_each(|topic| repair_torn_topic(&region, area, topic));
+        region.geometry().sessions().for_each(|slot| repair_torn_session(&region, area, slot));
+        let mirror = mirror.map(|mirror| Mirror::take_over(mirror, area, term)).transpose()?;
+        let geometry = *region.geometry();
+        let mut sequencer = Self {
+            region,
+            pool,
+            mirror,
+            area,
+            term,
+            leases,
+            commands,
+            topics: geometry.topics().map(|_| None).collect(),
+            configs: geometry.topics().map(|_| None).collect(),
+            damaged: geometry.topics().map(|_| None).collect(),
+            closing: Vec::new(),
+            group: Group::new(geometry.max_sessions),
+            pulses: geometry.brokers().map(|_| 0).collect(),
+            stalls: geometry.brokers().map(|_| 0).collect(),
+            first: area.0.index(),
+        };
+        for config in live_topics_at(&sequencer.region, area) {
+            sequencer.open_topic(config);
+        }
+        // Another broker may have led after the caller looked and before the claim, or may be about to.
+        if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {
+            for topic in sequencer.topics.iter_mut().flatten() {
+                topic.index.replace_last(&mut spares)?;
+            }
+        }
+        for spare in spares {
+            let _ = sequencer.pool.release(spare);
+        }
+        sequencer.follow_mirror()?;
+        sequencer.recover_sessions(&begun, now_us);
+        if sequencer.region.fabric().keeps(Guard::RetakeUndecided) {
+            for slot in 0..sequencer.topics.len() {
+                sequencer.retake_undecided(slot, now_us);
+            }
+        }
+        sequencer.resume_closing();
+        if !claim_first {
+            claim_term(&sequencer.region, area, term);
+        }
+        activate_term(&sequencer.region, area, term);
+        Ok(sequencer)
+    }
+
+    /// Brings the mirror up to what is in the region.
+    fn follow_mirror(&mut self) -> Result<(), TakeoverError> {
+        let Some(mirror) = &mut self.mirror else { return Ok(()) };
+        for config in self.configs.iter().flatten() {
+            mirror.topic(config);
+        }
+        for topic in self.topics.iter_mut().flatten() {
+            topic.mirror = Some(mirror.follow(&topic.config, &topic.index)?);
+        }
+        mirror.follow_sessions(&self.region);
+        Ok(())
+    }
+
+    /// Takes up the open sessions, and brings them up to the index: the leader before may have published a group in the index
+    /// and died before it told the sessions. `begun` has the position that each index had before the sessions were copied.
+    fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
+        for slot in self.region.geometry().sessions() {
+            let progress = read_progress_at(&self.region, self.area, slot);
+            let Some(session) = read_session_at(&self.region, self.area, slot).used() else { continue };
+            let config = self.configs.get(session.topic.index()).and_then(Option::as_ref);
+            let Some(config) = config.filter(|config| config.incarnation == session.topic_incarnation) else { continue };
+            if session.state == SessionState::Open {
+                let order = SessionOrder::new(session, config.order, progress, now_us);
+                self.group.sessions[slot.index()] = Some(order);
+            }
+        }
+        if !self.region.fabric().keeps(Guard::RecoverBeforeAccept) {
+            return;
+        }
+        for (slot, begun) in begun.iter().enumerate() {
+            match self.entries_since(slot, *begun) {
+                Ok(entries) => entries.iter().for_each(|(at, entry)| self.recover_commit(slot, *at, entry, now_us)),
+                Err(damage) => self.set_damaged(slot, damage),
+            }
+        }
+        self.publish_commits();
+        self.region.fabric().fence(Site::RecordFlush);
+    }
+
+    /// Reads the entries of a topic whose sessions may not know of them.
+    fn entries_since(&self, slot: usize, begun: u64) -> Result<Vec<(u64, IndexEntry)>, Damage> {
+        let Some(topic) = &self.topics[slot] else { return Ok(Vec::new()) };
+        let mut entries = Vec::new();
+        // The leader before may have trimmed, but not given back, what it ordered since then.
+        for position in begun.saturating_sub(GROUP_BATCHES + SESSION_WINDOW)..topic.index.next() {
+            entries.extend(topic.index.entry_or_trimmed(position)?.map(|entry| (position, entry)));
+        }
+        Ok(entries)
+    }
+
+    /// Tells a session of its batch in the index, if it does not know.
+    fn recover_commit(&mut self, topic: usize, position: u64, entry: &IndexEntry, now_us: u64) {
+        let owner = self.group.sessions.iter_mut().flatten().find(|order| {
+            let session = &order.session;
+            (session.client_id, session.epoch, session.topic.index()) == (entry.client_id, entry.session_epoch, topic)
+        });
+        let Some(order) = owner else { return };
+        let slot = order.session.slot;
+        if entry.sequence >= order.expected() {
+            order.committed(entry.sequence, now_us);
+        } else if read_commit_at(&self.region, self.area, slot, entry.sequence) != Commit::Unknown {
+            return;
+        }
+        let record = CommitRecord {
+            first_offset: entry.first_offset,
+            position,
+            broker: entry.broker.into(),
+            session_epoch: entry.session_epoch,
+            tag: entry.sequence + 1,
+        };
+        self.group.commits.push(SessionCommit { slot, record, expected: order.expected() });
+    }
+
+    /// Takes again what an earlier leader took from the Batchlogs and may have held for a gap to close. Its memory is gone,
+    /// but a ring keeps its entries until they are overwritten. What did commit is a duplicate now.
+    fn retake_undecided(&mut self, slot: usize, now_us: u64) {
+        let stamp = Stamp { term: self.term, now_us };
+        let Self { region, area, topics, group, .. } = self;
+        let Some(topic) = &mut topics[slot] else { return };
+        let before = topic.index.next();
+        let slots = u64::from(region.geometry().batchlog_slots);
+        for broker in region.geometry().brokers() {
+            let consumed = topic.brokers[broker.index()].consumed.consumed;
+            let taken = consumed.consumed_through;
+            for index in consumed.decided_through.max(taken.saturating_sub(slots))..taken {
+                let Some(entry) = peek_entry(region, topic.config.id, broker, index) else { continue };
+                if entry.session_slot.0 >= region.geometry().max_sessions
+                    || read_commit_at(region, *area, entry.session_slot, entry.sequence) != Commit::Unknown
+                    || topic.make_room().is_err()
+                {
+                    continue;
+                }
+                group.order(region.fabric(), topic, Arrival { entry, broker, index }, stamp);
+            }
+        }
+        if topic.index.next() > before {
+            self.publish(slot, before);
+        }
+    }
+}

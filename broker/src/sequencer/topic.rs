@@ -1,0 +1,107 @@
+//! Order of one topic: its index, the copy in the mirror, and the progress in each broker's Batchlog.
+
+use crate::mirror::Mirror;
+use embarcadero_cxl::batchlog::BatchlogReader;
+use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
+use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, StreamId};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::sequencer_half::ConsumedWriter;
+use embarcadero_cxl::topic_table::TopicConfig;
+use embarcadero_cxl::{Damage, Fabric};
+use embarcadero_wire::{BrokerId, Stream, Term};
+use std::sync::Arc;
+
+/// Progress in one broker's Batchlog of a topic.
+pub(super) struct BrokerOrder<F: Fabric> {
+    pub(super) reader: BatchlogReader<F>,
+    pub(super) consumed: ConsumedWriter<F>,
+    /// Batches were taken since the progress was shown.
+    pub(super) dirty: bool,
+    /// The Batchlog is damaged; what lies behind is not ordered.
+    pub(super) damage: Option<Damage>,
+}
+
+/// Order of one topic.
+pub(super) struct TopicOrder<F: Fabric> {
+    pub(super) config: TopicConfig,
+    pub(super) index: OrderIndexWriter<F>,
+    /// Copy of the index in the mirror, if the region has one.
+    pub(super) mirror: Option<OrderIndexWriter<F>>,
+    /// Progress in each broker's Batchlog, by broker id.
+    pub(super) brokers: Vec<BrokerOrder<F>>,
+    /// Time that the newest entry has, microseconds since 1970. It never goes back.
+    pub(super) last_ordered_us: u64,
+}
+
+impl<F: Fabric> TopicOrder<F> {
+    /// Continues the order of a topic, or begins it.
+    pub(super) fn open(
+        region: &Region<F>,
+        (area, term): (LeaderArea, Term),
+        config: TopicConfig,
+        pool: Arc<dyn SegmentAllocator>,
+    ) -> Result<Self, Damage> {
+        let options = IndexOptions {
+            id: StreamId { topic: config.id, stream: Stream::GLOBAL },
+            incarnation: config.incarnation,
+            writer: area,
+            term,
+        };
+        let index = OrderIndexWriter::open(region.clone(), options, pool)?;
+        let broker = |broker: BrokerId| {
+            let consumed = ConsumedWriter::recover(region.clone(), area, config.id, broker);
+            let from = consumed.consumed.consumed_through;
+            let reader = BatchlogReader::new(region.clone(), config.id, broker, from);
+            BrokerOrder { reader, consumed, dirty: false, damage: None }
+        };
+        let brokers = region.geometry().brokers().map(broker).collect();
+        let last = index.next().checked_sub(1).map_or(Ok(None), |last| index.entry(last))?;
+        Ok(Self { last_ordered_us: last.map_or(0, |last| last.ordered_us), config, index, mirror: None, brokers })
+    }
+
+    /// Opens the copy in the mirror of a topic that is new.
+    pub(super) fn open_mirror(&mut self, mirror: &Mirror<F>) -> Result<(), Damage> {
+        self.mirror = Some(mirror.open(&self.config)?);
+        Ok(())
+    }
+
+    /// Makes sure that one more entry fits, in both regions.
+    #[inline]
+    pub(super) fn make_room(&mut self) -> Result<(), PoolError> {
+        self.index.make_room()?;
+        self.mirror.as_mut().map_or(Ok(()), OrderIndexWriter::make_room)
+    }
+
+    /// Appends an entry, in both regions, and returns the offset of its first message.
+    #[inline]
+    pub(super) fn append(&mut self, entry: IndexEntry) -> u64 {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.append(entry);
+        }
+        self.index.append(entry)
+    }
+
+    /// Publishes what was appended. Both regions have it before an acknowledgement can follow.
+    pub(super) fn publish(&mut self, term: Term) {
+        for index in [Some(&mut self.index), self.mirror.as_mut()].into_iter().flatten() {
+            index.write_back_entries();
+            index.publish_tail(term);
+            // SYNC: the tail is in memory before any commit record; pairs with `read_commit` in the ack stage.
+            index.fence();
+        }
+    }
+
+    /// Shows brokers which Batchlog slots they may reuse. `decided` tells that no batch is held back. A fence must follow.
+    pub(super) fn show_consumed(&mut self, decided: bool) {
+        for state in self.brokers.iter_mut().filter(|state| state.dirty) {
+            state.dirty = false;
+            let next = state.reader.next();
+            state.consumed.consumed.consumed_through = next;
+            if decided {
+                state.consumed.consumed.decided_through = next;
+            }
+            state.consumed.store();
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Spare segments, which a successor needs where its predecessor may go on.
+
+use embarcadero_cxl::Fabric;
+use embarcadero_cxl::leadership::last_active;
+use embarcadero_cxl::order_index::{StreamId, is_open};
+use embarcadero_cxl::region::Region;
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::topic_table::live_topics_at;
+use embarcadero_wire::Stream;
+
+/// Takes a segment for each global order index that the leader before was filling. On failure it takes none.
+pub(crate) fn spare_segments<F: Fabric>(
+    region: &Region<F>,
+    pool: &dyn SegmentAllocator,
+) -> Result<Vec<u32>, PoolError> {
+    let Some((area, _)) = last_active(region) else { return Ok(Vec::new()) };
+    let mut spares = Vec::new();
+    for topic in live_topics_at(region, area) {
+        let id = StreamId { topic: topic.id, stream: Stream::GLOBAL };
+        if !topic.order.is_global() || !is_open(region, id, area) {
+            continue;
+        }
+        match pool.allocate() {
+            Ok(spare) => spares.push(spare),
+            Err(error) => {
+                for spare in spares {
+                    let _ = pool.release(spare);
+                }
+                return Err(error);
+            }
+        }
+    }
+    Ok(spares)
+}

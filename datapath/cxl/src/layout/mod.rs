@@ -1,0 +1,96 @@
+//! Layout of the region: what lies where, and in which form.
+//!
+//! All integers are little-endian, and reserved bytes are zero. Three rules hold for every structure.
+//!
+//! - *One writer.* A line has one writing host at a time. A leader writes to its own area, a broker to its own rows.
+//! - *Words only grow*, or a version tells that they change: a reader never has to guess how old a value is.
+//! - *Data before the word that covers it.* Entries reach memory before a tail, records before a tag, everything before a
+//!   version becomes even.
+//!
+//! `docs/reference/region-layout.md` draws the areas.
+
+mod areas;
+mod codes;
+mod geometry;
+mod hash;
+mod structures;
+
+pub use areas::{Layout, LeaderArea, LeaderAreaLayout};
+pub use codes::{AllocatorKind, RegionRole, ReplicaState, SegmentKind, SessionState, TopicState};
+pub use geometry::Geometry;
+pub use hash::LAYOUT_HASH;
+pub use structures::{
+    BatchEntry, BrokerHalf, BrokerLine, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, ControlLine,
+    ElectionLine, IndexEntry, LeaderTopic, NameLine, OffsetEntry, OwnerLine, PinLine, PulseLine, STRUCTURES,
+    SequencerHalf, SessionLine, SessionProgressLine, SessionRow, Superblock, SuperblockGeometry, SuperblockHead,
+    TailLine, TermLine, Tinode, TopicLine,
+};
+
+/// First eight bytes of a region.
+pub const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
+/// Version of the layout. It changes with every structure, independent of the crate's version.
+pub const LAYOUT_VERSION: u32 = 4;
+/// Most brokers of a region.
+pub const MAX_BROKERS: u32 = 32;
+/// Brokers that can be the leader, unless a region is made for more: those with the lowest ids.
+pub const DEFAULT_LEADERS: u32 = 4;
+/// Most topics of a region.
+pub const MAX_TOPICS: u32 = 32;
+/// Most sessions of a region.
+pub const MAX_SESSIONS: u32 = 4096;
+/// Most segments of a region.
+pub const MAX_SEGMENTS: u32 = 16384;
+/// Batches of one session that may be in flight, and commit records that a session keeps.
+pub const SESSION_WINDOW: u64 = 128;
+/// Bytes of the smallest and of the largest segment.
+pub const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 30;
+/// Most bytes of a topic name.
+pub const TOPIC_NAME_BYTES: usize = 64;
+/// Alignment of areas, bytes: a page.
+pub const AREA_ALIGN: u64 = 4096;
+
+/// Word in an entry's `lap` when it is entry `index` of a ring of `slots` slots.
+#[inline]
+#[must_use]
+pub const fn lap_of(index: u64, slots: u64) -> u64 {
+    index / slots + 1
+}
+
+/// Word in [`IndexEntry::commit`] of the entry at `position`.
+#[inline]
+#[must_use]
+pub const fn commit_word(position: u64) -> u32 {
+    (position + 1) as u32
+}
+
+/// Word of an order index's directory: the segment that holds the entries of `ordinal`.
+#[inline]
+#[must_use]
+pub const fn directory_word(ordinal: u64, segment: u32) -> u64 {
+    (ordinal + 1) << 32 | segment as u64
+}
+
+/// Segment in a directory word, if the word is that of `ordinal`.
+#[inline]
+#[must_use]
+pub const fn directory_segment(word: u64, ordinal: u64) -> Option<u32> {
+    if word >> 32 == ordinal + 1 { Some(word as u32) } else { None }
+}
+
+/// Word in [`PinLine::delivering_from`] for a position; `u64::MAX` pins nothing.
+#[inline]
+#[must_use]
+pub const fn pin_word(position: u64) -> u64 {
+    position.saturating_add(1)
+}
+
+/// Lowest position that a pin's word protects; `u64::MAX` for none.
+#[inline]
+#[must_use]
+pub const fn pinned_position(word: u64) -> u64 {
+    match word {
+        // A line that was never written, or one that pins nothing.
+        0 | u64::MAX => u64::MAX,
+        _ => word - 1,
+    }
+}

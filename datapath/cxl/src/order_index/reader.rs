@@ -1,0 +1,162 @@
+//! Reader of an order index.
+
+use super::{COMMITTED, Extent, StreamId, read_directory};
+use crate::fabric::{Fabric, LINE_BYTES};
+use crate::layout::{IndexEntry, commit_word};
+use crate::leadership::{NoLeader, leader_version};
+use crate::region::Region;
+use crate::row::Damage;
+use crate::site::{Guard, Site};
+
+/// Entries that are dropped from this host's cache at once.
+const INVALIDATED_ENTRIES: u64 = 64;
+
+/// Reason why an entry cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// Retention took the entry.
+    #[error("entry {position} is trimmed")]
+    Trimmed {
+        /// Position of the entry.
+        position: u64,
+    },
+    /// The memory at the entry's place holds something else.
+    #[error("order index entry {position}: {damage}")]
+    Corrupt {
+        /// Position of the entry.
+        position: u64,
+        /// What is there.
+        damage: Damage,
+    },
+    /// There is no leader at the moment.
+    #[error(transparent)]
+    NoLeader(#[from] NoLeader),
+}
+
+/// Segment that a reader found last.
+#[derive(Clone, Copy)]
+struct Found {
+    ordinal: u64,
+    segment: u32,
+    /// Leader under which it was found.
+    version: u64,
+}
+
+/// Reader of an order index. Positions at or above the trim point that a [`super::Pin`] returned are safe to read.
+pub struct OrderIndexReader<F> {
+    region: Region<F>,
+    id: StreamId,
+    committed: u64,
+    /// Entries that were dropped from this host's cache: others may be there from an earlier use of their segment.
+    fresh_from: u64,
+    fresh_to: u64,
+    found: Option<Found>,
+}
+
+impl<F: Fabric> OrderIndexReader<F> {
+    /// Returns a reader that has seen nothing.
+    pub fn new(region: Region<F>, id: StreamId) -> Self {
+        Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, found: None }
+    }
+
+    /// Reads how far the index reaches, which must be at least as far as an extent that was read before.
+    ///
+    /// # Errors
+    /// [`NoLeader`] when the leader changed since.
+    pub fn poll_beyond(&mut self, extent: &Extent) -> Result<u64, NoLeader> {
+        let committed = self.poll();
+        if committed < extent.committed { Err(NoLeader) } else { Ok(committed) }
+    }
+
+    /// Reads one past the last complete entry from memory. It stays as it was while there is no leader.
+    #[inline]
+    pub fn poll(&mut self) -> u64 {
+        let Self { region, id, .. } = self;
+        // SYNC: pairs with `OrderIndexWriter::publish_tail`.
+        let read = |area| region.fabric().observe(id.tail(region, area).add(COMMITTED), Site::TailRead);
+        self.committed = id.observe(region, read).unwrap_or(self.committed);
+        self.committed
+    }
+
+    /// One past the last complete entry, as last seen.
+    #[inline]
+    pub fn committed(&self) -> u64 {
+        self.committed
+    }
+
+    /// Reads an entry.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    ///
+    /// # Panics
+    /// When `position` is not below [`OrderIndexReader::committed`].
+    #[inline]
+    pub fn read(&mut self, position: u64) -> Result<IndexEntry, ReadError> {
+        assert!(position < self.committed, "entry {position} is not committed");
+        let ordinal = position / self.region.layout().entries_per_segment();
+        let segment = match self.found {
+            Some(found) if found.ordinal == ordinal && self.is_current(found) => found.segment,
+            _ => self.find(position, ordinal)?,
+        };
+        let at = self.region.layout().index_entry(segment, position);
+        if !(self.fresh_from..self.fresh_to).contains(&position) {
+            let end = (ordinal + 1) * self.region.layout().entries_per_segment();
+            let end = self.committed.min(end).min(position + INVALIDATED_ENTRIES);
+            self.region.fabric().invalidate(at, (end - position) * LINE_BYTES, Site::IndexEntryRead);
+            (self.fresh_from, self.fresh_to) = (position, end);
+        }
+        let entry: IndexEntry = self.region.fabric().load_line(at).map_err(|damage| ReadError::Corrupt { position, damage })?;
+        if entry.commit != commit_word(position) {
+            return Err(self.corrupt(position, "commit", entry.commit.into()));
+        }
+        Ok(entry)
+    }
+
+    /// Returns the error of an entry that was read and whose `what` is not possible.
+    #[must_use]
+    pub fn corrupt(&self, position: u64, what: &'static str, value: u64) -> ReadError {
+        let segment = self.found.map_or(0, |found| found.segment);
+        let at = self.region.layout().index_entry(segment, position);
+        ReadError::Corrupt { position, damage: Damage { structure: "IndexEntry", at, what, value } }
+    }
+
+    /// Returns true when no other leader was seen since the segment was found.
+    // SYNC: a leader that took over may have put another segment in this one's place. Whoever pinned what it reads, or
+    // polled, saw that leader. Pairs with `OrphanedSegments::poll` of the broker.
+    #[inline]
+    fn is_current(&self, found: Found) -> bool {
+        found.version == leader_version(&self.region) || !self.region.fabric().keeps(Guard::SegmentOfLeader)
+    }
+
+    fn find(&mut self, position: u64, ordinal: u64) -> Result<u32, ReadError> {
+        let Self { region, id, .. } = self;
+        let found = id.observe(region, |area| read_directory(region, *id, area, ordinal))?;
+        let segment = found.map_err(|damage| ReadError::Corrupt { position, damage })?;
+        let segment = segment.ok_or(ReadError::Trimmed { position })?;
+        self.found = Some(Found { ordinal, segment, version: leader_version(&self.region) });
+        self.fresh_to = self.fresh_from;
+        Ok(segment)
+    }
+
+    /// Finds the first position in `low..high` whose entry satisfies `after`; entries must be sorted by it.
+    ///
+    /// # Errors
+    /// [`ReadError`].
+    pub fn partition_point(
+        &mut self,
+        mut low: u64,
+        mut high: u64,
+        after: impl Fn(&IndexEntry) -> bool,
+    ) -> Result<u64, ReadError> {
+        while low < high {
+            let middle = low + (high - low) / 2;
+            if after(&self.read(middle)?) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        Ok(low)
+    }
+}

@@ -1,0 +1,383 @@
+//! Writer of an order index: appending entries and publishing them.
+
+use super::{
+    BASE, BYTES, COMMITTED, INCARNATION, NEXT_OFFSET, StreamId, TERM, TRIMMED, TRIMMED_OFFSET, read_directory,
+};
+use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
+use crate::layout::{IndexEntry, LeaderArea, TailLine, commit_word, directory_word};
+use crate::owner::{SegmentUse, publish_owner, read_owner};
+use crate::region::Region;
+use crate::row::{Damage, Row};
+use crate::segment::{PoolError, SegmentAllocator};
+use crate::site::{Guard, Site};
+use embarcadero_wire::{Incarnation, Term};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// Index that an [`OrderIndexWriter`] continues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexOptions {
+    /// Stream of the index.
+    pub id: StreamId,
+    /// Incarnation of the topic.
+    pub incarnation: Incarnation,
+    /// Broker that writes it. For a global order this is the leader, which has copied its predecessor.
+    pub writer: LeaderArea,
+    /// Term of the leader; [`Term::NONE`] for a broker's own order.
+    pub term: Term,
+}
+
+/// Segment of an index.
+#[derive(Clone, Copy)]
+pub(super) struct IndexSegment {
+    pub(super) ordinal: u64,
+    pub(super) segment: u32,
+    /// This writer's own broker took it from the pool.
+    pub(super) own: bool,
+}
+
+/// Only writer of an order index.
+pub struct OrderIndexWriter<F> {
+    pub(super) region: Region<F>,
+    pub(super) id: StreamId,
+    pub(super) writer: LeaderArea,
+    pub(super) pool: Arc<dyn SegmentAllocator>,
+    pub(super) incarnation: Incarnation,
+    pub(super) tail_at: RegionOffset,
+    pub(super) next: u64,
+    pub(super) published: u64,
+    pub(super) next_offset: u64,
+    bytes: u64,
+    pub(super) kept_bytes: u64,
+    pub(super) trimmed: u64,
+    /// Segments in use, oldest first.
+    pub(super) segments: VecDeque<IndexSegment>,
+}
+
+impl<F: Fabric> OrderIndexWriter<F> {
+    /// Continues at the tail that the region shows, or begins the index of a new incarnation of its topic. Offsets then
+    /// begin at 0; positions go on growing.
+    ///
+    /// # Errors
+    /// [`Damage`] when the directory or the last entry is not what a writer made.
+    pub fn open(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Result<Self, Damage> {
+        let IndexOptions { id, incarnation, writer, term } = options;
+        let tail_at = id.tail(&region, writer);
+        let mut tail: TailLine = region.fabric().observe_words(tail_at, Site::TailRead);
+        let mut segments = VecDeque::new();
+        if tail.incarnation == incarnation.word() {
+            segments = segments_of(&region, id, writer, &tail)?;
+        } else {
+            let base = tail.committed.next_multiple_of(region.layout().entries_per_segment());
+            tail = begin(
+                &region,
+                tail_at,
+                TailLine {
+                    committed: base,
+                    next_offset: 0,
+                    base,
+                    trimmed: base,
+                    trimmed_offset: 0,
+                    term,
+                    bytes: 0,
+                    incarnation: incarnation.word(),
+                },
+            );
+        }
+        let mut writer = Self {
+            region,
+            id,
+            writer,
+            pool,
+            incarnation,
+            tail_at,
+            next: tail.committed,
+            published: tail.committed,
+            next_offset: tail.next_offset,
+            bytes: tail.bytes,
+            kept_bytes: 0,
+            trimmed: tail.trimmed,
+            segments,
+        };
+        writer.take_stock(tail.trimmed_offset)?;
+        Ok(writer)
+    }
+
+    /// Reads all entries that are kept, which another broker may have written. The first of them, or the next entry if there
+    /// is none, has the offset `trimmed_offset`.
+    fn take_stock(&mut self, trimmed_offset: u64) -> Result<(), Damage> {
+        let per_segment = self.region.layout().entries_per_segment();
+        for foreign in self.segments.iter().filter(|segment| !segment.own) {
+            let used = (self.next - foreign.ordinal * per_segment).min(per_segment);
+            let base = self.region.layout().segment(foreign.segment);
+            self.region.fabric().invalidate(base, used * LINE_BYTES, Site::IndexEntryRead);
+        }
+        // An entry that is damaged counts for nothing: retention passes over it.
+        let entries = (self.trimmed..self.next).filter_map(|position| self.read_entry(position).ok());
+        self.kept_bytes = entries.map(|entry| u64::from(entry.bytes)).sum();
+        let last = if self.next > self.trimmed { Some(self.read_entry(self.next - 1)?) } else { None };
+        // The word in the tail may be ahead of the tail: its writer died, or was read, between the two stores.
+        let next_offset = last.map_or(trimmed_offset, |last| last.first_offset + u64::from(last.message_count));
+        if next_offset != self.next_offset {
+            self.next_offset = next_offset;
+            self.store_tail(&[(NEXT_OFFSET, next_offset)]);
+        }
+        Ok(())
+    }
+
+    /// Reads an entry that is kept.
+    fn read_entry(&self, position: u64) -> Result<IndexEntry, Damage> {
+        let tail =
+            Damage { structure: "TailLine", at: self.tail_at, what: "a position without a segment", value: position };
+        let at = self.entry_at(position).ok_or(tail)?;
+        let entry: IndexEntry = self.region.fabric().load_line(at)?;
+        if entry.commit == commit_word(position) {
+            Ok(entry)
+        } else {
+            Err(Damage { structure: "IndexEntry", at, what: "commit", value: entry.commit.into() })
+        }
+    }
+
+    /// Writes words of the tail; they are in memory when this returns.
+    fn store_tail(&self, words: &[(u64, u64)]) {
+        let fabric = self.region.fabric();
+        for (word, value) in words {
+            fabric.store(self.tail_at.add(*word), *value);
+        }
+        fabric.flush(self.tail_at, LINE_BYTES, Site::TailFlush);
+        fabric.fence(Site::TailFlush);
+    }
+
+    /// Replaces the segment that an earlier leader was filling by a copy, as that leader may go on and write into it. The
+    /// copy's segment comes from `spares` first.
+    ///
+    /// # Errors
+    /// [`PoolError`] when there is no segment for the copy.
+    pub fn replace_last(&mut self, spares: &mut Vec<u32>) -> Result<(), PoolError> {
+        let layout = self.region.layout();
+        let used = self.next % layout.entries_per_segment();
+        let Some(IndexSegment { ordinal, segment, .. }) = self.segments.back().copied() else { return Ok(()) };
+        if used == 0 || !self.region.fabric().keeps(Guard::OwnSegment) {
+            return Ok(());
+        }
+        let copied = spares.pop().map_or_else(|| self.pool.allocate(), Ok)?;
+        let (from, to) = (layout.segment(segment), layout.segment(copied));
+        let fabric = self.region.fabric();
+        for at in (0..used).map(|entry| entry * LINE_BYTES) {
+            fabric.store_words(to.add(at), &fabric.load_words(from.add(at)));
+        }
+        fabric.flush(to, used * LINE_BYTES, Site::IndexEntryFlush);
+        fabric.fence(Site::IndexEntryFence);
+        self.segments.pop_back();
+        self.add_segment(ordinal, copied);
+        Ok(())
+    }
+
+    /// Position of the next entry.
+    #[inline]
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Offset of the next message.
+    #[inline]
+    pub fn next_offset(&self) -> u64 {
+        self.next_offset
+    }
+
+    /// Bytes of all batches that were ever indexed in this incarnation.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Offset of the first message that is kept and readable, or of the next message if there is none.
+    pub fn earliest_offset(&self) -> u64 {
+        let first = (self.trimmed..self.next).find_map(|position| self.read_entry(position).ok());
+        first.map_or(self.next_offset, |entry| entry.first_offset)
+    }
+
+    /// First position that is kept.
+    pub fn trimmed(&self) -> u64 {
+        self.trimmed
+    }
+
+    /// Gives the first message of an empty index the offset `offset` instead of 0.
+    ///
+    /// # Panics
+    /// When the index has entries.
+    pub fn begin_at(&mut self, offset: u64) {
+        assert!(self.next == self.trimmed && self.segments.is_empty(), "the index is not empty");
+        self.next_offset = offset;
+        self.store_tail(&[(NEXT_OFFSET, offset), (TRIMMED_OFFSET, offset)]);
+    }
+
+    /// Makes sure that one more entry fits.
+    ///
+    /// # Errors
+    /// [`PoolError`] when another segment is needed and there is none.
+    #[inline]
+    pub fn make_room(&mut self) -> Result<(), PoolError> {
+        let ordinal = self.next / self.region.layout().entries_per_segment();
+        match self.segments.back() {
+            Some(newest) if newest.ordinal == ordinal => Ok(()),
+            _ => self.extend(ordinal),
+        }
+    }
+
+    #[cold]
+    fn extend(&mut self, ordinal: u64) -> Result<(), PoolError> {
+        let segment = self.pool.allocate()?;
+        self.add_segment(ordinal, segment);
+        Ok(())
+    }
+
+    fn add_segment(&mut self, ordinal: u64, segment: u32) {
+        let StreamId { topic, stream } = self.id;
+        let Self { incarnation, writer: LeaderArea(holder), .. } = *self;
+        publish_owner(&self.region, segment, SegmentUse::Index { topic, incarnation, stream, ordinal, holder });
+        let at = self.id.directory_word(&self.region, self.writer, ordinal);
+        let fabric = self.region.fabric();
+        // SYNC: in memory before the tail that lets readers look for it; pairs with `read_directory`.
+        fabric.store(at, directory_word(ordinal, segment));
+        fabric.flush(at, 8, Site::DirectoryFlush);
+        fabric.fence(Site::DirectoryFlush);
+        self.segments.push_back(IndexSegment { ordinal, segment, own: true });
+    }
+
+    /// Writes the next entry with its offset and commit word, and returns the offset of the batch's first message.
+    ///
+    /// # Panics
+    /// When there is no room: call [`OrderIndexWriter::make_room`] first.
+    #[inline]
+    pub fn append(&mut self, mut entry: IndexEntry) -> u64 {
+        let layout = self.region.layout();
+        let (ordinal, segment) = self.segments.back().map_or((u64::MAX, 0), |last| (last.ordinal, last.segment));
+        assert!(ordinal == self.next / layout.entries_per_segment(), "append without room");
+        entry.first_offset = self.next_offset;
+        entry.commit = commit_word(self.next);
+        self.region.fabric().store_line(layout.index_entry(segment, self.next), &entry);
+        self.next += 1;
+        self.next_offset += u64::from(entry.message_count);
+        self.bytes += u64::from(entry.bytes);
+        self.kept_bytes += u64::from(entry.bytes);
+        entry.first_offset
+    }
+
+    /// Flushes and fences the entries since the last publication. They stay invisible until
+    /// [`OrderIndexWriter::publish_tail`].
+    #[inline]
+    pub fn write_back_entries(&mut self) {
+        let per_segment = self.region.layout().entries_per_segment();
+        let mut from = self.published;
+        while from < self.next {
+            let end = self.next.min((from / per_segment + 1) * per_segment);
+            if let Some(at) = self.entry_at(from) {
+                self.region.fabric().flush(at, (end - from) * LINE_BYTES, Site::IndexEntryFlush);
+            }
+            from = end;
+        }
+        // SYNC: entries reach memory before the tail; pairs with `OrderIndexReader::poll`.
+        self.region.fabric().fence(Site::IndexEntryFence);
+    }
+
+    /// Makes the entries visible. The caller fences, with whatever else it flushes, before it acts on that.
+    #[inline]
+    pub fn publish_tail(&mut self, term: Term) {
+        let fabric = self.region.fabric();
+        fabric.store(self.tail_at.add(NEXT_OFFSET), self.next_offset);
+        fabric.store(self.tail_at.add(BYTES), self.bytes);
+        fabric.store(self.tail_at.add(TERM), term.0);
+        fabric.store(self.tail_at.add(COMMITTED), self.next);
+        fabric.flush(self.tail_at, LINE_BYTES, Site::TailFlush);
+        self.published = self.next;
+    }
+
+    /// Waits until the tail is in memory.
+    #[inline]
+    pub fn fence(&self) {
+        self.region.fabric().fence(Site::TailFlush);
+    }
+
+    /// Position in the region of an entry, if its segment is in use.
+    #[inline]
+    fn entry_at(&self, position: u64) -> Option<RegionOffset> {
+        let layout = self.region.layout();
+        let oldest = self.segments.front()?.ordinal;
+        let ordinal = position / layout.entries_per_segment();
+        let holds = self.segments.get(ordinal.checked_sub(oldest)? as usize)?;
+        Some(layout.index_entry(holds.segment, position))
+    }
+
+    /// Returns an entry, as its writer sees it; `None` when it is trimmed or not written yet.
+    ///
+    /// # Errors
+    /// [`Damage`] when something else is at its place.
+    pub fn entry(&self, position: u64) -> Result<Option<IndexEntry>, Damage> {
+        if (self.trimmed..self.next).contains(&position) { self.read_entry(position).map(Some) } else { Ok(None) }
+    }
+
+    /// Returns an entry that is kept, or that was trimmed and not given back before this leader took over; `None` for any
+    /// other.
+    ///
+    /// # Errors
+    /// [`Damage`] when something else is at the place of a kept entry.
+    pub fn entry_or_trimmed(&self, position: u64) -> Result<Option<IndexEntry>, Damage> {
+        if position >= self.trimmed {
+            return self.entry(position);
+        }
+        let layout = self.region.layout();
+        let at_ordinal = position / layout.entries_per_segment();
+        let Some(segment) = read_directory(&self.region, self.id, self.writer, at_ordinal)? else { return Ok(None) };
+        // It may have another use by now.
+        match read_owner(&self.region, segment) {
+            Row::Used(SegmentUse::Index { topic, incarnation, stream, ordinal, .. })
+                if (StreamId { topic, stream }, incarnation, ordinal) == (self.id, self.incarnation, at_ordinal) => {}
+            _ => return Ok(None),
+        }
+        let entry = self.region.fabric().observe_line(layout.index_entry(segment, position), Site::IndexEntryRead);
+        Ok(entry.ok().filter(|entry: &IndexEntry| entry.commit == commit_word(position)))
+    }
+}
+
+/// Finds the segments of an index from its directory.
+fn segments_of<F: Fabric>(
+    region: &Region<F>,
+    id: StreamId,
+    writer: LeaderArea,
+    tail: &TailLine,
+) -> Result<VecDeque<IndexSegment>, Damage> {
+    let per_segment = region.layout().entries_per_segment();
+    let mut segments = VecDeque::new();
+    if tail.committed == tail.base {
+        return Ok(segments);
+    }
+    for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
+        // The oldest are gone from the directory when everything in them is trimmed.
+        let Some(segment) = read_directory(region, id, writer, ordinal)? else { continue };
+        let owner = read_owner(region, segment);
+        let own = matches!(owner, Row::Used(SegmentUse::Index { holder, .. }) if holder == writer.0);
+        segments.push_back(IndexSegment { ordinal, segment, own });
+    }
+    Ok(segments)
+}
+
+/// Writes the tail of a new incarnation.
+fn begin<F: Fabric>(region: &Region<F>, at: RegionOffset, tail: TailLine) -> TailLine {
+    let fabric = region.fabric();
+    // SYNC: the incarnation is stored last; pairs with `read_extent_at`.
+    for (word, value) in [
+        (BASE, tail.base),
+        (TRIMMED, tail.trimmed),
+        (TRIMMED_OFFSET, tail.trimmed_offset),
+        (NEXT_OFFSET, tail.next_offset),
+        (BYTES, tail.bytes),
+        (TERM, tail.term.0),
+        (COMMITTED, tail.committed),
+        (INCARNATION, tail.incarnation),
+    ] {
+        fabric.store(at.add(word), value);
+    }
+    fabric.flush(at, LINE_BYTES, Site::TailFlush);
+    fabric.fence(Site::TailFlush);
+    tail
+}

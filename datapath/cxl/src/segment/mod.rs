@@ -1,0 +1,177 @@
+//! Segment pool, which logs and order indexes share.
+//!
+//! A log is a chain of segments from the pool. Three allocators implement [`SegmentAllocator`]: one atomic bitmap for
+//! coherent fabrics, a bitmap partition per broker for memory without coherence, and the leader by RPC (the broker crate
+//! has the caller's side).
+
+// [[DEVIATION_005]] The paper gives each broker one contiguous log.
+
+mod bitmap;
+mod partition;
+
+pub use bitmap::BitmapAllocator;
+pub use partition::PartitionAllocator;
+
+use crate::fabric::{Fabric, RegionOffset};
+use crate::layout::AllocatorKind;
+use crate::region::Region;
+use crate::site::Site;
+use embarcadero_wire::BrokerId;
+
+const SEGMENTS_PER_WORD: u32 = u64::BITS;
+
+/// Reason why an allocator gave no segment, or took none back.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PoolError {
+    /// All segments that this broker may take are in use.
+    #[error(
+        "segment pool exhausted: all {segments} segments are in use; let retention trim, delete a topic, or create a larger region"
+    )]
+    Exhausted {
+        /// Segments that the allocator hands out.
+        segments: u32,
+    },
+    /// The segment was not allocated, or belongs to another allocator.
+    #[error("segment {segment} is not this allocator's to release")]
+    NotAllocated {
+        /// Number of the segment.
+        segment: u32,
+    },
+    /// The leader did not answer.
+    #[error("the leader allocator did not answer: {0}")]
+    Unreachable(String),
+}
+
+/// Allocator of a region's segments. It is called once per segment, not per batch.
+pub trait SegmentAllocator: Send + Sync {
+    /// Takes a free segment.
+    ///
+    /// # Errors
+    /// [`PoolError::Exhausted`] when there is none, [`PoolError::Unreachable`] when the leader does not answer.
+    fn allocate(&self) -> Result<u32, PoolError>;
+
+    /// Gives a segment back.
+    ///
+    /// # Errors
+    /// [`PoolError::NotAllocated`] when it was not taken from this allocator, [`PoolError::Unreachable`] when the leader
+    /// does not answer.
+    fn release(&self, segment: u32) -> Result<(), PoolError>;
+}
+
+/// Bits of a bitmap word that stand for segments.
+const fn valid_bits(segments: u32, word: u32) -> u64 {
+    let left = segments - word * SEGMENTS_PER_WORD;
+    if left >= SEGMENTS_PER_WORD { u64::MAX } else { (1 << left) - 1 }
+}
+
+/// Counts the segments that are free.
+pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
+    let (geometry, layout) = (region.geometry(), region.layout());
+    let free = |count: u32, word_at: &dyn Fn(u32) -> RegionOffset| -> u32 {
+        let words = 0..count.div_ceil(SEGMENTS_PER_WORD);
+        let zeros = |word| !region.fabric().observe(word_at(word), Site::BitmapRead) & valid_bits(count, word);
+        words.map(|word| zeros(word).count_ones()).sum()
+    };
+    if geometry.allocator != AllocatorKind::Partitioned {
+        return free(geometry.segment_count, &|word| layout.bitmap_word(word));
+    }
+    let size = geometry.partition_segments();
+    let partition = |broker: BrokerId| {
+        let first = (broker.0 * size).min(geometry.segment_count);
+        free(size.min(geometry.segment_count - first), &|word| layout.partition_word(broker, word))
+    };
+    geometry.brokers().map(partition).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::FlushMethod;
+    use crate::layout::{Geometry, Layout, RegionRole};
+    use crate::{Mapping, Native};
+    use std::collections::BTreeSet;
+    use uuid::Uuid;
+
+    fn region(segments: u32, allocator: AllocatorKind) -> Region<Native> {
+        let geometry = Geometry {
+            max_brokers: 4,
+            max_leaders: 1,
+            max_topics: 1,
+            max_sessions: 1,
+            batchlog_slots: 16,
+            segment_bytes: 1 << 20,
+            segment_count: segments,
+            allocator,
+            role: RegionRole::Single,
+        };
+        let bytes = Layout::new(&geometry).region_bytes;
+        let native = Native::new(Mapping::anonymous(bytes).unwrap(), FlushMethod::None).unwrap();
+        Region::format(native, &geometry, Uuid::new_v4(), 0).unwrap()
+    }
+
+    /// What every allocator must do.
+    fn conformance(allocator: &dyn SegmentAllocator, mine: &BTreeSet<u32>) {
+        let mut taken = BTreeSet::new();
+        for _ in mine {
+            assert!(taken.insert(allocator.allocate().unwrap()), "a segment was handed out twice");
+        }
+        assert_eq!(&taken, mine);
+        assert!(matches!(allocator.allocate(), Err(PoolError::Exhausted { .. })));
+        let one = *taken.first().unwrap();
+        allocator.release(one).unwrap();
+        assert_eq!(allocator.release(one), Err(PoolError::NotAllocated { segment: one }));
+        assert_eq!(allocator.allocate(), Ok(one));
+        assert!(allocator.release(u32::MAX).is_err());
+        for segment in taken {
+            allocator.release(segment).unwrap();
+        }
+    }
+
+    #[test]
+    fn all_allocators_conform() {
+        for segments in [1, 63, 64, 65, 130] {
+            let shared = region(segments, AllocatorKind::Bitmap);
+            conformance(&BitmapAllocator::new(shared.clone()), &(0..segments).collect());
+            assert_eq!(free_segments(&shared), segments);
+
+            let leader = region(segments, AllocatorKind::Leader);
+            conformance(&PartitionAllocator::of_leader(leader), &(0..segments).collect());
+
+            let split = region(segments, AllocatorKind::Partitioned);
+            let size = split.geometry().partition_segments();
+            for broker in 0..4 {
+                let mine: BTreeSet<u32> =
+                    (broker * size..(broker + 1) * size).filter(|segment| *segment < segments).collect();
+                if !mine.is_empty() {
+                    conformance(&PartitionAllocator::of_broker(split.clone(), BrokerId(broker)), &mine);
+                }
+            }
+            assert_eq!(free_segments(&split), segments);
+        }
+    }
+
+    #[test]
+    fn a_partition_survives_its_process() {
+        let shared = region(16, AllocatorKind::Partitioned);
+        let first = PartitionAllocator::of_broker(shared.clone(), BrokerId(2));
+        let taken = first.allocate().unwrap();
+        drop(first);
+        let second = PartitionAllocator::of_broker(shared, BrokerId(2));
+        assert_ne!(second.allocate().unwrap(), taken);
+    }
+
+    #[test]
+    fn threads_never_share_a_segment() {
+        let shared = region(256, AllocatorKind::Bitmap);
+        let taken: Vec<u32> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..4)
+                .map(|_| {
+                    let allocator = BitmapAllocator::new(shared.clone());
+                    scope.spawn(move || (0..64).map(|_| allocator.allocate().unwrap()).collect::<Vec<_>>())
+                })
+                .collect();
+            threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(taken.iter().collect::<BTreeSet<_>>().len(), 256);
+    }
+}

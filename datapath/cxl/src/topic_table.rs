@@ -1,0 +1,162 @@
+//! Topic table: the configuration of every topic, in each leader's area.
+
+use crate::fabric::{Fabric, LINE_BYTES};
+use crate::layout::{LeaderArea, NameLine, PinLine, TOPIC_NAME_BYTES, TopicLine, TopicState};
+use crate::leadership::{NoLeader, with_leader};
+use crate::region::Region;
+use crate::row::{Damage, Row};
+use crate::site::Site;
+use bytemuck::Zeroable;
+use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
+use serde::Serialize;
+use std::mem::offset_of;
+
+/// Configuration of a topic.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct TopicConfig {
+    /// Slot.
+    pub id: TopicId,
+    /// Count of the topics that used this slot.
+    pub incarnation: Incarnation,
+    /// State.
+    pub state: TopicState,
+    /// Name, 1 to 64 bytes; empty after a repair that lost it.
+    pub name: String,
+    /// Order.
+    pub order: Order,
+    /// Highest acknowledgement level that a session may ask for.
+    pub ack_level: u8,
+    /// Copies including the one in CXL memory.
+    pub replication_factor: u8,
+    /// Bytes that are kept; 0 keeps everything.
+    pub retention_bytes: u64,
+    /// Milliseconds for which messages are kept; 0 keeps everything.
+    pub retention_ms: u64,
+    /// Time of creation, milliseconds since 1970.
+    pub created_ms: u64,
+}
+
+/// Checks a topic name.
+///
+/// # Errors
+/// A sentence that names the bound.
+pub fn check_topic_name(name: &str) -> Result<(), String> {
+    if name.is_empty() || name.len() > TOPIC_NAME_BYTES {
+        return Err(format!("topic name has {} bytes; it must have 1 to {TOPIC_NAME_BYTES}", name.len()));
+    }
+    if name.chars().any(|character| character.is_control() || character.is_whitespace()) {
+        return Err(format!("topic name {name:?} must not contain spaces or control characters"));
+    }
+    Ok(())
+}
+
+/// Writes a topic's configuration. Only the leader may.
+///
+/// # Panics
+/// When the name is longer than [`TOPIC_NAME_BYTES`]: [`check_topic_name`] refuses it.
+pub fn publish_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, config: &TopicConfig) {
+    let bytes = config.name.as_bytes();
+    let mut name = NameLine::zeroed();
+    name.name[..bytes.len()].copy_from_slice(bytes);
+    let line = TopicLine {
+        incarnation: config.incarnation,
+        state: config.state.code(),
+        order: config.order.code(),
+        ack_level: config.ack_level,
+        replication_factor: config.replication_factor,
+        retention_bytes: config.retention_bytes,
+        retention_ms: config.retention_ms,
+        created_ms: config.created_ms,
+        name_bytes: bytes.len() as u32,
+        ..TopicLine::zeroed()
+    };
+    let (fabric, layout) = (region.fabric(), region.layout());
+    let name_at = layout.topic_name(area, config.id);
+    fabric.publish_versioned_with(layout.topic(area, config.id), &line, Site::TopicFlush, || {
+        fabric.store_line(name_at, &name);
+        fabric.flush(name_at, LINE_BYTES, Site::TopicFlush);
+    });
+}
+
+/// Repairs a topic row that an earlier leader left half written: the topic is deleted. It was being created, and no client
+/// was told, or it was being deleted. Only a successor may, before it activates its term.
+pub fn repair_torn_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId) {
+    let (fabric, at) = (region.fabric(), region.layout().topic(area, topic));
+    // A damaged row stays as it is: no topic gets its slot.
+    let Ok(line) = fabric.observe_line::<TopicLine>(at, Site::TopicRead) else { return };
+    if line.version & 1 == 1 {
+        let live = line.state == TopicState::Live.code();
+        let state = if live { TopicState::Deleting.code() } else { line.state };
+        // The name may be half of one and half of another.
+        fabric.publish_versioned(at, &TopicLine { state, name_bytes: 0, ..line }, Site::TopicFlush);
+    }
+}
+
+/// Reads a topic slot.
+///
+/// # Errors
+/// [`NoLeader`].
+pub fn read_topic<F: Fabric>(region: &Region<F>, topic: TopicId) -> Result<Row<TopicConfig>, NoLeader> {
+    with_leader(region, |area| read_topic_at(region, area, topic))
+}
+
+/// Reads a topic slot of one leader's area. A slot that the region does not have is unused.
+pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId) -> Row<TopicConfig> {
+    if topic.0 >= region.geometry().max_topics {
+        return Row::Unused;
+    }
+    let (fabric, layout) = (region.fabric(), region.layout());
+    let name_at = layout.topic_name(area, topic);
+    let name = |_: &TopicLine| fabric.observe_words::<NameLine>(name_at, Site::TopicRead);
+    let at = layout.topic(area, topic);
+    fabric.observe_versioned(at, Site::TopicRead, name).decode(|(line, name)| {
+        let damage = |what, value| Damage { structure: "TopicLine", at, what, value };
+        let bytes = name.name.get(..line.name_bytes as usize);
+        let bytes = bytes.ok_or_else(|| damage("name_bytes", line.name_bytes.into()))?;
+        let text =
+            std::str::from_utf8(bytes).map_err(|error| damage("byte of the name", error.valid_up_to() as u64))?;
+        Ok(TopicConfig {
+            id: topic,
+            incarnation: line.incarnation,
+            state: TopicState::from_code(line.state).ok_or_else(|| damage("state", line.state.into()))?,
+            name: text.to_owned(),
+            order: Order::from_code(line.order).ok_or_else(|| damage("order", line.order.into()))?,
+            ack_level: line.ack_level,
+            replication_factor: line.replication_factor,
+            retention_bytes: line.retention_bytes,
+            retention_ms: line.retention_ms,
+            created_ms: line.created_ms,
+        })
+    })
+}
+
+/// Reads the topics that are in use.
+///
+/// # Errors
+/// [`NoLeader`].
+pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoLeader> {
+    with_leader(region, |area| live_topics_at(region, area))
+}
+
+/// Reads the topics that are in use from one leader's area.
+pub fn live_topics_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Vec<TopicConfig> {
+    let topics = region.geometry().topics().filter_map(|topic| read_topic_at(region, area, topic).used());
+    topics.filter(|topic| topic.state == TopicState::Live).collect()
+}
+
+const RELEASED: u64 = offset_of!(PinLine, released) as u64;
+
+/// Records that this broker holds nothing of the topic's incarnations up to `incarnation`.
+pub fn publish_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId, incarnation: Incarnation) {
+    let at = region.layout().pin(topic, broker).add(RELEASED);
+    let fabric = region.fabric();
+    fabric.store(at, incarnation.word());
+    fabric.flush(at, 8, Site::PinFlush);
+    fabric.fence(Site::PinFlush);
+}
+
+/// Reads the highest incarnation of a topic of which a broker holds nothing any more.
+pub fn read_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Incarnation {
+    let at = region.layout().pin(topic, broker).add(RELEASED);
+    Incarnation::from_word(region.fabric().observe(at, Site::PinRead))
+}
