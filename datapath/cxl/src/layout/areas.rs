@@ -27,7 +27,8 @@ pub struct Layout {
     pub control: u64,
     /// Broker table: a [`BrokerSlot`] per broker.
     pub brokers: u64,
-    /// Segment bitmap: one run of words (allocators `bitmap` and `leader`), or one run of lines per broker (`partitioned`).
+    /// Segment bitmap: one run of words (allocators `bitmap` and `leader`), or one run of lines per broker
+    /// (`partitioned`).
     pub bitmap: u64,
     /// An [`OwnerLine`] per segment.
     pub owners: u64,

@@ -48,8 +48,8 @@ impl Geometry {
         }
     }
 
-    /// Returns the geometry of this region's mirror, of at most `bytes` bytes. It has the tables of the leaders, and segments
-    /// of 1 MiB for their order indexes, as many for each leader.
+    /// Returns the geometry of this region's mirror, of at most `bytes` bytes. It has the tables of the leaders, and
+    /// segments of 1 MiB for their order indexes, as many for each leader.
     ///
     /// # Errors
     /// [`OutOfBounds`] when not even one segment per leader fits.

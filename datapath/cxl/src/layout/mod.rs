@@ -4,8 +4,8 @@
 //!
 //! - *One writer.* A line has one writing host at a time. A leader writes to its own area, a broker to its own rows.
 //! - *Words only grow*, or a version tells that they change: a reader never has to guess how old a value is.
-//! - *Data before the word that covers it.* Entries reach memory before a tail, records before a tag, everything before a
-//!   version becomes even.
+//! - *Data before the word that covers it.* Entries reach memory before a tail, records before a tag, everything before
+//!   a version becomes even.
 //!
 //! `docs/reference/region-layout.md` draws the areas.
 
