@@ -34,8 +34,8 @@ pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> 
         .fold(0, |mask, broker| mask | 1 << broker.0))
 }
 
-/// Takes back what an earlier process of this broker said of its disk, which may be another one now; a replica that runs
-/// says it anew once it has looked.
+/// Takes back what an earlier process of this broker said of its disk, which may be another one now; a replica that
+/// runs says it anew once it has looked.
 pub fn disclaim<F: Fabric>(region: &Region<F>, broker: BrokerId) {
     publish_replica_state(region, broker, ReplicaState::None);
     for topic in region.geometry().topics() {
@@ -392,8 +392,9 @@ impl<F: Fabric> Task<F> {
         let mut through = positions.start;
         let layout = region.layout();
         let stream = self.stream;
-        // SYNC: after what was read; a leader that took this broker for dead did not wait for its pin, and what is trimmed may be
-        // something else by now. Pairs with `OrderIndexWriter::trim`, which comes before memory is given back.
+        // SYNC: after what was read; a leader that took this broker for dead did not wait for its pin, and what is
+        // trimmed may be something else by now. Pairs with `OrderIndexWriter::trim`, which comes before memory is given
+        // back.
         let was_kept = || {
             std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
             read_extent(region, stream).is_ok_and(|extent| extent.trimmed <= positions.start)

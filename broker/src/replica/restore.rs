@@ -189,10 +189,10 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads and verifies all files. Of each topic, takes what is contiguous: behind a batch that is in no file, nothing
-    /// was acknowledged, unless it had been durable, or gone by retention. Then what was before it is left out; and if it
-    /// had been durable, its offsets are lost. With the `mirror` of the region that was lost, all that the mirror has and no
-    /// file is lost, and nothing else is left out.
+    /// Reads and verifies all files. Of each topic, takes what is contiguous: behind a batch that is in no file,
+    /// nothing was acknowledged, unless it had been durable, or gone by retention. Then what was before it is left out;
+    /// and if it had been durable, its offsets are lost. With the `mirror` of the region that was lost, all that the
+    /// mirror has and no file is lost, and nothing else is left out.
     ///
     /// # Errors
     /// [`RestoreError`].

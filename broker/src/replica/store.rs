@@ -235,8 +235,8 @@ pub struct StreamLog {
 }
 
 impl StreamLog {
-    /// Opens what `medium` holds of a stream: verifies it, and cuts off what a crash left half written. Returns what was
-    /// damaged as well.
+    /// Opens what `medium` holds of a stream: verifies it, and cuts off what a crash left half written. Returns what
+    /// was damaged as well.
     ///
     /// # Errors
     /// The disk's, and [`StoreError::Foreign`].
@@ -307,8 +307,9 @@ impl StreamLog {
         covered.and_then(|covered| covered.overlapping(from..u64::MAX).next()).map_or(u64::MAX, |range| range.start)
     }
 
-    /// Writes a group and makes it durable. After an error it takes no more: what an `fdatasync` that failed left behind
-    /// is not known (fsync(2); Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+    /// Writes a group and makes it durable. After an error it takes no more: what an `fdatasync` that failed left
+    /// behind is not known (fsync(2); Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC
+    /// 2020).
     ///
     /// # Errors
     /// [`StoreError`].
@@ -426,13 +427,14 @@ impl StreamFiles {
         self.groups.write().unwrap_or_else(PoisonError::into_inner).retain(|_, (of, _)| *of != number);
     }
 
-    /// Batches in order of offset, of those that are here all from the one that has the message `from` or a later one, up
-    /// to `max_bytes` of them but at least one.
+    /// Batches in order of offset, of those that are here all from the one that has the message `from` or a later one,
+    /// up to `max_bytes` of them but at least one.
     ///
     /// # Errors
     /// The disk's.
     pub fn read(&self, from: u64, max_bytes: u64) -> Result<Vec<Archived>, StoreError> {
-        // Groups reach into each other where they are of different sources: all that have begun at the offset, and the next.
+        // Groups reach into each other where they are of different sources: all that have begun at the offset, and the
+        // next.
         let (chosen, horizon) = {
             let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
             let mut later = groups.range(from.saturating_add(1)..).map(|(_, place)| *place);

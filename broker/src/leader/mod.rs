@@ -1,0 +1,222 @@
+//! Leadership of a broker: one broker orders, the others watch it and take over when it is gone or silent.
+//!
+//! On one host the kernel tells when the leader's process is gone: its claim on its broker id is free. A leader that is
+//! there but does not move its heartbeat is silent. It may go on at any moment, and then finds that it leads no more.
+//! Nothing that it writes until then counts (`embarcadero_cxl::leadership`).
+
+mod election;
+mod follower;
+
+pub use election::{CoherenceScope, Election};
+
+use crate::control::{CurrentLeader, LeaderControl};
+use crate::dead_broker;
+use crate::membership::Liveness;
+use crate::replica::completion::CompletionStage;
+use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
+use crate::worker::LeaderStages;
+use crossbeam_channel::{Sender, unbounded};
+use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
+use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
+use embarcadero_cxl::leadership::{LeaderInfo, last_active, publish_leader, read_leader_at, still_leads};
+use embarcadero_cxl::region::RegionFile;
+use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
+use embarcadero_cxl::{Native, Region};
+use embarcadero_os::{Clock, SystemClock};
+use embarcadero_wire::{BrokerId, Incarnation, Term};
+use follower::Watch;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::time::MissedTickBehavior;
+
+/// Time between two looks at the leader, or at the other brokers' heartbeats.
+const PERIOD: Duration = Duration::from_millis(20);
+/// Looks at the other brokers between two rounds of reaping dead ones.
+const REAP_EVERY: u32 = 50;
+
+/// Broker that leads, or follows and may take over.
+pub struct Candidate {
+    /// File of the region, whose locks are the claims on broker ids.
+    pub file: RegionFile,
+    /// Row of this broker in the broker table.
+    pub info: BrokerInfo,
+    /// Allocator for the order indexes.
+    pub pool: Arc<dyn SegmentAllocator>,
+    /// Mirror of the region, if it has one.
+    pub mirror: Option<RegionFile>,
+    /// Durations by which the sequencer goes.
+    pub leases: Leases,
+    /// Silence after which another broker counts as dead.
+    pub broker_lease: Duration,
+    /// Silence after which the leader is replaced.
+    pub leader_lease: Duration,
+    /// Brokers whose stores this one sees.
+    pub scope: CoherenceScope,
+    /// Authority that elects the leader.
+    pub election: Election,
+    /// True if this broker may be the leader.
+    pub eligible: bool,
+    /// Channel to the worker that runs the leader's stages.
+    pub stages: Sender<LeaderStages>,
+    /// Part of the control service that works only at the leader.
+    pub control: Arc<CurrentLeader>,
+    /// Token that the leader's stages share. It shows when they have ended.
+    pub in_use: Arc<()>,
+}
+
+/// State of a broker that leads.
+pub struct Leadership {
+    /// Term under which it leads.
+    term: Term,
+    liveness: Liveness,
+    /// Live brokers, and brokers whose pins count, as last published; one bit each.
+    shown: (u64, u64),
+    /// Looks until the next round of reaping.
+    reap_in: u32,
+}
+
+impl Candidate {
+    fn region(&self) -> &Region<Native> {
+        self.file.region()
+    }
+
+    /// Returns true when a broker's process is known to be gone for ever, or never was. `incarnation` is that of the
+    /// process, if known.
+    fn is_gone(&self, broker: BrokerId, incarnation: Option<Incarnation>) -> bool {
+        if broker == self.info.id {
+            // This process holds the id's claim, so only its own stages could still lead.
+            return Arc::strong_count(&self.in_use) == 1;
+        }
+        if self.scope != CoherenceScope::Host {
+            return false;
+        }
+        let claimed = self.file.is_claimed(broker).unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot look whether a broker is gone");
+            true
+        });
+        let replaced = read_broker(self.region(), broker)
+            .used()
+            .is_some_and(|now| incarnation.is_some_and(|incarnation| now.incarnation > incarnation));
+        !claimed || replaced
+    }
+
+    /// Becomes the leader, with everything that is in the region.
+    fn lead(&self, term: Term) -> Option<Leadership> {
+        let region = self.region();
+        let led = last_active(region);
+        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
+        let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
+        // A leader whose statement cannot be read is changing it, or died in the middle of that.
+        let predecessor = match led {
+            None => Predecessor::Gone(Term::NONE),
+            Some((_, led)) if gone.is_some() => Predecessor::Gone(led),
+            Some(_) => Predecessor::MayGoOn,
+        };
+        let gone = gone.map_or(0, |gone| 1 << gone.broker.0);
+        let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id.0;
+        let shown = self.publish(term, live);
+        let (commands, queue) = unbounded();
+        let area = LeaderArea(self.info.id);
+        let mirror = self.mirror.as_ref().map(|file| file.region().clone());
+        let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
+        let takeover = Takeover { memory, area, term, before: predecessor, leases: self.leases, commands: queue };
+        let sequencer = match Sequencer::recover(takeover, SystemClock.now().wall_us) {
+            Ok(sequencer) => sequencer,
+            Err(error) => {
+                tracing::error!(%error, %term, "cannot take over");
+                return None;
+            }
+        };
+        let completion = CompletionStage::new(region.clone(), area);
+        // The channel has room: earlier stages of this broker have ended.
+        let _ = self.stages.try_send(LeaderStages { sequencer, completion, in_use: Arc::clone(&self.in_use) });
+        let topics = tokio::sync::Mutex::new(());
+        *self.control.write().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::new(LeaderControl { commands, topics }));
+        tracing::info!(broker = %self.info.id, %term, "leader");
+        Some(Leadership {
+            term,
+            liveness: Liveness::new(region, self.broker_lease, live, Instant::now()),
+            shown,
+            reap_in: REAP_EVERY,
+        })
+    }
+
+    /// Publishes which brokers are alive, and whose pins count.
+    fn publish(&self, term: Term, live: u64) -> (u64, u64) {
+        let shown = (live, live | self.stopped_brokers(live));
+        let BrokerInfo { id: broker, incarnation, .. } = self.info;
+        let (broker_mask, pinning_mask) = shown;
+        publish_leader(self.region(), &LeaderInfo { term, broker, incarnation, broker_mask, pinning_mask });
+        shown
+    }
+
+    /// Returns the brokers that are silent but not gone, one bit each. They may go on, and deliver what they were about
+    /// to.
+    fn stopped_brokers(&self, live: u64) -> u64 {
+        self.region()
+            .geometry()
+            .brokers()
+            .filter(|id| live & 1 << id.0 == 0 && self.scope == CoherenceScope::Host)
+            .filter_map(|id| read_broker(self.region(), id).used())
+            .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
+            .fold(0, |mask, info| mask | 1 << info.id.0)
+    }
+
+    /// Leads, or follows and takes over, until the broker stops.
+    pub async fn run(self, mut leadership: Option<Leadership>) {
+        let mut ticks = tokio::time::interval(PERIOD);
+        // After a pause of this host, looks do not come in a burst: unmoved looks measure time.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut watch = Watch::default();
+        loop {
+            match &self.election {
+                Election::Region => drop(ticks.tick().await),
+                Election::Etcd(etcd) => tokio::select! {
+                    _ = ticks.tick() => {}
+                    () = etcd.changed() => {}
+                },
+            }
+            match &mut leadership {
+                Some(leading) if still_leads(self.region(), leading.term) => self.look_after(leading),
+                Some(leading) => {
+                    tracing::warn!(term = %leading.term, "another broker took over: this one leads no more");
+                    *self.control.write().unwrap_or_else(PoisonError::into_inner) = None;
+                    leadership = None;
+                    self.election.set_leads(false).await;
+                }
+                None if self.eligible => leadership = self.follow(&mut watch).await,
+                None => {}
+            }
+        }
+    }
+
+    /// Looks at the other brokers, as the leader.
+    fn look_after(&self, leadership: &mut Leadership) {
+        let live = leadership.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
+        let now = (live, live | self.stopped_brokers(live));
+        if now != leadership.shown {
+            tracing::info!(mask = format!("{live:#b}"), "membership changed");
+            leadership.shown = self.publish(leadership.term, live);
+        }
+        leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
+        if leadership.reap_in == 0 && self.scope == CoherenceScope::Host {
+            self.reap(live);
+        }
+    }
+
+    /// Gives back memory of dead brokers. Holds their ids meanwhile, so that none of them starts.
+    fn reap(&self, live: u64) {
+        let region = self.region();
+        let dead = dead_broker::holders(region) & !live;
+        for broker in region.geometry().brokers().filter(|broker| dead & 1 << broker.0 != 0) {
+            // Without a claim, a process with this id stands still or starts now.
+            let Ok(_claim) = self.file.claim_broker(broker) else { continue };
+            let pool: Arc<dyn SegmentAllocator> = match region.geometry().allocator {
+                AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
+                AllocatorKind::Bitmap | AllocatorKind::Leader => Arc::clone(&self.pool),
+            };
+            dead_broker::reap(region, broker, pool, SystemClock.now().wall_us);
+        }
+    }
+}
