@@ -1,7 +1,7 @@
 //! Session as the sequencer keeps it: the next sequence, the batches that wait for a gap to close, and duplicates.
 //!
-//! A gap is never skipped. One that outlives its lease fences the session, and the client resubmits exactly what did not
-//! commit under the next epoch.
+//! A gap is never skipped. One that outlives its lease fences the session, and the client resubmits exactly what did
+//! not commit under the next epoch.
 
 // [[DEVIATION_008]] The paper's sequencer skips a gap that does not close.
 
@@ -33,13 +33,14 @@ pub enum Verdict {
     OutOfWindow,
 }
 
-/// Open session. Its sequences continue where the session before it in the same slot stopped, so a sequence names one batch
-/// for ever.
+/// Open session. Its sequences continue where the session before it in the same slot stopped, so a sequence names one
+/// batch for ever.
 #[derive(Debug)]
 pub struct SessionOrder {
     /// Row of the session table.
     pub session: Session,
     strong: bool,
+    /// Sequence below which every batch is committed.
     expected: u64,
     /// Batches ahead of `expected`, at their sequence modulo the window.
     held: Box<[Option<Arrival>]>,
@@ -67,7 +68,7 @@ impl SessionOrder {
         }
     }
 
-    /// Sequences below this are committed.
+    /// Sequence below which every batch is committed.
     #[inline]
     #[must_use]
     pub fn expected(&self) -> u64 {
@@ -103,8 +104,8 @@ impl SessionOrder {
         (sequence % SESSION_WINDOW) as usize
     }
 
-    /// Judges a batch. [`Verdict::Commit`] is followed by [`SessionOrder::committed`], and by [`SessionOrder::next_held`] until
-    /// it gives none.
+    /// Judges a batch. [`Verdict::Commit`] is followed by [`SessionOrder::committed`], and by
+    /// [`SessionOrder::next_held`] until it gives none.
     #[inline]
     pub fn judge(&mut self, arrival: &Arrival, now_us: u64) -> Verdict {
         self.active_us = now_us;
