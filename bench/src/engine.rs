@@ -24,7 +24,7 @@ impl Memory for Nowhere {
         Ok(())
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }

@@ -22,9 +22,9 @@ impl Memory for Window {
         Ok(())
     }
 
-    fn read(&self, queue_pair: u32, rkey: u32, address: u64, bytes: u32, into: &mut Vec<u8>) -> Result<(), NoAccess> {
-        self.check(queue_pair, Reth { address, rkey, bytes }, Access::Read)?;
-        into.extend_from_slice(&self.0[address as usize..][..bytes as usize]);
+    fn read(&self, queue_pair: u32, remote: Reth, into: &mut Vec<u8>) -> Result<(), NoAccess> {
+        self.check(queue_pair, remote, Access::Read)?;
+        into.extend_from_slice(&self.0[remote.address as usize..][..remote.bytes as usize]);
         Ok(())
     }
 }
@@ -83,7 +83,7 @@ mod packet {
 
     /// A packet of the peer, as bytes say.
     pub fn of<'a>(bytes: &[u8; 24], payload: &'a [u8]) -> Option<Packet<'a>> {
-        let opcode = Opcode::of(bytes[0])?;
+        let opcode = Opcode::from_code(bytes[0])?;
         let syndromes =
             [Syndrome::Done(31), Syndrome::NotReady(1), Syndrome::Sequence, Syndrome::Access, Syndrome::InvalidRequest];
         let word = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
