@@ -1,7 +1,7 @@
 //! The client library of Embarcadero: publish to a topic, and read it in its order.
 //!
-//! A [`Client`] knows one cluster. It makes topics, [`Publisher`]s and [`Subscriber`]s. None of them is asynchronous: calls move
-//! bytes themselves, and say how long they may wait.
+//! A [`Client`] knows one cluster. It creates topics, [`Publisher`]s and [`Subscriber`]s. No call is asynchronous: calls
+//! move bytes themselves, and those that wait have a time-out.
 //!
 //! # Publish
 //!
