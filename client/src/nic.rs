@@ -9,7 +9,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket}
 use std::sync::Arc;
 
 /// Bytes of a batch that is sent out of the core's own cache, where it was filled, while the next one is: larger ones spare a
-/// NIC in software nothing, as it takes its time for each packet (docs/performance.md).
+/// NIC in software nothing, as it takes its time for each packet
+/// (`docs/performance/lab-notes/2026-11-26-software-nics.md`).
 const CACHED_BATCH: usize = 128 << 10;
 
 /// Upper bound of batches under load, bytes; `None` where the transport sets none.

@@ -36,17 +36,20 @@ enum Task {
     Long,
     /// The rules of docs/style.md that a program can check.
     Style,
+    /// Writes what is generated: pages of docs/reference, and the schemas of the configuration.
+    Docs,
 }
 
 fn run(task: &Task) -> Result<()> {
     let budget = match task {
-        Task::Check | Task::Style | Task::Test => Budget::SMALL,
+        Task::Check | Task::Style | Task::Docs | Task::Test => Budget::SMALL,
         Task::All { .. } => Budget::FULL,
         Task::Long => Budget::LONG,
     };
     let mut stages = Stages::new(budget)?;
     match task {
         Task::Style => stages.run("style", steps::style)?,
+        Task::Docs => stages.run("generated documents", steps::write_docs)?,
         Task::Check => steps::check(&mut stages)?,
         Task::Test => {
             steps::check(&mut stages)?;

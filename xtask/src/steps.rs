@@ -33,6 +33,13 @@ pub fn style(stages: &Stages) -> Result<Outcome> {
     ran(check_style(stages.root()))
 }
 
+/// Writes the generated documents: tests that check them write them first where a variable says so.
+pub fn write_docs(stages: &Stages) -> Result<Outcome> {
+    let mut tests = stages.cargo_workspace("test");
+    tests.args(["--quiet", "--lib", "--bins", "--test", "it", "--", "is_fresh", "the_schema_is_that_of_the_types"]);
+    ran(execute(tests.env("EMBARCADERO_WRITE_DOCS", "1").env("EMBARCADERO_WRITE_SCHEMA", "1")))
+}
+
 /// The stages of `cargo xtask check`.
 pub fn check(stages: &mut Stages) -> Result<()> {
     stages.run("rustfmt", |_| ran(execute(Command::new("cargo").args(["fmt", "--all", "--check"]))))?;

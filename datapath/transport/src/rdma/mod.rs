@@ -4,7 +4,7 @@
 //! connection: errors with their text, and the peer's death, which it shows at once. The queue pair carries all the rest. A
 //! publisher WRITEs batches back to back into landing windows that the broker grants it, from the first on ahead of need,
 //! each with immediate data that names the window; the broker answers with inline SENDs of frames. A subscriber has
-//! deliveries WRITTEN into its ring and gives room back with WRITEs of no bytes. `docs/protocol.md` has the details.
+//! deliveries WRITTEN into its ring and gives room back with WRITEs of no bytes. `docs/reference/protocol.md` has the details.
 
 mod chain;
 mod client;
