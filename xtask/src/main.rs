@@ -1,4 +1,4 @@
-//! `cargo xtask`: what is run to check, test and document the project, cheap things first.
+//! `cargo xtask`: checks, tests and documents the project.
 #![forbid(unsafe_code)]
 
 mod budget;
@@ -32,11 +32,11 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
-    /// Hours: chaos, 100,000 seeds, fuzzing.
+    /// Hours: chaos, 100,000 schedules and seeds, fuzzing.
     Long,
-    /// The rules of docs/style.md that a program can check.
+    /// Check the rules of docs/style.md.
     Style,
-    /// Writes what is generated: pages of docs/reference, and the schemas of the configuration.
+    /// Write the generated documents: pages of docs/reference, and the schemas of the configuration.
     Docs,
 }
 
