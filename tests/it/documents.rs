@@ -268,18 +268,18 @@ fn type_of(property: &Value, definitions: &Value) -> String {
     }
 }
 
-/// Adds a row for each setting of an object of the schema.
-fn add_settings(schema: &Value, definitions: &Value, prefix: &str, page: &mut String) {
+/// Adds a row for each setting of an object of the schema. `defaults` is the object's own default.
+fn add_settings(schema: &Value, defaults: &Value, definitions: &Value, prefix: &str, page: &mut String) {
     for (name, property) in schema["properties"].as_object().unwrap() {
         let reference = property["$ref"].as_str().and_then(|name| name.strip_prefix("#/$defs/"));
         let target = reference.map_or(property, |name| &definitions[name]);
         if target["type"] == "object" {
-            add_settings(target, definitions, &format!("{prefix}{name}."), page);
+            add_settings(target, &property["default"], definitions, &format!("{prefix}{name}."), page);
             continue;
         }
-        let default = match &property["default"] {
-            Value::Null => "unset".to_owned(),
-            default => format!("`{default}`"),
+        let default = match (&property["default"], &defaults[name]) {
+            (Value::Null, Value::Null) => "unset".to_owned(),
+            (Value::Null, default) | (default, _) => format!("`{default}`"),
         };
         let description =
             property["description"].as_str().unwrap_or_else(|| panic!("{prefix}{name} has no description"));
@@ -302,7 +302,7 @@ fn the_configuration_page_is_fresh() {
     ];
     for (name, schema) in schemas {
         write!(page, "\n## {name}\n\n| key | type | default | meaning |\n|---|---|---|---|\n").unwrap();
-        add_settings(&schema, &schema["$defs"], "", &mut page);
+        add_settings(&schema, &Value::Null, &schema["$defs"], "", &mut page);
     }
     check_generated("docs/reference/configuration.md", &page);
 }
