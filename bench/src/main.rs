@@ -97,3 +97,25 @@ fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Broker(args) => broker::run(args),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use clap_markdown::MarkdownOptions;
+
+    /// `docs/reference/bench.md` has every bench and flag: `EMBARCADERO_WRITE_DOCS=1` writes it.
+    #[test]
+    fn the_page_of_benches_is_fresh() {
+        let options = MarkdownOptions::new().title("Benches".to_owned()).show_footer(false);
+        let page = clap_markdown::help_markdown_command_custom(&Cli::command(), &options);
+        let lines: Vec<&str> = page.lines().map(str::trim_end).collect();
+        let page = lines.join("\n").trim_end().to_owned() + "\n";
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/bench.md");
+        if std::env::var_os("EMBARCADERO_WRITE_DOCS").is_some() {
+            std::fs::write(path, &page).unwrap();
+        }
+        let found = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(found == page, "{path} is not up to date: `cargo xtask docs` writes it");
+    }
+}

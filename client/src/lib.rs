@@ -69,6 +69,16 @@ mod publisher;
 mod subscriber;
 mod views;
 
+/// Compiles the programs of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
+
+/// Compiles the programs of the first pages.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/start/first-program.md")]
+struct FirstProgram;
+
 pub use batching::{BatchSizer, BufferState, SealStats};
 pub use client::Client;
 pub use config::{ClientConfig, RdmaConfig};

@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket}
 use std::sync::Arc;
 
 /// Largest batch that is still in the core's own cache when it is sent, bytes. Larger batches save a NIC in software
-/// nothing, as its costs are per packet (docs/performance.md).
+/// nothing, as its costs are per packet (`docs/performance/lab-notes/2026-11-26-software-nics.md`).
 const CACHED_BATCH: usize = 128 << 10;
 
 /// Upper bound of batch sizes under load, bytes; `None` where the transport sets none.

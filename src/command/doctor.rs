@@ -23,7 +23,7 @@ pub struct DoctorArgs {
     region: Option<PathBuf>,
 }
 
-/// `doctor --json`, as docs/hardware.md describes it.
+/// `doctor --json`, as docs/operating/hardware.md describes it.
 #[derive(Serialize)]
 struct Report {
     findings: Vec<Finding>,

@@ -1,11 +1,11 @@
-//! How much of what has no end is done: schedules, seeds, rounds. Tests read these variables and have small defaults.
+//! Budgets of tests that could go on for ever: schedules, seeds, rounds. The tests read them from variables.
 
-/// One size of all budgets.
+/// Budgets of one run.
 #[derive(Clone, Copy)]
 pub struct Budget {
     /// Schedules of `sim/tests/fabric_schedules.rs`.
     pub schedules: u32,
-    /// Schedules, or seeds, in which something that was left out must be noticed.
+    /// Schedules, or seeds, within which a missing flush or guard must be noticed; 0 skips these tests.
     pub mutation: u32,
     /// Seeds of `sim/tests/rack`.
     pub rack_seeds: u32,
@@ -16,15 +16,15 @@ pub struct Budget {
 }
 
 impl Budget {
-    /// For the loop of a few minutes.
+    /// Budgets for a run of a few minutes.
     pub const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
-    /// For everything, once.
+    /// Budgets for a run of everything.
     pub const FULL: Self = Self { schedules: 5000, mutation: 10_000, rack_seeds: 1000, chaos_rounds: 8, fuzz_s: 10 };
-    /// For hours.
+    /// Budgets for a run of hours.
     pub const LONG: Self =
         Self { schedules: 100_000, mutation: 10_000, rack_seeds: 100_000, chaos_rounds: 200, fuzz_s: 514 };
 
-    /// The variables that tests read.
+    /// Returns the variables that tests read, with their values.
     pub fn variables(&self) -> [(&'static str, String); 5] {
         [
             ("EMBARCADERO_SIM_SCHEDULES", self.schedules.to_string()),

@@ -1,4 +1,4 @@
-//! `cargo xtask`: what is run to check, test and document the project, cheap things first.
+//! `cargo xtask`: checks, tests and documents the project.
 #![forbid(unsafe_code)]
 
 mod budget;
@@ -32,21 +32,24 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
-    /// Hours: chaos, 100,000 seeds, fuzzing.
+    /// Hours: chaos, 100,000 schedules and seeds, fuzzing.
     Long,
-    /// The rules of docs/style.md that a program can check.
+    /// Check the rules of docs/style.md.
     Style,
+    /// Write the generated documents: pages of docs/reference, and the schemas of the configuration.
+    Docs,
 }
 
 fn run(task: &Task) -> Result<()> {
     let budget = match task {
-        Task::Check | Task::Style | Task::Test => Budget::SMALL,
+        Task::Check | Task::Style | Task::Docs | Task::Test => Budget::SMALL,
         Task::All { .. } => Budget::FULL,
         Task::Long => Budget::LONG,
     };
     let mut stages = Stages::new(budget)?;
     match task {
         Task::Style => stages.run("style", steps::style)?,
+        Task::Docs => stages.run("generated documents", steps::write_docs)?,
         Task::Check => steps::check(&mut stages)?,
         Task::Test => {
             steps::check(&mut stages)?;

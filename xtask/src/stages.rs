@@ -1,4 +1,4 @@
-//! Stages: named, timed, and told apart from those that were skipped.
+//! Stages of a run: each has a name and a time, and a skipped one its reason.
 
 use crate::budget::Budget;
 use anyhow::{Context, Result, bail};
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How a stage ended that did not fail.
+/// End of a stage that did not fail.
 pub enum Outcome {
-    /// It ran.
+    /// The stage ran.
     Ran,
-    /// It could not run here, and why.
+    /// The stage could not run on this machine, for this reason.
     Skipped(String),
 }
 
-/// The stages of one run.
+/// Stages of one run, with the budgets and cargo features that they share.
 pub struct Stages {
     pub budget: Budget,
     root: PathBuf,
@@ -24,7 +24,10 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// No stage yet. Stages run in the root of the checkout.
+    /// Returns a run without stages yet, and enters the root of the checkout.
+    ///
+    /// # Errors
+    /// The root cannot be entered.
     pub fn new(budget: Budget) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent")?.to_owned();
         std::env::set_current_dir(&root).with_context(|| format!("cannot enter {}", root.display()))?;
@@ -33,12 +36,15 @@ impl Stages {
         Ok(Self { budget, root, features: if dpdk { vec!["dpdk"] } else { Vec::new() }, done: Vec::new() })
     }
 
-    /// The root of the checkout.
+    /// Root of the checkout.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Runs a stage. An error ends the run, after the times so far.
+    /// Runs a stage.
+    ///
+    /// # Errors
+    /// The stage failed. The times so far are printed before.
     pub fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
         eprintln!("== {name}");
         let begun = Instant::now();
@@ -57,13 +63,13 @@ impl Stages {
         }
     }
 
-    /// Takes note of a stage that is left out.
+    /// Records a stage that is left out, and the reason.
     pub fn skip(&mut self, name: &str, why: &str) {
         eprintln!("== SKIPPED: {name}: {why}");
         self.done.push((name.to_owned(), Duration::ZERO, Outcome::Skipped(why.to_owned())));
     }
 
-    /// Prints how long each stage took, and what was skipped.
+    /// Prints the time of each stage, and the skipped ones.
     pub fn summary(&self) {
         eprintln!("== times");
         for (name, time, outcome) in &self.done {
@@ -76,7 +82,7 @@ impl Stages {
         eprintln!("{:7.1} s  in all", total.as_secs_f64());
     }
 
-    /// A cargo command with the lock file, the release profile and the run's features.
+    /// Returns a cargo command with the lock file, the release profile and the run's features.
     pub fn cargo(&self, command: &str) -> Command {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.arg(command).args(["--locked", "--release"]);
@@ -86,20 +92,23 @@ impl Stages {
         cargo
     }
 
-    /// A cargo command over the whole workspace.
+    /// Returns a cargo command over the whole workspace.
     pub fn cargo_workspace(&self, command: &str) -> Command {
         let mut cargo = self.cargo(command);
         cargo.arg("--workspace");
         cargo
     }
 
-    /// True when this build has DPDK.
+    /// Returns true when the builds of this run have DPDK.
     pub fn has_dpdk(&self) -> bool {
         self.features.contains(&"dpdk")
     }
 }
 
 /// Runs a command to its end.
+///
+/// # Errors
+/// The command cannot be run, or fails.
 pub fn execute(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot run {}", program(command)))?;
     if !status.success() {
@@ -108,7 +117,10 @@ pub fn execute(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end; its standard output.
+/// Runs a command to its end, and returns its standard output.
+///
+/// # Errors
+/// The command cannot be run, or fails.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("cannot run {}", program(command)))?;
@@ -118,7 +130,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs a command silently; true when it is there and succeeds.
+/// Runs a command without output. Returns true when the program exists and succeeds.
 pub fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

@@ -7,7 +7,7 @@
 //! broker answers with inline SENDs of frames, and grants each window after the first before the publisher needs it.
 //!
 //! The broker WRITEs deliveries into a subscriber's ring. The subscriber gives room back with WRITEs of no bytes.
-//! `docs/protocol.md` has the details.
+//! `docs/reference/protocol.md` has the details.
 
 mod chain;
 mod client;
