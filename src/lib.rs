@@ -1,5 +1,5 @@
-//! What the `embarcadero` command is made of: its configuration ([`settings`]), local clusters ([`cluster`]), and the
-//! commands ([`command`]).
+//! Library of the `embarcadero` command: configuration ([`settings`]), local clusters ([`cluster`]) and the commands
+//! ([`command`]).
 #![forbid(unsafe_code)]
 
 pub mod cluster;

@@ -1,4 +1,4 @@
-//! Any bytes in the place of a superblock are a region or are refused, and tables full of garbage read without panic.
+//! Fuzzes the tables of a region: any bytes are refused as a superblock, or its tables are read without a panic.
 #![no_main]
 
 use embarcadero_broker::mirror;

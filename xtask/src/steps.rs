@@ -1,13 +1,13 @@
-//! The stages, cheap and likely to fail first.
+//! Stages of each task: cheap ones, and those most likely to fail, first.
 
 use crate::stages::{Outcome, Stages, execute, output, succeeds};
 use crate::style::check_style;
 use anyhow::{Context, Result, bail};
 use std::process::Command;
 
-/// Programs that the lab runs in its guests.
+/// Test programs that the lab runs in its guests.
 const LAB_TESTS: [&str; 4] = ["verbs", "transport", "it", "roce"];
-/// Fuzz targets; `fuzz/Cargo.toml` has the same.
+/// Fuzz targets; `fuzz/Cargo.toml` lists the same ones.
 const FUZZ_TARGETS: [&str; 7] = ["frame", "batch_view", "region", "config", "replica", "roce", "ethernet"];
 
 fn sh(command: &str) -> Command {
@@ -16,7 +16,7 @@ fn sh(command: &str) -> Command {
     sh
 }
 
-/// Skips a stage whose program is missing.
+/// Runs a stage if the program that it needs is installed, else skips it.
 fn needs(program: &str, run: impl FnOnce() -> Result<()>) -> Result<Outcome> {
     if !succeeds("sh", ["-c", &format!("command -v {program}")]) {
         return Ok(Outcome::Skipped(format!("{program} is not installed (hw-setup/deps apply --purpose test)")));
@@ -28,12 +28,12 @@ fn ran(result: Result<()>) -> Result<Outcome> {
     result.map(|()| Outcome::Ran)
 }
 
-/// The rules of docs/style.md.
+/// Checks the rules of docs/style.md.
 pub fn style(stages: &Stages) -> Result<Outcome> {
     ran(check_style(stages.root()))
 }
 
-/// The stages of `cargo xtask check`.
+/// Runs the stages of `cargo xtask check`.
 pub fn check(stages: &mut Stages) -> Result<()> {
     stages.run("rustfmt", |_| ran(execute(Command::new("cargo").args(["fmt", "--all", "--check"]))))?;
     stages.run("style", style)?;
@@ -56,10 +56,10 @@ pub fn check(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// The tests that follow in `cargo xtask test`.
+/// Runs the stages that `cargo xtask test` has beyond check.
 pub fn test(stages: &mut Stages) -> Result<()> {
     stages.run("examples in documents", |stages| {
-        // Tests of a library's documentation are linked one by one: only those that users read.
+        // Each test in documentation is linked by itself, which is slow: only the client's, which users read.
         ran(execute(stages.cargo("test").args(["--quiet", "--doc", "-p", "embarcadero-client"])))
     })?;
     stages.run("transports and protocols", |stages| {
@@ -82,7 +82,7 @@ pub fn test(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// The other stages of `cargo xtask all`, but for the lab.
+/// Runs the stages that `cargo xtask all` has beyond test, without the lab.
 pub fn everything_else(stages: &mut Stages) -> Result<()> {
     stages.run("the set-up scripts", |_| {
         needs("bats", || execute(Command::new("bats").args(["--print-output-on-failure", "tests/hw-setup/flags.bats"])))
@@ -121,7 +121,7 @@ pub fn everything_else(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// The crate that binds rdma-core builds without it, and says what is missing.
+/// Checks that the crate that binds rdma-core builds without rdma-core or libclang, and names what is missing.
 fn bare_host(_: &Stages) -> Result<Outcome> {
     let masks = [("PKG_CONFIG_LIBDIR", "libibverbs"), ("LIBCLANG_PATH", "libclang")];
     for (variable, missing) in masks {
@@ -148,7 +148,7 @@ fn bare_host(_: &Stages) -> Result<Outcome> {
     Ok(Outcome::Ran)
 }
 
-/// The search path without the directories that hold a program.
+/// Search path without the directories that contain a program.
 fn path_without(program: &str) -> Result<std::ffi::OsString> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let kept = std::env::split_paths(&path).filter(|directory| !directory.join(program).exists());
@@ -168,7 +168,7 @@ fn fuzz(stages: &Stages) -> Result<Outcome> {
     Ok(Outcome::Ran)
 }
 
-/// The path of the program of each of [`LAB_TESTS`].
+/// Paths of the programs of [`LAB_TESTS`], in that order. Builds them.
 fn lab_programs(stages: &Stages) -> Result<Vec<String>> {
     let mut build = stages.cargo_workspace("test");
     build.args(LAB_TESTS.iter().flat_map(|test| ["--test", test])).args(["--no-run", "--message-format=short"]);
@@ -189,7 +189,7 @@ fn lab_programs(stages: &Stages) -> Result<Vec<String>> {
         .collect()
 }
 
-/// The tests that need real soft-RoCE, device-dax or two hosts, in QEMU guests: two boots.
+/// Runs the tests that need real soft-RoCE, device-dax or two hosts. They run in QEMU guests, with two boots in all.
 pub fn lab(stages: &mut Stages) -> Result<()> {
     if !succeeds("sh", ["-c", "command -v apt-get && [ $(id -u) = 0 ]"]) {
         stages.skip("the lab", "needs root, and apt for its kernel");
@@ -218,7 +218,7 @@ pub fn lab(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// The stages of `cargo xtask long`.
+/// Runs the stages of `cargo xtask long`.
 pub fn long(stages: &mut Stages) -> Result<()> {
     stages.run("chaos", |stages| {
         let mut tests = stages.cargo_workspace("test");

@@ -64,7 +64,7 @@ fn comments(file: &Path, text: &str) -> Vec<Comment> {
     found
 }
 
-/// What is wrong with a comment.
+/// Faults of a comment, one sentence each.
 fn faults_of(comment: &Comment) -> Vec<String> {
     let mut faults = Vec::new();
     let prose = prose(&comment.text);
