@@ -82,20 +82,18 @@ impl Stages {
         eprintln!("{:7.1} s  in all", total.as_secs_f64());
     }
 
-    /// A cargo command with the lock file, the release profile and the run's features.
-    pub fn cargo(&self, command: &str) -> Command {
+    /// Cargo command over the whole workspace, with the lock file, the release profile and the run's features. A command for a
+    /// single package would build with other features, and so all again.
+    pub fn cargo_workspace(&self, command: &str) -> Command {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.arg(command).args(["--locked", "--release"]);
+        cargo.arg(command).args(["--locked", "--workspace"]);
+        // `cargo bench` has no such option; its profile is the release profile.
+        if command != "bench" {
+            cargo.arg("--release");
+        }
         if !self.features.is_empty() {
             cargo.arg("--features").arg(self.features.join(","));
         }
-        cargo
-    }
-
-    /// A cargo command over the whole workspace.
-    pub fn cargo_workspace(&self, command: &str) -> Command {
-        let mut cargo = self.cargo(command);
-        cargo.arg("--workspace");
         cargo
     }
 
