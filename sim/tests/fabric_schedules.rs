@@ -87,8 +87,8 @@ const TOPIC: TopicId = TopicId(0);
 const FIRST: Incarnation = Incarnation(1);
 const GLOBAL: StreamId = StreamId { topic: TOPIC, stream: Stream::GLOBAL };
 
-/// Returns the region's geometry. A Batchlog of 16 slots wraps many times. When another leader takes over, it must not: the
-/// batches that the first leader held would be lost with their slots, until their clients sent them again.
+/// Returns the region's geometry. A Batchlog of 16 slots wraps many times. When another leader takes over, it must not
+/// wrap. Batches that the first leader held would be lost with their slots, until their clients sent them again.
 fn geometry(superseded: bool) -> Geometry {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
     Geometry {

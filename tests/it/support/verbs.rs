@@ -1,4 +1,4 @@
-//! What tests of RDMA, on devices of the host and on NICs in software, have in common.
+//! Support of tests of RDMA, on devices of the host and on NICs in software.
 
 use super::{Cluster, PATIENCE, assert_exactly_once, history, message, parse};
 use embarcadero_client::{Client, ClientConfig, Order, Start, TopicOptions, TransportKind};
@@ -7,14 +7,14 @@ use std::thread::JoinHandle;
 
 pub const REGION: &[&str] = &["--size", "192MiB", "--segment-size", "4MiB"];
 
-/// Runs shell commands.
+/// Runs shell commands. Returns what they print.
 pub fn shell(commands: &str) -> String {
     let said = Command::new("sh").args(["-ec", commands]).output().unwrap();
     assert!(said.status.success(), "{commands}: {}", String::from_utf8_lossy(&said.stderr));
     String::from_utf8(said.stdout).unwrap()
 }
 
-/// A client with batches that are small enough for a test to have many.
+/// Connects a client whose batches are so small that a test has many.
 pub fn over(transport: TransportKind, cluster: &Cluster) -> Client {
     Client::connect(ClientConfig { transport, ..small(cluster) }).unwrap()
 }
@@ -39,7 +39,8 @@ pub fn publish(client: Client, topic: &'static str, number: u32, count: u64) -> 
     })
 }
 
-/// Two publishers, a subscriber that follows, and one that comes afterwards, over `transport`; a third publisher over TCP.
+/// Checks order and integrity over `transport` with two publishers, a subscriber that follows, and one that comes
+/// afterwards. A third publisher uses TCP.
 pub fn order_and_integrity(transport: TransportKind, cluster: &Cluster, count: u64) {
     let client = over(transport, cluster);
     client.create_topic("t", strong()).unwrap();

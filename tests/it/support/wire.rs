@@ -1,4 +1,4 @@
-//! Two hosts, each a network namespace, and the wire between them, which loses, repeats, reorders and damages packets of
+//! Two hosts, each a network namespace, and the wire between them. The wire loses, repeats, reorders and damages packets of
 //! RoCEv2 as it is told.
 
 use super::verbs::shell;
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Of a thousand packets, how many the wire treats so.
+/// Number of packets in a thousand that the wire harms, by kind of harm.
 #[derive(Clone, Copy, Default)]
 pub struct Faults {
     pub lost: u32,
@@ -30,18 +30,18 @@ pub const FAR: &str = "10.77.0.2";
 pub struct Wire {
     name: String,
     stop: Arc<AtomicBool>,
-    /// Packets that were treated as [`Faults`] say.
+    /// Number of packets that were harmed.
     pub harmed: Arc<AtomicU64>,
     relays: Vec<JoinHandle<()>>,
 }
 
 impl Wire {
-    /// With room for the largest packets of RoCEv2. The seed is printed if a test fails.
+    /// Makes a wire for the largest packets of RoCEv2. Its seed is printed if the test fails.
     pub fn new(faults: Faults) -> Self {
         Self::with_mtu(faults, "9000")
     }
 
-    /// As [`Wire::new`], for frames that carry `mtu` bytes.
+    /// Makes a wire as [`Wire::new`] does, for frames that carry `mtu` bytes.
     pub fn with_mtu(faults: Faults, mtu: &str) -> Self {
         let seed: u64 = rand::random();
         println!("wire: seed {seed}");
@@ -74,12 +74,12 @@ impl Wire {
         format!("{}-{side}", self.name)
     }
 
-    /// What makes a program run on a host.
+    /// Returns the command that makes a program run on a host.
     pub fn command(&self, side: &str) -> Vec<String> {
         ["ip", "netns", "exec", &self.namespace(side)].map(str::to_owned).to_vec()
     }
 
-    /// Does something on a host, in a thread, as are those that it starts.
+    /// Runs `act` on a host, in a thread of its own. Threads that it starts are on that host too.
     pub fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -106,19 +106,19 @@ impl Drop for Wire {
     }
 }
 
-/// Moves the calling thread, and those that it starts, to a namespace.
+/// Moves the calling thread, and those that it starts afterwards, to a namespace.
 pub fn enter(namespace: &str) {
     let file = File::open(namespace).unwrap();
     setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
 
-/// packet(7): what is sent does not come back.
+/// Option of packet(7): a socket does not see the frames that its host sends.
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
-/// packet(7): with each frame comes what its sender left for a NIC to do, its checksum or its division into several.
+/// Option of packet(7): each frame comes with the work that its sender left to the NIC, its checksum or its segmentation.
 const PACKET_VNET_HDR: libc::c_int = 15;
 const VNET_BYTES: usize = 10;
 
-/// All frames of an interface that others sent.
+/// Opens a socket that receives all frames of an interface that others sent.
 fn port(interface: &str) -> Socket {
     let socket = Socket::new(Domain::PACKET, Type::RAW, None).unwrap();
     let mut storage = SockAddrStorage::zeroed();
@@ -143,12 +143,12 @@ fn port(interface: &str) -> Socket {
     socket
 }
 
-/// IPv4, UDP, to port 4791.
+/// Returns true for a frame of RoCEv2: IPv4 and UDP, to port 4791.
 fn is_roce(frame: &[u8]) -> bool {
     frame.len() > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 4791u16.to_be_bytes()
 }
 
-/// Does something in a network of its own that has the loopback alone: no device of the host's has UDP port 4791 there.
+/// Runs `act` in a network namespace of its own that has only the loopback. No device of the host has UDP port 4791 there.
 pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
