@@ -5,8 +5,8 @@
 //! - A store stays in it until it is flushed *and* fenced, or until the line is evicted at a random moment.
 //! - A line that was read stays as it was until it is invalidated or evicted.
 //! - A flush that no fence follows completes at a random moment.
-//! - A flush that is fenced completes before the host's next store or flush, but maybe after its next loads. A full fence
-//!   completes it at once.
+//! - A flush that is fenced completes before any later store or flush of the host does, but maybe after later loads. A full
+//!   fence completes it at once.
 //! - A write-back moves a whole line. Two hosts that write one line therefore destroy each other's words, as in real memory.
 //! - A crashed host loses its cache.
 
@@ -62,7 +62,7 @@ struct Host {
     cache: BTreeMap<u64, CachedLine>,
     /// Lines that are flushed and not fenced, as they were when flushed.
     pending: BTreeMap<u64, LineWords>,
-    /// Lines that are flushed and fenced, and reach memory at the next store or flush at the latest.
+    /// Lines that are flushed and fenced. They reach memory, all at once, before any other line of this host does.
     fenced: BTreeMap<u64, LineWords>,
     crashed: bool,
 }
@@ -178,21 +178,13 @@ impl World {
         host.cache.get_mut(&line)
     }
 
-    fn settle_of(&mut self, host: usize) {
-        let Self { memory, hosts, .. } = self;
-        if let Some(host) = hosts.get_mut(host) {
-            Self::settle(memory, host);
-        }
-    }
-
     fn fence(&mut self, host: usize, full: bool) {
         let Self { memory, hosts, rng, turbulence, .. } = self;
         let Some(host) = hosts.get_mut(host) else { return };
         if host.crashed {
             return;
         }
-        Self::settle(memory, host);
-        host.fenced = std::mem::take(&mut host.pending);
+        host.fenced.append(&mut host.pending);
         if full || turbulence.delay == 0.0 || !rng.random_bool(turbulence.delay) {
             Self::settle(memory, host);
         }
@@ -283,7 +275,6 @@ impl Fabric for Simulated {
         if world.hosts.get(self.host).is_none_or(|host| host.crashed) {
             return;
         }
-        world.settle_of(self.host);
         let word = (at.0 % LINE_BYTES / 8) as usize;
         if let Some(line) = world.line_of(self.host, at.0 / LINE_BYTES) {
             line.words[word] = value;
@@ -296,7 +287,6 @@ impl Fabric for Simulated {
         if !world.passes(site) {
             return;
         }
-        world.settle_of(self.host);
         let Some(host) = world.hosts.get_mut(self.host) else { return };
         if host.crashed {
             return;
