@@ -2,13 +2,13 @@
 
 use crossbeam_channel::{RecvError, bounded, unbounded};
 use embarcadero_broker::sequencer::{
-    Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover,
+    Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover, TakeoverError,
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
 use embarcadero_cxl::cache::{FlushMethod, UnsupportedFlush};
 use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, TopicState};
-use embarcadero_cxl::segment::{PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionError};
@@ -43,7 +43,7 @@ pub enum TestbedError {
     Region(#[from] RegionError),
     /// The sequencer does not start.
     #[error(transparent)]
-    Recover(#[from] PoolError),
+    Recover(#[from] TakeoverError),
     /// A session cannot be opened.
     #[error(transparent)]
     Session(#[from] SessionError),

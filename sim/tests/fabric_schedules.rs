@@ -29,7 +29,9 @@ use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer, Takeover};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker, read_broker};
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionState, TopicState};
+use embarcadero_cxl::layout::{
+    AllocatorKind, BrokerLine, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionState, TopicState,
+};
 use embarcadero_cxl::leadership::{LeaderInfo, latest_claim, latest_claimant, publish_leader, read_leader};
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
@@ -37,7 +39,7 @@ use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::{PartitionAllocator, free_segments};
 use embarcadero_cxl::session_table::{Commit, Session, read_commit, read_progress, read_session};
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic};
-use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
+use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_os::buffer::Buffer;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
@@ -377,7 +379,7 @@ impl Host {
         let Some((session, sequence)) = self.inbox.first().copied() else { return };
         let identity = sessions[session];
         if !self.landed.is_empty()
-            || !matches!(read_session(&self.region, identity.slot), Ok(Some(s)) if s.state == SessionState::Open)
+            || !matches!(read_session(&self.region, identity.slot), Ok(Row::Used(s)) if s.state == SessionState::Open)
         {
             return;
         }
@@ -556,8 +558,8 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
             layout.control_line(LEADER).0,
             layout.broker(BrokerId(0)).0,
             layout.broker(BrokerId(1)).0,
-            layout.leader_topic(LEADER, TOPIC).0,
-            layout.leader_topic(LEADER, TOPIC).0 + 64,
+            layout.topic(LEADER, TOPIC).0,
+            layout.topic_name(LEADER, TOPIC).0,
             layout.leader_area(LEADER).0 + layout.leader.directories,
         ];
         let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
@@ -661,6 +663,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                         // Two leaders need not come to the same order.
                         let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
                         sequencer.poll(round as u64, budget);
+                        assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
                         ORDERING.set(false);
                         sequencer.maintain(round as u64);
                         count(completion, sequencer.awaited_topics(), round);
@@ -711,6 +714,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
             host.round(now, &sessions);
         }
         sequencer.poll(now, 64);
+        assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
         sequencer.maintain(now);
         count(&mut completion, sequencer.awaited_topics(), now as usize);
         let ordered = read_extent(&regions[leader], GLOBAL).unwrap().next_offset;
@@ -747,7 +751,7 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     }
     // What an earlier leader left is given back.
     hosts.iter_mut().for_each(|host| host.round(u64::MAX >> 1, &sessions));
-    let index = |owner: &SegmentUse| matches!(owner, SegmentUse::Index { .. });
+    let index = |owner: &Row<SegmentUse>| matches!(owner, Row::Used(SegmentUse::Index { .. }));
     let indexes = (0..SEGMENTS).map(|segment| read_owner(&regions[2], segment)).filter(index).count();
     assert_eq!(indexes, 1, "index segments");
     check_tables(&regions, leader, &mut sequencer, &commands, &sessions);
@@ -778,13 +782,13 @@ fn check_tables(
 ) {
     let far = &regions[2];
     let look = || {
-        let broker = read_broker(far, BrokerId(1)).map(|info| info.incarnation);
-        let session = read_session(far, sessions[1].slot).unwrap().map(|session| session.state);
-        let retention = read_topic(far, TOPIC).unwrap().map(|topic| topic.retention_ms);
+        let broker = read_broker(far, BrokerId(1)).used().map(|info| info.incarnation);
+        let session = read_session(far, sessions[1].slot).unwrap().used().map(|session| session.state);
+        let retention = read_topic(far, TOPIC).unwrap().used().map(|topic| topic.retention_ms);
         (read_leader(far).map(|leader| leader.broker_mask), retention, broker, session)
     };
     look();
-    let mut info = read_broker(far, BrokerId(0)).expect("the broker slot is visible");
+    let mut info = read_broker(far, BrokerId(0)).used().expect("the broker slot is visible");
     info.incarnation = Incarnation(8);
     publish_broker(&regions[0], &info);
     let (broker, incarnation) = (BrokerId(leader as u32), Incarnation(1));
@@ -799,18 +803,18 @@ fn check_tables(
     let (mask, retention, _, session) = look();
     assert_eq!((mask, retention, session), (Some(9), Some(77), Some(SessionState::Closed)), "tables are stale");
     assert_eq!(
-        read_broker(far, BrokerId(0)).map(|info| info.incarnation),
+        read_broker(far, BrokerId(0)).used().map(|info| info.incarnation),
         Some(Incarnation(8)),
         "the broker slot is stale"
     );
     // A broker that dies while it shows itself anew is still known to have been there.
-    let (fabric, version) = (regions[0].fabric(), regions[0].layout().broker(BrokerId(0)).add(56));
+    let (fabric, version) = (regions[0].fabric(), regions[0].layout().broker(BrokerId(0)).add(BrokerLine::VERSION_AT));
     fabric.store(version, fabric.load(version) | 1);
     fabric.flush(version, 8, Site::BrokerSlotFlush);
     fabric.fence(Site::BrokerSlotFlush);
     assert_eq!(
         (read_broker(far, BrokerId(0)), last_incarnation(far, BrokerId(0))),
-        (None, Incarnation(8)),
+        (Row::Unsettled, Incarnation(8)),
         "a broker is forgotten"
     );
 }
@@ -826,19 +830,20 @@ fn check_pool(regions: &[Region<Simulated>], leader: &Host) {
     publish_owner(&regions[0], segment, owner);
     let (now_free, owners) = look();
     assert_eq!(now_free, free - 1, "the bitmap is stale");
-    assert_eq!(owners[segment as usize], owner, "the owner is stale");
+    assert_eq!(owners[segment as usize], Row::Used(owner), "the owner is stale");
 }
 
 /// Checks what must hold when everything has come to its end, as host 2 sees it.
 fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: Option<&Durable>) {
     let far = &regions[2];
-    let held = (0..SEGMENTS).filter(|segment| read_owner(far, *segment) != SegmentUse::Free).count();
+    let taken = |owner: &Row<SegmentUse>| !matches!(owner, Row::Unused | Row::Used(SegmentUse::Free));
+    let held = (0..SEGMENTS).map(|segment| read_owner(far, segment)).filter(taken).count();
     assert_eq!(free_segments(far) as usize, SEGMENTS as usize - held, "bitmap and owners disagree");
     for host in hosts {
         if let Some(segment) = host.last_segment {
             let owner = read_owner(far, segment);
             assert!(
-                matches!(owner, SegmentUse::Blog { broker, .. } if broker == host.id),
+                matches!(owner, Row::Used(SegmentUse::Blog { broker, .. }) if broker == host.id),
                 "segment {segment}: {owner:?}"
             );
         }

@@ -26,7 +26,7 @@ fn take_over(region: &Region<Native>, area: LeaderArea, term: Term, before: Pred
 
 /// Returns the index segment that a leader is filling.
 fn open_segment(region: &Region<Native>, area: LeaderArea) -> u32 {
-    read_directory(region, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL }, area, 0).unwrap()
+    read_directory(region, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL }, area, 0).unwrap().unwrap()
 }
 
 fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {

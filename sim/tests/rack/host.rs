@@ -17,7 +17,7 @@ use embarcadero_broker::replica::format::Identity;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover};
+use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover, TakeoverError};
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker, read_pulse};
 use embarcadero_cxl::layout::{IndexEntry, LeaderArea, SessionState};
@@ -367,7 +367,7 @@ impl Process {
     fn accept(&mut self, session: &Session, resume_from: u64) -> Option<usize> {
         let found = read_session(&self.region, session.slot).ok()?;
         let client = session.client_id.0 as usize;
-        let standing = found.filter(|found| {
+        let standing = found.used().filter(|found| {
             (found.client_id, found.epoch, found.state) == (session.client_id, session.epoch, SessionState::Open)
         });
         if standing.is_none() {
@@ -404,6 +404,7 @@ impl Process {
                     rack.network.answer(client, Answer::Fenced(fenced.session_epoch));
                     false
                 }
+                SessionStatus::Damaged(damage) => panic!("{damage}"),
             }
         });
     }
@@ -453,6 +454,7 @@ impl Process {
             return;
         }
         leader.sequencer.poll(now_us, random(1..6));
+        assert_eq!(leader.sequencer.stats().damaged, 0, "the sequencer found damage");
         leader.sequencer.maintain(now_us);
         leader.completion.maintain(leader.sequencer.awaited_topics());
         leader.completion.poll(now_us);
@@ -498,7 +500,7 @@ impl Process {
     fn take_over(&mut self, term: Term, now_us: u64) {
         let region = &self.region;
         let led = last_active(region);
-        let before = led.and_then(|(area, _)| read_leader_at(region, area));
+        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
         let predecessor = match led {
             None => Predecessor::Gone(Term::NONE),
             // Its own past self.
@@ -514,8 +516,12 @@ impl Process {
         let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
         let leases = self.rack.leases;
         let takeover = Takeover { memory, area, term, before: predecessor, leases, commands: queue };
-        let Ok(sequencer) = Sequencer::recover(takeover, now_us) else { return };
-        if read_topic_at(region, area, TOPIC.0).is_none() {
+        let sequencer = match Sequencer::recover(takeover, now_us) {
+            Ok(sequencer) => sequencer,
+            Err(TakeoverError::Mirror(damage)) => panic!("{damage}"),
+            Err(TakeoverError::Pool(_)) => return,
+        };
+        if read_topic_at(region, area, TOPIC.0).used().is_none() {
             // The first leader, or one whose predecessor did not come to it.
             let (reply, _) = bounded(1);
             commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
