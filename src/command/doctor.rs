@@ -26,7 +26,7 @@ pub struct DoctorArgs {
 <<<<<<< HEAD
 /// `doctor --json`, as docs/operating/hardware.md describes it.
 =======
-/// Output of `doctor --json`, which docs/hardware.md describes.
+/// Output of `doctor --json`, which docs/operating/hardware.md describes.
 >>>>>>> ops
 #[derive(Serialize)]
 struct Report {
