@@ -1,4 +1,4 @@
-//! `cargo xtask`: checks, tests and documents the project.
+//! `cargo xtask`: checks and tests the project, cheap stages first.
 #![forbid(unsafe_code)]
 
 mod budget;
@@ -32,9 +32,9 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
-    /// Hours: chaos, 100,000 schedules and seeds, fuzzing.
+    /// Run for hours: chaos, 100,000 seeds and schedules, fuzzing.
     Long,
-    /// Check the rules of docs/style.md.
+    /// Check the rules of docs/style.md that a program can check.
     Style,
     /// Write the generated documents: pages of docs/reference, and the schemas of the configuration.
     Docs,

@@ -1,4 +1,4 @@
-//! Stages of a run: each has a name and a time, and a skipped one its reason.
+//! Stages of a run: each has a name, is timed, and is reported as run or skipped.
 
 use crate::budget::Budget;
 use anyhow::{Context, Result, bail};
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// End of a stage that did not fail.
+/// Outcome of a stage that did not fail.
 pub enum Outcome {
-    /// The stage ran.
+    /// The stage ran to its end.
     Ran,
-    /// The stage could not run on this machine, for this reason.
+    /// The stage could not run on this host; the text says why.
     Skipped(String),
 }
 
-/// Stages of one run, with the budgets and cargo features that they share.
+/// Stages of one run so far, and the settings that they share.
 pub struct Stages {
     pub budget: Budget,
     root: PathBuf,
@@ -24,7 +24,7 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// Returns a run without stages yet, and enters the root of the checkout.
+    /// Starts a run without stages, and makes the root of the checkout the working directory.
     ///
     /// # Errors
     /// The root cannot be entered.
@@ -41,10 +41,10 @@ impl Stages {
         &self.root
     }
 
-    /// Runs a stage.
+    /// Runs a stage and records its time.
     ///
     /// # Errors
-    /// The stage failed. The times so far are printed before.
+    /// The stage failed; the times so far have been printed.
     pub fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
         eprintln!("== {name}");
         let begun = Instant::now();
@@ -69,7 +69,7 @@ impl Stages {
         self.done.push((name.to_owned(), Duration::ZERO, Outcome::Skipped(why.to_owned())));
     }
 
-    /// Prints the time of each stage, and the skipped ones.
+    /// Prints the time of each stage, and which stages were skipped.
     pub fn summary(&self) {
         eprintln!("== times");
         for (name, time, outcome) in &self.done {
@@ -82,8 +82,9 @@ impl Stages {
         eprintln!("{:7.1} s  in all", total.as_secs_f64());
     }
 
-    /// Returns a cargo command with the lock file, the release profile and the run's features.
-    pub fn cargo(&self, command: &str) -> Command {
+    /// Cargo command over the whole workspace, with the lock file, the release profile and the run's features. A command for a
+    /// single package would build with other features, and so all again.
+    pub fn cargo_workspace(&self, command: &str) -> Command {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.arg(command).args(["--locked", "--workspace"]);
         // `cargo bench` has no such option; its profile is the release profile.
@@ -96,14 +97,7 @@ impl Stages {
         cargo
     }
 
-    /// Returns a cargo command over the whole workspace.
-    pub fn cargo_workspace(&self, command: &str) -> Command {
-        let mut cargo = self.cargo(command);
-        cargo.arg("--workspace");
-        cargo
-    }
-
-    /// Returns true when the builds of this run have DPDK.
+    /// Returns true if this run builds with DPDK.
     pub fn has_dpdk(&self) -> bool {
         self.features.contains(&"dpdk")
     }
@@ -121,7 +115,7 @@ pub fn execute(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end, and returns its standard output.
+/// Runs a command to its end and returns its standard output.
 ///
 /// # Errors
 /// The command cannot be run, or fails.
@@ -134,7 +128,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs a command without output. Returns true when the program exists and succeeds.
+/// Runs a command without output; true if it exists and succeeds.
 pub fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
