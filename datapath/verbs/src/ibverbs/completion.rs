@@ -1,8 +1,8 @@
 //! Completion queues of libibverbs.
 
-use super::super::completion::{Completion, Outcome, WorkError};
+use super::call::{check, set_nonblocking};
 use super::device::Context;
-use super::{check, set_nonblocking};
+use crate::outcome::{Completion, HardwareFailure, Outcome, WorkError};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -14,18 +14,17 @@ use std::sync::Arc;
 /// Most completions taken by one call.
 const POLLED: usize = 32;
 
-/// Text of a status, an `ibv_wc_status`.
-pub(in super::super) fn status_text(status: u32) -> String {
+/// Makes the error of a failed completion. `status` is an `ibv_wc_status`.
+fn failure(status: u32, vendor: u32) -> WorkError {
+    let kind = match status {
+        ffi::IBV_WC_WR_FLUSH_ERR => HardwareFailure::Flushed,
+        ffi::IBV_WC_REM_ACCESS_ERR => HardwareFailure::RemoteAccess,
+        ffi::IBV_WC_RETRY_EXC_ERR => HardwareFailure::NoAnswer,
+        _ => HardwareFailure::Other,
+    };
     // SAFETY: takes a number and returns a static string, also for numbers that it does not know.
-    unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) }.to_string_lossy().into_owned()
-}
-
-pub(in super::super) fn is_flush(status: u32) -> bool {
-    status == ffi::IBV_WC_WR_FLUSH_ERR
-}
-
-pub(in super::super) fn is_remote_access(status: u32) -> bool {
-    status == ffi::IBV_WC_REM_ACCESS_ERR
+    let text = unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) };
+    WorkError::Hardware { kind, text, vendor }
 }
 
 /// Completion queue and its channel, which queue pairs share.
@@ -153,7 +152,7 @@ impl CompletionQueue {
 /// Translates a completion.
 fn completion(work: &ffi::ibv_wc) -> Completion {
     let outcome = if work.status != ffi::IBV_WC_SUCCESS {
-        Outcome::Failed(WorkError::Hardware { status: work.status, vendor: work.vendor_err })
+        Outcome::Failed(failure(work.status, work.vendor_err))
     } else if work.opcode == ffi::IBV_WC_RECV_RDMA_WITH_IMM {
         // SAFETY: a completion of this kind has immediate data.
         let immediate = u32::from_be(unsafe { work.__bindgen_anon_1.imm_data });

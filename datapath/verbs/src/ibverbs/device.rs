@@ -1,7 +1,9 @@
 //! RDMA devices of this host, and their ports.
 
-use super::{check, set_nonblocking};
-use crate::{DeviceReport, Gid, LocalPort, PortReport, VerbsError};
+use super::call::{check, set_nonblocking};
+use crate::error::VerbsError;
+use crate::port::LocalPort;
+use crate::report::{DeviceReport, Gid, PortReport};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;

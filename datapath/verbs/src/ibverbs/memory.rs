@@ -1,8 +1,8 @@
 //! Protection domains, registered memory and memory windows of libibverbs.
 
-use super::super::memory::{Pinned, Rights};
-use super::check;
+use super::call::check;
 use super::device::Context;
+use crate::range::{Pinned, Rights};
 use rdma_sys as ffi;
 use std::any::Any;
 use std::io;
@@ -61,11 +61,7 @@ impl MemoryRegion {
     ///
     /// # Errors
     /// The error of `ibv_reg_mr`.
-    pub(in super::super) fn new(
-        domain: &Arc<ProtectionDomain>,
-        memory: &impl Pinned,
-        rights: Rights,
-    ) -> io::Result<Arc<Self>> {
+    pub fn new(domain: &Arc<ProtectionDomain>, memory: &impl Pinned, rights: Rights) -> io::Result<Arc<Self>> {
         let (address, len, pages) = memory.pages();
         let access = ffi::IBV_ACCESS_LOCAL_WRITE
             | match rights {
@@ -84,20 +80,20 @@ impl MemoryRegion {
         unsafe { self.region.as_ref() }
     }
 
-    pub(in super::super) fn len(&self) -> usize {
+    pub fn len(&self) -> usize {
         self.fields().length
     }
 
     /// Address of the first byte.
-    pub(in super::super) fn address(&self) -> u64 {
+    pub fn address(&self) -> u64 {
         self.fields().addr.addr() as u64
     }
 
-    pub(in super::super) fn local_key(&self) -> u32 {
+    pub fn local_key(&self) -> u32 {
         self.fields().lkey
     }
 
-    pub(in super::super) fn remote_key(&self) -> u32 {
+    pub fn remote_key(&self) -> u32 {
         self.fields().rkey
     }
 
@@ -131,7 +127,7 @@ impl MemoryWindow {
     ///
     /// # Errors
     /// The error of `ibv_alloc_mw`.
-    pub(in super::super) fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
+    pub fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
         // SAFETY: the domain lives.
         let window = unsafe { ffi::ibv_alloc_mw(region.domain.raw(), ffi::IBV_MW_TYPE_2) };
         let window = NonNull::new(window).ok_or_else(io::Error::last_os_error)?;
@@ -141,7 +137,7 @@ impl MemoryWindow {
     }
 
     /// Key (rkey) that the window is opened under.
-    pub(in super::super) fn key(&self) -> u32 {
+    pub fn key(&self) -> u32 {
         self.key
     }
 

@@ -1,6 +1,6 @@
 //! Registered memory of a NIC in software, and the keys to it.
 
-use super::super::memory::{LocalRange, Pinned, Rights};
+use crate::range::{LocalRange, Pinned, Rights};
 use embarcadero_cxl::{Native, RegionOffset, cache};
 use embarcadero_roce::packet::Reth;
 use embarcadero_roce::{Access, Memory, NoAccess};
@@ -198,7 +198,7 @@ impl Memory for Reach<'_> {
 
 /// Protection domain of a NIC in software.
 #[derive(Clone)]
-pub(in super::super) struct Domain {
+pub(crate) struct Domain {
     pub(super) keys: Arc<Keys>,
     pub(super) number: u32,
 }
@@ -208,7 +208,7 @@ impl Domain {
         Self { keys: Arc::clone(keys), number: keys.domains.fetch_add(1, Ordering::Relaxed) }
     }
 
-    pub(in super::super) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
+    pub(crate) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
         let (start, len, keep) = memory.pages();
         let region = memory.region().map(|(region, at)| (region.clone(), at));
         let pages = Arc::new(Pages { start, len, region, _keep: keep });
@@ -226,24 +226,24 @@ pub struct Registration {
 }
 
 impl Registration {
-    pub(in super::super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.pages.len
     }
 
-    pub(in super::super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.pages.start.addr() as u64
     }
 
-    pub(in super::super) fn local_key(&self) -> u32 {
+    pub(crate) fn local_key(&self) -> u32 {
         self.key
     }
 
-    pub(in super::super) fn remote_key(&self) -> u32 {
+    pub(crate) fn remote_key(&self) -> u32 {
         self.key
     }
 
     /// Makes a closed window over `len` bytes at offset `at`, which must be inside.
-    pub(in super::super) fn window(&self, at: u64, len: u64) -> Window {
+    pub(crate) fn window(&self, at: u64, len: u64) -> Window {
         // Its key is drawn now, and is of no use before it is open.
         let entry = Entry {
             pages: Arc::clone(&self.pages),
@@ -269,7 +269,7 @@ pub struct Window {
 }
 
 impl Window {
-    pub(in super::super) fn key(&self) -> u32 {
+    pub(crate) fn key(&self) -> u32 {
         self.key
     }
 

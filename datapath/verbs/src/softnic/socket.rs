@@ -4,7 +4,7 @@
 //! (packet(7)): unlike a UDP socket it shows the IP header, which the invariant checksum covers. A filter in the kernel
 //! gives each queue the packets for its own queue pairs only, so that queues share nothing.
 
-use super::wire::PAIRS;
+use super::numbers::{NUMBERS, PAIRS};
 use embarcadero_roce::PathMtu;
 use embarcadero_roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, SCRATCH_BYTES, UDP_PORT};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
@@ -56,7 +56,7 @@ pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
 
 /// Reserves numbers of queue pairs at an address: [`PAIRS`] from the returned one on, as long as the socket lives.
 fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
-    let queues = 1 << 24 >> PAIRS.ilog2();
+    let queues = NUMBERS / PAIRS;
     let start: u32 = rand::random_range(0..queues);
     for offset in 0..queues {
         // Numbers 0 and 1 are not for connections (IBTA 10.2.4.3).

@@ -12,9 +12,6 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 
-/// Most queue pairs of a port. The low 12 bits of their numbers count them, the high 12 bits stand for the port.
-pub(super) const PAIRS: u32 = 1 << 12;
-
 /// Carrier of packets.
 pub(super) enum Wire {
     /// Sockets of the kernel.

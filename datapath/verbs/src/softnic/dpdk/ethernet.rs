@@ -1,13 +1,13 @@
 //! Packets in Ethernet frames, at the queues of a port of DPDK.
 
-use super::super::DpdkConfig;
-use super::super::wire::PAIRS;
-use super::eal::{BURST, EthPort, Frame, Frames, Queues, Received};
+use super::super::config::DpdkConfig;
+use super::super::numbers::PAIRS;
+use super::buffers::{BURST, Frame, Frames, Received};
+use super::port::{EthPort, Queues};
 use embarcadero_roce::Nanos;
 use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
 use embarcadero_roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put, SCRATCH_BYTES};
 use std::collections::VecDeque;
-use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -32,18 +32,15 @@ pub(in super::super) struct Ethernet {
 }
 
 impl Ethernet {
-    /// Makes all queues of a port at an address.
-    ///
-    /// # Errors
-    /// The error of [`Queues::of`]: the queues are in use.
-    pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> io::Result<Vec<Self>> {
+    /// Makes all queues of a port at an address. Nobody else may have them.
+    pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> Vec<Self> {
         let (gateway, vlan) = (config.gateway, config.vlan);
         let place = Place { mac: port.mac, address, prefix_length: config.prefix_length_at(address), gateway, vlan };
         let neighbours = Arc::<Neighbours>::default();
         let (owners, strays): (Vec<_>, Vec<_>) = (0..port.queues()).map(|_| sync_channel(STRAYS)).unzip();
         let of = |(index, strays)| {
-            let queues = Queues::of(port, index)?;
-            Ok(Self {
+            let queues = Queues::of(port, index);
+            Self {
                 frames: queues.frames(),
                 queues,
                 station: Station::new(place, Arc::clone(&neighbours)),
@@ -51,7 +48,7 @@ impl Ethernet {
                 outgoing: VecDeque::with_capacity(2 * BURST),
                 strays,
                 owners: owners.clone(),
-            })
+            }
         };
         (0..).zip(strays).map(of).collect()
     }
