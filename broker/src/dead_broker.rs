@@ -4,11 +4,11 @@
 use crate::delegation::{Delegation, FlushGroup};
 use crate::topics::TopicTable;
 use crossbeam_channel::bounded;
-use embarcadero_cxl::{Fabric, Row};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::owner::{SegmentUse, read_owner};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
+use embarcadero_cxl::{Fabric, Row};
 use embarcadero_wire::{BrokerId, Stream};
 use std::sync::Arc;
 

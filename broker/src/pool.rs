@@ -69,7 +69,8 @@ impl<F: Fabric> LeaderAllocator<F> {
     ) -> Result<R, PoolError> {
         let unreachable = |error: &dyn std::fmt::Display| PoolError::Unreachable(error.to_string());
         let leader = read_leader(&self.region).ok_or_else(|| unreachable(&"the region has no leader"))?;
-        let info = read_broker(&self.region, leader.broker).used().ok_or_else(|| unreachable(&"the leader has no address"))?;
+        let info =
+            read_broker(&self.region, leader.broker).used().ok_or_else(|| unreachable(&"the leader has no address"))?;
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         let (runtime, client) = &mut *calls;
         runtime.block_on(async {

@@ -2,7 +2,6 @@
 
 use crate::blog::{Blog, BlogId};
 use crate::reclaim::PinBoard;
-use embarcadero_cxl::{Damage, Fabric};
 use embarcadero_cxl::batchlog::BatchlogWriter;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::NoLeader;
@@ -10,6 +9,7 @@ use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::topic_table::{TopicConfig, read_topic};
+use embarcadero_cxl::{Damage, Fabric};
 use embarcadero_transport::TransportError;
 use embarcadero_wire::{BrokerId, ErrorCode, Incarnation, Stream, TopicId};
 use std::sync::atomic::{AtomicBool, Ordering};

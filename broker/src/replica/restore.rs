@@ -18,7 +18,8 @@ use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
 use embarcadero_cxl::{CoherentFabric, Damage, Fabric, Site};
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
 use embarcadero_wire::{
-    BatchHeader, BrokerId, ClientId, FRAME_BYTES, Frame, Incarnation, Order, SessionSlot, Stream, Term, TopicId, WireError,
+    BatchHeader, BrokerId, ClientId, FRAME_BYTES, Frame, Incarnation, Order, SessionSlot, Stream, Term, TopicId,
+    WireError,
 };
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -557,7 +558,8 @@ fn show_session<F: Fabric>(region: &Region<F>, session: &Session, commits: &[Com
 
 /// Decodes the header of a batch that fills `bytes`.
 fn decode_header(bytes: &[u8]) -> Result<BatchHeader, WireError> {
-    let out_of_bounds = |value| WireError::Field { field: "batch bytes", value, low: FRAME_BYTES as u64, high: MAX_BATCH_BYTES };
+    let out_of_bounds =
+        |value| WireError::Field { field: "batch bytes", value, low: FRAME_BYTES as u64, high: MAX_BATCH_BYTES };
     let frame = bytes.first_chunk().ok_or_else(|| out_of_bounds(bytes.len() as u64))?;
     match Frame::decode(frame)? {
         Frame::BatchHeader(header) => header.check(bytes.len() as u64).map(|()| header),

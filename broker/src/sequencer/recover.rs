@@ -152,7 +152,9 @@ impl<F: Fabric> Sequencer<F> {
             let progress = read_progress_at(&self.region, self.area, slot);
             let Some(session) = read_session_at(&self.region, self.area, slot).used() else { continue };
             let config = self.configs.get(session.topic.index()).and_then(Option::as_ref);
-            let Some(config) = config.filter(|config| config.incarnation == session.topic_incarnation) else { continue };
+            let Some(config) = config.filter(|config| config.incarnation == session.topic_incarnation) else {
+                continue;
+            };
             if session.state == SessionState::Open {
                 let order = SessionOrder::new(session, config.order, progress, now_us);
                 self.group.sessions[slot.index()] = Some(order);

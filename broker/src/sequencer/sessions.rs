@@ -76,8 +76,7 @@ impl<F: Fabric> Sequencer<F> {
                 Row::Unsettled | Row::Damaged(_) => continue,
             };
             let found = (slot, session.epoch);
-            if (session.topic, session.topic_incarnation, session.client_id)
-                == (topic.id, topic.incarnation, client_id)
+            if (session.topic, session.topic_incarnation, session.client_id) == (topic.id, topic.incarnation, client_id)
             {
                 return Ok(found);
             }

@@ -34,7 +34,7 @@ fn entries_arrive_once_in_order_and_a_full_ring_waits() {
     let mut reader = BatchlogReader::new(sequencer.clone(), TOPIC, BROKER, 0);
     claim_term(&sequencer, LeaderArea(BROKER), Term(1));
     activate_term(&sequencer, LeaderArea(BROKER), Term(1));
-    let half = sequencer.layout().sequencer_half(&geometry, LeaderArea(BROKER), TOPIC, BROKER);
+    let half = sequencer.layout().sequencer_half(LeaderArea(BROKER), TOPIC, BROKER);
     let consumed_at = half.add(offset_of!(SequencerHalf, consumed_through) as u64);
     let mut next = 0;
     for round in 0..100u64 {
@@ -42,8 +42,8 @@ fn entries_arrive_once_in_order_and_a_full_ring_waits() {
             writer.append(BatchEntry { sequence: writer.head(), ..BatchEntry::zeroed() });
         }
         writer.publish(Written::default());
-        for _ in 0..reader.available(round % 7 + 1) {
-            assert_eq!(reader.take().sequence, next);
+        for _ in 0..reader.available(round % 7 + 1).unwrap() {
+            assert_eq!(reader.take().unwrap().sequence, next);
             next += 1;
         }
         assert!(writer.head() - next <= 16);

@@ -1,13 +1,13 @@
-//! Rows and lines that their writer was changing when it died.
+//! Torn rows: those that their writer was changing when it died.
 
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionState, TopicState};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionLine, SessionState, TopicState};
 use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, repair_torn_session};
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic_at, repair_torn_topic};
-use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
+use embarcadero_cxl::{Fabric, LINE_BYTES, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 
-/// A leader that died in the middle of a row or of a topic's line: its successor uses no epoch twice, and no incarnation.
+/// A leader died in the middle of a session's row or a topic's line. Its successor uses no epoch and no incarnation twice.
 #[test]
 fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
     let geometry = Geometry {
@@ -42,23 +42,28 @@ fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
         retention_ms: 0,
         created_ms: 0,
     };
+    // The version of each versioned line is at the same place.
     let tear = |at: RegionOffset| {
-        let version = region.fabric().load(at.add(56));
-        region.fabric().store(at.add(56), version | 1);
-        region.fabric().flush(at, 64, Site::SessionFlush);
+        let version_at = at.add(SessionLine::VERSION_AT);
+        let version = region.fabric().load(version_at);
+        region.fabric().store(version_at, version | 1);
+        region.fabric().flush(at, LINE_BYTES, Site::SessionFlush);
         region.fabric().fence(Site::SessionFlush);
     };
     publish_topic(&region, area, &topic);
     let slots = [SessionSlot(0), SessionSlot(1)];
     slots.iter().for_each(|slot| publish_session(&region, area, &session(*slot)));
     tear(region.layout().session(area, slots[1]));
-    tear(region.layout().leader_topic(area, topic.id));
-    assert_eq!((read_session_at(&region, area, slots[1]), read_topic_at(&region, area, topic.id)), (None, None));
+    tear(region.layout().topic(area, topic.id));
+    assert_eq!(
+        (read_session_at(&region, area, slots[1]), read_topic_at(&region, area, topic.id)),
+        (Row::Unsettled, Row::Unsettled)
+    );
     slots.iter().for_each(|slot| repair_torn_session(&region, area, *slot));
     repair_torn_topic(&region, area, topic.id);
-    assert_eq!(read_session_at(&region, area, slots[0]), Some(session(slots[0])), "it was whole");
+    assert_eq!(read_session_at(&region, area, slots[0]), Row::Used(session(slots[0])), "it was whole");
     let mended = Session { epoch: Epoch(4), state: SessionState::Fenced, ..session(slots[1]) };
-    assert_eq!(read_session_at(&region, area, slots[1]), Some(mended));
-    let left = read_topic_at(&region, area, topic.id).map(|topic| (topic.incarnation, topic.state));
+    assert_eq!(read_session_at(&region, area, slots[1]), Row::Used(mended));
+    let left = read_topic_at(&region, area, topic.id).used().map(|topic| (topic.incarnation, topic.state));
     assert_eq!(left, Some((topic.incarnation, TopicState::Deleting)));
 }

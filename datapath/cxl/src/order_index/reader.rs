@@ -106,7 +106,8 @@ impl<F: Fabric> OrderIndexReader<F> {
             self.region.fabric().invalidate(at, (end - position) * LINE_BYTES, Site::IndexEntryRead);
             (self.fresh_from, self.fresh_to) = (position, end);
         }
-        let entry: IndexEntry = self.region.fabric().load_line(at).map_err(|damage| ReadError::Corrupt { position, damage })?;
+        let entry: IndexEntry =
+            self.region.fabric().load_line(at).map_err(|damage| ReadError::Corrupt { position, damage })?;
         if entry.commit != commit_word(position) {
             return Err(self.corrupt(position, "commit", entry.commit.into()));
         }
