@@ -21,5 +21,3 @@ pub(crate) const RETRIES: u8 = 7;
 pub(crate) const RNR_RETRIES: u8 = 7;
 /// Code of the time that the peer waits for a receive of this side: 12 stands for 0.64 ms (IBTA 1.4, 9.7.5.2.8).
 pub(crate) const RNR_TIMER: u8 = 12;
-/// Low 24 bits, which packet sequence numbers and queue pairs have (IBTA 9.2).
-pub(crate) const LOW_24_BITS: u32 = 0x00ff_ffff;

@@ -7,10 +7,11 @@ use crate::either::of_another_device;
 #[cfg(rdma)]
 use crate::ibverbs;
 use crate::memory::{Domain, MemoryWindow, ProtectionDomain, Window};
-use crate::peer::{LOW_24_BITS, PeerAddress};
+use crate::peer::PeerAddress;
 use crate::port::LocalPort;
 use crate::range::LocalRange;
 use crate::{softnic, work};
+use embarcadero_roce::packet::LOW_24_BITS;
 use std::io;
 use std::marker::PhantomData;
 use std::sync::Arc;

@@ -3,10 +3,11 @@
 use super::call::check;
 use super::completion::{CompletionQueue, RawQueue};
 use super::memory::{MemoryWindow, ProtectionDomain};
-use crate::peer::{LOW_24_BITS, PeerAddress, RETRIES, RNR_RETRIES, RNR_TIMER};
+use crate::peer::{PeerAddress, RETRIES, RNR_RETRIES, RNR_TIMER};
 use crate::port::LocalPort;
 use crate::range::{LocalRange, RemoteRange};
 use crate::work::{DOORBELL, Request, Work};
+use embarcadero_roce::packet::LOW_24_BITS;
 use rdma_sys as ffi;
 use std::io;
 use std::mem::zeroed;

@@ -12,6 +12,7 @@
 mod config;
 #[cfg(feature = "dpdk")]
 mod dpdk;
+mod filter;
 mod identity;
 mod memory;
 mod nic;

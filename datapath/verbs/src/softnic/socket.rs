@@ -4,6 +4,7 @@
 //! (packet(7)): unlike a UDP socket it shows the IP header, which the invariant checksum covers. A filter in the kernel
 //! gives each queue the packets for its own queue pairs only, so that queues share nothing.
 
+use super::filter::only_for;
 use super::numbers::{NUMBERS, PAIRS};
 use embarcadero_roce::PathMtu;
 use embarcadero_roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, SCRATCH_BYTES, UDP_PORT};
@@ -72,46 +73,6 @@ fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
         }
     }
     Err(io::Error::new(io::ErrorKind::AddrInUse, "all numbers of queue pairs are taken"))
-}
-
-/// Makes a filter that keeps packets of RoCEv2 to `address` for the [`PAIRS`] queue pairs from `first` on.
-///
-/// It sees packets from their IP header on (Linux, Documentation/networking/filter.rst).
-fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
-    use libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
-    // What to load, and what it has to be: (width, offset, mask, value).
-    let mut rules: Vec<(u32, u32, u32, u32)> = Vec::new();
-    let (protocol, words, udp) = match address {
-        IpAddr::V4(address) => {
-            // Without options, and no fragment.
-            rules.push((BPF_B, 0, 0xff, 0x45));
-            rules.push((BPF_H, 6, 0x3fff, 0));
-            (9, vec![(16, u32::from(address))], 20)
-        }
-        IpAddr::V6(address) => {
-            let words = address.octets();
-            let words = words.chunks_exact(4).zip([24, 28, 32, 36]);
-            let word = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u32::from(*byte));
-            (6, words.map(|(bytes, at)| (at, word(bytes))).collect(), 40)
-        }
-    };
-    rules.push((BPF_B, protocol, 0xff, libc::IPPROTO_UDP as u32));
-    rules.extend(words.into_iter().map(|(at, word)| (BPF_W, at, u32::MAX, word)));
-    rules.push((BPF_H, udp + 2, 0xffff, UDP_PORT.into()));
-    // A reserved byte, and the queue pair (IBTA 9.2, base transport header).
-    rules.push((BPF_W, udp + 8 + 4, 0x00ff_ffff & !(PAIRS - 1), first));
-    // Of each a load, a mask and a jump to the end; the two behind them keep all, or nothing.
-    let end = 3 * rules.len();
-    let mut program = Vec::with_capacity(end + 2);
-    for (width, at, mask, value) in rules {
-        let behind = end - program.len() - 3;
-        program.push(SockFilter::new((BPF_LD | width | BPF_ABS) as u16, 0, 0, at));
-        program.push(SockFilter::new((BPF_ALU | BPF_AND | BPF_K) as u16, 0, 0, mask));
-        program.push(SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, 0, behind as u8 + 1, value));
-    }
-    program.push(SockFilter::new(BPF_RET as u16, 0, 0, u32::MAX));
-    program.push(SockFilter::new(BPF_RET as u16, 0, 0, 0));
-    program
 }
 
 /// Sockets of one queue.
