@@ -121,7 +121,7 @@ impl Context {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn has_memory_windows(&self) -> io::Result<bool> {
+    pub(crate) fn has_memory_windows(&self) -> io::Result<bool> {
         match &self.device {
             #[cfg(rdma)]
             Device::Hardware(device) => device.has_memory_windows(),

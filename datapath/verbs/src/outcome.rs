@@ -92,7 +92,7 @@ impl WorkError {
 
     /// Whether the peer does not answer: it, or the path to it, is gone.
     #[must_use]
-    pub fn is_no_answer(&self) -> bool {
+    pub(crate) fn is_no_answer(&self) -> bool {
         match self {
             #[cfg(rdma)]
             Self::Hardware { kind, .. } => *kind == HardwareFailure::NoAnswer,

@@ -70,7 +70,7 @@ impl Discovery {
     }
 
     /// Reads a packet from its IP header on, by the rules of sections 7.1.1 and 7.1.2.
-    pub fn decode(packet: &[u8]) -> Option<Self> {
+    pub(super) fn decode(packet: &[u8]) -> Option<Self> {
         let header: &[u8; IPV6_BYTES] = packet.first_chunk()?;
         let address = |bytes: &[u8]| bytes.first_chunk::<16>().map(|octets| Ipv6Addr::from(*octets));
         let len = usize::from(u16::from_be_bytes([header[4], header[5]]));
@@ -103,7 +103,7 @@ impl Discovery {
     }
 
     /// Makes the packet, from its IP header on.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut message = vec![0; LEAST_BYTES];
         message[0] = if self.answers { ADVERTISEMENT } else { SOLICITATION };
         if self.answers {

@@ -57,7 +57,7 @@ impl Drop for RawQueue {
 }
 
 /// Completion queue. One thread polls it.
-pub struct CompletionQueue {
+pub(crate) struct CompletionQueue {
     raw: Arc<RawQueue>,
     /// Scratch memory for one call.
     polled: Box<[ffi::ibv_wc; POLLED]>,
@@ -73,7 +73,7 @@ impl CompletionQueue {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
         // SAFETY: the context is open.
         let channel = unsafe { ffi::ibv_create_comp_channel(context.raw()) };
         let channel = NonNull::new(channel).ok_or_else(io::Error::last_os_error)?;
@@ -102,7 +102,7 @@ impl CompletionQueue {
 
     /// Descriptor that becomes readable when a completion comes after [`CompletionQueue::arm`].
     #[must_use]
-    pub fn descriptor(&self) -> RawFd {
+    pub(crate) fn descriptor(&self) -> RawFd {
         // SAFETY: the channel lives.
         unsafe { self.raw.channel.as_ref() }.fd
     }
@@ -112,7 +112,7 @@ impl CompletionQueue {
     /// # Errors
     /// The error of `ibv_poll_cq`: the device is gone.
     #[inline]
-    pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
+    pub(crate) fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
         // SAFETY: the array has as many places as stated.
         let count = unsafe { ffi::ibv_poll_cq(self.raw.raw(), POLLED as i32, self.polled.as_mut_ptr()) };
         let Ok(count) = usize::try_from(count) else {
@@ -128,7 +128,7 @@ impl CompletionQueue {
     ///
     /// # Errors
     /// The error of `ibv_req_notify_cq`.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         self.clear();
         self.armed = true;
         // SAFETY: the queue lives.

@@ -15,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Receives without buffers that queue pairs share.
-pub struct SharedReceiveQueue {
+pub(crate) struct SharedReceiveQueue {
     queue: NonNull<ffi::ibv_srq>,
     _domain: Arc<ProtectionDomain>,
 }
@@ -30,7 +30,7 @@ impl SharedReceiveQueue {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
         // SAFETY: plain data, for which zero is valid.
         let mut options: ffi::ibv_srq_init_attr = unsafe { zeroed() };
         options.attr.max_wr = depth;
@@ -47,7 +47,7 @@ impl SharedReceiveQueue {
     ///
     /// # Errors
     /// The error of `ibv_post_srq_recv`.
-    pub fn post(&self, count: usize) -> io::Result<()> {
+    pub(crate) fn post(&self, count: usize) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid: no buffers, no next.
         let mut receive: ffi::ibv_recv_wr = unsafe { zeroed() };
         let mut failed = std::ptr::null_mut();
@@ -78,7 +78,7 @@ pub(crate) struct Depths {
 }
 
 /// Queue pair. Types that know its state wrap it.
-pub struct QueuePair {
+pub(crate) struct QueuePair {
     pair: NonNull<ffi::ibv_qp>,
     port: LocalPort,
     first_psn: u32,
@@ -106,7 +106,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new(
+    pub(crate) fn new(
         domain: &Arc<ProtectionDomain>,
         queue: &CompletionQueue,
         port: &LocalPort,
@@ -152,7 +152,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
+    pub(crate) fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
         let port = self.port;
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
@@ -183,7 +183,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn send(&self) -> io::Result<()> {
+    pub(crate) fn send(&self) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
         change.qp_state = ffi::IBV_QPS_RTS;
@@ -204,24 +204,24 @@ impl QueuePair {
 
     /// Number of the queue pair, 24 bits.
     #[must_use]
-    pub fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         // SAFETY: the queue pair lives.
         unsafe { self.pair.as_ref() }.qp_num
     }
 
     /// Numbers packets from `psn` on, which has 24 bits.
-    pub fn number_packets_from(&mut self, psn: u32) {
+    pub(crate) fn number_packets_from(&mut self, psn: u32) {
         self.first_psn = psn;
     }
 
     /// Sends an unanswered packet again `times` times, at most 7 (IBTA 9.7.6.1.3: the retry counter has 3 bits).
-    pub fn send_again(&mut self, times: u8) {
+    pub(crate) fn send_again(&mut self, times: u8) {
         self.retries = times.min(RETRIES);
     }
 
     /// Address that a peer needs to connect.
     #[must_use]
-    pub fn address(&self) -> PeerAddress {
+    pub(crate) fn address(&self) -> PeerAddress {
         let LocalPort { gid, lid, mtu, .. } = self.port;
         PeerAddress { gid, lid, queue_pair: self.number(), first_psn: self.first_psn, mtu }
     }
@@ -230,7 +230,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error of `ibv_post_recv`.
-    pub fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
+    pub(crate) fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
         let mut range = ffi::ibv_sge { addr: into.address, length: into.len, lkey: into.key };
         let mut receive =
             ffi::ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &raw mut range, num_sge: 1 };
@@ -243,7 +243,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error of `ibv_post_send`, if no request was taken.
-    pub fn post<'a>(
+    pub(crate) fn post<'a>(
         &mut self,
         requests: impl Iterator<Item = io::Result<Request<'a, MemoryWindow>>>,
     ) -> io::Result<usize> {

@@ -20,12 +20,12 @@ pub(super) struct Identity {
 }
 
 impl Identity {
-    pub fn new(name: String, address: IpAddr, line_rate: f64) -> Self {
+    pub(super) fn new(name: String, address: IpAddr, line_rate: f64) -> Self {
         Self { name, address, line_rate, keys: Arc::default(), begun: Instant::now() }
     }
 
     /// Nanoseconds since the NIC was opened.
-    pub fn now(&self) -> Nanos {
+    pub(super) fn now(&self) -> Nanos {
         self.begun.elapsed().as_nanos() as Nanos
     }
 }

@@ -57,11 +57,11 @@ pub(super) struct LocalBytes {
 
 impl LocalBytes {
     /// Writes as many of `bytes` as fit, from the first byte on.
-    pub fn fill(&self, bytes: &[u8]) {
+    pub(super) fn fill(&self, bytes: &[u8]) {
         self.pages.write(self.at, &bytes[..bytes.len().min(self.len)]);
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 }
@@ -130,7 +130,7 @@ impl Keys {
     }
 
     /// Finds the bytes that a request of this host names.
-    pub fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
+    pub(super) fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         entries
             .get(&range.key)
@@ -143,7 +143,7 @@ impl Keys {
     }
 
     /// Opens the memory to peers as long as the result lives. When it is dropped, all that they wrote is in memory.
-    pub fn reach(&self) -> Reach<'_> {
+    pub(super) fn reach(&self) -> Reach<'_> {
         Reach { entries: self.entries.read().unwrap_or_else(PoisonError::into_inner), domain: 0, wrote: false }
     }
 }
@@ -219,7 +219,7 @@ impl Domain {
 }
 
 /// Registered memory of a NIC in software.
-pub struct Registration {
+pub(crate) struct Registration {
     key: u32,
     pages: Arc<Pages>,
     domain: Domain,
@@ -263,7 +263,7 @@ impl Drop for Registration {
 }
 
 /// Memory window of a NIC in software.
-pub struct Window {
+pub(crate) struct Window {
     key: u32,
     keys: Arc<Keys>,
 }

@@ -27,7 +27,7 @@ const MAX_MESSAGE_BYTES: u32 = 1 << 30;
 const LINE_RATE: f64 = 1.25e9;
 
 /// NIC in software.
-pub struct Nic {
+pub(crate) struct Nic {
     identity: Arc<Identity>,
     link: Link,
 }

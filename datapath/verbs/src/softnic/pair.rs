@@ -32,7 +32,7 @@ fn flow_port(number: u32) -> u16 {
 }
 
 /// Queue pair of a NIC in software. Types that know its state wrap it.
-pub struct Pair {
+pub(crate) struct Pair {
     port: PortHandle,
     domain: Domain,
     address: PeerAddress,

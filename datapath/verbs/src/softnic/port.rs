@@ -73,7 +73,7 @@ struct Sink {
 
 impl Port {
     /// Makes a port at a wire, and the descriptors for its keeper.
-    pub fn new(identity: &Arc<Identity>, wire: Wire) -> io::Result<(Self, Kept)> {
+    pub(super) fn new(identity: &Arc<Identity>, wire: Wire) -> io::Result<(Self, Kept)> {
         let (keeper, ends) = UnixStream::pair()?;
         keeper.set_nonblocking(true)?;
         let packets = wire.waiter()?;
@@ -98,7 +98,7 @@ impl Port {
     }
 
     /// Identity of the NIC.
-    pub fn identity(&self) -> &Identity {
+    pub(super) fn identity(&self) -> &Identity {
         &self.identity
     }
 
@@ -107,7 +107,7 @@ impl Port {
     }
 
     /// Adds the queue pair that `make` makes, and returns its number.
-    pub fn add(&self, make: impl FnOnce(u32) -> Side) -> io::Result<u32> {
+    pub(super) fn add(&self, make: impl FnOnce(u32) -> Side) -> io::Result<u32> {
         let mut state = self.lock();
         for _ in 0..PAIRS {
             let number = state.wire.first() + state.next % PAIRS;
@@ -120,12 +120,12 @@ impl Port {
         Err(io::Error::other(format!("a completion queue has room for {PAIRS} queue pairs")))
     }
 
-    pub fn remove(&self, number: u32) {
+    pub(super) fn remove(&self, number: u32) {
         self.lock().sides.remove(&number);
     }
 
     /// Calls `act` with a queue pair, which may then have something to send.
-    pub fn with<R>(
+    pub(super) fn with<R>(
         &self,
         number: u32,
         act: impl FnOnce(&mut Side, &mut Vec<Completion>) -> io::Result<R>,
@@ -142,23 +142,23 @@ impl Port {
     }
 
     /// Looks for the next hop to an address that a queue pair will send to.
-    pub fn seek(&self, to: IpAddr) {
+    pub(super) fn seek(&self, to: IpAddr) {
         self.lock().wire.seek(to, self.identity.now());
     }
 
     /// Sends what windows and rates allow.
-    pub fn send(&self) {
+    pub(super) fn send(&self) {
         self.lock().send(&self.identity.keys, self.identity.now());
     }
 
     /// Number of completion queues.
-    pub fn queues(&self) -> usize {
+    pub(super) fn queues(&self) -> usize {
         self.lock().sinks.len()
     }
 
     /// Adds a completion queue, which `wake` wakes. Returns its number, and the descriptor that is readable while packets
     /// wait, if there is one.
-    pub fn add_queue(&self, wake: UnixStream) -> (u32, Option<RawFd>) {
+    pub(super) fn add_queue(&self, wake: UnixStream) -> (u32, Option<RawFd>) {
         let mut state = self.lock();
         let number = state.queues;
         state.queues += 1;
@@ -167,13 +167,13 @@ impl Port {
     }
 
     /// Removes a completion queue.
-    pub fn remove_queue(&self, number: u32) {
+    pub(super) fn remove_queue(&self, number: u32) {
         self.lock().sinks.remove(&number);
     }
 
     /// Drives the port for the owner of a completion queue, and swaps the queue's completions with `taken`, which is empty.
     #[inline]
-    pub fn poll(&self, queue: u32, taken: &mut Vec<Completion>) -> io::Result<()> {
+    pub(super) fn poll(&self, queue: u32, taken: &mut Vec<Completion>) -> io::Result<()> {
         self.polled.fetch_add(1, Ordering::Relaxed);
         let mut state = self.lock();
         if state.drive(&self.identity, Some(queue))? {
@@ -186,7 +186,7 @@ impl Port {
     }
 
     /// Calls the keeper, if it has to poll for packets while owners sleep and that is of use.
-    pub fn call_keeper(&self) {
+    pub(super) fn call_keeper(&self) {
         if self.blind && self.active.swap(false, Ordering::Relaxed) {
             // Full, it wakes as well.
             let _ = (&self.keeper).write(&[0]);
@@ -194,12 +194,12 @@ impl Port {
     }
 
     /// Drives the port for its keeper. Returns whether packets came, or more is to be sent.
-    pub fn drive(&self) -> io::Result<bool> {
+    pub(super) fn drive(&self) -> io::Result<bool> {
         self.lock().drive(&self.identity, None)
     }
 
     /// Time until something has to be done if no packet comes, between [`PATIENCE`] and [`LONGEST`].
-    pub fn rest(&self) -> Duration {
+    pub(super) fn rest(&self) -> Duration {
         self.lock().rest(self.identity.now())
     }
 }

@@ -34,7 +34,11 @@ pub(super) struct Ports {
 
 impl Ports {
     /// Makes a port at each of the wires, and its keeper. `nic` is kept open.
-    pub fn new(identity: &Arc<Identity>, wires: Vec<Wire>, nic: Arc<dyn Any + Send + Sync>) -> io::Result<Arc<Self>> {
+    pub(super) fn new(
+        identity: &Arc<Identity>,
+        wires: Vec<Wire>,
+        nic: Arc<dyn Any + Send + Sync>,
+    ) -> io::Result<Arc<Self>> {
         let (ports, kept): (Vec<_>, Vec<_>) = wires
             .into_iter()
             .map(|wire| Port::new(identity, wire))
@@ -56,7 +60,7 @@ impl Ports {
     }
 
     /// The port with the fewest completion queues.
-    pub fn idlest(self: &Arc<Self>) -> PortHandle {
+    pub(super) fn idlest(self: &Arc<Self>) -> PortHandle {
         let index = (0..self.ports.len()).min_by_key(|index| self.ports[*index].queues()).unwrap_or(0);
         PortHandle { ports: Arc::clone(self), index }
     }

@@ -19,7 +19,7 @@ const PACKETS: u64 = 0;
 const WOKEN: u64 = 1;
 
 /// Completion queue of a NIC in software. Polling it does the NIC's work for its queue pairs.
-pub struct Queue {
+pub(crate) struct Queue {
     port: PortHandle,
     /// Number of the queue at its port.
     number: u32,

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Receives without buffers that queue pairs share.
-pub struct Receives {
+pub(crate) struct Receives {
     /// Number of receives that are posted.
     posted: AtomicUsize,
 }

@@ -81,7 +81,7 @@ impl Side {
     }
 
     /// Takes a packet that came for this queue pair.
-    pub fn take(&mut self, packet: &Packet<'_>, now: Nanos, reach: &mut Reach<'_>) {
+    pub(super) fn take(&mut self, packet: &Packet<'_>, now: Nanos, reach: &mut Reach<'_>) {
         let Some(engine) = &mut self.engine else { return };
         if let Some(shared) = &self.shared
             && takes_receive(packet.opcode)
@@ -95,17 +95,23 @@ impl Side {
     }
 
     /// Hands at most `most` packets to `send`, and returns their number.
-    pub fn transmit(&mut self, now: Nanos, reach: &Reach<'_>, most: usize, send: impl FnMut(&Packet<'_>)) -> usize {
+    pub(super) fn transmit(
+        &mut self,
+        now: Nanos,
+        reach: &Reach<'_>,
+        most: usize,
+        send: impl FnMut(&Packet<'_>),
+    ) -> usize {
         self.engine.as_mut().map_or(0, |engine| engine.transmit(now, reach, most, send))
     }
 
     /// Time at which it has to send again, even if no packet comes.
-    pub fn wake_at(&self) -> Option<Nanos> {
+    pub(super) fn wake_at(&self) -> Option<Nanos> {
         self.engine.as_ref().and_then(roce::QueuePair::wake_at)
     }
 
     /// Adds the new completions to `completions`.
-    pub fn collect(&mut self, completions: &mut Vec<Completion>) {
+    pub(super) fn collect(&mut self, completions: &mut Vec<Completion>) {
         let Some(mut engine) = self.engine.take() else { return };
         while let Some(completion) = engine.poll() {
             match completion {
@@ -156,7 +162,7 @@ impl Side {
     }
 
     /// Makes a queue pair that is not connected.
-    pub fn new(number: u32, queue: u32, domain: u32, shared: Option<Arc<Receives>>) -> Self {
+    pub(super) fn new(number: u32, queue: u32, domain: u32, shared: Option<Arc<Receives>>) -> Self {
         Self {
             number,
             queue,
@@ -173,13 +179,13 @@ impl Side {
     }
 
     /// Connects the queue pair.
-    pub fn connect(&mut self, attributes: Attributes) {
+    pub(super) fn connect(&mut self, attributes: Attributes) {
         let engine = self.engine.insert(roce::QueuePair::new(attributes));
         self.buffers.iter().for_each(|(id, buffer)| engine.post_receive(Self::receive(*id, buffer)));
     }
 
     /// Posts a receive into `buffer`.
-    pub fn post_receive(&mut self, id: u64, buffer: LocalBytes) {
+    pub(super) fn post_receive(&mut self, id: u64, buffer: LocalBytes) {
         if let Some(engine) = &mut self.engine {
             engine.post_receive(Self::receive(id, &buffer));
         }
@@ -187,7 +193,7 @@ impl Side {
     }
 
     /// Posts a request; false if there is no room for it.
-    pub fn post(
+    pub(super) fn post(
         &mut self,
         request: &Request<'_, Window>,
         domain: &Domain,

@@ -94,7 +94,7 @@ impl Sockets {
     ///
     /// # Errors
     /// The error that the kernel reports: `EPERM` without CAP_NET_RAW.
-    pub fn open(address: IpAddr) -> io::Result<Self> {
+    pub(super) fn open(address: IpAddr) -> io::Result<Self> {
         let (first, numbers) = take_numbers(address)?;
         let (domain, ethertype) = match address {
             IpAddr::V4(_) => (Domain::IPV4, libc::ETH_P_IP),
@@ -124,17 +124,17 @@ impl Sockets {
     }
 
     /// Descriptor that is readable while packets wait.
-    pub fn descriptor(&self) -> RawFd {
+    pub(super) fn descriptor(&self) -> RawFd {
         self.receives.as_raw_fd()
     }
 
     /// Copy of the socket that receives, to wait for packets.
-    pub fn waiter(&self) -> io::Result<Socket> {
+    pub(super) fn waiter(&self) -> io::Result<Socket> {
         self.receives.try_clone()
     }
 
     /// Hands a burst of packets to `each`, each behind scratch bytes, and returns their number.
-    pub fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
+    pub(super) fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
         let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
@@ -168,17 +168,17 @@ impl Sockets {
     }
 
     /// Number of packets that can be staged now.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         BURST - self.staged.len()
     }
 
     /// Whether no packet is staged.
-    pub fn is_flushed(&self) -> bool {
+    pub(super) fn is_flushed(&self) -> bool {
         self.staged.is_empty()
     }
 
     /// Adds a packet to those that the next flush sends. There must be room.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    pub(super) fn stage(&mut self, packet: &Packet<'_>) {
         // What the protocol makes is sound.
         if packet.encode(&mut self.outgoing).is_ok() {
             self.staged.push((self.outgoing.len(), SocketAddr::new(packet.to, 0).into()));
@@ -186,7 +186,7 @@ impl Sockets {
     }
 
     /// Sends the staged packets. Those that the kernel has no room for stay; those that it cannot send are lost.
-    pub fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         let mut sent = 0;
         while sent < self.staged.len() {
             // SAFETY: plain data, for which zero is valid.

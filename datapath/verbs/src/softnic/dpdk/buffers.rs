@@ -26,7 +26,7 @@ impl Pool {
     ///
     /// The pool is a stack: the buffer that was used last, and is still in caches, comes first (the guide, "Stack Mempool
     /// Driver"). It has one buffer less than `buffers`, a power of two, which wastes no memory.
-    pub fn new(port: u16, queue: u16, buffers: usize, room: usize) -> io::Result<Self> {
+    pub(super) fn new(port: u16, queue: u16, buffers: usize, room: usize) -> io::Result<Self> {
         let name = CString::new(format!("embarcadero-{port}-{queue}"))?;
         let (bytes, private_bytes) = (size_of::<ffi::rte_mbuf>() + room, size_of::<ffi::rte_pktmbuf_pool_private>());
         // SAFETY: plain data, for which zero is valid.
@@ -48,7 +48,7 @@ impl Pool {
     }
 
     /// The pool as DPDK's calls take it.
-    pub fn as_ptr(self) -> *mut ffi::rte_mempool {
+    pub(super) fn as_ptr(self) -> *mut ffi::rte_mempool {
         self.0.as_ptr()
     }
 }
@@ -62,12 +62,12 @@ pub(super) struct Frames {
 
 impl Frames {
     /// Makes frames in buffers of a pool.
-    pub fn new(pool: Pool) -> Self {
+    pub(super) fn new(pool: Pool) -> Self {
         Self { pool, spare: Vec::with_capacity(BURST) }
     }
 
     /// Makes an empty frame; `None` without a free buffer.
-    pub fn empty(&mut self) -> Option<Frame> {
+    pub(super) fn empty(&mut self) -> Option<Frame> {
         if self.spare.is_empty() {
             self.refill();
         }
@@ -103,12 +103,12 @@ unsafe impl Send for Buffer {}
 
 impl Buffer {
     /// Takes the ownership of a buffer that nobody else has.
-    pub fn new(buffer: NonNull<ffi::rte_mbuf>) -> Self {
+    pub(super) fn new(buffer: NonNull<ffi::rte_mbuf>) -> Self {
         Self(buffer)
     }
 
     /// Gives up the ownership.
-    pub fn into_raw(self) -> *mut ffi::rte_mbuf {
+    pub(super) fn into_raw(self) -> *mut ffi::rte_mbuf {
         ManuallyDrop::new(self).0.as_ptr()
     }
 }
@@ -132,7 +132,7 @@ unsafe impl Send for Received {}
 
 impl Received {
     /// Takes the frame in a buffer; `None` if it continues in another buffer.
-    pub fn of(buffer: Buffer) -> Option<Self> {
+    pub(super) fn of(buffer: Buffer) -> Option<Self> {
         let mbuf = buffer.0.as_ptr();
         // SAFETY: the buffer is ours.
         unsafe {
@@ -143,7 +143,7 @@ impl Received {
     }
 
     /// VLAN tag that the port took out of the frame.
-    pub fn tag(&self) -> Option<u16> {
+    pub(super) fn tag(&self) -> Option<u16> {
         let mbuf = self.buffer.0.as_ptr();
         // SAFETY: the buffer is ours.
         unsafe {
@@ -155,7 +155,7 @@ impl Received {
 
 impl Received {
     /// Gives up the frame, and the ownership of its buffer.
-    pub fn into_raw(self) -> *mut ffi::rte_mbuf {
+    pub(super) fn into_raw(self) -> *mut ffi::rte_mbuf {
         self.buffer.into_raw()
     }
 }
@@ -189,12 +189,12 @@ unsafe impl Send for Frame {}
 
 impl Frame {
     /// Number of bytes that can be appended.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         self.room - self.len
     }
 
     /// Notes the frame's length in its buffer, and returns the buffer, which the frame still owns.
-    pub fn finish(&mut self) -> *mut ffi::rte_mbuf {
+    pub(super) fn finish(&mut self) -> *mut ffi::rte_mbuf {
         let buffer = self.buffer.0.as_ptr();
         // SAFETY: the buffer is ours, and has the bytes.
         unsafe { ffi::embarcadero_mbuf_set_len(buffer, self.len as u16) };
@@ -202,7 +202,7 @@ impl Frame {
     }
 
     /// Turns it into a frame that came.
-    pub fn looped(self) -> Received {
+    pub(super) fn looped(self) -> Received {
         Received { buffer: self.buffer, start: self.start, len: self.len }
     }
 }

@@ -33,7 +33,7 @@ pub(in super::super) struct Ethernet {
 
 impl Ethernet {
     /// Makes all queues of a port at an address. Nobody else may have them.
-    pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> Vec<Self> {
+    pub(crate) fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> Vec<Self> {
         let (gateway, vlan) = (config.gateway, config.vlan);
         let place = Place { mac: port.mac, address, prefix_length: config.prefix_length_at(address), gateway, vlan };
         let neighbours = Arc::<Neighbours>::default();
@@ -54,12 +54,12 @@ impl Ethernet {
     }
 
     /// Number of the first queue pair. No other port has the address, so the numbers follow from the queue's index.
-    pub fn first(&self) -> u32 {
+    pub(crate) fn first(&self) -> u32 {
         (u32::from(self.queues.index()) + 1) * PAIRS
     }
 
     /// Hands a burst of packets to `each`, each behind scratch bytes. Returns the number of frames that came.
-    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
+    pub(crate) fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
         self.now = now;
         let first = self.first();
         let Self { queues, frames, station, outgoing, strays, owners, .. } = self;
@@ -92,19 +92,19 @@ impl Ethernet {
     }
 
     /// Asks for the neighbour that packets to `to` go to.
-    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+    pub(crate) fn seek(&mut self, to: IpAddr, now: Nanos) {
         let question = self.station.ask(to, now);
         self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
         self.flush();
     }
 
     /// Number of packets that can be staged now.
-    pub fn room(&self) -> usize {
+    pub(crate) fn room(&self) -> usize {
         BURST.saturating_sub(self.outgoing.len())
     }
 
     /// Adds a packet to those that the next flush sends. A packet to an unknown neighbour is lost, and asks for it.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    pub(crate) fn stage(&mut self, packet: &Packet<'_>) {
         let header = match self.station.hop(packet.to, self.now) {
             Hop::Known(header) => header,
             Hop::Unknown(question) => {
@@ -129,12 +129,12 @@ impl Ethernet {
     }
 
     /// Whether no frame is staged.
-    pub fn is_flushed(&self) -> bool {
+    pub(crate) fn is_flushed(&self) -> bool {
         self.outgoing.is_empty()
     }
 
     /// Sends the staged frames, as far as the port has room.
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         while !self.outgoing.is_empty() && self.queues.send(&mut self.outgoing) > 0 {}
     }
 }

@@ -68,7 +68,7 @@ impl EthPort {
     ///
     /// # Errors
     /// The error that DPDK reports, or that the port has fewer queues.
-    pub fn open(arguments: &[String], name: Option<&str>, mtu: u16, queues: u16) -> io::Result<Self> {
+    pub(crate) fn open(arguments: &[String], name: Option<&str>, mtu: u16, queues: u16) -> io::Result<Self> {
         start(arguments)?;
         let id = find(name)?;
         let info = information(id)?;
@@ -95,7 +95,7 @@ impl EthPort {
     ///
     /// # Errors
     /// The error that DPDK reports.
-    pub fn take_groups(&self) -> io::Result<()> {
+    pub(crate) fn take_groups(&self) -> io::Result<()> {
         // SAFETY: the port is started.
         match unsafe { ffi::rte_eth_allmulticast_enable(self.id) } {
             result if result == -libc::ENOTSUP => Ok(()),
@@ -104,7 +104,7 @@ impl EthPort {
     }
 
     /// Number of queues each way.
-    pub fn queues(&self) -> u16 {
+    pub(crate) fn queues(&self) -> u16 {
         self.queues.len() as u16
     }
 
@@ -112,7 +112,7 @@ impl EthPort {
     ///
     /// # Errors
     /// The error that DPDK reports.
-    pub fn restart(&self) -> io::Result<()> {
+    pub(crate) fn restart(&self) -> io::Result<()> {
         // SAFETY: the port is started and configured.
         unsafe {
             check(ffi::rte_eth_dev_stop(self.id), "stop the port")?;
@@ -121,7 +121,7 @@ impl EthPort {
     }
 
     /// Whether the link of the port is up.
-    pub fn is_up(&self) -> bool {
+    pub(crate) fn is_up(&self) -> bool {
         // SAFETY: the port is started.
         unsafe { ffi::embarcadero_link_is_up(self.id) != 0 }
     }
@@ -208,7 +208,7 @@ impl Queues {
     /// Takes the queues of a number into use. If their former owner is being dropped, it waits for that.
     ///
     /// The caller ensures that nobody else keeps them: else this does not return.
-    pub fn of(port: &Arc<EthPort>, index: u16) -> Self {
+    pub(super) fn of(port: &Arc<EthPort>, index: u16) -> Self {
         while port.queues[usize::from(index)].taken.swap(true, Ordering::Acquire) {
             std::thread::yield_now();
         }
@@ -216,7 +216,7 @@ impl Queues {
     }
 
     /// Number of the queues.
-    pub fn index(&self) -> u16 {
+    pub(super) fn index(&self) -> u16 {
         self.index
     }
 
@@ -224,7 +224,7 @@ impl Queues {
     ///
     /// Buffers that `each` returns go back to their pool together. One by one, each would wait for a lock, and so for
     /// stores past the caches. Frames in several buffers are longer than the MTU, and are dropped.
-    pub fn receive(&mut self, mut each: impl FnMut(Received) -> Option<Received>) -> usize {
+    pub(super) fn receive(&mut self, mut each: impl FnMut(Received) -> Option<Received>) -> usize {
         let mut buffers = [null_mut(); BURST];
         // SAFETY: the port is started, the queue is ours, and as many places are there as stated.
         let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, self.index, buffers.as_mut_ptr(), BURST as u16) };
@@ -242,12 +242,12 @@ impl Queues {
     }
 
     /// Maker of frames to be sent at these queues.
-    pub fn frames(&self) -> Frames {
+    pub(super) fn frames(&self) -> Frames {
         Frames::new(self.port.queues[usize::from(self.index)].pool)
     }
 
     /// Sends a burst of the first frames, and removes those that the port took. Returns their number.
-    pub fn send(&mut self, frames: &mut VecDeque<Frame>) -> usize {
+    pub(super) fn send(&mut self, frames: &mut VecDeque<Frame>) -> usize {
         let mut buffers = [null_mut(); BURST];
         let count = frames.len().min(BURST);
         for (place, frame) in buffers.iter_mut().zip(frames.iter_mut()) {
