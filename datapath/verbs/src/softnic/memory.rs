@@ -160,6 +160,8 @@ pub(super) struct Reach<'a> {
 impl Drop for Reach<'_> {
     fn drop(&mut self) {
         if self.wrote {
+            // SYNC: the peers' bytes, stored past the caches, are in memory before their completions are handed over. It
+            // pairs with the brokers' flush of lines before they read the region.
             cache::lines_stored();
         }
     }

@@ -120,6 +120,7 @@ impl Port {
         Err(io::Error::other(format!("a completion queue has room for {PAIRS} queue pairs")))
     }
 
+    /// Removes a queue pair. From then on no packet finds it.
     pub(super) fn remove(&self, number: u32) {
         self.lock().sides.remove(&number);
     }
@@ -132,8 +133,9 @@ impl Port {
     ) -> io::Result<R> {
         self.active.store(true, Ordering::Relaxed);
         let State { sides, busy, sinks, .. } = &mut *self.lock();
-        let side = sides.get_mut(&number).ok_or(io::ErrorKind::NotFound)?;
-        let sink = sinks.get_mut(&side.queue).ok_or(io::ErrorKind::NotFound)?;
+        let gone = |what| io::Error::new(io::ErrorKind::NotFound, format!("{what} of queue pair {number:#x} is gone"));
+        let side = sides.get_mut(&number).ok_or_else(|| gone("the state"))?;
+        let sink = sinks.get_mut(&side.queue).ok_or_else(|| gone("the completion queue"))?;
         let result = act(side, &mut sink.completions)?;
         if !std::mem::replace(&mut side.busy, true) {
             busy.push_back(number);
@@ -214,7 +216,7 @@ impl State {
         let mut reach = nic.keys.reach();
         let Self { wire, sides, busy, sinks, .. } = self;
         let came = wire.receive(now, |bytes| {
-            // What is no packet, or nobody's, is dropped (IBTA 9.6.1).
+            // Bytes that are no packet, or of no queue pair here, are dropped (IBTA 9.6.1).
             let Ok(packet) = packet::decode(bytes) else { return };
             let Some(side) = sides.get_mut(&packet.queue_pair) else { return };
             side.take(&packet, now, &mut reach);
@@ -267,7 +269,7 @@ impl State {
             if let Some(sink) = sinks.get_mut(&side.queue) {
                 side.collect(&mut sink.completions);
             }
-            // A rate may let it send before it is looked for again.
+            // A rate may let it send before the next look.
             side.busy = !ended || side.wake_at().is_some_and(|at| at < now + TICK);
             if side.busy {
                 busy.push_back(number);

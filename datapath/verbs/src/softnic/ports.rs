@@ -49,7 +49,8 @@ impl Ports {
         for (index, Kept { packets, ends }) in kept.into_iter().enumerate() {
             let ports = Arc::downgrade(&ports);
             std::thread::Builder::new().name("roce-keeper".to_owned()).spawn(move || {
-                // Without it the owner's polling still drives the port.
+                // A keeper ends with the port, or when the kernel refuses it a descriptor. The owners' polling still drives
+                // the port then, and reports what the kernel says.
                 let _ = match packets {
                     Some(packets) => keep(&ports, index, &packets, &ends),
                     None => keep_looking(&ports, index, ends),

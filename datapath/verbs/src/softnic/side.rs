@@ -199,7 +199,7 @@ impl Side {
         domain: &Domain,
         completions: &mut Vec<Completion>,
     ) -> io::Result<bool> {
-        let Some(engine) = &mut self.engine else { return Err(io::ErrorKind::NotConnected.into()) };
+        let Some(engine) = &mut self.engine else { return Err(not_connected()) };
         let (operation, payload) = match request.work {
             Work::Send(bytes) => (Operation::Send { immediate: None }, Payload::inline(bytes)?),
             Work::WriteInline(bytes, to, immediate) => {
@@ -237,6 +237,11 @@ impl Drop for Side {
             self.unused(1);
         }
     }
+}
+
+/// Error of a request that is posted before the queue pair is connected.
+fn not_connected() -> io::Error {
+    io::Error::new(io::ErrorKind::NotConnected, "the queue pair is not connected: receive_from comes first")
 }
 
 /// Whether a request of this opcode may need a receive.

@@ -209,6 +209,7 @@ impl Queues {
     ///
     /// The caller ensures that nobody else keeps them: else this does not return.
     pub(super) fn of(port: &Arc<EthPort>, index: u16) -> Self {
+        // SYNC: pairs with the release in `drop`.
         while port.queues[usize::from(index)].taken.swap(true, Ordering::Acquire) {
             std::thread::yield_now();
         }
@@ -262,6 +263,7 @@ impl Queues {
 
 impl Drop for Queues {
     fn drop(&mut self) {
+        // SYNC: pairs with the acquire in `of`.
         self.port.queues[usize::from(self.index)].taken.store(false, Ordering::Release);
     }
 }
