@@ -50,8 +50,10 @@ impl Library<'_> {
                 config.atleast_version(self.version);
             }
             let found = config.probe(name).map_err(|error| {
-                let version = if index == 0 { format!(", {} or later,", self.version) } else { String::new() };
-                self.missing(&format!("{name}{version} ({})", first_line(&error.to_string())))
+                let said = error.to_string();
+                let said = said.lines().find(|line| !line.trim().is_empty()).unwrap_or(&said);
+                let Missing(text) = self.missing(name);
+                Missing(format!("{text} (at least {} {}; pkg-config: {said})", self.names[0], self.version))
             })?;
             includes.extend(found.include_paths);
         }
@@ -95,9 +97,4 @@ impl Library<'_> {
 /// Path in an environment variable that cargo sets for build scripts.
 fn set_by_cargo(name: &str) -> Result<PathBuf, Missing> {
     env::var_os(name).map(PathBuf::from).ok_or_else(|| Missing(format!("{name} is not set: only cargo runs this")))
-}
-
-/// First line of a text with anything on it.
-fn first_line(text: &str) -> &str {
-    text.lines().find(|line| !line.trim().is_empty()).unwrap_or(text)
 }
