@@ -1,4 +1,5 @@
-//! Format of replica files: positions and sizes, and how damage is detected. `docs/replica-files.md` draws it.
+//! Format of replica files: positions and sizes, and how damage is detected. `docs/reference/replica-files.md` draws
+//! it.
 //!
 //! A file is a header block, then groups. One write and one `fdatasync` make a group durable. It has a header, a record
 //! header for each batch, then the batches. Files and groups describe themselves, so a topic can be rebuilt from them
