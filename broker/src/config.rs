@@ -92,7 +92,7 @@ impl CxlConfig {
     ///
     /// # Errors
     /// [`OutOfBounds`] when this CPU lacks the instruction.
-    pub fn flush_method(&self) -> Result<FlushMethod, OutOfBounds> {
+    pub(crate) fn flush_method(&self) -> Result<FlushMethod, OutOfBounds> {
         if self.coherence != Coherence::None {
             return Ok(FlushMethod::None);
         }

@@ -30,30 +30,30 @@ const LEADER_WAIT: Duration = Duration::from_secs(2);
 const LEADER_POLL: Duration = Duration::from_millis(5);
 
 /// Part of the control service that works only at the leader.
-pub struct LeaderControl {
+pub(crate) struct LeaderControl {
     /// Channel to the sequencer.
-    pub commands: Sender<Command>,
+    pub(crate) commands: Sender<Command>,
     /// Lock that admits one change of the topic table at a time.
-    pub topics: tokio::sync::Mutex<()>,
+    pub(crate) topics: tokio::sync::Mutex<()>,
 }
 
 /// The leader's part of the control service; `None` while this broker does not lead.
-pub type CurrentLeader = RwLock<Option<Arc<LeaderControl>>>;
+pub(crate) type CurrentLeader = RwLock<Option<Arc<LeaderControl>>>;
 
 /// Control service of one broker.
-pub struct ControlService {
+pub(crate) struct ControlService {
     /// Region.
-    pub region: Region<Native>,
+    pub(crate) region: Region<Native>,
     /// Bytes of the largest batch.
-    pub max_batch_bytes: u64,
+    pub(crate) max_batch_bytes: u64,
     /// The leader's part, while this broker leads.
-    pub leader: Arc<CurrentLeader>,
+    pub(crate) leader: Arc<CurrentLeader>,
     /// Allocator of this broker. At the leader of a region with the leader allocator, everyone's.
-    pub pool: Arc<dyn SegmentAllocator>,
+    pub(crate) pool: Arc<dyn SegmentAllocator>,
     /// Batches on this broker's disk.
     pub(crate) catalog: Arc<Catalog>,
     /// Membership by etcd, if etcd elects the leader.
-    pub etcd: Option<Etcd>,
+    pub(crate) etcd: Option<Etcd>,
 }
 
 impl ControlService {

@@ -15,7 +15,7 @@ use embarcadero_wire::{BrokerId, Stream};
 use std::sync::Arc;
 
 /// Returns the brokers that hold segments, one bit each.
-pub fn holders<F: Fabric>(region: &Region<F>) -> u64 {
+pub(crate) fn holders<F: Fabric>(region: &Region<F>) -> u64 {
     let holder = |segment| match read_owner(region, segment) {
         Row::Used(SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. }) => 1 << broker.0,
         _ => 0,
@@ -28,7 +28,7 @@ const ROUND_ENTRIES: u64 = 4096;
 
 /// Applies retention to a dead broker's orders, and gives back segments that nobody needs. `pool` is the allocator that
 /// the broker would use. The caller holds the claim on the broker's id, so no process of the broker does the same.
-pub fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
+pub(crate) fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
     let kept = |topic| {
         [Stream::GLOBAL, Stream::of(broker)]
             .map(|stream| read_extent(region, StreamId { topic, stream }))

@@ -28,14 +28,14 @@ use std::sync::Arc;
 ///
 /// # Errors
 /// [`RegionError::Role`] or [`RegionError::Uuid`].
-pub fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), RegionError> {
+pub(crate) fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), RegionError> {
     region.require_role(RegionRole::Mirrored)?;
     mirror.require_role(RegionRole::Mirror)?;
     mirror.require_uuid(region.uuid())
 }
 
 /// Mirror of a region, as the leader writes it.
-pub struct Mirror<F: Fabric> {
+pub(crate) struct Mirror<F: Fabric> {
     region: Region<F>,
     area: LeaderArea,
     term: Term,
@@ -48,7 +48,7 @@ impl<F: Fabric> Mirror<F> {
     ///
     /// # Errors
     /// [`TakeoverError`].
-    pub fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, TakeoverError> {
+    pub(crate) fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, TakeoverError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
         // Another broker that led may go on.
         let mut spares = match last_active(&region) {
@@ -74,7 +74,7 @@ impl<F: Fabric> Mirror<F> {
     ///
     /// # Errors
     /// [`Damage`] in the mirror.
-    pub fn open(&self, config: &TopicConfig) -> Result<OrderIndexWriter<F>, Damage> {
+    pub(crate) fn open(&self, config: &TopicConfig) -> Result<OrderIndexWriter<F>, Damage> {
         let copy = IndexOptions {
             id: StreamId { topic: config.id, stream: Stream::GLOBAL },
             incarnation: config.incarnation,
@@ -88,7 +88,7 @@ impl<F: Fabric> Mirror<F> {
     ///
     /// # Errors
     /// [`TakeoverError`] when the mirror has too little room, or is damaged.
-    pub fn follow(
+    pub(crate) fn follow(
         &self,
         config: &TopicConfig,
         index: &OrderIndexWriter<F>,
@@ -114,7 +114,7 @@ impl<F: Fabric> Mirror<F> {
     }
 
     /// Copies every session of this leader's area in the region `from`, with its commit records.
-    pub fn follow_sessions(&self, from: &Region<F>) {
+    pub(crate) fn follow_sessions(&self, from: &Region<F>) {
         for slot in from.geometry().sessions() {
             let Some(session) = read_session_at(from, self.area, slot).used() else { continue };
             let expected = read_progress_at(from, self.area, slot);
@@ -128,17 +128,17 @@ impl<F: Fabric> Mirror<F> {
     }
 
     /// Writes a topic's configuration.
-    pub fn topic(&self, config: &TopicConfig) {
+    pub(crate) fn topic(&self, config: &TopicConfig) {
         publish_topic(&self.region, self.area, config);
     }
 
     /// Writes a session's identity and state.
-    pub fn session(&self, session: &Session) {
+    pub(crate) fn session(&self, session: &Session) {
         publish_session(&self.region, self.area, session);
     }
 
     /// Writes commit records. They are in memory when this returns.
-    pub fn commit(&self, commits: &[SessionCommit]) {
+    pub(crate) fn commit(&self, commits: &[SessionCommit]) {
         publish_commits(&self.region, self.area, commits);
         self.region.fabric().fence(Site::RecordFlush);
     }

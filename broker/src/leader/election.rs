@@ -7,7 +7,7 @@ use embarcadero_wire::Term;
 
 /// Brokers whose stores one broker sees, so that it can tell whether another is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CoherenceScope {
+pub(crate) enum CoherenceScope {
     /// All brokers are processes of this host.
     Host,
     /// Brokers run on several hosts, on memory that hardware keeps coherent.
@@ -17,7 +17,7 @@ pub enum CoherenceScope {
 }
 
 /// Authority that decides which broker may claim the next term.
-pub enum Election {
+pub(crate) enum Election {
     /// Election word of the region. Where brokers do not see each other, the broker that is configured to be the
     /// leader.
     Region,

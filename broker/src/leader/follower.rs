@@ -40,7 +40,7 @@ impl Watch {
 
 impl Candidate {
     /// Takes over if there is no leader that could go on. Returns this broker's leadership, if it leads now.
-    pub async fn take_over_if_gone(&self) -> Option<Leadership> {
+    pub(crate) async fn take_over_if_gone(&self) -> Option<Leadership> {
         // Read before the look at the leader: a candidate that campaigns in between wins.
         let before = highest_candidacy(self.region());
         if self.eligible && self.leader_is_gone() { self.take_over(before).await } else { None }

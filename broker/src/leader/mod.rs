@@ -7,7 +7,7 @@
 mod election;
 mod follower;
 
-pub use election::{CoherenceScope, Election};
+pub(crate) use election::{CoherenceScope, Election};
 
 use crate::control::{CurrentLeader, LeaderControl};
 use crate::dead_broker;
@@ -35,37 +35,37 @@ const PERIOD: Duration = Duration::from_millis(20);
 const REAP_EVERY: u32 = 50;
 
 /// Broker that leads, or follows and may take over.
-pub struct Candidate {
+pub(crate) struct Candidate {
     /// File of the region, whose locks are the claims on broker ids.
-    pub file: RegionFile,
+    pub(crate) file: RegionFile,
     /// Row of this broker in the broker table.
-    pub info: BrokerInfo,
+    pub(crate) info: BrokerInfo,
     /// Allocator for the order indexes.
-    pub pool: Arc<dyn SegmentAllocator>,
+    pub(crate) pool: Arc<dyn SegmentAllocator>,
     /// Mirror of the region, if it has one.
-    pub mirror: Option<RegionFile>,
+    pub(crate) mirror: Option<RegionFile>,
     /// Durations by which the sequencer goes.
-    pub leases: Leases,
+    pub(crate) leases: Leases,
     /// Silence after which another broker counts as dead.
-    pub broker_lease: Duration,
+    pub(crate) broker_lease: Duration,
     /// Silence after which the leader is replaced.
-    pub leader_lease: Duration,
+    pub(crate) leader_lease: Duration,
     /// Brokers whose stores this one sees.
-    pub scope: CoherenceScope,
+    pub(crate) scope: CoherenceScope,
     /// Authority that elects the leader.
-    pub election: Election,
+    pub(crate) election: Election,
     /// True if this broker may be the leader.
-    pub eligible: bool,
+    pub(crate) eligible: bool,
     /// Channel to the worker that runs the leader's stages.
-    pub stages: Sender<LeaderStages>,
+    pub(crate) stages: Sender<LeaderStages>,
     /// Part of the control service that works only at the leader.
-    pub control: Arc<CurrentLeader>,
+    pub(crate) control: Arc<CurrentLeader>,
     /// Token that the leader's stages share. It shows when they have ended.
-    pub in_use: Arc<()>,
+    pub(crate) in_use: Arc<()>,
 }
 
 /// State of a broker that leads.
-pub struct Leadership {
+pub(crate) struct Leadership {
     /// Term under which it leads.
     term: Term,
     liveness: Liveness,
@@ -164,7 +164,7 @@ impl Candidate {
     }
 
     /// Leads, or follows and takes over, until the broker stops.
-    pub async fn run(self, mut leadership: Option<Leadership>) {
+    pub(crate) async fn run(self, mut leadership: Option<Leadership>) {
         let mut ticks = tokio::time::interval(PERIOD);
         // After a pause of this host, looks do not come in a burst: unmoved looks measure time.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

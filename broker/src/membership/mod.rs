@@ -63,7 +63,7 @@ impl Liveness {
 }
 
 /// Reads the brokers that the leader takes for alive, and the leader's id.
-pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
+pub(crate) fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
     let Some(leader) = read_leader(region) else { return (Vec::new(), None) };
     let brokers = region
         .geometry()

@@ -7,18 +7,18 @@ use embarcadero_wire::BrokerId;
 
 /// Brokers to choose replicas from, and their number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub(crate) struct Choice {
     /// Number of broker slots of the region.
-    pub brokers: u32,
+    pub(crate) brokers: u32,
     /// Brokers that can take batches, one bit each.
-    pub usable: u64,
+    pub(crate) usable: u64,
     /// Number of replicas of each batch.
-    pub copies: u32,
+    pub(crate) copies: u32,
 }
 
 /// Returns the brokers that replicate the batches of `source`: the first usable ones that follow it, in a ring of all.
 /// The source comes last, as a failure of its host takes its disk too.
-pub fn replicas_of(source: BrokerId, among: Choice) -> impl Iterator<Item = BrokerId> {
+pub(crate) fn replicas_of(source: BrokerId, among: Choice) -> impl Iterator<Item = BrokerId> {
     let Choice { brokers, usable, copies } = among;
     (1..=brokers)
         .map(move |step| BrokerId((source.0 + step) % brokers))

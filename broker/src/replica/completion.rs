@@ -126,7 +126,7 @@ impl<F: Fabric> CompletionStage<F> {
 
 /// Returns the position below which retention may trim a stream of a topic. Batches that sessions wait for stay until
 /// they are durable, as long as enough replicas run to make them so.
-pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion: Completion) -> u64 {
+pub(crate) fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion: Completion) -> u64 {
     let copies = u32::from(topic.replication_factor.max(1)) - 1;
     if copies == 0 || !completion.awaited {
         return u64::MAX;

@@ -27,9 +27,9 @@ const GROUP_MAGIC: u32 = u32::from_le_bytes(*b"EMBG");
 /// Version of the format.
 const VERSION: u32 = 1;
 /// Most batches of a group.
-pub const GROUP_RECORDS: usize = 4096;
+pub(crate) const GROUP_RECORDS: usize = 4096;
 /// Most bytes of a group: room for one batch of any size, or for many small ones.
-pub const GROUP_BYTES: u64 = 2 * MAX_BATCH_BYTES;
+pub(crate) const GROUP_BYTES: u64 = 2 * MAX_BATCH_BYTES;
 
 /// Reason why bytes are not those of a replica file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -385,7 +385,7 @@ pub fn parse_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatErr
 ///
 /// # Errors
 /// [`FormatError::Checksum`].
-pub fn check_batch(record: &Record, batch: &[u8]) -> Result<(), FormatError> {
+pub(crate) fn check_batch(record: &Record, batch: &[u8]) -> Result<(), FormatError> {
     check("a batch", record.checksum, crc32c(batch))
 }
 

@@ -91,7 +91,7 @@ pub trait MediumFile: Send {
 }
 
 /// Directory of a file system. It is created with its first file.
-pub struct Directory {
+pub(crate) struct Directory {
     path: PathBuf,
     direct: bool,
     ring: Option<Arc<Mutex<Uring>>>,
@@ -100,13 +100,13 @@ pub struct Directory {
 impl Directory {
     /// Returns the directory at `path`. `direct` writes past the page cache.
     #[must_use]
-    pub fn new(path: PathBuf, direct: bool) -> Self {
+    pub(crate) fn new(path: PathBuf, direct: bool) -> Self {
         Self { path, direct, ring: None }
     }
 
     /// Writes through `ring` from now on, if there is one.
     #[must_use]
-    pub fn through(self, ring: Option<Arc<Mutex<Uring>>>) -> Self {
+    pub(crate) fn through(self, ring: Option<Arc<Mutex<Uring>>>) -> Self {
         Self { ring, ..self }
     }
 
@@ -114,7 +114,7 @@ impl Directory {
     ///
     /// # Errors
     /// The error of the system. For a file system without direct I/O it is `EINVAL`.
-    pub fn probe(&self) -> io::Result<()> {
+    pub(crate) fn probe(&self) -> io::Result<()> {
         let name = format!(".probe-{}", std::process::id());
         let _ = self.remove(&name);
         let mut file = self.create(&name)?;

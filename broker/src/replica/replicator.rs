@@ -27,7 +27,7 @@ const SCAN_ENTRIES: u64 = 64 << 10;
 ///
 /// # Errors
 /// [`NoLeader`].
-pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> {
+pub(crate) fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> {
     let live = read_leader(region).ok_or(NoLeader)?.broker_mask;
     let brokers = region.geometry().brokers().filter(|broker| live & (1 << broker.0) != 0);
     Ok(brokers
@@ -157,7 +157,7 @@ impl<F: Fabric> Replicator<F> {
     }
 
     /// Returns the batches on this broker's disk, for others to read.
-    pub fn catalog(&self) -> &Arc<Catalog> {
+    pub(crate) fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
     }
 

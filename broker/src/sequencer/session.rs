@@ -49,7 +49,7 @@ pub struct SessionOrder {
     committed: Box<[u64]>,
     gap_since_us: u64,
     /// Time of the last arrival, microseconds.
-    pub active_us: u64,
+    pub(crate) active_us: u64,
 }
 
 impl SessionOrder {
@@ -78,24 +78,24 @@ impl SessionOrder {
     /// Returns true while batches wait for a gap to close.
     #[inline]
     #[must_use]
-    pub fn has_gap(&self) -> bool {
+    pub(crate) fn has_gap(&self) -> bool {
         self.held_count > 0
     }
 
     /// Number of batches that wait.
     #[must_use]
-    pub fn held_count(&self) -> u32 {
+    pub(crate) fn held_count(&self) -> u32 {
         self.held_count
     }
 
     /// Time from which the lease of the present gap runs, microseconds.
     #[must_use]
-    pub fn gap_since_us(&self) -> u64 {
+    pub(crate) fn gap_since_us(&self) -> u64 {
         self.gap_since_us
     }
 
     /// Starts the lease of the gap again: the gap is not the client's fault.
-    pub fn restart_gap_timer(&mut self, now_us: u64) {
+    pub(crate) fn restart_gap_timer(&mut self, now_us: u64) {
         self.gap_since_us = now_us;
     }
 
@@ -156,14 +156,14 @@ impl SessionOrder {
     }
 
     /// Puts back the batch that [`SessionOrder::next_held`] gave: it cannot be ordered now.
-    pub fn hold_again(&mut self, arrival: Arrival) {
+    pub(crate) fn hold_again(&mut self, arrival: Arrival) {
         self.held[Self::place(arrival.entry.sequence)] = Some(arrival);
         self.held_count += 1;
     }
 
     /// Lowest Batchlog index of a broker's batches that wait here.
     #[must_use]
-    pub fn lowest_held(&self, broker: BrokerId) -> Option<u64> {
+    pub(crate) fn lowest_held(&self, broker: BrokerId) -> Option<u64> {
         if self.held_count == 0 {
             return None;
         }

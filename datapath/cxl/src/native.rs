@@ -26,7 +26,7 @@ impl Mapping {
     ///
     /// # Errors
     /// The error of mmap(2), or `InvalidInput` when this machine cannot address as many bytes.
-    pub fn of_file(file: &File, bytes: u64) -> io::Result<Self> {
+    pub(crate) fn of_file(file: &File, bytes: u64) -> io::Result<Self> {
         let bytes = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let map = memmap2::MmapOptions::new().len(bytes).map_raw(file)?;
         let base = map.as_mut_ptr();

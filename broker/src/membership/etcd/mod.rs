@@ -70,9 +70,9 @@ impl Member {
 
 /// Entry of the leader, as etcd has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Elected {
+pub(crate) struct Elected {
     /// Broker that was elected.
-    pub broker: BrokerId,
+    pub(crate) broker: BrokerId,
     /// Revision of the entry, which a successor names when it replaces the entry.
     revision: i64,
     lease: i64,
@@ -101,7 +101,7 @@ struct State {
 
 /// This broker's part in etcd. Clones share it.
 #[derive(Clone)]
-pub struct Etcd {
+pub(crate) struct Etcd {
     client: Client,
     lease_s: u32,
     member: Member,
@@ -117,7 +117,7 @@ impl Etcd {
     ///
     /// # Errors
     /// [`EtcdError`].
-    pub async fn join(
+    pub(crate) async fn join(
         config: EtcdConfig,
         uuid: Uuid,
         info: &BrokerInfo,
@@ -142,13 +142,13 @@ impl Etcd {
     }
 
     /// Returns the leader, as etcd has it; if there is none, the time for which there has been none.
-    pub fn elected(&self) -> Result<Elected, Duration> {
+    pub(crate) fn elected(&self) -> Result<Elected, Duration> {
         let view = &self.state().view;
         view.leader.ok_or_else(|| view.leaderless_since.map_or(Duration::ZERO, |since| since.elapsed()))
     }
 
     /// Time after which a leader whose entry is gone will not put it back.
-    pub fn grace(&self) -> Duration {
+    pub(crate) fn grace(&self) -> Duration {
         Duration::from_secs(u64::from(self.lease_s) * 2)
     }
 
@@ -156,7 +156,7 @@ impl Etcd {
     ///
     /// # Errors
     /// [`EtcdError`]: nobody can be elected now.
-    pub async fn campaign(&self, seen: Option<Elected>) -> Result<Option<Term>, EtcdError> {
+    pub(crate) async fn campaign(&self, seen: Option<Elected>) -> Result<Option<Term>, EtcdError> {
         let (lease, base) = {
             let state = self.state();
             (state.lease, state.view.base.unwrap_or(Term::NONE))
@@ -168,7 +168,7 @@ impl Etcd {
 
     /// Records whether this broker leads. While it does, its entry as leader is kept. When it does not, the entry is
     /// removed.
-    pub async fn set_leads(&self, leads: bool) {
+    pub(crate) async fn set_leads(&self, leads: bool) {
         let leader = {
             let mut state = self.state();
             state.leads = leads;
@@ -182,19 +182,19 @@ impl Etcd {
     }
 
     /// Leaves etcd: this broker's entries go.
-    pub async fn leave(&self) {
+    pub(crate) async fn leave(&self) {
         let lease = std::mem::take(&mut self.state().lease);
         // If it fails, the entries go when the lease ends.
         let _ = self.client.revoke(lease).await;
     }
 
     /// Waits until the leader's entry changes.
-    pub async fn changed(&self) {
+    pub(crate) async fn changed(&self) {
         self.changed.notified().await;
     }
 
     /// Returns the time for which etcd has not answered, and the last error; `None` while it answers.
-    pub fn lost(&self) -> Option<(Duration, String)> {
+    pub(crate) fn lost(&self) -> Option<(Duration, String)> {
         self.state().lost.as_ref().map(|(since, error)| (since.elapsed(), error.clone()))
     }
 }

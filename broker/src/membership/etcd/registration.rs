@@ -100,7 +100,7 @@ impl Etcd {
     }
 
     /// Keeps the lease alive and watches, for as long as the broker runs.
-    pub async fn run(self) {
+    pub(crate) async fn run(self) {
         loop {
             let Err(error) = self.attend().await;
             let first = {
