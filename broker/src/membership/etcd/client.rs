@@ -25,8 +25,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 use uuid::Uuid;
 
-/// Longest time that a call to one endpoint may take.
+/// Time that a call to one endpoint may take in the first round. It doubles with each round.
 const CALL: Duration = Duration::from_secs(2);
+/// Rounds in which each endpoint is called, before etcd counts as silent.
+const ROUNDS: u32 = 3;
 
 /// Reason why etcd did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -141,22 +143,33 @@ impl Client {
         EtcdError::Silent { endpoints: self.endpoints.join(", ") }
     }
 
-    /// Calls the endpoint that answered last, and those after it until one answers. A call that nobody answered may
-    /// still have happened, so every call must be harmless when it is made twice.
+    /// Calls the endpoint that answered last, and those after it until one answers. If one was silent, it may be slow, and
+    /// all are called again with more time. A call that nobody answered may still have happened, so every call must be
+    /// harmless when it is made twice.
     async fn call<Q: Clone, R, F>(&self, request: Q, call: impl Fn(Channel, Q) -> F) -> Result<R, EtcdError>
     where
         F: Future<Output = Result<Response<R>, Status>>,
     {
         let mut error = self.silent();
-        for _ in &self.channels {
-            let endpoint = self.first.load(Ordering::Relaxed);
-            error = match tokio::time::timeout(CALL, call(self.channels[endpoint].clone(), request.clone())).await {
-                Ok(Ok(answer)) => return Ok(answer.into_inner()),
-                Ok(Err(status)) if status.code() != Code::Unavailable => return Err(self.failed(status)),
-                Ok(Err(status)) => self.failed(status),
-                Err(_) => self.silent(),
-            };
-            self.first.store((endpoint + 1) % self.channels.len(), Ordering::Relaxed);
+        for round in 0..ROUNDS {
+            let mut slow = false;
+            for _ in &self.channels {
+                let endpoint = self.first.load(Ordering::Relaxed);
+                let answer = call(self.channels[endpoint].clone(), request.clone());
+                error = match tokio::time::timeout(CALL * 2u32.pow(round), answer).await {
+                    Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                    Ok(Err(status)) if status.code() != Code::Unavailable => return Err(self.failed(status)),
+                    Ok(Err(status)) => self.failed(status),
+                    Err(_) => {
+                        slow = true;
+                        self.silent()
+                    }
+                };
+                self.first.store((endpoint + 1) % self.channels.len(), Ordering::Relaxed);
+            }
+            if !slow {
+                break;
+            }
         }
         Err(error)
     }
