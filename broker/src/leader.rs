@@ -51,7 +51,7 @@ pub(crate) struct Candidate {
     /// Silence after which the leader is replaced.
     pub(crate) leader_lease: Duration,
     /// Brokers whose stores this one sees.
-    pub(crate) scope: CoherenceScope,
+    pub(crate) reach: CoherenceScope,
     /// Authority that elects the leader.
     pub(crate) election: Election,
     /// True if this broker may be the leader.
@@ -87,7 +87,7 @@ impl Candidate {
             // This process holds the id's claim, so only its own stages could still lead.
             return Arc::strong_count(&self.in_use) == 1;
         }
-        if self.scope != CoherenceScope::Host {
+        if self.reach != CoherenceScope::Host {
             return false;
         }
         let claimed = self.file.is_claimed(broker).unwrap_or_else(|error| {
@@ -157,7 +157,7 @@ impl Candidate {
         self.region()
             .geometry()
             .brokers()
-            .filter(|id| live & 1 << id.0 == 0 && self.scope == CoherenceScope::Host)
+            .filter(|id| live & 1 << id.0 == 0 && self.reach == CoherenceScope::Host)
             .filter_map(|id| read_broker(self.region(), id).used())
             .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
             .fold(0, |mask, info| mask | 1 << info.id.0)
@@ -200,7 +200,7 @@ impl Candidate {
             leadership.shown = self.publish(leadership.term, live);
         }
         leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
-        if leadership.reap_in == 0 && self.scope == CoherenceScope::Host {
+        if leadership.reap_in == 0 && self.reach == CoherenceScope::Host {
             self.reap(live);
         }
     }

@@ -82,7 +82,7 @@ impl Candidate {
     /// Checks that somebody can take over from a leader that is `gone`, or else may go on. Returns the reason if nobody
     /// can.
     fn can_take_over(&self, gone: bool) -> Result<(), String> {
-        self.election.can_elect(self.scope)?;
+        self.election.can_elect(self.reach)?;
         // With the leader allocator a leader also gives out segments. Two might give out the same.
         if !gone && self.region().geometry().allocator == AllocatorKind::Leader {
             return Err("the leader allocator's own leader may go on".to_owned());
@@ -102,7 +102,7 @@ impl Candidate {
         if Arc::strong_count(&self.in_use) > 1 {
             return None;
         }
-        let term = self.election.elect(self.region(), self.scope, before).await?;
+        let term = self.election.elect(self.region(), self.reach, before).await?;
         let leadership = self.lead(term);
         self.election.set_leads(leadership.is_some()).await;
         leadership
