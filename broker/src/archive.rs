@@ -1,6 +1,8 @@
-//! Reads of what the region no longer holds: batches come back from replicas' disks, this broker's own and the others'.
+//! Archive: batches that the region no longer holds are read from the disks of this broker's and other brokers'
+//! replicas.
 //!
-//! No one disk has all of a stream, as each replica has some sources' batches; offsets tell how they fit together.
+//! A replica has the batches of some brokers only, so that no disk need have all of a stream. The answers of all disks
+//! are joined by offset.
 
 pub use crate::replica::store::Archived;
 use crate::replica::store::StreamFiles;
@@ -21,49 +23,49 @@ use tokio::task::JoinSet;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-/// Bytes that a replica is asked for at a time; one batch may be larger.
+/// Number of bytes that a replica is asked for at a time. One batch may be larger and is then answered alone.
 const READ_BYTES: u64 = 2 << 20;
-/// Most that a replica answers.
+/// Largest answer of a replica, in bytes.
 const ANSWER_BYTES: usize = 32 << 20;
-/// How long a replica may take to answer.
-const CALL: Duration = Duration::from_secs(5);
+/// Longest time for a call to a replica, and for the connection to it.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
 
-/// A stream of one incarnation of a topic.
+/// Stream of one incarnation of a topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ArchiveKey {
-    /// Slot of the topic.
+    /// Topic slot.
     pub topic: TopicId,
-    /// Incarnation of the slot.
+    /// Incarnation of the topic slot.
     pub incarnation: Incarnation,
     /// Stream of the topic.
     pub stream: Stream,
 }
 
-/// Where reading begins.
+/// Place in a stream where a read begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum From {
-    /// At the batch that has this offset.
+    /// Batch that has the message with this offset.
     Offset(u64),
-    /// At the first batch that was ordered at this time, microseconds since 1970, or later: that one alone is read.
+    /// First batch that was ordered at this time, in microseconds since 1970, or later. Only this batch is read.
     Time(u64),
 }
 
-/// What this broker's own replica has, for readers beside it.
+/// Streams on the disk of this broker's own replica, for readers in other threads.
 pub struct Catalog {
-    /// `None` where nothing is on the disk; nothing of what has not been looked for yet.
+    /// Files per stream: `None` for a stream without files. Streams that have not been looked for yet have no entry.
     streams: Mutex<BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>>,
-    /// The broker has a disk to look at.
+    /// True while streams without an entry may still be on the disk.
     replicates: AtomicBool,
 }
 
 impl Catalog {
-    /// Of a broker that replicates, or one that does not.
+    /// Returns an empty catalog. `replicates` tells whether the broker has a disk that is still to be looked at.
     #[must_use]
     pub fn new(replicates: bool) -> Self {
         Self { streams: Mutex::default(), replicates: AtomicBool::new(replicates) }
     }
 
-    /// The disk failed: nobody will look at it any more.
+    /// Records that the disk failed. Streams that were not looked for count as absent from now on.
     pub fn give_up(&self) {
         self.replicates.store(false, Ordering::Relaxed);
     }
@@ -72,26 +74,27 @@ impl Catalog {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stream's files can be read from now on; or there are none, or none that can be relied on.
+    /// Records a stream's files for reading; `None` when there are none, or none that can be relied on.
     pub fn set(&self, key: ArchiveKey, files: Option<Arc<StreamFiles>>) {
         self.streams().insert(key, files);
     }
 
-    /// True once it is known whether a stream has files.
+    /// Returns true once it is known whether a stream has files.
     #[must_use]
     pub fn knows(&self, key: ArchiveKey) -> bool {
         self.streams().contains_key(&key)
     }
 
-    /// The stream is no more.
+    /// Removes a stream whose topic was deleted.
     pub fn forget(&self, key: ArchiveKey) {
         self.streams().remove(&key);
     }
 
-    /// Batches that are here. May wait for the disk.
+    /// Reads batches from this broker's disk, up to `max_bytes` but at least one. Returns none when the disk has none.
+    /// May wait for the disk.
     ///
     /// # Errors
-    /// The disk's, in words, or nobody has looked at it yet.
+    /// Text of the disk's error, or that the disk has not been looked at yet.
     pub fn read(&self, key: ArchiveKey, from: From, max_bytes: u64) -> Result<Vec<Archived>, String> {
         let files = self.streams().get(&key).cloned();
         match files {
@@ -112,50 +115,52 @@ impl Catalog {
     }
 }
 
-/// Why what was asked for does not come.
+/// Reason why a read from disks has no batches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ArchiveError {
-    /// It is on no disk. The lowest later offset that is on one.
+    /// No disk has the place that was asked for. Holds the lowest later offset that a disk has, if any.
     Missing(Option<u64>),
-    /// It may be on a disk that cannot be asked.
+    /// A disk that may have the place did not answer. Holds the reason.
     Unreachable(String),
 }
 
-/// Batches that follow each other, beginning with the one that was asked for.
+/// Batches that follow each other without a gap, beginning with the one that was asked for.
 pub type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
 
+/// Question of a worker, and the channel for its answer.
 struct Request {
     key: ArchiveKey,
     from: From,
     reply: Sender<ArchiveAnswer>,
 }
 
-/// Where workers ask for batches.
+/// End of the archive at which workers ask for batches.
 #[derive(Clone)]
 pub struct Archive {
     requests: UnboundedSender<Request>,
 }
 
 impl Archive {
-    /// The two ends: one to ask, one to [`ArchiveReader::run`].
+    /// Returns the two ends: one to ask at, and one to answer with [`ArchiveReader::run`].
     pub fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
         let (requests, queue) = unbounded_channel();
         (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
     }
 
-    /// Asks for batches.
+    /// Asks for batches of a stream. The answer comes on the returned channel, which closes without one if the broker
+    /// stops.
     pub fn ask(&self, key: ArchiveKey, from: From) -> Receiver<ArchiveAnswer> {
         let (reply, answer) = bounded(1);
-        // If nobody reads, the answer's other end is gone, which the caller sees.
+        // Without a reader the request is dropped, and with it the sender: the caller sees a closed channel.
         let _ = self.requests.send(Request { key, from, reply });
         answer
     }
 }
 
-/// A connection to a broker, and to which process.
+/// Connection to each broker, with the incarnation that it leads to.
 type Clients = Arc<Mutex<HashMap<BrokerId, (Incarnation, ControlClient<Channel>)>>>;
 
-/// Reads from disks for those who ask.
+/// End of the archive that reads from disks and answers.
 pub struct ArchiveReader {
     region: Region<Native>,
     broker: BrokerId,
@@ -165,11 +170,11 @@ pub struct ArchiveReader {
 }
 
 impl ArchiveReader {
-    /// Answers until nobody can ask any more.
+    /// Answers until every [`Archive`] is dropped.
     pub async fn run(mut self) {
         while let Some(Request { key, from, reply }) = self.queue.recv().await {
             let answers = self.ask_all(key, from);
-            // Others need not wait for these disks.
+            // The next request need not wait for these disks.
             tokio::spawn(async move {
                 let mut answers = answers;
                 let mut all = Vec::new();
@@ -181,7 +186,7 @@ impl ArchiveReader {
         }
     }
 
-    /// Asks every broker that may have it.
+    /// Asks every broker whose disk may have the batches.
     fn ask_all(&self, key: ArchiveKey, from: From) -> JoinSet<Result<Vec<Archived>, String>> {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
@@ -202,7 +207,10 @@ impl ArchiveReader {
     }
 }
 
-/// Asks one broker's replica.
+/// Asks one broker for batches on its disk.
+///
+/// # Errors
+/// Text that names the broker and what failed.
 async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) -> Result<Vec<Archived>, String> {
     let failed = |what: String| format!("broker {}: {what}", info.id);
     let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
@@ -210,7 +218,7 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) ->
         Some((incarnation, client)) if incarnation == info.incarnation => client,
         _ => {
             let endpoint = Endpoint::try_from(format!("http://{}", info.control)).map_err(|e| failed(e.to_string()))?;
-            let connected = endpoint.connect_timeout(CALL).timeout(CALL).connect().await;
+            let connected = endpoint.connect_timeout(CALL_LIMIT).timeout(CALL_LIMIT).connect().await;
             ControlClient::new(connected.map_err(|e| failed(e.to_string()))?).max_decoding_message_size(ANSWER_BYTES)
         }
     };
@@ -247,10 +255,10 @@ fn from_proto(batch: proto::ArchivedBatch) -> Archived {
     Archived { first_offset, message_count, source: BrokerId(source), ordered_us, bytes }
 }
 
-/// The answer to another broker that asks for what is on this one's disk.
+/// Answers another broker that asks for batches on this broker's disk.
 ///
 /// # Errors
-/// The disk's.
+/// Data loss, with the text of the disk's error.
 #[allow(clippy::result_large_err)] // tonic's own error type
 pub fn read_replica(
     catalog: &Catalog,
@@ -267,7 +275,7 @@ pub fn read_replica(
     Ok(proto::ReadReplicaResponse { batches: batches.collect() })
 }
 
-/// Puts together what disks have: all that follows without a gap from the batch that was asked for.
+/// Joins the answers of all disks: the batches that follow each other without a gap from the place that was asked for.
 fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
     let mut unreachable = None;
     let mut batches: BTreeMap<u64, Archived> = BTreeMap::new();
@@ -282,7 +290,7 @@ fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswe
         (From::Offset(offset), _) => offset,
         (From::Time(_), lowest) => lowest.unwrap_or(0),
     };
-    // A disk that does not answer may have an earlier one.
+    // A disk that does not answer may have an earlier batch that qualifies.
     if let (From::Time(_), Some(error)) = (from, &unreachable) {
         return Err(ArchiveError::Unreachable(error.clone()));
     }

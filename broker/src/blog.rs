@@ -1,4 +1,4 @@
-//! The Blog: a broker's log of a topic, a chain of pool segments into which batches are received.
+//! The Blog: a broker's log of a topic, a chain of pool segments that batches are received into.
 
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
@@ -8,64 +8,66 @@ use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// No segment yet: the first reservation overflows it.
+/// Cursor of a log without a segment. It is full, so that the first reservation takes a segment.
 const NO_SEGMENT: u64 = pack(u32::MAX, u32::MAX >> 1);
 
-/// Atomic read-modify-writes per batch, whatever its messages: three to reserve its place, one to settle that.
+/// Atomic read-modify-writes per batch, however many messages it has: three for its reservation, one to settle it.
 pub const RESERVATION_ATOMICS: u64 = 4;
 
-/// A segment number and a position in it, in lines, as one word.
+/// Returns a segment number and a position in that segment, in lines, as one word.
 const fn pack(segment: u32, lines: u32) -> u64 {
     (segment as u64) << 32 | lines as u64
 }
 
-/// A segment that batches were received into.
+/// Segment that receives no more batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retired {
-    /// Which.
+    /// Number of the segment.
     pub segment: u32,
-    /// All its batches are below this index of the Batchlog (or of the broker's own index).
+    /// Position in the Batchlog (or in the broker's own index) below which all batches of the segment are.
     pub batches_below: u64,
 }
 
+/// Segments of a log.
 struct Chain {
+    /// Place of the next segment in the log, counted from 0.
     ordinal: u64,
-    /// Segments that receive no more.
+    /// Segments that receive no more batches.
     retired: Vec<Retired>,
-    /// Replaced as the current one, but something is still being received into them.
+    /// Segments that give no more reservations, while batches may still be received into earlier ones.
     retiring: Vec<u32>,
 }
 
-/// Which log.
+/// Identity of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlogId {
     /// Topic slot.
     pub topic: TopicId,
-    /// Incarnation of the topic.
+    /// Incarnation of the topic slot.
     pub incarnation: Incarnation,
-    /// Broker that receives into it.
+    /// Broker that receives into the log.
     pub broker: BrokerId,
 }
 
-/// One broker's log of one topic.
-///
-/// `[[DEVIATION_003]]` A reservation is one atomic addition, and two that count, whatever the number of messages.
+// [[DEVIATION_003]] The paper's receivers allocate per message. Here a batch is one reservation, whatever the number of
+// its messages: one atomic addition to the cursor, and two to counters.
+/// Log of one broker for one topic.
 pub struct Blog<F> {
     region: Region<F>,
     id: BlogId,
     pool: Arc<dyn SegmentAllocator>,
-    /// Current segment and the next free line in it.
+    /// Current segment and the next free line in it, as [`pack`] gives them.
     cursor: AtomicU64,
-    /// Reservations a segment that are neither published nor given up.
+    /// Number of reservations per segment that are neither published nor given up.
     in_flight: Box<[AtomicU32]>,
-    /// One past the newest batch published from each segment.
+    /// Position after the newest batch published from each segment, in the Batchlog or the broker's own index.
     batches_below: Box<[AtomicU64]>,
     reserved_bytes: AtomicU64,
     chain: Mutex<Chain>,
 }
 
 impl<F: Fabric> Blog<F> {
-    /// The log of a broker in a topic. Segments that an earlier process of this broker left in it stay in it; their
+    /// Returns the log of a broker for a topic. It keeps the segments that an earlier process of the broker left. Their
     /// batches are all below `batches`, the present head of the Batchlog.
     pub fn new(region: Region<F>, id: BlogId, batches: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
         let mut ordinal = 0;
@@ -95,12 +97,12 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// Largest batch that fits into a segment.
+    /// Size of the largest batch that fits into a segment, in bytes.
     pub fn max_batch_bytes(&self) -> u64 {
         self.region.geometry().segment_bytes
     }
 
-    /// Bytes ever reserved.
+    /// Number of bytes that were ever reserved in this process, in whole lines.
     pub fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes.load(Ordering::Relaxed)
     }
@@ -109,10 +111,13 @@ impl<F: Fabric> Blog<F> {
         self.region.geometry().segment_bytes / LINE_BYTES
     }
 
-    /// Reserves `bytes` (at most a segment) at the end of the log. [`Blog::settle`] must follow, whatever happens.
+    /// Reserves `bytes` at the end of the log. Exactly one call of [`Blog::published`] or [`Blog::settle`] must follow.
     ///
     /// # Errors
-    /// [`PoolError`] when a further segment is needed and not to be had; try again later.
+    /// [`PoolError`] when another segment is needed and the pool gives none; try again later.
+    ///
+    /// # Panics
+    /// When `bytes` exceeds a segment.
     #[inline]
     pub fn reserve(&self, bytes: u64) -> Result<RegionOffset, PoolError> {
         let lines = bytes.div_ceil(LINE_BYTES);
@@ -138,7 +143,7 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// Starts the next segment unless another thread has.
+    /// Starts the next segment, unless another thread did so meanwhile.
     #[cold]
     fn extend(&self, lines: u64) -> Result<(), PoolError> {
         let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
@@ -171,7 +176,10 @@ impl<F: Fabric> Blog<F> {
         Ok(())
     }
 
-    /// The reservation at `at` holds batch `index` of the Batchlog (or of the broker's own index).
+    /// Settles the reservation at `at`, whose batch has position `index` in the Batchlog or the broker's own index.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn published(&self, at: RegionOffset, index: u64) {
         if let Some(below) = self.batches_below.get(self.segment_of(at) as usize) {
@@ -180,7 +188,10 @@ impl<F: Fabric> Blog<F> {
         self.settle(at);
     }
 
-    /// The reservation at `at` is published or given up.
+    /// Settles the reservation at `at`: its batch is published, or given up.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn settle(&self, at: RegionOffset) {
         if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
@@ -189,7 +200,11 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// A batch lies at `at` inside a reservation that is not settled yet; it is settled by itself.
+    /// Counts a batch at `at` as a reservation of its own, inside a reservation (a landing window) that is not settled
+    /// yet.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn share(&self, at: RegionOffset) {
         if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
@@ -198,8 +213,8 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// Of the reservation of `bytes` at `at`, only the first `used` hold anything: later reservations get the rest, if
-    /// none came after it. Call before the reservation is settled. All in whole lines.
+    /// Shortens the reservation of `bytes` at `at` to its first `used` bytes, if no other reservation came after it.
+    /// Call it before the reservation is settled; all arguments are multiples of a line.
     pub fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
         let segment = self.segment_of(at);
         let base = self.region.layout().segment(segment);
@@ -209,18 +224,18 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// The segment that a position lies in.
+    /// Returns the number of the segment that a position of the region lies in.
     #[inline]
     pub fn segment_of(&self, at: RegionOffset) -> u32 {
         ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
     }
 
-    /// True for positions in the segment that reservations now come from.
+    /// Returns true for a position in the segment that gives reservations now.
     pub fn is_current(&self, at: RegionOffset) -> bool {
         (self.cursor.load(Ordering::Acquire) >> 32) as u32 == self.segment_of(at)
     }
 
-    /// Segments that receive no more.
+    /// Returns the segments that receive no more batches.
     pub fn retired(&self) -> Vec<Retired> {
         let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
         let Chain { retired, retiring, .. } = &mut *chain;
@@ -236,7 +251,10 @@ impl<F: Fabric> Blog<F> {
         retired.clone()
     }
 
-    /// Gives a retired segment back to the pool. Only when nothing in it will be read again.
+    /// Gives a retired segment back to the pool. Call it only when nobody will read the segment again.
+    ///
+    /// # Panics
+    /// When the segment is not retired.
     pub fn release(&self, segment: u32) {
         let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
         let before = chain.retired.len();
@@ -248,8 +266,8 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// Gives everything back: the topic is gone and nobody receives into it any more. False while something still is
-    /// being received.
+    /// Gives all segments of a deleted topic back to the pool. Returns false while batches are still being received;
+    /// call it again then.
     pub fn abandon(&self) -> bool {
         {
             let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,5 +1,6 @@
-//! Local order: one delegation a broker appends received batches to the Batchlog in arrival order. For topics
-//! without a global order it writes the broker's own order index instead.
+//! Local order: each broker has one delegation, which appends received batches to the Batchlog in arrival order.
+//!
+//! For a topic without a global order it writes the broker's own order index instead.
 
 use crate::reclaim::{OrphanedSegments, Reclaimer};
 use crate::replica::completion::trimmable;
@@ -19,31 +20,31 @@ use embarcadero_wire::{BatchHeader, Incarnation, Stream, Term};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// Which connection a batch came on.
+/// Connection that a batch came on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// I/O worker.
+    /// Index of the I/O worker that serves the connection.
     pub worker: usize,
-    /// Connection token within the worker.
+    /// Token of the connection within its worker.
     pub token: u64,
 }
 
 /// A batch that lies complete in the Blog.
 pub struct Landed<F: Fabric> {
-    /// Its topic.
+    /// Topic of the batch.
     pub topic: Arc<Topic<F>>,
-    /// Its header.
+    /// Header of the batch.
     pub header: BatchHeader,
-    /// Where it lies.
+    /// Position of the batch in the region, where its header begins.
     pub at: RegionOffset,
-    /// Its bytes are in memory: no cache has to be flushed.
+    /// True when the batch's bytes are in memory already, so that no cache has to be flushed.
     pub in_memory: bool,
-    /// Where it came from.
+    /// Connection that the batch came on.
     pub origin: Origin,
 }
 
 impl<F: Fabric> Landed<F> {
-    /// Has its bytes be in memory, unless they are.
+    /// Writes the batch's bytes back from the CPU cache, unless they are in memory already.
     fn flush(&self, fabric: &F) {
         if !self.in_memory {
             fabric.flush(self.at, self.header.batch_bytes(), Site::PayloadFlush);
@@ -51,28 +52,28 @@ impl<F: Fabric> Landed<F> {
     }
 }
 
-/// A batch got its place in this broker's own order (topics without a global one).
+/// Place of a batch in this broker's own order, for a topic without a global order.
 #[derive(Clone, Copy, Debug)]
 pub struct OrderedLocally {
-    /// Connection to acknowledge on.
+    /// Token of the connection to acknowledge on.
     pub token: u64,
-    /// Its sequence in the session.
+    /// Sequence number of the batch in its session.
     pub sequence: u64,
-    /// Offset of its first message.
+    /// Offset of the batch's first message.
     pub first_offset: u64,
-    /// Position in this broker's order index.
+    /// Position of the batch in this broker's order index.
     pub position: u64,
 }
 
-/// When the delegation writes back and publishes.
-///
-/// `[[DEVIATION_002]]` The paper flushes and fences every write: `{ batches: 1, bytes: 1 }` comes closest.
+// [[DEVIATION_002]] The paper flushes and fences every write: `{ batches: 1, bytes: 1 }` comes closest.
+/// Size at which the delegation writes back and publishes a group of batches. An incomplete group is published as soon
+/// as no more batches wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FlushGroup {
-    /// After this many batches.
+    /// Number of batches that complete a group, at least 1.
     pub batches: u64,
-    /// Or after this many bytes, whichever is first. At once when there is nothing more to do.
+    /// Number of bytes that complete a group, headers included, at least 1.
     pub bytes: u64,
 }
 
@@ -83,42 +84,46 @@ impl Default for FlushGroup {
 }
 
 enum Log<F: Fabric> {
-    /// Globally ordered: the sequencer reads this.
+    /// List of batches that the sequencer reads, of a topic with a global order.
     Batchlog(BatchlogWriter<F>),
-    /// Ordered by this broker alone.
+    /// Order index that this broker alone writes, of a topic without a global order.
     Own(OrderIndexWriter<F>),
 }
 
+/// Topic as the delegation orders it.
 struct LocalLog<F: Fabric> {
     topic: Arc<Topic<F>>,
     log: Log<F>,
+    /// Totals that the next publication of the Batchlog shows.
     written: Written,
+    /// Batches that were written since the last publication.
     unpublished: u64,
     unpublished_bytes: u64,
-    /// Acks of batches that are written but not yet published.
+    /// Worker and ack of each batch that is written but not yet published.
     held_acks: Vec<(usize, OrderedLocally)>,
     reclaimer: Reclaimer<F>,
 }
 
-/// Puts batches into local order.
+/// Stage that puts received batches into local order.
 pub struct Delegation<F: Fabric> {
     topics: Arc<TopicTable<F>>,
     logs: Vec<Option<LocalLog<F>>>,
     landed: Receiver<Landed<F>>,
+    /// Batch for which there was no room, to be tried again first.
     stalled: Option<Landed<F>>,
     acks: Vec<Sender<OrderedLocally>>,
     pulse: Pulse<F>,
     group: FlushGroup,
-    /// Which process of this broker this is; unset, the only one.
+    /// Incarnation of this process; `None` where no other process can have this broker's id.
     incarnation: Option<Incarnation>,
-    /// A later process has this broker's place.
+    /// True once a later process has this broker's id.
     superseded: bool,
-    /// Of the region, and of its mirror.
+    /// Orphaned index segments of the region and, where the broker may lead, of the region's mirror.
     leftovers: Vec<OrphanedSegments<F>>,
 }
 
 impl<F: Fabric> Delegation<F> {
-    /// A delegation fed through `landed`. `acks` leads to each worker.
+    /// Returns a delegation that is fed through `landed`. `acks` has one channel per worker, by worker index.
     pub fn new(
         topics: Arc<TopicTable<F>>,
         landed: Receiver<Landed<F>>,
@@ -143,19 +148,20 @@ impl<F: Fabric> Delegation<F> {
         }
     }
 
-    /// Writes only as long as the broker table names this process, or an earlier one. On one host no two processes of a
-    /// broker run at a time; of several hosts, one may have been taken for dead that only stood still.
+    /// Sets the incarnation of this process. The delegation then stops writing once the broker table names a later one.
+    ///
+    /// Several hosts need this: a process that only stood still may have been taken for dead and replaced.
     #[must_use]
     pub fn of_incarnation(self, incarnation: Incarnation) -> Self {
         Self { incarnation: Some(incarnation), ..self }
     }
 
-    /// True once a later process has this broker's place: nothing that this one does counts any more, and it should end.
+    /// Returns true once a later process has this broker's id. This process then no longer counts and should end.
     pub fn is_superseded(&self) -> bool {
         self.superseded
     }
 
-    /// Looks whether a later process has this broker's place.
+    /// Reads from the broker table whether a later process has this broker's id.
     fn look_for_successor(&mut self) -> bool {
         if let Some(own) = self.incarnation
             && !self.superseded
@@ -165,15 +171,14 @@ impl<F: Fabric> Delegation<F> {
         self.superseded
     }
 
-    /// Gives back what this broker took as the leader in the region's mirror, too.
+    /// Makes the delegation also give back the orphaned index segments of the region's mirror.
     pub fn tidy(&mut self, mirror: Region<F>) {
         let broker = self.topics.broker();
         let pool = Arc::new(PartitionAllocator::of_broker(mirror.clone(), broker));
         self.leftovers.push(OrphanedSegments::new(mirror, broker, pool));
     }
 
-    /// Takes up to `budget` batches; publishes groups, and what is left once nothing more is there. Returns how many
-    /// batches it took.
+    /// Orders up to `budget` waiting batches and publishes them. Returns the number of batches ordered.
     pub fn poll(&mut self, now_us: u64, budget: usize) -> usize {
         let mut taken = 0;
         if self.superseded {
@@ -194,6 +199,7 @@ impl<F: Fabric> Delegation<F> {
         taken
     }
 
+    /// Appends a batch to its topic's log. Returns the batch when there is no room for it now.
     fn append(&mut self, landed: Landed<F>, now_us: u64) -> Result<(), Landed<F>> {
         let slot = landed.topic.config.id.index();
         if !landed.topic.is_deleted() {
@@ -263,6 +269,7 @@ impl<F: Fabric> Delegation<F> {
         Ok(())
     }
 
+    /// Opens the log of a topic unless it is open. Marks the topic as damaged when its order index cannot be opened.
     fn open(&mut self, topic: &Arc<Topic<F>>) {
         let region = self.topics.region();
         let broker = self.topics.broker();
@@ -296,6 +303,7 @@ impl<F: Fabric> Delegation<F> {
         });
     }
 
+    /// Publishes the batches that were written to the topic in `slot`, unless a later process has this broker's id.
     fn publish(&mut self, slot: usize) {
         let unpublished = |local: &LocalLog<F>| local.unpublished > 0;
         if !self.logs.get(slot).is_some_and(|log| log.as_ref().is_some_and(unpublished)) || self.look_for_successor() {
@@ -321,14 +329,14 @@ impl<F: Fabric> Delegation<F> {
         local.unpublished_bytes = 0;
     }
 
-    /// Says that this broker lives. Every few milliseconds.
+    /// Moves this broker's heartbeat. Call it every few milliseconds.
     pub fn beat(&mut self) {
         if !self.look_for_successor() {
             self.pulse.beat();
         }
     }
 
-    /// Retention, reclaim, and topics that came or went. Every few milliseconds.
+    /// Applies retention, gives segments back, and opens and closes topics. Call it every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
         if self.superseded {
             return;
@@ -364,7 +372,7 @@ impl<F: Fabric> Delegation<F> {
         }
     }
 
-    /// Opens topics that came, marks those that go.
+    /// Opens new topics, and marks those that are being deleted.
     fn follow_topics(&mut self) {
         let region = self.topics.region().clone();
         for id in region.geometry().topics() {
@@ -383,11 +391,12 @@ impl<F: Fabric> Delegation<F> {
         }
     }
 
-    /// Says that batches lie unread for want of room, so that no session is blamed for a gap.
+    /// Announces that batches wait for room at this broker, so that the leader fences no session for a gap meanwhile.
     pub fn stalled(&mut self) {
         self.pulse.stall();
     }
 
+    /// Closes a deleted topic once no connection holds it, and announces that this broker holds nothing of it.
     fn let_go(&mut self, slot: usize) {
         let Some(place) = self.logs.get_mut(slot) else { return };
         let Some(local) = place else { return };
@@ -405,7 +414,8 @@ impl<F: Fabric> Delegation<F> {
     }
 }
 
-/// The time before which nothing is kept; 0 when `retention_ms` keeps everything.
+/// Returns the time, in microseconds since 1970, before which retention keeps nothing; 0 when `retention_ms` is 0,
+/// which keeps everything.
 #[must_use]
 pub fn since(retention_ms: u64, now_us: u64) -> u64 {
     if retention_ms == 0 { 0 } else { now_us.saturating_sub(retention_ms.saturating_mul(1000)) }

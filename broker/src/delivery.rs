@@ -1,5 +1,6 @@
-//! Delivery: batches go to subscribers in the order of the index, straight from CXL memory; what retention took from there,
-//! from replicas' disks.
+//! Delivery: batches go to subscribers in the order of the index, straight from CXL memory.
+//!
+//! Batches that retention removed from the region come from replicas' disks, if the topic is replicated.
 
 use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, Archived, From};
 use crate::topics::{Topic, TopicTable};
@@ -14,45 +15,48 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Batches that one subscriber may have waiting in its socket's queue.
+/// Largest number of batches that wait in one subscriber's outbox.
 const QUEUED_BATCHES: usize = 8;
 
-/// A subscriber's stream on one connection.
+/// Subscriber on one connection, and how far its stream is delivered.
 pub struct SubscriberSession {
     region: Region<Native>,
     topic: Arc<Topic<Native>>,
     stream: StreamId,
     reader: OrderIndexReader<Native>,
     pin: usize,
-    /// The request, until its stream exists and the start is found.
+    /// Subscription whose start is still to be found; `None` once the stream has begun.
     request: Option<Subscribe>,
+    /// Position in the index of the next batch to queue.
     cursor: u64,
-    /// Offset of the batch at `cursor`, and positions and offsets of those queued last.
+    /// Offset of the first message of that batch.
     next_offset: u64,
+    /// Position and first offset of each of the last [`QUEUED_BATCHES`] batches that were queued.
     queued: VecDeque<(u64, u64)>,
-    /// While it reads from disks.
+    /// Read from disks that is under way; `None` while batches come from the region.
     archived: Option<ArchiveRead>,
-    /// Since when retention wants what this subscriber still holds.
+    /// Time since which retention wants memory that this subscriber still pins.
     unwanted_since: Option<Instant>,
 }
 
-/// A subscriber that reads what the region no longer holds.
+/// Read of batches that the region no longer holds.
 struct ArchiveRead {
-    /// What is due.
+    /// Place of the next batch to read.
     due: From,
-    /// What was asked for.
+    /// Channel of the answer, while one is awaited.
     answer: Option<Receiver<ArchiveAnswer>>,
-    /// It may begin later, at what is there; nothing was sent yet.
+    /// True until the start is announced. The stream may then begin later than `due`, at the first batch that a disk
+    /// has.
     begins: bool,
 }
 
 impl ArchiveRead {
-    /// Goes on at an offset.
+    /// Returns a read that goes on at an offset.
     fn at(due: u64) -> Option<Self> {
         Some(Self { due: From::Offset(due), answer: None, begins: false })
     }
 
-    /// The offset that is due, once it is known.
+    /// Offset of the next message to read; 0 while only a time is known.
     fn offset(&self) -> u64 {
         match self.due {
             From::Offset(due) => due,
@@ -60,7 +64,7 @@ impl ArchiveRead {
         }
     }
 
-    /// Begins at what is there.
+    /// Returns a read for a stream that begins at the first batch that a disk has from `due` on.
     fn begin(due: From) -> Option<Self> {
         Some(Self { due, answer: None, begins: true })
     }
@@ -72,12 +76,13 @@ impl Drop for SubscriberSession {
     }
 }
 
+/// Returns a refusal with a detail for the client, an offset.
 fn refuse<T>(code: ErrorCode, text: String, detail: u64) -> Result<T, TransportError> {
     Err(TransportError::Refused { code, text, detail })
 }
 
 impl SubscriberSession {
-    /// Checks a subscription.
+    /// Opens a session after a check of the subscription against the topic.
     ///
     /// # Errors
     /// A refusal that says what is wrong.
@@ -114,12 +119,13 @@ impl SubscriberSession {
         })
     }
 
+    /// Reads the stream's extent. `None` while the stream of this incarnation does not exist, or nobody leads.
     fn extent(&self) -> Option<Extent> {
         let extent = read_extent(&self.region, self.stream).ok()?;
         (extent.incarnation == self.topic.config.incarnation).then_some(extent)
     }
 
-    /// Offset after the last complete message.
+    /// Reads the offset after the last committed message.
     fn next_offset(&mut self, extent: &Extent) -> Result<u64, ReadError> {
         let committed = self.reader.poll_beyond(extent)?;
         if committed <= extent.trimmed {
@@ -129,12 +135,13 @@ impl SubscriberSession {
         Ok(last.first_offset + u64::from(last.message_count))
     }
 
-    /// True when what retention took may be on disks.
+    /// Returns true when batches that retention removed may be on disks.
     fn is_archived(&self) -> bool {
         self.topic.config.replication_factor > 1
     }
 
-    /// Finds where the stream starts; false when it does not exist yet. What the region lacks, disks may have.
+    /// Finds where the stream starts, in the region or on disks, and announces it. Returns false while the stream does
+    /// not exist or nobody leads.
     fn start(&mut self, outbox: &mut Outbox) -> Result<bool, TransportError> {
         let Some(request) = self.request else { return Ok(true) };
         // Pinning from 0 keeps everything that is there now.
@@ -146,7 +153,7 @@ impl SubscriberSession {
         };
         let committed = self.reader.committed();
         let mut low = trimmed.max(extent.base).min(committed);
-        // The earliest that is not lost.
+        // Entries without bytes stand for messages that were lost with an earlier region.
         while low < committed && self.reader.read(low).map_err(unreadable)?.bytes == 0 {
             low += 1;
         }
@@ -203,15 +210,16 @@ impl SubscriberSession {
         Ok(true)
     }
 
-    /// True when all that the region has was ordered at `since_us` or later, so that something before may be wanted too.
+    /// Returns true when the region's first batch was ordered at `since_us` or later, or the region has none. Earlier
+    /// batches, on disks, may then qualify as well.
     fn begins_after(&mut self, low: u64, committed: u64, since_us: u64) -> Result<bool, TransportError> {
         Ok(low >= committed || self.reader.read(low).map_err(unreadable)?.ordered_us >= since_us)
     }
 
-    /// Answers "how far does the stream reach?".
+    /// Answers a subscriber that asks for the offset after the last committed message.
     ///
     /// # Errors
-    /// The index cannot be read.
+    /// A refusal when the index cannot be read.
     pub fn position(&mut self, outbox: &mut Outbox) -> Result<(), TransportError> {
         // Between two leaders nobody can say; the client asks again.
         let extent = read_extent(&self.region, self.stream).map_err(ReadError::from).map_err(unreadable)?;
@@ -227,10 +235,10 @@ impl SubscriberSession {
         Ok(())
     }
 
-    /// Queues what is new, as far as the queue has room. Returns how many batches it queued.
+    /// Queues the next batches in `outbox`, as far as it has room. Returns the number of batches queued.
     ///
     /// # Errors
-    /// What was asked for is gone, or the topic is, or memory is damaged.
+    /// A refusal when the next batch is gone, the topic is deleted, or memory is damaged.
     pub fn poll(
         &mut self,
         outbox: &mut Outbox,
@@ -265,7 +273,7 @@ impl SubscriberSession {
                 Err(error) => return Err(unreadable(error)),
             };
             if entry.bytes == 0 && outbox.lowest_position() != u64::MAX {
-                // What comes before what is lost goes out first.
+                // The batches before the lost ones go out before the refusal.
                 break;
             }
             self.queue(outbox, &entry)?;
@@ -275,7 +283,12 @@ impl SubscriberSession {
         Ok(queued)
     }
 
-    /// Retention passed this subscriber. What it is in the middle of stays for a while; then it has to go.
+    /// Handles a subscriber that retention has passed: it drops what is unsent, and later goes on from disks.
+    ///
+    /// A batch that is half sent stays in memory for `patience` at most.
+    ///
+    /// # Errors
+    /// A refusal when the patience is over, or no disk can have the batches.
     fn overtaken(
         &mut self,
         outbox: &mut Outbox,
@@ -285,7 +298,7 @@ impl SubscriberSession {
     ) -> Result<(), TransportError> {
         let oldest = outbox.lowest_position();
         outbox.drop_unsent_batches();
-        // What was dropped is due again.
+        // Batches that were dropped are queued anew.
         let due = match outbox.lowest_position() {
             u64::MAX => oldest,
             half_sent => half_sent + 1,
@@ -321,10 +334,10 @@ impl SubscriberSession {
         refuse(ErrorCode::OffsetOutOfRange, text, earliest)
     }
 
-    /// Goes back to the region once it has what is due. False while it does not.
+    /// Goes back from disks to the region once the region has the next batch. Returns false while it has not.
     fn returns(&mut self, outbox: &Outbox) -> Result<bool, TransportError> {
         let Some(ArchiveRead { due: From::Offset(due), begins: false, .. }) = self.archived else { return Ok(false) };
-        // What was queued from the region before is on its way still.
+        // Batches that were queued from the region before may still be on their way.
         let reading = outbox.lowest_position();
         let Some(extent) = self.extent().filter(|extent| reading == u64::MAX && extent.earliest_offset <= due) else {
             return Ok(false);
@@ -347,7 +360,10 @@ impl SubscriberSession {
         Ok(reaches)
     }
 
-    /// Queues what comes back from disks. Returns how many batches it queued.
+    /// Asks for batches on disks, and queues those that come. Returns the number of batches queued.
+    ///
+    /// # Errors
+    /// A refusal when no disk has the next batch, or one that may have it does not answer.
     fn poll_archive(&mut self, outbox: &mut Outbox, archive: &Archive) -> Result<usize, TransportError> {
         let key = ArchiveKey {
             topic: self.topic.config.id,
@@ -357,7 +373,7 @@ impl SubscriberSession {
         let Some(read) = &mut self.archived else { return Ok(0) };
         let Some(answer) = &read.answer else {
             if outbox.len() < QUEUED_BATCHES {
-                // An answer to `position` may have set it.
+                // An answer to `position` may have set the pin.
                 self.topic.pins.clear(self.pin);
                 read.answer = Some(archive.ask(key, read.due));
             }
@@ -380,7 +396,7 @@ impl SubscriberSession {
                 }
                 Ok(count)
             }
-            // What disks no longer have either.
+            // The disks begin later: so does the stream.
             Err(ArchiveError::Missing(Some(lowest))) if read.begins => {
                 read.due = From::Offset(lowest);
                 Ok(0)
@@ -406,7 +422,7 @@ impl SubscriberSession {
         }
     }
 
-    /// Says where a subscriber to the earliest begins.
+    /// Announces the start of a stream that begins on disks.
     fn begin_at(&mut self, outbox: &mut Outbox, start_offset: u64) {
         if let Some(read) = &mut self.archived {
             read.due = From::Offset(start_offset);
@@ -416,6 +432,7 @@ impl SubscriberSession {
         outbox.push(Outgoing::frame(ready.encode()));
     }
 
+    /// Queues a batch from disk.
     fn queue_archived(&mut self, outbox: &mut Outbox, batch: &Archived) -> Result<(), TransportError> {
         let end = batch.end_offset();
         let frame = Deliver {
@@ -434,6 +451,10 @@ impl SubscriberSession {
         Ok(())
     }
 
+    /// Queues the batch at the cursor, which is sent straight from the region.
+    ///
+    /// # Errors
+    /// A refusal when the batch was lost with an earlier region, or its entry is damaged.
     fn queue(&mut self, outbox: &mut Outbox, entry: &IndexEntry) -> Result<(), TransportError> {
         let at = RegionOffset(entry.location);
         let bytes = u64::from(entry.bytes);
@@ -471,6 +492,7 @@ impl SubscriberSession {
     }
 }
 
+/// Returns the refusal of a subscriber whose index cannot be read.
 fn unreadable(error: ReadError) -> TransportError {
     let code = if let ReadError::NoLeader(_) = error { ErrorCode::Unavailable } else { ErrorCode::Corrupt };
     TransportError::refused(code, error.to_string())

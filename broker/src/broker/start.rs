@@ -1,4 +1,4 @@
-//! The start of a broker, step by step.
+//! Start of a broker, step by step.
 
 use super::threads::{self, Serving};
 use super::{Broker, BrokerError, Exit, device, identity, io_error};
@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-/// A broker that has everything it needs to run.
+/// Broker that has everything it needs to run.
 pub(super) struct Prepared {
     pub(super) config: BrokerConfig,
     pub(super) file: RegionFile,
@@ -41,6 +41,7 @@ pub(super) struct Prepared {
     control: TcpListener,
 }
 
+/// Checks that a region is the one that the configuration names.
 fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {
     if let Some(text) = &config.cxl.uuid {
         let expected =
@@ -53,7 +54,7 @@ fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), Br
     Ok(())
 }
 
-/// Opens and maps the region.
+/// Opens the region's file, and prepares its memory as configured.
 fn open_region(config: &BrokerConfig) -> Result<RegionFile, BrokerError> {
     let file = RegionFile::open(&config.cxl.path, config.cxl.flush_method()?)?;
     check_region(config, file.region())?;
@@ -66,7 +67,11 @@ fn open_region(config: &BrokerConfig) -> Result<RegionFile, BrokerError> {
     Ok(file)
 }
 
-/// Opens the region's mirror. Of a region that has one, all that may be its leader must know it.
+/// Opens the region's mirror, if one is configured.
+///
+/// # Errors
+/// [`BrokerError`] when the mirror cannot be used. Every broker that may lead must name the mirror of a region that has
+/// one.
 fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<RegionFile>, BrokerError> {
     let Some(path) = &config.cxl.mirror else {
         if config.role != Role::Follower {
@@ -83,13 +88,13 @@ fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<
 }
 
 impl Prepared {
-    /// Opens region, device, id and sockets.
+    /// Opens the region, its mirror, the device and the sockets, and claims a broker id.
     pub(super) fn open(config: BrokerConfig) -> Result<Self, BrokerError> {
         let file = open_region(&config)?;
         let region = file.region().clone();
         let mirror = open_mirror(&config, &region)?;
         let device = device::open(&config, &file)?;
-        // Now: registration pins pages, and the kernel may move them to do that.
+        // Only now, as registration pins pages, and the kernel may move them for that.
         if let Some(node) = config.cxl.numa_node {
             region.require_node(node)?;
         }
@@ -116,7 +121,8 @@ impl Prepared {
     /// Starts the threads and takes part in the election.
     pub(super) fn run(self) -> Result<Broker, BrokerError> {
         let region = self.file.region().clone();
-        // Before anything is read that an earlier process of this broker wrote: one that only stood still writes no more.
+        // An earlier process of this broker that only stood still stops writing when it sees this. So it comes before
+        // any read of what that process wrote.
         publish_broker(&region, &BrokerInfo { running: false, ..self.info.clone() });
         let pool = pool::allocator(&region, &self.info).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), self.info.id, Arc::clone(&pool)));
@@ -169,7 +175,7 @@ impl Prepared {
         Ok(Broker { info, region, leader, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
     }
 
-    /// Joins etcd, if that elects.
+    /// Joins etcd, if that is where membership is kept.
     async fn join_etcd(&self) -> Result<Option<Etcd>, BrokerError> {
         if self.config.membership == Membership::Embedded {
             return Ok(None);
@@ -181,10 +187,11 @@ impl Prepared {
     }
 }
 
-/// Where the leader's work goes: its allocator, the worker that runs its stages, and the control service.
+/// Objects that a new leader needs: an allocator, the channel to the worker that runs its stages, and the control
+/// service.
 type LeaderPlaces = (Arc<dyn SegmentAllocator>, Sender<LeaderStages>, Arc<CurrentLeader>);
 
-/// This broker as one that may become the leader.
+/// Returns this broker as a candidate.
 fn candidate(
     config: &BrokerConfig,
     (file, mirror): (RegionFile, Option<RegionFile>),

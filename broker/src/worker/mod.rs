@@ -1,4 +1,4 @@
-//! A polling thread: moves bytes for its connections and runs the ordering stages that it was given.
+//! Polling thread, which moves bytes for its connections and runs the ordering stages that it was given.
 
 mod connections;
 mod device;
@@ -29,63 +29,63 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Batches that one connection may receive before others have their turn.
+/// Largest number of batches that one connection receives before others have their turn.
 const RECEIVE_BATCHES: usize = 8;
 /// Time that an error may take to reach its client before the connection is cut.
 const CLOSE_LINGER: Duration = Duration::from_secs(2);
-/// Time between two looks at what rarely changes: whether sessions still stand and topics still live.
+/// Time between two looks at what rarely changes: sessions, topics and the RDMA device.
 const IDLE_CHECK: Duration = Duration::from_millis(10);
 
-/// What all workers of a broker share.
+/// Data that all workers of a broker share.
 #[derive(Clone)]
 pub struct Shared {
-    /// Topics.
+    /// Topics of the broker.
     pub topics: Arc<TopicTable<Native>>,
-    /// To the delegation.
+    /// Channel to the delegation.
     pub landed: Sender<Landed<Native>>,
-    /// Bounds for publishers.
+    /// Limits of publishers.
     pub limits: IngestLimits,
-    /// Time for which a subscriber may hold what retention wants.
+    /// Time for which a half sent batch may keep memory that retention wants.
     pub delivery_patience: Duration,
-    /// Silence after which a publisher's landing windows are taken back where they keep memory from being reused.
+    /// Silence after which a publisher loses landing windows that keep memory from being reused.
     pub window_idle: Duration,
-    /// Where to ask for what the region no longer holds.
+    /// Archive to ask for batches that the region no longer holds.
     pub archive: Archive,
-    /// Kernel buffers.
+    /// Sizes of the sockets' kernel buffers.
     pub sockets: SocketOptions,
-    /// The RDMA device, if the broker offers one.
+    /// RDMA device, if the broker offers one.
     pub device: Option<Arc<RdmaDevice>>,
-    /// Set when the broker is about to leave: clients go to others.
+    /// Set when the broker is about to stop: clients are sent to other brokers.
     pub draining: Arc<AtomicBool>,
-    /// Connections of all workers.
+    /// Number of connections of all workers.
     pub connections: Arc<AtomicUsize>,
     /// Set when the broker stops.
     pub stop: Arc<AtomicBool>,
-    /// Set when a later process has this broker's place.
+    /// Set when a later process has this broker's id.
     pub superseded: Arc<AtomicBool>,
-    /// Silence after which the leader no longer minds what this broker reads.
+    /// Silence after which the leader ignores this broker's pins; [`Duration::MAX`] where it never does.
     pub lease: Duration,
     /// Time between heartbeats.
     pub heartbeat: Duration,
 }
 
-/// What makes one worker differ from another.
+/// Settings of a single worker.
 pub struct WorkerSetup {
-    /// Number among the workers.
+    /// Index among the broker's workers.
     pub index: usize,
-    /// Connections to serve.
+    /// Channel of the connections to serve.
     pub accepted: Receiver<TcpStream>,
-    /// Acks of batches that the delegation ordered.
+    /// Channel of the batches that the delegation ordered, for their acks.
     pub ordered: Receiver<OrderedLocally>,
-    /// How to wait.
+    /// Way to wait when there is nothing to do.
     pub idle: Idle,
-    /// Core to run on.
+    /// Core to run on; `None` leaves it to the kernel.
     pub core: Option<usize>,
-    /// What this thread orders.
+    /// Ordering stages that this thread runs.
     pub stages: Stages,
 }
 
-/// One polling thread.
+/// Polling thread of a broker.
 pub struct Worker<C> {
     index: usize,
     shared: Shared,
@@ -99,15 +99,17 @@ pub struct Worker<C> {
     idle: Idle,
     core: Option<usize>,
     stages: Stages,
+    /// Time of the last heartbeat and maintenance.
     maintained: Instant,
+    /// Time of the last look at what rarely changes.
     checked: Instant,
 }
 
 impl<C: Clock> Worker<C> {
-    /// A worker that has no connections yet.
+    /// Returns a worker that has no connections yet.
     ///
     /// # Errors
-    /// What the kernel reports.
+    /// The kernel's, when sockets cannot be polled or the device gives no completion queue.
     pub fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
         let WorkerSetup { index, accepted, ordered, idle, core, stages } = setup;
         let connections = Connections::new(Arc::clone(&shared.connections))?;
@@ -157,7 +159,8 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Has the device wake the thread, which is about to sleep, and looks a last time. True when there is something to do.
+    /// Makes the device wake the thread, which is about to sleep, and looks a last time. Returns true when there is
+    /// something to do.
     fn has_completions(&mut self) -> bool {
         let Some(device) = &mut self.device else { return false };
         if let Err(error) = device.arm() {
@@ -167,7 +170,7 @@ impl<C: Clock> Worker<C> {
         self.complete(now)
     }
 
-    /// One turn of the loop: receive, order, acknowledge, deliver. True when anything moved.
+    /// Runs one turn of the loop: receive, order, acknowledge, deliver. Returns true when anything moved.
     fn work(&mut self) -> bool {
         let now = self.clock.now();
         if now.instant.saturating_duration_since(self.maintained) >= self.shared.lease {
@@ -200,8 +203,9 @@ impl<C: Clock> Worker<C> {
         moved
     }
 
-    /// This host stood still for so long that the leader may have given back memory which subscribers were about to read:
-    /// they begin anew.
+    /// Disconnects all subscribers after this thread stood still for a lease.
+    ///
+    /// The leader may have given back memory meanwhile that they were about to read.
     fn stood_still(&mut self, now: Now) {
         tracing::warn!(worker = self.index, "stood still beyond broker_lease_ms: subscribers have to connect again");
         for slot in self.connections.slots() {
@@ -212,6 +216,7 @@ impl<C: Clock> Worker<C> {
         self.maintained = now.instant;
     }
 
+    /// Runs the stages' maintenance, and stops the broker once a later process has its id.
     fn maintain(&mut self, now_us: u64) {
         let stalled = self.connections.iter().any(|client| client.waiting);
         if self.stages.maintain(now_us, stalled).is_err() {
@@ -221,7 +226,7 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Hands completions to their connections. True when there were any.
+    /// Hands completions to their connections. Returns true when there were any.
     fn complete(&mut self, now: Now) -> bool {
         let Some(device) = &mut self.device else { return false };
         match device.poll(&mut self.connections) {
@@ -242,12 +247,14 @@ impl<C: Clock> Worker<C> {
         }
     }
 
+    /// Looks whether the device is still there.
     fn check_device(&mut self, now: Now) {
         if let Some(Err(error)) = self.device.as_ref().map(DeviceQueue::take_events) {
             self.on_device_error(&error, now);
         }
     }
 
+    /// Takes in new connections. Returns true when there were any.
     fn accept(&mut self) -> bool {
         let mut any = false;
         while let Ok(stream) = self.accepted.try_recv() {
@@ -264,7 +271,7 @@ impl<C: Clock> Worker<C> {
         any
     }
 
-    /// Receives what a connection has, within its share. True when anything came.
+    /// Receives what a connection has, within its share. Returns true when anything came.
     fn receive(&mut self, slot: usize, now: Now) -> bool {
         let token = self.connections.token_of(slot);
         let draining = self.shared.draining.load(Ordering::Relaxed);
@@ -321,7 +328,7 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Opens a publisher's session, and tells it again what is committed.
+    /// Opens a publisher's session, and repeats the acks that the publisher may have missed.
     fn open_publisher(&mut self, slot: usize, open: OpenPublish, now: Now) -> Result<(), TransportError> {
         let Self { shared, connections, .. } = self;
         let Some(client) = connections.get(slot) else { return Ok(()) };
