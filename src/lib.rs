@@ -1,7 +1,13 @@
-//! What the `embarcadero` command is made of: its configuration ([`settings`]), local clusters ([`cluster`]), and the
-//! commands ([`command`]).
+<<<<<<< HEAD
+//! Parts of the `embarcadero` command: its command line ([`cli`]), its configuration ([`settings`]), local clusters
+//! ([`cluster`]), and the commands ([`command`]).
+=======
+//! Library of the `embarcadero` command: configuration ([`settings`]), local clusters ([`cluster`]) and the commands
+//! ([`command`]).
+>>>>>>> ops
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod cluster;
 pub mod command;
 pub mod settings;

@@ -1,20 +1,22 @@
 //! The `embarcadero` command.
 #![forbid(unsafe_code)]
 
-use clap::{Parser, Subcommand};
-use embarcadero::cluster::ClusterArgs;
+use clap::Parser;
+use embarcadero::cli::{Cli, Command};
 use embarcadero::command::{self, bench, broker, brokers, cluster, consume, doctor, produce, region, topic, verify};
 use embarcadero::version;
 use std::process::ExitCode;
 
+<<<<<<< HEAD
+=======
 /// A totally ordered publish/subscribe log over shared CXL memory.
 #[derive(Parser)]
 #[command(name = "embarcadero", disable_version_flag = true, arg_required_else_help = true)]
 struct Cli {
-    /// Print the version (with --verbose: commit, target and native libraries).
+    /// Print the version; with --verbose also commit, target, native libraries and transports.
     #[arg(long)]
     version: bool,
-    /// More log lines (debug level).
+    /// Log at debug level.
     #[arg(long, global = true)]
     verbose: bool,
     #[command(subcommand)]
@@ -28,9 +30,9 @@ enum Command {
     Region(region::RegionCommand),
     /// Run one broker in the foreground.
     Broker(broker::BrokerArgs),
-    /// List the brokers that are alive, and say who elects their leader.
+    /// List the live brokers, and say how their leader is elected.
     Brokers(brokers::BrokersArgs),
-    /// Start, watch and stop a local cluster of broker processes on one region.
+    /// Run a local cluster of broker processes on one region.
     Cluster(ClusterArgs),
     /// Create, list, describe or delete topics.
     #[command(subcommand)]
@@ -39,14 +41,15 @@ enum Command {
     Produce(produce::ProduceArgs),
     /// Write a topic's messages to standard output.
     Consume(consume::ConsumeArgs),
-    /// Check a topic's order, gaps, duplicates and checksums.
+    /// Read a topic and check it for wrong order, gaps, duplicates and damaged messages.
     Verify(verify::VerifyArgs),
-    /// Measure; each result is printed beside the ceiling measured in the same run.
+    /// Measure throughput and latency. Each result is printed beside the limit measured in the same run.
     Bench(bench::BenchArgs),
-    /// Say what this host offers and what it lacks.
+    /// Report what this host has, what it lacks, and how to get it.
     Doctor(doctor::DoctorArgs),
 }
 
+>>>>>>> ops
 fn main() -> ExitCode {
     let cli = Cli::parse();
     if cli.version {

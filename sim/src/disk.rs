@@ -9,24 +9,24 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 /// Source: include/uapi/asm-generic/errno-base.h.
 const EIO: i32 = 5;
 
-/// What the disk under a [`SimulatedMedium`] does next.
+/// Behaviour of the disk under a [`SimulatedMedium`], from now on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fault {
-    /// It works.
+    /// Everything works.
     #[default]
     None,
-    /// Writes find no space.
+    /// Writes fail for want of space.
     Full,
     /// Writes fail.
     Write,
-    /// Writes succeed, making them durable fails.
+    /// Writes succeed, and making them durable fails.
     Sync,
 }
 
 #[derive(Clone, Default)]
 struct SimulatedFile {
     durable: Vec<u8>,
-    /// What was written since.
+    /// Contents that a reader sees; after a power failure, `durable` is left.
     present: Vec<u8>,
 }
 
@@ -36,7 +36,7 @@ struct SimulatedDisk {
     fault: Fault,
 }
 
-/// Files in memory, for tests of what disks do wrong. Clones are the same disk.
+/// Files in memory on a disk that fails when it is told to. Clones share the disk.
 #[derive(Clone, Default)]
 pub struct SimulatedMedium {
     disk: Arc<Mutex<SimulatedDisk>>,
@@ -47,12 +47,13 @@ impl SimulatedMedium {
         self.disk.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What goes wrong from now on.
+    /// Sets what goes wrong from now on.
     pub fn set_fault(&self, fault: Fault) {
         self.disk().fault = fault;
     }
 
-    /// The power fails: of each file's bytes that were not made durable, only blocks for which `survives` holds are there.
+    /// Cuts the power. Blocks of 512 bytes that were not made durable keep their new contents only where `survives` returns
+    /// true.
     pub fn lose_power(&self, mut survives: impl FnMut() -> bool) {
         for file in self.disk().files.values_mut() {
             let present = std::mem::take(&mut file.present);
@@ -66,7 +67,7 @@ impl SimulatedMedium {
         }
     }
 
-    /// Changes bytes of a file behind everyone's back.
+    /// Changes the bytes of a file, as a disk that goes bad does.
     pub fn damage(&self, name: &str, change: impl FnOnce(&mut [u8])) {
         if let Some(file) = self.disk().files.get_mut(name) {
             change(&mut file.present);

@@ -1,10 +1,14 @@
 //! A fabric without coherence, in one process, from one seed.
 //!
-//! Each host has its own cache. A store stays in it until it is flushed *and* fenced, or until the line is evicted at
-//! a random moment. A line that was read stays as it was until it is invalidated, or evicted. A flush that is not
-//! fenced completes at a random moment; one that is fenced, before the host's next store or flush, but maybe not before
-//! its next loads, unless the fence was a full one. A crashed host loses its cache. A write-back moves the whole line, so two
-//! hosts that write one line destroy each other's words, as on the real thing.
+//! Each host has its own cache:
+//!
+//! - A store stays in it until it is flushed *and* fenced, or until the line is evicted at a random moment.
+//! - A line that was read stays as it was until it is invalidated or evicted.
+//! - A flush that no fence follows completes at a random moment.
+//! - A flush that is fenced completes before any later store or flush of the host does, but maybe after later loads. A full
+//!   fence completes it at once.
+//! - A write-back moves a whole line. Two hosts that write one line therefore destroy each other's words, as in real memory.
+//! - A crashed host loses its cache.
 
 use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, RegionOffset, Site};
 use rand::rngs::StdRng;
@@ -15,34 +19,34 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const WORDS: usize = 8;
 type LineWords = [u64; WORDS];
 
-/// How rough the weather is; probabilities per operation.
+/// Probabilities of what happens to caches by chance, each from 0 to 1 and per operation of a host.
 #[derive(Clone, Copy, Debug)]
 pub struct Turbulence {
-    /// A random line of the acting host is evicted (written back if dirty).
+    /// Probability that a random line of the acting host is evicted, and written back if it is dirty.
     pub evict: f64,
-    /// A random unfenced flush of the acting host completes.
+    /// Probability that a random unfenced flush of the acting host completes.
     pub drain: f64,
-    /// A fence lets later loads of its host pass what it fences.
+    /// Probability that a fence which is not full lets later loads of its host run before the flushes it fences complete.
     pub delay: f64,
-    /// A line that is fetched brings the next one along, as hardware prefetchers do.
+    /// Probability that a line which is fetched brings the next one along, as hardware prefetchers do.
     pub prefetch: f64,
 }
 
 impl Turbulence {
-    /// Enough to see a line leave early in every few operations.
+    /// Caches that lose a line early every few operations, with all fences full.
     pub const ROUGH: Self = Self { evict: 0.05, drain: 0.2, delay: 0.0, prefetch: 0.3 };
-    /// The same, and loads pass fences: for hosts that speak to each other through the region alone.
+    /// [`Turbulence::ROUGH`] with loads that pass fences, for hosts that speak to each other through the region alone.
     pub const ROUGHEST: Self = Self { delay: 0.3, ..Self::ROUGH };
-    /// Nothing happens by chance: only what the code asks for.
+    /// Caches that do only what the code asks for.
     pub const CALM: Self = Self { evict: 0.0, drain: 0.0, delay: 0.0, prefetch: 0.0 };
 }
 
-/// What a simulation leaves out of the protocol, to see whether it is noticed.
+/// Part of the protocol that a simulation leaves out, to see whether a test notices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
     /// A flush, fence or invalidate.
     Site(Site),
-    /// A full fence, of which an ordinary one is left.
+    /// A full fence, replaced by an ordinary one.
     FullFence(Site),
     /// A check.
     Guard(Guard),
@@ -56,14 +60,14 @@ struct CachedLine {
 #[derive(Default)]
 struct Host {
     cache: BTreeMap<u64, CachedLine>,
-    /// Flushed but not fenced: what the line held when it was flushed.
+    /// Lines that are flushed and not fenced, as they were when flushed.
     pending: BTreeMap<u64, LineWords>,
-    /// Fenced, and not in memory before the next store or flush.
+    /// Lines that are flushed and fenced. They reach memory, all at once, before any other line of this host does.
     fenced: BTreeMap<u64, LineWords>,
     crashed: bool,
 }
 
-/// The memory that all simulated hosts share, and what happens to it.
+/// Memory that all simulated hosts share, and their caches.
 pub struct World {
     memory: Vec<LineWords>,
     hosts: Vec<Host>,
@@ -74,8 +78,7 @@ pub struct World {
 }
 
 impl World {
-    /// A region of `bytes` zero bytes (a multiple of 64). `removed` leaves something out: the mutation
-    /// check.
+    /// Makes a region of `bytes` zero bytes (a multiple of 64). `removed` is left out of the protocol.
     #[must_use]
     pub fn new(bytes: u64, seed: u64, turbulence: Turbulence, removed: Option<Mutation>) -> Arc<Mutex<Self>> {
         Arc::new(Mutex::new(Self {
@@ -88,14 +91,14 @@ impl World {
         }))
     }
 
-    /// Changes the weather, for example to calm before checking that everything arrives.
+    /// Changes what happens by chance, for example to [`Turbulence::CALM`] before a check that everything arrives.
     pub fn set_turbulence(&mut self, turbulence: Turbulence) {
         self.turbulence = turbulence;
         let Self { memory, hosts, .. } = self;
         hosts.iter_mut().for_each(|host| Self::settle(memory, host));
     }
 
-    /// How often each site was passed.
+    /// Returns how often the hosts passed a site.
     #[must_use]
     pub fn visits(&self, site: Site) -> u64 {
         self.visits.get(&(site as u8)).copied().unwrap_or(0)
@@ -107,7 +110,7 @@ impl World {
         }
     }
 
-    /// What is fenced is in memory now.
+    /// Completes the fenced flushes of a host.
     fn settle(memory: &mut [LineWords], host: &mut Host) {
         for (line, words) in std::mem::take(&mut host.fenced) {
             Self::write_memory(memory, line, words);
@@ -175,21 +178,13 @@ impl World {
         host.cache.get_mut(&line)
     }
 
-    fn settle_of(&mut self, host: usize) {
-        let Self { memory, hosts, .. } = self;
-        if let Some(host) = hosts.get_mut(host) {
-            Self::settle(memory, host);
-        }
-    }
-
     fn fence(&mut self, host: usize, full: bool) {
         let Self { memory, hosts, rng, turbulence, .. } = self;
         let Some(host) = hosts.get_mut(host) else { return };
         if host.crashed {
             return;
         }
-        Self::settle(memory, host);
-        host.fenced = std::mem::take(&mut host.pending);
+        host.fenced.append(&mut host.pending);
         if full || turbulence.delay == 0.0 || !rng.random_bool(turbulence.delay) {
             Self::settle(memory, host);
         }
@@ -201,7 +196,7 @@ impl World {
     }
 }
 
-/// One host's view of a [`World`]. Every operation is a point where other actors may run (`interleave`).
+/// View that one host has of a [`World`]. Other hosts may run before each of its operations.
 #[derive(Clone)]
 pub struct Simulated {
     world: Arc<Mutex<World>>,
@@ -211,8 +206,8 @@ pub struct Simulated {
 }
 
 impl Simulated {
-    /// Adds a host to the world. `interleave` is called before every operation; a deterministic scheduler switches
-    /// to another actor there.
+    /// Adds a host to the world. `interleave` is called before every operation: a deterministic scheduler may switch to
+    /// another host there.
     #[must_use]
     pub fn join(world: &Arc<Mutex<World>>, interleave: fn()) -> Self {
         let mut inner = lock(world);
@@ -223,8 +218,8 @@ impl Simulated {
         Self { world: Arc::clone(world), host, bytes, interleave }
     }
 
-    /// The host stops dead: its cache is lost, unfenced flushes complete or not by chance, and whatever its code
-    /// still does reaches nobody.
+    /// Stops the host for good. Its cache is lost, and unfenced flushes complete or not by chance. Whatever its code still
+    /// does reaches nobody.
     pub fn crash(&self) {
         let mut world = lock(&self.world);
         let World { memory, hosts, rng, .. } = &mut *world;
@@ -240,13 +235,13 @@ impl Simulated {
         }
     }
 
-    /// True after [`Simulated::crash`].
+    /// Returns true after [`Simulated::crash`].
     #[must_use]
     pub fn is_crashed(&self) -> bool {
         lock(&self.world).hosts.get(self.host).is_some_and(|host| host.crashed)
     }
 
-    /// Something may happen by itself, then others may run, then the operation is done.
+    /// Begins an operation: something may happen by chance, and then other hosts may run.
     fn enter(&self) -> MutexGuard<'_, World> {
         lock(&self.world).weather(self.host);
         (self.interleave)();
@@ -280,7 +275,6 @@ impl Fabric for Simulated {
         if world.hosts.get(self.host).is_none_or(|host| host.crashed) {
             return;
         }
-        world.settle_of(self.host);
         let word = (at.0 % LINE_BYTES / 8) as usize;
         if let Some(line) = world.line_of(self.host, at.0 / LINE_BYTES) {
             line.words[word] = value;
@@ -293,7 +287,6 @@ impl Fabric for Simulated {
         if !world.passes(site) {
             return;
         }
-        world.settle_of(self.host);
         let Some(host) = world.hosts.get_mut(self.host) else { return };
         if host.crashed {
             return;
@@ -343,7 +336,7 @@ impl Fabric for Simulated {
         }
     }
 
-    /// Lines that are not cached stream past the cache.
+    /// Copies bytes out of the region. Lines that are not cached stay so.
     fn read_bytes(&self, at: RegionOffset, into: &mut [u8]) {
         assert!(at.0 + into.len() as u64 <= self.bytes, "read at {at:?}");
         let world = self.enter();

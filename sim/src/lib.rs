@@ -1,5 +1,12 @@
-//! Simulated worlds for tests and measurements: hosts whose caches do not see each other ([`fabric`]), disks that fail
-//! ([`disk`]), a transport in memory ([`transport`]), and a sequencer in one thread ([`testbed`]). No product crate depends on this one.
+//! Simulated worlds for tests and measurements.
+//!
+//! - [`fabric`]: hosts whose caches do not see each other's stores.
+//! - [`disk`]: disks that fail.
+//! - [`transport`]: a transport in memory.
+//! - [`testbed`]: a sequencer in one thread.
+//! - [`local`]: a broker in this process.
+//!
+//! No product crate depends on this one.
 
 pub mod disk;
 pub mod fabric;

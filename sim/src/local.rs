@@ -1,4 +1,4 @@
-//! A broker in this process, on a region of its own: for examples that run and for tests of clients.
+//! A broker in this process, on a region of its own, for examples and for tests of clients.
 
 use embarcadero_broker::{Broker, BrokerConfig, BrokerError};
 use embarcadero_cxl::cache::FlushMethod;
@@ -9,11 +9,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Bytes of the region, and of its segments.
+/// Bytes of the region.
 const REGION_BYTES: u64 = 256 << 20;
+/// Bytes of each of its segments.
 const SEGMENT_BYTES: u64 = 1 << 20;
 
-/// Why there is no broker.
+/// Reason why no broker was started.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalError {
     /// The region is too small for its tables.
@@ -27,7 +28,7 @@ pub enum LocalError {
     Broker(#[from] BrokerError),
 }
 
-/// A running broker. It and its region are gone when this is dropped.
+/// Running broker. Dropping it stops the broker and removes the region.
 pub struct LocalBroker {
     broker: Broker,
     region: PathBuf,
@@ -60,7 +61,7 @@ impl LocalBroker {
         }
     }
 
-    /// The control endpoint, `host:port`.
+    /// Returns the address of the control plane, `host:port`.
     #[must_use]
     pub fn control(&self) -> String {
         self.broker.info().control.to_string()

@@ -1,4 +1,4 @@
-//! A region in private memory with a sequencer on it, in one thread: for benchmarks and tests of what ordering costs.
+//! A region in private memory with a sequencer in one thread, for benchmarks and tests of what ordering costs.
 
 use crossbeam_channel::{RecvError, bounded, unbounded};
 use embarcadero_broker::sequencer::{
@@ -16,26 +16,26 @@ use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, Term, TopicId};
 use std::sync::Arc;
 use uuid::Uuid;
 
-/// Brokers whose Batchlogs there are, unless said otherwise.
+/// Number of brokers in the region that [`region`] makes, each with a Batchlog.
 pub const BROKERS: u32 = 4;
-/// The topic, and its incarnation.
+/// Topic of the testbed, and its incarnation.
 pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
-/// The leader.
+/// Area of the leader, which is broker 0.
 const LEADER: LeaderArea = LeaderArea(BrokerId(0));
-/// Segments that each broker has.
+/// Number of segments that each broker has.
 const SEGMENTS: u32 = 16;
-/// Bytes of all segments.
+/// Bytes of all segments together.
 const SEGMENTS_BYTES: u64 = 1 << 30;
-/// Entries that are published together, as brokers do by default.
+/// Number of entries that are published together, as brokers do by default.
 const GROUP: u64 = 8;
 
-/// Why there is no testbed.
+/// Reason why no testbed was made.
 #[derive(Debug, thiserror::Error)]
 pub enum TestbedError {
-    /// No memory.
+    /// Memory cannot be mapped.
     #[error("cannot map memory: {0}")]
     Memory(#[from] std::io::Error),
-    /// This CPU cannot flush so.
+    /// This CPU has no such flush instruction.
     #[error(transparent)]
     Flush(#[from] UnsupportedFlush),
     /// The region cannot be made.
@@ -52,8 +52,7 @@ pub enum TestbedError {
     Silent(#[from] RecvError),
 }
 
-/// A region for one topic and [`BROKERS`] brokers, with 64 segments of 16 MiB, behind the fabric that `wrap` makes of its
-/// memory.
+/// Makes a region for one topic and [`BROKERS`] brokers, with 64 segments of 16 MiB. `wrap` makes the fabric from its memory.
 ///
 /// # Errors
 /// [`TestbedError`].
@@ -65,7 +64,7 @@ pub fn region<F: Fabric>(
     region_of(BROKERS, allocator, method, wrap)
 }
 
-/// As [`region`], for 1 to 32 brokers; the more they are, the smaller are segments.
+/// Makes a region as [`region`] does, for 1 to 32 brokers. Segments are smaller the more brokers there are.
 ///
 /// # Errors
 /// [`TestbedError`].
@@ -85,18 +84,18 @@ pub fn region_of<F: Fabric>(
     Ok(Region::format(wrap(Native::new(mapping, method)?), &geometry, Uuid::new_v4(), 0)?)
 }
 
-/// The sequencer of a topic in strong order, sessions that publish to it, and the brokers' Batchlogs.
+/// Sequencer of a topic in strong order, sessions that publish to the topic, and the brokers' Batchlogs.
 pub struct Testbed<F: Fabric> {
     region: Region<F>,
     sequencer: Sequencer<F>,
     logs: Vec<(BatchlogWriter<F>, Pulse<F>)>,
     sessions: Vec<Session>,
-    /// What comes next in each session.
+    /// Next sequence of each session.
     sequences: Vec<u64>,
 }
 
 impl<F: Fabric> Testbed<F> {
-    /// Opens the topic and `sessions` sessions.
+    /// Opens the topic and as many sessions as `sessions` says.
     ///
     /// # Errors
     /// [`TestbedError`].
@@ -139,23 +138,23 @@ impl<F: Fabric> Testbed<F> {
         Ok(Self { region, sequencer, logs, sequences: vec![0; opened.len()], sessions: opened })
     }
 
-    /// The region.
+    /// Returns the region.
     pub fn region(&self) -> &Region<F> {
         &self.region
     }
 
-    /// The sequencer.
+    /// Returns the sequencer.
     pub fn sequencer(&mut self) -> &mut Sequencer<F> {
         &mut self.sequencer
     }
 
-    /// The sessions.
+    /// Returns the sessions.
     pub fn sessions(&self) -> &[Session] {
         &self.sessions
     }
 
-    /// Appends batches of every session, striped over the brokers, and publishes them in groups; up to 64 of each
-    /// session. Returns how many there are now to order.
+    /// Appends up to 64 batches of every session, striped over the brokers, and publishes them in groups. Returns how many
+    /// it appended.
     pub fn append(&mut self) -> u64 {
         let mut appended = 0;
         for (session, next) in self.sessions.iter().zip(&mut self.sequences) {
@@ -189,7 +188,7 @@ impl<F: Fabric> Testbed<F> {
         appended
     }
 
-    /// Orders that many batches.
+    /// Runs the sequencer until it has taken `batches` batches.
     pub fn order(&mut self, batches: u64) {
         let mut taken = 0;
         while taken < batches {

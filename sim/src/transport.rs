@@ -1,4 +1,4 @@
-//! A transport in memory: whole frames and batches, in order, a bounded number of them under way.
+//! A transport in memory. It carries whole frames and batches in order, a bounded number of them at a time.
 
 use embarcadero_cxl::Fabric;
 use embarcadero_transport::{
@@ -14,18 +14,18 @@ use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A frame, and the bytes that follow it: a batch's body, a delivered batch, or the text of an error.
+/// Frame and the bytes that follow it: a batch's body, a delivered batch, or the text of an error.
 struct Message {
     frame: [u8; FRAME_BYTES],
     rest: Vec<u8>,
 }
 
-/// One direction of a connection.
+/// Messages under way in one direction of a connection.
 struct Pipe {
     under_way: VecDeque<Message>,
-    /// Messages that may be under way.
+    /// Most messages that may be under way.
     room: usize,
-    /// One of the ends is gone.
+    /// True once one of the ends is gone.
     closed: bool,
 }
 
@@ -35,7 +35,7 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// An end of a connection.
+/// One of the two ends of a connection.
 struct End {
     incoming: Shared,
     outgoing: Shared,
@@ -48,7 +48,7 @@ impl End {
         [Self { incoming: Arc::clone(&one), outgoing: Arc::clone(&other) }, Self { incoming: other, outgoing: one }]
     }
 
-    /// Sends a message; false when there is no room for it now.
+    /// Sends a message. Returns false when there is no room for it now.
     fn send(&self, frame: [u8; FRAME_BYTES], rest: Vec<u8>) -> io::Result<bool> {
         let mut pipe = lock(&self.outgoing);
         if pipe.closed {
@@ -61,7 +61,7 @@ impl End {
         Ok(has_room)
     }
 
-    /// Takes a message; an error once the other end is gone and nothing is left.
+    /// Takes a message, if there is one. Fails once the other end is gone and nothing is left.
     fn receive(&self) -> io::Result<Option<Message>> {
         let mut pipe = lock(&self.incoming);
         match pipe.under_way.pop_front() {
@@ -78,10 +78,10 @@ impl Drop for End {
     }
 }
 
-/// Connections that wait to be accepted, at each address where a broker listens.
+/// Connections that wait to be accepted, by the address where a broker listens.
 type Listening = BTreeMap<SocketAddr, VecDeque<End>>;
 
-/// The network that simulated clients and brokers share. Clones are the same network.
+/// Network that simulated clients and brokers share. Clones share it too.
 pub struct SimulatedTransport<F> {
     listening: Arc<Mutex<Listening>>,
     room: usize,
@@ -95,7 +95,7 @@ impl<F> Clone for SimulatedTransport<F> {
 }
 
 impl<F> SimulatedTransport<F> {
-    /// A network whose connections have `room` messages under way, each way.
+    /// Makes a network whose connections carry at most `room` messages at a time in each direction.
     #[must_use]
     pub fn new(room: usize) -> Self {
         Self { listening: Arc::default(), room, memory: PhantomData }
@@ -106,7 +106,7 @@ impl<F> SimulatedTransport<F> {
         lock(&self.listening).entry(at).or_default();
     }
 
-    /// Takes a connection that was made to an address.
+    /// Takes the next connection that was made to an address.
     #[must_use]
     pub fn accept(&self, at: SocketAddr) -> Option<SimulatedConnection> {
         let end = lock(&self.listening).get_mut(&at)?.pop_front()?;
@@ -136,10 +136,10 @@ impl<F: Fabric> Transport for SimulatedTransport<F> {
     }
 }
 
-/// A broker's end.
+/// Broker's end of a connection.
 pub struct SimulatedConnection {
     end: End,
-    /// A batch that the landing has no room for.
+    /// Batch that the landing has no room for.
     waiting: Option<Message>,
 }
 
@@ -192,7 +192,7 @@ fn refusal(error: &ErrorFrame, text: &[u8]) -> LinkError {
     LinkError::Refused { code: ErrorCode::from_code(error.code), text, detail: error.detail }
 }
 
-/// A publisher's end.
+/// Publisher's end of a connection.
 pub struct SimulatedPublisher {
     end: End,
 }
@@ -233,10 +233,10 @@ impl PublisherLink for SimulatedPublisher {
     }
 }
 
-/// A subscriber's end.
+/// Subscriber's end of a connection.
 pub struct SimulatedSubscriber {
     end: End,
-    /// The batch that was taken last.
+    /// Batch that was taken last.
     batch: Vec<u8>,
 }
 

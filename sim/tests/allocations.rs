@@ -21,11 +21,11 @@ static ALLOCATOR: dhat::Alloc = dhat::Alloc;
 const BROKER: BrokerId = BrokerId(1);
 const MESSAGES: u32 = 512;
 const WARM_UP: u64 = 200;
-/// A million messages.
+/// Batches of a million messages.
 const BATCHES: u64 = 1_000_000 / MESSAGES as u64;
 
-/// A batch's way through one broker, the network left out: its frame is decoded, its place reserved, it is appended,
-/// published, ordered and acknowledged. (What stages do by the clock, every few milliseconds, is left out too.)
+/// Takes batches through one broker, without the network. A batch's frame is decoded and its place reserved; the batch is
+/// appended, published, ordered and acknowledged. Work that stages do by the clock, every few milliseconds, is left out.
 #[test]
 fn a_million_messages_pass_without_an_allocation() {
     let _profiler = dhat::Profiler::builder().testing().build();

@@ -1,5 +1,5 @@
-//! The atomic bitmap under a scheduler that switches threads between any two operations: no segment is handed out
-//! twice, none is lost.
+//! The atomic bitmap under a scheduler that switches threads between any two operations. No segment is handed out twice,
+//! and none is lost.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout};
@@ -10,7 +10,7 @@ use shuttle::sync::{Arc, Mutex};
 use std::collections::BTreeMap;
 use uuid::Uuid;
 
-/// Coherent memory whose every access is a point where the scheduler may switch.
+/// Coherent memory. The scheduler may switch threads at every access.
 #[derive(Clone)]
 struct Coherent {
     words: Arc<Mutex<BTreeMap<u64, Arc<AtomicU64>>>>,

@@ -1,14 +1,21 @@
 //! The production code of brokers, sequencer and readers on the simulated fabric, under thousands of seeded schedules.
 //!
-//! Three hosts share a region without coherence. Host 0 is the leader: it receives, orders and maintains. Host 1
-//! receives and acknowledges, and may crash, or take over from the leader, which is not dead but finds out in the middle of
-//! something. Host 2 reads, as a broker that delivers. Every operation on the fabric is
-//! a point where the scheduler may switch hosts. Checked all along: a batch that is read is the batch that was
-//! written, all readers agree on one order, each session's batches appear once and in submission order, an
-//! acknowledged batch is visible and stays where it is, and nothing is stuck once the weather calms. In some schedules the topic is replicated:
-//! hosts 1 and 2 have disks, and what is acknowledged is on one of them.
+//! Three hosts share a region without coherence. The scheduler may switch hosts at every operation on the fabric.
 //!
-//! The mutation check removes one flush, fence or invalidate at a time and demands that some schedule fails.
+//! - Host 0 is the leader: it receives, orders and maintains.
+//! - Host 1 receives and acknowledges. It may crash, or take over from the leader. That one is not dead, and finds out in
+//!   the middle of something.
+//! - Host 2 reads, as a broker that delivers.
+//! - In some schedules the topic is replicated: hosts 1 and 2 have disks.
+//!
+//! Checked all along:
+//!
+//! - A batch that is read is the batch that was written, and all readers agree on one order.
+//! - Each session's batches appear once and in the order of their submission.
+//! - An acknowledged batch is visible and stays where it is. In a replicated topic it is on a disk.
+//! - Nothing is stuck once caches do only what the code asks for.
+//!
+//! The mutation tests remove one flush, fence, invalidate or check at a time, and demand that some schedule fails.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 use bytemuck::Zeroable;
@@ -48,32 +55,33 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use uuid::Uuid;
 
-/// Hosts, and broker ids.
+/// Number of hosts; each has the broker of its number.
 const HOSTS: u32 = 3;
-/// Batches of each of the two sessions.
+/// Number of batches of each of the two sessions.
 const BATCHES: u64 = 40;
-/// Bytes that a batch claims: three fill a segment, so that segments are reused all the time.
+/// Bytes that a batch claims. Three fill a segment, so that segments are reused all the time.
 const BATCH_BYTES: u64 = 340 << 10;
-/// Batches that are kept.
+/// Number of batches that retention keeps.
 const RETAINED: u64 = 6;
-/// Batches of a session that its client has under way; what they fill must fit into one broker's segments.
+/// Most batches of a session that its client has under way. They must fit into one broker's segments.
 const CLIENT_WINDOW: u64 = 5;
-/// Segments: nine for each broker, one or two of them for the index, the rest for what is held, kept, or half reclaimed.
+/// Number of segments: nine for each broker. One or two of the nine are for the index, the rest for batches that are held,
+/// kept, or half reclaimed.
 const SEGMENTS: u32 = 27;
-/// Rounds of each actor in rough weather.
+/// Rounds of each host in turbulence.
 const ROUNDS: usize = 60;
-/// Switches for which the first leader stands still, now and then.
+/// Switches between hosts for which the first leader stands still, now and then.
 const PAUSE: usize = 2000;
-/// Rounds for which a successor waits for the leader to stand still; it takes over from one that does not, too.
+/// Rounds for which a successor waits for the leader to stand still. Afterwards it takes over all the same.
 const PATIENCE: usize = 8;
-/// Switches for which the far reader naps.
+/// Switches between hosts for which host 2 stands still.
 const NAP: usize = 300;
-/// Rounds in calm weather after which everything must be done.
+/// Rounds without turbulence after which everything must be done.
 const CALM_ROUNDS: usize = 3000;
 
-/// Nothing expires: the schedule decides how long anything takes.
+/// Leases that never expire: the schedule decides how long anything takes.
 const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
-/// The host that only reads.
+/// Broker of the host that only reads.
 const FAR: BrokerId = BrokerId(2);
 const LEADER: LeaderArea = LeaderArea(BrokerId(0));
 const TOPIC: TopicId = TopicId(0);
@@ -81,8 +89,8 @@ const TOPIC: TopicId = TopicId(0);
 const FIRST: Incarnation = Incarnation(1);
 const GLOBAL: StreamId = StreamId { topic: TOPIC, stream: Stream::GLOBAL };
 
-/// A ring of 16 slots wraps many times. Under a leader that takes over it does not: the batches that the one before held
-/// would be lost with their slots, until their clients sent them again.
+/// Returns the region's geometry. A Batchlog of 16 slots wraps many times. When another leader takes over, it must not
+/// wrap. Batches that the first leader held would be lost with their slots, until their clients sent them again.
 fn geometry(superseded: bool) -> Geometry {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);
     Geometry {
@@ -96,13 +104,13 @@ fn geometry(superseded: bool) -> Geometry {
     }
 }
 
-/// What becomes of copies on disks.
+/// Use of disks in a schedule.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Replication {
     None,
-    /// Sessions wait for it.
+    /// Sessions wait for copies on disks.
     Awaited,
-    /// Nobody waits, and the leader has taken host 2 for dead: retention does not mind what it copies.
+    /// Nobody waits for copies, and the leader has taken host 2 for dead: retention ignores the pins of host 2.
     Unpinned,
 }
 
@@ -115,7 +123,7 @@ impl Replication {
         }
     }
 
-    /// Brokers whose pins count.
+    /// Returns the brokers whose pins count, one bit each.
     fn pinning_mask(self) -> u64 {
         if self == Self::Unpinned { 0b11 } else { 0b111 }
     }
@@ -136,16 +144,16 @@ fn config(replication: Replication) -> TopicConfig {
     }
 }
 
-/// The order as readers saw it: position to (client, sequence, offset).
+/// Order as readers saw it: position to (client, sequence, offset).
 type Log = Arc<Mutex<BTreeMap<u64, (ClientId, u64, u64)>>>;
 
-/// What was acknowledged: position to (client, sequence).
+/// Batches that were acknowledged: position to (client, sequence).
 type Acknowledged = Arc<Mutex<BTreeMap<u64, (ClientId, u64)>>>;
 
-/// What is durable on some disk: position to (client, sequence).
+/// Batches that are durable on some disk: position to (client, sequence).
 type Durable = Arc<Mutex<BTreeMap<u64, (ClientId, u64)>>>;
 
-/// A disk that remembers which batches are durable on it; whether they are whole it checks as they come.
+/// Disk that remembers which batches are durable on it. It checks that they are whole as they come.
 struct Disk {
     durable: Durable,
     written: Vec<(u64, (ClientId, u64))>,
@@ -232,13 +240,13 @@ struct Host {
     topics: Arc<TopicTable<Simulated>>,
     delegation: Delegation<Simulated>,
     replicator: Option<Replicator<Simulated>>,
-    /// What all disks hold, if sessions wait for that.
+    /// Batches that all disks hold, if sessions wait for that.
     durable: Option<Durable>,
     replication: Replication,
     landed: Sender<Landed<Simulated>>,
-    /// Batches that clients will send here: (session, sequence).
+    /// Batches that clients will send to this host: (session, sequence).
     inbox: Vec<(usize, u64)>,
-    /// Received and waiting for their commit.
+    /// Batches that were received and wait for their commit: (session, sequence).
     unacknowledged: Vec<(usize, u64)>,
     acknowledged: Acknowledged,
     reader: Reader,
@@ -264,7 +272,7 @@ fn check_payload(region: &Region<Simulated>, location: u64, expected: (ClientId,
 }
 
 impl Reader {
-    /// What was read before reads the same later.
+    /// Reads an earlier entry again: it must be as it was.
     fn read_again(&mut self, topic: &Topic<Simulated>, pin: usize) {
         let back = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=RETAINED);
         let Some(position) = self.cursor.checked_sub(back) else { return };
@@ -278,7 +286,7 @@ impl Reader {
         assert!(before.is_none_or(|before| before == seen), "position {position} was {before:?} and now is {seen:?}");
     }
 
-    /// Reads what is there, at most `budget` batches, holding each for a moment.
+    /// Reads at most `budget` batches, and holds each for a moment.
     fn poll(&mut self, region: &Region<Simulated>, topic: &Topic<Simulated>, budget: usize) {
         let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
         let committed = self.index.poll();
@@ -353,7 +361,7 @@ impl Host {
         }
     }
 
-    /// Takes over, under an epoch of its own.
+    /// Takes over under the next term. `None` if it cannot.
     fn take_over(&self, before: Predecessor, commands: Receiver<Command>, now_us: u64) -> Option<Stages> {
         let (broker, term) = (self.id, latest_claim(&self.region).next());
         let (broker_mask, pinning_mask) = ((1 << HOSTS) - 1, self.replication.pinning_mask());
@@ -366,7 +374,7 @@ impl Host {
         Some((sequencer, CompletionStage::new(region, area)))
     }
 
-    /// Receives the next batch, if there is one and room for it.
+    /// Receives the next batch, if there is one and there is room.
     fn receive(&mut self, topic: &Arc<Topic<Simulated>>, sessions: &[Session]) {
         let Some((session, sequence)) = self.inbox.first().copied() else { return };
         let identity = sessions[session];
@@ -410,7 +418,7 @@ impl Host {
         self.unacknowledged.push((session, sequence));
     }
 
-    /// What is committed of the batches received here. A commit that is seen is visible in the index.
+    /// Acknowledges the batches received here that are committed. Each of them must be visible in the index.
     fn acknowledge(&mut self, sessions: &[Session]) {
         let Self { region, acknowledged, .. } = self;
         self.unacknowledged.retain(|(session, sequence)| {
@@ -466,23 +474,23 @@ impl Host {
     }
 }
 
-/// What a leader runs.
+/// Stages that a leader runs.
 type Stages = (Sequencer<Simulated>, CompletionStage<Simulated>);
 
-/// The leader's count of the disks, which it does every so often.
+/// Runs the leader's count of the disks that have each batch.
 fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize) {
     completion.maintain(awaited);
     completion.poll(round as u64 * 1000);
 }
 
-/// Hosts run in bursts of a few operations, so that one can do something whole while another stands still.
+/// Switches hosts at one operation of five. Hosts so run in bursts, and one can finish something while another stands still.
 fn interleave() {
     if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 5) {
         shuttle::thread::yield_now();
     }
 }
 
-/// Host 2 where nobody minds what it reads: it also stands still, which is why nobody does.
+/// Steps host 2 where nobody minds its pins: it often stands still for long, as a broker that is taken for dead does.
 fn doze() {
     if shuttle::rand::Rng::gen_ratio(&mut shuttle::rand::thread_rng(), 1, 100) {
         (0..NAP).for_each(|_| shuttle::thread::yield_now());
@@ -491,23 +499,23 @@ fn doze() {
 }
 
 thread_local! {
-    /// What host 0 and its successor know of each other. All hosts of a schedule run on one thread of the system.
+    /// State of the change from host 0 to its successor. All hosts of a schedule run on one thread of the system.
     static CHANGE_OF_LEADER: Cell<ChangeOfLeader> = const { Cell::new(ChangeOfLeader::None) };
-    /// Host 0 is giving batches their place.
+    /// True while host 0 gives batches their place.
     static ORDERING: Cell<bool> = const { Cell::new(false) };
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ChangeOfLeader {
     None,
-    /// Host 1 wants to take over.
+    /// Host 1 waits for host 0 to stand still, and will take over then.
     Awaited,
-    /// Host 0 stands still.
+    /// Host 0 stands still, and host 1 takes over.
     Due,
 }
 
-/// Host 0, the first leader, also stands still for a long time: now and then in the middle of whatever it does, and in the
-/// middle of ordering when its successor waits for that.
+/// Steps host 0, the first leader. Now and then it stands still for a long time in the middle of whatever it does. When its
+/// successor waits for that, it does so in the middle of ordering.
 fn pause() {
     let (awaited, ordering) = (CHANGE_OF_LEADER.get() == ChangeOfLeader::Awaited, ORDERING.get());
     let mut random = shuttle::rand::thread_rng();
@@ -524,7 +532,7 @@ fn pause() {
     interleave();
 }
 
-/// One schedule. Panics when a promise breaks.
+/// Runs one schedule. Panics when a promise breaks.
 fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
     let (crash, superseded) = (choice.is_multiple_of(3), choice % 3 == 1);
@@ -763,7 +771,8 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     }
 }
 
-/// What the leader and a broker write in calm weather, another host that had read it before sees at once.
+/// Checks that host 2 sees at once what the leader and a broker write, without turbulence, although it had read the tables
+/// before.
 fn check_tables(
     regions: &[Region<Simulated>],
     leader: usize,
@@ -810,7 +819,7 @@ fn check_tables(
     );
 }
 
-/// A segment that the leader takes in calm weather is seen as taken, and whose it is, by a host that looked before.
+/// Checks that host 2 sees at once which segment the leader takes, and for what, although it had looked before.
 fn check_pool(regions: &[Region<Simulated>], leader: &Host) {
     let far = &regions[2];
     let look = || (free_segments(far), (0..SEGMENTS).map(|segment| read_owner(far, segment)).collect::<Vec<_>>());
@@ -824,7 +833,7 @@ fn check_pool(regions: &[Region<Simulated>], leader: &Host) {
     assert_eq!(owners[segment as usize], Row::Used(owner), "the owner is stale");
 }
 
-/// What must hold when everything has come to its end, as host 2 sees it.
+/// Checks what must hold when everything has come to its end, as host 2 sees it.
 fn check_end(regions: &[Region<Simulated>], hosts: &[Host], log: &Log, durable: Option<&Durable>) {
     let far = &regions[2];
     let taken = |owner: &Row<SegmentUse>| !matches!(owner, Row::Unused | Row::Used(SegmentUse::Free));
@@ -948,7 +957,7 @@ fn every_guard_is_needed() {
     assert!(caught.iter().all(|(_, after)| after.is_some()), "removing some is not noticed in {budget} schedules");
 }
 
-/// The simulated batches are not what travels; the real format is covered elsewhere. This ties the two sizes.
+/// Ties the size of the simulated batches to that of real ones. Other tests cover the real format.
 #[test]
 fn a_simulated_header_describes_a_real_batch() {
     let mut builder = BatchBuilder::new(1 << 20);

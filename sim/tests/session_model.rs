@@ -1,7 +1,12 @@
-//! A model of sessions, fencing and the leader's failover, explored exhaustively at small scope with stateright. What is
-//! judged is judged by the production code (`SessionOrder`); around it, each step that a crash can come between is an
-//! action of its own: a batch is sent, and received later or never; the leader takes, publishes the tail, the commit records,
-//! how far it consumed; it dies, another recovers; a gap's lease ends, the client opens the next epoch.
+//! A model of sessions, fencing and the leader's failover, explored exhaustively at small scope with stateright.
+//!
+//! The production code (`SessionOrder`) judges batches. Around it, each step that a crash can come between is an action of
+//! its own:
+//!
+//! - A batch is sent, and received later or never.
+//! - The leader takes a batch, publishes the tail, the commit records, and how far it consumed.
+//! - The leader dies, and another recovers.
+//! - The lease of a gap ends, and the client opens the next epoch.
 //!
 //! Each guard of the protocol is removed in turn, and a property that is named here must fail.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
@@ -14,15 +19,16 @@ use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlo
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Batches of the session. With three there are more states than 20 GiB hold.
+/// Number of batches of the session. With three there are more states than 20 GiB hold.
 const BATCHES: u64 = 2;
-/// Sends of one batch, over all epochs: the first, and one again.
+/// Most sends of one batch, over all epochs: the first, and one resend.
 const SENDS: u32 = 2;
-/// Leaders that die, and sessions that are fenced.
+/// Most leaders that die.
 const DEATHS: u32 = 1;
+/// Most fences of the session.
 const FENCES: u32 = 1;
 
-/// A rule of the protocol that can be left out.
+/// Rule of the protocol that can be left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Guard {
     /// A sequence below the expected one is a duplicate.
@@ -39,30 +45,32 @@ struct Sessions {
     removed: Option<Guard>,
 }
 
-/// A batch on its way, or received: session epoch and sequence.
+/// Batch on its way, or received: session epoch and sequence.
 type Sent = (u32, u64);
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Leader {
-    /// Batches of the index, those that no tail covers included.
+    /// Batches of the order index, also those beyond the published tail.
     index: Vec<Sent>,
     expected: u64,
-    /// Place in the Batchlog of each batch that waits, by sequence.
+    /// Place in the Batchlog of each held batch, by sequence.
     held: BTreeMap<u64, usize>,
     taken: usize,
-    /// The session's epoch, while it is open.
+    /// Epoch of the session, while it is open.
     session: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct State {
-    /// The client: its epoch, how often it sent each batch, what it knows to be committed.
+    /// Epoch that the client publishes under.
     epoch: u32,
+    /// Number of times that the client sent each batch.
     sends: Vec<u32>,
+    /// Batches that the client knows to be committed.
     acknowledged: BTreeSet<u64>,
-    /// On the way, some for ever; a batch can be there twice.
+    /// Copies of each batch that are on their way, some for ever.
     network: BTreeMap<Sent, u32>,
-    /// In CXL memory.
+    /// Batchlog, in CXL memory as all that follows up to `leader`.
     batchlog: Vec<Sent>,
     tail: Vec<Sent>,
     records: BTreeSet<u64>,
@@ -73,7 +81,7 @@ struct State {
     leader: Option<Leader>,
     deaths: u32,
     fences: u32,
-    /// A batch was ordered under an epoch that had ended.
+    /// True once a batch was ordered under an epoch that had ended.
     resurfaced: bool,
 }
 
@@ -92,7 +100,7 @@ enum Action {
     Reopen,
 }
 
-/// The session as the leader's production code keeps it.
+/// Makes the session as the leader's production code keeps it.
 fn order(leader: &Leader, batchlog: &[Sent]) -> SessionOrder {
     let session = Session {
         slot: SessionSlot(0),
@@ -169,7 +177,7 @@ impl Sessions {
     }
 }
 
-/// True when all that the leader did is in memory: it answers commands only then.
+/// Returns true when all that the leader did is in memory. It answers commands only then.
 fn published(state: &State, leader: &Leader) -> bool {
     state.tail == leader.index && state.progress == leader.expected
 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
-/// Everything that the broker says until it closes.
+/// Reads everything that the broker sends until it closes.
 fn answer(stream: &mut TcpStream) -> Vec<u8> {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut bytes = Vec::new();
@@ -23,7 +23,7 @@ fn answer(stream: &mut TcpStream) -> Vec<u8> {
     bytes
 }
 
-/// The error frame in what the broker said.
+/// Finds the error frame in what the broker sent.
 fn refusal(bytes: &[u8]) -> (ErrorCode, String) {
     for (index, frame) in bytes.chunks(FRAME_BYTES).enumerate() {
         if let Ok(frame) = frame.try_into()
@@ -57,7 +57,7 @@ impl Bench {
         TcpStream::connect(self.cluster.brokers[0].data).unwrap()
     }
 
-    /// Opens a publisher's connection and sends `bytes`; the refusal.
+    /// Opens a publisher's connection and sends `bytes`. Returns the refusal.
     fn publish_raw(&self, bytes: &[u8]) -> (ErrorCode, String) {
         let mut stream = self.connect();
         stream.write_all(&self.open.encode()).unwrap();

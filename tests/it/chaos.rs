@@ -1,5 +1,5 @@
-//! Promise: whatever is killed or paused, and however often, each acknowledged message is there once and in order, and
-//! those that were not acknowledged at most once.
+//! Promise: each acknowledged message is there once and in order, and every other at most once, whatever is killed or paused
+//! and however often.
 //!
 //! A short run by default; `EMBARCADERO_CHAOS_ROUNDS=200` for the long one, `EMBARCADERO_CHAOS_SEED` to choose another.
 
@@ -13,11 +13,11 @@ use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Clients that live through it.
+/// Number of clients that live through it.
 const CLIENTS: u32 = 4;
-/// Messages that each of them publishes in a round.
+/// Number of messages that each of them publishes in a round.
 const EACH: u64 = 150;
-/// Those of the clients that are killed have this number and the following ones.
+/// Number of the first client that is killed. The others have the numbers after it.
 const VICTIMS: u32 = 100;
 
 fn environment(name: &str, default: u64) -> u64 {
@@ -36,7 +36,7 @@ fn client(cluster: &Cluster) -> Client {
     Client::connect(config).unwrap()
 }
 
-/// Starts broker `id` where a proxy is, which stays when the broker's process changes.
+/// Starts broker `id` behind a proxy. The proxy stays when the broker is killed and started again.
 fn proxied(cluster: &mut Cluster, id: u32) -> Proxy {
     let free = loopback();
     let proxy = Proxy::start(free);
@@ -45,7 +45,7 @@ fn proxied(cluster: &mut Cluster, id: u32) -> Proxy {
     proxy
 }
 
-/// A client process that publishes without end, as `number`.
+/// Starts a client process that publishes without end, as client `number`.
 fn victim(cluster: &Cluster, number: u32) -> Child {
     let mut child = cluster.command(&["produce", "t"]).stdin(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
     let mut feed = child.stdin.take().unwrap();

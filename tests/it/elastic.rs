@@ -7,8 +7,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Two brokers, then four, then the first two leave, the leader among them. Publishers use those that came, and a reader who
-/// follows all along sees each message once and in order.
+/// Two brokers become four, and then the first two leave, the leader among them. Publishers use the brokers that joined. A
+/// reader that follows all along sees each message once and in order.
 #[test]
 fn brokers_join_and_leave_under_load() {
     let create = ["--size", "256MiB", "--segment-size", "1MiB"];
@@ -77,7 +77,8 @@ fn brokers_join_and_leave_under_load() {
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
 
-/// A broker that is gone for good keeps no memory: once retention has passed what it received, the leader gives it back.
+/// A broker that is gone for good keeps no memory. The leader gives it back once retention has trimmed what the broker
+/// received.
 #[test]
 fn the_memory_of_a_broker_that_is_gone_comes_back() {
     for allocator in ["bitmap", "partitioned", "leader"] {

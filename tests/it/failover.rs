@@ -11,7 +11,8 @@ fn start(brokers: u32, create: &[&str]) -> Cluster {
     Cluster::start(brokers, &[REGION, create].concat(), &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")])
 }
 
-/// Rounds of: four publishers at work, the leader is killed, another takes over, the dead one comes back.
+/// Kills the leader `rounds` times while four publishers are at work. Each time another takes over, and the dead one comes
+/// back.
 fn leaders_die(create: &[&str], rounds: u64) {
     const EACH: u64 = 4000;
     let mut cluster = start(3, create);

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
 
-/// Offsets that acknowledgements named are those at which the messages are delivered.
+/// Checks that messages are delivered at the offsets that their acknowledgements named.
 fn assert_offsets(publisher: &Publisher, ids: &[MessageId], seen: &[(u64, u64)]) {
     for (id, (_, offset)) in ids.iter().zip(seen) {
         match publisher.poll(*id).unwrap() {
@@ -68,8 +68,8 @@ fn connections_cut_in_mid_batch_lose_and_repeat_nothing() {
     cluster.assert_command(&["verify", "cut"]);
 }
 
-/// In front of the broker at `back`: while the flag is up, new connections are opened and then swallow whatever is
-/// sent to them, without an answer or an end. Returns the flag and the number of such connections.
+/// Starts a proxy in front of the broker at `back`. While its flag is set, it opens new connections and then swallows
+/// whatever is sent to them, without an answer or an end. Returns the flag and the number of such connections.
 fn swallowing(front: TcpListener, back: SocketAddr) -> (Arc<AtomicBool>, Arc<AtomicU32>) {
     let (flag, count) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicU32::new(0)));
     let (swallow, swallowed) = (Arc::clone(&flag), Arc::clone(&count));

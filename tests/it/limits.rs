@@ -49,8 +49,8 @@ fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
     fill(&client, "full", 10 << 20).unwrap();
 }
 
-/// Waiting, publishing runs a few batches ahead of a connection that takes none, however large the buffer is; without a
-/// connection the buffer is filled.
+/// While a connection takes nothing, `publish_wait` runs only a few batches ahead of it, however large the buffer is. Without
+/// any connection it fills the buffer.
 #[test]
 fn publish_wait_stays_close_to_its_connections_while_there_are_any() {
     const COUNT: u64 = 40_000;
@@ -147,7 +147,7 @@ fn retention_recycles_with_the_leader_allocator() {
     retention_recycles(&["--allocator", "leader"], Order::Strong);
 }
 
-/// A subscriber that retention overtakes, again and again, hears so each time: its stream never skips in silence.
+/// A subscriber that retention overtakes again and again is told each time. Its stream never skips in silence.
 #[test]
 fn a_subscriber_that_is_overtaken_is_told() {
     let cluster = Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB"], &[]);

@@ -1,4 +1,4 @@
-//! Whole-system tests through public interfaces: real processes, real sockets, real kill -9. One module a promise.
+//! Whole-system tests through public interfaces: real processes, real sockets, real SIGKILL. Each module has one promise.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 mod support;

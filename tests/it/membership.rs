@@ -1,4 +1,4 @@
-//! Promise: with etcd, one broker at a time is elected, and while etcd is away topics go on and nobody is.
+//! Promise: with etcd, one broker at a time is elected. While etcd is away topics go on, and nobody is elected.
 
 use crate::support::etcd::Etcd;
 use crate::support::{Cluster, assert_exactly_once, eventually, history, message, refused};
@@ -9,7 +9,7 @@ use std::time::Duration;
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
 const COUNT: u64 = 3000;
 
-/// A cluster whose brokers are elected by `etcd`.
+/// Starts a cluster whose leader is elected by `etcd`.
 fn cluster(etcd: &Etcd, brokers: u32, create: &[&str], more: &[(&str, &str)]) -> Cluster {
     // A member that is down comes first.
     let endpoints = etcd.endpoints().replacen('[', "[\"http://127.0.0.1:9\", ", 1);
@@ -30,7 +30,7 @@ fn membership(cluster: &Cluster) -> String {
     cluster.client_of_all().cluster().unwrap().membership
 }
 
-/// Publishes `COUNT` messages a round, while `rounds` counts them.
+/// Publishes `COUNT` messages in each of `total` rounds. `rounds` says how many rounds have ended.
 fn publish_in_rounds(publisher: &Publisher, number: u32, total: u64, rounds: &AtomicU64) {
     for message_number in 0..total * COUNT {
         while message_number >= (rounds.load(Ordering::SeqCst) + 1) * COUNT {
@@ -41,8 +41,8 @@ fn publish_in_rounds(publisher: &Publisher, number: u32, total: u64, rounds: &At
     publisher.flush().unwrap();
 }
 
-/// Leaders are killed and stopped in turn; memory is taken for not coherent, so that nothing but etcd and what lies in the
-/// region decides.
+/// Leaders are killed and stopped in turn. Memory is taken for not coherent, so that only etcd and the region's tables
+/// decide.
 #[test]
 fn etcd_elects_the_next_leader() {
     const ROUNDS: u64 = 6;
@@ -51,7 +51,7 @@ fn etcd_elects_the_next_leader() {
     let mut cluster = cluster(&etcd, 3, &["--allocator", "partitioned", "--max-brokers", "4"], &environment);
     assert_eq!(membership(&cluster), "etcd");
     let listed = cluster.assert_command(&["brokers"]);
-    assert!(listed.contains("\thead\n") && listed.ends_with("membership: etcd\n"), "{listed}");
+    assert!(listed.contains("\tleader\n") && listed.ends_with("membership: etcd\n"), "{listed}");
     cluster.client_of_all().create_topic("t", strong()).unwrap();
     let rounds = AtomicU64::new(0);
     let mut terms = vec![cluster.term()];

@@ -1,5 +1,5 @@
-//! Promise: when the region is lost, its mirror tells to the last message what was in it; what disks have comes back, what
-//! they have not is named, and offsets and sessions go on.
+//! Promise: when the region is lost, its mirror tells to the last message what was in it. Batches that disks have come back,
+//! the others are named as lost, and offsets and sessions go on.
 
 use crate::support::{Cluster, message, parse, refused, region_path, run};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Publisher, Start, TopicOptions};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const MIRROR: &str = "EMBARCADERO_BROKER_CXL__MIRROR";
 const REPLICA: &str = "EMBARCADERO_BROKER_REPLICA__PATH";
 
-/// A file that goes when the test ends.
+/// Mirror's file, which is removed when the test ends.
 struct Mirror(PathBuf);
 
 impl Mirror {
@@ -47,7 +47,7 @@ fn publish(publisher: &Publisher, numbers: Range<u64>) {
     publisher.flush().unwrap();
 }
 
-/// Loses all brokers and the region, and makes another with a mirror of its own.
+/// Loses all brokers and the region, and makes another region with a mirror of its own.
 fn lose(cluster: &mut Cluster, another: &Mirror) {
     while !cluster.brokers.is_empty() {
         cluster.kill(0);
@@ -57,7 +57,7 @@ fn lose(cluster: &mut Cluster, another: &Mirror) {
     assert!(run(&made).status.success());
 }
 
-/// Two brokers on the region that was rebuilt.
+/// Starts two brokers on the region that was rebuilt.
 fn begin(cluster: &mut Cluster) {
     for _ in 0..2 {
         cluster.add(&[]);
@@ -65,7 +65,7 @@ fn begin(cluster: &mut Cluster) {
     cluster.await_brokers(2);
 }
 
-/// Rebuilds the region; what the command says.
+/// Rebuilds the region. Returns what the command says.
 fn restore(cluster: &Cluster, mirror: &Mirror, more: &[&str]) -> Result<String, String> {
     let path = cluster.region.to_str().unwrap();
     let said = run(&[&["region", "restore", "--path", path, "--mirror", mirror.path()], more].concat());
@@ -73,7 +73,7 @@ fn restore(cluster: &Cluster, mirror: &Mirror, more: &[&str]) -> Result<String, 
     if said.status.success() { Ok(text(&said.stdout)) } else { Err(text(&said.stderr)) }
 }
 
-/// The offsets that a report names as lost.
+/// Reads the offsets that a report names as lost.
 fn lost(report: &str) -> BTreeSet<u64> {
     let range = |line: &str| -> Option<Range<u64>> {
         let (first, last) = line.split_once("offsets ")?.1.split_once(" to ")?;
@@ -82,7 +82,7 @@ fn lost(report: &str) -> BTreeSet<u64> {
     report.lines().filter_map(range).flatten().collect()
 }
 
-/// Everything that can be read, going on behind what is lost: offset and number.
+/// Reads everything that is there, and goes on behind what is lost. Returns offsets and numbers.
 fn read(client: &Client, topic: &str) -> Vec<(u64, u64)> {
     let mut seen = Vec::new();
     let mut start = Start::Earliest;
@@ -96,7 +96,8 @@ fn read(client: &Client, topic: &str) -> Vec<(u64, u64)> {
     }
 }
 
-/// No disk has anything: all that was acknowledged, by two leaders, is named, and nothing else. Offsets go on behind it.
+/// No disk has anything. Everything that two leaders acknowledged is named as lost, and nothing else. Offsets go on behind
+/// it.
 #[test]
 fn without_replicas_the_lost_offsets_are_named_exactly() {
     let (mirror, another) = (Mirror::new(), Mirror::new());
@@ -132,8 +133,8 @@ fn without_replicas_the_lost_offsets_are_named_exactly() {
     assert!(read(&client(&cluster, 1), "empty").into_iter().eq((0..10).map(|number| (number, number))));
 }
 
-/// Of two replicas, each of which has a part, one is lost too: what the other has is there, at its old offset, and the rest
-/// is named.
+/// Two replicas have a part each, and one of them is lost too. Batches of the other come back at their old offsets, and the
+/// rest is named.
 #[test]
 fn what_a_disk_has_comes_back_and_the_rest_is_named() {
     const COUNT: u64 = 4000;

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 const PUBLISHERS: usize = 4;
 
-/// Splits consumed lines by publisher; each line begins with `p<number> `.
+/// Splits consumed lines by publisher. Each line begins with `p<number> `.
 fn by_publisher(path: &Path) -> HashMap<String, Vec<Vec<u8>>> {
     let mut lines: HashMap<String, Vec<Vec<u8>>> = HashMap::new();
     let mut reader = BufReader::with_capacity(1 << 20, File::open(path).unwrap());
@@ -24,7 +24,8 @@ fn by_publisher(path: &Path) -> HashMap<String, Vec<Vec<u8>>> {
     lines
 }
 
-/// 4 publisher processes over 4 brokers, 2 subscriber processes while they publish. Returns the inputs and outputs.
+/// Publishes `bytes` bytes of text by 4 processes over 4 brokers, and checks what 2 subscriber processes read. They run
+/// during that time if `follow` is set, and afterwards otherwise.
 fn publish_and_consume(order: &str, bytes: u64, follow: bool) {
     let cluster = Cluster::start(4, &["--size", "768MiB", "--segment-size", "4MiB"], &[]);
     let directory = tempfile::tempdir().unwrap();
@@ -106,7 +107,7 @@ fn no_order_loses_nothing() {
     publish_and_consume("none", 200 << 20, true);
 }
 
-/// Whoever seals its batch, and whenever.
+/// A message can be polled at once, whichever thread seals its batch, and whenever.
 #[test]
 fn a_message_is_known_from_when_it_was_given_out() {
     let cluster = Cluster::start(1, &["--size", "256MiB", "--segment-size", "4MiB"], &[]);

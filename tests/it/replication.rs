@@ -9,7 +9,7 @@ use tempfile::TempDir;
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
 const PATH: &str = "EMBARCADERO_BROKER_REPLICA__PATH";
 
-/// Brokers that replicate below `disk`, each by its id, and notice soon that another died.
+/// Starts brokers that replicate below `disk`, and notice soon that another died.
 fn start(brokers: u32, disk: &TempDir) -> Cluster {
     let path = disk.path().to_str().unwrap();
     Cluster::start(brokers, REGION, &[(PATH, path), ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")])
@@ -34,7 +34,7 @@ fn now_us() -> u64 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_micros() as u64
 }
 
-/// The directory in which a broker keeps its replicas.
+/// Returns the directory in which a broker keeps its replicas.
 fn replica_of(disk: &TempDir, broker: u32) -> PathBuf {
     let region = std::fs::read_dir(disk.path()).unwrap().next().unwrap().unwrap().path();
     region.join(format!("replica-{broker}"))
@@ -49,7 +49,7 @@ fn files(below: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// What could be rebuilt from these directories.
+/// Reports what could be rebuilt from these directories.
 fn held(from: &[&Path]) -> Result<String, String> {
     let from: Vec<&str> = from.iter().map(|path| path.to_str().unwrap()).collect();
     let said = run(&[&["region", "restore", "--dry-run", "--from"], from.as_slice()].concat());
@@ -99,7 +99,7 @@ fn all_that_was_acknowledged_survives_the_loss_of_everything_but_one_disk() {
     }
 }
 
-/// The region keeps a small part of what was published, and disks keep all of it, no one disk all.
+/// The region keeps a small part of what was published. The disks together keep all of it.
 #[test]
 fn what_the_region_no_longer_holds_is_read_from_disks() {
     const COUNT: u64 = 40_000;

@@ -4,7 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::process::Command;
 
-/// The crates of the product, bottom to top.
+/// Crates of the product, bottom to top.
 const FLOORS: [&[&str]; 9] = [
     &["sys-bindings", "dpdk-sys", "rdma-sys", "embarcadero-wire", "embarcadero-control", "embarcadero-roce"],
     &["embarcadero-os"],
@@ -16,10 +16,10 @@ const FLOORS: [&[&str]; 9] = [
     &["embarcadero-sim"],
     &["embarcadero-bench"],
 ];
-/// Those that only tests and measurements use.
+/// Crates that only tests and measurements use.
 const NOT_IN_THE_PRODUCT: [&str; 3] = ["embarcadero-sim", "embarcadero-bench", "xtask"];
 
-/// Each crate of the workspace, and those of the workspace that its build depends on.
+/// Lists each crate of the workspace with the crates of the workspace that it depends on.
 fn dependencies() -> BTreeMap<String, Vec<String>> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let said = Command::new(cargo)

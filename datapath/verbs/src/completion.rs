@@ -1,4 +1,4 @@
-//! Completion queues, and what they say.
+//! Completion queues and completions.
 
 use super::device::Context;
 #[cfg(rdma)]
@@ -9,57 +9,57 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-/// What became of a work request.
+/// Completion of a work request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Completion {
     /// Number of the queue pair.
     pub queue_pair: u32,
     /// Id that the request was posted with.
     pub id: u64,
-    /// How it ended.
+    /// Outcome of the request.
     pub outcome: Outcome,
 }
 
-/// How a work request ended.
+/// Outcome of a work request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// A request of this side is done.
+    /// The request of this side is done.
     Sent,
-    /// The peer's SEND lies in the buffer posted under the id.
+    /// A SEND of the peer lies in the buffer that was posted under the id.
     Message {
-        /// Its length.
+        /// Length of the message, bytes.
         bytes: u32,
     },
-    /// The peer's WRITE_WITH_IMM is complete.
+    /// A WRITE_WITH_IMM of the peer is complete.
     Written {
-        /// Bytes written.
+        /// Number of bytes written.
         bytes: u32,
-        /// Its immediate data.
+        /// Immediate data of the write.
         immediate: u32,
     },
-    /// It failed, and the queue pair with it.
+    /// The request failed, and the queue pair with it.
     Failed(WorkError),
 }
 
-/// Why a work request failed.
+/// Reason why a work request failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WorkError {
-    /// A device of the host says so.
+    /// Failure that a device of the host reports.
     #[cfg(rdma)]
     #[error("{} (vendor error {vendor:#x})", ibverbs::status_text(*.status))]
     Hardware {
-        /// An `ibv_wc_status`.
+        /// Status of the completion, an `ibv_wc_status`.
         status: u32,
-        /// What the device adds.
+        /// Error code of the device's vendor.
         vendor: u32,
     },
-    /// The NIC in software says so.
+    /// Failure that a NIC in software reports.
     #[error(transparent)]
     Software(#[from] Failure),
 }
 
 impl WorkError {
-    /// The queue pair had failed before: says nothing of its own.
+    /// Whether the request only failed because the queue pair had failed before.
     #[must_use]
     pub fn is_flush(&self) -> bool {
         match self {
@@ -69,7 +69,7 @@ impl WorkError {
         }
     }
 
-    /// The peer's memory is not open for what was tried.
+    /// Whether the peer's memory is not open for the request.
     #[must_use]
     pub fn is_remote_access(&self) -> bool {
         match self {
@@ -80,7 +80,7 @@ impl WorkError {
     }
 }
 
-/// A completion queue, polled by one thread.
+/// Completion queue. One thread polls it.
 pub struct CompletionQueue {
     context: Arc<Context>,
     pub(super) kind: Queue,
@@ -108,11 +108,11 @@ impl Queue {
 }
 
 impl CompletionQueue {
-    /// A queue for `depth` completions. The caller sees to it that no more can be outstanding: the device does not
+    /// Makes a queue for `depth` completions. The caller ensures that no more can be outstanding: a device does not
     /// recover from an overrun.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
         let kind = match &**context {
@@ -123,22 +123,22 @@ impl CompletionQueue {
         Ok(Self { context: Arc::clone(context), kind })
     }
 
-    /// Its device.
+    /// Device of the queue.
     #[must_use]
     pub fn context(&self) -> &Arc<Context> {
         &self.context
     }
 
-    /// Readable when there are completions after [`CompletionQueue::arm`].
+    /// Descriptor that becomes readable when a completion comes after [`CompletionQueue::arm`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.kind.descriptor()
     }
 
-    /// Takes what is complete, at most 32; returns how many that was. Does not allocate.
+    /// Hands completions to `each`, and returns their number. A device of the host hands over at most 32 in one call.
     ///
     /// # Errors
-    /// What `ibv_poll_cq` reports: the device is gone.
+    /// The error of `ibv_poll_cq` or of the sockets: the device is gone.
     #[inline]
     pub fn poll(&mut self, each: impl FnMut(Completion)) -> io::Result<usize> {
         self.kind.poll(each)
@@ -147,7 +147,7 @@ impl CompletionQueue {
     /// Makes [`CompletionQueue::descriptor`] readable at the next completion. Poll once more before waiting for it.
     ///
     /// # Errors
-    /// What `ibv_req_notify_cq` reports.
+    /// The error of `ibv_req_notify_cq`.
     pub fn arm(&mut self) -> io::Result<()> {
         self.kind.arm()
     }

@@ -1,4 +1,4 @@
-//! The device that work is posted to.
+//! Devices that work is posted to.
 
 #[cfg(rdma)]
 use super::ibverbs;
@@ -7,56 +7,56 @@ use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Why there is no device to use.
+/// Reason why no device can be used.
 #[derive(Debug, thiserror::Error)]
 pub enum VerbsError {
-    /// The build cannot speak to any.
+    /// The build lacks the code for such devices.
     #[error("this build has no {what}: {why}")]
     NotBuilt {
-        /// What it lacks.
+        /// Kind of device that the build lacks.
         what: &'static str,
-        /// The reason.
+        /// Reason that the build lacks it.
         why: &'static str,
     },
-    /// What has no default is missing in the configuration.
+    /// A setting without a default is missing.
     #[error("{0} is not set")]
     Unset(&'static str),
-    /// A setting cannot be.
+    /// A setting is out of its bounds.
     #[error(transparent)]
     OutOfBounds(#[from] embarcadero_wire::OutOfBounds),
-    /// The kernel has none.
+    /// The host has no RDMA device.
     #[error("this host has no RDMA device; soft-RoCE makes one of any network interface: hw-setup/soft-roce apply")]
     NoDevice,
-    /// None of that name.
+    /// The host has no RDMA device of that name.
     #[error("there is no RDMA device {name}; there are: {present}")]
     NotFound {
-        /// As configured.
+        /// Name in the configuration.
         name: String,
-        /// What there is.
+        /// Names of the host's devices.
         present: String,
     },
-    /// None of them can be used.
+    /// The RDMA device has no port that can be used.
     #[error("RDMA device {name} has no active port with an address: bring its interface up")]
     PortDown {
-        /// Which.
+        /// Name of the device.
         name: String,
     },
-    /// A NIC in software has no address to be reached at.
+    /// No interface has an address for a NIC in software.
     #[error("no interface of this host that is up has {}", .0.map_or("an address".to_owned(), |address| format!("the address {address}")))]
     NoAddress(Option<IpAddr>),
-    /// The library, or the kernel, refuses.
+    /// The library or the kernel refuses a call.
     #[error("cannot {action} of RDMA device {name}: {source}{}", hint(.source))]
     Call {
-        /// Which device.
+        /// Name of the device.
         name: String,
-        /// What was tried.
+        /// Action that failed, as a phrase.
         action: &'static str,
-        /// What it said.
+        /// Error that the library or the kernel reports.
         source: io::Error,
     },
 }
 
-/// What to do about an error number.
+/// Advice for an error number.
 fn hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::ENOMEM) => {
@@ -73,40 +73,41 @@ fn hint(error: &io::Error) -> &'static str {
     }
 }
 
-/// A port that can be used, and which of its addresses.
+/// Port of a device that can be used, and one of its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LocalPort {
-    /// Number, from 1.
+    /// Number of the port, from 1.
     pub number: u8,
     /// Index of the address in the port's table.
     pub gid_index: u8,
-    /// The address.
+    /// Global address of the port.
     pub gid: [u8; 16],
     /// LID (InfiniBand); 0 on Ethernet.
     pub lid: u16,
     /// Path MTU in force, bytes.
     pub mtu: u32,
-    /// RoCE rather than InfiniBand.
+    /// Whether the link is Ethernet (RoCE) rather than InfiniBand.
     pub ethernet: bool,
-    /// Largest message, bytes.
+    /// Bytes of the longest message.
     pub max_message_bytes: u32,
 }
 
-/// An opened device.
+/// Opened device.
 pub enum Context {
-    /// One of the host's.
+    /// RDMA device of the host.
     #[cfg(rdma)]
     Hardware(Arc<ibverbs::Context>),
-    /// This process.
+    /// NIC in software.
     Software(Arc<softnic::Nic>),
 }
 
 impl Context {
-    /// Opens the host's device of that name, or the first with an active port, and chooses the port's address: RoCE v2
-    /// over IPv4, else over IPv6, else whatever there is.
+    /// Opens the host's device `name`, or the first with an active port, and chooses an address of the port.
+    ///
+    /// RoCE v2 over IPv4 is preferred, then RoCE v2 over IPv6, then any other address.
     ///
     /// # Errors
-    /// [`VerbsError`], naming what is missing.
+    /// [`VerbsError`], which names what is missing.
     #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         #[cfg(rdma)]
@@ -115,19 +116,20 @@ impl Context {
         Err(VerbsError::NotBuilt { what: "RDMA devices", why: env!("EMBARCADERO_NO_RDMA") })
     }
 
-    /// A NIC in software, at that address of this host, or at the first that other hosts can reach (else at a loopback
-    /// one).
+    /// Opens a NIC in software at an address of this host.
+    ///
+    /// Without `address` it takes the first address that other hosts can reach, or else a loopback address.
     ///
     /// # Errors
-    /// [`VerbsError`], naming what is missing.
+    /// [`VerbsError`], which names what is missing.
     pub fn software(address: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         softnic::Nic::open(address).map(|(nic, port)| (Arc::new(Self::Software(nic)), port))
     }
 
-    /// A NIC in software at a port of DPDK. DPDK is set up once in a process.
+    /// Opens a NIC in software at a port of DPDK. DPDK is set up once in a process.
     ///
     /// # Errors
-    /// [`VerbsError`], naming what is missing.
+    /// [`VerbsError`], which names what is missing.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
     pub fn dpdk(config: &softnic::DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         #[cfg(feature = "dpdk")]
@@ -136,19 +138,19 @@ impl Context {
         Err(VerbsError::NotBuilt { what: "DPDK", why: "built without cargo feature dpdk" })
     }
 
-    /// Name, as in /sys/class/infiniband; of a NIC in software `roce-` or `dpdk-` and its address.
+    /// Name, as in /sys/class/infiniband. A NIC in software is named `roce-` or `dpdk-` and its address.
     #[must_use]
     pub fn name(&self) -> &str {
         either!(self, device => device.name())
     }
 
-    /// An error of a call on this device, with what to do about it.
+    /// Makes the error of a call on this device, with advice.
     pub fn error(&self, action: &'static str) -> impl FnOnce(io::Error) -> VerbsError + use<> {
         let name = self.name().to_owned();
         move |source| VerbsError::Call { name, action, source }
     }
 
-    /// Takes something that the device announces, in words: a port that goes down, or that it breaks down itself
+    /// Takes the next announcement of the device, in words: a port that goes down, or the device's own breakdown
     /// (`ibv_get_async_event(3)`).
     #[must_use]
     pub fn take_event(&self) -> Option<String> {
@@ -159,7 +161,7 @@ impl Context {
         }
     }
 
-    /// False once the device has announced that it breaks down or is removed: then nothing completes any more.
+    /// Whether the device works. Once it has announced its breakdown or removal, nothing completes any more.
     #[must_use]
     pub fn is_present(&self) -> bool {
         match self {
@@ -169,7 +171,7 @@ impl Context {
         }
     }
 
-    /// Whether the device is there and a port of it is up.
+    /// Whether the device works and its port `port` is up.
     #[must_use]
     #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn is_active(&self, port: u8) -> bool {
@@ -180,8 +182,8 @@ impl Context {
         }
     }
 
-    /// Whether what peers write into a region is in its memory once it is complete. Hardware may leave it in this host's
-    /// caches (Intel, "Data Direct I/O Technology").
+    /// Whether peers' writes are in memory once they complete. Hardware may leave them in this host's caches (Intel,
+    /// "Data Direct I/O Technology").
     pub fn writes_past_caches(&self) -> bool {
         match self {
             #[cfg(rdma)]
@@ -190,10 +192,10 @@ impl Context {
         }
     }
 
-    /// Whether it has type-2 memory windows.
+    /// Whether the device has type-2 memory windows.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn has_memory_windows(&self) -> io::Result<bool> {
         match self {
             #[cfg(rdma)]

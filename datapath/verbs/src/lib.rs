@@ -1,12 +1,15 @@
 //! RDMA verbs, safely: devices, memory, completions and queue pairs as owning types.
 //!
-//! A child holds its parent ([`MemoryRegion`] its [`ProtectionDomain`], a [`QueuePair`] its [`CompletionQueue`]'s
-//! handle, all of them the [`Context`]), so nothing can be destroyed before what depends on it; a [`MemoryRegion`] holds
-//! its pages, so a NIC never reaches memory that was given back. The state of a queue pair is in its type.
+//! A child holds its parent, so nothing is destroyed before what depends on it. A [`MemoryRegion`] holds its
+//! [`ProtectionDomain`], a [`QueuePair`] the handle of its [`CompletionQueue`], and all of them the [`Context`]. A
+//! [`MemoryRegion`] also holds its pages, so a NIC never reaches memory that was given back. The state of a queue pair is
+//! in its type.
 //!
-//! Two kinds of device do what the types here say: the host's RDMA devices, through libibverbs (`ibverbs`, with feature
-//! `rdma`; its manual pages, `man ibv_post_send` and neighbours, describe the calls), and a NIC that this process is
-//! itself, in software ([`softnic`]).
+//! Two kinds of device are behind these types:
+//!
+//! - The host's RDMA devices, through libibverbs (`ibverbs`, with feature `rdma`). Its manual pages describe the calls,
+//!   for example `man ibv_post_send`.
+//! - A NIC in software, which is part of this process (`softnic`).
 
 mod completion;
 mod device;
@@ -28,7 +31,7 @@ pub use queue_pair::{
 pub use softnic::{DpdkConfig, RoceConfig};
 pub use survey::{DeviceReport, Gid, PortReport, SurveyError, has_dpdk, rdma_missing, survey};
 
-/// Does the same whatever the device is.
+/// Evaluates an expression for the device behind a value, of either kind.
 macro_rules! either {
     ($value:expr, $inner:ident => $result:expr) => {
         match $value {
@@ -40,7 +43,7 @@ macro_rules! either {
 }
 use either;
 
-/// The version of DPDK; `None` in a build without.
+/// Version of the DPDK that this build has; `None` in a build without DPDK.
 #[must_use]
 pub fn dpdk_version() -> Option<String> {
     #[cfg(feature = "dpdk")]
@@ -49,7 +52,7 @@ pub fn dpdk_version() -> Option<String> {
     None
 }
 
-/// What belongs to one device was used with another.
+/// Error of a call that mixes objects of two devices.
 #[cfg(rdma)]
 fn of_another_device() -> std::io::Error {
     std::io::Error::new(std::io::ErrorKind::InvalidInput, "it belongs to another device")

@@ -1,4 +1,4 @@
-//! What a device does, as opposed to what it says.
+//! Probe of a device's behaviour, as opposed to the capabilities that it reports.
 
 use super::{
     CompletionQueue, Context, LocalPort, MemoryRegion, MemoryWindow, Outcome, ProtectionDomain, QueuePair,
@@ -9,18 +9,19 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long the device may take.
+/// Time that the device may take. Working devices answer within milliseconds.
 const PATIENCE: Duration = Duration::from_secs(10);
 const PAGE: usize = 4096;
 
-/// Tries whether the device keeps a peer inside a memory window: opens one over the first of two pages and writes to the
-/// second, from one queue pair of this process to another.
+/// Tries whether the device keeps a peer inside a memory window.
 ///
-/// Soft-RoCE does not, up to Linux 6.1 at least: its responder checks the bounds of the region under the window
-/// (`check_rkey` in drivers/infiniband/sw/rxe/rxe_resp.c), not those of the window.
+/// It opens a window over the first of two pages, and writes to the second from another queue pair of this process.
+///
+/// Soft-RoCE fails this, up to Linux 6.1 at least. Its responder checks the bounds of the region under the window, not
+/// those of the window (`check_rkey` in drivers/infiniband/sw/rxe/rxe_resp.c).
 ///
 /// # Errors
-/// What the library reports, or that the device did not answer.
+/// The error that the library reports; `TimedOut` if the device does not complete a request within 10 s.
 pub fn windows_are_enforced(context: &Arc<Context>, port: &LocalPort) -> io::Result<bool> {
     if !context.has_memory_windows()? {
         return Ok(false);

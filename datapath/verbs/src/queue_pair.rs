@@ -1,4 +1,4 @@
-//! Reliable connected queue pairs (RC), whose states are types: a pair cannot send before it is connected.
+//! Reliable connected queue pairs (RC). Their states are types: a queue pair cannot send before it is connected.
 
 use super::completion::{CompletionQueue, Queue};
 use super::device::LocalPort;
@@ -13,21 +13,21 @@ use std::sync::Arc;
 /// Most work requests that one call posts.
 pub const DOORBELL: usize = 16;
 
-/// Receives without buffers, shared by queue pairs: each takes one WRITE_WITH_IMM, whose bytes lie where they were
-/// written.
+/// Receives without buffers that queue pairs share. Each takes one WRITE_WITH_IMM, whose bytes lie where the peer wrote
+/// them.
 pub enum SharedReceiveQueue {
-    /// Of a device of the host.
+    /// Queue of a device of the host.
     #[cfg(rdma)]
     Hardware(Arc<ibverbs::SharedReceiveQueue>),
-    /// Of a NIC in software.
+    /// Queue of a NIC in software.
     Software(Arc<softnic::Receives>),
 }
 
 impl SharedReceiveQueue {
-    /// A queue of `depth` receives, all posted.
+    /// Makes a queue of `depth` receives, all of them posted.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
         Ok(Arc::new(match &domain.kind {
             #[cfg(rdma)]
@@ -39,25 +39,25 @@ impl SharedReceiveQueue {
     /// Posts `count` more receives, in place of those that were taken. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_srq_recv` reports.
+    /// The error of `ibv_post_srq_recv`.
     pub fn post(&self, count: usize) -> io::Result<()> {
         either!(self, receives => receives.post(count))
     }
 }
 
-/// What a queue pair is made with.
+/// Options of a new queue pair.
 pub struct QueuePairOptions<'a> {
-    /// Work requests that may be under way.
+    /// Most work requests under way.
     pub send_depth: u32,
-    /// Receives that may be posted; of no meaning with a shared queue.
+    /// Most receives posted; without meaning if there is a shared queue.
     pub receive_depth: u32,
-    /// Bytes that a request may carry itself.
+    /// Most bytes that a request carries in itself; a NIC in software carries 64.
     pub inline_bytes: u32,
-    /// Where it takes its receives from.
+    /// Queue that the receives come from; `None` if the queue pair has its own.
     pub shared: Option<&'a Arc<SharedReceiveQueue>>,
 }
 
-/// All that a peer needs to know to connect: it travels over the control channel.
+/// Address of a queue pair, which a peer needs to connect. It travels over the control channel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PeerAddress {
     /// Global address of the port.
@@ -66,26 +66,29 @@ pub struct PeerAddress {
     pub lid: u16,
     /// Number of the queue pair.
     pub queue_pair: u32,
-    /// First packet sequence number that it sends, 24 bits.
+    /// Sequence number of the first packet that it sends, 24 bits.
     pub first_psn: u32,
-    /// Path MTU that its port has in force, bytes.
+    /// Path MTU in force at the port, bytes.
     pub mtu: u32,
 }
 
-/// How often a packet that is not answered is sent again.
+/// Times that an unanswered packet is sent again.
 pub(super) const RETRIES: u8 = 7;
-/// Receiver not ready: tried for ever (7, IBTA 1.4, 9.7.5.2.8), after 0.64 ms (12).
+/// Times that a packet is sent again while the peer has no receive: 7 stands for "without end" (IBTA 1.4, 9.7.5.2.8).
 pub(super) const RNR_RETRIES: u8 = 7;
+/// Code of the time that the peer waits for a receive of this side: 12 stands for 0.64 ms (IBTA 1.4, 9.7.5.2.8).
 pub(super) const RNR_TIMER: u8 = 12;
+/// Low 24 bits, which packet sequence numbers and queue pairs have (IBTA 9.2).
+pub(super) const LOW_24_BITS: u32 = 0x00ff_ffff;
 
-/// Made, not connected; receives can be posted.
+/// State of a queue pair that is not connected. Receives can be posted.
 pub struct Initial;
-/// Ready to receive.
+/// State of a queue pair that is ready to receive.
 pub struct Receiving;
-/// Ready to send and to receive.
+/// State of a queue pair that is ready to send and to receive.
 pub struct Sending;
 
-/// A queue pair.
+/// Queue pair.
 pub struct QueuePair<State> {
     kind: Pair,
     state: PhantomData<State>,
@@ -128,10 +131,10 @@ impl Pair {
 }
 
 impl QueuePair<Initial> {
-    /// A queue pair of a port, in the INIT state, whose peer may write where windows or registrations let it.
+    /// Makes a queue pair of a port, in the INIT state. Its peer may write where windows or registrations allow it.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn new(
         domain: &Arc<ProtectionDomain>,
         queue: &CompletionQueue,
@@ -150,16 +153,17 @@ impl QueuePair<Initial> {
         Ok(Self { kind, state: PhantomData })
     }
 
-    /// Numbers its packets from `psn` on, of which 24 bits count; otherwise from a random number on. The peer is to be given the
-    /// address as it is afterwards.
+    /// Numbers packets from the low 24 bits of `psn` on, instead of from a random number.
+    ///
+    /// It changes [`QueuePair::address`], which the peer must get afterwards.
     pub fn number_packets_from(&mut self, psn: u32) {
-        self.kind.number_packets_from(psn & 0xff_ffff);
+        self.kind.number_packets_from(psn & LOW_24_BITS);
     }
 
-    /// Connects the receiving half: READY TO RECEIVE. The path MTU is the smaller of both ends'.
+    /// Connects the receiving half: READY TO RECEIVE. The path MTU is the smaller one of both ends.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn receive_from(mut self, peer: &PeerAddress) -> io::Result<QueuePair<Receiving>> {
         self.kind.receive_from(peer)?;
         Ok(QueuePair { kind: self.kind, state: PhantomData })
@@ -170,7 +174,7 @@ impl QueuePair<Receiving> {
     /// Connects the sending half: READY TO SEND.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn send(mut self) -> io::Result<QueuePair<Sending>> {
         self.kind.send()?;
         Ok(QueuePair { kind: self.kind, state: PhantomData })
@@ -178,56 +182,56 @@ impl QueuePair<Receiving> {
 }
 
 impl<State> QueuePair<State> {
-    /// Its number.
+    /// Number of the queue pair, 24 bits.
     #[must_use]
     pub fn number(&self) -> u32 {
         self.kind.number()
     }
 
-    /// What a peer needs to connect.
+    /// Address that a peer needs to connect.
     #[must_use]
     pub fn address(&self) -> PeerAddress {
         self.kind.address()
     }
 
-    /// Posts a receive into `into`. Does not allocate.
+    /// Posts a receive into `into`. A device of the host does not allocate for it.
     ///
     /// # Errors
-    /// What `ibv_post_recv` reports.
+    /// The error of `ibv_post_recv`; `InvalidInput` if a NIC in software does not know the memory.
     pub fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
         self.kind.post_receive(id, into)
     }
 }
 
-/// What the NIC is to do.
+/// Operation of a work request.
 #[derive(Clone, Copy)]
 pub enum Work<'a> {
-    /// SEND these bytes, carried by the request itself.
+    /// Sends bytes that the request carries in itself.
     Send(&'a [u8]),
-    /// WRITE these bytes, carried by the request itself.
+    /// Writes bytes that the request carries in itself to memory of the peer, with immediate data if there are any.
     WriteInline(&'a [u8], RemoteRange, Option<u32>),
-    /// WRITE registered bytes, or none.
+    /// Writes registered bytes, or none, to memory of the peer, with immediate data if there are any.
     Write(Option<LocalRange>, RemoteRange, Option<u32>),
-    /// Open a memory window to the peer; what follows finds it open.
+    /// Opens a memory window to the peer. It is open when a later request of this queue pair reaches the peer.
     Open(&'a MemoryWindow),
 }
 
-/// A work request.
+/// Work request.
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
-    /// Comes back with its completion.
+    /// Number of the caller's choice; the completion has it. Below 2^63.
     pub id: u64,
-    /// Whether it has a completion when it succeeds.
+    /// Whether success has a completion. Failure always has.
     pub signaled: bool,
-    /// What to do.
+    /// Operation to carry out.
     pub work: Work<'a>,
 }
 
 impl QueuePair<Sending> {
-    /// Posts up to [`DOORBELL`] requests with one call, in order. Returns how many it took. Does not allocate.
+    /// Posts the first requests, at most [`DOORBELL`], in order with one call. Returns the number taken. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_send` reports when it took none.
+    /// The error of `ibv_post_send`, if no request was taken.
     pub fn post(&mut self, requests: &[Request<'_>]) -> io::Result<usize> {
         self.kind.post(requests)
     }

@@ -1,4 +1,4 @@
-//! What RDMA devices this build and this host have.
+//! Survey of the RDMA devices that this build supports and this host has.
 
 #[cfg(rdma)]
 use super::ibverbs;
@@ -6,74 +6,74 @@ use serde::Serialize;
 use std::io;
 use std::net::Ipv6Addr;
 
-/// A device and its capabilities.
+/// RDMA device and its capabilities.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DeviceReport {
     /// Name, as in /sys/class/infiniband.
     pub name: String,
-    /// Version of its firmware.
+    /// Version of the firmware.
     pub firmware: String,
-    /// NUMA node; `None` where the kernel does not know.
+    /// NUMA node of the device; `None` where the kernel does not know.
     pub numa_node: Option<u32>,
-    /// It has type-2 memory windows: what a window opens to a queue pair can be closed again.
+    /// Whether the device has type-2 memory windows, which open memory to one queue pair and can be closed again.
     pub memory_windows: bool,
-    /// Its ports.
+    /// Ports of the device.
     pub ports: Vec<PortReport>,
 }
 
-/// A port of a device.
+/// Port of an RDMA device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PortReport {
     /// Number, from 1.
     pub number: u8,
-    /// `down`, `init`, `armed`, `active` or `active defer`.
+    /// State of the port: `down`, `init`, `armed`, `active`, `active defer` or `unknown`.
     pub state: &'static str,
     /// Path MTU in force, bytes.
     pub mtu: u32,
-    /// `Ethernet` (RoCE), `InfiniBand` or `unknown`.
+    /// Link layer: `Ethernet` (RoCE), `InfiniBand` or `unknown`.
     pub link_layer: &'static str,
-    /// Its addresses.
+    /// Addresses of the port.
     pub gids: Vec<Gid>,
 }
 
-/// An address of a port.
+/// Address of a port.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Gid {
-    /// Its index in the port's table.
+    /// Index of the address in the port's table.
     pub index: u32,
-    /// The address; an IPv4 one is mapped (`::ffff:10.0.0.1`).
+    /// IPv6 address, or a mapped IPv4 address (`::ffff:10.0.0.1`).
     pub address: Ipv6Addr,
-    /// `IB`, `RoCE v1`, `RoCE v2` or `unknown`.
+    /// Kind of the address: `IB`, `RoCE v1`, `RoCE v2` or `unknown`.
     pub kind: &'static str,
 }
 
-/// Why the host's devices cannot be listed.
+/// Reason why the host's devices cannot be listed.
 #[derive(Debug, thiserror::Error)]
 pub enum SurveyError {
-    /// The build cannot.
+    /// The build has no RDMA devices.
     #[error("this build has no RDMA devices: {0}")]
     NotBuilt(&'static str),
-    /// The library reports an error.
+    /// libibverbs reports an error.
     #[error("libibverbs cannot list devices: {0}")]
     Library(#[source] io::Error),
 }
 
-/// Says why this build has no RDMA devices of the host; `None` if it has.
+/// Returns the reason why this build has no RDMA devices of the host; `None` if it has.
 #[must_use]
 pub fn rdma_missing() -> Option<&'static str> {
     if cfg!(rdma) { None } else { Some(env!("EMBARCADERO_NO_RDMA")) }
 }
 
-/// Says whether this build has DPDK.
+/// Whether this build has DPDK.
 #[must_use]
 pub fn has_dpdk() -> bool {
     cfg!(feature = "dpdk")
 }
 
-/// Surveys every RDMA device of this host; one that cannot be opened comes with its reason.
+/// Surveys every RDMA device of this host. For a device that cannot be opened, it returns the reason.
 ///
 /// # Errors
-/// [`SurveyError`].
+/// [`SurveyError`], if the devices cannot be listed.
 pub fn survey() -> Result<Vec<(String, io::Result<DeviceReport>)>, SurveyError> {
     #[cfg(rdma)]
     return ibverbs::survey().map_err(SurveyError::Library);

@@ -1,6 +1,7 @@
-//! The verbs layer: two queue pairs of this process, connected to each other, of a NIC in software (which needs
-//! root), also at a port of DPDK, of a device of the host, and of one of each (`scripts/lab run -- ...` has one; ignored
-//! elsewhere).
+//! The verbs layer: two queue pairs of this process, connected to each other.
+//!
+//! They are of a NIC in software, of a port of DPDK, of a device of the host, or of two kinds. NICs in software need root.
+//! `scripts/lab run -- ...` has such a device. Elsewhere those tests are ignored.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use embarcadero_os::Poller;
@@ -57,7 +58,7 @@ fn eal(devices: &[&str]) -> Vec<String> {
     fixed.map(str::to_owned).into_iter().chain(devices).collect()
 }
 
-/// A port that all tests of this process share.
+/// Settings of a port that all tests of this process share.
 #[cfg(feature = "dpdk")]
 fn port_of_dpdk() -> DpdkConfig {
     DpdkConfig {
@@ -73,7 +74,7 @@ fn dpdk() -> [Device; 2] {
     [0; 2].map(|_| Context::dpdk(&port_of_dpdk()).unwrap())
 }
 
-/// Each completion queue is at a queue of its own.
+/// Opens a port with two queues, so that each completion queue has its own.
 #[cfg(feature = "dpdk")]
 fn queues_of_dpdk() -> [Device; 2] {
     let address = Some(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1).into());
@@ -92,7 +93,7 @@ fn a_port_of_dpdk_has_one_address() {
     assert!(error.contains("other settings"), "{error}");
 }
 
-/// A port at the interface `soft8`.
+/// Opens the kernel's soft-RoCE, and a port of DPDK at the interface `soft8`.
 #[cfg(feature = "dpdk")]
 fn kernels_to_dpdk() -> [Device; 2] {
     let eal = eal(&["net_af_packet0,iface=soft8,blocksz=65536,framesz=8192,framecnt=512"]);
@@ -106,7 +107,7 @@ fn dpdk_to_the_kernels() -> [Device; 2] {
     [ours, kernels]
 }
 
-/// One port for all: DPDK is set up once in a process, with its devices.
+/// All tests share one port, as DPDK is set up with its devices once in a process.
 #[cfg(feature = "dpdk")]
 #[test]
 #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
@@ -135,11 +136,11 @@ fn alone(test: fn(Open), open: Open) {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
-/// A wire from the kernel's soft-RoCE to the interface `soft8`.
+/// Wire from the kernel's soft-RoCE to the interface `soft8`.
 struct Wire;
 
 impl Wire {
-    /// `at` says where the interface is, as ip-link(8) does.
+    /// Makes the wire. `at` are arguments of ip-link(8) that place the interface.
     fn new(at: &str) -> Self {
         shell(&format!(
             "modprobe veth
@@ -241,7 +242,7 @@ on_all!(
     numbers_of_packets_wrap,
 );
 
-/// A side that is written to, and the side that writes.
+/// Two connected queue pairs: `near` writes, `far` is written to.
 struct Pair {
     near: QueuePair<Sending>,
     near_queue: CompletionQueue,
@@ -249,7 +250,7 @@ struct Pair {
     far_queue: CompletionQueue,
 }
 
-/// Memory that is written to, and who writes.
+/// Host with memory that is written to, and the domain of the writer.
 struct Host {
     writer: (Arc<ProtectionDomain>, LocalPort),
     domain: Arc<ProtectionDomain>,
@@ -277,7 +278,7 @@ impl Host {
         self.pair_from(rand::random())
     }
 
-    /// Whose packets are numbered from `psn` on, each way.
+    /// Connects two queue pairs whose packets are numbered from `psn` on, each way.
     fn pair_from(&self, psn: u32) -> Pair {
         let make = |domain: &Arc<ProtectionDomain>, port, shared| {
             let queue = CompletionQueue::new(domain.context(), 128).unwrap();
@@ -424,7 +425,7 @@ fn a_chain_arrives_in_order_and_a_write_without_bytes_signals(open: Open) {
     assert!((0..10).all(|number| host.memory[64 * number] == if number % 2 == 0 { 9 } else { 0 }));
 }
 
-/// A side with 64 KiB to send to another's window.
+/// Makes a pair, an open window of 64 KiB at its far side, and 64 KiB of registered memory to write.
 fn writer(host: &Host) -> (Pair, MemoryWindow, MemoryRegion, Buffer) {
     let mut pair = host.pair();
     let window = MemoryWindow::new(&host.region, 0, 65536).unwrap();
@@ -503,7 +504,7 @@ fn large_writes_arrive_whole(open: Open) {
     }
 }
 
-/// Polls both sides until `near` and `far` many completions came; who writes also answers.
+/// Polls both sides until `near` and `far` many completions came. Polling also answers the other side.
 fn poll_both(pair: &mut Pair, near: usize, far: usize) -> [Vec<Outcome>; 2] {
     let mut outcomes = [Vec::new(), Vec::new()];
     let deadline = Instant::now() + Duration::from_secs(60);
@@ -533,7 +534,7 @@ fn a_writer_waits_for_receives(open: Open) {
     }
 }
 
-/// They are of 24 bits (IBTA 9.2.9).
+/// Packet sequence numbers have 24 bits (IBTA 9.2.9).
 fn numbers_of_packets_wrap(open: Open) {
     let mut host = Host::new(open);
     let mut pair = host.pair_from(0xff_ffff - 40);

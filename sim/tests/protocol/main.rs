@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 mod batchlog;
+mod full_fences;
 mod reclaim;
 mod replica_store;
 mod superseded;

@@ -9,8 +9,8 @@ use embarcadero_cxl::order_index::{OrderIndexReader, StreamId, read_extent};
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
 use embarcadero_wire::{BrokerId, Stream, Term};
 
-/// A broker that has just started must not take the order for empty, and its segments for free, because the leader
-/// changes while it looks.
+/// A broker that has just started looks while the leader changes. It must not take the order for empty, nor its segments
+/// for free.
 #[test]
 fn between_two_leaders_an_order_is_not_taken_for_empty() {
     let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();

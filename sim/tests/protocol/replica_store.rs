@@ -35,7 +35,7 @@ fn open(medium: &SimulatedMedium) -> (StreamLog, Vec<Damage>) {
     StreamLog::open(Box::new(medium.clone()), identity(), 2, OPTIONS).unwrap()
 }
 
-/// A group of one batch of source 0 at `position`, filled with its number.
+/// Appends a group of one batch of source 0 at `position`. Its bytes are that number.
 fn append(log: &mut StreamLog, position: u64, bytes: u32) -> Result<(), StoreError> {
     let entry = IndexEntry {
         bytes,
@@ -164,7 +164,7 @@ fn damage_in_the_middle_is_reported_with_its_positions_and_the_rest_stays() {
 }
 
 proptest! {
-    /// Whatever the disk keeps of what it was not told to keep: all that was promised is there, and nothing else.
+    /// All that was promised is there and nothing else, whatever the disk keeps of unsynced writes.
     #[test]
     fn a_power_failure_costs_only_what_was_not_promised(
         promised in 0u64..12, unsynced in 0u64..2, power: bool, kept in prop::collection::vec(any::<bool>(), 0..64),

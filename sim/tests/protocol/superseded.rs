@@ -1,4 +1,4 @@
-//! A broker process whose place another has taken.
+//! A broker process that another process of its id has superseded.
 
 use bytemuck::Zeroable;
 use crossbeam_channel::{bounded, unbounded};
@@ -19,7 +19,7 @@ const TOPIC: TopicId = TopicId(0);
 const BROKER: BrokerId = BrokerId(0);
 const LEADER: LeaderArea = LeaderArea(BROKER);
 
-/// A batch of a topic, as it lies in a broker's Blog.
+/// Makes a batch of a topic that lies in a broker's Blog.
 fn land(topic: &Arc<Topic<Simulated>>) -> Landed<Simulated> {
     let header =
         BatchHeader { payload_bytes: 60, message_count: 1, topic_incarnation: Incarnation(1), ..BatchHeader::zeroed() };
@@ -27,8 +27,8 @@ fn land(topic: &Arc<Topic<Simulated>>) -> Landed<Simulated> {
     Landed { topic: Arc::clone(topic), header, at, in_memory: false, origin: Origin { worker: 0, token: 0 } }
 }
 
-/// A process that stood still while another took its place, on another host: what it received meanwhile is not shown,
-/// and neither is its heartbeat.
+/// A process stood still while another took its place, on another host. It publishes neither what it received meanwhile nor
+/// its heartbeat.
 #[test]
 fn a_process_that_was_replaced_writes_nothing_any_more() {
     let base = Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned);

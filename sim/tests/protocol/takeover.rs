@@ -1,4 +1,4 @@
-//! What a successor does with what its predecessor left.
+//! Takeovers: what a successor does with the state that its predecessor left.
 
 use crossbeam_channel::unbounded;
 use embarcadero_broker::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
@@ -24,7 +24,7 @@ fn take_over(region: &Region<Native>, area: LeaderArea, term: Term, before: Pred
     Sequencer::recover(takeover, 0).unwrap()
 }
 
-/// The segment that is being filled, as a leader has it.
+/// Returns the index segment that a leader is filling.
 fn open_segment(region: &Region<Native>, area: LeaderArea) -> u32 {
     read_directory(region, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL }, area, 0).unwrap().unwrap()
 }
@@ -37,7 +37,7 @@ fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
     (region, testbed)
 }
 
-/// A candidate looked, and nobody led; by the time that it claims its term another does, and may go on.
+/// A candidate saw no leader. By the time that it claims its term another leads, and may go on.
 #[test]
 fn a_leader_that_was_not_seen_is_not_taken_for_gone() {
     let (region, _still_there) = led_by_seat_0();
@@ -46,7 +46,8 @@ fn a_leader_that_was_not_seen_is_not_taken_for_gone() {
     assert_ne!(open_segment(&region, AREAS[1]), open_segment(&region, AREAS[0]));
 }
 
-/// A candidate claimed after the leader that is gone had led, and stands still: it may be about to fill that one's segment.
+/// The last leader is gone, and a candidate that claimed a later term stands still. It may be about to fill the segment of
+/// that leader.
 #[test]
 fn a_segment_that_another_may_have_taken_over_is_replaced() {
     let (region, gone) = led_by_seat_0();
@@ -57,8 +58,8 @@ fn a_segment_that_another_may_have_taken_over_is_replaced() {
     assert_ne!(open_segment(&region, AREAS[0]), shared);
 }
 
-/// A successor of a leader that is gone fills that one's segment; when the broker is back and takes over again, the segment
-/// is its own, and another may still write into it.
+/// The successor of a leader that is gone fills the segment of that leader. The old leader's broker comes back and takes
+/// over again. The segment is its own, but the successor may still write into it.
 #[test]
 fn an_own_segment_that_another_fills_is_replaced() {
     let (region, gone) = led_by_seat_0();

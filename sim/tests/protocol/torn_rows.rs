@@ -1,4 +1,4 @@
-//! Rows and lines that their writer was changing when it died.
+//! Torn rows: those that their writer was changing when it died.
 
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionLine, SessionState, TopicState};
 use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, repair_torn_session};
@@ -7,7 +7,7 @@ use embarcadero_cxl::{Fabric, LINE_BYTES, Region, RegionOffset, Row, Site, Versi
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 
-/// A leader that died in the middle of a row or of a topic's line: its successor uses no epoch twice, and no incarnation.
+/// A leader died in the middle of a session's row or a topic's line. Its successor uses no epoch and no incarnation twice.
 #[test]
 fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
     let geometry = Geometry {

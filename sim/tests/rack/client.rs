@@ -1,5 +1,5 @@
-//! A client: publishes in one session, resends what it hears nothing of, opens the next epoch when it is fenced, and
-//! sometimes crashes and forgets everything but its name.
+//! A client, which publishes in one session. It resends batches that it hears nothing of, and opens the next epoch when its
+//! session is fenced. Sometimes it crashes, and forgets everything but its id.
 
 use super::fate::{Clock, one_in, random};
 use super::network::{Answer, Batch, Request};
@@ -10,9 +10,9 @@ use embarcadero_roce::psn::Psn;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Batches that a client has under way.
+/// Most batches that a client has under way.
 const WINDOW: usize = 8;
-/// How long it waits for an answer, by its own clock.
+/// Time for which a client waits for an answer, in microseconds of its own clock.
 const PATIENCE_US: u64 = 8000;
 
 pub struct Client {
@@ -21,19 +21,19 @@ pub struct Client {
     clock: Clock,
     session: Option<Session>,
     attempt: u64,
-    /// Where it publishes.
+    /// Host that it publishes to.
     broker: usize,
-    /// To each host, in a rack with NICs.
+    /// Connection to each host, in a rack with NICs.
     links: [Option<Link>; HOSTS],
-    /// Number of the first packet to each host, where it waits for a window.
+    /// Number of the first packet to each host that it waits for a window of.
     connecting: [Option<Psn>; HOSTS],
     heard_us: u64,
     next_sequence: u64,
-    /// Sequence and content of what is not acknowledged.
+    /// Batches that are not acknowledged: sequence to content.
     under_way: BTreeMap<u64, u64>,
-    /// Content that comes next.
+    /// Content of the next batch.
     next: u64,
-    /// One past the last that it will publish.
+    /// Content after that of the last batch.
     end: u64,
 }
 
@@ -56,12 +56,12 @@ impl Client {
         }
     }
 
-    /// All that it published is acknowledged, and it has no more.
+    /// Returns true when it has published everything, and all of it is acknowledged.
     pub fn is_done(&self) -> bool {
         self.next == self.end && self.under_way.is_empty()
     }
 
-    /// What it waits for.
+    /// Describes what it waits for, for a report.
     pub fn state(&self) -> String {
         format!(
             "client {}: {:?} under way, next {} of {}, {:?}",
@@ -69,7 +69,7 @@ impl Client {
         )
     }
 
-    /// It crashes, and starts again: what was under way it never knew.
+    /// Crashes and starts again. It no longer knows of batches that were under way.
     pub fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.client_crashes);
         self.session = None;
@@ -127,7 +127,7 @@ impl Client {
         }
     }
 
-    /// Writes a batch to the broker's window. Without one it asks for it, once, and sends again when it is open.
+    /// Writes a batch to the broker's window. If there is none, it asks for one once, and resends when it has it.
     fn write(&mut self, batch: &Batch) {
         let (client, host) = (self.id, self.broker);
         if let Some(link) = &mut self.links[host] {

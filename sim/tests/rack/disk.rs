@@ -1,4 +1,4 @@
-//! A host's disk: slow, failing, forgetting what it was not told to keep. It tells the history what it made durable.
+//! A host's disk. It is slow, fails, and forgets what was not synced. It tells the history what it made durable.
 
 use super::fate::{STEPS, one_in, random};
 use super::history::History;
@@ -10,7 +10,7 @@ use embarcadero_sim::{Fault, SimulatedMedium};
 use std::io;
 use std::sync::Arc;
 
-/// Clones are the same disk.
+/// Disk of a host. Clones share it.
 #[derive(Clone)]
 pub struct Disk {
     pub host: u32,
@@ -23,18 +23,19 @@ impl Disk {
         Self { host, files: SimulatedMedium::default(), history: Arc::clone(history) }
     }
 
-    /// It fails from now on, in one way or another.
+    /// Makes it fail from now on, in one way or another.
     pub fn fail(&self) {
         let faults = [Fault::Full, Fault::Write, Fault::Sync];
         self.files.set_fault(faults[random(0..faults.len() as u64) as usize]);
     }
 
-    /// It works again.
+    /// Makes it work again.
     pub fn repair(&self) {
         self.files.set_fault(Fault::None);
     }
 
-    /// Its host crashed: what was not durable is there, in part or not at all. A disk that failed works again.
+    /// Restarts it after a crash of its host. Writes that were not durable are lost, in part or as a whole. A disk that failed
+    /// works again.
     pub fn restart(&self) {
         self.files.lose_power(|| one_in(2));
         self.repair();
@@ -66,7 +67,7 @@ impl Medium for Disk {
 struct Handle {
     disk: Disk,
     file: Box<dyn MediumFile>,
-    /// Positions that are written and not yet durable.
+    /// Positions in the order whose batches are written and not yet durable.
     written: Vec<u64>,
 }
 

@@ -1,21 +1,23 @@
-//! What befalls hosts, and when they run. A host's code is stopped at an operation on the fabric: for a while (a pause) or
-//! for ever (a crash, as a panic that only [`or_crash`] catches).
+//! Faults of hosts, and their turns to run. A host's code can be stopped at any operation on the fabric. A pause stops it
+//! for a while, a crash for ever: it is a panic that only [`or_crash`] catches.
 
 use super::HOSTS;
 use shuttle::rand::Rng;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-/// Operations on the fabric from now on after which something happens; 0 for never.
+/// Faults that a host will have.
 #[derive(Clone, Copy, Default)]
 struct Fate {
+    /// Operations on the fabric until it crashes; 0 for never.
     crash_in: u32,
+    /// Operations on the fabric until it stands still; 0 for never.
     pause_in: u32,
-    /// How long the pause is, in switches to others.
+    /// Length of the pause, in switches to other hosts.
     pause: u32,
 }
 
-/// What a crash unwinds with.
+/// Panic payload of a crash.
 struct Crash;
 
 thread_local! {
@@ -24,28 +26,28 @@ thread_local! {
     static TICKS: Cell<u64> = const { Cell::new(0) };
 }
 
-/// A random number of the schedule.
+/// Returns a random number, which the schedule's seed determines.
 pub fn random(range: std::ops::Range<u64>) -> u64 {
     shuttle::rand::thread_rng().gen_range(range)
 }
 
-/// True once in `odds` times.
+/// Returns true once in `odds` times, at random.
 pub fn one_in(odds: u64) -> bool {
     random(0..odds) == 0
 }
 
-/// A schedule begins: nothing is going to happen, and it is early.
+/// Begins a schedule: no host has a fault before it, and the time is 0.
 pub fn reset() {
     FATES.with(|fates| fates.iter().for_each(|fate| fate.set(Fate::default())));
     TICKS.set(0);
 }
 
-/// Time goes on.
+/// Moves time on by 100 microseconds.
 pub fn tick() {
     TICKS.set(TICKS.get() + 1);
 }
 
-/// A host's clock: it is wrong, and runs too fast or too slow.
+/// Clock of a host. It is wrong, and runs too fast or too slow.
 #[derive(Clone, Copy, Debug)]
 pub struct Clock {
     offset_us: u64,
@@ -53,18 +55,18 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// One that is wrong by up to a minute, and whose seconds take from 0.7 to 1.5 of a true one.
+    /// Makes a clock that is up to a minute fast, and counts 0.7 to 1.5 seconds in a true second.
     pub fn drifting() -> Self {
         Self { offset_us: random(0..60_000_000), per_mille: random(700..1500) }
     }
 
-    /// What it shows, microseconds.
+    /// Returns the time that it shows, in microseconds.
     pub fn now_us(self) -> u64 {
         self.offset_us + TICKS.get() * 100 * self.per_mille / 1000
     }
 }
 
-/// Host `HOST` is about to use the fabric.
+/// Lets happen what is due before host `HOST` uses the fabric.
 fn step<const HOST: usize>() {
     if std::thread::panicking() {
         return;
@@ -85,26 +87,26 @@ fn step<const HOST: usize>() {
     }
 }
 
-/// What each host calls before it uses the fabric.
+/// Functions that each host calls before it uses the fabric.
 pub const STEPS: [fn(); HOSTS] = [step::<0>, step::<1>, step::<2>, step::<3>, step::<4>];
 
-/// The host will crash in the middle of what it does then.
+/// Makes a host crash at one of its next 1500 operations.
 pub fn doom(host: usize) {
     FATES.with(|fates| fates[host].set(Fate { crash_in: random(1..1500) as u32, ..fates[host].get() }));
 }
 
-/// The host will stand still in the middle of what it does then.
+/// Makes a host stand still at one of its next 500 operations.
 pub fn halt(host: usize) {
     let (pause_in, pause) = (random(1..500) as u32, random(100..4000) as u32);
     FATES.with(|fates| fates[host].set(Fate { pause_in, pause, ..fates[host].get() }));
 }
 
-/// Nothing more will happen to a host.
+/// Takes back all faults that a host has before it.
 pub fn spare(host: usize) {
     FATES.with(|fates| fates[host].take());
 }
 
-/// Does something that a crash may interrupt; then `None`.
+/// Runs `work` on a host. Returns `None` if a crash interrupted it.
 pub fn or_crash<R>(host: usize, work: impl FnOnce() -> R) -> Option<R> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => Some(result),

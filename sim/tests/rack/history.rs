@@ -1,16 +1,17 @@
-//! What happened, kept apart from the code that it judges: what clients were told, what readers saw, what disks hold.
+//! Record of a schedule, kept apart from the code that it judges: what clients were told, what readers saw and what disks
+//! hold.
 
 use embarcadero_wire::UNKNOWN_OFFSET;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A batch: its client, and the how manieth that client published.
+/// Content of a batch: its client, and its number among the batches of that client, from 0.
 pub type Content = (usize, u64);
 
-/// An entry of the order as someone read it: what it holds, and its offset.
+/// Entry of the order as a reader saw it: the batch's content and its offset.
 pub type Seen = (Content, u64);
 
-/// How often something happened, so that a rack in which nothing does is noticed.
+/// Counts of what happened. A rack in which something never happens tests too little.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     pub ordered: usize,
@@ -47,12 +48,12 @@ impl Tally {
         ]
     }
 
-    /// True when everything happened at least once.
+    /// Returns true when everything happened at least once.
     pub fn is_complete(mut self) -> bool {
         self.all().iter().all(|count| **count > 0)
     }
 
-    /// Adds another's.
+    /// Adds the counts of another schedule.
     pub fn add(&mut self, mut other: Self) {
         self.all().into_iter().zip(other.all()).for_each(|(own, other)| *own += *other);
     }
@@ -61,11 +62,11 @@ impl Tally {
 #[derive(Default)]
 pub struct History {
     tally: Mutex<Tally>,
-    /// What clients were told: content and offset.
+    /// Offset of each batch as its client was told it.
     acknowledged: Mutex<BTreeMap<Content, u64>>,
-    /// Position, and what readers saw there.
+    /// Entry that readers saw at each position.
     order: Mutex<BTreeMap<u64, Seen>>,
-    /// Position, and the hosts on whose disks it was made durable.
+    /// Hosts on whose disks each position was made durable.
     durable: Mutex<BTreeMap<u64, BTreeSet<u32>>>,
 }
 
@@ -74,29 +75,29 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl History {
-    /// Something happened.
+    /// Counts that something happened.
     pub fn count(&self, what: impl FnOnce(&mut Tally) -> &mut usize) {
         *what(&mut lock(&self.tally)) += 1;
     }
 
-    /// What happened.
+    /// Returns the counts.
     pub fn tally(&self) -> Tally {
         *lock(&self.tally)
     }
 
-    /// A client hears that a batch is in the order.
+    /// Records that a client heard of a batch that it is in the order.
     pub fn acknowledged(&self, client: usize, content: u64, first_offset: u64) {
         let told = lock(&self.acknowledged).insert((client, content), first_offset);
         assert!(told.is_none(), "client {client} heard twice of batch {content}");
     }
 
-    /// A reader sees an entry: all see the same.
+    /// Records that a reader saw an entry. All readers must see the same.
     pub fn read(&self, position: u64, seen: Seen) {
         let agreed = *lock(&self.order).entry(position).or_insert(seen);
         assert_eq!(agreed, seen, "readers disagree at position {position}");
     }
 
-    /// A disk has made positions durable.
+    /// Records that a disk made positions durable.
     pub fn synced(&self, disk: u32, positions: impl Iterator<Item = u64>) {
         let mut durable = lock(&self.durable);
         for position in positions {
@@ -104,13 +105,13 @@ impl History {
         }
     }
 
-    /// An acknowledgement at level 2 leaves a broker.
+    /// Checks that a position is durable on `copies` disks, as a broker acknowledges it at level 2.
     pub fn must_be_durable(&self, position: u64, copies: usize) {
         let disks = lock(&self.durable).get(&position).map_or(0, BTreeSet::len);
         assert!(disks >= copies, "position {position} is acknowledged and on {disks} disks of {copies}");
     }
 
-    /// Judges the whole order, as `order` of a reader that has seen it from end to end.
+    /// Judges the whole order, which a reader has seen from end to end.
     pub fn judge(&self, order: &[Seen]) {
         let mut places: BTreeMap<Content, u64> = BTreeMap::new();
         for (position, seen) in (0..).zip(order) {

@@ -1,5 +1,5 @@
-//! A host of the rack: a machine that crashes, stands still and comes back, and the broker process on it, which is made of
-//! the production stages.
+//! A host of the rack: a machine that crashes, stands still and comes back, and the broker process on it. The process is made
+//! of the production stages.
 
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
@@ -35,22 +35,22 @@ use embarcadero_wire::{BatchHeader, BrokerId, ClientId, Term};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Bytes that a batch claims: 64 of header, 4 of length table, the rest one message.
+/// Bytes that a batch claims: 64 for its header, 4 for its length table, and the rest for one message.
 pub const BATCH_BYTES: u64 = 256;
-/// Looks at a leader that does not move after which another stands for election.
+/// Looks at a leader that does not move, after which another broker campaigns.
 const LEADER_PATIENCE: u64 = 12;
-/// After what silence the leader takes a broker for dead, by its own clock.
+/// Silence after which the leader takes a broker for dead, by the leader's clock.
 const BROKER_LEASE: Duration = Duration::from_millis(40);
-/// Requests that a broker takes in a round.
+/// Most requests that a broker takes in a round.
 const REQUESTS: usize = 4;
 
-/// What a process keeps of a client that publishes to it.
+/// Connection of a client that publishes.
 struct Connection {
     session: Session,
     acks: AckQueue,
 }
 
-/// What a process has as the leader.
+/// State of a process that leads.
 struct Leader {
     sequencer: Sequencer<Simulated>,
     completion: CompletionStage<Simulated>,
@@ -61,10 +61,10 @@ struct Leader {
     asked: Vec<Asked>,
 }
 
-/// A client that asked for a session, in which attempt, and where the answer comes.
+/// Client that asked for a session, the number of its attempt, and the channel of the answer.
 type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
 
-/// A broker process.
+/// Broker process.
 struct Process {
     host: usize,
     rack: Arc<Rack>,
@@ -82,25 +82,25 @@ struct Process {
     pin: Option<usize>,
     cursor: u64,
     leader: Option<Leader>,
-    /// The leader as last looked at, and for how many looks it did not move.
+    /// Leader and its heartbeat as last seen, and the number of looks since then that found no change.
     watched: ((Option<(BrokerId, Term)>, u64), u64),
     draining: bool,
 }
 
-/// A host.
+/// Host of the rack.
 pub struct Machine {
     host: usize,
     rack: Arc<Rack>,
     clock: Clock,
     disk: Disk,
-    /// Of the region, and of the mirror.
+    /// Caches of the region and of the mirror.
     fabrics: [Simulated; 2],
     process: Option<Process>,
-    /// Rounds until it starts again; `None` once it left for good.
+    /// Rounds until its process starts again; `None` once it has left for good.
     down_for: Option<u64>,
 }
 
-/// What an index entry holds, as its payload says: both of its ends name the client and the how manieth batch it is.
+/// Reads the content of a batch from its payload. Both of its ends name the client and the batch's number, and must agree.
 pub fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
     let fabric = region.fabric();
     let read = |at: u64| {
@@ -114,7 +114,7 @@ pub fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64
 }
 
 impl Machine {
-    /// A host that starts after `down_for` rounds.
+    /// Makes a host whose process starts after `down_for` rounds.
     pub fn new(host: usize, rack: &Arc<Rack>, down_for: u64) -> Self {
         Self {
             host,
@@ -127,7 +127,7 @@ impl Machine {
         }
     }
 
-    /// What this host is at, for a report.
+    /// Describes what this host is doing, for a report.
     pub fn state(&self) -> String {
         match &self.process {
             None => format!("host {}: down for {:?}", self.host, self.down_for),
@@ -145,12 +145,12 @@ impl Machine {
         }
     }
 
-    /// Its disk.
+    /// Returns the host's disk.
     pub fn disk(&self) -> &Disk {
         &self.disk
     }
 
-    /// A round in which anything may befall it.
+    /// Runs a round in which faults may happen.
     pub fn rough_round(&mut self) {
         match random(0..400) {
             0..2 => doom(self.host),
@@ -168,8 +168,7 @@ impl Machine {
         self.round();
     }
 
-    /// Nothing befalls it any more, and what was broken is repaired: hosts come back, and processes whose disk failed are
-    /// started again.
+    /// Ends all faults and repairs what is broken. The host comes back, and a process whose disk failed is started again.
     pub fn repair(&mut self) {
         spare(self.host);
         self.disk.repair();
@@ -274,7 +273,7 @@ impl Process {
         }
     }
 
-    /// One turn of everything that a broker does. False once it has left.
+    /// Runs one turn of everything that a broker does. Returns false once it has left.
     fn round(&mut self) -> bool {
         let now_us = self.clock.now_us();
         self.delegation.beat();
@@ -305,7 +304,7 @@ impl Process {
         true
     }
 
-    /// A client's NIC may write from now on.
+    /// Opens a window that a client's NIC may write to.
     fn connect(&mut self, client: usize, psn: Psn) {
         let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
         if self.draining {
@@ -320,7 +319,8 @@ impl Process {
         self.rack.network.answer(client, Answer::Connected { host: self.host, window });
     }
 
-    /// As a worker receives a batch: on a connection of its session, which its first batch opens. A NIC has `written` it.
+    /// Receives a batch on the connection of its session, as a worker does. The first batch opens the connection. `written`
+    /// is the place where a NIC wrote the batch, if one did.
     fn receive(&mut self, batch: &Batch, written: Option<RegionOffset>) {
         let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
         let session = batch.session;
@@ -409,7 +409,7 @@ impl Process {
         });
     }
 
-    /// Reads on in the order, as a sender does.
+    /// Reads on in the order, as the stage that delivers does.
     fn deliver(&mut self) {
         let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
         let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
@@ -436,7 +436,7 @@ impl Process {
         true
     }
 
-    /// A client wants a session: the leader opens it.
+    /// Opens a session for a client, if this process leads.
     fn ask(&mut self, client: usize, attempt: u64) {
         let Some(leader) = &mut self.leader else { return };
         let (reply, answer) = bounded(1);
@@ -446,7 +446,7 @@ impl Process {
         leader.asked.push((client, attempt, answer));
     }
 
-    /// Leads, or watches who does and takes over.
+    /// Leads, or watches the leader and takes over from it.
     fn lead(&mut self, now_us: u64) {
         let Some(leader) = &mut self.leader else { return self.follow(now_us) };
         if !leader.sequencer.leads() {
@@ -496,7 +496,7 @@ impl Process {
         }
     }
 
-    /// As the candidate of a real broker does.
+    /// Takes over under `term`, as a real broker does once it is elected.
     fn take_over(&mut self, term: Term, now_us: u64) {
         let region = &self.region;
         let led = last_active(region);
@@ -533,7 +533,7 @@ impl Process {
     }
 }
 
-/// The whole order, as a host sees it that was never there before.
+/// Reads the whole order on a host with empty caches.
 pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
     let [fabric, _] = rack.join(HOSTS - 1);
     let region = Region::open(fabric).expect("the superblock is visible");
@@ -547,7 +547,7 @@ pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
         .collect()
 }
 
-/// The offset and messages of each batch, as the mirror has them.
+/// Reads the offset and the number of messages of each batch from the mirror.
 pub fn read_mirror(rack: &Rack) -> Vec<(u64, u32)> {
     let [_, fabric] = rack.join(HOSTS - 1);
     let region = Region::open(fabric).expect("the superblock is visible");

@@ -1,11 +1,21 @@
-//! A rack in one process, deterministic from one seed: hosts without coherence among them, their disks, a network that
-//! loses, repeats and reorders, NICs (the production engine of RoCEv2), clients that retry, clocks that are wrong. Hosts
-//! crash in the middle of anything, stand still, come late and leave; disks fail, are slow, and tear writes; clients crash.
-//! It drives the production stages of brokers, and judges by a history of its own: one order, that all readers agree on; of
-//! each client's batches all that were acknowledged, once, in order; at level 2 each on as many disks as were promised, and
-//! enough of them to rebuild it from; and all comes to its end once faults stop.
+//! A rack in one process, deterministic from one seed, that drives the production stages of brokers.
 //!
-//! `broker/tests/fabric_schedules.rs` is its narrower sister: fewer hosts, more of what happens to memory.
+//! It has hosts without coherence among them, their disks, a network, NICs (the production engine of RoCEv2), clients that
+//! retry, and clocks that are wrong. The following goes wrong:
+//!
+//! - Hosts crash in the middle of anything, stand still, come late and leave.
+//! - Disks fail, are slow, and tear writes.
+//! - The network loses, repeats, reorders and damages.
+//! - Clients crash.
+//!
+//! A history of its own judges the outcome:
+//!
+//! - There is one order, and all readers agree on it.
+//! - Every batch that was acknowledged is in it once, and each client's batches are in order.
+//! - At level 2, each is on as many disks as were promised, and everything can be rebuilt from the disks.
+//! - Everything comes to its end once faults stop.
+//!
+//! `sim/tests/fabric_schedules.rs` has fewer hosts, and more that happens to memory.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 mod client;
@@ -37,40 +47,40 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
 
-/// Hosts, each with a broker.
+/// Number of hosts, each with a broker.
 pub const HOSTS: usize = 5;
-/// Those that may be the leader.
+/// Number of hosts that may be the leader, the first ones.
 pub const LEADERS: usize = 3;
-/// Disks that have each batch, where the topic is replicated.
+/// Number of disks that have each batch, if the topic is replicated.
 pub const COPIES: usize = 2;
-/// The topic, and its incarnation.
+/// Topic that all clients publish to, and its incarnation.
 pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
-/// The order.
+/// Global order of the topic.
 pub const GLOBAL: StreamId = StreamId { topic: TOPIC.0, stream: Stream::GLOBAL };
 const CLIENTS: usize = 3;
-/// Batches of each client.
+/// Number of batches that each client publishes.
 const BATCHES: u64 = 40;
-/// Rounds of each host and client in rough weather.
+/// Rounds of each host and client while faults happen.
 const ROUNDS: usize = 120;
-/// Rounds in calm weather after which everything must be done.
+/// Rounds without faults after which everything must be done.
 const CALM_ROUNDS: usize = 4000;
 
-/// What hosts and clients of a schedule share: nothing that real ones would not.
+/// Parts that the hosts and clients of a schedule share, as real ones do.
 pub struct Rack {
-    /// Between clients and hosts.
+    /// Network between clients and hosts.
     pub network: Network,
-    /// What happened.
+    /// Record of what happened, which judges.
     pub history: Arc<History>,
-    /// The topic is replicated, and clients ask for level 2.
+    /// True when the topic is replicated, and clients ask for level 2.
     pub replicated: bool,
-    /// Clients and hosts have NICs, which carry batches by the RoCEv2 engine.
+    /// True when clients and hosts have NICs, which carry batches by the RoCEv2 engine.
     pub has_nics: bool,
-    /// Times that leaders go by.
+    /// Leases that leaders grant.
     pub leases: Leases,
     world: Arc<Mutex<World>>,
     /// Memory of the mirror.
     mirror: Arc<Mutex<World>>,
-    /// Stands for etcd: the epoch of who was elected last.
+    /// Term of the candidate that was elected last; stands for etcd.
     elected: Mutex<Term>,
     began: Instant,
 }
@@ -92,12 +102,12 @@ impl Rack {
         }
     }
 
-    /// A cache of its own for a host that starts, of the region and of the mirror.
+    /// Makes the caches of a host that starts: of the region and of the mirror.
     pub fn join(&self, host: usize) -> [Simulated; 2] {
         [&self.world, &self.mirror].map(|world| Simulated::join(world, fate::STEPS[host]))
     }
 
-    /// The topic that all publish to.
+    /// Returns the topic that all clients publish to.
     pub fn topic(&self) -> TopicConfig {
         TopicConfig {
             id: TOPIC.0,
@@ -113,12 +123,12 @@ impl Rack {
         }
     }
 
-    /// Epoch of who was elected last.
+    /// Returns the term of the candidate that was elected last.
     pub fn elected(&self) -> Term {
         *self.elected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Stands for election, if still nobody was elected after `before`. The epoch, if it wins.
+    /// Campaigns for the next term. Returns it, unless somebody was elected after `before`.
     pub fn campaign(&self, before: Term) -> Option<Term> {
         let mut elected = self.elected.lock().unwrap_or_else(PoisonError::into_inner);
         if *elected != before {
@@ -128,7 +138,7 @@ impl Rack {
         Some(*elected)
     }
 
-    /// A host's time as what the production code measures time with.
+    /// Converts a host's time, in microseconds, to the type that the production code measures time with.
     pub fn instant(&self, now_us: u64) -> Instant {
         self.began + Duration::from_micros(now_us)
     }
@@ -148,11 +158,11 @@ fn geometry() -> Geometry {
 }
 
 thread_local! {
-    /// What happened in the last schedule.
+    /// Counts of what happened in the last schedule.
     static OUTCOME: Cell<Option<Tally>> = const { Cell::new(None) };
 }
 
-/// One schedule. Panics when a promise breaks.
+/// Runs one schedule. Panics when a promise breaks.
 fn schedule(removed: Option<Mutation>) {
     fate::reset();
     let geometry = geometry();
@@ -234,7 +244,7 @@ fn schedule(removed: Option<Mutation>) {
     OUTCOME.set(Some(tally));
 }
 
-/// Everything but the disks is lost: nothing that was acknowledged is.
+/// Checks that the disks alone hold everything that was acknowledged.
 fn must_be_rebuildable(machines: &[Machine], acknowledged: usize) {
     let media = machines.iter().map(|machine| {
         let disk = machine.disk();
@@ -275,7 +285,7 @@ fn no_seed_breaks_a_promise() {
     assert!(seeds < 100 || total.is_complete(), "something never happened");
 }
 
-/// A seed is a run.
+/// A seed determines everything that happens in a run.
 #[test]
 fn a_seed_replays() {
     let outcomes = || -> Vec<_> {
@@ -288,8 +298,8 @@ fn a_seed_replays() {
     assert_eq!(outcomes(), outcomes());
 }
 
-/// The checks without which some seed must fail. The others guard what the rack has not: memory that is reused, rings that
-/// wrap, readers that stop between two words, clients that do not send again what they hear nothing of.
+/// Checks without which some seed must fail. The rack has nothing that the other checks guard against. That is reuse of
+/// memory, rings that wrap, readers that stop between two words, and clients that do not resend.
 const NOTICED: [Guard; 7] = [
     Guard::ClaimBeforeCopy,
     Guard::OwnSegment,

@@ -1,4 +1,4 @@
-//! The network between clients and brokers: messages and packets are lost, repeated, and overtake each other; packets are
+//! The network between clients and brokers. Messages and packets are lost, repeated, and overtake each other. Packets are
 //! damaged too.
 
 use super::TOPIC;
@@ -12,24 +12,24 @@ use embarcadero_roce::psn::Psn;
 use embarcadero_wire::{Ack, ClientId, Epoch, SessionSlot};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// A batch on its way: the session's identity, its sequence, and what it holds.
+/// Batch on its way to a broker.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch {
     /// Session that it was sent in.
     pub session: Session,
-    /// Its sequence.
+    /// Sequence in its session.
     pub sequence: u64,
-    /// The `content`-th that its client published, from 0.
+    /// Number among the batches of its client, from 0, which is what it holds.
     pub content: u64,
-    /// First sequence of which the client wants to hear.
+    /// First sequence for which the client waits for an acknowledgement.
     pub resume_from: u64,
 }
 
 impl Batch {
-    /// Where the second copy of what names the batch is, in words.
+    /// Place of the second copy of the batch's client and number, in words of 8 bytes.
     const END: usize = (BATCH_BYTES as usize - 64) / 8;
 
-    /// As a NIC writes it.
+    /// Returns the bytes that a NIC writes for it.
     pub fn encode(&self) -> Vec<u8> {
         let Self { session, sequence, content, resume_from } = self;
         let mut words = [0; BATCH_BYTES as usize / 8];
@@ -41,7 +41,7 @@ impl Batch {
         words.iter().flat_map(|word: &u64| word.to_le_bytes()).collect()
     }
 
-    /// What a NIC wrote.
+    /// Reads a batch from the bytes that a NIC wrote.
     pub fn decode(bytes: &[u8; BATCH_BYTES as usize]) -> Self {
         let word = |index: usize| u64::from_le_bytes(bytes.as_chunks().0[index]);
         assert_eq!((word(0), word(1)), (word(Self::END), word(Self::END + 1)), "half of a batch is complete");
@@ -59,28 +59,28 @@ impl Batch {
     }
 }
 
-/// To a broker.
+/// Message to a broker.
 #[derive(Clone, Copy, Debug)]
 pub enum Request {
-    /// Order this.
+    /// Orders a batch.
     Publish(Batch),
-    /// Open a window that a client may write to.
+    /// Opens a window that a client may write to.
     Connect {
-        /// Which client.
+        /// Client that asks.
         client: usize,
-        /// Number of its first packet.
+        /// Number of the client's first packet.
         psn: Psn,
     },
-    /// Open the next epoch of a client's session, if you are the leader.
+    /// Opens the next epoch of a client's session, if the broker leads.
     OpenSession {
-        /// Which client.
+        /// Client that asks.
         client: usize,
-        /// Tells late answers from those that are waited for.
+        /// Number that tells late answers from those that are waited for.
         attempt: u64,
     },
 }
 
-/// To a client.
+/// Message to a client.
 #[derive(Clone, Copy, Debug)]
 pub enum Answer {
     /// A batch is committed, and as durable as it has to be.
@@ -89,16 +89,16 @@ pub enum Answer {
     Fenced(Epoch),
     /// A window was opened.
     Connected {
-        /// By which host.
+        /// Host that opened it.
         host: usize,
-        /// What the client may write to.
+        /// Memory that the client may write.
         window: Window,
     },
     /// A session was opened.
     Opened {
-        /// The attempt that it answers.
+        /// Attempt that is answered.
         attempt: u64,
-        /// As the table has it.
+        /// Session as the session table has it.
         session: Session,
     },
 }
@@ -107,11 +107,11 @@ struct Wire<T> {
     under_way: Vec<T>,
 }
 
-/// Everything that is under way.
+/// Messages and packets that are under way.
 pub struct Network {
     requests: Vec<Mutex<Wire<Request>>>,
     answers: Vec<Mutex<Wire<Answer>>>,
-    /// Of RoCEv2, to each NIC, behind scratch bytes.
+    /// Packets of RoCEv2 to each NIC, behind scratch bytes.
     packets: Vec<Mutex<Wire<Vec<u8>>>>,
     calm: Mutex<bool>,
 }
@@ -156,7 +156,7 @@ impl Network {
         }
     }
 
-    /// From now on nothing is lost and all comes in turn.
+    /// Ends all faults: nothing is lost any more, and everything comes in turn.
     pub fn calm(&self) {
         *lock(&self.calm) = true;
     }
@@ -171,7 +171,7 @@ impl Network {
         lock(&self.requests[host]).receive(calm)
     }
 
-    /// What is under way to a host that is not there is lost.
+    /// Drops everything that is under way to a host.
     pub fn cut(&self, host: usize) {
         lock(&self.requests[host]).under_way.clear();
         lock(&self.packets[Port::of_host(host).0]).under_way.clear();

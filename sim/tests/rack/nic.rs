@@ -1,5 +1,5 @@
-//! NICs of clients and hosts: the RoCEv2 engine carries batches, as writes to windows of the region. Nothing tells a NIC
-//! that its peer crashed, and one that starts again numbers its queue pairs as before.
+//! NICs of clients and hosts. The RoCEv2 engine carries batches, as writes to windows of the region. Nothing tells a NIC that
+//! its peer crashed, and a NIC that starts again numbers its queue pairs as before.
 
 use super::HOSTS;
 use super::fate::random;
@@ -15,18 +15,18 @@ use embarcadero_sim::Simulated;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// Batches that a window has room for.
+/// Number of batches that a window has room for.
 const SLOTS: u64 = 16;
 /// Bytes of a window.
 pub const WINDOW_BYTES: u64 = SLOTS * BATCH_BYTES;
-/// Receives that a host has posted for a client: fewer than it may use at once.
+/// Number of receives that a host has posted for a client, fewer than the client may use at once.
 const RECEIVES: usize = 3;
-/// Packets that a NIC takes in a round.
+/// Most packets that a NIC takes in a round.
 const PACKETS: usize = 24;
-/// Of a batch, what the first of its two writes carries.
+/// Bytes of a batch that the first of its two writes carries.
 const FIRST_WRITE: usize = 128;
 
-/// A NIC of the rack: those of hosts come first.
+/// Number of a NIC in the rack. Those of hosts come first.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Port(pub usize);
 
@@ -43,7 +43,7 @@ impl Port {
         IpAddr::from([10, 0, 0, 1 + self.0 as u8])
     }
 
-    /// Number of its queue pair with a peer: the same each time that it starts.
+    /// Returns the number of its queue pair with a peer, which is the same each time that it starts.
     fn number(self, peer: Self) -> u32 {
         (1 + self.0 * 16 + peer.0) as u32
     }
@@ -68,22 +68,22 @@ impl Port {
     }
 }
 
-/// Where one client may write, and the numbers of the first packets of both sides.
+/// Memory that one client may write, and the numbers of the first packets of both sides.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
-    /// The client's, which tells late answers from those that are waited for.
+    /// Number of the client's first packet, which also tells late answers from those that are waited for.
     pub client_psn: Psn,
     host_psn: Psn,
     key: u32,
     at: RegionOffset,
 }
 
-/// Number of a first packet.
+/// Chooses the number of a first packet.
 pub fn first_psn() -> Psn {
     Psn::new(random(0..1 << 24) as u32)
 }
 
-/// A client's connection to a host.
+/// Connection of a client to a host.
 pub struct Link {
     pair: QueuePair<Vec<u8>>,
     window: Window,
@@ -96,7 +96,7 @@ impl Link {
         Self { pair, window, used: 0 }
     }
 
-    /// Writes a batch to the next slot. False when there is none, or when the connection is broken.
+    /// Writes a batch to the next slot. Returns false when there is none, or when the connection is broken.
     pub fn write(&mut self, batch: &Batch) -> bool {
         if self.used == SLOTS || self.pair.failure().is_some() {
             return false;
@@ -113,13 +113,13 @@ impl Link {
         true
     }
 
-    /// Why it is broken, if it is.
+    /// Returns why the connection is broken, if it is.
     pub fn failure(&self) -> Option<Failure> {
         self.pair.failure()
     }
 }
 
-/// A client's memory: nobody has a right to it.
+/// Memory of a client. Nobody may access it.
 struct Nothing;
 
 impl Memory for Nothing {
@@ -131,12 +131,12 @@ impl Memory for Nothing {
         Err(NoAccess)
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }
 
-/// Takes what came to a client's NIC, and sends what is to go.
+/// Takes the packets that came to a client's NIC, and sends those that are due.
 pub fn drive(client: usize, links: &mut [Option<Link>; HOSTS], now_us: u64, network: &Network) {
     let (port, now) = (Port::of_client(client), now_us * 1000);
     for mut packet in std::iter::from_fn(|| network.take_packet(port)).take(PACKETS) {
@@ -161,14 +161,14 @@ fn send(pair: &mut QueuePair<Vec<u8>>, now: u64, memory: &impl Memory, to: Port,
     });
 }
 
-/// The NIC of a host's process.
+/// NIC of a host's process.
 #[derive(Default)]
 pub struct Nic {
-    /// Of each client, its connection and its window.
+    /// Connection and window of each client.
     ends: BTreeMap<usize, (QueuePair<Vec<u8>>, Window)>,
 }
 
-/// The region as a queue pair reaches it: past the caches, and in its window alone.
+/// Region as a queue pair reaches it: past the caches, and only within its window.
 struct Reach<'a> {
     fabric: &'a Simulated,
     window: Window,
@@ -188,13 +188,14 @@ impl Memory for Reach<'_> {
         Ok(())
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }
 
 impl Nic {
-    /// A client connects: it may write to the window at `at`, and no longer to that which it had before, if it had one.
+    /// Connects a client, which may write to the window at `at` from now on. Returns the place of the window that it had
+    /// before, if any; it may no longer write there.
     pub fn accept(
         &mut self,
         host: usize,
@@ -209,7 +210,8 @@ impl Nic {
         (window, before.map(|(_, window)| window.at))
     }
 
-    /// Takes what came to the NIC, sends what is to go, and says which batches were written, and where they lie.
+    /// Takes the packets that came to the NIC and sends those that are due. Returns the batches that were written, and where
+    /// they lie.
     pub fn drive(
         &mut self,
         host: usize,

@@ -1,4 +1,4 @@
-//! The transports that the suite runs over, and how their two ends come together.
+//! Transports that the suite runs over, and how their two ends connect.
 
 use super::landing::TestLanding;
 use super::{BATCH_BYTES, until};
@@ -15,30 +15,30 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::process::Command;
 use std::sync::Arc;
 
-/// Bytes of the region: room for deliveries, and for all that a test publishes.
+/// Bytes of the region, with room for deliveries and for all that a test publishes.
 const REGION_BYTES: u64 = 64 << 20;
 
 type Pair<T, L> = (<T as Transport>::Connection, L);
 
-/// A broker and a client that reach each other.
+/// Broker and client that reach each other.
 pub trait Ends {
     type Transport: Transport;
 
-    /// The broker's region.
+    /// Returns the broker's region.
     fn memory(&self) -> &<Self::Transport as Transport>::Memory;
 
-    /// Where deliveries may lie.
+    /// Returns the place for a delivery, `at` bytes into the part of the region that is free for deliveries.
     fn place(&self, at: u64) -> RegionOffset {
         RegionOffset(at)
     }
 
-    /// A connection of a publisher that has said its opening frame.
+    /// Connects a publisher, which has sent its opening frame.
     fn publisher(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Publisher>;
 
-    /// A connection of a subscriber that has said its request.
+    /// Connects a subscriber, which has sent its request.
     fn subscriber(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Subscriber>;
 
-    /// Hands a connection what completed on its device.
+    /// Hands the completions of its device to a connection.
     fn drive(&mut self, _: &mut <Self::Transport as Transport>::Connection) {}
 }
 

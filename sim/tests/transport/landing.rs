@@ -1,4 +1,4 @@
-//! A landing that puts batches one behind the other, and says no when it is told to.
+//! A landing that puts batches one behind the other, and refuses them when it is told to.
 
 use embarcadero_cxl::{LINE_BYTES, RegionOffset};
 use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
@@ -13,9 +13,9 @@ pub const LOG_AT: u64 = 8 << 20;
 pub struct TestLanding {
     /// Batches that are complete, and where they lie.
     pub taken: Vec<(BatchHeader, RegionOffset)>,
-    /// There is no room.
+    /// True when there is no room.
     pub full: bool,
-    /// Nothing is taken any more.
+    /// True when every batch is refused.
     pub refuses: bool,
     used: u64,
     /// Bytes of windows that were given back unused.

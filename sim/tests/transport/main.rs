@@ -1,7 +1,11 @@
 //! The conformance suite of transports: whatever carries batches and frames keeps the same promises.
 //!
-//! It runs over TCP, over RDMA by NICs in software (over the kernel's sockets, which needs root, and over a port of DPDK), by a
-//! device of the host (`scripts/lab run -- ...` has one; ignored elsewhere), and over the simulated transport.
+//! It runs over:
+//!
+//! - TCP;
+//! - RDMA by NICs in software: over the kernel's sockets, which needs root, and over a port of DPDK;
+//! - RDMA by a device of the host (`scripts/lab run -- ...` has one; ignored elsewhere);
+//! - the simulated transport.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 mod ends;
@@ -21,7 +25,7 @@ use ends::Ends;
 use landing::TestLanding;
 use std::time::{Duration, Instant};
 
-/// Longest wait for what must happen: long enough for a machine whose cores are busy.
+/// Longest wait for what must happen. Only a broken transport reaches it, however busy the machine is.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Largest batch, header and body.
 const BATCH_BYTES: usize = 48 << 10;

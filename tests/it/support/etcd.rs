@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
 
-/// An etcd of one member; killed when dropped.
+/// Etcd of one member, which is killed when dropped.
 pub struct Etcd {
     child: Option<Child>,
     data: TempDir,
@@ -14,7 +14,7 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// One that serves at `address`.
+    /// Starts one that serves at `address`.
     pub fn start(address: IpAddr) -> Self {
         let url = || format!("http://{}", address_at(address));
         let (client, peer) = (url(), url());
@@ -23,7 +23,7 @@ impl Etcd {
         etcd
     }
 
-    /// Starts it again, where and with what it was.
+    /// Starts it again at its address, with its data.
     pub fn restart(&mut self) {
         let (client, peer) = (&self.client, &self.peer);
         let log = std::fs::File::create(self.data.path().join("log")).unwrap();
@@ -50,13 +50,13 @@ impl Etcd {
         }
     }
 
-    /// Kills it, and everything that it knew is gone.
+    /// Kills it and removes its data.
     pub fn wipe(&mut self) {
         self.kill();
         std::fs::remove_dir_all(self.data.path().join("data")).unwrap();
     }
 
-    /// What `etcd.endpoints` is for it.
+    /// Returns the value of `etcd.endpoints` for it.
     pub fn endpoints(&self) -> String {
         format!("[{:?}]", self.client)
     }

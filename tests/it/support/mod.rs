@@ -1,4 +1,4 @@
-//! What whole-system tests share: real broker processes on a region of their own.
+//! Support of whole-system tests: real broker processes on a region of their own.
 
 pub mod etcd;
 pub mod verbs;
@@ -18,26 +18,26 @@ use std::time::{Duration, Instant};
 
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_embarcadero");
 
-/// How long anything may take before a test fails. Never decides a test that works.
+/// Longest wait for what must happen. Only a broken program reaches it, however busy the machine is.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Broker {
     pub child: Child,
     pub id: BrokerId,
-    /// What it was started with.
+    /// Arguments that it was started with.
     arguments: Vec<String>,
     pub data: SocketAddr,
     pub control: String,
 }
 
 impl Broker {
-    /// kill -9.
+    /// Kills it with SIGKILL.
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
-    /// Sends a signal, by kill's name for it.
+    /// Sends a signal, for example `-STOP`.
     pub fn signal(&self, signal: &str) {
         let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
@@ -51,7 +51,7 @@ impl Drop for Broker {
     }
 }
 
-/// Broker processes and their region; all gone when dropped.
+/// Broker processes and their region. Dropping it kills and removes them.
 pub struct Cluster {
     pub brokers: Vec<Broker>,
     pub region: PathBuf,
@@ -65,8 +65,8 @@ pub fn region_path() -> PathBuf {
     PathBuf::from(format!("/dev/shm/embarcadero-test-{}-{number}", std::process::id()))
 }
 
-/// An address at `host` for something that is started later, or started again: of a port below those that the kernel
-/// gives to whoever asks for any (`ip_local_port_range`, from 32768), so that nobody gets it in between.
+/// Finds a free address at `host` for something that is started later, or started again. Its port lies below those that the
+/// kernel hands out (`ip_local_port_range`, from 32768), so that nobody gets it in between.
 pub fn address_at(host: IpAddr) -> SocketAddr {
     const FIRST: u32 = 12_000;
     const PORTS: u32 = 20_000;
@@ -81,7 +81,7 @@ pub fn address_at(host: IpAddr) -> SocketAddr {
     }
 }
 
-/// As [`address_at`], on loopback.
+/// Finds a free address on loopback, as [`address_at`] does.
 pub fn loopback() -> SocketAddr {
     address_at(Ipv4Addr::LOCALHOST.into())
 }
@@ -91,19 +91,19 @@ pub fn run(arguments: &[&str]) -> Output {
 }
 
 impl Cluster {
-    /// A region made with `create` (arguments of `region create`), and `brokers` brokers with `environment` on top of
-    /// their defaults.
+    /// Makes a region with the arguments `create` of `region create`, and starts `brokers` brokers on it. `environment`
+    /// changes their defaults.
     pub fn start(brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
         Self::start_on(region_path(), brokers, create, environment)
     }
 
-    /// Brokers that will be added, on a region that is there.
+    /// Uses a region that is there. Brokers will be added.
     pub fn on(region: PathBuf, environment: &[(&str, &str)]) -> Self {
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Self { brokers: Vec::new(), region, environment }
     }
 
-    /// As [`Cluster::start`], with the region at `region`, a device-dax node maybe.
+    /// Starts a cluster as [`Cluster::start`] does, with its region at `region`, which may be a device-dax node.
     pub fn start_on(region: PathBuf, brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut arguments = vec!["region", "create", "--path", region.to_str().unwrap()];
         arguments.extend(create);
@@ -119,18 +119,18 @@ impl Cluster {
         cluster
     }
 
-    /// A setting of the brokers that are started from now on.
+    /// Sets a variable of the brokers that are started from now on.
     pub fn set(&mut self, name: &str, value: &str) {
         self.environment.retain(|(known, _)| known != name);
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
-    /// Starts one more broker.
+    /// Starts one more broker. Returns its index.
     pub fn add(&mut self, arguments: &[&str]) -> usize {
         self.add_under(&[], arguments)
     }
 
-    /// As [`Cluster::add`], by a command that becomes the program behind it.
+    /// Starts one more broker by a `command` that is put before its command line. Returns its index.
     pub fn add_under(&mut self, command: &[&str], arguments: &[&str]) -> usize {
         let line = [command, &[PROGRAM]].concat();
         let control = ["--control", &loopback().to_string()].map(str::to_owned);
@@ -167,7 +167,7 @@ impl Cluster {
         }
     }
 
-    /// What `region inspect` shows.
+    /// Returns the report of `region inspect`.
     pub fn inspect(&self) -> serde_json::Value {
         let report = run(&["region", "inspect", "--json", "--path", self.region.to_str().unwrap()]);
         serde_json::from_slice(&report.stdout).unwrap()
@@ -185,14 +185,14 @@ impl Cluster {
         Client::connect(self.config()).unwrap()
     }
 
-    /// A client that knows every broker, as the first may die, and has buffers of a modest size.
+    /// Connects a client that knows every broker, as the first may die. Its buffers are of a modest size.
     pub fn client_of_all(&self) -> Client {
         let bootstrap = self.brokers.iter().map(|broker| broker.control.clone()).collect();
         let config = ClientConfig { bootstrap, batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..self.config() };
         Client::connect(config).unwrap()
     }
 
-    /// Index of the leader among the brokers, once there is one that lives.
+    /// Waits for a leader that lives. Returns its index among the brokers.
     pub fn leader(&self) -> usize {
         let begun = Instant::now();
         loop {
@@ -206,19 +206,19 @@ impl Cluster {
         }
     }
 
-    /// Epoch of the leader that leads, or led last.
+    /// Returns the term of the leader, or of the last one.
     pub fn term(&self) -> u64 {
         self.inspect()["control_block"]["term"].as_u64().unwrap()
     }
 
-    /// kill -9; what was killed, to start it again.
+    /// Kills a broker with SIGKILL. Returns what [`Cluster::restart`] needs.
     pub fn kill(&mut self, index: usize) -> Broker {
         let mut broker = self.brokers.remove(index);
         broker.kill();
         broker
     }
 
-    /// Starts a broker again that was killed, under its id and control address.
+    /// Starts a broker again that was killed, with its id and control address.
     pub fn restart(&mut self, dead: &Broker) {
         let id = dead.id.to_string();
         let mut arguments: Vec<&str> = dead.arguments.iter().map(String::as_str).collect();
@@ -230,7 +230,7 @@ impl Cluster {
         self.add(&arguments);
     }
 
-    /// The numbers of a publisher's session, read back from the region: to speak in its name.
+    /// Reads the numbers of a publisher's session from the region, to speak in its name.
     pub fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
         let client_id = publisher.client_id();
         let report = self.inspect();
@@ -255,7 +255,7 @@ impl Cluster {
         (open, origin)
     }
 
-    /// A command of the program against this cluster.
+    /// Makes a command of the program against this cluster.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(PROGRAM);
         command.args(arguments).env("EMBARCADERO_BROKERS", self.control()).stdin(Stdio::null());
@@ -279,7 +279,7 @@ impl Drop for Cluster {
     }
 }
 
-/// Kills every broker and removes the region; then rebuilds it from what `from` holds, and starts other brokers on it.
+/// Kills every broker, removes the region, rebuilds it from the directories `from`, and starts other brokers on it.
 pub fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
     cluster.brokers.iter_mut().for_each(Broker::kill);
     let brokers = std::mem::take(&mut cluster.brokers).len();
@@ -295,14 +295,14 @@ pub fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
     cluster.await_brokers(brokers);
 }
 
-/// Runs a command of the program that must fail, and say why.
+/// Runs a command of the program that must fail, and give the reason.
 pub fn refused(arguments: &[&str], environment: &[(&str, &str)], reason: &str) {
     let output = Command::new(PROGRAM).args(arguments).envs(environment.iter().copied()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains(reason), "{arguments:?}: {said}");
 }
 
-/// Polls until `done`, failing after [`PATIENCE`].
+/// Polls until `done` returns true. Fails after [`PATIENCE`].
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
@@ -311,10 +311,10 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A TCP proxy that cuts each connection after a number of bytes.
+/// TCP proxy that cuts a connection after a number of bytes.
 pub struct Proxy {
     pub address: SocketAddr,
-    /// Bytes left until the next cut; negative: never.
+    /// Bytes left until the next cut; negative for never.
     budget: Arc<AtomicI64>,
     cuts: Arc<AtomicU32>,
     stop: Arc<AtomicBool>,
@@ -346,7 +346,7 @@ impl Proxy {
         proxy
     }
 
-    /// Cuts the connection that carries the `bytes`-th byte towards the broker from now on.
+    /// Cuts the connection that carries the `bytes`-th byte towards the broker, counted from now on.
     pub fn cut_after(&self, bytes: i64) {
         self.budget.store(bytes, Ordering::SeqCst);
     }
@@ -387,8 +387,8 @@ fn pump(mut from: TcpStream, mut to: TcpStream, cut: Option<(&AtomicI64, &Atomic
     let _ = to.shutdown(std::net::Shutdown::Both);
 }
 
-/// Writes real text of at least `bytes`, made from what the system ships: each line begins with `prefix` and its
-/// number, so that lines differ.
+/// Writes at least `bytes` bytes of text, made from files of the system. Each line begins with `prefix` and its number, so
+/// that lines differ.
 pub fn write_text(path: &Path, prefix: &str, bytes: u64) {
     let sources = ["/usr/share/common-licenses", "/usr/share/perl", "/usr/share/doc", "/usr/lib/python3"];
     let mut text = Vec::new();
@@ -439,7 +439,7 @@ fn collect(path: &Path, text: &mut Vec<u8>, limit: usize) {
     }
 }
 
-/// A message that names its publisher and its number, of 100 to 999 bytes.
+/// Makes a message of 100 to 999 bytes that names its publisher and its number.
 pub fn message(publisher: u32, number: u64) -> Vec<u8> {
     let mut bytes = format!("{publisher} {number} ").into_bytes();
     bytes.resize(100 + (number % 900) as usize, b'x');
@@ -452,7 +452,7 @@ pub fn parse(payload: &[u8]) -> (u32, u64) {
     (words.next().unwrap().parse().unwrap(), words.next().unwrap().parse().unwrap())
 }
 
-/// Reads the topic to its present end: the numbers of each publisher in order of delivery, and the offset of each.
+/// Reads a topic to its present end. Returns each publisher's numbers in order of delivery, with their offsets.
 pub fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
     let mut seen: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
     let mut due = 0;

@@ -1,4 +1,4 @@
-//! What tests of RDMA, on devices of the host and on NICs in software, have in common.
+//! Support for tests of RDMA, on devices of the host and on NICs in software.
 
 use super::{Cluster, PATIENCE, assert_exactly_once, history, message, parse};
 use embarcadero_client::{Client, ClientConfig, Order, Start, TopicOptions, TransportKind};
@@ -14,7 +14,7 @@ pub fn shell(commands: &str) -> String {
     String::from_utf8(said.stdout).unwrap()
 }
 
-/// A client with batches that are small enough for a test to have many.
+/// Makes a client over `transport`, whose batches are so small that a test has many.
 pub fn over(transport: TransportKind, cluster: &Cluster) -> Client {
     Client::connect(ClientConfig { transport, ..small(cluster) }).unwrap()
 }
@@ -39,7 +39,9 @@ pub fn publish(client: Client, topic: &'static str, number: u32, count: u64) -> 
     })
 }
 
-/// Two publishers, a subscriber that follows, and one that comes afterwards, over `transport`; a third publisher over TCP.
+/// Publishes with two publishers over `transport` and one over TCP, and checks order and content.
+///
+/// One subscriber over `transport` follows, others come afterwards over both.
 pub fn order_and_integrity(transport: TransportKind, cluster: &Cluster, count: u64) {
     let client = over(transport, cluster);
     client.create_topic("t", strong()).unwrap();

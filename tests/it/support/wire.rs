@@ -1,5 +1,6 @@
-//! Two hosts, each a network namespace, and the wire between them, which loses, repeats, reorders and damages packets of
-//! RoCEv2 as it is told.
+//! Two hosts and the wire between them, which loses, repeats, reorders and damages packets of RoCEv2 as set.
+//!
+//! Each host is a network namespace.
 
 use super::verbs::shell;
 use nix::sched::{CloneFlags, setns, unshare};
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Of a thousand packets, how many the wire treats so.
+/// Number of packets in a thousand that the wire harms, by kind of harm.
 #[derive(Clone, Copy, Default)]
 pub struct Faults {
     pub lost: u32,
@@ -23,25 +24,27 @@ pub struct Faults {
     pub damaged: u32,
 }
 
-/// Addresses of the two hosts.
+/// Address of the near host.
 pub const NEAR: &str = "10.77.0.1";
+/// Address of the far host.
 pub const FAR: &str = "10.77.0.2";
 
+/// Two hosts, and the wire between them.
 pub struct Wire {
     name: String,
     stop: Arc<AtomicBool>,
-    /// Packets that were treated as [`Faults`] say.
+    /// Number of packets harmed so far.
     pub harmed: Arc<AtomicU64>,
     relays: Vec<JoinHandle<()>>,
 }
 
 impl Wire {
-    /// With room for the largest packets of RoCEv2. The seed is printed if a test fails.
+    /// Makes a wire with room for the largest packets of RoCEv2. The seed is printed if a test fails.
     pub fn new(faults: Faults) -> Self {
         Self::with_mtu(faults, "9000")
     }
 
-    /// As [`Wire::new`], for frames that carry `mtu` bytes.
+    /// Makes a wire for frames that carry `mtu` bytes.
     pub fn with_mtu(faults: Faults, mtu: &str) -> Self {
         let seed: u64 = rand::random();
         println!("wire: seed {seed}");
@@ -70,16 +73,17 @@ impl Wire {
         wire
     }
 
+    /// Name of the namespace of a host, or of the wire.
     pub fn namespace(&self, side: &str) -> String {
         format!("{}-{side}", self.name)
     }
 
-    /// What makes a program run on a host.
+    /// Command that runs a program on a host, to be put before it.
     pub fn command(&self, side: &str) -> Vec<String> {
         ["ip", "netns", "exec", &self.namespace(side)].map(str::to_owned).to_vec()
     }
 
-    /// Does something on a host, in a thread, as are those that it starts.
+    /// Calls `act` on a host, in a thread. Threads that it starts are there too.
     pub fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -90,6 +94,7 @@ impl Wire {
         })
     }
 
+    /// Sets the state of a host's interface: `up` or `down`.
     pub fn link(&self, side: &str, state: &str) {
         shell(&format!("ip -n {} link set e0 {state}", self.namespace(side)));
     }
@@ -112,13 +117,14 @@ pub fn enter(namespace: &str) {
     setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
 
-/// packet(7): what is sent does not come back.
+/// Option of packet(7): frames that this host sends do not come back.
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
-/// packet(7): with each frame comes what its sender left for a NIC to do, its checksum or its division into several.
+/// Option of packet(7): before each frame comes the work that its sender left for a NIC, such as its checksum.
 const PACKET_VNET_HDR: libc::c_int = 15;
+/// Bytes of that header (linux/virtio_net.h, `struct virtio_net_hdr`).
 const VNET_BYTES: usize = 10;
 
-/// All frames of an interface that others sent.
+/// Opens a socket for all frames of an interface that others sent.
 fn port(interface: &str) -> Socket {
     let socket = Socket::new(Domain::PACKET, Type::RAW, None).unwrap();
     let mut storage = SockAddrStorage::zeroed();
@@ -143,12 +149,12 @@ fn port(interface: &str) -> Socket {
     socket
 }
 
-/// IPv4, UDP, to port 4791.
+/// Whether a frame has a packet of RoCEv2 over IPv4: UDP to port 4791.
 fn is_roce(frame: &[u8]) -> bool {
     frame.len() > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 4791u16.to_be_bytes()
 }
 
-/// Does something in a network of its own that has the loopback alone: no device of the host's has UDP port 4791 there.
+/// Calls `act` in a network of its own, with the loopback only. No device of the host has UDP port 4791 there.
 pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -160,6 +166,7 @@ pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     })
 }
 
+/// Takes frames from one side to the other, and harms them as `faults` say, until `stop`.
 fn relay(mut from: &Socket, mut to: &Socket, faults: Faults, mut rng: StdRng, stop: &AtomicBool, harmed: &AtomicU64) {
     let mut frame = vec![0; 128 << 10];
     let mut held: Option<Vec<u8>> = None;

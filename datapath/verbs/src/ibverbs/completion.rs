@@ -1,4 +1,4 @@
-//! Completion queues, and what they say.
+//! Completion queues of libibverbs.
 
 use super::super::completion::{Completion, Outcome, WorkError};
 use super::device::Context;
@@ -11,10 +11,10 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Completions taken by one call.
+/// Most completions taken by one call.
 const POLLED: usize = 32;
 
-/// What a status means.
+/// Text of a status, an `ibv_wc_status`.
 pub(in super::super) fn status_text(status: u32) -> String {
     // SAFETY: takes a number and returns a static string, also for numbers that it does not know.
     unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) }.to_string_lossy().into_owned()
@@ -28,6 +28,7 @@ pub(in super::super) fn is_remote_access(status: u32) -> bool {
     status == ffi::IBV_WC_REM_ACCESS_ERR
 }
 
+/// Completion queue and its channel, which queue pairs share.
 pub(super) struct RawQueue {
     queue: NonNull<ffi::ibv_cq>,
     channel: NonNull<ffi::ibv_comp_channel>,
@@ -56,10 +57,12 @@ impl Drop for RawQueue {
     }
 }
 
-/// A completion queue, polled by one thread.
+/// Completion queue. One thread polls it.
 pub struct CompletionQueue {
     raw: Arc<RawQueue>,
+    /// Scratch memory for one call.
     polled: Box<[ffi::ibv_wc; POLLED]>,
+    /// Whether an event may wait in the channel.
     armed: bool,
 }
 
@@ -67,11 +70,10 @@ pub struct CompletionQueue {
 unsafe impl Send for CompletionQueue {}
 
 impl CompletionQueue {
-    /// A queue for `depth` completions. The caller sees to it that no more can be outstanding: the device does not
-    /// recover from an overrun.
+    /// Makes a queue for `depth` completions.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
         // SAFETY: the context is open.
         let channel = unsafe { ffi::ibv_create_comp_channel(context.raw()) };
@@ -99,17 +101,17 @@ impl CompletionQueue {
         &self.raw
     }
 
-    /// Readable when there are completions after [`CompletionQueue::arm`].
+    /// Descriptor that becomes readable when a completion comes after [`CompletionQueue::arm`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         // SAFETY: the channel lives.
         unsafe { self.raw.channel.as_ref() }.fd
     }
 
-    /// Takes what is complete, at most 32; returns how many that was. Does not allocate.
+    /// Hands at most 32 completions to `each`, and returns their number. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_poll_cq` reports: the device is gone.
+    /// The error of `ibv_poll_cq`: the device is gone.
     #[inline]
     pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
         // SAFETY: the array has as many places as stated.
@@ -123,10 +125,10 @@ impl CompletionQueue {
         Ok(count)
     }
 
-    /// Makes [`CompletionQueue::descriptor`] readable at the next completion. Poll once more before waiting for it.
+    /// Makes [`CompletionQueue::descriptor`] readable at the next completion.
     ///
     /// # Errors
-    /// What `ibv_req_notify_cq` reports.
+    /// The error of `ibv_req_notify_cq`.
     pub fn arm(&mut self) -> io::Result<()> {
         self.clear();
         self.armed = true;
@@ -134,7 +136,7 @@ impl CompletionQueue {
         check(unsafe { ffi::ibv_req_notify_cq(self.raw.raw(), 0) })
     }
 
-    /// Takes back that the descriptor is readable.
+    /// Takes all events, so that the descriptor is not readable any more.
     fn clear(&mut self) {
         if !std::mem::take(&mut self.armed) {
             return;
@@ -148,6 +150,7 @@ impl CompletionQueue {
     }
 }
 
+/// Translates a completion.
 fn completion(work: &ffi::ibv_wc) -> Completion {
     let outcome = if work.status != ffi::IBV_WC_SUCCESS {
         Outcome::Failed(WorkError::Hardware { status: work.status, vendor: work.vendor_err })

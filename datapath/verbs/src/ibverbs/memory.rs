@@ -1,4 +1,4 @@
-//! What a NIC may touch: protection domains, registered memory, memory windows.
+//! Protection domains, registered memory and memory windows of libibverbs.
 
 use super::super::memory::{Pinned, Rights};
 use super::check;
@@ -9,7 +9,7 @@ use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Memory, windows and queue pairs that belong together.
+/// Protection domain.
 pub struct ProtectionDomain {
     domain: NonNull<ffi::ibv_pd>,
     _context: Arc<Context>,
@@ -21,10 +21,10 @@ unsafe impl Send for ProtectionDomain {}
 unsafe impl Sync for ProtectionDomain {}
 
 impl ProtectionDomain {
-    /// A new domain of a device.
+    /// Makes a domain of a device.
     ///
     /// # Errors
-    /// What `ibv_alloc_pd` reports.
+    /// The error of `ibv_alloc_pd`.
     pub fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
         // SAFETY: the context is open.
         let domain = unsafe { ffi::ibv_alloc_pd(context.raw()) };
@@ -44,7 +44,7 @@ impl Drop for ProtectionDomain {
     }
 }
 
-/// Registered memory. It stays mapped and pinned as long as this lives.
+/// Registered memory. It stays mapped and pinned as long as this value lives.
 pub struct MemoryRegion {
     region: NonNull<ffi::ibv_mr>,
     domain: Arc<ProtectionDomain>,
@@ -60,7 +60,7 @@ impl MemoryRegion {
     /// Registers memory.
     ///
     /// # Errors
-    /// What `ibv_reg_mr` reports.
+    /// The error of `ibv_reg_mr`.
     pub(in super::super) fn new(
         domain: &Arc<ProtectionDomain>,
         memory: &impl Pinned,
@@ -88,7 +88,7 @@ impl MemoryRegion {
         self.fields().length
     }
 
-    /// Where it begins.
+    /// Address of the first byte.
     pub(in super::super) fn address(&self) -> u64 {
         self.fields().addr.addr() as u64
     }
@@ -113,10 +113,10 @@ impl Drop for MemoryRegion {
     }
 }
 
-/// A type-2 memory window: opened over part of a region for the peer of one queue pair, by a `Work::Open` on
-/// it. Dropping it closes it: once `drop` returns, a write through it fails with a remote access error.
+/// Type-2 memory window. Dropping it closes it.
 pub struct MemoryWindow {
     window: NonNull<ffi::ibv_mw>,
+    /// Key that it is opened under.
     key: u32,
     at: u64,
     len: u64,
@@ -127,10 +127,10 @@ pub struct MemoryWindow {
 unsafe impl Send for MemoryWindow {}
 
 impl MemoryWindow {
-    /// A window over `len` bytes at `at` of a region, which has them; closed so far.
+    /// Makes a closed window over `len` bytes at offset `at` of a registration, which has them.
     ///
     /// # Errors
-    /// What `ibv_alloc_mw` reports.
+    /// The error of `ibv_alloc_mw`.
     pub(in super::super) fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
         // SAFETY: the domain lives.
         let window = unsafe { ffi::ibv_alloc_mw(region.domain.raw(), ffi::IBV_MW_TYPE_2) };
@@ -140,11 +140,12 @@ impl MemoryWindow {
         Ok(Self { window, key, at, len, region: Arc::clone(region) })
     }
 
-    /// The rkey that it is opened under.
+    /// Key (rkey) that the window is opened under.
     pub(in super::super) fn key(&self) -> u32 {
         self.key
     }
 
+    /// Fields of the request that opens the window.
     pub(super) fn bind(&self) -> (*mut ffi::ibv_mw, u32, ffi::ibv_mw_bind_info) {
         let info = ffi::ibv_mw_bind_info {
             mr: self.region.raw(),

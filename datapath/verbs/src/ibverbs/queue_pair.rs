@@ -1,4 +1,4 @@
-//! Reliable connected queue pairs (RC).
+//! Reliable connected queue pairs (RC) of libibverbs.
 
 use super::super::memory::{LocalRange, RemoteRange, Window};
 use super::super::queue_pair::{self, PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, Work};
@@ -12,8 +12,7 @@ use std::mem::zeroed;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Receives without buffers, shared by queue pairs: each takes one WRITE_WITH_IMM, whose bytes lie where they were
-/// written.
+/// Receives without buffers that queue pairs share.
 pub struct SharedReceiveQueue {
     queue: NonNull<ffi::ibv_srq>,
     _domain: Arc<ProtectionDomain>,
@@ -25,10 +24,10 @@ unsafe impl Send for SharedReceiveQueue {}
 unsafe impl Sync for SharedReceiveQueue {}
 
 impl SharedReceiveQueue {
-    /// A queue of `depth` receives, all posted.
+    /// Makes a queue of `depth` receives, all of them posted.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
         // SAFETY: plain data, for which zero is valid.
         let mut options: ffi::ibv_srq_init_attr = unsafe { zeroed() };
@@ -42,10 +41,10 @@ impl SharedReceiveQueue {
         Ok(queue)
     }
 
-    /// Posts `count` more receives, in place of those that were taken. Does not allocate.
+    /// Posts `count` more receives. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_srq_recv` reports.
+    /// The error of `ibv_post_srq_recv`.
     pub fn post(&self, count: usize) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid: no buffers, no next.
         let mut receive: ffi::ibv_recv_wr = unsafe { zeroed() };
@@ -65,7 +64,7 @@ impl Drop for SharedReceiveQueue {
     }
 }
 
-/// A queue pair. It is wrapped in types that know its state.
+/// Queue pair. Types that know its state wrap it.
 pub struct QueuePair {
     pair: NonNull<ffi::ibv_qp>,
     port: LocalPort,
@@ -85,14 +84,14 @@ impl Drop for QueuePair {
     }
 }
 
-/// How long a packet may stay without an answer: 4.096 us * 2^14 = 67 ms (IBTA 1.4, 9.7.6.1.3).
+/// Code of the time that an answer may take: 4.096 us * 2^14 = 67 ms (IBTA 1.4, 9.7.6.1.3).
 const TIMEOUT: u8 = 14;
 
 impl QueuePair {
-    /// A queue pair of a port, in the INIT state, whose peer may write where windows or registrations let it.
+    /// Makes a queue pair of a port, in the INIT state.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn new(
         domain: &Arc<ProtectionDomain>,
         queue: &CompletionQueue,
@@ -172,7 +171,7 @@ impl QueuePair {
     /// Connects the sending half: READY TO SEND.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub fn send(&self) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
@@ -192,19 +191,19 @@ impl QueuePair {
         )
     }
 
-    /// Its number.
+    /// Number of the queue pair, 24 bits.
     #[must_use]
     pub fn number(&self) -> u32 {
         // SAFETY: the queue pair lives.
         unsafe { self.pair.as_ref() }.qp_num
     }
 
-    /// As [`queue_pair::QueuePair::number_packets_from`].
+    /// Numbers packets from `psn` on, which has 24 bits.
     pub fn number_packets_from(&mut self, psn: u32) {
         self.first_psn = psn;
     }
 
-    /// What a peer needs to connect.
+    /// Address that a peer needs to connect.
     #[must_use]
     pub fn address(&self) -> PeerAddress {
         let LocalPort { gid, lid, mtu, .. } = self.port;
@@ -214,7 +213,7 @@ impl QueuePair {
     /// Posts a receive into `into`. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_recv` reports.
+    /// The error of `ibv_post_recv`.
     pub fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
         let mut range = ffi::ibv_sge { addr: into.address, length: into.len, lkey: into.key };
         let mut receive =
@@ -224,10 +223,10 @@ impl QueuePair {
         check(unsafe { ffi::ibv_post_recv(self.pair.as_ptr(), &raw mut receive, &raw mut failed) })
     }
 
-    /// Posts up to [`DOORBELL`] requests with one call, in order. Returns how many it took. Does not allocate.
+    /// Posts the first requests, at most [`DOORBELL`], in order with one call. Returns the number taken. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_send` reports when it took none.
+    /// The error of `ibv_post_send`, if no request was taken.
     pub fn post(&mut self, requests: &[Request<'_>]) -> io::Result<usize> {
         let count = requests.len().min(DOORBELL);
         // SAFETY: plain data, for which zero is valid.
@@ -255,7 +254,7 @@ impl QueuePair {
     }
 }
 
-/// Fills in all but the links; returns the range that the request names.
+/// Fills in a request, except its links. Returns the memory that it names.
 fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::ibv_sge> {
     let none = ffi::ibv_sge { addr: 0, length: 0, lkey: 0 };
     let inline =
@@ -305,13 +304,14 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
 }
 
 impl QueuePair {
+    /// Changes the attributes that `mask` names.
     fn modify(&self, change: &mut ffi::ibv_qp_attr, mask: u32) -> io::Result<()> {
         // SAFETY: queue pair and attributes live across the call; the mask names fields that are filled in.
         check(unsafe { ffi::ibv_modify_qp(self.pair.as_ptr(), change, mask.cast_signed()) })
     }
 }
 
-/// `enum ibv_mtu` counts from 1: 256, 512, ... 4096 bytes.
+/// Code of a path MTU. `enum ibv_mtu` counts from 1: 256, 512, ... 4096 bytes.
 fn mtu_code(bytes: u32) -> u32 {
     (bytes.clamp(256, 4096) / 256).ilog2() + 1
 }

@@ -1,4 +1,4 @@
-//! The NIC itself: an address, and what it is attached to.
+//! NIC in software: an address, and the link that it is attached to.
 
 use super::super::{LocalPort, VerbsError};
 #[cfg(feature = "dpdk")]
@@ -20,12 +20,12 @@ use std::sync::Arc;
 use std::sync::{Mutex, PoisonError, Weak};
 use std::time::Instant;
 
-/// Largest message, bytes: its packets are far fewer than packets have numbers.
+/// Bytes of the longest message. Its packets are far fewer than packet numbers.
 const MAX_MESSAGE_BYTES: u32 = 1 << 30;
-/// Bytes a second of a port that does not say (10 Gbit/s).
+/// Bytes per second of a port that does not report its rate (10 Gbit/s).
 const LINE_RATE: f64 = 1.25e9;
 
-/// A NIC in software.
+/// NIC in software.
 pub struct Nic {
     name: String,
     link: Link,
@@ -35,27 +35,28 @@ pub struct Nic {
     begun: Instant,
 }
 
-/// What it is attached to.
+/// Link that a NIC is attached to.
 enum Link {
-    /// An interface of the kernel, by name. The port is kept from answering by itself.
+    /// Interface of the kernel. The socket has UDP port 4791, so that the kernel does not answer for it.
     Kernel { interface: String, _port: Socket },
-    /// A port of DPDK, whose queues the completion queues share.
+    /// Port of DPDK, whose queues the completion queues share.
     #[cfg(feature = "dpdk")]
     Dpdk { port: Arc<EthPort>, config: DpdkConfig, shared: Mutex<Weak<Ports>> },
 }
 
-/// The NICs at ports of DPDK, which stay until the process ends: a port that was closed cannot be opened again (DPDK's
+/// NICs at ports of DPDK. They stay until the process ends, because a closed port cannot be opened again (DPDK's
 /// `rte_eth_dev_close`).
 #[cfg(feature = "dpdk")]
 static ATTACHED: Mutex<Vec<(Arc<Nic>, LocalPort)>> = Mutex::new(Vec::new());
 
-/// Closes the ports that nobody uses: drivers leave the kernel's interfaces as they were.
+/// Closes the ports that nobody uses, so that drivers leave the kernel's interfaces as they were. `atexit(3)` calls it.
 #[cfg(feature = "dpdk")]
 extern "C" fn detach() {
     let mut attached = ATTACHED.lock().unwrap_or_else(PoisonError::into_inner);
     attached.retain(|(nic, _)| Arc::strong_count(nic) > 1);
 }
 
+/// IP address of an interface, if it has one.
 fn address_of(interface: &InterfaceAddress) -> Option<IpAddr> {
     let address = interface.address.as_ref()?;
     let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
@@ -66,7 +67,8 @@ fn is_up(interface: &InterfaceAddress) -> bool {
     interface.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING)
 }
 
-/// Bytes a second of an interface (Documentation/ABI/testing/sysfs-class-net, speed); `None` where it does not say.
+/// Bytes per second of an interface; `None` where it does not report them.
+/// (Linux, Documentation/ABI/testing/sysfs-class-net, "speed").
 fn line_rate(interface: &str) -> Option<f64> {
     let megabits: i32 =
         std::fs::read_to_string(format!("/sys/class/net/{interface}/speed")).ok()?.trim().parse().ok()?;
@@ -74,10 +76,10 @@ fn line_rate(interface: &str) -> Option<f64> {
 }
 
 impl Nic {
-    /// A NIC at that address, or at the first that other hosts can reach.
+    /// Opens a NIC at the address `wanted`, or at the first that other hosts can reach.
     ///
     /// # Errors
-    /// [`VerbsError`].
+    /// [`VerbsError`], which names what is missing.
     pub(in super::super) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let refuse = |action, source: io::Error| VerbsError::Call { name: "roce".to_owned(), action, source };
         let interfaces = getifaddrs().map_err(|error| refuse("list the addresses", error.into()))?;
@@ -104,10 +106,10 @@ impl Nic {
         Ok(Self::at(name, Link::Kernel { interface, _port: port }, address, mtu, line_rate))
     }
 
-    /// The NIC at a port of DPDK, which is one for the whole process.
+    /// Opens the NIC at a port of DPDK, of which a process has one.
     ///
     /// # Errors
-    /// [`VerbsError`].
+    /// [`VerbsError`], which names what is missing.
     #[cfg(feature = "dpdk")]
     pub(in super::super) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let Some(address) = config.address else { return Err(VerbsError::Unset("dpdk.address")) };
@@ -187,7 +189,7 @@ impl Nic {
         Domain::new(&self.keys)
     }
 
-    /// What may drive a new completion queue.
+    /// Ports of which one will drive a new completion queue.
     pub(super) fn ports(self: &Arc<Self>) -> io::Result<Arc<Ports>> {
         match &self.link {
             #[cfg(feature = "dpdk")]

@@ -1,4 +1,4 @@
-//! Queue pairs, and where they take receives from.
+//! Queue pairs of a NIC in software, and their shared receives.
 
 use super::super::memory::{LocalRange, Window as AnyWindow};
 use super::super::queue_pair::{
@@ -17,18 +17,20 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Bytes that a request can carry in itself at most.
+/// Most bytes that a request carries in itself.
 const INLINE_BYTES: usize = 64;
-/// Packets under way at most, as Linux's soft-RoCE has it (rxe_param.h, RXE_MAX_UNACKED_PSNS).
+/// Most packets under way, as for Linux's soft-RoCE (rxe_param.h, RXE_MAX_UNACKED_PSNS).
 const WINDOW: u32 = 128;
-/// How long a packet may stay without an answer at least: longer than most paths and polling threads take. With [`RETRIES`],
-/// a peer is given up after a second, or later if answers took longer.
+/// Shortest wait for an answer, nanoseconds: longer than most paths and polling threads take.
+///
+/// After [`RETRIES`] doublings a peer is given up, in about a second, or later if its answers took longer.
 const TIMEOUT: Nanos = 4_000_000;
-/// Id of the completion that says of a queue pair without work that it failed.
+/// Id of the completion that reports the failure of a queue pair without work.
 const OF_NO_REQUEST: u64 = u64::MAX;
 
 /// Receives without buffers that queue pairs share.
 pub struct Receives {
+    /// Number of receives that are posted.
     posted: AtomicUsize,
 }
 
@@ -43,16 +45,17 @@ impl Receives {
         Ok(())
     }
 
+    /// Takes a receive; false if there is none.
     fn take(&self) -> bool {
         self.posted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |posted| posted.checked_sub(1)).is_ok()
     }
 }
 
-/// What a request sends.
+/// Payload of a request.
 pub(super) enum Payload {
-    /// It carries the bytes.
+    /// Bytes that the request carries in itself, and their number.
     Inline([u8; INLINE_BYTES], usize),
-    /// They lie in registered memory.
+    /// Bytes in registered memory.
     Registered(LocalBytes),
 }
 
@@ -65,38 +68,41 @@ impl AsRef<[u8]> for Payload {
     }
 }
 
-/// A queue pair as its port keeps it.
+/// State of a queue pair, which its port keeps.
 pub(super) struct Side {
     number: u32,
-    /// The completion queue that it belongs to.
+    /// Number of its completion queue.
     pub queue: u32,
     pub domain: u32,
+    /// Protocol engine; `None` before the queue pair is connected.
     engine: Option<roce::QueuePair<Payload>>,
     shared: Option<Arc<Receives>>,
-    /// Where what the peer sends goes, in order.
+    /// Posted receives in order: id, and buffer for a message of the peer.
     buffers: VecDeque<(u64, LocalBytes)>,
-    /// Windows that were opened after a request, which is complete before they are: the request's id, their own.
+    /// Windows opened while a request was under way: the request's id, and their own. They complete after it.
     opened: VecDeque<(u64, u64)>,
-    /// Ids of the last request posted, and of the last that is done.
+    /// Id of the last request posted.
     posted: u64,
+    /// Id of the last request done.
     done: u64,
-    /// It was said that it failed.
+    /// Whether a completion has reported the failure.
     told: bool,
-    /// Whether the port has it among those that have something to send.
+    /// Whether the queue pair is in the port's list of those that have something to send.
     pub busy: bool,
 }
 
 impl Side {
+    /// Makes a completion of this queue pair.
     fn completion(&self, id: u64, outcome: Outcome) -> Completion {
         Completion { queue_pair: self.number, id, outcome }
     }
 
-    /// A receive for what one of `buffers` is for.
+    /// Makes the engine's receive for one of `buffers`.
     fn receive(id: u64, buffer: &LocalBytes) -> roce::Receive {
         roce::Receive { id, buffer: vec![0; buffer.len()] }
     }
 
-    /// Takes a packet.
+    /// Takes a packet that came for this queue pair.
     pub fn take(&mut self, packet: &Packet<'_>, now: Nanos, reach: &mut Reach<'_>) {
         let Some(engine) = &mut self.engine else { return };
         if let Some(shared) = &self.shared
@@ -110,17 +116,17 @@ impl Side {
         engine.receive(packet, now, reach);
     }
 
-    /// Sends at most `most` packets; returns how many.
+    /// Hands at most `most` packets to `send`, and returns their number.
     pub fn transmit(&mut self, now: Nanos, reach: &Reach<'_>, most: usize, send: impl FnMut(&Packet<'_>)) -> usize {
         self.engine.as_mut().map_or(0, |engine| engine.transmit(now, reach, most, send))
     }
 
-    /// When it has to send again, whatever comes.
+    /// Time at which it has to send again, even if no packet comes.
     pub fn wake_at(&self) -> Option<Nanos> {
         self.engine.as_ref().and_then(roce::QueuePair::wake_at)
     }
 
-    /// Hands on what is complete.
+    /// Adds the new completions to `completions`.
     pub fn collect(&mut self, completions: &mut Vec<Completion>) {
         let Some(mut engine) = self.engine.take() else { return };
         while let Some(completion) = engine.poll() {
@@ -164,13 +170,14 @@ impl Side {
         self.engine = Some(engine);
     }
 
+    /// Gives shared receives back.
     fn unused(&self, receives: usize) {
         if let Some(shared) = &self.shared {
             shared.posted.fetch_add(receives, Ordering::Relaxed);
         }
     }
 
-    /// Takes a request. False when it has no room.
+    /// Posts a request; false if there is no room for it.
     fn post(&mut self, request: &Request<'_>, domain: &Domain, completions: &mut Vec<Completion>) -> io::Result<bool> {
         let Some(engine) = &mut self.engine else { return Err(io::ErrorKind::NotConnected.into()) };
         let inline = |bytes: &[u8]| {
@@ -222,13 +229,13 @@ impl Drop for Side {
     }
 }
 
-/// Whether a request may need a receive.
+/// Whether a request of this opcode may need a receive.
 fn takes_receive(opcode: Opcode) -> bool {
     opcode.has_immediate()
         || matches!(opcode, Opcode::SendFirst | Opcode::SendMiddle | Opcode::SendLast | Opcode::SendOnly)
 }
 
-/// A queue pair. It is wrapped in types that know its state.
+/// Queue pair of a NIC in software. Types that know its state wrap it.
 pub struct Pair {
     port: PortHandle,
     domain: Domain,
@@ -270,7 +277,7 @@ impl Pair {
     /// Connects both halves.
     ///
     /// # Errors
-    /// The peer's address is of another family.
+    /// `InvalidInput`: the peer's address is of another family, or its path MTU is below 256 bytes.
     pub(in super::super) fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
         let nic = self.port.nic();
         let to = Ipv6Addr::from(peer.gid);
@@ -335,7 +342,7 @@ impl Pair {
         })
     }
 
-    /// Posts requests and sends what may go.
+    /// Posts requests, sends what window and rate allow, and returns the number of requests taken.
     pub(in super::super) fn post(&self, requests: &[Request<'_>]) -> io::Result<usize> {
         let taken = self.port.with(self.number(), |side, completions| {
             for (index, request) in requests.iter().take(DOORBELL).enumerate() {

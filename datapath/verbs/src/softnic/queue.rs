@@ -1,4 +1,4 @@
-//! Completion queues: where queue pairs are driven.
+//! Completion queues of a NIC in software, which drive its queue pairs.
 
 use super::super::queue_pair::QueuePairOptions;
 use super::super::{Completion, LocalPort};
@@ -20,26 +20,28 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// How often it is looked whose time has come.
+/// Time between two looks for queue pairs whose time has come, nanoseconds.
 const TICK: Nanos = 1_000_000;
-/// How long the keeper leaves packets to whoever polls.
+/// Time for which the keeper leaves packets to the threads that poll.
 const PATIENCE: Duration = Duration::from_millis(1);
-/// How long it sleeps at most.
+/// Longest sleep of the keeper.
 const LONGEST: Duration = Duration::from_secs(1);
-/// How long where it has to look for packets and none came.
+/// Sleep of a keeper that polls for packets, after none came.
 const NAP: Duration = Duration::from_micros(100);
-/// How long it looks for packets without rest after the last, or after an owner went to sleep.
+/// Time for which a keeper polls without rest, after the last packet or after an owner went to sleep.
 const LOOKING: Duration = Duration::from_micros(200);
-/// An owner that did not look for so long sleeps.
+/// Time without a poll after which an owner counts as asleep.
 const ASLEEP: Duration = Duration::from_micros(10);
+/// Token of the descriptor that is readable while packets wait.
 const PACKETS: u64 = 0;
+/// Token of every other descriptor.
 const OTHER: u64 = 1;
 
-/// The ports of one NIC, which live and end together: those of DPDK hand each other packets.
+/// Ports of one NIC. They live and end together, as those of DPDK hand each other packets.
 pub(super) struct Ports(Vec<Port>);
 
 impl Ports {
-    /// A port at each of the wires, and its keeper.
+    /// Makes a port at each of the wires, and its keeper.
     pub fn new(nic: &Arc<Nic>, wires: Vec<Wire>) -> io::Result<Arc<Self>> {
         let (ports, kept): (Vec<_>, Vec<_>) =
             wires.into_iter().map(|wire| Port::new(nic, wire)).collect::<io::Result<Vec<_>>>()?.into_iter().unzip();
@@ -57,14 +59,14 @@ impl Ports {
         Ok(ports)
     }
 
-    /// The one with the fewest completion queues.
+    /// The port with the fewest completion queues.
     fn idlest(self: &Arc<Self>) -> PortHandle {
         let index = (0..self.0.len()).min_by_key(|index| self.0[*index].lock().sinks.len()).unwrap_or(0);
         PortHandle { ports: Arc::clone(self), index }
     }
 }
 
-/// One of the ports of a NIC.
+/// Handle of one of the ports of a NIC.
 #[derive(Clone)]
 pub(super) struct PortHandle {
     ports: Arc<Ports>,
@@ -72,6 +74,7 @@ pub(super) struct PortHandle {
 }
 
 impl PortHandle {
+    /// Handle of the port with that index; `None` once the NIC's ports are gone.
     fn upgrade(ports: &Weak<Ports>, index: usize) -> Option<Self> {
         Some(Self { ports: ports.upgrade()?, index })
     }
@@ -85,9 +88,11 @@ impl Deref for PortHandle {
     }
 }
 
-/// What a keeper waits with: a socket that is readable when packets came, if there is one, and when the port ends.
+/// Descriptors that a keeper waits for.
 struct Kept {
+    /// Socket that is readable while packets wait; `None` where only polling finds them.
     packets: Option<Socket>,
+    /// Socket that is readable when the port ends, or calls for a keeper that polls.
     ends: UnixStream,
 }
 
@@ -95,34 +100,37 @@ struct Kept {
 pub(super) struct Port {
     nic: Arc<Nic>,
     state: Mutex<State>,
-    /// How often a queue's owner drove it.
+    /// Number of times that an owner of a completion queue drove the port.
     polled: AtomicU64,
-    /// The keeper has to be told when to look for packets...
+    /// Whether only polling finds packets, so that an owner that goes to sleep has to call the keeper.
     blind: bool,
-    /// ...which is of use once some came, or something was to be sent.
+    /// Whether packets came or went since an owner last went to sleep. Only then is the keeper called.
     active: AtomicBool,
-    /// It ends when this is dropped.
+    /// Other end of [`Kept::ends`]. The keeper ends when this is dropped.
     keeper: UnixStream,
 }
 
+/// State of a port, under its lock.
 struct State {
     wire: Wire,
+    /// Queue pairs by number.
     sides: HashMap<u32, Side>,
-    /// Those that have something to send, or soon will.
+    /// Numbers of the queue pairs that have something to send, or soon will.
     busy: VecDeque<u32>,
-    /// Of each completion queue.
+    /// Completions for each completion queue, by its number.
     sinks: HashMap<u32, Sink>,
+    /// Time of the last look for queue pairs whose time has come.
     looked_at: Nanos,
-    /// Counts numbers, so that one that was given back is not soon used again.
+    /// Next candidate for a number, so that a number that was given back is not soon used again.
     next: u32,
-    /// Completion queues that there ever were.
+    /// Number of completion queues that there ever were.
     queues: u32,
 }
 
-/// What one completion queue is told.
+/// Completions for one completion queue.
 struct Sink {
     completions: Vec<Completion>,
-    /// Has the owner look.
+    /// Socket whose other end wakes the owner.
     wake: UnixStream,
 }
 
@@ -159,7 +167,7 @@ impl Port {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds a queue pair under a number of its own.
+    /// Adds the queue pair that `make` makes, and returns its number.
     pub fn add(&self, make: impl FnOnce(u32) -> Side) -> io::Result<u32> {
         let mut state = self.lock();
         for _ in 0..PAIRS {
@@ -177,7 +185,7 @@ impl Port {
         self.lock().sides.remove(&number);
     }
 
-    /// Does something with a queue pair, which may then have something to send.
+    /// Calls `act` with a queue pair, which may then have something to send.
     pub fn with<R>(
         &self,
         number: u32,
@@ -194,21 +202,22 @@ impl Port {
         Ok(result)
     }
 
-    /// A queue pair will send to that address.
+    /// Looks for the next hop to an address that a queue pair will send to.
     pub fn seek(&self, to: IpAddr) {
         self.lock().wire.seek(to, self.nic.now());
     }
 
-    /// Sends what may go.
+    /// Sends what windows and rates allow.
     pub fn send(&self) {
         self.lock().send(&self.nic, self.nic.now());
     }
 }
 
 impl State {
-    /// Takes a burst of packets, answers, and sends what may go. Wakes the owners of all queues but `of` that have
-    /// something to take.
-    /// True when there were packets, or more is to be sent.
+    /// Takes a burst of packets, answers, and sends what windows and rates allow.
+    ///
+    /// Wakes the owners of completion queues with new completions, except the owner of `of`, which is polling.
+    /// Returns whether packets came, or more is to be sent.
     fn drive(&mut self, nic: &Nic, of: Option<u32>) -> io::Result<bool> {
         let now = nic.now();
         let mut reach = nic.keys.reach();
@@ -245,6 +254,7 @@ impl State {
         Ok(came > 0 || !self.busy.is_empty())
     }
 
+    /// Sends what windows and rates allow, as far as the wire has room.
     fn send(&mut self, nic: &Nic, now: Nanos) {
         if self.busy.is_empty() && self.wire.is_flushed() {
             return;
@@ -275,25 +285,30 @@ impl State {
         wire.flush();
     }
 
-    /// How long nothing has to be done if nothing comes.
+    /// Time until something has to be done if no packet comes, between [`PATIENCE`] and [`LONGEST`].
     fn rest(&self, now: Nanos) -> Duration {
         let soonest = self.sides.values().filter_map(Side::wake_at).min();
         soonest.map_or(LONGEST, |at| Duration::from_nanos(at.saturating_sub(now))).clamp(PATIENCE, LONGEST)
     }
 }
 
-/// A completion queue, and the NIC's work for its queue pairs.
+/// Completion queue of a NIC in software. Polling it does the NIC's work for its queue pairs.
 pub struct Queue {
     port: PortHandle,
+    /// Number of the queue at its port.
     number: u32,
     poller: Poller,
+    /// Other end of [`Sink::wake`].
     woken: UnixStream,
+    /// Completions that are being handed over.
     taken: Vec<Completion>,
 }
 
 impl Queue {
+    /// Makes a completion queue at the port with the fewest.
+    ///
     /// # Errors
-    /// What the kernel reports: `EPERM` without CAP_NET_RAW.
+    /// The error that the kernel reports: `EPERM` without CAP_NET_RAW.
     pub(in super::super) fn new(nic: &Arc<Nic>) -> io::Result<Self> {
         let port = nic.ports()?.idlest();
         let poller = Poller::new()?;
@@ -360,7 +375,7 @@ impl Drop for Queue {
     }
 }
 
-/// Drives a port when nobody else does: the keeper's life.
+/// Runs the keeper of a port whose packets wake it: it drives the port while no owner polls.
 fn keep(ports: &Weak<Ports>, index: usize, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
     let mut poller = Poller::new()?;
     poller.add(packets.as_raw_fd(), PACKETS, false)?;
@@ -386,7 +401,7 @@ fn keep(ports: &Weak<Ports>, index: usize, packets: &Socket, ends: &UnixStream) 
     }
 }
 
-/// As [`keep`], where packets wake nobody: it looks for them while owners sleep.
+/// Runs the keeper of a port whose packets wake nobody: it polls for them while all owners sleep.
 fn keep_looking(ports: &Weak<Ports>, index: usize, mut calls: UnixStream) -> io::Result<()> {
     let (mut polled, mut polled_at) = (0, Instant::now());
     let mut rest = PATIENCE;

@@ -1,8 +1,8 @@
-//! The kernel's sockets that carry packets of RoCEv2.
+//! Sockets of the kernel that carry packets of RoCEv2.
 //!
 //! A raw socket sends (raw(7), IP_HDRINCL): the kernel chooses route, interface and neighbour. A packet socket receives
-//! (packet(7)): unlike a UDP socket it shows the IP header, over which the ICRC goes. A filter in the kernel hands each
-//! queue the packets for its own queue pairs alone, so that queues share nothing.
+//! (packet(7)): unlike a UDP socket it shows the IP header, which the invariant checksum covers. A filter in the kernel
+//! gives each queue the packets for its own queue pairs only, so that queues share nothing.
 
 use super::wire::PAIRS;
 use embarcadero_roce::PathMtu;
@@ -15,16 +15,18 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 
-/// Packets taken, or sent, with one system call.
+/// Most packets taken, or sent, with one system call.
 const BURST: usize = 64;
 /// Bytes of the longest packet.
 const PACKET_BYTES: usize = PathMtu::Mtu4096.bytes() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES;
-/// Bytes of packets that the kernel keeps for us, if we may have so many: a burst of each of a hundred peers.
+/// Bytes of waiting packets that the kernel keeps, if its limits allow: a burst of each of a hundred peers.
 const RECEIVE_BUFFER: usize = 32 << 20;
+/// Bytes of packets to be sent that the kernel keeps, if its limits allow.
 const SEND_BUFFER: usize = 4 << 20;
 
-/// Takes the UDP port of RoCEv2 at an address, so that the kernel does not answer its packets as unreachable. What comes
-/// there is dropped; other processes of the same user can have it too.
+/// Takes the UDP port of RoCEv2 at an address, so that the kernel does not answer its packets as unreachable.
+///
+/// Packets that come there are dropped. Other processes of the same user can have the port too.
 pub(super) fn take_port(address: IpAddr) -> io::Result<Socket> {
     let at = SocketAddr::new(address, UDP_PORT);
     let socket = Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP))?;
@@ -35,7 +37,7 @@ pub(super) fn take_port(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Bytes that a frame of an interface carries (netdevice(7), SIOCGIFMTU).
+/// Bytes that a frame of an interface carries (netdevice(7), SIOCGIFMTU). `any` is any socket.
 pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
     // SAFETY: plain data, for which zero is valid.
     let mut request: libc::ifreq = unsafe { zeroed() };
@@ -52,7 +54,7 @@ pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
     Ok(unsafe { request.ifr_ifru.ifru_mtu }.max(0) as usize)
 }
 
-/// The part of all queue pairs' numbers of an address that this queue alone uses, while the socket lives.
+/// Reserves numbers of queue pairs at an address: [`PAIRS`] from the returned one on, as long as the socket lives.
 fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
     let queues = 1 << 24 >> PAIRS.ilog2();
     let start: u32 = rand::random_range(0..queues);
@@ -72,8 +74,9 @@ fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
     Err(io::Error::new(io::ErrorKind::AddrInUse, "all numbers of queue pairs are taken"))
 }
 
-/// A program (Linux, Documentation/networking/filter.rst) that keeps packets of RoCEv2 to `address` for queue pairs of
-/// the queue whose numbers begin at `first`. It looks from the IP header on.
+/// Makes a filter that keeps packets of RoCEv2 to `address` for the [`PAIRS`] queue pairs from `first` on.
+///
+/// It sees packets from their IP header on (Linux, Documentation/networking/filter.rst).
 fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
     use libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
     // What to load, and what it has to be: (width, offset, mask, value).
@@ -111,22 +114,25 @@ fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
     program
 }
 
-/// The sockets of one queue.
+/// Sockets of one queue.
 pub(super) struct Sockets {
     sends: Socket,
     receives: Socket,
-    /// The number of its first queue pair.
+    /// Number of the first queue pair.
     pub first: u32,
+    /// Socket that reserves the numbers of the queue pairs.
     _numbers: UnixDatagram,
     incoming: Box<[u8]>,
     outgoing: Vec<u8>,
-    /// Where in `outgoing` each packet ends, and where it goes.
+    /// End in `outgoing` and destination of each staged packet.
     staged: Vec<(usize, SockAddr)>,
 }
 
 impl Sockets {
+    /// Opens the sockets of a new queue at an address.
+    ///
     /// # Errors
-    /// What the kernel reports: `EPERM` without CAP_NET_RAW.
+    /// The error that the kernel reports: `EPERM` without CAP_NET_RAW.
     pub fn open(address: IpAddr) -> io::Result<Self> {
         let (first, numbers) = take_numbers(address)?;
         let (domain, ethertype) = match address {
@@ -156,17 +162,17 @@ impl Sockets {
         })
     }
 
-    /// Readable when there are packets.
+    /// Descriptor that is readable while packets wait.
     pub fn descriptor(&self) -> RawFd {
         self.receives.as_raw_fd()
     }
 
-    /// Another handle of the socket that receives, to wait with.
+    /// Copy of the socket that receives, to wait for packets.
     pub fn waiter(&self) -> io::Result<Socket> {
         self.receives.try_clone()
     }
 
-    /// As [`super::wire::Wire::receive`].
+    /// Hands a burst of packets to `each`, each behind scratch bytes, and returns their number.
     pub fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
@@ -200,17 +206,17 @@ impl Sockets {
         Ok(count)
     }
 
-    /// Packets that can be staged now.
+    /// Number of packets that can be staged now.
     pub fn room(&self) -> usize {
         BURST - self.staged.len()
     }
 
-    /// True when nothing is staged.
+    /// Whether no packet is staged.
     pub fn is_flushed(&self) -> bool {
         self.staged.is_empty()
     }
 
-    /// Puts a packet to those that the next flush sends. There must be room.
+    /// Adds a packet to those that the next flush sends. There must be room.
     pub fn stage(&mut self, packet: &Packet<'_>) {
         // What the protocol makes is sound.
         if packet.encode(&mut self.outgoing).is_ok() {
@@ -218,7 +224,7 @@ impl Sockets {
         }
     }
 
-    /// Sends what is staged. What the kernel has no room for stays; what it cannot send is lost, as on any wire.
+    /// Sends the staged packets. Those that the kernel has no room for stay; those that it cannot send are lost.
     pub fn flush(&mut self) {
         let mut sent = 0;
         while sent < self.staged.len() {
@@ -260,7 +266,7 @@ impl Sockets {
     }
 }
 
-/// All interfaces, for packets of a protocol.
+/// Link-layer address that stands for all interfaces, for packets of one protocol (packet(7)).
 fn all_interfaces(ethertype: u16) -> SockAddr {
     // SAFETY: plain data, for which zero is valid.
     let mut address: libc::sockaddr_ll = unsafe { zeroed() };

@@ -1,5 +1,7 @@
-//! DPDK's environment and its Ethernet ports, safely. (Its programmer's guide, "Environment Abstraction Layer", "Poll Mode
-//! Driver" and "Mbuf Library", says what the calls do.)
+//! DPDK's environment and its Ethernet ports, safely.
+//!
+//! The calls are described in DPDK's programmer's guide: "Environment Abstraction Layer", "Poll Mode Driver" and "Mbuf
+//! Library".
 
 use dpdk_sys as ffi;
 use embarcadero_roce::{ethernet, packet::Put};
@@ -13,45 +15,51 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Packets taken, or sent, with one call.
+/// Most packets taken, or sent, with one call.
 pub(super) const BURST: usize = 64;
-/// Descriptors of a queue.
+/// Descriptors of a queue each way.
 const DESCRIPTORS: u16 = 1024;
-/// Packet buffers of a port; its queues have a pool each.
+/// Packet buffers of a port, which its queues divide among them.
 const BUFFERS: usize = 16384;
-/// Those of a queue at least: both its rings full, and bursts that are looked at, or wait at another queue.
+/// Fewest packet buffers of a queue: for both full rings, and bursts that are being read or wait at another queue.
 const LEAST_BUFFERS: usize = 4096;
-/// How long whoever had a queue may take to put it down.
+/// Time that the former owner of a queue may take to give it back.
 const PUT_DOWN: Duration = Duration::from_secs(1);
-/// What a frame has around its packet: header and checksum.
+/// Bytes of a frame around its packet: header and checksum.
 const AROUND_BYTES: usize = ethernet::MAX_HEADER_BYTES + 4;
-/// Drivers that let no more than this be configured, and take what their buffers hold (drivers/net/memif/rte_eth_memif.c,
-/// drivers/net/af_packet/rte_eth_af_packet.c: `max_rx_pktlen`).
+/// Drivers that refuse a larger MTU than [`MODEST_MTU`], and yet take frames as long as their buffers.
+/// (drivers/net/memif/rte_eth_memif.c, drivers/net/af_packet/rte_eth_af_packet.c: `max_rx_pktlen`.)
 const MODEST: [&CStr; 2] = [c"net_memif", c"net_af_packet"];
+/// Largest MTU that the [`MODEST`] drivers accept, bytes.
 const MODEST_MTU: u16 = 1500;
-/// With what a pool keeps for a buffer, 64 bytes and its rte_mbuf, this makes a page. A pool puts no buffer across pages, and
-/// AF_XDP's driver expects them without gaps (drivers/net/af_xdp/rte_eth_af_xdp.c, `xdp_umem_configure`, before 24.07).
+/// Least bytes for a frame in a buffer.
+///
+/// With the 64 bytes that a pool adds and the 128 bytes of an `rte_mbuf`, they make a page. A pool puts no buffer across
+/// pages, and AF_XDP's driver expects buffers without gaps (drivers/net/af_xdp/rte_eth_af_xdp.c, `xdp_umem_configure`,
+/// before 24.07).
 const LEAST_ROOM: usize = 4096 - 64 - 128;
-/// Room that DPDK keeps before a frame (RTE_PKTMBUF_HEADROOM).
+/// Bytes that DPDK keeps free before a frame (RTE_PKTMBUF_HEADROOM).
 const HEADROOM: usize = 128;
 
+/// Makes an error from DPDK's error number. `what` completes "DPDK cannot ..".
 fn error_of(number: i32, what: &str) -> io::Error {
     // SAFETY: takes a number, and returns a string of the thread's own that stays until its next call.
     let text = unsafe { CStr::from_ptr(ffi::rte_strerror(number)) }.to_string_lossy().into_owned();
     io::Error::other(format!("DPDK cannot {what}: {text}"))
 }
 
+/// Turns the result of a call into an error: a negative one is an error number.
 fn check(result: i32, what: &str) -> io::Result<()> {
     if result < 0 { Err(error_of(-result, what)) } else { Ok(()) }
 }
 
-/// As DPDK says it.
+/// Version of DPDK, in its own words.
 pub(in super::super::super) fn version() -> String {
     // SAFETY: takes nothing and returns a static string.
     unsafe { CStr::from_ptr(ffi::rte_version()) }.to_string_lossy().into_owned()
 }
 
-/// Sets up DPDK for this process, which can be done once; later calls must say the same.
+/// Sets up DPDK for this process, once. Later calls must have the same arguments.
 fn start(arguments: &[String]) -> io::Result<()> {
     static STARTED: Mutex<Option<Started>> = Mutex::new(None);
     let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,12 +70,13 @@ fn start(arguments: &[String]) -> io::Result<()> {
     started.result.clone().map_err(io::Error::other)
 }
 
-/// How DPDK was set up, and what came of it.
+/// Arguments that DPDK was set up with, and the result.
 struct Started {
     arguments: Vec<String>,
     result: Result<(), String>,
 }
 
+/// Sets up DPDK.
 fn init(arguments: &[String]) -> Result<(), String> {
     let all = ["embarcadero"].into_iter().chain(arguments.iter().map(String::as_str));
     let all: Vec<CString> = all.map(CString::new).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
@@ -85,8 +94,10 @@ fn init(arguments: &[String]) -> Result<(), String> {
     result.map_err(|number| format!("{} (arguments: {})", error_of(number, "be set up"), arguments.join(" ")))
 }
 
-/// Makes buffers for a queue, of which the one that was used last comes first, while it is in caches (the guide, "Stack
-/// Mempool Driver"). One less than a power of two wastes no memory.
+/// Makes a pool of buffers for a queue.
+///
+/// The pool is a stack: the buffer that was used last, and is still in caches, comes first (the guide, "Stack Mempool
+/// Driver"). It has one buffer less than `buffers`, a power of two, which wastes no memory.
 fn pool(port: u16, queue: u16, buffers: usize, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
     let name = CString::new(format!("embarcadero-{port}-{queue}"))?;
     let (bytes, private_bytes) = (size_of::<ffi::rte_mbuf>() + room, size_of::<ffi::rte_pktmbuf_pool_private>());
@@ -108,7 +119,7 @@ fn pool(port: u16, queue: u16, buffers: usize, room: usize) -> io::Result<NonNul
     }
 }
 
-/// A started port with as many queues each way as it was opened with.
+/// Started port of DPDK.
 pub(in super::super) struct EthPort {
     id: u16,
     pub(super) mac: [u8; 6],
@@ -117,9 +128,10 @@ pub(in super::super) struct EthPort {
     queues: Vec<QueueState>,
 }
 
-/// A queue's pool, and whether somebody has the queue.
+/// State of a queue.
 struct QueueState {
     pool: Pool,
+    /// Whether the queue is in use.
     taken: AtomicBool,
 }
 
@@ -130,11 +142,13 @@ unsafe impl Send for EthPort {}
 unsafe impl Sync for EthPort {}
 
 impl EthPort {
-    /// Sets DPDK up and starts the port of that name, or the first. Of several queues, the port chooses one for each flow
-    /// of UDP (the guide, "Receive Side Scaling"), or does so by rules of its own.
+    /// Sets DPDK up, and starts the port `name`, or the first.
+    ///
+    /// With several queues, the port chooses one for each flow of UDP (the guide, "Receive Side Scaling"). Ports that
+    /// cannot do that choose by their own rules.
     ///
     /// # Errors
-    /// What DPDK reports; the port has not so many queues.
+    /// The error that DPDK reports, or that the port has fewer queues.
     pub fn open(arguments: &[String], name: Option<&str>, mtu: u16, queues: u16) -> io::Result<Self> {
         start(arguments)?;
         let mut id = 0;
@@ -196,10 +210,11 @@ impl EthPort {
         Ok(Self { id, mac: mac.addr_bytes, mtu: mtu.into(), queues: states })
     }
 
-    /// Has it take frames to groups too, by which IPv6 looks for neighbours. Devices that cannot be told take them anyway.
+    /// Makes the port take frames to groups, by which IPv6 looks for neighbours. Devices without this setting take them
+    /// always.
     ///
     /// # Errors
-    /// What DPDK reports.
+    /// The error that DPDK reports.
     pub fn take_groups(&self) -> io::Result<()> {
         // SAFETY: the port is started.
         match unsafe { ffi::rte_eth_allmulticast_enable(self.id) } {
@@ -208,15 +223,15 @@ impl EthPort {
         }
     }
 
-    /// Queues each way.
+    /// Number of queues each way.
     pub fn queues(&self) -> u16 {
         self.queues.len() as u16
     }
 
-    /// Stops and starts it.
+    /// Stops and starts the port.
     ///
     /// # Errors
-    /// What DPDK reports.
+    /// The error that DPDK reports.
     pub fn restart(&self) -> io::Result<()> {
         // SAFETY: the port is started and configured.
         unsafe {
@@ -225,7 +240,7 @@ impl EthPort {
         }
     }
 
-    /// Whether its link is up.
+    /// Whether the link of the port is up.
     pub fn is_up(&self) -> bool {
         // SAFETY: the port is started.
         unsafe { ffi::embarcadero_link_is_up(self.id) != 0 }
@@ -242,17 +257,17 @@ impl Drop for EthPort {
     }
 }
 
-/// A queue each way of a port, which one thread uses at a time.
+/// Receive queue and send queue of one number. One thread uses them at a time.
 pub(super) struct Queues {
     port: Arc<EthPort>,
     index: u16,
 }
 
 impl Queues {
-    /// The queues of that number. Who had them may still be about to put them down, for which this waits.
+    /// Takes the queues of a number into use. If their former owner is about to give them back, it waits for that.
     ///
     /// # Errors
-    /// Another has them.
+    /// The queues are still in use after a second.
     pub fn of(port: &Arc<EthPort>, index: u16) -> io::Result<Self> {
         let begun = Instant::now();
         while port.queues[usize::from(index)].taken.swap(true, Ordering::Acquire) {
@@ -264,14 +279,15 @@ impl Queues {
         Ok(Self { port: Arc::clone(port), index })
     }
 
-    /// Their number.
+    /// Number of the queues.
     pub fn index(&self) -> u16 {
         self.index
     }
 
-    /// Takes a burst of frames; how many. What `each` gives back goes to its pool together: alone, each would wait there for a
-    /// lock, and with it for what was stored past the caches. Those of several buffers are longer than we said frames may
-    /// be, and are dropped.
+    /// Hands a burst of frames to `each`, and returns the number that came.
+    ///
+    /// Buffers that `each` returns go back to their pool together. One by one, each would wait for a lock, and so for
+    /// stores past the caches. Frames in several buffers are longer than the MTU, and are dropped.
     pub fn receive(&mut self, mut each: impl FnMut(Received) -> Option<Received>) -> usize {
         let mut buffers = [null_mut(); BURST];
         // SAFETY: the port is started, the queue is ours, and as many places are there as stated.
@@ -289,12 +305,12 @@ impl Queues {
         count.into()
     }
 
-    /// Where frames to be sent are made.
+    /// Maker of frames to be sent at these queues.
     pub fn frames(&self) -> Frames {
         Frames { pool: self.port.queues[usize::from(self.index)].pool, spare: Vec::with_capacity(BURST) }
     }
 
-    /// Sends a burst of the first frames, and takes those away that the port took; how many.
+    /// Sends a burst of the first frames, and removes those that the port took. Returns their number.
     pub fn send(&mut self, frames: &mut VecDeque<Frame>) -> usize {
         let mut buffers = [null_mut(); BURST];
         let count = frames.len().min(BURST);
@@ -316,22 +332,22 @@ impl Drop for Queues {
     }
 }
 
-/// Packet buffers, which stay as long as the process.
+/// Pool of packet buffers, which stays as long as the process.
 #[derive(Clone, Copy)]
 struct Pool(NonNull<ffi::rte_mempool>);
 
 // SAFETY: it can be used from any thread.
 unsafe impl Send for Pool {}
 
-/// Where a queue makes the frames that it sends.
+/// Maker of the frames that a queue sends.
 pub(super) struct Frames {
     pool: Pool,
-    /// Taken out of the pool together, for which its lock is taken once.
+    /// Free buffers, taken out of the pool together under one lock.
     spare: Vec<Buffer>,
 }
 
 impl Frames {
-    /// An empty frame, if there is a buffer.
+    /// Makes an empty frame; `None` without a free buffer.
     pub fn empty(&mut self) -> Option<Frame> {
         if self.spare.is_empty() {
             self.refill();
@@ -345,7 +361,7 @@ impl Frames {
         }
     }
 
-    /// Takes as many as a burst has, or one while there are fewer.
+    /// Takes buffers for a burst out of the pool, or one if there are fewer.
     #[inline(never)]
     fn refill(&mut self) {
         let mut buffers = [null_mut(); BURST];
@@ -361,14 +377,14 @@ impl Frames {
     }
 }
 
-/// A buffer that is ours.
+/// Packet buffer that this value owns.
 struct Buffer(NonNull<ffi::rte_mbuf>);
 
 // SAFETY: nobody else has it; its pool can be used from any thread.
 unsafe impl Send for Buffer {}
 
 impl Buffer {
-    /// Is no longer ours.
+    /// Gives up the ownership.
     fn into_raw(self) -> *mut ffi::rte_mbuf {
         ManuallyDrop::new(self).0.as_ptr()
     }
@@ -381,7 +397,7 @@ impl Drop for Buffer {
     }
 }
 
-/// A frame that came.
+/// Frame that came.
 pub(super) struct Received {
     buffer: Buffer,
     start: NonNull<u8>,
@@ -392,7 +408,7 @@ pub(super) struct Received {
 unsafe impl Send for Received {}
 
 impl Received {
-    /// What a port put into a buffer, unless it went on in another.
+    /// Takes the frame in a buffer; `None` if it continues in another buffer.
     fn of(buffer: Buffer) -> Option<Self> {
         let mbuf = buffer.0.as_ptr();
         // SAFETY: the buffer is ours.
@@ -403,7 +419,7 @@ impl Received {
         }
     }
 
-    /// The VLAN tag that the port took out of it.
+    /// VLAN tag that the port took out of the frame.
     pub fn tag(&self) -> Option<u16> {
         let mbuf = self.buffer.0.as_ptr();
         // SAFETY: the buffer is ours.
@@ -430,7 +446,7 @@ impl DerefMut for Received {
     }
 }
 
-/// A frame that is being made, in its buffer.
+/// Frame that is being made, in its buffer.
 pub(super) struct Frame {
     buffer: Buffer,
     start: NonNull<u8>,
@@ -442,12 +458,12 @@ pub(super) struct Frame {
 unsafe impl Send for Frame {}
 
 impl Frame {
-    /// Bytes that can still be put.
+    /// Number of bytes that can be appended.
     pub fn room(&self) -> usize {
         self.room - self.len
     }
 
-    /// As if it had come.
+    /// Turns it into a frame that came.
     pub fn looped(self) -> Received {
         Received { buffer: self.buffer, start: self.start, len: self.len }
     }

@@ -1,4 +1,4 @@
-//! Packets in Ethernet frames, at the queues of a port.
+//! Packets in Ethernet frames, at the queues of a port of DPDK.
 
 use super::super::DpdkConfig;
 use super::super::wire::PAIRS;
@@ -12,27 +12,30 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-/// Frames that wait at a queue for what came at another; more are lost, as on any wire.
+/// Most frames that wait at a queue after they came at another. More are lost, as on any wire.
 const STRAYS: usize = 1024;
 
-/// A port of DPDK at an address, as one of its queues sees it. The port chooses a queue by a packet's flow, not by its queue
-/// pair: what came at another queue is handed to the one that has the queue pair.
+/// Queue of a port of DPDK at an address.
+///
+/// The port chooses a queue by a packet's flow, not by its queue pair. A packet that comes at another queue than its queue
+/// pair's is handed over.
 pub(in super::super) struct Ethernet {
     queues: Queues,
     frames: Frames,
     station: Station<Arc<Neighbours>>,
     now: Nanos,
     outgoing: VecDeque<Frame>,
+    /// Frames for this queue that came at another, or that this port sent to itself.
     strays: Receiver<Received>,
-    /// Where strays of each queue go, this one's too: no port gives back what it sends to itself.
+    /// Senders of strays to each queue, this one included: no port gives back what it sends to itself.
     owners: Vec<SyncSender<Received>>,
 }
 
 impl Ethernet {
-    /// All queues of a port at an address.
+    /// Makes all queues of a port at an address.
     ///
     /// # Errors
-    /// Another has them.
+    /// The error of [`Queues::of`]: the queues are in use.
     pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> io::Result<Vec<Self>> {
         let (gateway, vlan) = (config.gateway, config.vlan);
         let place = Place { mac: port.mac, address, prefix_length: config.prefix_length_at(address), gateway, vlan };
@@ -53,12 +56,12 @@ impl Ethernet {
         (0..).zip(strays).map(of).collect()
     }
 
-    /// The number of its first queue pair. The address is the port's alone, so numbers count from the port's first queue.
+    /// Number of the first queue pair. No other port has the address, so the numbers follow from the queue's index.
     pub fn first(&self) -> u32 {
         (u32::from(self.queues.index()) + 1) * PAIRS
     }
 
-    /// As [`super::super::wire::Wire::receive`].
+    /// Hands a burst of packets to `each`, each behind scratch bytes. Returns the number of frames that came.
     pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
         self.now = now;
         let first = self.first();
@@ -91,19 +94,19 @@ impl Ethernet {
         })
     }
 
-    /// As [`super::super::wire::Wire::seek`].
+    /// Asks for the neighbour that packets to `to` go to.
     pub fn seek(&mut self, to: IpAddr, now: Nanos) {
         let question = self.station.ask(to, now);
         self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
         self.flush();
     }
 
-    /// Packets that can be staged now.
+    /// Number of packets that can be staged now.
     pub fn room(&self) -> usize {
         BURST.saturating_sub(self.outgoing.len())
     }
 
-    /// Puts a packet to those that the next flush sends. One to a neighbour that is not known is lost; he is asked for.
+    /// Adds a packet to those that the next flush sends. A packet to an unknown neighbour is lost, and asks for it.
     pub fn stage(&mut self, packet: &Packet<'_>) {
         let header = match self.station.hop(packet.to, self.now) {
             Hop::Known(header) => header,
@@ -128,29 +131,30 @@ impl Ethernet {
         }
     }
 
+    /// Whether no frame is staged.
     pub fn is_flushed(&self) -> bool {
         self.outgoing.is_empty()
     }
 
-    /// As [`super::super::wire::Wire::flush`].
+    /// Sends the staged frames, as far as the port has room.
     pub fn flush(&mut self) {
         while !self.outgoing.is_empty() && self.queues.send(&mut self.outgoing) > 0 {}
     }
 }
 
-/// The packet at the end of a frame, and what the frame's header leaves before it.
+/// Packet of `packet_bytes` bytes at the end of a frame, behind scratch bytes that are part of the frame's header.
 fn with_scratch(frame: &mut [u8], packet_bytes: usize) -> &mut [u8] {
     let before = frame.len() - packet_bytes - SCRATCH_BYTES;
     &mut frame[before..]
 }
 
-/// Who has a queue pair, and the number of his first.
+/// Queue that has a queue pair: the number of its first queue pair, and the sender of strays to it.
 fn owner(owners: &[SyncSender<Received>], number: u32) -> Option<(u32, &SyncSender<Received>)> {
     let index = (number / PAIRS).checked_sub(1)?;
     Some((number / PAIRS * PAIRS, owners.get(index as usize)?))
 }
 
-/// A frame that begins so, if there is a buffer.
+/// Makes a frame that begins with `bytes`; `None` without a free buffer.
 fn frame_of(frames: &mut Frames, bytes: &[u8]) -> Option<Frame> {
     let mut frame = frames.empty().filter(|frame| bytes.len() <= frame.room())?;
     frame.put(bytes);

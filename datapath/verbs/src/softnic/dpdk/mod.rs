@@ -1,4 +1,4 @@
-//! Ports of DPDK as the wire of a NIC in software: the kernel is not asked for packets.
+//! Ports of DPDK, which carry packets of a NIC in software past the kernel.
 
 mod eal;
 mod ethernet;
