@@ -6,9 +6,9 @@ use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
 use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset, Row};
 use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Cursor of a log without a segment. It is full, so that the first reservation takes a segment.
+/// Cursor of a log without a segment.
 const NO_SEGMENT: u64 = pack(u32::MAX, u32::MAX >> 1);
 
 /// Atomic read-modify-writes per batch, however many messages it has: three for its reservation, one to settle it.
@@ -17,6 +17,11 @@ pub const RESERVATION_ATOMICS: u64 = 4;
 /// Returns a segment number and a position in that segment, in lines, as one word.
 const fn pack(segment: u32, lines: u32) -> u64 {
     (segment as u64) << 32 | lines as u64
+}
+
+/// Takes a word of [`pack`] apart.
+const fn unpack(word: u64) -> (u32, u64) {
+    ((word >> 32) as u32, word as u32 as u64)
 }
 
 /// Segment that receives no more batches.
@@ -58,9 +63,9 @@ pub struct Blog<F> {
     pool: Arc<dyn SegmentAllocator>,
     /// Current segment and the next free line in it, as [`pack`] gives them.
     cursor: AtomicU64,
-    /// Number of reservations per segment that are neither published nor given up.
+    /// Number of reservations that are neither published nor given up, by segment.
     in_flight: Box<[AtomicU32]>,
-    /// Position after the newest batch published from each segment, in the Batchlog or the broker's own index.
+    /// Position after the newest batch published from a segment, in the Batchlog or the broker's own index, by segment.
     batches_below: Box<[AtomicU64]>,
     reserved_bytes: AtomicU64,
     chain: Mutex<Chain>,
@@ -107,6 +112,10 @@ impl<F: Fabric> Blog<F> {
         self.reserved_bytes.load(Ordering::Relaxed)
     }
 
+    fn chain(&self) -> MutexGuard<'_, Chain> {
+        self.chain.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lines_per_segment(&self) -> u64 {
         self.region.geometry().segment_bytes / LINE_BYTES
     }
@@ -123,22 +132,22 @@ impl<F: Fabric> Blog<F> {
         let lines = bytes.div_ceil(LINE_BYTES);
         assert!(lines <= self.lines_per_segment(), "a batch of {bytes} bytes exceeds a segment");
         loop {
-            let segment = (self.cursor.load(Ordering::Acquire) >> 32) as u32;
+            let (segment, _) = unpack(self.cursor.load(Ordering::Acquire));
+            if segment == u32::MAX {
+                self.extend(lines)?;
+                continue;
+            }
+            let count = &self.in_flight[segment as usize];
             // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also
             // sees the count; pairs with `Blog::retired`.
-            if let Some(count) = self.in_flight.get(segment as usize) {
-                count.fetch_add(1, Ordering::AcqRel);
-            }
-            let before = self.cursor.fetch_add(lines, Ordering::AcqRel);
-            let (current, position) = ((before >> 32) as u32, u64::from(before as u32));
+            count.fetch_add(1, Ordering::AcqRel);
+            let (current, position) = unpack(self.cursor.fetch_add(lines, Ordering::AcqRel));
             if current == segment && position + lines <= self.lines_per_segment() {
                 self.reserved_bytes.fetch_add(lines * LINE_BYTES, Ordering::Relaxed);
                 let base = self.region.layout().segment(segment);
                 return Ok(base.add(position * LINE_BYTES));
             }
-            if let Some(count) = self.in_flight.get(segment as usize) {
-                count.fetch_sub(1, Ordering::AcqRel);
-            }
+            count.fetch_sub(1, Ordering::AcqRel);
             self.extend(lines)?;
         }
     }
@@ -146,16 +155,15 @@ impl<F: Fabric> Blog<F> {
     /// Starts the next segment, unless another thread did so meanwhile.
     #[cold]
     fn extend(&self, lines: u64) -> Result<(), PoolError> {
-        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
-        let cursor = self.cursor.load(Ordering::Acquire);
-        let (segment, position) = ((cursor >> 32) as u32, u64::from(cursor as u32));
+        let mut chain = self.chain();
+        let (segment, position) = unpack(self.cursor.load(Ordering::Acquire));
         if segment != u32::MAX && position + lines <= self.lines_per_segment() {
             return Ok(());
         }
         let next = match self.pool.allocate() {
             Ok(next) => next,
             Err(error) => {
-                // Failed attempts moved the position; bring it back before it can reach the segment number.
+                // Failed reservations moved the position; bring it back before it overflows into the segment number.
                 let full = self.lines_per_segment() as u32;
                 let end = if segment == u32::MAX { NO_SEGMENT } else { pack(segment, full) };
                 self.cursor.store(end, Ordering::Release);
@@ -166,9 +174,7 @@ impl<F: Fabric> Blog<F> {
         let ordinal = chain.ordinal;
         publish_owner(&self.region, next, SegmentUse::Blog { topic, incarnation, broker, ordinal });
         chain.ordinal += 1;
-        if let Some(below) = self.batches_below.get(next as usize) {
-            below.store(0, Ordering::Release);
-        }
+        self.batches_below[next as usize].store(0, Ordering::Release);
         if segment != u32::MAX {
             chain.retiring.push(segment);
         }
@@ -182,9 +188,7 @@ impl<F: Fabric> Blog<F> {
     /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn published(&self, at: RegionOffset, index: u64) {
-        if let Some(below) = self.batches_below.get(self.segment_of(at) as usize) {
-            below.store(index + 1, Ordering::Release);
-        }
+        self.batches_below[self.segment_of(at) as usize].store(index + 1, Ordering::Release);
         self.settle(at);
     }
 
@@ -194,10 +198,8 @@ impl<F: Fabric> Blog<F> {
     /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn settle(&self, at: RegionOffset) {
-        if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
-            let before = count.fetch_sub(1, Ordering::AcqRel);
-            assert!(before > 0, "a reservation was settled twice");
-        }
+        let before = self.in_flight[self.segment_of(at) as usize].fetch_sub(1, Ordering::AcqRel);
+        assert!(before > 0, "a reservation was settled twice");
     }
 
     /// Counts a batch at `at` as a reservation of its own, inside a reservation (a landing window) that is not settled
@@ -207,10 +209,8 @@ impl<F: Fabric> Blog<F> {
     /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn share(&self, at: RegionOffset) {
-        if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
-            let before = count.fetch_add(1, Ordering::AcqRel);
-            assert!(before > 0, "a batch lies outside every reservation");
-        }
+        let before = self.in_flight[self.segment_of(at) as usize].fetch_add(1, Ordering::AcqRel);
+        assert!(before > 0, "a batch lies outside every reservation");
     }
 
     /// Shortens the reservation of `bytes` at `at` to its first `used` bytes, if no other reservation came after it.
@@ -232,19 +232,19 @@ impl<F: Fabric> Blog<F> {
 
     /// Returns true for a position in the segment that gives reservations now.
     pub fn is_current(&self, at: RegionOffset) -> bool {
-        (self.cursor.load(Ordering::Acquire) >> 32) as u32 == self.segment_of(at)
+        unpack(self.cursor.load(Ordering::Acquire)).0 == self.segment_of(at)
     }
 
     /// Returns the segments that receive no more batches.
     pub fn retired(&self) -> Vec<Retired> {
-        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = self.chain();
         let Chain { retired, retiring, .. } = &mut *chain;
-        retiring.retain(|segment| {
+        retiring.retain(|&segment| {
             // SYNC: pairs with the count in `Blog::reserve`.
-            let busy = self.in_flight.get(*segment as usize).is_some_and(|count| count.load(Ordering::Acquire) > 0);
+            let busy = self.in_flight[segment as usize].load(Ordering::Acquire) > 0;
             if !busy {
-                let below = self.batches_below.get(*segment as usize).map_or(0, |below| below.load(Ordering::Acquire));
-                retired.push(Retired { segment: *segment, batches_below: below });
+                let batches_below = self.batches_below[segment as usize].load(Ordering::Acquire);
+                retired.push(Retired { segment, batches_below });
             }
             busy
         });
@@ -256,7 +256,7 @@ impl<F: Fabric> Blog<F> {
     /// # Panics
     /// When the segment is not retired.
     pub fn release(&self, segment: u32) {
-        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = self.chain();
         let before = chain.retired.len();
         chain.retired.retain(|retired| retired.segment != segment);
         assert!(chain.retired.len() < before, "segment {segment} is not retired");
@@ -270,8 +270,8 @@ impl<F: Fabric> Blog<F> {
     /// call it again then.
     pub fn abandon(&self) -> bool {
         {
-            let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
-            let segment = (self.cursor.swap(NO_SEGMENT, Ordering::AcqRel) >> 32) as u32;
+            let mut chain = self.chain();
+            let (segment, _) = unpack(self.cursor.swap(NO_SEGMENT, Ordering::AcqRel));
             if segment != u32::MAX {
                 chain.retiring.push(segment);
             }
@@ -279,6 +279,6 @@ impl<F: Fabric> Blog<F> {
         for retired in self.retired() {
             self.release(retired.segment);
         }
-        self.chain.lock().unwrap_or_else(PoisonError::into_inner).retiring.is_empty()
+        self.chain().retiring.is_empty()
     }
 }

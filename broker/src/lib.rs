@@ -26,6 +26,7 @@ pub mod ingest;
 mod leader;
 pub mod membership;
 pub mod mirror;
+mod pins;
 pub mod pool;
 pub mod reclaim;
 pub mod replica;

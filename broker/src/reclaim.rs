@@ -4,7 +4,7 @@ use crate::topics::Topic;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::{NoLeader, leader_version, with_leader};
 use embarcadero_cxl::order_index::{
-    OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
+    OrderIndexReader, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
 };
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
@@ -12,73 +12,9 @@ use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::sequencer_half::read_consumed;
 use embarcadero_cxl::topic_table::read_topic_at;
 use embarcadero_cxl::{Fabric, Guard, RegionOffset, Row};
-use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
+use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
-
-/// Pins of one broker on a topic, one per reader within the broker. The region shows the lowest.
-pub struct PinBoard<F: Fabric> {
-    inner: Mutex<(Vec<Option<u64>>, Pin<F>)>,
-}
-
-impl<F: Fabric> PinBoard<F> {
-    /// Returns a board without readers.
-    pub fn new(region: &Region<F>, topic: TopicId, order: Order, broker: BrokerId) -> Self {
-        let stream = if order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
-        Self { inner: Mutex::new((Vec::new(), Pin::new(region.clone(), StreamId { topic, stream }, broker))) }
-    }
-
-    /// Adds a reader, which pins nothing yet. Returns the reader's number, which is valid until
-    /// [`PinBoard::unregister`].
-    pub fn register(&self) -> usize {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let pins = &mut inner.0;
-        let free = pins.iter().position(Option::is_none).unwrap_or(pins.len());
-        if free == pins.len() {
-            pins.push(None);
-        }
-        if let Some(pin) = pins.get_mut(free) {
-            *pin = Some(u64::MAX);
-        }
-        free
-    }
-
-    /// Removes a reader and its pin.
-    pub fn unregister(&self, reader: usize) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pin) = inner.0.get_mut(reader) {
-            *pin = None;
-        }
-        // Whether or not there is a leader.
-        let _ = Self::show(&mut inner);
-    }
-
-    /// Removes a reader's pin; the reader stays.
-    pub fn clear(&self, reader: usize) {
-        // Whether or not there is a leader.
-        let _ = self.set(reader, u64::MAX);
-    }
-
-    /// Pins everything from `position` on for a reader; `u64::MAX` pins nothing. Returns the trim point seen
-    /// afterwards.
-    ///
-    /// Entries at or above both the position and the trim point stay in the region until the pin moves on.
-    ///
-    /// # Errors
-    /// [`NoLeader`] when no leader can say what is trimmed. The pin is set all the same.
-    #[inline]
-    pub fn set(&self, reader: usize, position: u64) -> Result<u64, NoLeader> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pin) = inner.0.get_mut(reader) {
-            *pin = Some(position);
-        }
-        Self::show(&mut inner)
-    }
-
-    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> Result<u64, NoLeader> {
-        pin.set(pins.iter().flatten().copied().min().unwrap_or(u64::MAX))
-    }
-}
+use std::sync::Arc;
 
 /// Largest number of index entries that one round scans.
 const SCAN_ENTRIES: u64 = 4096;

@@ -1,7 +1,7 @@
 //! The topics that this broker serves, opened when first asked for.
 
 use crate::blog::{Blog, BlogId};
-use crate::reclaim::PinBoard;
+use crate::pins::PinBoard;
 use embarcadero_cxl::batchlog::BatchlogWriter;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::NoLeader;
@@ -13,7 +13,7 @@ use embarcadero_cxl::{Damage, Fabric};
 use embarcadero_transport::TransportError;
 use embarcadero_wire::{BrokerId, ErrorCode, Incarnation, Stream, TopicId};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Topic as this broker serves it. Connections share it; it is dropped with the last of them.
 pub struct Topic<F: Fabric> {
@@ -83,6 +83,10 @@ impl<F: Fabric> TopicTable<F> {
         Self { region, broker, pool, open: Mutex::new(vec![None; slots]) }
     }
 
+    fn slots(&self) -> MutexGuard<'_, Vec<Option<Arc<Topic<F>>>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Region that the topics lie in.
     pub fn region(&self) -> &Region<F> {
         &self.region
@@ -98,12 +102,13 @@ impl<F: Fabric> TopicTable<F> {
         &self.pool
     }
 
-    /// The topic in slot `id`, if it is live and of this incarnation.
+    /// Returns the topic in slot `id` if it is live and of this incarnation. Opens it first if need be.
     ///
     /// # Errors
-    /// [`NoLeader`]: nobody can say.
+    /// [`NoLeader`] when the topic is not open yet and no leader can say what it is.
     pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, NoLeader> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.slots();
+        // A client may ask for any number.
         let Some(slot) = open.get_mut(id.index()) else { return Ok(None) };
         if let Some(topic) = slot {
             let same = topic.config.incarnation == incarnation && !topic.is_deleted();
@@ -127,13 +132,12 @@ impl<F: Fabric> TopicTable<F> {
 
     /// Returns the topics that are open.
     pub fn opened(&self) -> Vec<Arc<Topic<F>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
+        self.slots().iter().flatten().cloned().collect()
     }
 
     /// Returns true while a topic in slot `id` is open, live or deleted.
     pub fn is_open(&self, id: TopicId) -> bool {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.get(id.index()).is_some_and(Option::is_some)
+        self.slots()[id.index()].is_some()
     }
 
     /// Marks a topic as deleted, for all who share it.
@@ -143,8 +147,6 @@ impl<F: Fabric> TopicTable<F> {
 
     /// Removes a deleted topic from the table, so that its slot can serve the next incarnation.
     pub fn forget(&self, id: TopicId) {
-        if let Some(slot) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get_mut(id.index()) {
-            *slot = None;
-        }
+        self.slots()[id.index()] = None;
     }
 }

@@ -91,7 +91,7 @@ impl Serving<'_> {
             .of_incarnation(self.start.info.incarnation);
         let may_lead = self.start.info.id.0 < self.topics.region().geometry().max_leaders;
         if let Some(mirror) = self.start.mirror.as_ref().filter(|_| may_lead) {
-            delegation.tidy(mirror.region().clone());
+            delegation.reclaim_mirror(mirror.region().clone());
         }
         let mut stages = Some(Stages::new(delegation, promoted));
         let shared = self.shared(landed);

@@ -2,21 +2,19 @@
 //!
 //! For a topic without a global order it writes the broker's own order index instead.
 
-use crate::reclaim::{OrphanedSegments, Reclaimer};
-use crate::replica::completion::trimmable;
+mod log;
+
+use crate::reclaim::OrphanedSegments;
 use crate::topics::{Topic, TopicTable};
-use bytemuck::Zeroable;
 use crossbeam_channel::{Receiver, Sender};
-use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::{Pulse, last_incarnation};
-use embarcadero_cxl::layout::{BatchEntry, IndexEntry, LeaderArea, TopicState};
+use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::read_leader;
-use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, Retention, StreamId, lowest_pin};
-use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::topic_table::{publish_released, read_topic};
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Row, Site};
-use embarcadero_wire::{BatchHeader, Incarnation, Stream, Term};
+use embarcadero_wire::{BatchHeader, Incarnation};
+use log::LocalLog;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -83,27 +81,6 @@ impl Default for FlushGroup {
     }
 }
 
-enum Log<F: Fabric> {
-    /// List of batches that the sequencer reads, of a topic with a global order.
-    Batchlog(BatchlogWriter<F>),
-    /// Order index that this broker alone writes, of a topic without a global order.
-    Own(OrderIndexWriter<F>),
-}
-
-/// Topic as the delegation orders it.
-struct LocalLog<F: Fabric> {
-    topic: Arc<Topic<F>>,
-    log: Log<F>,
-    /// Totals that the next publication of the Batchlog shows.
-    written: Written,
-    /// Batches that were written since the last publication.
-    unpublished: u64,
-    unpublished_bytes: u64,
-    /// Worker and ack of each batch that is written but not yet published.
-    held_acks: Vec<(usize, OrderedLocally)>,
-    reclaimer: Reclaimer<F>,
-}
-
 /// Stage that puts received batches into local order.
 pub struct Delegation<F: Fabric> {
     topics: Arc<TopicTable<F>>,
@@ -119,7 +96,7 @@ pub struct Delegation<F: Fabric> {
     /// True once a later process has this broker's id.
     superseded: bool,
     /// Orphaned index segments of the region and, where the broker may lead, of the region's mirror.
-    leftovers: Vec<OrphanedSegments<F>>,
+    orphaned: Vec<OrphanedSegments<F>>,
 }
 
 impl<F: Fabric> Delegation<F> {
@@ -132,8 +109,7 @@ impl<F: Fabric> Delegation<F> {
     ) -> Self {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
-        let leftovers =
-            vec![OrphanedSegments::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()))];
+        let orphaned = OrphanedSegments::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()));
         Self {
             logs: (0..slots).map(|_| None).collect(),
             topics,
@@ -144,7 +120,7 @@ impl<F: Fabric> Delegation<F> {
             group,
             incarnation: None,
             superseded: false,
-            leftovers,
+            orphaned: vec![orphaned],
         }
     }
 
@@ -172,10 +148,10 @@ impl<F: Fabric> Delegation<F> {
     }
 
     /// Makes the delegation also give back the orphaned index segments of the region's mirror.
-    pub fn tidy(&mut self, mirror: Region<F>) {
+    pub fn reclaim_mirror(&mut self, mirror: Region<F>) {
         let broker = self.topics.broker();
         let pool = Arc::new(PartitionAllocator::of_broker(mirror.clone(), broker));
-        self.leftovers.push(OrphanedSegments::new(mirror, broker, pool));
+        self.orphaned.push(OrphanedSegments::new(mirror, broker, pool));
     }
 
     /// Orders up to `budget` waiting batches and publishes them. Returns the number of batches ordered.
@@ -199,134 +175,46 @@ impl<F: Fabric> Delegation<F> {
         taken
     }
 
-    /// Appends a batch to its topic's log. Returns the batch when there is no room for it now.
+    /// Appends a batch to its topic's log, or gives it up if the topic is deleted or damaged. Returns the batch when there
+    /// is no room for it now.
     fn append(&mut self, landed: Landed<F>, now_us: u64) -> Result<(), Landed<F>> {
-        let slot = landed.topic.config.id.index();
-        if !landed.topic.is_deleted() {
-            self.open(&landed.topic);
-        }
-        if landed.topic.is_deleted() || landed.topic.is_damaged() {
+        let group = self.group;
+        let Some(local) = self.open(&landed.topic) else {
             landed.topic.blog.settle(landed.at);
             return Ok(());
-        }
-        let broker = self.topics.broker();
-        let fabric = self.topics.region().fabric();
-        let Some(Some(local)) = self.logs.get_mut(slot) else { return Ok(()) };
-        let header = &landed.header;
-        let bytes = header.batch_bytes();
-        let index = match &mut local.log {
-            Log::Batchlog(writer) => {
-                if !writer.has_room() {
-                    return Err(landed);
-                }
-                landed.flush(fabric);
-                writer.append(BatchEntry {
-                    location: landed.at.0,
-                    client_id: header.client_id,
-                    sequence: header.sequence,
-                    session_epoch: header.session_epoch,
-                    bytes: bytes as u32,
-                    message_count: header.message_count,
-                    session_slot: header.session_slot,
-                    topic_incarnation: header.topic_incarnation,
-                    ..BatchEntry::zeroed()
-                })
-            }
-            Log::Own(index) => {
-                if index.make_room().is_err() {
-                    return Err(landed);
-                }
-                landed.flush(fabric);
-                let position = index.next();
-                let first_offset = index.append(IndexEntry {
-                    location: landed.at.0,
-                    client_id: header.client_id,
-                    sequence: header.sequence,
-                    ordered_us: now_us,
-                    bytes: bytes as u32,
-                    message_count: header.message_count,
-                    session_epoch: header.session_epoch,
-                    broker: broker.byte(),
-                    replicas: 1,
-                    ..IndexEntry::zeroed()
-                });
-                let Origin { worker, token } = landed.origin;
-                local
-                    .held_acks
-                    .push((worker, OrderedLocally { token, sequence: header.sequence, first_offset, position }));
-                position
-            }
         };
-        landed.topic.blog.published(landed.at, index);
-        local.written.log_offset = landed.topic.blog.reserved_bytes();
-        local.written.messages += u64::from(header.message_count);
-        local.written.end = landed.at.0 + bytes;
-        local.unpublished += 1;
-        local.unpublished_bytes += bytes;
-        if local.unpublished >= self.group.batches || local.unpublished_bytes >= self.group.bytes {
-            self.publish(slot);
+        if !local.append(&landed, now_us) {
+            return Err(landed);
+        }
+        if local.completes(group) {
+            self.publish(landed.topic.config.id.index());
         }
         Ok(())
     }
 
-    /// Opens the log of a topic unless it is open. Marks the topic as damaged when its order index cannot be opened.
-    fn open(&mut self, topic: &Arc<Topic<F>>) {
-        let region = self.topics.region();
-        let broker = self.topics.broker();
-        let config = &topic.config;
-        let Some(slot) = self.logs.get_mut(config.id.index()) else { return };
-        if slot.as_ref().is_some_and(|local| Arc::ptr_eq(&local.topic, topic)) {
-            return;
+    /// Returns the log of a topic, which it opens if need be; `None` when the topic is deleted or damaged.
+    fn open(&mut self, topic: &Arc<Topic<F>>) -> Option<&mut LocalLog<F>> {
+        if topic.is_deleted() {
+            return None;
         }
-        let log = if config.order.is_global() {
-            Log::Batchlog(BatchlogWriter::new(region.clone(), config.id, broker))
-        } else {
-            let own = IndexOptions {
-                id: StreamId { topic: config.id, stream: Stream::of(broker) },
-                incarnation: config.incarnation,
-                writer: LeaderArea(broker),
-                term: Term::NONE,
-            };
-            match OrderIndexWriter::open(region.clone(), own, Arc::clone(self.topics.pool())) {
-                Ok(index) => Log::Own(index),
-                Err(damage) => return topic.mark_damaged(damage),
+        let log = &mut self.logs[topic.config.id.index()];
+        if !log.as_ref().is_some_and(|log| Arc::ptr_eq(log.topic(), topic)) {
+            match LocalLog::open(&self.topics, topic) {
+                Ok(opened) => *log = Some(opened),
+                Err(damage) => topic.mark_damaged(damage),
             }
-        };
-        *slot = Some(LocalLog {
-            topic: Arc::clone(topic),
-            log,
-            written: Written::default(),
-            unpublished: 0,
-            unpublished_bytes: 0,
-            held_acks: Vec::with_capacity(64),
-            reclaimer: Reclaimer::new(region.clone(), topic, broker),
-        });
+        }
+        log.as_mut().filter(|_| !topic.is_damaged())
     }
 
-    /// Publishes the batches that were written to the topic in `slot`, unless a later process has this broker's id.
+    /// Publishes the batches that were appended to the topic in `slot`, unless a later process has this broker's id.
     fn publish(&mut self, slot: usize) {
-        let unpublished = |local: &LocalLog<F>| local.unpublished > 0;
-        if !self.logs.get(slot).is_some_and(|log| log.as_ref().is_some_and(unpublished)) || self.look_for_successor() {
+        if !self.logs[slot].as_ref().is_some_and(LocalLog::is_unpublished) || self.look_for_successor() {
             return;
         }
-        let Some(Some(local)) = self.logs.get_mut(slot) else { return };
-        match &mut local.log {
-            Log::Batchlog(writer) => {
-                writer.publish(local.written);
-                self.pulse.announce(local.unpublished);
-            }
-            Log::Own(index) => {
-                index.write_back_entries();
-                index.publish_tail(Term::NONE);
-                self.topics.region().fabric().fence(Site::TailFlush);
-                for (worker, ack) in local.held_acks.drain(..) {
-                    // A full channel means that the worker died; its connections are gone with it.
-                    let _ = self.acks.get(worker).map(|sender| sender.try_send(ack));
-                }
-            }
+        if let Some(local) = &mut self.logs[slot] {
+            local.publish(&mut self.pulse, &self.acks);
         }
-        local.unpublished = 0;
-        local.unpublished_bytes = 0;
     }
 
     /// Moves this broker's heartbeat. Call it every few milliseconds.
@@ -346,29 +234,13 @@ impl<F: Fabric> Delegation<F> {
         let live = read_leader(&region).map_or(u64::MAX, |leader| leader.pinning_mask) | 1 << broker.0;
         let brokers = || region.geometry().brokers().filter(move |id| live & (1 << id.0) != 0);
         self.follow_topics();
-        self.leftovers.iter_mut().for_each(|leftovers| leftovers.poll(brokers()));
+        self.orphaned.iter_mut().for_each(|segments| segments.poll(brokers()));
         for slot in 0..self.logs.len() {
-            let Some(Some(local)) = self.logs.get_mut(slot) else { continue };
-            if local.topic.is_deleted() {
-                self.let_go(slot);
-                continue;
+            match &mut self.logs[slot] {
+                Some(local) if local.topic().is_deleted() => self.close(slot),
+                Some(local) => local.maintain(now_us, brokers()),
+                None => {}
             }
-            let config = &local.topic.config;
-            let head = match &mut local.log {
-                Log::Batchlog(writer) => writer.head(),
-                Log::Own(index) => {
-                    if let Ok(completion) = read_completion(&region, config.id, broker) {
-                        index.enforce_retention(Retention {
-                            bytes: config.retention_bytes,
-                            since_us: since(config.retention_ms, now_us),
-                            limit: trimmable(&region, config, completion),
-                        });
-                    }
-                    index.reclaim(lowest_pin(&region, config.id, std::iter::once(broker)));
-                    index.next()
-                }
-            };
-            local.reclaimer.poll(&local.topic, head, brokers());
         }
     }
 
@@ -397,20 +269,15 @@ impl<F: Fabric> Delegation<F> {
     }
 
     /// Closes a deleted topic once no connection holds it, and announces that this broker holds nothing of it.
-    fn let_go(&mut self, slot: usize) {
-        let Some(place) = self.logs.get_mut(slot) else { return };
-        let Some(local) = place else { return };
-        // Connections hold the topic as well; only when they are gone is nothing received into it.
-        if Arc::strong_count(&local.topic) > 2 || !local.topic.blog.abandon() {
+    fn close(&mut self, slot: usize) {
+        let Some(local) = &mut self.logs[slot] else { return };
+        if !local.abandon() {
             return;
         }
-        if let Log::Own(index) = &mut local.log {
-            index.abandon();
-        }
-        let config = local.topic.config.clone();
-        *place = None;
-        self.topics.forget(config.id);
-        publish_released(self.topics.region(), config.id, self.topics.broker(), config.incarnation);
+        let (id, incarnation) = (local.topic().config.id, local.topic().config.incarnation);
+        self.logs[slot] = None;
+        self.topics.forget(id);
+        publish_released(self.topics.region(), id, self.topics.broker(), incarnation);
     }
 }
 
