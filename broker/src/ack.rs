@@ -220,7 +220,7 @@ impl AckQueue {
     /// Takes the place of a batch in this broker's own order. Returns its ack, or `None` when the batch has to be
     /// durable first; the ack then comes from [`AckQueue::poll`].
     #[must_use]
-    pub fn local(&mut self, ordered: &OrderedLocally) -> Option<Ack> {
+    pub(crate) fn local(&mut self, ordered: &OrderedLocally) -> Option<Ack> {
         let OrderedLocally { sequence, first_offset, position, .. } = *ordered;
         if self.outstanding.front() == Some(&sequence) {
             self.outstanding.pop_front();

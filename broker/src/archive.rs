@@ -4,8 +4,7 @@
 //! A replica has the batches of some brokers only, so that no disk need have all of a stream. The answers of all disks
 //! are joined by offset.
 
-pub use crate::replica::store::Archived;
-use crate::replica::store::StreamFiles;
+use crate::replica::store::{Archived, StreamFiles};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
@@ -15,6 +14,7 @@ use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -32,22 +32,31 @@ const CALL_LIMIT: Duration = Duration::from_secs(5);
 
 /// Stream of one incarnation of a topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ArchiveKey {
+pub(crate) struct ArchiveKey {
     /// Topic slot.
-    pub topic: TopicId,
+    pub(crate) topic: TopicId,
     /// Incarnation of the topic slot.
-    pub incarnation: Incarnation,
+    pub(crate) incarnation: Incarnation,
     /// Stream of the topic.
-    pub stream: Stream,
+    pub(crate) stream: Stream,
 }
 
 /// Place in a stream where a read begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub(crate) enum ReadFrom {
     /// Batch that has the message with this offset.
     Offset(u64),
     /// First batch that was ordered at this time, in microseconds since 1970, or later. Only this batch is read.
     Time(u64),
+}
+
+impl fmt::Display for ReadFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Offset(offset) => write!(f, "offset {offset}"),
+            Self::Time(since_us) => write!(f, "time {since_us} us"),
+        }
+    }
 }
 
 /// Streams on the disk of this broker's own replica, for readers in other threads.
@@ -61,12 +70,12 @@ pub struct Catalog {
 impl Catalog {
     /// Returns an empty catalog. `replicates` tells whether the broker has a disk that is still to be looked at.
     #[must_use]
-    pub fn new(replicates: bool) -> Self {
+    pub(crate) fn new(replicates: bool) -> Self {
         Self { streams: Mutex::default(), replicates: AtomicBool::new(replicates) }
     }
 
     /// Records that the disk failed. Streams that were not looked for count as absent from now on.
-    pub fn give_up(&self) {
+    pub(crate) fn give_up(&self) {
         self.replicates.store(false, Ordering::Relaxed);
     }
 
@@ -75,18 +84,18 @@ impl Catalog {
     }
 
     /// Records a stream's files for reading; `None` when there are none, or none that can be relied on.
-    pub fn set(&self, key: ArchiveKey, files: Option<Arc<StreamFiles>>) {
+    pub(crate) fn set(&self, key: ArchiveKey, files: Option<Arc<StreamFiles>>) {
         self.streams().insert(key, files);
     }
 
     /// Returns true once it is known whether a stream has files.
     #[must_use]
-    pub fn knows(&self, key: ArchiveKey) -> bool {
+    pub(crate) fn knows(&self, key: ArchiveKey) -> bool {
         self.streams().contains_key(&key)
     }
 
     /// Removes a stream whose topic was deleted.
-    pub fn forget(&self, key: ArchiveKey) {
+    pub(crate) fn forget(&self, key: ArchiveKey) {
         self.streams().remove(&key);
     }
 
@@ -95,12 +104,12 @@ impl Catalog {
     ///
     /// # Errors
     /// Text of the disk's error, or that the disk has not been looked at yet.
-    pub fn read(&self, key: ArchiveKey, from: From, max_bytes: u64) -> Result<Vec<Archived>, String> {
+    pub(crate) fn read(&self, key: ArchiveKey, from: ReadFrom, max_bytes: u64) -> Result<Vec<Archived>, String> {
         let files = self.streams().get(&key).cloned();
         match files {
             Some(Some(files)) => match from {
-                From::Offset(offset) => files.read(offset, max_bytes),
-                From::Time(since_us) => files.first_since(since_us).and_then(|found| {
+                ReadFrom::Offset(offset) => files.read(offset, max_bytes),
+                ReadFrom::Time(since_us) => files.first_since(since_us).and_then(|found| {
                     let mut batches = found.map_or(Ok(Vec::new()), |offset| files.read(offset, 1))?;
                     batches.truncate(1);
                     Ok(batches)
@@ -117,39 +126,39 @@ impl Catalog {
 
 /// Reason why a read from disks has no batches.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ArchiveError {
+pub(crate) enum ArchiveError {
     /// No disk has the place that was asked for. Holds the lowest later offset that a disk has, if any.
     Missing(Option<u64>),
     /// A disk that may have the place did not answer. Holds the reason.
     Unreachable(String),
 }
 
-/// Batches that follow each other without a gap, beginning with the one that was asked for.
-pub type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
+/// One or more batches that follow each other without a gap, beginning with the one that was asked for.
+pub(crate) type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
 
 /// Question of a worker, and the channel for its answer.
 struct Request {
     key: ArchiveKey,
-    from: From,
+    from: ReadFrom,
     reply: Sender<ArchiveAnswer>,
 }
 
 /// End of the archive at which workers ask for batches.
 #[derive(Clone)]
-pub struct Archive {
+pub(crate) struct Archive {
     requests: UnboundedSender<Request>,
 }
 
 impl Archive {
     /// Returns the two ends: one to ask at, and one to answer with [`ArchiveReader::run`].
-    pub fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
+    pub(crate) fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
         let (requests, queue) = unbounded_channel();
         (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
     }
 
     /// Asks for batches of a stream. The answer comes on the returned channel, which closes without one if the broker
     /// stops.
-    pub fn ask(&self, key: ArchiveKey, from: From) -> Receiver<ArchiveAnswer> {
+    pub(crate) fn ask(&self, key: ArchiveKey, from: ReadFrom) -> Receiver<ArchiveAnswer> {
         let (reply, answer) = bounded(1);
         // Without a reader the request is dropped, and with it the sender: the caller sees a closed channel.
         let _ = self.requests.send(Request { key, from, reply });
@@ -161,7 +170,7 @@ impl Archive {
 type Clients = Arc<Mutex<HashMap<BrokerId, (Incarnation, ControlClient<Channel>)>>>;
 
 /// End of the archive that reads from disks and answers.
-pub struct ArchiveReader {
+pub(crate) struct ArchiveReader {
     region: Region<Native>,
     broker: BrokerId,
     catalog: Arc<Catalog>,
@@ -171,7 +180,7 @@ pub struct ArchiveReader {
 
 impl ArchiveReader {
     /// Answers until every [`Archive`] is dropped.
-    pub async fn run(mut self) {
+    pub(crate) async fn run(mut self) {
         while let Some(Request { key, from, reply }) = self.queue.recv().await {
             let answers = self.ask_all(key, from);
             // The next request need not wait for these disks.
@@ -187,7 +196,7 @@ impl ArchiveReader {
     }
 
     /// Asks every broker whose disk may have the batches.
-    fn ask_all(&self, key: ArchiveKey, from: From) -> JoinSet<Result<Vec<Archived>, String>> {
+    fn ask_all(&self, key: ArchiveKey, from: ReadFrom) -> JoinSet<Result<Vec<Archived>, String>> {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
         answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
@@ -211,7 +220,7 @@ impl ArchiveReader {
 ///
 /// # Errors
 /// Text that names the broker and what failed.
-async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) -> Result<Vec<Archived>, String> {
+async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom) -> Result<Vec<Archived>, String> {
     let failed = |what: String| format!("broker {}: {what}", info.id);
     let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
     let mut client = match known {
@@ -224,8 +233,8 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) ->
     };
     let ArchiveKey { topic, incarnation, stream } = key;
     let (from_offset, since_us) = match from {
-        From::Offset(offset) => (offset, None),
-        From::Time(since_us) => (0, Some(since_us)),
+        ReadFrom::Offset(offset) => (offset, None),
+        ReadFrom::Time(since_us) => (0, Some(since_us)),
     };
     let max_bytes = READ_BYTES;
     let request = proto::ReadReplicaRequest {
@@ -260,13 +269,13 @@ fn from_proto(batch: proto::ArchivedBatch) -> Archived {
 /// # Errors
 /// Data loss, with the text of the disk's error.
 #[allow(clippy::result_large_err)] // tonic's own error type
-pub fn read_replica(
+pub(crate) fn read_replica(
     catalog: &Catalog,
     request: proto::ReadReplicaRequest,
 ) -> Result<proto::ReadReplicaResponse, Status> {
     let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us } = request;
     let key = ArchiveKey { topic: TopicId(topic), incarnation: Incarnation(incarnation), stream: Stream(stream) };
-    let from = since_us.map_or(From::Offset(from_offset), From::Time);
+    let from = since_us.map_or(ReadFrom::Offset(from_offset), ReadFrom::Time);
     let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
     let batches = found.into_iter().map(|batch| {
         let Archived { first_offset, message_count, source, ordered_us, bytes } = batch;
@@ -276,7 +285,7 @@ pub fn read_replica(
 }
 
 /// Joins the answers of all disks: the batches that follow each other without a gap from the place that was asked for.
-fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
+fn join(from: ReadFrom, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
     let mut unreachable = None;
     let mut batches: BTreeMap<u64, Archived> = BTreeMap::new();
     for answer in answers {
@@ -287,11 +296,11 @@ fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswe
     }
     let lowest = batches.keys().next().copied();
     let mut due = match (from, lowest) {
-        (From::Offset(offset), _) => offset,
-        (From::Time(_), lowest) => lowest.unwrap_or(0),
+        (ReadFrom::Offset(offset), _) => offset,
+        (ReadFrom::Time(_), lowest) => lowest.unwrap_or(0),
     };
     // A disk that does not answer may have an earlier batch that qualifies.
-    if let (From::Time(_), Some(error)) = (from, &unreachable) {
+    if let (ReadFrom::Time(_), Some(error)) = (from, &unreachable) {
         return Err(ArchiveError::Unreachable(error.clone()));
     }
     let mut joined = Vec::new();
@@ -326,7 +335,7 @@ mod tests {
     #[test]
     fn an_offset_that_is_on_no_disk_is_missing_unless_a_disk_did_not_answer() {
         let one = || Ok(vec![batch(10, 5), batch(20, 5)]);
-        let join = |from, answers| join(From::Offset(from), answers);
+        let join = |from, answers| join(ReadFrom::Offset(from), answers);
         assert_eq!(join(7, vec![one()]), Err(ArchiveError::Missing(Some(10))));
         assert_eq!(join(30, vec![Ok(vec![])]), Err(ArchiveError::Missing(None)));
         assert_eq!(join(7, vec![one(), Err("no".to_owned())]), Err(ArchiveError::Unreachable("no".to_owned())));
@@ -349,7 +358,7 @@ mod tests {
             for (disk, reach) in disks.into_iter().zip(reach) {
                 answers.push(Ok(disk.into_iter().filter(|batch| batch.end_offset() > from).take(reach).collect()));
             }
-            match join(From::Offset(from), answers) {
+            match join(ReadFrom::Offset(from), answers) {
                 Ok(joined) => {
                     prop_assert!(joined[0].first_offset <= from && joined[0].end_offset() > from);
                     prop_assert!(joined.windows(2).all(|pair| pair[0].end_offset() == pair[1].first_offset));

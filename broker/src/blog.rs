@@ -103,12 +103,12 @@ impl<F: Fabric> Blog<F> {
     }
 
     /// Size of the largest batch that fits into a segment, in bytes.
-    pub fn max_batch_bytes(&self) -> u64 {
+    pub(crate) fn max_batch_bytes(&self) -> u64 {
         self.region.geometry().segment_bytes
     }
 
     /// Number of bytes that were ever reserved in this process, in whole lines.
-    pub fn reserved_bytes(&self) -> u64 {
+    pub(crate) fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes.load(Ordering::Relaxed)
     }
 
@@ -215,7 +215,7 @@ impl<F: Fabric> Blog<F> {
 
     /// Shortens the reservation of `bytes` at `at` to its first `used` bytes, if no other reservation came after it.
     /// Call it before the reservation is settled; all arguments are multiples of a line.
-    pub fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
+    pub(crate) fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
         let segment = self.segment_of(at);
         let base = self.region.layout().segment(segment);
         let line = |offset: u64| pack(segment, ((at.0 + offset - base.0) / LINE_BYTES) as u32);
@@ -231,7 +231,7 @@ impl<F: Fabric> Blog<F> {
     }
 
     /// Returns true for a position in the segment that gives reservations now.
-    pub fn is_current(&self, at: RegionOffset) -> bool {
+    pub(crate) fn is_current(&self, at: RegionOffset) -> bool {
         unpack(self.cursor.load(Ordering::Acquire)).0 == self.segment_of(at)
     }
 
@@ -268,7 +268,7 @@ impl<F: Fabric> Blog<F> {
 
     /// Gives all segments of a deleted topic back to the pool. Returns false while batches are still being received;
     /// call it again then.
-    pub fn abandon(&self) -> bool {
+    pub(crate) fn abandon(&self) -> bool {
         {
             let mut chain = self.chain();
             let (segment, _) = unpack(self.cursor.swap(NO_SEGMENT, Ordering::AcqRel));

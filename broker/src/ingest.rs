@@ -15,25 +15,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Largest number of I/O workers of a broker.
-pub const MAX_WORKERS: usize = 64;
+pub(crate) const MAX_WORKERS: usize = 64;
 
 /// Limits that the broker sets to publishers.
 #[derive(Clone, Copy, Debug)]
-pub struct IngestLimits {
+pub(crate) struct IngestLimits {
     /// Largest batch, header and body, in bytes.
-    pub max_batch_bytes: u64,
+    pub(crate) max_batch_bytes: u64,
     /// Time for which a publisher waits for memory before it is refused.
-    pub exhausted_wait: Duration,
+    pub(crate) exhausted_wait: Duration,
     /// True to check a body's checksum on arrival. Subscribers check it in any case.
-    pub verify_body: bool,
+    pub(crate) verify_body: bool,
 }
 
 /// A publisher's session on one connection.
-pub struct PublisherSession {
+pub(crate) struct PublisherSession {
     topic: Arc<Topic<Native>>,
     open: OpenPublish,
     /// Batches that are not acknowledged yet.
-    pub acks: AckQueue,
+    pub(crate) acks: AckQueue,
     limits: IngestLimits,
     landed: Sender<Landed<Native>>,
     /// Reservation that a body is being received into.
@@ -52,7 +52,7 @@ impl PublisherSession {
     ///
     /// # Errors
     /// A refusal that says what is wrong.
-    pub fn open(
+    pub(crate) fn open(
         topics: &TopicTable<Native>,
         open: OpenPublish,
         limits: IngestLimits,
@@ -119,17 +119,17 @@ impl PublisherSession {
     }
 
     /// Topic that the session publishes to.
-    pub fn topic(&self) -> &Arc<Topic<Native>> {
+    pub(crate) fn topic(&self) -> &Arc<Topic<Native>> {
         &self.topic
     }
 
     /// Returns true when the client wants acks.
-    pub fn wants_acks(&self) -> bool {
+    pub(crate) fn wants_acks(&self) -> bool {
         self.open.ack_level > 0
     }
 
     /// First sequence whose ack the client may have missed on an earlier connection.
-    pub fn resume_from(&self) -> u64 {
+    pub(crate) fn resume_from(&self) -> u64 {
         self.open.resume_from
     }
 
@@ -176,7 +176,7 @@ impl PublisherSession {
 
     /// Returns true when the publisher was silent for `idle` and one of its landing `windows` keeps a full segment from
     /// being reclaimed.
-    pub fn is_idle_holding(
+    pub(crate) fn is_idle_holding(
         &self,
         mut windows: impl Iterator<Item = RegionOffset>,
         idle: Duration,
@@ -222,7 +222,7 @@ impl PublisherSession {
     }
 
     /// Returns true when the channel to the delegation has room for one more batch of each worker.
-    pub fn can_hand_over(&self) -> bool {
+    pub(crate) fn can_hand_over(&self) -> bool {
         // Other workers hand over too; each has at most one batch between this check and its hand-over.
         self.landed.capacity().is_none_or(|capacity| self.landed.len() + MAX_WORKERS < capacity)
     }
@@ -244,17 +244,17 @@ fn waiting(waits: Result<(), TransportError>) -> Placement {
 }
 
 /// Places and takes the batches of one connection, for one call of the transport.
-pub struct PublisherLanding<'a> {
+pub(crate) struct PublisherLanding<'a> {
     /// Topics of the broker.
-    pub topics: &'a TopicTable<Native>,
+    pub(crate) topics: &'a TopicTable<Native>,
     /// Session of the publisher; `None` before its opening frame.
-    pub session: Option<&'a mut PublisherSession>,
+    pub(crate) session: Option<&'a mut PublisherSession>,
     /// Connection that the batches come on.
-    pub origin: Origin,
+    pub(crate) origin: Origin,
     /// Present time.
-    pub now: Instant,
+    pub(crate) now: Instant,
     /// Number of batches that were taken, counted up.
-    pub taken: usize,
+    pub(crate) taken: usize,
 }
 
 fn not_opened() -> TransportError {

@@ -35,7 +35,7 @@ impl<F: Fabric> Pins<F> {
 
 impl<F: Fabric> PinBoard<F> {
     /// Returns a board without readers.
-    pub fn new(region: &Region<F>, topic: TopicId, order: Order, broker: BrokerId) -> Self {
+    pub(crate) fn new(region: &Region<F>, topic: TopicId, order: Order, broker: BrokerId) -> Self {
         let stream = if order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
         let lowest = Pin::new(region.clone(), StreamId { topic, stream }, broker);
         Self { pins: Mutex::new(Pins { readers: Vec::new(), lowest }) }
@@ -62,7 +62,7 @@ impl<F: Fabric> PinBoard<F> {
     ///
     /// # Panics
     /// When the reader is not registered.
-    pub fn unregister(&self, reader: usize) {
+    pub(crate) fn unregister(&self, reader: usize) {
         let mut pins = self.pins();
         *pins.of(reader) = None;
         // Without a leader the pin is shown all the same; only the trim point is unknown.

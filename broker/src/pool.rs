@@ -19,7 +19,7 @@ use tonic::transport::Channel;
 ///
 /// # Errors
 /// The system's, when the runtime for remote calls cannot be made.
-pub fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<dyn SegmentAllocator>> {
+pub(crate) fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<dyn SegmentAllocator>> {
     Ok(match region.geometry().allocator {
         AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
         AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), info.id)),
@@ -35,7 +35,7 @@ type Calls = (tokio::runtime::Runtime, Option<(Term, ControlClient<Channel>)>);
 
 // [[DEVIATION_005]] (B): the paper gives each broker one contiguous log.
 /// Allocator that asks the leader for segments. At the leader itself it takes them from the pool.
-pub struct LeaderAllocator<F> {
+pub(crate) struct LeaderAllocator<F> {
     region: Region<F>,
     broker: BrokerId,
     incarnation: Incarnation,
@@ -49,7 +49,7 @@ impl<F: Fabric> LeaderAllocator<F> {
     ///
     /// # Errors
     /// The system's, when the runtime of the calls cannot be made.
-    pub fn new(region: Region<F>, info: &BrokerInfo) -> io::Result<Self> {
+    pub(crate) fn new(region: Region<F>, info: &BrokerInfo) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let BrokerInfo { id: broker, incarnation, .. } = *info;
         Ok(Self { region, broker, incarnation, own: OnceLock::new(), calls: Mutex::new((runtime, None)) })
@@ -104,7 +104,12 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
             return own.allocate();
         }
         let request = AllocateSegmentRequest { broker: self.broker.0 };
-        self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))
+        let segment = self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))?;
+        let segments = self.region.geometry().segment_count;
+        if segment >= segments {
+            return Err(PoolError::Unreachable(format!("its answer is segment {segment}, and the region has {segments}")));
+        }
+        Ok(segment)
     }
 
     fn release(&self, segment: u32) -> Result<(), PoolError> {

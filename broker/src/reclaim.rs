@@ -28,7 +28,7 @@ const SCAN_ENTRIES: u64 = 4096;
 /// - All its batches are decided: they are committed, or never will be.
 /// - Its committed batches are trimmed.
 /// - No broker pins them.
-pub struct Reclaimer<F: Fabric> {
+pub(crate) struct Reclaimer<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
     stream: StreamId,
@@ -46,7 +46,7 @@ pub struct Reclaimer<F: Fabric> {
 
 impl<F: Fabric> Reclaimer<F> {
     /// Returns a reclaimer that has scanned nothing.
-    pub fn new(region: Region<F>, topic: &Topic<F>, broker: BrokerId) -> Self {
+    pub(crate) fn new(region: Region<F>, topic: &Topic<F>, broker: BrokerId) -> Self {
         let stream = topic.stream(broker);
         let reader = OrderIndexReader::new(region.clone(), stream);
         Self {
@@ -65,7 +65,7 @@ impl<F: Fabric> Reclaimer<F> {
     ///
     /// `head` is the position of the next batch in this broker's Batchlog (or own index). `brokers` are those whose
     /// pins count.
-    pub fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = BrokerId>) -> usize {
+    pub(crate) fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = BrokerId>) -> usize {
         let retired = topic.blog.retired();
         // The decided position is read before the index, so that the scan sees every commit below that position.
         let decided = if topic.config.order.is_global() {
@@ -156,7 +156,7 @@ struct OrphanedSegment {
 /// Index segments that this broker took as the leader in an earlier term, or in an earlier incarnation.
 ///
 /// Only this broker may give them back to its allocator. It does so once nobody reads them any more.
-pub struct OrphanedSegments<F: Fabric> {
+pub(crate) struct OrphanedSegments<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
     pool: Arc<dyn SegmentAllocator>,
@@ -167,7 +167,7 @@ pub struct OrphanedSegments<F: Fabric> {
 
 impl<F: Fabric> OrphanedSegments<F> {
     /// Returns a collection that has not looked for segments yet. They go back to `pool`.
-    pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
+    pub(crate) fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
         Self { region, broker, pool, searched_at: None, found: Vec::new() }
     }
 
@@ -175,7 +175,7 @@ impl<F: Fabric> OrphanedSegments<F> {
     ///
     /// Call it on the thread that runs the sequencer, if this broker leads: the two must not give back the same
     /// segment.
-    pub fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
+    pub(crate) fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
         let version = leader_version(&self.region);
         if self.searched_at != Some(version) {
             self.searched_at = Some(version);

@@ -32,7 +32,7 @@ impl<F: Fabric> Topic<F> {
     ///
     /// # Errors
     /// A refusal when the topic is deleted, or its memory is damaged.
-    pub fn check(&self) -> Result<(), TransportError> {
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
         let name = &self.config.name;
         if self.is_deleted() {
             return Err(TransportError::refused(ErrorCode::TopicDeleted, format!("topic {name} is deleted")));
@@ -44,25 +44,25 @@ impl<F: Fabric> Topic<F> {
     }
 
     /// Marks the topic as unusable at this broker, because its memory is damaged.
-    pub fn mark_damaged(&self, damage: Damage) {
+    pub(crate) fn mark_damaged(&self, damage: Damage) {
         if self.damage.set(damage).is_ok() {
             tracing::error!(topic = self.config.name, %damage, "the topic cannot be used at this broker");
         }
     }
 
     /// Returns true once the topic's memory was found damaged.
-    pub fn is_damaged(&self) -> bool {
+    pub(crate) fn is_damaged(&self) -> bool {
         self.damage.get().is_some()
     }
 
     /// Returns true once the topic is being deleted. Nothing may be received or delivered any more.
     #[inline]
-    pub fn is_deleted(&self) -> bool {
+    pub(crate) fn is_deleted(&self) -> bool {
         self.deleted.load(Ordering::Acquire)
     }
 
     /// Returns the stream that subscribers of `broker` read: the global one, or the broker's own.
-    pub fn stream(&self, broker: BrokerId) -> StreamId {
+    pub(crate) fn stream(&self, broker: BrokerId) -> StreamId {
         let stream = if self.config.order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
         StreamId { topic: self.config.id, stream }
     }
@@ -88,12 +88,12 @@ impl<F: Fabric> TopicTable<F> {
     }
 
     /// Region that the topics lie in.
-    pub fn region(&self) -> &Region<F> {
+    pub(crate) fn region(&self) -> &Region<F> {
         &self.region
     }
 
     /// Id of this broker.
-    pub fn broker(&self) -> BrokerId {
+    pub(crate) fn broker(&self) -> BrokerId {
         self.broker
     }
 
@@ -131,22 +131,22 @@ impl<F: Fabric> TopicTable<F> {
     }
 
     /// Returns the topics that are open.
-    pub fn opened(&self) -> Vec<Arc<Topic<F>>> {
+    pub(crate) fn opened(&self) -> Vec<Arc<Topic<F>>> {
         self.slots().iter().flatten().cloned().collect()
     }
 
     /// Returns true while a topic in slot `id` is open, live or deleted.
-    pub fn is_open(&self, id: TopicId) -> bool {
+    pub(crate) fn is_open(&self, id: TopicId) -> bool {
         self.slots()[id.index()].is_some()
     }
 
     /// Marks a topic as deleted, for all who share it.
-    pub fn mark_deleted(&self, topic: &Topic<F>) {
+    pub(crate) fn mark_deleted(&self, topic: &Topic<F>) {
         topic.deleted.store(true, Ordering::Release);
     }
 
     /// Removes a deleted topic from the table, so that its slot can serve the next incarnation.
-    pub fn forget(&self, id: TopicId) {
+    pub(crate) fn forget(&self, id: TopicId) {
         self.slots()[id.index()] = None;
     }
 }

@@ -129,8 +129,8 @@ impl Prepared {
         let exit = Exit::default();
         let (stages, promoted) = bounded(1);
         let mut running = Vec::new();
-        let catalog = if self.config.replica.path.is_some() {
-            let (replica, catalog) = threads::spawn_replica(&self, &topics, &exit.stop)?;
+        let catalog = if let Some(base) = self.config.replica.path.clone() {
+            let (replica, catalog) = threads::spawn_replica(&self, base, &topics, &exit.stop)?;
             running.push(replica);
             catalog
         } else {
@@ -157,7 +157,9 @@ impl Prepared {
         let Self { config, file, mirror, info, id_lock, data, control, .. } = self;
         running.push(threads::spawn_acceptor(data, accepted, Arc::clone(&exit.stop))?);
         let election = etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd)));
-        let candidate = candidate(&config, (file, mirror), &info, election, (pool, stages, Arc::clone(&leader)));
+        let parts =
+            CandidateParts { file, mirror, info: info.clone(), election, pool, stages, control: Arc::clone(&leader) };
+        let candidate = parts.into_candidate(&config);
         let leadership = runtime.block_on(candidate.take_over_if_gone());
         if config.role == Role::Leader && leadership.is_none() {
             exit.stop.store(true, Ordering::Relaxed);
@@ -187,35 +189,42 @@ impl Prepared {
     }
 }
 
-/// Objects that a new leader needs: an allocator, the channel to the worker that runs its stages, and the control
-/// service.
-type LeaderPlaces = (Arc<dyn SegmentAllocator>, Sender<LeaderStages>, Arc<CurrentLeader>);
-
-/// Returns this broker as a candidate.
-fn candidate(
-    config: &BrokerConfig,
-    (file, mirror): (RegionFile, Option<RegionFile>),
-    info: &BrokerInfo,
+/// Parts of a candidate that do not come from the configuration.
+struct CandidateParts {
+    file: RegionFile,
+    mirror: Option<RegionFile>,
+    info: BrokerInfo,
     election: Election,
-    (pool, stages, control): LeaderPlaces,
-) -> Candidate {
-    Candidate {
-        eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_leaders,
-        file,
-        info: info.clone(),
-        pool,
-        mirror,
-        leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
-        broker_lease: Duration::from_millis(config.broker_lease_ms),
-        leader_lease: Duration::from_millis(config.leader_lease_ms),
-        reach: match config.cxl.coherence {
-            Coherence::Host => CoherenceScope::Host,
-            Coherence::Fabric => CoherenceScope::Fabric,
-            Coherence::None => CoherenceScope::None,
-        },
-        election,
-        stages,
-        control,
-        in_use: Arc::default(),
+    /// Allocator for the order indexes of a leader.
+    pool: Arc<dyn SegmentAllocator>,
+    /// Channel to the worker that runs the stages of a leader.
+    stages: Sender<LeaderStages>,
+    /// State that the control service of a leader uses.
+    control: Arc<CurrentLeader>,
+}
+
+impl CandidateParts {
+    /// Returns this broker as a candidate.
+    fn into_candidate(self, config: &BrokerConfig) -> Candidate {
+        let Self { file, mirror, info, election, pool, stages, control } = self;
+        Candidate {
+            eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_leaders,
+            file,
+            info,
+            pool,
+            mirror,
+            leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
+            broker_lease: Duration::from_millis(config.broker_lease_ms),
+            leader_lease: Duration::from_millis(config.leader_lease_ms),
+            reach: match config.cxl.coherence {
+                Coherence::Host => CoherenceScope::Host,
+                Coherence::Fabric => CoherenceScope::Fabric,
+                Coherence::None => CoherenceScope::None,
+            },
+            election,
+            stages,
+            control,
+            in_use: Arc::default(),
+        }
     }
 }

@@ -5,7 +5,7 @@ use super::{BrokerError, Exit, io_error};
 use crate::archive::{Archive, ArchiveReader, Catalog};
 use crate::config::{BrokerConfig, Coherence, ReplicaIo};
 use crate::control::ControlService;
-use crate::delegation::Delegation;
+use crate::delegation::{Delegation, Landed};
 use crate::ingest::IngestLimits;
 use crate::leader::{Candidate, Leadership};
 use crate::replica::format::Identity;
@@ -104,7 +104,7 @@ impl Serving<'_> {
                 accepted: receiver,
                 ordered,
                 idle: Idle::new(config.threads.poll, bounds),
-                core: config.threads.cores.get(index % config.threads.cores.len().max(1)).copied(),
+                core: config.threads.cores.iter().cycle().nth(index).copied(),
                 stages: stages.take().unwrap_or_default(),
             };
             let worker = Worker::new(shared.clone(), setup, SystemClock).map_err(io_error("watch sockets"))?;
@@ -114,7 +114,7 @@ impl Serving<'_> {
     }
 
     /// Returns the data that all workers share.
-    fn shared(self, landed: Sender<crate::delegation::Landed<Native>>) -> Shared {
+    fn shared(self, landed: Sender<Landed<Native>>) -> Shared {
         let (config, exit) = (&self.start.config, self.exit);
         Shared {
             topics: Arc::clone(self.topics),
@@ -171,14 +171,14 @@ fn open_ring(io: ReplicaIo) -> Result<Option<Arc<Mutex<Uring>>>, BrokerError> {
     }
 }
 
-/// Starts the thread that replicates. Returns it with the catalog of its files.
+/// Starts the thread that replicates into the directory `base`. Returns it with the catalog of its files.
 pub(super) fn spawn_replica(
     start: &Prepared,
+    base: PathBuf,
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
 ) -> Result<(JoinHandle<()>, Arc<Catalog>), BrokerError> {
     let config = &start.config.replica;
-    let base = config.path.clone().unwrap_or_default();
     let with = if config.direct { "with replica.direct" } else { "without replica.direct" };
     let failed = |source| io_error(format!("keep replicas in {} {with}", base.display()))(source);
     // A directory that cannot be used shows now rather than at the first batch.
@@ -223,7 +223,7 @@ pub(super) fn spawn_replica(
     Ok((thread, catalog))
 }
 
-/// Starts the thread that hands new connections to the workers in turn.
+/// Starts the thread that hands new connections to the workers in turn. There must be one worker at least.
 pub(super) fn spawn_acceptor(
     listener: TcpListener,
     workers: Vec<Sender<TcpStream>>,
@@ -241,9 +241,8 @@ pub(super) fn spawn_acceptor(
             loop {
                 match listener.accept() {
                     Ok((stream, _)) => {
-                        if let Some(worker) = workers.get(next % workers.len().max(1)) {
-                            let _ = worker.send(stream);
-                        }
+                        // A worker that ended drops the connection.
+                        let _ = workers[next % workers.len()].send(stream);
                         next += 1;
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,

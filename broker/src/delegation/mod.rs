@@ -264,7 +264,7 @@ impl<F: Fabric> Delegation<F> {
     }
 
     /// Announces that batches wait for room at this broker, so that the leader fences no session for a gap meanwhile.
-    pub fn stalled(&mut self) {
+    pub(crate) fn stalled(&mut self) {
         self.pulse.stall();
     }
 
@@ -284,6 +284,6 @@ impl<F: Fabric> Delegation<F> {
 /// Returns the time, in microseconds since 1970, before which retention keeps nothing; 0 when `retention_ms` is 0,
 /// which keeps everything.
 #[must_use]
-pub fn since(retention_ms: u64, now_us: u64) -> u64 {
+pub(crate) fn since(retention_ms: u64, now_us: u64) -> u64 {
     if retention_ms == 0 { 0 } else { now_us.saturating_sub(retention_ms.saturating_mul(1000)) }
 }

@@ -31,11 +31,16 @@ pub(super) struct Client {
     pub(super) waiting: bool,
     /// True while the poller watches for room in the socket.
     watches_room: bool,
-    /// Number of the connection among all of its thread; part of its token.
-    generation: u32,
+    /// Name of the connection among all that its thread ever has.
+    token: u64,
 }
 
 impl Client {
+    /// Name of the connection among all that its thread ever has.
+    pub(super) fn token(&self) -> u64 {
+        self.token
+    }
+
     /// Returns true when something is to be sent, or the poller watches for room in the socket.
     pub(super) fn has_to_send(&self) -> bool {
         !self.outbox.is_empty() || self.watches_room || self.link.has_to_send()
@@ -55,20 +60,21 @@ pub(super) struct Connections {
     poller: Poller,
     clients: Vec<Option<Client>>,
     free: Vec<usize>,
-    generation: u32,
+    /// Number of the last connection; it wraps.
+    last_number: u32,
     /// Number of connections of all polling threads of the broker.
     count: Arc<AtomicUsize>,
 }
 
-/// Returns the token of a connection.
-const fn token(slot: usize, generation: u32) -> u64 {
-    (slot as u64) << 32 | generation as u64
+/// Returns the token of the connection with number `number` in a slot.
+const fn token(slot: usize, number: u32) -> u64 {
+    (slot as u64) << 32 | number as u64
 }
 
 impl Connections {
     /// Returns an empty set. `count` is shared by all threads of the broker and counts their connections.
     pub(super) fn new(count: Arc<AtomicUsize>) -> io::Result<Self> {
-        Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), generation: 0, count })
+        Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), last_number: 0, count })
     }
 
     /// Watches another descriptor beside the sockets.
@@ -87,15 +93,15 @@ impl Connections {
             self.clients.push(None);
             self.clients.len() - 1
         });
-        self.generation = self.generation.wrapping_add(1);
-        if let Err(error) = self.poller.add(link.descriptor(), token(slot, self.generation), false) {
+        self.last_number = self.last_number.wrapping_add(1);
+        let token = token(slot, self.last_number);
+        if let Err(error) = self.poller.add(link.descriptor(), token, false) {
             self.free.push(slot);
             return Err(error);
         }
         self.count.fetch_add(1, Ordering::Relaxed);
-        let (outbox, generation) = (Outbox::default(), self.generation);
-        let client = Client { link, role: Role::New, outbox, waiting: false, watches_room: false, generation };
-        self.clients[slot] = Some(client);
+        let outbox = Outbox::default();
+        self.clients[slot] = Some(Client { link, role: Role::New, outbox, waiting: false, watches_room: false, token });
         Ok(())
     }
 
@@ -110,16 +116,10 @@ impl Connections {
     }
 
     /// Returns the slot of the connection that a token names, if it is still there.
-    pub(super) fn slot_of(&self, of: u64) -> Option<usize> {
-        let slot = (of >> 32) as usize;
+    pub(super) fn slot_of(&self, token: u64) -> Option<usize> {
+        let slot = (token >> 32) as usize;
         let client = self.clients.get(slot)?.as_ref()?;
-        (client.generation == of as u32).then_some(slot)
-    }
-
-    /// Returns the token of the connection in a slot.
-    pub(super) fn token_of(&self, slot: usize) -> u64 {
-        let generation = self.clients.get(slot).and_then(Option::as_ref).map_or(0, |client| client.generation);
-        token(slot, generation)
+        (client.token == token).then_some(slot)
     }
 
     /// Returns all connections.
@@ -137,7 +137,7 @@ impl Connections {
         let result = if waiting {
             self.poller.remove(client.link.descriptor())
         } else {
-            self.poller.add(client.link.descriptor(), token(slot, client.generation), client.watches_room)
+            self.poller.add(client.link.descriptor(), client.token, client.watches_room)
         };
         if let Err(error) = result {
             tracing::error!(%error, "a socket cannot be watched");
@@ -151,7 +151,7 @@ impl Connections {
         if watch != client.watches_room {
             client.watches_room = watch;
             if !client.waiting {
-                self.poller.modify(client.link.descriptor(), token(slot, client.generation), watch)?;
+                self.poller.modify(client.link.descriptor(), client.token, watch)?;
             }
         }
         Ok(())

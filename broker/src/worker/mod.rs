@@ -5,10 +5,10 @@ mod device;
 mod stages;
 mod turn;
 
-pub use stages::{LeaderStages, Stages};
+pub(crate) use stages::{LeaderStages, Stages};
 
 use crate::archive::Archive;
-use crate::delegation::{Landed, OrderedLocally};
+use crate::delegation::{Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{IngestLimits, PublisherLanding, PublisherSession};
 use crate::topics::TopicTable;
@@ -38,55 +38,55 @@ const IDLE_CHECK: Duration = Duration::from_millis(10);
 
 /// Data that all workers of a broker share.
 #[derive(Clone)]
-pub struct Shared {
+pub(crate) struct Shared {
     /// Topics of the broker.
-    pub topics: Arc<TopicTable<Native>>,
+    pub(crate) topics: Arc<TopicTable<Native>>,
     /// Channel to the delegation.
-    pub landed: Sender<Landed<Native>>,
+    pub(crate) landed: Sender<Landed<Native>>,
     /// Limits of publishers.
-    pub limits: IngestLimits,
+    pub(crate) limits: IngestLimits,
     /// Time for which a half sent batch may keep memory that retention wants.
-    pub delivery_patience: Duration,
+    pub(crate) delivery_patience: Duration,
     /// Silence after which a publisher loses landing windows that keep memory from being reused.
-    pub window_idle: Duration,
+    pub(crate) window_idle: Duration,
     /// Archive to ask for batches that the region no longer holds.
-    pub archive: Archive,
+    pub(crate) archive: Archive,
     /// Sizes of the sockets' kernel buffers.
-    pub sockets: SocketOptions,
+    pub(crate) sockets: SocketOptions,
     /// RDMA device, if the broker offers one.
-    pub device: Option<Arc<RdmaDevice>>,
+    pub(crate) device: Option<Arc<RdmaDevice>>,
     /// Set when the broker is about to stop: clients are sent to other brokers.
-    pub draining: Arc<AtomicBool>,
+    pub(crate) draining: Arc<AtomicBool>,
     /// Number of connections of all workers.
-    pub connections: Arc<AtomicUsize>,
+    pub(crate) connections: Arc<AtomicUsize>,
     /// Set when the broker stops.
-    pub stop: Arc<AtomicBool>,
+    pub(crate) stop: Arc<AtomicBool>,
     /// Set when a later process has this broker's id.
-    pub superseded: Arc<AtomicBool>,
+    pub(crate) superseded: Arc<AtomicBool>,
     /// Silence after which the leader ignores this broker's pins; [`Duration::MAX`] where it never does.
-    pub lease: Duration,
+    pub(crate) lease: Duration,
     /// Time between heartbeats.
-    pub heartbeat: Duration,
+    pub(crate) heartbeat: Duration,
 }
 
 /// Settings of a single worker.
-pub struct WorkerSetup {
+pub(crate) struct WorkerSetup {
     /// Index among the broker's workers.
-    pub index: usize,
+    pub(crate) index: usize,
     /// Channel of the connections to serve.
-    pub accepted: Receiver<TcpStream>,
+    pub(crate) accepted: Receiver<TcpStream>,
     /// Channel of the batches that the delegation ordered, for their acks.
-    pub ordered: Receiver<OrderedLocally>,
+    pub(crate) ordered: Receiver<OrderedLocally>,
     /// Way to wait when there is nothing to do.
-    pub idle: Idle,
+    pub(crate) idle: Idle,
     /// Core to run on; `None` leaves it to the kernel.
-    pub core: Option<usize>,
+    pub(crate) core: Option<usize>,
     /// Ordering stages that this thread runs.
-    pub stages: Stages,
+    pub(crate) stages: Stages,
 }
 
 /// Polling thread of a broker.
-pub struct Worker<C> {
+pub(crate) struct Worker<C> {
     index: usize,
     shared: Shared,
     memory: Native,
@@ -110,7 +110,7 @@ impl<C: Clock> Worker<C> {
     ///
     /// # Errors
     /// The kernel's, when sockets cannot be polled or the device gives no completion queue.
-    pub fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
+    pub(crate) fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
         let WorkerSetup { index, accepted, ordered, idle, core, stages } = setup;
         let connections = Connections::new(Arc::clone(&shared.connections))?;
         let device = shared.device.as_ref().map(|device| DeviceQueue::new(device, &connections)).transpose()?;
@@ -134,7 +134,7 @@ impl<C: Clock> Worker<C> {
     }
 
     /// Runs until the broker stops.
-    pub fn run(mut self) {
+    pub(crate) fn run(mut self) {
         if let Err(error) = prepare_polling_thread(self.core) {
             tracing::error!(worker = self.index, %error, "the thread could not be pinned");
         }
@@ -273,9 +273,9 @@ impl<C: Clock> Worker<C> {
 
     /// Receives what a connection has, within its share. Returns true when anything came.
     fn receive(&mut self, slot: usize, now: Now) -> bool {
-        let token = self.connections.token_of(slot);
         let draining = self.shared.draining.load(Ordering::Relaxed);
         let Some(client) = self.connections.get(slot) else { return false };
+        let token = client.token();
         let session = match &mut client.role {
             // `turn` reads and discards what still comes.
             Role::Leaving(_) => return false,
@@ -283,7 +283,7 @@ impl<C: Clock> Worker<C> {
             Role::Publisher(session) => Some(&mut **session),
             Role::New | Role::Subscriber(_) => None,
         };
-        let origin = crate::delegation::Origin { worker: self.index, token };
+        let origin = Origin { worker: self.index, token };
         let topics = &self.shared.topics;
         let mut landing = PublisherLanding { topics, session, origin, now: now.instant, taken: 0 };
         let received = client.link.receive(&self.memory, &mut landing, RECEIVE_BATCHES);

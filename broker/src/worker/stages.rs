@@ -11,22 +11,22 @@ use std::sync::Arc;
 const DELEGATION_BATCHES: usize = 256;
 
 /// Stages that only the leader has.
-pub struct LeaderStages {
+pub(crate) struct LeaderStages {
     /// Stage that gives batches their place in the global order.
-    pub sequencer: Sequencer<Native>,
+    pub(crate) sequencer: Sequencer<Native>,
     /// Stage that counts how far batches are durable.
-    pub completion: CompletionStage<Native>,
+    pub(crate) completion: CompletionStage<Native>,
     /// Token whose other holder sees that the stages have ended, when this one is dropped.
-    pub in_use: Arc<()>,
+    pub(crate) in_use: Arc<()>,
 }
 
 /// Stages of one thread. The broker's first worker has all of them, the others have none.
 #[derive(Default)]
-pub struct Stages {
+pub(crate) struct Stages {
     /// Stage that puts batches into local order.
-    pub delegation: Option<Delegation<Native>>,
+    pub(crate) delegation: Option<Delegation<Native>>,
     /// Channel on which the leader's stages come when this broker becomes the leader.
-    pub promoted: Option<Receiver<LeaderStages>>,
+    pub(crate) promoted: Option<Receiver<LeaderStages>>,
     leader: Option<LeaderStages>,
 }
 
@@ -36,7 +36,7 @@ pub(super) struct Superseded;
 impl Stages {
     /// Returns the stages of a broker's first worker.
     #[must_use]
-    pub fn new(delegation: Delegation<Native>, promoted: Receiver<LeaderStages>) -> Self {
+    pub(crate) fn new(delegation: Delegation<Native>, promoted: Receiver<LeaderStages>) -> Self {
         Self { delegation: Some(delegation), promoted: Some(promoted), leader: None }
     }
 
