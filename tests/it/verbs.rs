@@ -234,6 +234,8 @@ impl Offender {
         let queue = CompletionQueue::new(&context, 256).unwrap();
         let options = QueuePairOptions { send_depth: 64, receive_depth: FRAMES as u32, inline_bytes: 64, shared: None };
         let mut pair = QueuePair::new(&domain, &queue, &port, &options).unwrap();
+        // A slow broker is no reason to give up.
+        pair.send_again(u8::MAX);
         let frames = Buffer::zeroed(FRAMES * FRAME_BYTES).unwrap();
         let frames_region = MemoryRegion::local(&domain, &frames).unwrap();
         for index in 0..FRAMES {

@@ -22,7 +22,7 @@ const RECOVERED: f64 = 0.999;
 
 /// Congestion state of one queue pair.
 #[derive(Debug)]
-pub struct Congestion {
+pub(crate) struct Congestion {
     /// Packets of the window without loss.
     most_window: f64,
     /// Packets of the window now.
@@ -53,25 +53,25 @@ struct Reduced {
 impl Congestion {
     /// Begins without congestion. `window` is the most packets under way, `line_rate` the port's bytes per second.
     #[must_use]
-    pub fn new(window: u32, line_rate: f64) -> Self {
+    pub(crate) fn new(window: u32, line_rate: f64) -> Self {
         let most_window = f64::from(window);
         Self { most_window, window: most_window, line_rate, reduced: None, next_at: 0 }
     }
 
     /// Number of packets that may be under way.
     #[must_use]
-    pub fn window(&self) -> u32 {
+    pub(crate) fn window(&self) -> u32 {
         self.window as u32
     }
 
     /// Time from which the next packet may go.
     #[must_use]
-    pub fn next_at(&self) -> Nanos {
+    pub(crate) fn next_at(&self) -> Nanos {
         self.next_at
     }
 
     /// Notes that a packet with `bytes` bytes of payload is sent.
-    pub fn sent(&mut self, bytes: usize, now: Nanos) {
+    pub(crate) fn sent(&mut self, bytes: usize, now: Nanos) {
         self.recover(now);
         if let Some(reduced) = &self.reduced {
             self.next_at = self.next_at.max(now) + (bytes as f64 / reduced.rate * 1e9) as Nanos;
@@ -79,17 +79,17 @@ impl Congestion {
     }
 
     /// Notes that `packets` packets were acknowledged.
-    pub fn acknowledged(&mut self, packets: u32) {
+    pub(crate) fn acknowledged(&mut self, packets: u32) {
         self.window = (self.window + f64::from(packets) / self.window).min(self.most_window);
     }
 
     /// Notes that packets were lost.
-    pub fn lost(&mut self) {
+    pub(crate) fn lost(&mut self) {
         self.window = (self.window / 2.0).max(LEAST_WINDOW.min(self.most_window));
     }
 
     /// Notes that the receiver saw congestion marks.
-    pub fn notified(&mut self, now: Nanos) {
+    pub(crate) fn notified(&mut self, now: Nanos) {
         self.recover(now);
         let line_rate = self.line_rate;
         let start = || Reduced { target: line_rate, rate: line_rate, estimate: 1.0, steps: 0, step_at: now };

@@ -24,7 +24,7 @@ impl Psn {
 
     /// The number of the packet that follows `packets` packets later.
     #[must_use]
-    pub const fn plus(self, packets: u32) -> Self {
+    pub(crate) const fn plus(self, packets: u32) -> Self {
         Self::new(self.0.wrapping_add(packets))
     }
 

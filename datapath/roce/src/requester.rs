@@ -68,7 +68,7 @@ pub(super) struct Requester<B> {
 }
 
 impl<B: AsRef<[u8]>> Requester<B> {
-    pub fn new(attributes: &Attributes) -> Self {
+    pub(crate) fn new(attributes: &Attributes) -> Self {
         let first = attributes.send_psn;
         Self {
             work: VecDeque::new(),
@@ -86,7 +86,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Takes a request, or gives it back.
-    pub fn post(&mut self, attributes: &Attributes, work: Work<B>) -> Result<(), Full<B>> {
+    pub(crate) fn post(&mut self, attributes: &Attributes, work: Work<B>) -> Result<(), Full<B>> {
         let bytes = match work.operation {
             Operation::Read { bytes, .. } => Some(bytes).filter(|_| work.payload.as_ref().is_empty()),
             _ => u32::try_from(work.payload.as_ref().len()).ok(),
@@ -103,20 +103,20 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Takes away all requests, and returns their ids in order.
-    pub fn take_work(&mut self) -> impl Iterator<Item = u64> + use<B> {
+    pub(crate) fn take_work(&mut self) -> impl Iterator<Item = u64> + use<B> {
         std::mem::take(&mut self.work).into_iter().map(|pending| pending.work.id)
     }
 
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.work.is_empty()
     }
 
-    pub fn congestion(&mut self) -> &mut Congestion {
+    pub(crate) fn congestion(&mut self) -> &mut Congestion {
         &mut self.congestion
     }
 
     /// Latest time at which [`Self::transmit`] is to be called again.
-    pub fn wake_at(&self) -> Option<Nanos> {
+    pub(crate) fn wake_at(&self) -> Option<Nanos> {
         let window = self.congestion.window();
         let may_send = self.next != self.end && self.next.since(self.oldest).cast_unsigned() < window;
         let send_at = may_send.then(|| self.wait_until.max(self.congestion.next_at()));
@@ -131,7 +131,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Counts the oldest packet as lost if its time is up. A failure ends the queue pair.
-    pub fn look_at_time(&mut self, attributes: &Attributes, now: Nanos) -> Result<(), Failure> {
+    pub(crate) fn look_at_time(&mut self, attributes: &Attributes, now: Nanos) -> Result<(), Failure> {
         if self.lost_at.is_none_or(|at| now < at) {
             return Ok(());
         }
@@ -146,7 +146,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Hands the next packet to `send`, if one may go.
-    pub fn transmit(&mut self, attributes: &Attributes, now: Nanos, send: impl FnOnce(&Packet<'_>)) -> bool {
+    pub(crate) fn transmit(&mut self, attributes: &Attributes, now: Nanos, send: impl FnOnce(&Packet<'_>)) -> bool {
         let under_way = self.next.since(self.oldest).cast_unsigned();
         let wait = self.wait_until.max(self.congestion.next_at());
         if self.next == self.end || under_way >= self.congestion.window() || now < wait {
@@ -231,7 +231,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Takes an acknowledgement. A failure ends the queue pair.
-    pub fn answer(
+    pub(crate) fn answer(
         &mut self,
         attributes: &Attributes,
         psn: Psn,
@@ -274,7 +274,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Takes a response to a read. A failure ends the queue pair.
-    pub fn response(
+    pub(crate) fn response(
         &mut self,
         attributes: &Attributes,
         packet: &Packet<'_>,

@@ -68,7 +68,7 @@ pub(super) struct Responder {
 }
 
 impl Responder {
-    pub fn new(attributes: &Attributes) -> Self {
+    pub(crate) fn new(attributes: &Attributes) -> Self {
         Self {
             expected: attributes.receive_psn,
             messages: 0,
@@ -81,16 +81,16 @@ impl Responder {
         }
     }
 
-    pub fn post(&mut self, receive: Receive) {
+    pub(crate) fn post(&mut self, receive: Receive) {
         self.receives.push_back(receive);
     }
 
-    pub fn has_receive(&self) -> bool {
+    pub(crate) fn has_receive(&self) -> bool {
         !self.receives.is_empty()
     }
 
     /// Takes away all unused receives. The receive of an incomplete message comes first.
-    pub fn take_receives(&mut self) -> impl Iterator<Item = Receive> {
+    pub(crate) fn take_receives(&mut self) -> impl Iterator<Item = Receive> {
         let begun = match self.current.take() {
             Some(Current::Send { receive, .. }) => Some(receive),
             _ => None,
@@ -99,7 +99,7 @@ impl Responder {
     }
 
     /// Takes a request packet. A failure ends the queue pair.
-    pub fn request(
+    pub(crate) fn request(
         &mut self,
         attributes: &Attributes,
         packet: &Packet<'_>,
@@ -261,7 +261,12 @@ impl Responder {
 
     /// Hands the next packet to `send`; false if there is none. Responses to reads go first, so that answers keep their
     /// order.
-    pub fn transmit(&mut self, attributes: &Attributes, memory: &impl Memory, send: impl FnOnce(&Packet<'_>)) -> bool {
+    pub(crate) fn transmit(
+        &mut self,
+        attributes: &Attributes,
+        memory: &impl Memory,
+        send: impl FnOnce(&Packet<'_>),
+    ) -> bool {
         if !self.reads.is_empty() {
             self.respond(attributes, memory, send);
             return true;

@@ -25,12 +25,12 @@ pub(super) struct RoundTrip {
 
 impl RoundTrip {
     /// Notes that a packet which asks for an answer is sent for the first time.
-    pub fn sent(&mut self, psn: Psn, now: Nanos) {
+    pub(crate) fn sent(&mut self, psn: Psn, now: Nanos) {
         self.sample.get_or_insert((psn, now));
     }
 
     /// Notes that all packets before `psn` are answered.
-    pub fn answered(&mut self, psn: Psn, now: Nanos) {
+    pub(crate) fn answered(&mut self, psn: Psn, now: Nanos) {
         let missed = std::mem::take(&mut self.missed);
         let Some((_, at)) = self.sample.take_if(|(sampled, _)| psn.since(*sampled) > 0) else {
             // On a path that loses much a sample may be long in coming. The first answer after a silence may be to what went
@@ -47,18 +47,18 @@ impl RoundTrip {
     }
 
     /// Notes that packets are sent again. An answer does not say which sending it answers (Karn's algorithm; RFC 6298, 3).
-    pub fn sent_again(&mut self) {
+    pub(crate) fn sent_again(&mut self) {
         self.sample = None;
     }
 
     /// Notes that an answer did not come in time.
-    pub fn missed(&mut self) {
+    pub(crate) fn missed(&mut self) {
         self.missed = true;
         self.doublings = (self.doublings + 1).min(MOST_DOUBLINGS);
     }
 
     /// Nanoseconds that an answer may take, at least `least`.
-    pub fn patience(&self, least: Nanos) -> Nanos {
+    pub(crate) fn patience(&self, least: Nanos) -> Nanos {
         let measured = self.time.map_or(0, |(time, variation)| time + 4 * variation);
         (measured.max(least) << self.doublings).min(LONGEST.max(least))
     }

@@ -13,47 +13,35 @@
 
 mod completion;
 mod device;
+mod either;
+mod error;
 #[cfg(rdma)]
 mod ibverbs;
 mod memory;
+mod outcome;
+mod peer;
+mod port;
 mod probe;
 mod queue_pair;
+mod range;
+mod report;
 mod softnic;
 mod survey;
+mod work;
 
-pub use completion::{Completion, CompletionQueue, Outcome, WorkError};
-pub use device::{Context, LocalPort, VerbsError};
-pub use memory::{LocalRange, MemoryRegion, MemoryWindow, Pinned, ProtectionDomain, RemoteRange};
-pub use probe::windows_are_enforced;
-pub use queue_pair::{
-    DOORBELL, Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
-};
-pub use softnic::{DpdkConfig, RoceConfig};
-pub use survey::{DeviceReport, Gid, PortReport, SurveyError, has_dpdk, rdma_missing, survey};
-
-/// Evaluates an expression for the device behind a value, of either kind.
-macro_rules! either {
-    ($value:expr, $inner:ident => $result:expr) => {
-        match $value {
-            #[cfg(rdma)]
-            Self::Hardware($inner) => $result,
-            Self::Software($inner) => $result,
-        }
-    };
-}
-use either;
-
-/// Version of the DPDK that this build has; `None` in a build without DPDK.
-#[must_use]
-pub fn dpdk_version() -> Option<String> {
-    #[cfg(feature = "dpdk")]
-    return Some(softnic::dpdk_version());
-    #[cfg(not(feature = "dpdk"))]
-    None
-}
-
-/// Error of a call that mixes objects of two devices.
+pub use completion::CompletionQueue;
+pub use device::Context;
+pub use error::VerbsError;
+pub use memory::{MemoryRegion, MemoryWindow, ProtectionDomain};
 #[cfg(rdma)]
-fn of_another_device() -> std::io::Error {
-    std::io::Error::new(std::io::ErrorKind::InvalidInput, "it belongs to another device")
-}
+pub use outcome::HardwareFailure;
+pub use outcome::{Completion, Outcome, WorkError};
+pub use peer::PeerAddress;
+pub use port::LocalPort;
+pub use probe::windows_are_enforced;
+pub use queue_pair::{Initial, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work};
+pub use range::{LocalRange, Pinned, RemoteRange};
+pub use report::{DeviceReport, Gid, PortReport};
+pub use softnic::{DpdkConfig, RoceConfig};
+pub use survey::{SurveyError, dpdk_version, has_dpdk, rdma_missing, survey};
+pub use work::DOORBELL;

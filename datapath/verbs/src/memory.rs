@@ -1,76 +1,22 @@
 //! Memory that a NIC may access: protection domains, registered memory, memory windows.
 
-use super::device::Context;
+use crate::device::{Context, Device};
+use crate::either::either;
 #[cfg(rdma)]
-use super::ibverbs;
-use super::{either, softnic};
-use embarcadero_cxl::{Native, RegionOffset};
-use embarcadero_os::buffer::Buffer;
-use std::any::Any;
+use crate::ibverbs;
+use crate::range::{LocalRange, Pinned, RemoteRange, Rights};
+use crate::softnic;
 use std::io;
 use std::sync::Arc;
-
-/// Memory that can be registered.
-pub trait Pinned {
-    /// First byte, number of bytes, and the owner that keeps them mapped.
-    fn pages(&self) -> (*mut u8, usize, Arc<dyn Any + Send + Sync>);
-
-    /// CXL region that the bytes are part of, and the offset where they begin; `None` for other memory.
-    fn region(&self) -> Option<(&Native, RegionOffset)> {
-        None
-    }
-}
-
-impl Pinned for Buffer {
-    fn pages(&self) -> (*mut u8, usize, Arc<dyn Any + Send + Sync>) {
-        let pages = Buffer::pages(self);
-        (pages.as_mut_ptr(), pages.len(), Arc::clone(pages) as _)
-    }
-}
-
-impl Pinned for (&Native, RegionOffset, u64) {
-    fn pages(&self) -> (*mut u8, usize, Arc<dyn Any + Send + Sync>) {
-        let (memory, at, len) = *self;
-        (memory.address(at, len), len as usize, Arc::new(memory.clone()) as _)
-    }
-
-    fn region(&self) -> Option<(&Native, RegionOffset)> {
-        Some((self.0, self.1))
-    }
-}
-
-/// Registered bytes of this host. It is a plain value: once the registration is gone, the NIC refuses it.
-#[derive(Clone, Copy, Debug)]
-pub struct LocalRange {
-    pub(super) address: u64,
-    pub(super) len: u32,
-    pub(super) key: u32,
-}
-
-/// Address of a peer's bytes, and the key to them. The peer's NIC checks both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RemoteRange {
-    /// Address of the first byte, as the peer counts.
-    pub address: u64,
-    /// Key to the memory (rkey).
-    pub key: u32,
-}
-
-impl RemoteRange {
-    /// Moves the range on by `bytes` bytes.
-    #[must_use]
-    pub fn offset(self, bytes: u64) -> Self {
-        Self { address: self.address.wrapping_add(bytes), ..self }
-    }
-}
 
 /// Protection domain: memory, windows and queue pairs that may be used with each other.
 pub struct ProtectionDomain {
     context: Arc<Context>,
-    pub(super) kind: Domain,
+    pub(crate) kind: Domain,
 }
 
-pub(super) enum Domain {
+/// Protection domain of either kind of device.
+pub(crate) enum Domain {
     #[cfg(rdma)]
     Hardware(Arc<ibverbs::ProtectionDomain>),
     Software(softnic::Domain),
@@ -82,10 +28,10 @@ impl ProtectionDomain {
     /// # Errors
     /// The error of `ibv_alloc_pd`.
     pub fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
-        let kind = match &**context {
+        let kind = match &context.device {
             #[cfg(rdma)]
-            Context::Hardware(device) => Domain::Hardware(ibverbs::ProtectionDomain::new(device)?),
-            Context::Software(nic) => Domain::Software(nic.domain()),
+            Device::Hardware(device) => Domain::Hardware(ibverbs::ProtectionDomain::new(device)?),
+            Device::Software(nic) => Domain::Software(nic.domain()),
         };
         Ok(Arc::new(Self { context: Arc::clone(context), kind }))
     }
@@ -97,45 +43,17 @@ impl ProtectionDomain {
     }
 }
 
-/// Rights that a registration gives to peers. This host's own requests may always use the memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Rights {
-    /// No rights.
-    Local,
-    /// Writes through memory windows.
-    Windows,
-    /// Writes by the peer of every queue pair of the domain.
-    RemoteWrite,
-}
-
 /// Registered memory. It stays mapped and pinned as long as this value lives.
 pub struct MemoryRegion {
     domain: Arc<ProtectionDomain>,
     kind: Region,
 }
 
+/// Registered memory of either kind of device.
 enum Region {
     #[cfg(rdma)]
     Hardware(Arc<ibverbs::MemoryRegion>),
     Software(softnic::Registration),
-}
-
-impl Region {
-    fn len(&self) -> usize {
-        either!(self, region => region.len())
-    }
-
-    fn address(&self) -> u64 {
-        either!(self, region => region.address())
-    }
-
-    fn local_key(&self) -> u32 {
-        either!(self, region => region.local_key())
-    }
-
-    fn remote_key(&self) -> u32 {
-        either!(self, region => region.remote_key())
-    }
 }
 
 impl std::fmt::Debug for MemoryRegion {
@@ -187,7 +105,7 @@ impl MemoryRegion {
     /// Number of bytes.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.kind.len()
+        either!(&self.kind, Region, region => region.len())
     }
 
     /// Whether it has no bytes, which no registration allows.
@@ -199,7 +117,7 @@ impl MemoryRegion {
     /// Address of `len` bytes at offset `at`.
     fn address(&self, at: u64, len: u64) -> u64 {
         assert!(at <= self.len() as u64 && len <= self.len() as u64 - at, "{at}+{len} is outside the registration");
-        self.kind.address() + at
+        either!(&self.kind, Region, region => region.address()) + at
     }
 
     /// Names `len` bytes at offset `at` for a work request of this host.
@@ -208,7 +126,8 @@ impl MemoryRegion {
     /// If the bytes are not inside the registration.
     #[must_use]
     pub fn range(&self, at: u64, len: u32) -> LocalRange {
-        LocalRange { address: self.address(at, len.into()), len, key: self.kind.local_key() }
+        let key = either!(&self.kind, Region, region => region.local_key());
+        LocalRange { address: self.address(at, len.into()), len, key }
     }
 
     /// Names `len` bytes at offset `at` for a peer. The peer can use them only if the memory is
@@ -218,20 +137,22 @@ impl MemoryRegion {
     /// If the bytes are not inside the registration.
     #[must_use]
     pub fn remote(&self, at: u64, len: u64) -> RemoteRange {
-        RemoteRange { address: self.address(at, len), key: self.kind.remote_key() }
+        let key = either!(&self.kind, Region, region => region.remote_key());
+        RemoteRange { address: self.address(at, len), key }
     }
 }
 
 /// Type-2 memory window: part of a registration that the peer of one queue pair can write.
 ///
-/// A [`super::Work::Open`] on the queue pair opens it. Dropping it closes it: once `drop` returns, a write through it
+/// A [`crate::Work::Open`] on the queue pair opens it. Dropping it closes it: once `drop` returns, a write through it
 /// fails with a remote access error.
 pub struct MemoryWindow {
     address: u64,
-    pub(super) kind: Window,
+    pub(crate) kind: Window,
 }
 
-pub(super) enum Window {
+/// Memory window of either kind of device.
+pub(crate) enum Window {
     #[cfg(rdma)]
     Hardware(ibverbs::MemoryWindow),
     Software(softnic::Window),
@@ -258,11 +179,7 @@ impl MemoryWindow {
     /// Names the window's memory for the peer, which can use it once the window is open.
     #[must_use]
     pub fn remote(&self) -> RemoteRange {
-        let key = match &self.kind {
-            #[cfg(rdma)]
-            Window::Hardware(window) => window.key(),
-            Window::Software(window) => window.key(),
-        };
+        let key = either!(&self.kind, Window, window => window.key());
         RemoteRange { address: self.address, key }
     }
 }

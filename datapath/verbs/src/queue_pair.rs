@@ -1,25 +1,31 @@
 //! Reliable connected queue pairs (RC). Their states are types: a queue pair cannot send before it is connected.
 
-use super::completion::{CompletionQueue, Queue};
-use super::device::LocalPort;
-use super::memory::{Domain, LocalRange, MemoryWindow, ProtectionDomain, RemoteRange};
-use super::{either, softnic};
+use crate::completion::{CompletionQueue, Queue};
+use crate::either::either;
 #[cfg(rdma)]
-use super::{ibverbs, of_another_device};
+use crate::either::of_another_device;
+#[cfg(rdma)]
+use crate::ibverbs;
+use crate::memory::{Domain, MemoryWindow, ProtectionDomain, Window};
+use crate::peer::PeerAddress;
+use crate::port::LocalPort;
+use crate::range::LocalRange;
+use crate::{softnic, work};
+use embarcadero_roce::packet::LOW_24_BITS;
 use std::io;
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-/// Most work requests that one call posts.
-pub const DOORBELL: usize = 16;
-
 /// Receives without buffers that queue pairs share. Each takes one WRITE_WITH_IMM, whose bytes lie where the peer wrote
 /// them.
-pub enum SharedReceiveQueue {
-    /// Queue of a device of the host.
+pub struct SharedReceiveQueue {
+    kind: Receives,
+}
+
+/// Shared receives of either kind of device.
+enum Receives {
     #[cfg(rdma)]
     Hardware(Arc<ibverbs::SharedReceiveQueue>),
-    /// Queue of a NIC in software.
     Software(Arc<softnic::Receives>),
 }
 
@@ -29,11 +35,12 @@ impl SharedReceiveQueue {
     /// # Errors
     /// The error that the library reports.
     pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
-        Ok(Arc::new(match &domain.kind {
+        let kind = match &domain.kind {
             #[cfg(rdma)]
-            Domain::Hardware(domain) => Self::Hardware(ibverbs::SharedReceiveQueue::new(domain, depth)?),
-            Domain::Software(_) => Self::Software(Arc::new(softnic::Receives::new(depth))),
-        }))
+            Domain::Hardware(domain) => Receives::Hardware(ibverbs::SharedReceiveQueue::new(domain, depth)?),
+            Domain::Software(_) => Receives::Software(Arc::new(softnic::Receives::new(depth))),
+        };
+        Ok(Arc::new(Self { kind }))
     }
 
     /// Posts `count` more receives, in place of those that were taken. Does not allocate.
@@ -41,7 +48,7 @@ impl SharedReceiveQueue {
     /// # Errors
     /// The error of `ibv_post_srq_recv`.
     pub fn post(&self, count: usize) -> io::Result<()> {
-        either!(self, receives => receives.post(count))
+        either!(&self.kind, Receives, receives => receives.post(count))
     }
 }
 
@@ -57,29 +64,10 @@ pub struct QueuePairOptions<'a> {
     pub shared: Option<&'a Arc<SharedReceiveQueue>>,
 }
 
-/// Address of a queue pair, which a peer needs to connect. It travels over the control channel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PeerAddress {
-    /// Global address of the port.
-    pub gid: [u8; 16],
-    /// LID of the port (InfiniBand); 0 on Ethernet.
-    pub lid: u16,
-    /// Number of the queue pair.
-    pub queue_pair: u32,
-    /// Sequence number of the first packet that it sends, 24 bits.
-    pub first_psn: u32,
-    /// Path MTU in force at the port, bytes.
-    pub mtu: u32,
-}
-
-/// Times that an unanswered packet is sent again.
-pub(super) const RETRIES: u8 = 7;
-/// Times that a packet is sent again while the peer has no receive: 7 stands for "without end" (IBTA 1.4, 9.7.5.2.8).
-pub(super) const RNR_RETRIES: u8 = 7;
-/// Code of the time that the peer waits for a receive of this side: 12 stands for 0.64 ms (IBTA 1.4, 9.7.5.2.8).
-pub(super) const RNR_TIMER: u8 = 12;
-/// Low 24 bits, which packet sequence numbers and queue pairs have (IBTA 9.2).
-pub(super) const LOW_24_BITS: u32 = 0x00ff_ffff;
+/// Operation of a work request.
+pub type Work<'a> = work::Work<'a, MemoryWindow>;
+/// Work request.
+pub type Request<'a> = work::Request<'a, MemoryWindow>;
 
 /// State of a queue pair that is not connected. Receives can be posted.
 pub struct Initial;
@@ -94,59 +82,46 @@ pub struct QueuePair<State> {
     state: PhantomData<State>,
 }
 
+/// Queue pair of either kind of device.
 enum Pair {
     #[cfg(rdma)]
     Hardware(ibverbs::QueuePair),
     Software(softnic::Pair),
 }
 
-impl Pair {
-    fn receive_from(&mut self, peer: &PeerAddress) -> io::Result<()> {
-        either!(self, pair => pair.receive_from(peer))
-    }
-
-    fn send(&mut self) -> io::Result<()> {
-        either!(self, pair => pair.send())
-    }
-
-    fn address(&self) -> PeerAddress {
-        either!(self, pair => pair.address())
-    }
-
-    fn number(&self) -> u32 {
-        either!(self, pair => pair.number())
-    }
-
-    fn number_packets_from(&mut self, psn: u32) {
-        either!(self, pair => pair.number_packets_from(psn));
-    }
-
-    fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
-        either!(self, pair => pair.post_receive(id, into))
-    }
-
-    fn post(&mut self, requests: &[Request<'_>]) -> io::Result<usize> {
-        either!(self, pair => pair.post(requests))
-    }
-}
-
 impl QueuePair<Initial> {
     /// Makes a queue pair of a port, in the INIT state. Its peer may write where windows or registrations allow it.
     ///
     /// # Errors
-    /// The error that the library reports.
+    /// The error that the library reports; `InvalidInput` if domain, queues and port are not of one device.
     pub fn new(
         domain: &Arc<ProtectionDomain>,
         queue: &CompletionQueue,
         port: &LocalPort,
         options: &QueuePairOptions<'_>,
     ) -> io::Result<Self> {
+        let shared = options.shared.map(|shared| &shared.kind);
         let kind = match (&domain.kind, &queue.kind) {
             #[cfg(rdma)]
             (Domain::Hardware(domain), Queue::Hardware(queue)) => {
-                Pair::Hardware(ibverbs::QueuePair::new(domain, queue, port, options)?)
+                let shared = match shared {
+                    None => None,
+                    Some(Receives::Hardware(shared)) => Some(shared),
+                    Some(Receives::Software(_)) => return Err(of_another_device()),
+                };
+                let QueuePairOptions { send_depth, receive_depth, inline_bytes, .. } = *options;
+                let depths = ibverbs::Depths { send: send_depth, receive: receive_depth, inline_bytes };
+                Pair::Hardware(ibverbs::QueuePair::new(domain, queue, port, depths, shared)?)
             }
-            (Domain::Software(domain), Queue::Software(queue)) => Pair::Software(queue.pair(domain, port, options)?),
+            (Domain::Software(domain), Queue::Software(queue)) => {
+                let shared = match shared {
+                    None => None,
+                    Some(Receives::Software(shared)) => Some(shared),
+                    #[cfg(rdma)]
+                    Some(Receives::Hardware(_)) => return Err(of_another_device()),
+                };
+                Pair::Software(queue.pair(domain, port, shared)?)
+            }
             #[cfg(rdma)]
             _ => return Err(of_another_device()),
         };
@@ -157,7 +132,14 @@ impl QueuePair<Initial> {
     ///
     /// It changes [`QueuePair::address`], which the peer must get afterwards.
     pub fn number_packets_from(&mut self, psn: u32) {
-        self.kind.number_packets_from(psn & LOW_24_BITS);
+        either!(&mut self.kind, Pair, pair => pair.number_packets_from(psn & LOW_24_BITS));
+    }
+
+    /// Sends an unanswered packet again `times` times before the queue pair fails, instead of 7 times.
+    ///
+    /// Devices of the host take at most 7.
+    pub fn send_again(&mut self, times: u8) {
+        either!(&mut self.kind, Pair, pair => pair.send_again(times));
     }
 
     /// Connects the receiving half: READY TO RECEIVE. The path MTU is the smaller one of both ends.
@@ -165,7 +147,7 @@ impl QueuePair<Initial> {
     /// # Errors
     /// The error that the library reports.
     pub fn receive_from(mut self, peer: &PeerAddress) -> io::Result<QueuePair<Receiving>> {
-        self.kind.receive_from(peer)?;
+        either!(&mut self.kind, Pair, pair => pair.receive_from(peer))?;
         Ok(QueuePair { kind: self.kind, state: PhantomData })
     }
 }
@@ -176,7 +158,7 @@ impl QueuePair<Receiving> {
     /// # Errors
     /// The error that the library reports.
     pub fn send(mut self) -> io::Result<QueuePair<Sending>> {
-        self.kind.send()?;
+        either!(&mut self.kind, Pair, pair => pair.send())?;
         Ok(QueuePair { kind: self.kind, state: PhantomData })
     }
 }
@@ -185,13 +167,13 @@ impl<State> QueuePair<State> {
     /// Number of the queue pair, 24 bits.
     #[must_use]
     pub fn number(&self) -> u32 {
-        self.kind.number()
+        either!(&self.kind, Pair, pair => pair.number())
     }
 
     /// Address that a peer needs to connect.
     #[must_use]
     pub fn address(&self) -> PeerAddress {
-        self.kind.address()
+        either!(&self.kind, Pair, pair => pair.address())
     }
 
     /// Posts a receive into `into`. A device of the host does not allocate for it.
@@ -199,40 +181,33 @@ impl<State> QueuePair<State> {
     /// # Errors
     /// The error of `ibv_post_recv`; `InvalidInput` if a NIC in software does not know the memory.
     pub fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
-        self.kind.post_receive(id, into)
+        either!(&mut self.kind, Pair, pair => pair.post_receive(id, into))
     }
 }
 
-/// Operation of a work request.
-#[derive(Clone, Copy)]
-pub enum Work<'a> {
-    /// Sends bytes that the request carries in itself.
-    Send(&'a [u8]),
-    /// Writes bytes that the request carries in itself to memory of the peer, with immediate data if there are any.
-    WriteInline(&'a [u8], RemoteRange, Option<u32>),
-    /// Writes registered bytes, or none, to memory of the peer, with immediate data if there are any.
-    Write(Option<LocalRange>, RemoteRange, Option<u32>),
-    /// Opens a memory window to the peer. It is open when a later request of this queue pair reaches the peer.
-    Open(&'a MemoryWindow),
-}
-
-/// Work request.
-#[derive(Clone, Copy)]
-pub struct Request<'a> {
-    /// Number of the caller's choice; the completion has it. Below 2^63.
-    pub id: u64,
-    /// Whether success has a completion. Failure always has.
-    pub signaled: bool,
-    /// Operation to carry out.
-    pub work: Work<'a>,
-}
-
 impl QueuePair<Sending> {
-    /// Posts the first requests, at most [`DOORBELL`], in order with one call. Returns the number taken. Does not allocate.
+    /// Posts the first requests, at most [`DOORBELL`](crate::DOORBELL), in order with one call.
+    ///
+    /// Returns the number of requests taken. Does not allocate.
     ///
     /// # Errors
     /// The error of `ibv_post_send`, if no request was taken.
     pub fn post(&mut self, requests: &[Request<'_>]) -> io::Result<usize> {
-        self.kind.post(requests)
+        match &mut self.kind {
+            #[cfg(rdma)]
+            Pair::Hardware(pair) => pair.post(requests.iter().map(|request| {
+                request.with_window(|window| match &window.kind {
+                    Window::Hardware(window) => Ok(window),
+                    Window::Software(_) => Err(of_another_device()),
+                })
+            })),
+            Pair::Software(pair) => pair.post(requests.iter().map(|request| {
+                request.with_window(|window| match &window.kind {
+                    Window::Software(window) => Ok(window),
+                    #[cfg(rdma)]
+                    Window::Hardware(_) => Err(of_another_device()),
+                })
+            })),
+        }
     }
 }

@@ -4,7 +4,10 @@
 
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+/// Header of the library that is bound, beside the build script.
+const HEADER: &str = "wrapper.h";
 
 /// Library to bind. Its header is `wrapper.h` beside the build script.
 pub struct Library<'a> {
@@ -34,7 +37,7 @@ impl Library<'_> {
     /// # Errors
     /// [`Missing`], if the library, a header of it or libclang is missing. Nothing is linked then.
     pub fn bind(&self, choose: impl FnOnce(bindgen::Builder) -> bindgen::Builder) -> Result<(), Missing> {
-        println!("cargo::rerun-if-changed=wrapper.h");
+        println!("cargo::rerun-if-changed={HEADER}");
         for variable in ["PKG_CONFIG_PATH", "PKG_CONFIG_LIBDIR", "LIBCLANG_PATH", "BINDGEN_EXTRA_CLANG_ARGS"] {
             println!("cargo::rerun-if-env-changed={variable}");
         }
@@ -46,13 +49,18 @@ impl Library<'_> {
             if index == 0 {
                 config.atleast_version(self.version);
             }
-            let found = config.probe(name).map_err(|_| self.missing(&format!("{name}, {} or later,", self.version)))?;
+            let found = config.probe(name).map_err(|error| {
+                let said = error.to_string();
+                let said = said.lines().find(|line| !line.trim().is_empty()).unwrap_or(&said);
+                let Missing(text) = self.missing(name);
+                Missing(format!("{text} (at least {} {}; pkg-config: {said})", self.names[0], self.version))
+            })?;
             includes.extend(found.include_paths);
         }
-        let out = PathBuf::from(env::var_os("OUT_DIR").unwrap_or_default());
+        let out = set_by_cargo("OUT_DIR")?;
         let inlines = out.join("inlines");
         let builder = bindgen::Builder::default()
-            .header("wrapper.h")
+            .header(HEADER)
             .clang_args(includes.iter().map(|path| format!("-I{}", path.display())))
             .clang_args(self.flags)
             .default_enum_style(bindgen::EnumVariation::Consts)
@@ -73,7 +81,7 @@ impl Library<'_> {
         bindings.write_to_file(out.join("bindings.rs")).map_err(|error| Missing(format!("cannot write: {error}")))?;
         let mut library = cc::Build::new();
         library.file(inlines.with_extension("c")).includes(&includes).warnings(false);
-        library.include(env::var_os("CARGO_MANIFEST_DIR").as_deref().map_or(Path::new("."), Path::new));
+        library.include(set_by_cargo("CARGO_MANIFEST_DIR")?);
         self.flags.iter().for_each(|flag| {
             library.flag(flag);
         });
@@ -84,4 +92,9 @@ impl Library<'_> {
         }
         Ok(())
     }
+}
+
+/// Path in an environment variable that cargo sets for build scripts.
+fn set_by_cargo(name: &str) -> Result<PathBuf, Missing> {
+    env::var_os(name).map(PathBuf::from).ok_or_else(|| Missing(format!("{name} is not set: only cargo runs this")))
 }

@@ -3,6 +3,7 @@
 //! Each host is a network namespace.
 
 use super::verbs::shell;
+use embarcadero_roce::packet::{IPV4_BYTES, IPV4_PROTOCOL_AT, UDP, UDP_PORT, UDP_TO_AT};
 use nix::sched::{CloneFlags, setns, unshare};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -67,7 +68,7 @@ impl Wire {
             let rng = StdRng::seed_from_u64(seed ^ index as u64);
             wire.relays.push(std::thread::spawn(move || {
                 enter(&format!("/run/netns/{namespace}"));
-                relay(&port(from), &port(to), faults, rng, &stop, &harmed);
+                Relay { from: port(from), to: port(to), faults, rng, held: None }.run(&stop, &harmed);
             }));
         }
         wire
@@ -149,9 +150,15 @@ fn port(interface: &str) -> Socket {
     socket
 }
 
-/// Whether a frame has a packet of RoCEv2 over IPv4: UDP to port 4791.
+/// Bytes of an Ethernet header without a tag.
+const ETHERNET_BYTES: usize = 14;
+
+/// Whether a frame has a packet of RoCEv2 over IPv4.
 fn is_roce(frame: &[u8]) -> bool {
-    frame.len() > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 4791u16.to_be_bytes()
+    let Some((ethernet, packet)) = frame.split_first_chunk::<ETHERNET_BYTES>() else { return false };
+    ethernet[12..] == (libc::ETH_P_IP as u16).to_be_bytes()
+        && packet.get(IPV4_PROTOCOL_AT) == Some(&UDP)
+        && packet.get(IPV4_BYTES + UDP_TO_AT..).is_some_and(|port| port.starts_with(&UDP_PORT.to_be_bytes()))
 }
 
 /// Calls `act` in a network of its own, with the loopback only. No device of the host has UDP port 4791 there.
@@ -166,41 +173,61 @@ pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     })
 }
 
-/// Takes frames from one side to the other, and harms them as `faults` say, until `stop`.
-fn relay(mut from: &Socket, mut to: &Socket, faults: Faults, mut rng: StdRng, stop: &AtomicBool, harmed: &AtomicU64) {
-    let mut frame = vec![0; 128 << 10];
-    let mut held: Option<Vec<u8>> = None;
-    while !stop.load(Ordering::Relaxed) {
-        let Ok(len) = from.read(&mut frame) else {
-            if let Some(frame) = held.take() {
-                let _ = to.write(&frame);
+/// One direction of the wire.
+struct Relay {
+    from: Socket,
+    to: Socket,
+    faults: Faults,
+    rng: StdRng,
+    /// Frame that goes after the next one.
+    held: Option<Vec<u8>>,
+}
+
+impl Relay {
+    /// Takes frames from one side to the other, and harms them as set, until `stop`.
+    fn run(&mut self, stop: &AtomicBool, harmed: &AtomicU64) {
+        let mut frame = vec![0; 128 << 10];
+        while !stop.load(Ordering::Relaxed) {
+            match self.from.read(&mut frame) {
+                Ok(len) => self.pass(&mut frame[..len], harmed),
+                // Nothing came for a while: the frame that is held has waited long enough.
+                Err(_) => self.release(),
             }
-            continue;
-        };
-        let frame = &mut frame[..len];
-        let mut happens = |of_a_thousand: u32| {
-            let happens = rng.random_range(0..1000) < of_a_thousand;
-            harmed.fetch_add(happens.into(), Ordering::Relaxed);
-            happens
-        };
+        }
+    }
+
+    /// Whether something happens that happens to so many frames of a thousand.
+    fn happens(&mut self, of_a_thousand: u32, harmed: &AtomicU64) -> bool {
+        let happens = self.rng.random_range(0..1000) < of_a_thousand;
+        harmed.fetch_add(happens.into(), Ordering::Relaxed);
+        happens
+    }
+
+    /// Sends the frame that is held. A link that is down takes nothing.
+    fn release(&mut self) {
+        if let Some(frame) = self.held.take() {
+            let _ = self.to.write(&frame);
+        }
+    }
+
+    /// Takes a frame to the other side, or harms it.
+    fn pass(&mut self, frame: &mut [u8], harmed: &AtomicU64) {
         if is_roce(&frame[VNET_BYTES..]) {
-            if happens(faults.lost) {
-                continue;
+            if self.happens(self.faults.lost, harmed) {
+                return;
             }
-            if happens(faults.damaged) {
-                let at = rng.random_range(VNET_BYTES + 14..len);
-                frame[at] ^= 1 << rng.random_range(0..8);
-            } else if happens(faults.repeated) {
-                let _ = to.write(frame);
-            } else if held.is_none() && happens(faults.reordered) {
-                held = Some(frame.to_vec());
-                continue;
+            if self.happens(self.faults.damaged, harmed) {
+                let at = self.rng.random_range(VNET_BYTES + ETHERNET_BYTES..frame.len());
+                frame[at] ^= 1 << self.rng.random_range(0..8);
+            } else if self.happens(self.faults.repeated, harmed) {
+                let _ = self.to.write(frame);
+            } else if self.held.is_none() && self.happens(self.faults.reordered, harmed) {
+                self.held = Some(frame.to_vec());
+                return;
             }
         }
         // A link that is down takes nothing.
-        let _ = to.write(frame);
-        if let Some(frame) = held.take() {
-            let _ = to.write(&frame);
-        }
+        let _ = self.to.write(frame);
+        self.release();
     }
 }

@@ -25,7 +25,7 @@ pub(super) struct Arp {
 
 impl Arp {
     /// Reads a message; `None` if the bytes are none for IPv4 over Ethernet.
-    pub fn decode(bytes: &[u8]) -> Option<Self> {
+    pub(super) fn decode(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; BYTES] = bytes.first_chunk()?;
         let address = |at: usize| Some(Ipv4Addr::from(*bytes[at..].first_chunk::<4>()?));
         let mac = |at: usize| bytes[at..].first_chunk::<6>().copied();
@@ -39,7 +39,7 @@ impl Arp {
     }
 
     /// Bytes of the message.
-    pub fn encode(&self) -> [u8; BYTES] {
+    pub(super) fn encode(&self) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
         bytes[..6].copy_from_slice(&KIND);
         bytes[6..8].copy_from_slice(if self.answers { &REPLY } else { &REQUEST });

@@ -1,11 +1,9 @@
 //! Neighbour discovery for IPv6 (RFC 4861).
 
 use super::frame::Mac;
-use crate::packet::internet_checksum;
+use crate::packet::{IPV6_BYTES, IPV6_PROTOCOL_AT, internet_checksum};
 use std::net::Ipv6Addr;
 
-/// Bytes of an IPv6 header (RFC 8200, 3).
-const IP_BYTES: usize = 40;
 /// First byte of an IPv6 header: version 6.
 const IPV6_FIRST: u8 = 0x60;
 /// Bytes of a message before its options (4.3, 4.4).
@@ -14,8 +12,6 @@ const LEAST_BYTES: usize = 24;
 const OPTION_UNIT: usize = 8;
 /// IP protocol number of ICMPv6 (assigned by IANA).
 pub(super) const PROTOCOL: u8 = 58;
-/// Offset of the protocol number in an IPv6 header (RFC 8200, 3).
-pub(super) const PROTOCOL_AT: usize = 6;
 /// Type of a neighbour solicitation (4.3).
 const SOLICITATION: u8 = 135;
 /// Type of a neighbour advertisement (4.4).
@@ -74,11 +70,11 @@ impl Discovery {
     }
 
     /// Reads a packet from its IP header on, by the rules of sections 7.1.1 and 7.1.2.
-    pub fn decode(packet: &[u8]) -> Option<Self> {
-        let header: &[u8; IP_BYTES] = packet.first_chunk()?;
+    pub(super) fn decode(packet: &[u8]) -> Option<Self> {
+        let header: &[u8; IPV6_BYTES] = packet.first_chunk()?;
         let address = |bytes: &[u8]| bytes.first_chunk::<16>().map(|octets| Ipv6Addr::from(*octets));
         let len = usize::from(u16::from_be_bytes([header[4], header[5]]));
-        let message = packet[IP_BYTES..].get(..len)?;
+        let message = packet[IPV6_BYTES..].get(..len)?;
         if len < LEAST_BYTES || !len.is_multiple_of(OPTION_UNIT) {
             return None;
         }
@@ -87,7 +83,7 @@ impl Discovery {
             [ADVERTISEMENT, 0] => true,
             _ => return None,
         };
-        let ip_is_right = header[0] >> 4 == 6 && header[PROTOCOL_AT] == PROTOCOL && header[7] == HOP_LIMIT;
+        let ip_is_right = header[0] >> 4 == 6 && header[IPV6_PROTOCOL_AT] == PROTOCOL && header[7] == HOP_LIMIT;
         if !ip_is_right || Self::checksum(&header[8..], message) != 0 {
             return None;
         }
@@ -107,7 +103,7 @@ impl Discovery {
     }
 
     /// Makes the packet, from its IP header on.
-    pub fn encode(&self) -> Vec<u8> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut message = vec![0; LEAST_BYTES];
         message[0] = if self.answers { ADVERTISEMENT } else { SOLICITATION };
         if self.answers {

@@ -1,9 +1,10 @@
 //! A host's end of an Ethernet: takes frames, answers questions, and finds the way to peers.
 
 use super::arp::Arp;
-use super::discovery::{ALL_NODES, Discovery, PROTOCOL, PROTOCOL_AT, group, solicited_node};
+use super::discovery::{ALL_NODES, Discovery, PROTOCOL, group, solicited_node};
 use super::frame::{BROADCAST, Header, Mac, Place, SENDER, UNTAGGED_BYTES, VLAN_MASK, kind};
 use super::neighbours::Neighbours;
+use crate::packet::IPV6_PROTOCOL_AT;
 use crate::time::Nanos;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -71,7 +72,7 @@ impl<N: AsRef<Neighbours>> Station<N> {
         }
         match (found, self.place.address) {
             (kind::ARP, IpAddr::V4(own)) => self.arp(own, packet),
-            (kind::IPV6, IpAddr::V6(own)) if packet.get(PROTOCOL_AT) == Some(&PROTOCOL) => {
+            (kind::IPV6, IpAddr::V6(own)) if packet.get(IPV6_PROTOCOL_AT) == Some(&PROTOCOL) => {
                 self.discovery(own, packet, frame)
             }
             (kind::IPV4, IpAddr::V4(_)) | (kind::IPV6, IpAddr::V6(_)) => Taken::Packet(packet),

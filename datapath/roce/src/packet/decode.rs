@@ -2,9 +2,11 @@
 
 use super::fields::{Aeth, Ecn, Packet, Reth, Syndrome};
 use super::format::{
-    ACK_REQUEST, BTH_BYTES, DESTINATION_AT, FRAGMENT_MASK, ICRC_BYTES, IPV4_BYTES, IPV4_FIRST, IPV6_BYTES, LOW_24_BITS,
-    MAX_PAD_BYTES, PAD_SHIFT, PARTITIONS, SCRATCH_BYTES, SOLICITED, SYNDROME_SHIFT, UDP, UDP_BYTES, UDP_PORT,
-    VERSION_MASK, internet_checksum, mask,
+    ACK_REQUEST, BTH_BYTES, DESTINATION_AT, FRAGMENT_MASK, ICRC_BYTES, IPV4_BYTES, IPV4_CLASS_AT, IPV4_FIRST,
+    IPV4_FRAGMENT_AT, IPV4_FROM_AT, IPV4_LENGTH_AT, IPV4_PROTOCOL_AT, IPV4_TO_AT, IPV6_BYTES, IPV6_FROM_AT,
+    IPV6_LENGTH_AT, IPV6_PROTOCOL_AT, IPV6_TO_AT, LOW_24_BITS, MAX_PAD_BYTES, PAD_SHIFT, PARTITIONS, SCRATCH_BYTES,
+    SOLICITED, SYNDROME_SHIFT, UDP, UDP_BYTES, UDP_LENGTH_AT, UDP_PORT, UDP_TO_AT, VERSION_MASK, internet_checksum,
+    mask,
 };
 use super::opcode::Opcode;
 use crate::psn::Psn;
@@ -76,7 +78,7 @@ fn outer(bytes: &[u8]) -> Result<IpHeader, NotAPacket> {
     let bytes = bytes.get(..ip.end).filter(|bytes| bytes.len() >= least).ok_or(NotAPacket::Short)?;
     let udp = &bytes[ip.bytes..];
     // The UDP checksum is not checked (A17.3.1 has senders set it to 0): the invariant checksum covers more.
-    if be16(udp, 2) != UDP_PORT || usize::from(be16(udp, 4)) != udp.len() {
+    if be16(udp, UDP_TO_AT) != UDP_PORT || usize::from(be16(udp, UDP_LENGTH_AT)) != udp.len() {
         return Err(NotAPacket::Other);
     }
     Ok(ip)
@@ -88,25 +90,25 @@ fn ip_header(bytes: &[u8]) -> Result<IpHeader, NotAPacket> {
     match bytes.first().map(|first| first >> 4) {
         Some(4) => {
             let header: &[u8; IPV4_BYTES] = bytes.first_chunk().ok_or(NotAPacket::Short)?;
-            let fragment = be16(header, 6) & FRAGMENT_MASK != 0;
+            let fragment = be16(header, IPV4_FRAGMENT_AT) & FRAGMENT_MASK != 0;
             if header[0] != IPV4_FIRST || fragment || internet_checksum(header) != 0 {
                 return Err(NotAPacket::Ipv4);
             }
-            if header[9] != UDP {
+            if header[IPV4_PROTOCOL_AT] != UDP {
                 return Err(NotAPacket::Other);
             }
             let address = |at: usize| IpAddr::from([header[at], header[at + 1], header[at + 2], header[at + 3]]);
             Ok(IpHeader {
                 bytes: IPV4_BYTES,
-                end: be16(header, 2).into(),
-                from: address(12),
-                to: address(16),
-                ecn: Ecn::of(header[1]),
+                end: be16(header, IPV4_LENGTH_AT).into(),
+                from: address(IPV4_FROM_AT),
+                to: address(IPV4_TO_AT),
+                ecn: Ecn::of(header[IPV4_CLASS_AT]),
             })
         }
         Some(6) => {
             let header: &[u8; IPV6_BYTES] = bytes.first_chunk().ok_or(NotAPacket::Short)?;
-            if header[6] != UDP {
+            if header[IPV6_PROTOCOL_AT] != UDP {
                 return Err(NotAPacket::Other);
             }
             let address = |at: usize| {
@@ -117,9 +119,9 @@ fn ip_header(bytes: &[u8]) -> Result<IpHeader, NotAPacket> {
             let traffic_class = (be16(header, 0) >> 4) as u8;
             Ok(IpHeader {
                 bytes: IPV6_BYTES,
-                end: IPV6_BYTES + usize::from(be16(header, 4)),
-                from: address(8),
-                to: address(24),
+                end: IPV6_BYTES + usize::from(be16(header, IPV6_LENGTH_AT)),
+                from: address(IPV6_FROM_AT),
+                to: address(IPV6_TO_AT),
                 ecn: Ecn::of(traffic_class),
             })
         }

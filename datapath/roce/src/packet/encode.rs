@@ -2,10 +2,10 @@
 
 use super::fields::Packet;
 use super::format::{
-    ACK_REQUEST, AETH_BYTES, BTH_BYTES, DONT_FRAGMENT, ICRC_BYTES, IMMEDIATE_BYTES, IPV4_BYTES, IPV4_FIRST, IPV6_BYTES,
-    IPV6_VERSION, LOW_24_BITS, MAX_HEADER_BYTES, MAX_PAD_BYTES, MAX_TRAILER_BYTES, MIGRATED, PAD_SHIFT, PARTITIONS,
-    RETH_BYTES, SOLICITED, SYNDROME_SHIFT, TIME_TO_LIVE, TRAFFIC_CLASS_SHIFT, UDP, UDP_BYTES, UDP_PORT, icrc,
-    internet_checksum,
+    ACK_REQUEST, AETH_BYTES, BTH_BYTES, DONT_FRAGMENT, ICRC_BYTES, IMMEDIATE_BYTES, IPV4_BYTES, IPV4_CHECKSUM_AT,
+    IPV4_FIRST, IPV4_FRAGMENT_AT, IPV4_FROM_AT, IPV4_LENGTH_AT, IPV4_TO_AT, IPV6_BYTES, IPV6_VERSION, LOW_24_BITS,
+    MAX_HEADER_BYTES, MAX_PAD_BYTES, MAX_TRAILER_BYTES, MIGRATED, PAD_SHIFT, PARTITIONS, RETH_BYTES, SOLICITED,
+    SYNDROME_SHIFT, TIME_TO_LIVE, TRAFFIC_CLASS_SHIFT, UDP, UDP_BYTES, UDP_PORT, icrc, internet_checksum,
 };
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -84,13 +84,13 @@ impl Packet<'_> {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 let mut header = [0; IPV4_BYTES];
                 header[..2].copy_from_slice(&[IPV4_FIRST, self.ecn as u8]);
-                header[2..4].copy_from_slice(&((IPV4_BYTES + udp_bytes) as u16).to_be_bytes());
+                header[IPV4_LENGTH_AT..][..2].copy_from_slice(&((IPV4_BYTES + udp_bytes) as u16).to_be_bytes());
                 // Identification 0, as such a packet is never fragmented (RFC 6864).
-                header[6..10].copy_from_slice(&[DONT_FRAGMENT, 0, TIME_TO_LIVE, UDP]);
-                header[12..16].copy_from_slice(&Ipv4Addr::octets(&from));
-                header[16..].copy_from_slice(&Ipv4Addr::octets(&to));
+                header[IPV4_FRAGMENT_AT..][..4].copy_from_slice(&[DONT_FRAGMENT, 0, TIME_TO_LIVE, UDP]);
+                header[IPV4_FROM_AT..][..4].copy_from_slice(&Ipv4Addr::octets(&from));
+                header[IPV4_TO_AT..].copy_from_slice(&Ipv4Addr::octets(&to));
                 let checksum = internet_checksum(&header);
-                header[10..12].copy_from_slice(&checksum.to_be_bytes());
+                header[IPV4_CHECKSUM_AT..][..2].copy_from_slice(&checksum.to_be_bytes());
                 headers.put(&header);
                 Ok(IPV4_BYTES)
             }

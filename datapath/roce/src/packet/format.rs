@@ -14,15 +14,41 @@ pub const MAX_TRAILER_BYTES: usize = MAX_PAD_BYTES + ICRC_BYTES;
 pub const SCRATCH_BYTES: usize = 8;
 
 /// Bytes of an IPv4 header without options (RFC 791, 3.1).
-pub(super) const IPV4_BYTES: usize = 20;
+pub const IPV4_BYTES: usize = 20;
+/// Offset of the type of service in an IPv4 header (RFC 791, 3.1).
+pub(super) const IPV4_CLASS_AT: usize = 1;
+/// Offset of the total length in an IPv4 header (RFC 791, 3.1).
+pub(super) const IPV4_LENGTH_AT: usize = 2;
+/// Offset of flags and fragment offset in an IPv4 header (RFC 791, 3.1).
+pub const IPV4_FRAGMENT_AT: usize = 6;
+/// Offset of the time to live in an IPv4 header (RFC 791, 3.1).
+pub(super) const IPV4_HOPS_AT: usize = 8;
+/// Offset of the protocol number in an IPv4 header (RFC 791, 3.1).
+pub const IPV4_PROTOCOL_AT: usize = 9;
+/// Offset of the checksum in an IPv4 header (RFC 791, 3.1).
+pub(super) const IPV4_CHECKSUM_AT: usize = 10;
+/// Offset of the sender's address in an IPv4 header (RFC 791, 3.1).
+pub(super) const IPV4_FROM_AT: usize = 12;
+/// Offset of the receiver's address in an IPv4 header (RFC 791, 3.1).
+pub const IPV4_TO_AT: usize = 16;
 /// Bytes of an IPv6 header (RFC 8200, 3).
-pub(super) const IPV6_BYTES: usize = 40;
+pub const IPV6_BYTES: usize = 40;
+/// Offset of the payload length in an IPv6 header (RFC 8200, 3).
+pub(super) const IPV6_LENGTH_AT: usize = 4;
+/// Offset of the next header's protocol number in an IPv6 header (RFC 8200, 3).
+pub const IPV6_PROTOCOL_AT: usize = 6;
+/// Offset of the hop limit in an IPv6 header (RFC 8200, 3).
+pub(super) const IPV6_HOPS_AT: usize = 7;
+/// Offset of the sender's address in an IPv6 header (RFC 8200, 3).
+pub(super) const IPV6_FROM_AT: usize = 8;
+/// Offset of the receiver's address in an IPv6 header (RFC 8200, 3).
+pub const IPV6_TO_AT: usize = 24;
 /// First byte of an IPv4 header without options: version 4, five words (RFC 791, 3.1).
-pub(super) const IPV4_FIRST: u8 = 0x45;
+pub const IPV4_FIRST: u8 = 0x45;
 /// IPv4 flag "don't fragment", in the byte that has the flags (RFC 791, 3.1).
 pub(super) const DONT_FRAGMENT: u8 = 0x40;
 /// IPv4 bits that only fragments have: "more fragments", and the offset (RFC 791, 3.1).
-pub(super) const FRAGMENT_MASK: u16 = 0x3fff;
+pub const FRAGMENT_MASK: u16 = 0x3fff;
 /// Version 6, in the first word of an IPv6 header (RFC 8200, 3).
 pub(super) const IPV6_VERSION: u32 = 6 << 28;
 /// Position of the traffic class in the first word of an IPv6 header (RFC 8200, 3).
@@ -32,9 +58,15 @@ pub(super) const ECN_MASK: u8 = 0b11;
 /// Hops that a packet may take: the default of IP (RFC 1700, "IP time to live").
 pub(super) const TIME_TO_LIVE: u8 = 64;
 /// Bytes of a UDP header (RFC 768).
-pub(super) const UDP_BYTES: usize = 8;
+pub const UDP_BYTES: usize = 8;
+/// Offset of the receiver's port in a UDP header (RFC 768).
+pub const UDP_TO_AT: usize = 2;
+/// Offset of the length in a UDP header (RFC 768).
+pub(super) const UDP_LENGTH_AT: usize = 4;
+/// Offset of the checksum in a UDP header (RFC 768).
+pub(super) const UDP_CHECKSUM_AT: usize = 6;
 /// IP protocol number of UDP (assigned by IANA).
-pub(super) const UDP: u8 = 17;
+pub const UDP: u8 = 17;
 /// Bytes of the base transport header (IBTA 9.2).
 pub(super) const BTH_BYTES: usize = 12;
 /// Bytes of an RDMA extended transport header (IBTA 9.3.3).
@@ -50,10 +82,10 @@ pub(super) const MAX_PAD_BYTES: usize = 3;
 /// Default partition, with full and with limited membership (IBTA 10.9.3).
 pub(super) const PARTITIONS: [u16; 2] = [0xffff, 0x7fff];
 /// Low 24 bits: queue pairs, packet numbers and message counts have no more (IBTA 9.2.7, 9.2.9, 9.3.5).
-pub(crate) const LOW_24_BITS: u32 = 0x00ff_ffff;
+pub const LOW_24_BITS: u32 = 0x00ff_ffff;
 
 /// Offset of the destination queue pair in the base transport header, behind a reserved byte (IBTA 9.2.7).
-pub(super) const DESTINATION_AT: usize = 4;
+pub const DESTINATION_AT: usize = 4;
 /// Second byte of the base transport header: the peer is to notify its consumer (IBTA 9.2.2).
 pub(super) const SOLICITED: u8 = 0x80;
 /// Second byte of the base transport header: path migrated, as there is no other path (IBTA 9.2.3, 17.2.8).
@@ -83,19 +115,19 @@ pub(super) fn mask(ip_bytes: usize, headers: &mut [u8]) {
     let (scratch, ip) = headers.split_at_mut(SCRATCH_BYTES);
     scratch.fill(0xff);
     if ip_bytes == IPV4_BYTES {
-        // Type of service, time to live, header checksum.
-        for at in [1, 8, 10, 11] {
+        for at in [IPV4_CLASS_AT, IPV4_HOPS_AT, IPV4_CHECKSUM_AT, IPV4_CHECKSUM_AT + 1] {
             ip[at] = 0xff;
         }
     } else {
         // Traffic class, flow label, hop limit.
         ip[0] |= 0x0f;
-        for at in [1, 2, 3, 7] {
+        for at in [1, 2, 3, IPV6_HOPS_AT] {
             ip[at] = 0xff;
         }
     }
     // UDP checksum; congestion bits of the base header.
-    for at in [ip_bytes + 6, ip_bytes + 7, ip_bytes + UDP_BYTES + DESTINATION_AT] {
+    let udp_checksum = ip_bytes + UDP_CHECKSUM_AT;
+    for at in [udp_checksum, udp_checksum + 1, ip_bytes + UDP_BYTES + DESTINATION_AT] {
         ip[at] = 0xff;
     }
 }

@@ -141,19 +141,19 @@ impl Opcode {
 
     /// Whether more packets of the message follow. Such a packet is as long as the path takes (IBTA 9.7.4.1, length validation).
     #[must_use]
-    pub const fn is_followed(self) -> bool {
+    pub(crate) const fn is_followed(self) -> bool {
         matches!(self, SendFirst | SendMiddle | WriteFirst | WriteMiddle | ReadResponseFirst | ReadResponseMiddle)
     }
 
     /// Whether the packet is a part of a send.
     #[must_use]
-    pub const fn is_send(self) -> bool {
+    pub(crate) const fn is_send(self) -> bool {
         matches!(self, SendFirst | SendMiddle | SendLast | SendLastImmediate | SendOnly | SendOnlyImmediate)
     }
 
     /// Whether the packet begins a message.
     #[must_use]
-    pub const fn begins(self) -> bool {
+    pub(crate) const fn begins(self) -> bool {
         matches!(
             self,
             SendFirst

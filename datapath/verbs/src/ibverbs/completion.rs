@@ -1,8 +1,8 @@
 //! Completion queues of libibverbs.
 
-use super::super::completion::{Completion, Outcome, WorkError};
+use super::call::{check, set_nonblocking};
 use super::device::Context;
-use super::{check, set_nonblocking};
+use crate::outcome::{Completion, HardwareFailure, Outcome, WorkError};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -14,18 +14,17 @@ use std::sync::Arc;
 /// Most completions taken by one call.
 const POLLED: usize = 32;
 
-/// Text of a status, an `ibv_wc_status`.
-pub(in super::super) fn status_text(status: u32) -> String {
+/// Makes the error of a failed completion. `status` is an `ibv_wc_status`.
+fn failure(status: u32, vendor: u32) -> WorkError {
+    let kind = match status {
+        ffi::IBV_WC_WR_FLUSH_ERR => HardwareFailure::Flushed,
+        ffi::IBV_WC_REM_ACCESS_ERR => HardwareFailure::RemoteAccess,
+        ffi::IBV_WC_RETRY_EXC_ERR => HardwareFailure::NoAnswer,
+        _ => HardwareFailure::Other,
+    };
     // SAFETY: takes a number and returns a static string, also for numbers that it does not know.
-    unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) }.to_string_lossy().into_owned()
-}
-
-pub(in super::super) fn is_flush(status: u32) -> bool {
-    status == ffi::IBV_WC_WR_FLUSH_ERR
-}
-
-pub(in super::super) fn is_remote_access(status: u32) -> bool {
-    status == ffi::IBV_WC_REM_ACCESS_ERR
+    let text = unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) };
+    WorkError::Hardware { kind, text, vendor }
 }
 
 /// Completion queue and its channel, which queue pairs share.
@@ -58,7 +57,7 @@ impl Drop for RawQueue {
 }
 
 /// Completion queue. One thread polls it.
-pub struct CompletionQueue {
+pub(crate) struct CompletionQueue {
     raw: Arc<RawQueue>,
     /// Scratch memory for one call.
     polled: Box<[ffi::ibv_wc; POLLED]>,
@@ -74,7 +73,7 @@ impl CompletionQueue {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
+    pub(crate) fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
         // SAFETY: the context is open.
         let channel = unsafe { ffi::ibv_create_comp_channel(context.raw()) };
         let channel = NonNull::new(channel).ok_or_else(io::Error::last_os_error)?;
@@ -103,7 +102,7 @@ impl CompletionQueue {
 
     /// Descriptor that becomes readable when a completion comes after [`CompletionQueue::arm`].
     #[must_use]
-    pub fn descriptor(&self) -> RawFd {
+    pub(crate) fn descriptor(&self) -> RawFd {
         // SAFETY: the channel lives.
         unsafe { self.raw.channel.as_ref() }.fd
     }
@@ -113,7 +112,7 @@ impl CompletionQueue {
     /// # Errors
     /// The error of `ibv_poll_cq`: the device is gone.
     #[inline]
-    pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
+    pub(crate) fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
         // SAFETY: the array has as many places as stated.
         let count = unsafe { ffi::ibv_poll_cq(self.raw.raw(), POLLED as i32, self.polled.as_mut_ptr()) };
         let Ok(count) = usize::try_from(count) else {
@@ -129,7 +128,7 @@ impl CompletionQueue {
     ///
     /// # Errors
     /// The error of `ibv_req_notify_cq`.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         self.clear();
         self.armed = true;
         // SAFETY: the queue lives.
@@ -153,7 +152,7 @@ impl CompletionQueue {
 /// Translates a completion.
 fn completion(work: &ffi::ibv_wc) -> Completion {
     let outcome = if work.status != ffi::IBV_WC_SUCCESS {
-        Outcome::Failed(WorkError::Hardware { status: work.status, vendor: work.vendor_err })
+        Outcome::Failed(failure(work.status, work.vendor_err))
     } else if work.opcode == ffi::IBV_WC_RECV_RDMA_WITH_IMM {
         // SAFETY: a completion of this kind has immediate data.
         let immediate = u32::from_be(unsafe { work.__bindgen_anon_1.imm_data });

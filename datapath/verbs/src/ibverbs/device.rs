@@ -1,7 +1,9 @@
 //! RDMA devices of this host, and their ports.
 
-use super::{check, set_nonblocking};
-use crate::{DeviceReport, Gid, LocalPort, PortReport, VerbsError};
+use super::call::{check, set_nonblocking};
+use crate::error::VerbsError;
+use crate::port::LocalPort;
+use crate::report::{DeviceReport, Gid, PortReport};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -14,20 +16,20 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// List of the RDMA devices of this host, as libibverbs sees them.
-pub struct DeviceList {
+pub(super) struct DeviceList {
     devices: NonNull<*mut ffi::ibv_device>,
     count: usize,
 }
 
 /// RDMA device of a list.
 #[derive(Clone, Copy)]
-pub struct Device<'a> {
+pub(super) struct Device<'a> {
     device: *mut ffi::ibv_device,
     list: PhantomData<&'a DeviceList>,
 }
 
 /// Opened device.
-pub struct Context {
+pub(crate) struct Context {
     context: NonNull<ffi::ibv_context>,
     name: String,
     /// Whether the device has announced its breakdown or removal.
@@ -55,7 +57,7 @@ impl DeviceList {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new() -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let mut count = 0;
         // SAFETY: the library writes the count and returns an array of that many devices, or null and errno.
         let devices = unsafe { ffi::ibv_get_device_list(&raw mut count) };
@@ -74,7 +76,7 @@ impl DeviceList {
     }
 
     /// Iterates over the devices.
-    pub fn iter(&self) -> impl Iterator<Item = Device<'_>> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = Device<'_>> {
         // SAFETY: the array has `count` devices and lives as long as the list; with none it is not read.
         let devices = unsafe { std::slice::from_raw_parts(self.devices.as_ptr(), self.count) };
         devices.iter().map(|device| Device { device: *device, list: PhantomData })
@@ -94,7 +96,7 @@ impl Drop for DeviceList {
 impl<'a> Device<'a> {
     /// Name, as in /sys/class/infiniband.
     #[must_use]
-    pub fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         // SAFETY: the device is of a list that lives; its name is a string with an end.
         unsafe { CStr::from_ptr(ffi::ibv_get_device_name(self.device)) }.to_string_lossy().into_owned()
     }
@@ -103,7 +105,7 @@ impl<'a> Device<'a> {
     ///
     /// # Errors
     /// The error that the library reports: most often no right to open /dev/infiniband/uverbsN.
-    pub fn open(self) -> io::Result<Arc<Context>> {
+    pub(super) fn open(self) -> io::Result<Arc<Context>> {
         // SAFETY: the device is of a list that lives.
         let context = unsafe { ffi::ibv_open_device(self.device) };
         match NonNull::new(context) {
@@ -124,7 +126,7 @@ impl Context {
     ///
     /// # Errors
     /// [`VerbsError`], which names what is missing.
-    pub fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+    pub(crate) fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let call = |name: &str, action, source| VerbsError::Call { name: name.to_owned(), action, source };
         let list = DeviceList::new().map_err(|source| call("(any)", "get the list", source))?;
         let names: Vec<String> = list.iter().map(|device| device.name()).collect();
@@ -149,7 +151,7 @@ impl Context {
 
     /// Name, as in /sys/class/infiniband.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
@@ -175,7 +177,7 @@ impl Context {
 
     /// Takes the next announcement of the device, in words (`ibv_get_async_event(3)`).
     #[must_use]
-    pub fn take_event(&self) -> Option<String> {
+    pub(crate) fn take_event(&self) -> Option<String> {
         // SAFETY: plain data, for which zero is valid.
         let mut event: ffi::ibv_async_event = unsafe { zeroed() };
         // SAFETY: the context is open, the event lives across the call, and the descriptor does not block.
@@ -194,14 +196,14 @@ impl Context {
 
     /// Whether the device works: it has not announced its breakdown or removal.
     #[must_use]
-    pub fn is_present(&self) -> bool {
+    pub(crate) fn is_present(&self) -> bool {
         while self.take_event().is_some() {}
         !self.gone.load(Ordering::Relaxed)
     }
 
     /// Whether the device works and its port `port` is up.
     #[must_use]
-    pub fn is_active(&self, port: u8) -> bool {
+    pub(crate) fn is_active(&self, port: u8) -> bool {
         self.is_present() && self.port_attributes(port).is_ok_and(|port| port.state == ffi::IBV_PORT_ACTIVE)
     }
 
@@ -238,7 +240,7 @@ impl Context {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn has_memory_windows(&self) -> io::Result<bool> {
+    pub(crate) fn has_memory_windows(&self) -> io::Result<bool> {
         let windows = ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2A | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
         Ok(self.device_attributes()?.device_cap_flags & windows != 0)
     }
@@ -247,7 +249,7 @@ impl Context {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn report(&self) -> io::Result<DeviceReport> {
+    pub(crate) fn report(&self) -> io::Result<DeviceReport> {
         let attributes = self.device_attributes()?;
         Ok(DeviceReport {
             name: self.name.clone(),
@@ -306,7 +308,7 @@ impl Drop for Context {
 }
 
 /// Surveys every device of this host. For a device that cannot be opened, it returns the reason.
-pub fn survey() -> io::Result<Vec<(String, io::Result<DeviceReport>)>> {
+pub(crate) fn survey() -> io::Result<Vec<(String, io::Result<DeviceReport>)>> {
     let list = DeviceList::new()?;
     Ok(list.iter().map(|device| (device.name(), device.open().and_then(|context| context.report()))).collect())
 }

@@ -1,8 +1,8 @@
 //! Protection domains, registered memory and memory windows of libibverbs.
 
-use super::super::memory::{Pinned, Rights};
-use super::check;
+use super::call::check;
 use super::device::Context;
+use crate::range::{Pinned, Rights};
 use rdma_sys as ffi;
 use std::any::Any;
 use std::io;
@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Protection domain.
-pub struct ProtectionDomain {
+pub(crate) struct ProtectionDomain {
     domain: NonNull<ffi::ibv_pd>,
     _context: Arc<Context>,
 }
@@ -25,7 +25,7 @@ impl ProtectionDomain {
     ///
     /// # Errors
     /// The error of `ibv_alloc_pd`.
-    pub fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
         // SAFETY: the context is open.
         let domain = unsafe { ffi::ibv_alloc_pd(context.raw()) };
         let domain = NonNull::new(domain).ok_or_else(io::Error::last_os_error)?;
@@ -45,7 +45,7 @@ impl Drop for ProtectionDomain {
 }
 
 /// Registered memory. It stays mapped and pinned as long as this value lives.
-pub struct MemoryRegion {
+pub(crate) struct MemoryRegion {
     region: NonNull<ffi::ibv_mr>,
     domain: Arc<ProtectionDomain>,
     _pages: Arc<dyn Any + Send + Sync>,
@@ -61,11 +61,7 @@ impl MemoryRegion {
     ///
     /// # Errors
     /// The error of `ibv_reg_mr`.
-    pub(in super::super) fn new(
-        domain: &Arc<ProtectionDomain>,
-        memory: &impl Pinned,
-        rights: Rights,
-    ) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(domain: &Arc<ProtectionDomain>, memory: &impl Pinned, rights: Rights) -> io::Result<Arc<Self>> {
         let (address, len, pages) = memory.pages();
         let access = ffi::IBV_ACCESS_LOCAL_WRITE
             | match rights {
@@ -84,20 +80,20 @@ impl MemoryRegion {
         unsafe { self.region.as_ref() }
     }
 
-    pub(in super::super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.fields().length
     }
 
     /// Address of the first byte.
-    pub(in super::super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.fields().addr.addr() as u64
     }
 
-    pub(in super::super) fn local_key(&self) -> u32 {
+    pub(crate) fn local_key(&self) -> u32 {
         self.fields().lkey
     }
 
-    pub(in super::super) fn remote_key(&self) -> u32 {
+    pub(crate) fn remote_key(&self) -> u32 {
         self.fields().rkey
     }
 
@@ -114,7 +110,7 @@ impl Drop for MemoryRegion {
 }
 
 /// Type-2 memory window. Dropping it closes it.
-pub struct MemoryWindow {
+pub(crate) struct MemoryWindow {
     window: NonNull<ffi::ibv_mw>,
     /// Key that it is opened under.
     key: u32,
@@ -131,7 +127,7 @@ impl MemoryWindow {
     ///
     /// # Errors
     /// The error of `ibv_alloc_mw`.
-    pub(in super::super) fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
+    pub(crate) fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
         // SAFETY: the domain lives.
         let window = unsafe { ffi::ibv_alloc_mw(region.domain.raw(), ffi::IBV_MW_TYPE_2) };
         let window = NonNull::new(window).ok_or_else(io::Error::last_os_error)?;
@@ -141,7 +137,7 @@ impl MemoryWindow {
     }
 
     /// Key (rkey) that the window is opened under.
-    pub(in super::super) fn key(&self) -> u32 {
+    pub(crate) fn key(&self) -> u32 {
         self.key
     }
 

@@ -1,11 +1,13 @@
 //! Reliable connected queue pairs (RC) of libibverbs.
 
-use super::super::memory::{LocalRange, RemoteRange, Window};
-use super::super::queue_pair::{self, PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, Work};
-use super::super::{DOORBELL, LocalPort, of_another_device};
-use super::check;
+use super::call::check;
 use super::completion::{CompletionQueue, RawQueue};
-use super::memory::ProtectionDomain;
+use super::memory::{MemoryWindow, ProtectionDomain};
+use crate::peer::{PeerAddress, RETRIES, RNR_RETRIES, RNR_TIMER};
+use crate::port::LocalPort;
+use crate::range::{LocalRange, RemoteRange};
+use crate::work::{DOORBELL, Request, Work};
+use embarcadero_roce::packet::LOW_24_BITS;
 use rdma_sys as ffi;
 use std::io;
 use std::mem::zeroed;
@@ -13,7 +15,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Receives without buffers that queue pairs share.
-pub struct SharedReceiveQueue {
+pub(crate) struct SharedReceiveQueue {
     queue: NonNull<ffi::ibv_srq>,
     _domain: Arc<ProtectionDomain>,
 }
@@ -28,7 +30,7 @@ impl SharedReceiveQueue {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
+    pub(crate) fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
         // SAFETY: plain data, for which zero is valid.
         let mut options: ffi::ibv_srq_init_attr = unsafe { zeroed() };
         options.attr.max_wr = depth;
@@ -45,7 +47,7 @@ impl SharedReceiveQueue {
     ///
     /// # Errors
     /// The error of `ibv_post_srq_recv`.
-    pub fn post(&self, count: usize) -> io::Result<()> {
+    pub(crate) fn post(&self, count: usize) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid: no buffers, no next.
         let mut receive: ffi::ibv_recv_wr = unsafe { zeroed() };
         let mut failed = std::ptr::null_mut();
@@ -64,11 +66,23 @@ impl Drop for SharedReceiveQueue {
     }
 }
 
+/// Depths of a queue pair's own queues.
+#[derive(Clone, Copy)]
+pub(crate) struct Depths {
+    /// Most work requests under way.
+    pub send: u32,
+    /// Most receives posted, in a receive queue of the queue pair's own.
+    pub receive: u32,
+    /// Most bytes that a request carries in itself.
+    pub inline_bytes: u32,
+}
+
 /// Queue pair. Types that know its state wrap it.
-pub struct QueuePair {
+pub(crate) struct QueuePair {
     pair: NonNull<ffi::ibv_qp>,
     port: LocalPort,
     first_psn: u32,
+    retries: u8,
     _domain: Arc<ProtectionDomain>,
     _queue: Arc<RawQueue>,
     _shared: Option<Arc<SharedReceiveQueue>>,
@@ -92,35 +106,32 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn new(
+    pub(crate) fn new(
         domain: &Arc<ProtectionDomain>,
         queue: &CompletionQueue,
         port: &LocalPort,
-        options: &QueuePairOptions<'_>,
+        depths: Depths,
+        shared: Option<&Arc<SharedReceiveQueue>>,
     ) -> io::Result<Self> {
         // SAFETY: plain data, for which zero is valid.
         let mut init: ffi::ibv_qp_init_attr = unsafe { zeroed() };
         init.send_cq = queue.handle().raw();
         init.recv_cq = queue.handle().raw();
-        let shared = match options.shared.map(|shared| &**shared) {
-            None => None,
-            Some(queue_pair::SharedReceiveQueue::Hardware(shared)) => Some(shared),
-            Some(queue_pair::SharedReceiveQueue::Software(_)) => return Err(of_another_device()),
-        };
         init.srq = shared.map_or(std::ptr::null_mut(), |shared| shared.queue.as_ptr());
         init.qp_type = ffi::IBV_QPT_RC;
-        init.cap.max_send_wr = options.send_depth;
-        init.cap.max_recv_wr = if options.shared.is_some() { 0 } else { options.receive_depth };
+        init.cap.max_send_wr = depths.send;
+        init.cap.max_recv_wr = if shared.is_some() { 0 } else { depths.receive };
         init.cap.max_send_sge = 1;
         init.cap.max_recv_sge = 1;
-        init.cap.max_inline_data = options.inline_bytes;
+        init.cap.max_inline_data = depths.inline_bytes;
         // SAFETY: domain, queues and options live across the call.
         let pair = unsafe { ffi::ibv_create_qp(domain.raw(), &raw mut init) };
         let pair = NonNull::new(pair).ok_or_else(io::Error::last_os_error)?;
         let pair = Self {
             pair,
             port: *port,
-            first_psn: rand::random::<u32>() & 0xff_ffff,
+            first_psn: rand::random::<u32>() & LOW_24_BITS,
+            retries: RETRIES,
             _domain: Arc::clone(domain),
             _queue: Arc::clone(queue.handle()),
             _shared: shared.map(Arc::clone),
@@ -141,7 +152,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
+    pub(crate) fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
         let port = self.port;
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
@@ -172,12 +183,12 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error that the library reports.
-    pub fn send(&self) -> io::Result<()> {
+    pub(crate) fn send(&self) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
         change.qp_state = ffi::IBV_QPS_RTS;
         change.timeout = TIMEOUT;
-        change.retry_cnt = RETRIES;
+        change.retry_cnt = self.retries;
         change.rnr_retry = RNR_RETRIES;
         change.sq_psn = self.first_psn;
         self.modify(
@@ -193,19 +204,24 @@ impl QueuePair {
 
     /// Number of the queue pair, 24 bits.
     #[must_use]
-    pub fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         // SAFETY: the queue pair lives.
         unsafe { self.pair.as_ref() }.qp_num
     }
 
     /// Numbers packets from `psn` on, which has 24 bits.
-    pub fn number_packets_from(&mut self, psn: u32) {
+    pub(crate) fn number_packets_from(&mut self, psn: u32) {
         self.first_psn = psn;
+    }
+
+    /// Sends an unanswered packet again `times` times, at most 7 (IBTA 9.7.6.1.3: the retry counter has 3 bits).
+    pub(crate) fn send_again(&mut self, times: u8) {
+        self.retries = times.min(RETRIES);
     }
 
     /// Address that a peer needs to connect.
     #[must_use]
-    pub fn address(&self) -> PeerAddress {
+    pub(crate) fn address(&self) -> PeerAddress {
         let LocalPort { gid, lid, mtu, .. } = self.port;
         PeerAddress { gid, lid, queue_pair: self.number(), first_psn: self.first_psn, mtu }
     }
@@ -214,7 +230,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error of `ibv_post_recv`.
-    pub fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
+    pub(crate) fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
         let mut range = ffi::ibv_sge { addr: into.address, length: into.len, lkey: into.key };
         let mut receive =
             ffi::ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &raw mut range, num_sge: 1 };
@@ -227,12 +243,16 @@ impl QueuePair {
     ///
     /// # Errors
     /// The error of `ibv_post_send`, if no request was taken.
-    pub fn post(&mut self, requests: &[Request<'_>]) -> io::Result<usize> {
-        let count = requests.len().min(DOORBELL);
+    pub(crate) fn post<'a>(
+        &mut self,
+        requests: impl Iterator<Item = io::Result<Request<'a, MemoryWindow>>>,
+    ) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut works, mut ranges): ([ffi::ibv_send_wr; DOORBELL], [ffi::ibv_sge; DOORBELL]) = unsafe { zeroed() };
-        for (index, request) in requests.iter().take(count).enumerate() {
-            ranges[index] = fill(&mut works[index], request)?;
+        let mut count = 0;
+        for request in requests.take(DOORBELL) {
+            ranges[count] = fill(&mut works[count], &request?);
+            count += 1;
         }
         for index in 0..count {
             works[index].sg_list = &raw mut ranges[index];
@@ -255,7 +275,7 @@ impl QueuePair {
 }
 
 /// Fills in a request, except its links. Returns the memory that it names.
-fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::ibv_sge> {
+fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_, MemoryWindow>) -> ffi::ibv_sge {
     let none = ffi::ibv_sge { addr: 0, length: 0, lkey: 0 };
     let inline =
         |bytes: &[u8]| ffi::ibv_sge { addr: bytes.as_ptr().addr() as u64, length: bytes.len() as u32, lkey: 0 };
@@ -272,7 +292,7 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
             None => work.opcode = ffi::IBV_WR_RDMA_WRITE,
         }
     };
-    Ok(match request.work {
+    match request.work {
         Work::Send(bytes) => {
             work.opcode = ffi::IBV_WR_SEND;
             work.send_flags |= ffi::IBV_SEND_INLINE;
@@ -291,7 +311,6 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
             from.map_or(none, |from| ffi::ibv_sge { addr: from.address, length: from.len, lkey: from.key })
         }
         Work::Open(window) => {
-            let Window::Hardware(window) = &window.kind else { return Err(of_another_device()) };
             let (raw, key, info) = window.bind();
             work.opcode = ffi::IBV_WR_BIND_MW;
             work.__bindgen_anon_2.bind_mw.mw = raw;
@@ -300,7 +319,7 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
             work.num_sge = 0;
             none
         }
-    })
+    }
 }
 
 impl QueuePair {

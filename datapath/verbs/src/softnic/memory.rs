@@ -1,6 +1,6 @@
 //! Registered memory of a NIC in software, and the keys to it.
 
-use super::super::memory::{LocalRange, Pinned, Rights};
+use crate::range::{LocalRange, Pinned, Rights};
 use embarcadero_cxl::{Native, RegionOffset, cache};
 use embarcadero_roce::packet::Reth;
 use embarcadero_roce::{Access, Memory, NoAccess};
@@ -57,11 +57,11 @@ pub(super) struct LocalBytes {
 
 impl LocalBytes {
     /// Writes as many of `bytes` as fit, from the first byte on.
-    pub fn fill(&self, bytes: &[u8]) {
+    pub(super) fn fill(&self, bytes: &[u8]) {
         self.pages.write(self.at, &bytes[..bytes.len().min(self.len)]);
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 }
@@ -130,7 +130,7 @@ impl Keys {
     }
 
     /// Finds the bytes that a request of this host names.
-    pub fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
+    pub(super) fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         entries
             .get(&range.key)
@@ -143,7 +143,7 @@ impl Keys {
     }
 
     /// Opens the memory to peers as long as the result lives. When it is dropped, all that they wrote is in memory.
-    pub fn reach(&self) -> Reach<'_> {
+    pub(super) fn reach(&self) -> Reach<'_> {
         Reach { entries: self.entries.read().unwrap_or_else(PoisonError::into_inner), domain: 0, wrote: false }
     }
 }
@@ -160,6 +160,8 @@ pub(super) struct Reach<'a> {
 impl Drop for Reach<'_> {
     fn drop(&mut self) {
         if self.wrote {
+            // SYNC: the peers' bytes, stored past the caches, are in memory before their completions are handed over. It
+            // pairs with the brokers' flush of lines before they read the region.
             cache::lines_stored();
         }
     }
@@ -198,7 +200,7 @@ impl Memory for Reach<'_> {
 
 /// Protection domain of a NIC in software.
 #[derive(Clone)]
-pub(in super::super) struct Domain {
+pub(crate) struct Domain {
     pub(super) keys: Arc<Keys>,
     pub(super) number: u32,
 }
@@ -208,7 +210,7 @@ impl Domain {
         Self { keys: Arc::clone(keys), number: keys.domains.fetch_add(1, Ordering::Relaxed) }
     }
 
-    pub(in super::super) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
+    pub(crate) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
         let (start, len, keep) = memory.pages();
         let region = memory.region().map(|(region, at)| (region.clone(), at));
         let pages = Arc::new(Pages { start, len, region, _keep: keep });
@@ -219,31 +221,31 @@ impl Domain {
 }
 
 /// Registered memory of a NIC in software.
-pub struct Registration {
+pub(crate) struct Registration {
     key: u32,
     pages: Arc<Pages>,
     domain: Domain,
 }
 
 impl Registration {
-    pub(in super::super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.pages.len
     }
 
-    pub(in super::super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.pages.start.addr() as u64
     }
 
-    pub(in super::super) fn local_key(&self) -> u32 {
+    pub(crate) fn local_key(&self) -> u32 {
         self.key
     }
 
-    pub(in super::super) fn remote_key(&self) -> u32 {
+    pub(crate) fn remote_key(&self) -> u32 {
         self.key
     }
 
     /// Makes a closed window over `len` bytes at offset `at`, which must be inside.
-    pub(in super::super) fn window(&self, at: u64, len: u64) -> Window {
+    pub(crate) fn window(&self, at: u64, len: u64) -> Window {
         // Its key is drawn now, and is of no use before it is open.
         let entry = Entry {
             pages: Arc::clone(&self.pages),
@@ -263,13 +265,13 @@ impl Drop for Registration {
 }
 
 /// Memory window of a NIC in software.
-pub struct Window {
+pub(crate) struct Window {
     key: u32,
     keys: Arc<Keys>,
 }
 
 impl Window {
-    pub(in super::super) fn key(&self) -> u32 {
+    pub(crate) fn key(&self) -> u32 {
         self.key
     }
 

@@ -12,18 +12,25 @@
 mod config;
 #[cfg(feature = "dpdk")]
 mod dpdk;
+mod filter;
+mod identity;
 mod memory;
 mod nic;
+mod numbers;
 mod pair;
+mod port;
+mod ports;
 mod queue;
+mod receives;
+mod side;
 mod socket;
 mod wire;
 
 pub use config::{DpdkConfig, RoceConfig};
 #[cfg(feature = "dpdk")]
-pub(super) use dpdk::version as dpdk_version;
-pub(super) use memory::Domain;
-pub use memory::{Registration, Window};
-pub use nic::Nic;
-pub use pair::{Pair, Receives};
-pub use queue::Queue;
+pub(crate) use dpdk::version as dpdk_version;
+pub(crate) use memory::{Domain, Registration, Window};
+pub(crate) use nic::Nic;
+pub(crate) use pair::Pair;
+pub(crate) use queue::Queue;
+pub(crate) use receives::Receives;

@@ -1,15 +1,17 @@
 //! NIC in software: an address, and the link that it is attached to.
 
-use super::super::{LocalPort, VerbsError};
 #[cfg(feature = "dpdk")]
-use super::DpdkConfig;
+use super::config::DpdkConfig;
 #[cfg(feature = "dpdk")]
 use super::dpdk::{EthPort, Ethernet};
-use super::memory::{Domain, Keys};
-use super::queue::Ports;
+use super::identity::Identity;
+use super::memory::Domain;
+use super::ports::Ports;
 use super::socket::{self, Sockets};
 use super::wire::Wire;
-use embarcadero_roce::{Nanos, PathMtu};
+use crate::error::VerbsError;
+use crate::port::LocalPort;
+use embarcadero_roce::PathMtu;
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
 use socket2::Socket;
@@ -18,7 +20,6 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 #[cfg(feature = "dpdk")]
 use std::sync::{Mutex, PoisonError, Weak};
-use std::time::Instant;
 
 /// Bytes of the longest message. Its packets are far fewer than packet numbers.
 const MAX_MESSAGE_BYTES: u32 = 1 << 30;
@@ -26,13 +27,9 @@ const MAX_MESSAGE_BYTES: u32 = 1 << 30;
 const LINE_RATE: f64 = 1.25e9;
 
 /// NIC in software.
-pub struct Nic {
-    name: String,
+pub(crate) struct Nic {
+    identity: Arc<Identity>,
     link: Link,
-    pub(super) address: IpAddr,
-    pub(super) line_rate: f64,
-    pub(super) keys: Arc<Keys>,
-    begun: Instant,
 }
 
 /// Link that a NIC is attached to.
@@ -80,7 +77,7 @@ impl Nic {
     ///
     /// # Errors
     /// [`VerbsError`], which names what is missing.
-    pub(in super::super) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+    pub(crate) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let refuse = |action, source: io::Error| VerbsError::Call { name: "roce".to_owned(), action, source };
         let interfaces = getifaddrs().map_err(|error| refuse("list the addresses", error.into()))?;
         // IPv4 before IPv6, what others reach before the loopback.
@@ -111,7 +108,7 @@ impl Nic {
     /// # Errors
     /// [`VerbsError`], which names what is missing.
     #[cfg(feature = "dpdk")]
-    pub(in super::super) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+    pub(crate) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let Some(address) = config.address else { return Err(VerbsError::Unset("dpdk.address")) };
         config.validate()?;
         let name = format!("dpdk-{address}");
@@ -163,16 +160,15 @@ impl Nic {
             ethernet: true,
             max_message_bytes: MAX_MESSAGE_BYTES,
         };
-        let keys = Arc::new(Keys::default());
-        (Arc::new(Self { name, link, address, line_rate, keys, begun: Instant::now() }), local)
+        (Arc::new(Self { identity: Arc::new(Identity::new(name, address, line_rate)), link }), local)
     }
 
-    pub(in super::super) fn name(&self) -> &str {
-        &self.name
+    pub(crate) fn name(&self) -> &str {
+        &self.identity.name
     }
 
     /// Whether the interface is up and still has the address.
-    pub(in super::super) fn is_active(&self) -> bool {
+    pub(crate) fn is_active(&self) -> bool {
         let name = match &self.link {
             Link::Kernel { interface, .. } => interface,
             #[cfg(feature = "dpdk")]
@@ -180,13 +176,15 @@ impl Nic {
         };
         getifaddrs().is_ok_and(|mut interfaces| {
             interfaces.any(|interface| {
-                is_up(&interface) && interface.interface_name == *name && address_of(&interface) == Some(self.address)
+                is_up(&interface)
+                    && interface.interface_name == *name
+                    && address_of(&interface) == Some(self.identity.address)
             })
         })
     }
 
-    pub(in super::super) fn domain(&self) -> Domain {
-        Domain::new(&self.keys)
+    pub(crate) fn domain(&self) -> Domain {
+        Domain::new(&self.identity.keys)
     }
 
     /// Ports of which one will drive a new completion queue.
@@ -198,16 +196,17 @@ impl Nic {
                 if let Some(ports) = shared.upgrade() {
                     return Ok(ports);
                 }
-                let queues = Ethernet::all(port, self.address, config)?;
-                let ports = Ports::new(self, queues.into_iter().map(|queue| Wire::Dpdk(Box::new(queue))).collect())?;
+                // The lock is held and no ports live: if some are being dropped, their queues are soon free.
+                let queues = Ethernet::all(port, self.identity.address, config);
+                let wires = queues.into_iter().map(|queue| Wire::Dpdk(Box::new(queue))).collect();
+                let ports = Ports::new(&self.identity, wires, Arc::clone(self) as _)?;
                 *shared = Arc::downgrade(&ports);
                 Ok(ports)
             }
-            Link::Kernel { .. } => Ports::new(self, vec![Wire::Kernel(Sockets::open(self.address)?)]),
+            Link::Kernel { .. } => {
+                let wire = Wire::Kernel(Sockets::open(self.identity.address)?);
+                Ports::new(&self.identity, vec![wire], Arc::clone(self) as _)
+            }
         }
-    }
-
-    pub(super) fn now(&self) -> Nanos {
-        self.begun.elapsed().as_nanos() as Nanos
     }
 }

@@ -4,7 +4,8 @@
 //! (packet(7)): unlike a UDP socket it shows the IP header, which the invariant checksum covers. A filter in the kernel
 //! gives each queue the packets for its own queue pairs only, so that queues share nothing.
 
-use super::wire::PAIRS;
+use super::filter::only_for;
+use super::numbers::{NUMBERS, PAIRS};
 use embarcadero_roce::PathMtu;
 use embarcadero_roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, SCRATCH_BYTES, UDP_PORT};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
@@ -56,7 +57,7 @@ pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
 
 /// Reserves numbers of queue pairs at an address: [`PAIRS`] from the returned one on, as long as the socket lives.
 fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
-    let queues = 1 << 24 >> PAIRS.ilog2();
+    let queues = NUMBERS / PAIRS;
     let start: u32 = rand::random_range(0..queues);
     for offset in 0..queues {
         // Numbers 0 and 1 are not for connections (IBTA 10.2.4.3).
@@ -72,46 +73,6 @@ fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
         }
     }
     Err(io::Error::new(io::ErrorKind::AddrInUse, "all numbers of queue pairs are taken"))
-}
-
-/// Makes a filter that keeps packets of RoCEv2 to `address` for the [`PAIRS`] queue pairs from `first` on.
-///
-/// It sees packets from their IP header on (Linux, Documentation/networking/filter.rst).
-fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
-    use libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
-    // What to load, and what it has to be: (width, offset, mask, value).
-    let mut rules: Vec<(u32, u32, u32, u32)> = Vec::new();
-    let (protocol, words, udp) = match address {
-        IpAddr::V4(address) => {
-            // Without options, and no fragment.
-            rules.push((BPF_B, 0, 0xff, 0x45));
-            rules.push((BPF_H, 6, 0x3fff, 0));
-            (9, vec![(16, u32::from(address))], 20)
-        }
-        IpAddr::V6(address) => {
-            let words = address.octets();
-            let words = words.chunks_exact(4).zip([24, 28, 32, 36]);
-            let word = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u32::from(*byte));
-            (6, words.map(|(bytes, at)| (at, word(bytes))).collect(), 40)
-        }
-    };
-    rules.push((BPF_B, protocol, 0xff, libc::IPPROTO_UDP as u32));
-    rules.extend(words.into_iter().map(|(at, word)| (BPF_W, at, u32::MAX, word)));
-    rules.push((BPF_H, udp + 2, 0xffff, UDP_PORT.into()));
-    // A reserved byte, and the queue pair (IBTA 9.2, base transport header).
-    rules.push((BPF_W, udp + 8 + 4, 0x00ff_ffff & !(PAIRS - 1), first));
-    // Of each a load, a mask and a jump to the end; the two behind them keep all, or nothing.
-    let end = 3 * rules.len();
-    let mut program = Vec::with_capacity(end + 2);
-    for (width, at, mask, value) in rules {
-        let behind = end - program.len() - 3;
-        program.push(SockFilter::new((BPF_LD | width | BPF_ABS) as u16, 0, 0, at));
-        program.push(SockFilter::new((BPF_ALU | BPF_AND | BPF_K) as u16, 0, 0, mask));
-        program.push(SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, 0, behind as u8 + 1, value));
-    }
-    program.push(SockFilter::new(BPF_RET as u16, 0, 0, u32::MAX));
-    program.push(SockFilter::new(BPF_RET as u16, 0, 0, 0));
-    program
 }
 
 /// Sockets of one queue.
@@ -133,7 +94,7 @@ impl Sockets {
     ///
     /// # Errors
     /// The error that the kernel reports: `EPERM` without CAP_NET_RAW.
-    pub fn open(address: IpAddr) -> io::Result<Self> {
+    pub(super) fn open(address: IpAddr) -> io::Result<Self> {
         let (first, numbers) = take_numbers(address)?;
         let (domain, ethertype) = match address {
             IpAddr::V4(_) => (Domain::IPV4, libc::ETH_P_IP),
@@ -163,17 +124,17 @@ impl Sockets {
     }
 
     /// Descriptor that is readable while packets wait.
-    pub fn descriptor(&self) -> RawFd {
+    pub(super) fn descriptor(&self) -> RawFd {
         self.receives.as_raw_fd()
     }
 
     /// Copy of the socket that receives, to wait for packets.
-    pub fn waiter(&self) -> io::Result<Socket> {
+    pub(super) fn waiter(&self) -> io::Result<Socket> {
         self.receives.try_clone()
     }
 
     /// Hands a burst of packets to `each`, each behind scratch bytes, and returns their number.
-    pub fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
+    pub(super) fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
         let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
@@ -207,17 +168,17 @@ impl Sockets {
     }
 
     /// Number of packets that can be staged now.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         BURST - self.staged.len()
     }
 
     /// Whether no packet is staged.
-    pub fn is_flushed(&self) -> bool {
+    pub(super) fn is_flushed(&self) -> bool {
         self.staged.is_empty()
     }
 
     /// Adds a packet to those that the next flush sends. There must be room.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    pub(super) fn stage(&mut self, packet: &Packet<'_>) {
         // What the protocol makes is sound.
         if packet.encode(&mut self.outgoing).is_ok() {
             self.staged.push((self.outgoing.len(), SocketAddr::new(packet.to, 0).into()));
@@ -225,7 +186,7 @@ impl Sockets {
     }
 
     /// Sends the staged packets. Those that the kernel has no room for stay; those that it cannot send are lost.
-    pub fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         let mut sent = 0;
         while sent < self.staged.len() {
             // SAFETY: plain data, for which zero is valid.

@@ -12,9 +12,6 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 
-/// Most queue pairs of a port. The low 12 bits of their numbers count them, the high 12 bits stand for the port.
-pub(super) const PAIRS: u32 = 1 << 12;
-
 /// Carrier of packets.
 pub(super) enum Wire {
     /// Sockets of the kernel.
@@ -37,7 +34,7 @@ macro_rules! on {
 
 impl Wire {
     /// Number of the first of its [`PAIRS`] queue pairs.
-    pub fn first(&self) -> u32 {
+    pub(super) fn first(&self) -> u32 {
         match self {
             Self::Kernel(sockets) => sockets.first,
             #[cfg(feature = "dpdk")]
@@ -46,7 +43,7 @@ impl Wire {
     }
 
     /// Descriptor that is readable while packets wait; `None` where only polling finds them.
-    pub fn descriptor(&self) -> Option<RawFd> {
+    pub(super) fn descriptor(&self) -> Option<RawFd> {
         match self {
             Self::Kernel(sockets) => Some(sockets.descriptor()),
             #[cfg(feature = "dpdk")]
@@ -55,7 +52,7 @@ impl Wire {
     }
 
     /// Copy of the socket that is readable while packets wait; `None` where only polling finds them.
-    pub fn waiter(&self) -> io::Result<Option<Socket>> {
+    pub(super) fn waiter(&self) -> io::Result<Option<Socket>> {
         match self {
             Self::Kernel(sockets) => sockets.waiter().map(Some),
             #[cfg(feature = "dpdk")]
@@ -66,7 +63,7 @@ impl Wire {
     /// Hands a burst of packets to `each`, in the form that [`decode`] takes. Returns the number of packets that came,
     /// which counts those of other ports.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
-    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&mut [u8])) -> io::Result<usize> {
+    pub(super) fn receive(&mut self, now: Nanos, each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         match self {
             Self::Kernel(sockets) => sockets.receive(each),
             #[cfg(feature = "dpdk")]
@@ -78,7 +75,7 @@ impl Wire {
     ///
     /// That packet may be a refusal, which ends the queue pair and is not sent again.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
-    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+    pub(super) fn seek(&mut self, to: IpAddr, now: Nanos) {
         match self {
             // The kernel keeps a packet meanwhile.
             Self::Kernel(_) => {}
@@ -88,27 +85,27 @@ impl Wire {
     }
 
     /// Number of packets that can be staged now.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         on!(self, wire => wire.room())
     }
 
     /// Whether a packet can be staged now.
-    pub fn has_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         self.room() > 0
     }
 
     /// Adds a packet to those that the next flush sends. There must be room.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    pub(super) fn stage(&mut self, packet: &Packet<'_>) {
         on!(self, wire => wire.stage(packet));
     }
 
     /// Whether no packet is staged.
-    pub fn is_flushed(&self) -> bool {
+    pub(super) fn is_flushed(&self) -> bool {
         on!(self, wire => wire.is_flushed())
     }
 
     /// Sends the staged packets. Those without room stay; those that cannot be sent are lost, as on any wire.
-    pub fn flush(&mut self) {
+    pub(super) fn flush(&mut self) {
         on!(self, wire => wire.flush());
     }
 }

@@ -1,13 +1,13 @@
 //! Packets in Ethernet frames, at the queues of a port of DPDK.
 
-use super::super::DpdkConfig;
-use super::super::wire::PAIRS;
-use super::eal::{BURST, EthPort, Frame, Frames, Queues, Received};
+use super::super::config::DpdkConfig;
+use super::super::numbers::PAIRS;
+use super::buffers::{BURST, Frame, Frames, Received};
+use super::port::{EthPort, Queues};
 use embarcadero_roce::Nanos;
 use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
 use embarcadero_roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put, SCRATCH_BYTES};
 use std::collections::VecDeque;
-use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -32,18 +32,15 @@ pub(in super::super) struct Ethernet {
 }
 
 impl Ethernet {
-    /// Makes all queues of a port at an address.
-    ///
-    /// # Errors
-    /// The error of [`Queues::of`]: the queues are in use.
-    pub fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> io::Result<Vec<Self>> {
+    /// Makes all queues of a port at an address. Nobody else may have them.
+    pub(crate) fn all(port: &Arc<EthPort>, address: IpAddr, config: &DpdkConfig) -> Vec<Self> {
         let (gateway, vlan) = (config.gateway, config.vlan);
         let place = Place { mac: port.mac, address, prefix_length: config.prefix_length_at(address), gateway, vlan };
         let neighbours = Arc::<Neighbours>::default();
         let (owners, strays): (Vec<_>, Vec<_>) = (0..port.queues()).map(|_| sync_channel(STRAYS)).unzip();
         let of = |(index, strays)| {
-            let queues = Queues::of(port, index)?;
-            Ok(Self {
+            let queues = Queues::of(port, index);
+            Self {
                 frames: queues.frames(),
                 queues,
                 station: Station::new(place, Arc::clone(&neighbours)),
@@ -51,18 +48,18 @@ impl Ethernet {
                 outgoing: VecDeque::with_capacity(2 * BURST),
                 strays,
                 owners: owners.clone(),
-            })
+            }
         };
         (0..).zip(strays).map(of).collect()
     }
 
     /// Number of the first queue pair. No other port has the address, so the numbers follow from the queue's index.
-    pub fn first(&self) -> u32 {
+    pub(crate) fn first(&self) -> u32 {
         (u32::from(self.queues.index()) + 1) * PAIRS
     }
 
     /// Hands a burst of packets to `each`, each behind scratch bytes. Returns the number of frames that came.
-    pub fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
+    pub(crate) fn receive(&mut self, now: Nanos, mut each: impl FnMut(&mut [u8])) -> usize {
         self.now = now;
         let first = self.first();
         let Self { queues, frames, station, outgoing, strays, owners, .. } = self;
@@ -95,19 +92,19 @@ impl Ethernet {
     }
 
     /// Asks for the neighbour that packets to `to` go to.
-    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+    pub(crate) fn seek(&mut self, to: IpAddr, now: Nanos) {
         let question = self.station.ask(to, now);
         self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
         self.flush();
     }
 
     /// Number of packets that can be staged now.
-    pub fn room(&self) -> usize {
+    pub(crate) fn room(&self) -> usize {
         BURST.saturating_sub(self.outgoing.len())
     }
 
     /// Adds a packet to those that the next flush sends. A packet to an unknown neighbour is lost, and asks for it.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    pub(crate) fn stage(&mut self, packet: &Packet<'_>) {
         let header = match self.station.hop(packet.to, self.now) {
             Hop::Known(header) => header,
             Hop::Unknown(question) => {
@@ -132,12 +129,12 @@ impl Ethernet {
     }
 
     /// Whether no frame is staged.
-    pub fn is_flushed(&self) -> bool {
+    pub(crate) fn is_flushed(&self) -> bool {
         self.outgoing.is_empty()
     }
 
     /// Sends the staged frames, as far as the port has room.
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         while !self.outgoing.is_empty() && self.queues.send(&mut self.outgoing) > 0 {}
     }
 }
