@@ -294,10 +294,12 @@ fn join(from: ReadFrom, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveA
             Err(error) => unreachable = Some(error),
         }
     }
-    let lowest = batches.keys().next().copied();
-    let mut due = match (from, lowest) {
-        (ReadFrom::Offset(offset), _) => offset,
-        (ReadFrom::Time(_), lowest) => lowest.unwrap_or(0),
+    let Some(lowest) = batches.keys().next().copied() else {
+        return Err(unreachable.map_or(ArchiveError::Missing(None), ArchiveError::Unreachable));
+    };
+    let mut due = match from {
+        ReadFrom::Offset(offset) => offset,
+        ReadFrom::Time(_) => lowest,
     };
     // A disk that does not answer may have an earlier batch that qualifies.
     if let (ReadFrom::Time(_), Some(error)) = (from, &unreachable) {
@@ -319,7 +321,7 @@ fn join(from: ReadFrom, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveA
     match (joined.is_empty(), unreachable) {
         (false, _) => Ok(joined),
         (true, Some(error)) => Err(ArchiveError::Unreachable(error)),
-        (true, None) => Err(ArchiveError::Missing(lowest)),
+        (true, None) => Err(ArchiveError::Missing(Some(lowest))),
     }
 }
 

@@ -107,7 +107,9 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
         let segment = self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))?;
         let segments = self.region.geometry().segment_count;
         if segment >= segments {
-            return Err(PoolError::Unreachable(format!("its answer is segment {segment}, and the region has {segments}")));
+            return Err(PoolError::Unreachable(format!(
+                "its answer is segment {segment}, and the region has {segments}"
+            )));
         }
         Ok(segment)
     }

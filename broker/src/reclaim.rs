@@ -185,7 +185,9 @@ impl<F: Fabric> OrphanedSegments<F> {
         found.retain_mut(|left| match Self::is_needed(region, *broker, left, brokers.clone()) {
             Ok(false) if read_owner(region, left.segment) == Row::Used(left.owner) => {
                 publish_owner(region, left.segment, SegmentUse::Free);
-                let _ = pool.release(left.segment);
+                if let Err(error) = pool.release(left.segment) {
+                    tracing::error!(segment = left.segment, %error, "a segment of an order index could not be returned");
+                }
                 false
             }
             // An owner that changed: the sequencer gave the segment back.

@@ -27,7 +27,9 @@ pub(crate) fn spare_segments<F: Fabric>(
             Ok(spare) => spares.push(spare),
             Err(error) => {
                 for spare in spares {
-                    let _ = pool.release(spare);
+                    if let Err(error) = pool.release(spare) {
+                        tracing::error!(segment = spare, %error, "a spare segment could not be returned");
+                    }
                 }
                 return Err(error);
             }

@@ -63,6 +63,14 @@ fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError 
     move |source| BrokerError::Io { action, source }
 }
 
+/// Waits for a thread of the broker to end.
+fn join(thread: JoinHandle<()>) {
+    let name = thread.thread().name().unwrap_or("unnamed").to_owned();
+    if thread.join().is_err() {
+        tracing::error!(thread = name, "a thread of the broker ended with a panic");
+    }
+}
+
 /// Running broker. It stops when dropped.
 pub struct Broker {
     info: BrokerInfo,
@@ -142,7 +150,7 @@ impl Broker {
             let _ = stop.send(());
         }
         for thread in self.threads.drain(..) {
-            let _ = thread.join();
+            join(thread);
         }
         if !self.is_superseded() {
             publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });

@@ -1,7 +1,7 @@
 //! Start of a broker, step by step.
 
 use super::threads::{self, Serving};
-use super::{Broker, BrokerError, Exit, device, identity, io_error};
+use super::{Broker, BrokerError, Exit, device, identity, io_error, join};
 use crate::archive::{Archive, Catalog};
 use crate::config::{BrokerConfig, Coherence, Role};
 use crate::control::{ControlService, CurrentLeader};
@@ -163,9 +163,7 @@ impl Prepared {
         let leadership = runtime.block_on(candidate.take_over_if_gone());
         if config.role == Role::Leader && leadership.is_none() {
             exit.stop.store(true, Ordering::Relaxed);
-            for thread in running {
-                let _ = thread.join();
-            }
+            running.into_iter().for_each(join);
             return Err(BrokerError::LeaderTaken);
         }
         publish_broker(&region, &info);
