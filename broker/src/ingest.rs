@@ -206,6 +206,7 @@ impl PublisherSession {
             return Some(Placement::Refuse(error));
         }
         if self.topic.config.order.is_global() && header.sequence >= self.progress + SESSION_WINDOW {
+            // Between two leaders what was last read goes on counting.
             self.progress = read_progress(topics.region(), self.open.session_slot).unwrap_or(self.progress);
             if header.sequence >= self.progress + SESSION_WINDOW {
                 return Some(Placement::Wait);

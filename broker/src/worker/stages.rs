@@ -16,7 +16,8 @@ pub(crate) struct LeaderStages {
     pub(crate) sequencer: Sequencer<Native>,
     /// Stage that counts how far batches are durable.
     pub(crate) completion: CompletionStage<Native>,
-    /// Token whose other holder sees that the stages have ended, when this one is dropped.
+    /// Token of the candidate, which sees by its drop that the stages have ended.
+    #[expect(dead_code, reason = "held for its drop")]
     pub(crate) in_use: Arc<()>,
 }
 
