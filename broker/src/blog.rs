@@ -132,6 +132,7 @@ impl<F: Fabric> Blog<F> {
         let lines = bytes.div_ceil(LINE_BYTES);
         assert!(lines <= self.lines_per_segment(), "a batch of {bytes} bytes exceeds a segment");
         loop {
+            // SYNC: pairs with the store of the cursor in `Blog::extend`, which comes after the segment's owner entry.
             let (segment, _) = unpack(self.cursor.load(Ordering::Acquire));
             if segment == u32::MAX {
                 self.extend(lines)?;
@@ -178,6 +179,7 @@ impl<F: Fabric> Blog<F> {
         if segment != u32::MAX {
             chain.retiring.push(segment);
         }
+        // SYNC: after the owner entry and the reset of the segment's position; pairs with `Blog::reserve`.
         self.cursor.store(pack(next, 0), Ordering::Release);
         Ok(())
     }
@@ -198,6 +200,7 @@ impl<F: Fabric> Blog<F> {
     /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn settle(&self, at: RegionOffset) {
+        // SYNC: after the position that `Blog::published` stored; pairs with `Blog::retired`.
         let before = self.in_flight[self.segment_of(at) as usize].fetch_sub(1, Ordering::AcqRel);
         assert!(before > 0, "a reservation was settled twice");
     }
@@ -240,7 +243,7 @@ impl<F: Fabric> Blog<F> {
         let mut chain = self.chain();
         let Chain { retired, retiring, .. } = &mut *chain;
         retiring.retain(|&segment| {
-            // SYNC: pairs with the count in `Blog::reserve`.
+            // SYNC: before the position is read; pairs with `Blog::reserve` and `Blog::settle`.
             let busy = self.in_flight[segment as usize].load(Ordering::Acquire) > 0;
             if !busy {
                 let batches_below = self.batches_below[segment as usize].load(Ordering::Acquire);

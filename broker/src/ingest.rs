@@ -28,7 +28,7 @@ pub(crate) struct IngestLimits {
     pub(crate) verify_body: bool,
 }
 
-/// A publisher's session on one connection.
+/// Session of a publisher on one connection.
 pub(crate) struct PublisherSession {
     topic: Arc<Topic<Native>>,
     open: OpenPublish,
@@ -136,7 +136,7 @@ impl PublisherSession {
     /// Checks the body of a complete batch and hands the batch to the delegation.
     ///
     /// # Errors
-    /// A body that is wrong, or a broker that is shutting down. The batch is then given up.
+    /// A refusal when the body is wrong or the broker is shutting down. The batch is then given up.
     fn complete(&mut self, batch: Landed<Native>, memory: &Native) -> Result<(), TransportError> {
         self.check(memory, &batch.header, batch.at)?;
         self.reserved = None;

@@ -18,7 +18,7 @@ use tonic::transport::Channel;
 /// Returns the allocator that the region's superblock names, for the broker `info`.
 ///
 /// # Errors
-/// The system's, when the runtime for remote calls cannot be made.
+/// [`io::Error`] when the runtime of remote calls cannot be made.
 pub(crate) fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<dyn SegmentAllocator>> {
     Ok(match region.geometry().allocator {
         AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
@@ -48,7 +48,7 @@ impl<F: Fabric> LeaderAllocator<F> {
     /// Returns an allocator that is not connected yet.
     ///
     /// # Errors
-    /// The system's, when the runtime of the calls cannot be made.
+    /// [`io::Error`] when the runtime of the calls cannot be made.
     pub(crate) fn new(region: Region<F>, info: &BrokerInfo) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let BrokerInfo { id: broker, incarnation, .. } = *info;

@@ -58,6 +58,7 @@ impl<F: Fabric> Topic<F> {
     /// Returns true once the topic is being deleted. Nothing may be received or delivered any more.
     #[inline]
     pub(crate) fn is_deleted(&self) -> bool {
+        // SYNC: pairs with `TopicTable::mark_deleted`.
         self.deleted.load(Ordering::Acquire)
     }
 
@@ -142,6 +143,7 @@ impl<F: Fabric> TopicTable<F> {
 
     /// Marks a topic as deleted, for all who share it.
     pub(crate) fn mark_deleted(&self, topic: &Topic<F>) {
+        // SYNC: pairs with `Topic::is_deleted`.
         topic.deleted.store(true, Ordering::Release);
     }
 

@@ -27,7 +27,7 @@ pub struct Origin {
     pub token: u64,
 }
 
-/// A batch that lies complete in the Blog.
+/// Batch that lies complete in the Blog.
 pub struct Landed<F: Fabric> {
     /// Topic of the batch.
     pub topic: Arc<Topic<F>>,

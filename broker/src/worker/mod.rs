@@ -109,7 +109,7 @@ impl<C: Clock> Worker<C> {
     /// Returns a worker that has no connections yet.
     ///
     /// # Errors
-    /// The kernel's, when sockets cannot be polled or the device gives no completion queue.
+    /// [`io::Error`] when sockets cannot be polled, or the device gives no completion queue.
     pub(crate) fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
         let WorkerSetup { index, accepted, ordered, idle, core, stages } = setup;
         let connections = Connections::new(Arc::clone(&shared.connections))?;
