@@ -132,7 +132,7 @@ impl<F: Fabric> Blog<F> {
         let lines = bytes.div_ceil(LINE_BYTES);
         assert!(lines <= self.lines_per_segment(), "a batch of {bytes} bytes exceeds a segment");
         loop {
-            // SYNC: pairs with the store of the cursor in `Blog::extend`, which comes after the segment's owner entry.
+            // SYNC: pairs with the swap of the cursor in `Blog::extend`, which comes after the segment's owner entry.
             let (segment, _) = unpack(self.cursor.load(Ordering::Acquire));
             if segment == u32::MAX {
                 self.extend(lines)?;
@@ -140,7 +140,7 @@ impl<F: Fabric> Blog<F> {
             }
             let count = &self.in_flight[segment as usize];
             // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also
-            // sees the count; pairs with `Blog::retired`.
+            // sees the count; pairs with the swap in `Blog::extend`, then `Blog::retired`.
             count.fetch_add(1, Ordering::AcqRel);
             let (current, position) = unpack(self.cursor.fetch_add(lines, Ordering::AcqRel));
             if current == segment && position + lines <= self.lines_per_segment() {
@@ -167,7 +167,7 @@ impl<F: Fabric> Blog<F> {
                 // Failed reservations moved the position; bring it back before it overflows into the segment number.
                 let full = self.lines_per_segment() as u32;
                 let end = if segment == u32::MAX { NO_SEGMENT } else { pack(segment, full) };
-                self.cursor.store(end, Ordering::Release);
+                self.cursor.swap(end, Ordering::AcqRel);
                 return Err(error);
             }
         };
@@ -179,8 +179,9 @@ impl<F: Fabric> Blog<F> {
         if segment != u32::MAX {
             chain.retiring.push(segment);
         }
-        // SYNC: after the owner entry and the reset of the segment's position; pairs with `Blog::reserve`.
-        self.cursor.store(pack(next, 0), Ordering::Release);
+        // SYNC: after the owner entry and the reset of the segment's position; pairs with `Blog::reserve`. A swap, so that
+        // the counts of all reservations before it are seen after it.
+        self.cursor.swap(pack(next, 0), Ordering::AcqRel);
         Ok(())
     }
 
