@@ -1,14 +1,14 @@
-//! The broker's id, which one process of a host has at a time.
+//! Claim on a broker id, which one process of a host has at a time.
 
 use super::BrokerError;
 use embarcadero_cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_wire::{BrokerId, OutOfBounds};
 use std::time::{Duration, Instant};
 
-/// Time for which the leader may hold an id whose broker is gone, to see to what it left.
+/// Longest time for which the leader holds the id of a dead broker while it reaps that broker.
 const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Claims an id, which the leader may be holding for a moment.
+/// Claims an id. Waits for a moment if the leader holds it to reap a dead broker.
 fn claim(file: &RegionFile, id: BrokerId) -> Result<BrokerLock, RegionError> {
     let begun = Instant::now();
     loop {
@@ -22,6 +22,9 @@ fn claim(file: &RegionFile, id: BrokerId) -> Result<BrokerLock, RegionError> {
 }
 
 /// Claims the id that is `wanted`, else the first that is free.
+///
+/// # Errors
+/// [`BrokerError`] when the id is taken or out of range, or no id is free.
 pub(super) fn claim_id(file: &RegionFile, wanted: Option<BrokerId>) -> Result<(BrokerId, BrokerLock), BrokerError> {
     let max = file.region().geometry().max_brokers;
     if let Some(id) = wanted {
