@@ -10,10 +10,10 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "embarcadero", disable_version_flag = true, arg_required_else_help = true)]
 pub struct Cli {
-    /// Print the version (with --verbose: commit, target and native libraries).
+    /// Print the version; with --verbose also commit, target, native libraries and transports.
     #[arg(long)]
     pub version: bool,
-    /// More log lines (debug level).
+    /// Log at debug level.
     #[arg(long, global = true)]
     pub verbose: bool,
     #[command(subcommand)]
@@ -27,9 +27,9 @@ pub enum Command {
     Region(region::RegionCommand),
     /// Run one broker in the foreground.
     Broker(broker::BrokerArgs),
-    /// List the brokers that are alive, and say who elects their leader.
+    /// List the live brokers, and say how their leader is elected.
     Brokers(brokers::BrokersArgs),
-    /// Start, watch and stop a local cluster of broker processes on one region.
+    /// Run a local cluster of broker processes on one region.
     Cluster(ClusterArgs),
     /// Create, list, describe or delete topics.
     #[command(subcommand)]
@@ -38,10 +38,10 @@ pub enum Command {
     Produce(produce::ProduceArgs),
     /// Write a topic's messages to standard output.
     Consume(consume::ConsumeArgs),
-    /// Check a topic's order, gaps, duplicates and checksums.
+    /// Read a topic and check it for wrong order, gaps, duplicates and damaged messages.
     Verify(verify::VerifyArgs),
-    /// Measure; each result is printed beside the ceiling measured in the same run.
+    /// Measure throughput and latency. Each result is printed beside the limit measured in the same run.
     Bench(bench::BenchArgs),
-    /// Say what this host offers and what it lacks.
+    /// Report what this host has, what it lacks, and how to get it.
     Doctor(doctor::DoctorArgs),
 }

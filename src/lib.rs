@@ -1,10 +1,5 @@
-<<<<<<< HEAD
 //! Parts of the `embarcadero` command: its command line ([`cli`]), its configuration ([`settings`]), local clusters
 //! ([`cluster`]), and the commands ([`command`]).
-=======
-//! Library of the `embarcadero` command: configuration ([`settings`]), local clusters ([`cluster`]) and the commands
-//! ([`command`]).
->>>>>>> ops
 #![forbid(unsafe_code)]
 
 pub mod cli;

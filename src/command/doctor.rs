@@ -23,11 +23,7 @@ pub struct DoctorArgs {
     region: Option<PathBuf>,
 }
 
-<<<<<<< HEAD
-/// `doctor --json`, as docs/operating/hardware.md describes it.
-=======
 /// Output of `doctor --json`, which docs/operating/hardware.md describes.
->>>>>>> ops
 #[derive(Serialize)]
 struct Report {
     findings: Vec<Finding>,

@@ -1,22 +1,12 @@
-<<<<<<< HEAD
-//! Budgets of tests that could go on for ever: schedules, seeds, rounds. The tests read them from variables.
-
-/// Budgets of one run.
-=======
 //! Budgets: how many schedules, seeds, rounds and seconds the open-ended tests run for. The tests read environment variables
 //! and have small defaults.
 
 /// Budgets of all open-ended tests in one run.
->>>>>>> ops
 #[derive(Clone, Copy)]
 pub struct Budget {
     /// Number of schedules in `sim/tests/fabric_schedules.rs`.
     pub schedules: u32,
-<<<<<<< HEAD
-    /// Schedules, or seeds, within which a missing flush or guard must be noticed; 0 skips these tests.
-=======
     /// Number of schedules or seeds within which a test must notice a mutation, such as a flush left out. 0 skips these tests.
->>>>>>> ops
     pub mutation: u32,
     /// Number of seeds in `sim/tests/rack`.
     pub rack_seeds: u32,
@@ -27,17 +17,6 @@ pub struct Budget {
 }
 
 impl Budget {
-<<<<<<< HEAD
-    /// Budgets for a run of a few minutes.
-    pub const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
-    /// Budgets for a run of everything.
-    pub const FULL: Self = Self { schedules: 5000, mutation: 10_000, rack_seeds: 1000, chaos_rounds: 8, fuzz_s: 10 };
-    /// Budgets for a run of hours.
-    pub const LONG: Self =
-        Self { schedules: 100_000, mutation: 10_000, rack_seeds: 100_000, chaos_rounds: 200, fuzz_s: 514 };
-
-    /// Returns the variables that tests read, with their values.
-=======
     /// Budget of `cargo xtask test`, which takes a few minutes.
     pub const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
     /// Budget of `cargo xtask all`.
@@ -47,7 +26,6 @@ impl Budget {
         Self { schedules: 100_000, mutation: 10_000, rack_seeds: 100_000, chaos_rounds: 200, fuzz_s: 514 };
 
     /// Environment variables that the tests read, with their values.
->>>>>>> ops
     pub fn variables(&self) -> [(&'static str, String); 5] {
         [
             ("EMBARCADERO_SIM_SCHEDULES", self.schedules.to_string()),

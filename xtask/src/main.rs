@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-//! `cargo xtask`: checks, tests and documents the project.
-=======
 //! `cargo xtask`: checks and tests the project, cheap stages first.
->>>>>>> ops
 #![forbid(unsafe_code)]
 
 mod budget;
@@ -36,15 +32,9 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
-<<<<<<< HEAD
-    /// Hours: chaos, 100,000 schedules and seeds, fuzzing.
-    Long,
-    /// Check the rules of docs/style.md.
-=======
     /// Run for hours: chaos, 100,000 seeds and schedules, fuzzing.
     Long,
     /// Check the rules of docs/style.md that a program can check.
->>>>>>> ops
     Style,
     /// Write the generated documents: pages of docs/reference, and the schemas of the configuration.
     Docs,

@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-//! Stages of a run: each has a name and a time, and a skipped one its reason.
-=======
 //! Stages of a run: each has a name, is timed, and is reported as run or skipped.
->>>>>>> ops
 
 use crate::budget::Budget;
 use anyhow::{Context, Result, bail};
@@ -11,17 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-<<<<<<< HEAD
-/// End of a stage that did not fail.
-pub enum Outcome {
-    /// The stage ran.
-    Ran,
-    /// The stage could not run on this machine, for this reason.
-    Skipped(String),
-}
-
-/// Stages of one run, with the budgets and cargo features that they share.
-=======
 /// Outcome of a stage that did not fail.
 pub enum Outcome {
     /// The stage ran to its end.
@@ -31,7 +16,6 @@ pub enum Outcome {
 }
 
 /// Stages of one run so far, and the settings that they share.
->>>>>>> ops
 pub struct Stages {
     pub budget: Budget,
     root: PathBuf,
@@ -40,11 +24,7 @@ pub struct Stages {
 }
 
 impl Stages {
-<<<<<<< HEAD
-    /// Returns a run without stages yet, and enters the root of the checkout.
-=======
     /// Starts a run without stages, and makes the root of the checkout the working directory.
->>>>>>> ops
     ///
     /// # Errors
     /// The root cannot be entered.
@@ -61,17 +41,10 @@ impl Stages {
         &self.root
     }
 
-<<<<<<< HEAD
-    /// Runs a stage.
-    ///
-    /// # Errors
-    /// The stage failed. The times so far are printed before.
-=======
     /// Runs a stage and records its time.
     ///
     /// # Errors
     /// The stage failed; the times so far have been printed.
->>>>>>> ops
     pub fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
         eprintln!("== {name}");
         let begun = Instant::now();
@@ -96,11 +69,7 @@ impl Stages {
         self.done.push((name.to_owned(), Duration::ZERO, Outcome::Skipped(why.to_owned())));
     }
 
-<<<<<<< HEAD
-    /// Prints the time of each stage, and the skipped ones.
-=======
     /// Prints the time of each stage, and which stages were skipped.
->>>>>>> ops
     pub fn summary(&self) {
         eprintln!("== times");
         for (name, time, outcome) in &self.done {
@@ -113,14 +82,9 @@ impl Stages {
         eprintln!("{:7.1} s  in all", total.as_secs_f64());
     }
 
-<<<<<<< HEAD
-    /// Returns a cargo command with the lock file, the release profile and the run's features.
-    pub fn cargo(&self, command: &str) -> Command {
-=======
     /// Cargo command over the whole workspace, with the lock file, the release profile and the run's features. A command for a
     /// single package would build with other features, and so all again.
     pub fn cargo_workspace(&self, command: &str) -> Command {
->>>>>>> ops
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.arg(command).args(["--locked", "--workspace"]);
         // `cargo bench` has no such option; its profile is the release profile.
@@ -133,18 +97,7 @@ impl Stages {
         cargo
     }
 
-<<<<<<< HEAD
-    /// Returns a cargo command over the whole workspace.
-    pub fn cargo_workspace(&self, command: &str) -> Command {
-        let mut cargo = self.cargo(command);
-        cargo.arg("--workspace");
-        cargo
-    }
-
-    /// Returns true when the builds of this run have DPDK.
-=======
     /// Returns true if this run builds with DPDK.
->>>>>>> ops
     pub fn has_dpdk(&self) -> bool {
         self.features.contains(&"dpdk")
     }
@@ -162,11 +115,7 @@ pub fn execute(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-<<<<<<< HEAD
-/// Runs a command to its end, and returns its standard output.
-=======
 /// Runs a command to its end and returns its standard output.
->>>>>>> ops
 ///
 /// # Errors
 /// The command cannot be run, or fails.
@@ -179,11 +128,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-<<<<<<< HEAD
-/// Runs a command without output. Returns true when the program exists and succeeds.
-=======
 /// Runs a command without output; true if it exists and succeeds.
->>>>>>> ops
 pub fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
