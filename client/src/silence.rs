@@ -7,8 +7,8 @@ const LOOKS: u32 = 8;
 
 /// Time for which a thread has looked for news in vain.
 ///
-/// One look adds at most an eighth of the limit. A thread that did not run for long has not looked meanwhile, and what came
-/// is still unread: the time that passed says nothing about the other side.
+/// One look adds at most an eighth of the limit. A thread that did not run for long has not looked meanwhile. What came is
+/// still unread then, and the time that passed says nothing about the other side.
 #[derive(Debug)]
 pub(crate) struct Silence {
     limit: Duration,

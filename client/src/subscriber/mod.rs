@@ -22,9 +22,10 @@ use streams::{Delivery, Streams};
 /// Subscriber to one topic.
 ///
 /// A topic with a global order has one stream, which any broker serves. With orders `broker` and `none` each broker
-/// serves a stream of its own, and the subscriber reads them side by side. Streams of brokers that join later are added
-/// within seconds; they begin with what was ordered since the subscription, unless it starts at [`Start::Earliest`] or at a
-/// time.
+/// serves a stream of its own, and the subscriber reads them side by side.
+///
+/// Streams of brokers that join later are added within seconds. With [`Start::Earliest`] and [`Start::Timestamp`] they start
+/// where the others do. Otherwise they start with what was ordered since the subscription, by the client's clock.
 pub struct Subscriber {
     streams: Streams,
     /// Longest wait for an answer of brokers in [`Subscriber::drain`].
@@ -211,7 +212,7 @@ impl Subscriber {
                 None => {
                     silence.look(Instant::now());
                     if silence.is_too_long() {
-                        return Err(ClientError::timed_out(self.progress_timeout, None));
+                        return Err(ClientError::timed_out(self.progress_timeout, self.streams.trouble().cloned()));
                     }
                 }
             }

@@ -6,7 +6,6 @@ use crate::error::ClientError;
 use crate::views::{BrokerView, TopicView};
 use embarcadero_transport::{Sockets, SubscriberChannel, SubscriberLink, Transport};
 use embarcadero_wire::{self as wire, BatchHeader, Deliver, Position, StartKind, Subscribe};
-use std::io;
 use std::time::{Duration, Instant};
 
 /// Stream of a topic, connected or not.
@@ -60,9 +59,10 @@ impl Stream {
     }
 
     /// Connects and subscribes.
-    pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> io::Result<()> {
-        let options = context.link_options().map_err(io::Error::other)?;
-        self.channel = Some(Sockets.subscribe(self.broker.data, &options, &self.request(topic))?);
+    pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> Result<(), ClientError> {
+        let options = context.link_options()?;
+        let channel = Sockets.subscribe(self.broker.data, &options, &self.request(topic));
+        self.channel = Some(channel.map_err(ClientError::io("connect to a broker"))?);
         self.connections += 1;
         Ok(())
     }

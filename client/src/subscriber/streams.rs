@@ -46,6 +46,8 @@ pub(super) struct Streams {
     asked_us: u64,
     /// Source of new brokers; `None` for the global stream, which any broker serves.
     watch: Option<Arc<BrokerWatch>>,
+    /// Error of the last attempt to connect that failed, until a broker answers.
+    trouble: Option<ClientError>,
 }
 
 impl Index<usize> for Streams {
@@ -75,7 +77,7 @@ impl Streams {
         } else {
             brokers.into_iter().map(|broker| Stream::new(wire::Stream::of(broker.id), broker, start)).collect()
         };
-        Ok(Self { context, topic, streams, next: 0, start, asked_us: SystemClock.now().wall_us, watch })
+        Ok(Self { context, topic, streams, next: 0, start, asked_us: SystemClock.now().wall_us, watch, trouble: None })
     }
 
     /// Topic of the streams.
@@ -106,8 +108,8 @@ impl Streams {
 
     /// Adds the streams of brokers that have appeared since.
     ///
-    /// The position that was asked for may have no meaning in a stream that was not there: an offset may lie beyond its
-    /// end, and its latest message may be an old one. Such a stream begins with what was ordered since the question.
+    /// An offset that was asked for may lie beyond the end of such a stream. Its latest message may be newer than the
+    /// subscription. In both cases it starts with what was ordered since the subscription.
     fn add_streams(&mut self, brokers: Vec<BrokerView>) {
         let start = match self.start {
             Start::Earliest | Start::Timestamp(_) => self.start,
@@ -129,7 +131,10 @@ impl Streams {
         let now = Instant::now();
         for index in 0..self.streams.len() {
             let stream = &mut self.streams[index];
-            if stream.is_due_to_connect(now) && stream.connect(&self.context, &self.topic).is_err() {
+            if stream.is_due_to_connect(now)
+                && let Err(error) = stream.connect(&self.context, &self.topic)
+            {
+                self.trouble = Some(error);
                 stream.drop_connection(RETRY);
                 self.find_broker(index);
             }
@@ -178,6 +183,7 @@ impl Streams {
                 }
                 Ok(Item::Frame(Frame::SubscribeReady(ready))) => {
                     stream.due.get_or_insert(ready.start_offset);
+                    self.trouble = None;
                 }
                 Ok(Item::Frame(Frame::Position(position))) => stream.end = Some(position.next_offset),
                 Ok(Item::Frame(other)) => return Err(WireError::Kind { found: other.kind() }.into()),
@@ -221,6 +227,11 @@ impl Streams {
             wait_any(&watched, timeout.min(LOOK_PERIOD)).map_err(ClientError::io("wait for brokers"))?;
         }
         Ok(None)
+    }
+
+    /// Error of the last attempt to connect that failed, until a broker answers.
+    pub(super) fn trouble(&self) -> Option<&ClientError> {
+        self.trouble.as_ref()
     }
 
     /// Checks that a batch is the one that is due on its stream. Returns the number of messages in it that come before the
