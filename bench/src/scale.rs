@@ -1,6 +1,7 @@
 //! `bench scale`: cost of publishing as the log grows, and with many topics and many sessions.
 
-use crate::args::{BenchArgs, SEGMENT_BYTES, pin};
+use crate::args::{BenchArgs, SEGMENT_BYTES};
+use crate::cores::pin;
 use crate::report::{Report, Row};
 use anyhow::{Result, bail};
 use clap::Args;
