@@ -34,8 +34,10 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 use uuid::Uuid;
 
-/// How long one call to one endpoint may take.
+/// Time that one call to one endpoint may take at first. It doubles when every endpoint has been silent for so long.
 const CALL: Duration = Duration::from_secs(2);
+/// Times that each endpoint is called before etcd counts as silent.
+const ROUNDS: u32 = 3;
 /// Time between attempts to reach an etcd that does not answer.
 const RETRY: Duration = Duration::from_millis(250);
 /// Times that a lease is kept alive while it lasts.
@@ -243,22 +245,33 @@ impl Etcd {
         EtcdError::Silent { endpoints: self.endpoints() }
     }
 
-    /// Calls the endpoint that answered last, and those after it until one answers. A call that nobody answered may still
-    /// have happened, so that each call can be made twice without harm.
+    /// Calls the endpoint that answered last, and those after it until one answers. All are called again, with more time, if
+    /// one was silent: it may be slow. A call that nobody answered may still have happened, so that each call can be made twice
+    /// without harm.
     async fn call<Q: Clone, R, F>(&self, request: Q, call: impl Fn(Channel, Q) -> F) -> Result<R, EtcdError>
     where
         F: Future<Output = Result<Response<R>, Status>>,
     {
         let mut error = self.silent();
-        for _ in &self.channels {
-            let endpoint = self.state().endpoint;
-            error = match tokio::time::timeout(CALL, call(self.channels[endpoint].clone(), request.clone())).await {
-                Ok(Ok(answer)) => return Ok(answer.into_inner()),
-                Ok(Err(status)) if status.code() != Code::Unavailable => return Err(self.failed(status)),
-                Ok(Err(status)) => self.failed(status),
-                Err(_) => self.silent(),
-            };
-            self.state().endpoint = (endpoint + 1) % self.channels.len();
+        for round in 0..ROUNDS {
+            let mut slow = false;
+            for _ in &self.channels {
+                let endpoint = self.state().endpoint;
+                let answer = call(self.channels[endpoint].clone(), request.clone());
+                error = match tokio::time::timeout(CALL * 2u32.pow(round), answer).await {
+                    Ok(Ok(answer)) => return Ok(answer.into_inner()),
+                    Ok(Err(status)) if status.code() != Code::Unavailable => return Err(self.failed(status)),
+                    Ok(Err(status)) => self.failed(status),
+                    Err(_) => {
+                        slow = true;
+                        self.silent()
+                    }
+                };
+                self.state().endpoint = (endpoint + 1) % self.channels.len();
+            }
+            if !slow {
+                break;
+            }
         }
         Err(error)
     }
