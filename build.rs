@@ -1,13 +1,14 @@
-//! Records what this binary was built from, for `embarcadero --version --verbose`.
+//! Records commit, target and native libraries of this build, for `embarcadero --version --verbose` and `doctor`.
 
 use std::process::Command;
 
+/// Standard output of a program; none if it cannot be run or fails.
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
     let output = Command::new(program).args(arguments).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Version of a native library, or why there is none.
+/// Name and version of a native library, or a note that this host lacks it.
 fn library(name: &str) -> String {
     match output("pkg-config", &["--modversion", name]) {
         Some(version) => format!("{name} {version}"),

@@ -1,15 +1,15 @@
 # shellcheck shell=bash
-# What the set-up scripts share. A script sources this, says its options (`option`), defines the functions `look` (what is
-# there, by `finding`) and `mend` (what to change, by `change`), and ends with `main "$@"`. scripts/ use `say` and `die`
-# alone.
+# Library of the set-up scripts. A script sources it, declares its options (`option`), defines the functions `check` (which
+# reports with `finding`) and `apply` (which changes the host with `change`), and ends with `main "$@"`. The scripts in
+# scripts/ use only `say` and `die`.
 
-# say TEXT...: progress, on standard error.
+# say TEXT...: reports progress on standard error.
 say() { printf '== %s\n' "$*" >&2; }
 
-# die TEXT...: a sentence, and the end.
+# die TEXT...: reports an error and exits.
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-# need_root: goes on as root, or not at all. A script with `elevate=yes` asks sudo.
+# need_root: exits unless run as root. A script with `elevate=yes` is started again with sudo instead.
 elevate=no arguments=("$@")
 need_root() {
     [ "$(id -u)" != 0 ] || return 0
@@ -18,11 +18,11 @@ need_root() {
 }
 
 script=$(basename "$0")
-# Where `apply` records how to take back what it changes: one shell command a line, the first change first.
+# File where `apply` records how to undo its changes: one shell command per line, the oldest change first.
 state=${EMBARCADERO_STATE:-/var/lib/embarcadero/hw-setup}/$script.undo
 
 option_names=() option_help=()
-# option NAME HELP: --NAME VALUE, in the variable NAME, which holds the default.
+# option NAME HELP: declares --NAME VALUE. The variable NAME holds the default, then the value.
 option() {
     option_names+=("$1")
     option_help+=("--$1 VALUE"$'\t'"$2${!1:+ (default ${!1})}")
@@ -31,23 +31,23 @@ option() {
 usage() {
     cat <<END
 usage: hw-setup/$script check|apply|undo [options]
-  check   says what is ready and what is not, changes nothing; exit code 1 if anything is not ready
-  apply   makes it ready; a second run changes nothing
-  undo    takes back what apply changed
+  check   reports what is ready and what is not, and changes nothing; exit code 1 if anything is not ready
+  apply   makes the host ready; a second run changes nothing
+  undo    reverts the changes of apply
 END
-    printf '  %s\n' "--json"$'\t'"check's findings as JSON" "--dry-run"$'\t'"print the commands instead of running them" \
+    printf '  %s\n' "--json"$'\t'"print the findings of check as JSON" "--dry-run"$'\t'"print the commands instead of running them" \
         "${option_help[@]}" | expand -t 24
 }
 
-# is COMMAND...: yes if it succeeds, else no.
+# is COMMAND...: prints yes if the command succeeds, else no.
 is() { if "$@" >/dev/null 2>&1; then echo yes; else echo no; fi; }
 
-# require_number NAME: the option is a whole number.
+# require_number NAME: exits unless the option's value is a whole number.
 require_number() {
     case ${!1} in '' | *[!0-9]*) die "--$1 is '${!1}'; it must be a whole number" ;; esac
 }
 
-# require_choice NAME CHOICE...: the option has one of the values.
+# require_choice NAME CHOICE...: exits unless the option has one of these values.
 require_choice() {
     local name=$1 choice
     shift
@@ -55,7 +55,7 @@ require_choice() {
     die "--$name is '${!name}'; it must be one of: $*"
 }
 
-# require PROGRAM PACKAGE: apply cannot do without.
+# require PROGRAM PACKAGE: exits unless the program, which `apply` needs, is installed.
 require() { command -v "$1" >/dev/null || die "$1 is missing: install $2"; }
 
 json_string() {
@@ -65,7 +65,7 @@ json_string() {
 }
 
 all_ready=yes findings=()
-# finding NAME yes|no FOUND ADVICE: what was found, whether it is as it should be, and else what to do.
+# finding NAME yes|no FOUND ADVICE: reports what was found, whether that is ready, and if not, what to do.
 finding() {
     local advice=$4
     [ "$2" = no ] || advice=
@@ -80,8 +80,8 @@ finding() {
 }
 
 changes=0
-# change UNDO COMMAND...: runs the command (with --dry-run only prints it), having recorded the shell command that takes it
-# back; '-' if nothing need be.
+# change UNDO COMMAND...: runs the command, or with --dry-run only prints it. Before, it records the shell command UNDO, which
+# reverts the change; '-' if there is nothing to revert.
 change() {
     local undo=$1
     shift
@@ -99,12 +99,12 @@ change() {
     fi
     if ! "$@"; then
         [ "$undo" = - ] || sed -i '$d' "$state"
-        die "$* failed$([ ! -s "$state" ] || printf '; hw-setup/%s undo takes back what went before' "$script")"
+        die "$* failed$([ ! -s "$state" ] || printf '; hw-setup/%s undo reverts the changes before it' "$script")"
     fi
 }
 
-# change_named KEY UNDO COMMAND...: as change, for a command that names what it makes in JSON, under KEY; {} in UNDO stands for
-# the name. So undo takes back that and nothing else.
+# change_named KEY UNDO COMMAND...: like change, for a command that creates something and prints its name as JSON under KEY.
+# {} in UNDO stands for that name, so that undo removes exactly what was created.
 change_named() {
     local key=$1 undo=$2 said name
     shift 2
@@ -112,30 +112,30 @@ change_named() {
     printf '+ %s\n' "$*"
     [ "$dry_run" = no ] || return 0
     need_root
-    said=$("$@") || die "$* failed$([ ! -s "$state" ] || printf '; hw-setup/%s undo takes back what went before' "$script")"
+    said=$("$@") || die "$* failed$([ ! -s "$state" ] || printf '; hw-setup/%s undo reverts the changes before it' "$script")"
     name=$(json_value "$key" <<<"$said")
-    [ -n "$name" ] || die "$* does not say what it made"
+    [ -n "$name" ] || die "$* does not print the name of what it created"
     mkdir -p "$(dirname "$state")"
     printf '%s\n' "${undo//\{\}/$name}" >>"$state"
 }
 
-# json_value KEY: the first value of that key in the JSON that these tools print, a line each.
+# json_value KEY: prints the first value of that key in JSON with one key per line, as cxl, ndctl and daxctl print it.
 json_value() { tr -d ' ",' | awk -F: -v key="$1" '$1 == key {print $2; exit}'; }
 
-# write_file PATH CONTENT: puts a file of ours there, or says that another's is in the way.
+# write_file PATH CONTENT: writes a file; exits if a file with other content is there.
 write_file() {
     local path=$1 content=$2
     [ "$(cat "$path" 2>/dev/null)" != "$content" ] || return 0
-    [ ! -e "$path" ] || die "$path is there and differs from what would be written; move it away first"
+    [ ! -e "$path" ] || die "$path exists with other content; move it away first"
     [ -d "$(dirname "$path")" ] || change - mkdir -p "$(dirname "$path")"
     change "rm -f $(printf %q "$path")" put "$path" "$content"
 }
 
-# write_value PATH VALUE: writes a setting of the kernel, to be put back by undo.
+# write_value PATH VALUE: writes a kernel setting; undo restores the old value.
 write_value() {
     local was
     was=$(cat "$1" 2>/dev/null) || die "this kernel has no $1"
-    # Settings with a choice show it in brackets.
+    # Settings with several choices show the chosen one in brackets.
     case $was in *\[*\]*) was=${was#*\[} was=${was%%\]*} ;; esac
     [ "$was" != "$2" ] || return 0
     change "echo $(printf %q "$was") > $1" put "$1" "$2"
@@ -143,19 +143,19 @@ write_value() {
 
 put() { printf '%s\n' "$2" >"$1"; }
 
-# quietly COMMAND...: for programs that print a page when all is well.
+# quietly COMMAND...: runs a program that prints much when it succeeds, without that output.
 quietly() { "$@" >/dev/null; }
 
-# load_module NAME...: those that are not there yet.
+# load_module NAME...: loads kernel modules that are not loaded yet.
 load_module() {
     local name
     for name in "$@"; do
-        # What is built in need not have a directory there.
+        # A module that is built in may have no directory in /sys/module.
         [ -d "/sys/module/${name//-/_}" ] || [ "$(modinfo -F filename "$name" 2>/dev/null)" = "(builtin)" ] || change "modprobe -r $name || true" modprobe "$name"
     done
 }
 
-# has_module NAME: loaded, built in, or to be had.
+# has_module NAME: succeeds if the kernel module is loaded, built in or can be loaded.
 has_module() { [ -d "/sys/module/${1//-/_}" ] || modinfo "$1" >/dev/null 2>&1; }
 
 undo() {
@@ -166,7 +166,7 @@ undo() {
         printf '+ %s\n' "${lines[line]}"
         [ "$dry_run" = no ] || continue
         if ! bash -c "${lines[line]}"; then
-            printf 'error: that failed; it is dropped from the record\n' >&2
+            printf 'error: that failed; it is removed from the record\n' >&2
             failed=1
         fi
         sed -i '$d' "$state"
@@ -176,7 +176,7 @@ undo() {
 }
 
 main() {
-    # Names that no option has.
+    # With underscores, so that no option has these names.
     local _verb=${1:-} _name _found
     json=no dry_run=no
     [ $# -eq 0 ] || shift
@@ -204,13 +204,13 @@ main() {
     done
     case $_verb in
     check)
-        look
+        check
         [ "$json" = no ] || printf '[%s]\n' "$(IFS=,; printf '%s' "${findings[*]}")"
         [ "$all_ready" = yes ]
         ;;
     apply)
         [ "$dry_run" = yes ] || [ "$elevate" = yes ] || need_root
-        mend
+        apply
         if [ "$changes" = 0 ]; then say "nothing to change"; elif [ "$dry_run" = no ]; then say "$changes changes"; fi
         ;;
     undo)

@@ -1,4 +1,4 @@
-//! Clusters of broker processes on this host, sharing one region.
+//! Cluster of broker processes on this host that share one region.
 
 use crate::settings::parse_bytes;
 use anyhow::{Context, Result, bail};
@@ -14,52 +14,53 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 #[derive(Args, Clone)]
-#[allow(missing_docs)] // clap would take it for the command's help
+#[allow(missing_docs)] // clap would use it as the command's help
 pub struct ClusterArgs {
-    /// Broker processes, 1 to 32.
+    /// Number of broker processes, 1 to 32.
     #[arg(long, short = 'n', default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub brokers: u32,
-    /// Region; made if it does not exist (on a device: if it begins with zeros), and then destroyed at the end.
+    /// Path of the region. It is created if it does not exist, and then destroyed at the end. On a device it is created if
+    /// the device begins with zeros.
     #[arg(long, default_value = "/dev/shm/embarcadero")]
     pub region: PathBuf,
-    /// Size of a region that is made.
+    /// Size of the region, if it is created.
     #[arg(long, value_parser = parse_bytes, default_value = "1GiB")]
     pub size: u64,
-    /// Segment size of a region that is made.
+    /// Segment size of the region, if it is created: a power of two from 1MiB to 16GiB.
     #[arg(long, value_parser = parse_bytes, default_value = "16MiB")]
     pub segment_size: u64,
-    /// Control port of the first broker; the others take free ones.
+    /// Control port of the first broker; the other brokers take free ports.
     #[arg(long, default_value_t = 7000)]
     pub port: u16,
     /// Broker configuration file (YAML).
     #[arg(long, short)]
     pub config: Option<PathBuf>,
-    /// What brokers offer to clients (transport).
+    /// Transport that the brokers offer to clients.
     #[arg(long)]
     pub transport: Option<TransportKind>,
-    /// Cores for the brokers' polling threads, in turn; the scheduler's choice if not given.
+    /// Cores for the brokers' polling threads, as in 1,2,3; the scheduler chooses if not given.
     #[arg(long, value_delimiter = ',')]
     pub cores: Vec<usize>,
-    /// Directory for the brokers' replicas; without it they replicate nothing (unless the configuration says so).
+    /// Directory for replica files. Without it brokers keep replicas only if the configuration says so.
     #[arg(long)]
     pub replicas: Option<PathBuf>,
-    /// Settings of the brokers, as environment variables.
+    /// Environment variables with settings for the brokers.
     #[arg(skip)]
     pub environment: Vec<(String, String)>,
-    /// Write the first broker's control endpoint to this file once all brokers serve.
+    /// File to write the first broker's control endpoint to, once all brokers serve.
     #[arg(long)]
     pub ready_file: Option<PathBuf>,
 }
 
-/// A broker process; killed when dropped.
+/// Broker process; stopped when dropped.
 pub struct BrokerProcess {
     child: Child,
-    /// Control endpoint, `host:port`.
+    /// Endpoint of the control service, `host:port`.
     pub control: String,
 }
 
 impl BrokerProcess {
-    /// Starts a broker and waits until it serves.
+    /// Starts the broker with this index in the cluster and waits until it serves.
     fn start(index: u32, args: &ClusterArgs) -> Result<Self> {
         let port = if index == 0 { args.port } else { 0 };
         let program = std::env::current_exe().context("cannot find this program")?;
@@ -95,27 +96,27 @@ impl BrokerProcess {
         Ok(Self { child, control })
     }
 
-    /// Its process id.
+    /// Returns the process id.
     pub fn id(&self) -> u32 {
         self.child.id()
     }
 
-    /// Kills it, as `kill -9` does.
+    /// Kills the process, as `kill -9` does, and waits for its end.
     ///
     /// # Errors
-    /// The system's.
+    /// The system cannot kill the process or wait for it.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill().context("cannot kill a broker")?;
         self.child.wait().map(drop).context("cannot wait for a broker")
     }
 
-    /// Asks the broker to stop and waits for it.
+    /// Sends SIGTERM and waits for the process to end; kills it after 5 s.
     pub fn stop(&mut self) {
         if let Ok(Some(_)) = self.child.try_wait() {
             return;
         }
         if let Some(pid) = rustix::process::Pid::from_raw(self.child.id().cast_signed()) {
-            // One that is gone has stopped.
+            // An error means that the process has ended.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
         let deadline = Instant::now() + Duration::from_secs(5);
@@ -136,21 +137,21 @@ impl Drop for BrokerProcess {
     }
 }
 
-/// A running cluster; brokers stop and a region that it made goes when it is dropped.
+/// Running cluster. When dropped it stops its brokers and destroys the region, if it created that.
 pub struct Cluster {
-    /// Its processes; the first has the configured port.
+    /// Processes that run; the first one listens on the configured port.
     pub brokers: Vec<BrokerProcess>,
     region: Option<PathBuf>,
 }
 
 impl Cluster {
-    /// Makes the region if there is none, starts the brokers, and waits until all of them serve.
+    /// Creates the region if there is none, starts the brokers, and waits until all of them serve.
     ///
     /// # Errors
-    /// A broker does not start; what was started is stopped.
+    /// The region cannot be created, or a broker does not start or does not join within 10 s. Brokers that did start are stopped.
     pub fn start(args: &ClusterArgs) -> Result<Self> {
         let mut cluster = Self { brokers: Vec::new(), region: None };
-        // A device is always there; one that was never used, or whose region was destroyed, begins with zeros.
+        // A device always exists. If it was never used, or its region was destroyed, it begins with zeros.
         let opened = || RegionFile::open(&args.region, FlushMethod::None);
         if !args.region.exists() || matches!(opened(), Err(RegionError::NotARegion { found: 0 })) {
             let geometry = Geometry::with_segments_of(args.segment_size, AllocatorKind::Bitmap).fit(args.size)?;
@@ -176,14 +177,14 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// Control endpoint of the first broker.
+    /// Control endpoint of the first broker, `host:port`; empty if no broker runs.
     pub fn control(&self) -> String {
         self.brokers.first().map(|broker| broker.control.clone()).unwrap_or_default()
     }
 }
 
 impl Cluster {
-    /// Takes out the brokers that have ended by themselves: their process ids, and how each ended.
+    /// Removes the brokers whose processes have ended. Returns their process ids and exit statuses.
     pub fn take_ended(&mut self) -> Vec<(u32, ExitStatus)> {
         let mut ended = Vec::new();
         self.brokers.retain_mut(|broker| match broker.child.try_wait() {

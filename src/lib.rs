@@ -1,7 +1,8 @@
-//! What the `embarcadero` command is made of: its configuration ([`settings`]), local clusters ([`cluster`]), and the
-//! commands ([`command`]).
+//! Parts of the `embarcadero` command: its command line ([`cli`]), its configuration ([`settings`]), local clusters
+//! ([`cluster`]), and the commands ([`command`]).
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod cluster;
 pub mod command;
 pub mod settings;

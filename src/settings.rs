@@ -8,8 +8,13 @@ use serde::de::DeserializeOwned;
 use serde_yaml::Value;
 use std::path::{Path, PathBuf};
 
-/// Variables `EMBARCADERO_<SECTION>_KEY` override a file's keys; `__` goes one level down.
-/// `EMBARCADERO_BROKER_CXL__PATH=/dev/dax0.0` sets `cxl.path` of a broker.
+/// Loads a configuration from a YAML file, if one is given, and from the environment.
+///
+/// Variables `EMBARCADERO_<SECTION>_<KEY>` override keys of the file; `__` separates the levels of a key. For example,
+/// `EMBARCADERO_BROKER_CXL__PATH=/dev/dax0.0` sets a broker's `cxl.path`.
+///
+/// # Errors
+/// The file cannot be read, or a key or value is not valid; the error names the file and the key.
 pub fn load<T: DeserializeOwned>(file: Option<&Path>, section: &str) -> Result<T> {
     let prefix = format!("EMBARCADERO_{section}_");
     let variables =
@@ -24,11 +29,14 @@ pub fn load<T: DeserializeOwned>(file: Option<&Path>, section: &str) -> Result<T
     })
 }
 
-/// Parses YAML, then lays `overrides` (key path, value) over it.
+/// Parses YAML and replaces the values that `overrides` names, as pairs of key path and value.
+///
+/// # Errors
+/// A key is unknown, or a value has the wrong type.
 pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (String, String)>) -> Result<T> {
     let mut root = Value::Mapping(serde_yaml::Mapping::new());
     if !text.trim().is_empty() {
-        // Straight from the text first, so that an error names its line.
+        // Parsed from the text first, because then an error names the line.
         serde_yaml::from_str::<T>(text)?;
         root = serde_yaml::from_str(text)?;
     }
@@ -43,11 +51,11 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
         }
         *place = serde_yaml::from_str(&value).unwrap_or(Value::String(value));
     }
-    // The error names the key's whole path.
+    // This way an error names the whole path of the key.
     Ok(serde_path_to_error::deserialize(root)?)
 }
 
-/// Adds to an error the file and line that the value comes from, if it is from a file.
+/// Adds to an error the file and the line that the value comes from, if a file has it.
 pub fn located(file: Option<&Path>, error: OutOfBounds) -> anyhow::Error {
     let text = file.and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
     let says = |line: &usize| text.lines().nth(line - 1).is_some_and(|line| line.contains(&error.value));
@@ -59,7 +67,7 @@ pub fn located(file: Option<&Path>, error: OutOfBounds) -> anyhow::Error {
     }
 }
 
-/// The line of a YAML text, from 1, that has the value of a key such as `cxl.path`.
+/// Number of the line, from 1, that holds the value of a key such as `cxl.path` in a YAML text.
 fn line_of(text: &str, key: &str) -> Option<usize> {
     let mut lines = text.lines().enumerate();
     let mut rest = "";
@@ -74,22 +82,22 @@ fn line_of(text: &str, key: &str) -> Option<usize> {
     found
 }
 
-/// How a command reaches a cluster.
+/// Arguments with which a command connects to a cluster.
 #[derive(Args, Clone)]
 pub struct Connect {
-    /// Control endpoint of any broker; may be given several times.
+    /// Control endpoint of a broker, host:port; may be given several times.
     #[arg(long, short = 'b', env = "EMBARCADERO_BROKERS", value_delimiter = ',')]
     pub brokers: Vec<String>,
     /// Client configuration file (YAML).
     #[arg(long)]
     pub client_config: Option<PathBuf>,
-    /// How bytes travel (transport).
+    /// Transport of messages; brokers must offer it.
     #[arg(long)]
     pub transport: Option<TransportKind>,
 }
 
 impl Connect {
-    /// The client's configuration: the file, overridden by environment and flags.
+    /// Configuration of the client: the file, overridden by the environment, overridden by flags.
     ///
     /// # Errors
     /// The file cannot be read, or a value is out of bounds.
@@ -103,16 +111,19 @@ impl Connect {
         Ok(config)
     }
 
-    /// A connected client.
+    /// Connects a client.
     ///
     /// # Errors
-    /// As [`Connect::config`], or no broker answers.
+    /// The configuration is not valid, or no broker answers.
     pub fn client(&self) -> Result<Client> {
         Ok(Client::connect(self.config()?)?)
     }
 }
 
-/// Parses a size: bytes, or with a suffix KiB, MiB, GiB (also K, M, G).
+/// Parses a size in bytes, or in units of 1024 with suffix KiB, MiB or GiB (also K, M, G).
+///
+/// # Errors
+/// The text is not a number, its unit is unknown, or the size does not fit 64 bits.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
     let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
@@ -165,7 +176,7 @@ mod tests {
         assert_eq!(format!("{:#}", located(Some(&file), error(7))), "threads.spin_us is 7; it must be 0");
     }
 
-    /// `config/schema` is made of the types: EMBARCADERO_WRITE_SCHEMA=1 makes it anew.
+    /// The files of `config/schema` are generated from the types: `EMBARCADERO_WRITE_SCHEMA=1` writes them anew.
     #[test]
     fn the_schema_is_that_of_the_types() {
         let schemas =

@@ -1,13 +1,13 @@
-//! What this build was made from.
+//! Version of this build, and the libraries and transports that it has.
 
 use embarcadero_verbs::{has_dpdk, rdma_missing};
 
-/// Version of the package.
+/// Version of the package, as in `0.1.0`.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// Commit that it was built from, 12 hexadecimal digits; `unknown` outside a checkout.
+/// Commit of the sources, 12 hexadecimal digits; `unknown` if they were no Git checkout.
 pub const COMMIT: &str = env!("EMBARCADERO_COMMIT");
 
-/// Prints the version; if `verbose`, also commit, target and native libraries.
+/// Prints the version; if `verbose`, also commit, target, native libraries and transports.
 pub fn print(verbose: bool) {
     println!("embarcadero {VERSION}");
     if verbose {

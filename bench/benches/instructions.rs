@@ -1,8 +1,8 @@
-//! Instructions of the hot functions, counted by callgrind: a change that makes one longer fails.
+//! Instructions of the hot functions, counted by callgrind. A change that makes one longer fails.
 //!
-//! `cargo bench -p embarcadero-broker --bench instructions` needs valgrind and, of the version in `Cargo.lock`,
-//! `gungraun-runner`. Bounds are what was counted on 2026-11-25 and a tenth; after a gain, lower them. Region memory is coherent
-//! here: what write-backs cost, `embarcadero bench sequencer` measures.
+//! `cargo bench -p embarcadero-bench --bench instructions` needs valgrind, and `gungraun-runner` of the version in
+//! `Cargo.lock`. Each bound is the count of 2026-11-25 and a tenth; after a gain, lower it. Region memory is coherent here;
+//! `embarcadero bench sequencer` measures the cost of write-backs.
 #![allow(clippy::unwrap_used, missing_docs)] // a bench fails by panicking; the macros' functions have no docs
 
 use embarcadero_broker::blog::{Blog, BlogId};
@@ -19,10 +19,10 @@ use gungraun::{Callgrind, EventKind};
 use std::hint::black_box;
 use std::sync::Arc;
 
-/// What is done in one measured call, so that what is around it does not count.
+/// Number of repetitions in one measured call, so that the call itself does not count.
 const TIMES: u64 = 1000;
 
-/// Fails above so many instructions each time.
+/// Configuration that fails above `each` instructions, and a tenth, per repetition.
 fn at_most(each: u64, times: u64) -> LibraryBenchmarkConfig {
     let limit = each * times + each * times / 10;
     let mut config = LibraryBenchmarkConfig::default();

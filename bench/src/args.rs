@@ -1,4 +1,4 @@
-//! What every bench is told, and the cluster, clients and topics that follow from it.
+//! Arguments of every bench, and the cluster, clients and topics that follow from them.
 
 use crate::report::Format;
 use crate::{ceiling, memif};
@@ -14,10 +14,10 @@ use std::path::PathBuf;
 
 #[derive(Args, Clone)]
 pub struct BenchArgs {
-    /// Broker processes.
+    /// Number of broker processes.
     #[arg(long, default_value_t = 1)]
     pub brokers: u32,
-    /// Publishers (sessions) in this process, one thread each.
+    /// Number of publishers (sessions) in this process, one thread each.
     #[arg(long, default_value_t = 1)]
     pub publishers: u32,
     /// Bytes of a message.
@@ -26,10 +26,10 @@ pub struct BenchArgs {
     /// Bytes of a batch; by default the client's adaptive sizes.
     #[arg(long)]
     pub batch_size: Option<usize>,
-    /// Bytes that a publisher holds at most; by default 16 batches, with level 2 128.
+    /// Most bytes that a publisher holds; by default those of 16 batches, at acknowledgement level 2 of 128.
     #[arg(long)]
     pub buffer_bytes: Option<usize>,
-    /// How bytes travel.
+    /// Transport between clients and brokers.
     #[arg(long, default_value = "tcp")]
     pub transport: TransportKind,
     /// Order of the topic.
@@ -38,41 +38,41 @@ pub struct BenchArgs {
     /// Acknowledgement level.
     #[arg(long, default_value_t = 1)]
     pub ack: u8,
-    /// Copies of each batch, the one in CXL memory included.
+    /// Number of copies of each batch, the one in CXL memory included.
     #[arg(long, default_value_t = 1)]
     pub replication_factor: u8,
     /// Directory in which brokers keep replicas, on the disk to be measured.
     #[arg(long)]
     pub replicas: Option<PathBuf>,
-    /// Seconds a run.
+    /// Duration of a run, seconds.
     #[arg(long, default_value_t = 2.0)]
     pub seconds: f64,
-    /// Runs; the median is reported.
+    /// Number of runs; the median is reported.
     #[arg(long, default_value_t = 5)]
     pub runs: usize,
-    /// Give batches a body checksum (the client's default; off here, as peers do not).
+    /// Give batches a body checksum. This is the client's default; it is off here, as other systems have none.
     #[arg(long)]
     pub checksum: bool,
     /// Leave threads to the scheduler. By default publishers and the ceilings' senders run on core 0, brokers and the
     /// ceilings' receivers on the others.
     #[arg(long)]
     pub no_pin: bool,
-    /// Bytes of the region, where a bench needs more.
+    /// Bytes of the region, where a bench needs more than the default.
     #[arg(skip)]
     pub region_bytes: Option<u64>,
-    /// An open loop publishes so many messages together, when the last of them is due; 0 and 1 are the same.
+    /// Number of messages that an open loop publishes together, once the last of them is due; 0 counts as 1.
     #[arg(skip)]
     pub messages_at_once: u64,
-    /// Over DPDK: devices that reach each other, for the transport alone.
+    /// Devices of DPDK that reach each other, for measuring the transport alone.
     #[arg(skip)]
     pub devices: Option<memif::Devices>,
-    /// Settings of the brokers that a comparison varies.
+    /// Environment of the brokers: settings that a comparison varies.
     #[arg(skip)]
     pub environment: Vec<(String, String)>,
-    /// One JSON object a line.
+    /// Print one JSON object per line.
     #[arg(long, conflicts_with = "csv")]
     pub json: bool,
-    /// Comma-separated values.
+    /// Print comma-separated values.
     #[arg(long)]
     pub csv: bool,
 }
@@ -80,12 +80,13 @@ pub struct BenchArgs {
 pub const REGION_BYTES: u64 = 2 << 30;
 pub const SEGMENT_BYTES: u64 = 64 << 20;
 pub const RETENTION_BYTES: u64 = 512 << 20;
-/// With more brokers than this each must have several segments of a small region.
+/// Largest number of brokers for which [`SEGMENT_BYTES`] leaves each several segments.
 const FEW_BROKERS: u32 = 4;
+/// Bytes of a segment with more brokers than [`FEW_BROKERS`].
 const MANY_BROKERS_SEGMENT_BYTES: u64 = 8 << 20;
-/// What all publishers hold together at most.
+/// Most bytes that all publishers hold together.
 const ALL_BUFFERS_BYTES: usize = 1 << 30;
-/// Over RDMA the whole region is pinned, and in the lab a guest has not much memory.
+/// Bytes of the region over RDMA: the whole region is pinned, and a guest of the lab has little memory.
 const SMALL_REGION_BYTES: u64 = 512 << 20;
 const SMALL_SEGMENT_BYTES: u64 = 16 << 20;
 pub const SMALL_RETENTION_BYTES: u64 = 192 << 20;
@@ -107,12 +108,12 @@ impl BenchArgs {
         }
     }
 
-    /// Core of the publishing side; `None` where nothing is pinned.
+    /// Core of the publishers; `None` where nothing is pinned.
     pub fn near_core(&self) -> Option<usize> {
         (!self.no_pin && host_cores() > 1).then_some(0)
     }
 
-    /// Cores of the brokers' side; empty where nothing is pinned.
+    /// Cores of the brokers; empty where nothing is pinned.
     pub fn far_cores(&self) -> Vec<usize> {
         if self.near_core().is_some() { (1..host_cores()).collect() } else { Vec::new() }
     }
@@ -133,7 +134,7 @@ impl BenchArgs {
         }
     }
 
-    /// Bytes that the ceilings move at a time.
+    /// Bytes that the ceilings move in one piece.
     pub fn write_bytes(&self) -> usize {
         self.batch_size.unwrap_or(512 << 10)
     }
@@ -223,7 +224,7 @@ pub fn host_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Puts the calling thread on a core, if one is given.
+/// Pins the calling thread to a core, if one is given.
 pub fn pin(core: Option<usize>) -> Result<()> {
     prepare_polling_thread(core).context("cannot put a thread on its core; try --no-pin")
 }

@@ -1,5 +1,6 @@
-//! What the machine can do without us: raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory and
-//! the disk.
+//! Ceilings: the figures that the machine reaches without Embarcadero.
+//!
+//! They are raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory, and the disk.
 
 use crate::args::{BenchArgs, REGION_BYTES, RETENTION_BYTES, SEGMENT_BYTES, pin};
 use crate::latency::histogram;
@@ -22,13 +23,13 @@ use std::time::{Duration, Instant};
 /// Cores of the two ends; `None` leaves them to the scheduler.
 #[derive(Clone, Copy)]
 pub struct Pair {
-    /// The end that sends.
+    /// Core of the end that sends.
     pub near: Option<usize>,
-    /// The end that receives.
+    /// Core of the end that receives.
     pub far: Option<usize>,
 }
 
-/// Two ends of a connection over loopback, prepared as brokers and clients do.
+/// Connects two sockets over loopback, prepared as brokers and clients prepare theirs.
 pub fn connected() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
     let near = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
@@ -39,8 +40,9 @@ pub fn connected() -> Result<(TcpStream, TcpStream)> {
     Ok((near, far))
 }
 
-/// One thread sends from a buffer, another receives into a region of the kind that brokers use: bytes a second, the
-/// better of a receiver that sleeps between batches and one that polls without rest.
+/// Measures TCP into a region like a broker's, bytes per second: one thread sends from a buffer, another receives.
+///
+/// The result is the better of two receivers, one that sleeps between batches and one that polls without rest.
 pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) -> Result<f64> {
     let receive = |busy| -> Result<f64> {
         let receiver = std::thread::spawn(move || receive(cores, batch_bytes, seconds / 2.0, busy));
@@ -106,7 +108,7 @@ fn read_busily(stream: &mut TcpStream, buffer: &mut [u8]) -> std::io::Result<boo
     Ok(true)
 }
 
-/// Two threads throw `bytes` to and fro, both polling without rest: the median, seconds.
+/// Median round trip of `bytes` over TCP, seconds. Both threads poll without rest.
 pub fn tcp_ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
     let caller = std::thread::spawn(move || ping_pong(cores, bytes, seconds));
     caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?
@@ -139,7 +141,7 @@ fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
 
 pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
 
-/// A device of the host, or a NIC in software.
+/// Ceilings of RDMA, at a device of the host or a NIC in software.
 mod verbs {
     use super::{Context as _, Duration, FlushMethod, Instant, Mapping, Native, RegionOffset, Result};
     use crate::args::{BenchArgs, SMALL_RETENTION_BYTES, pin};
@@ -154,12 +156,12 @@ mod verbs {
     use std::net::Ipv4Addr;
     use std::sync::{Arc, Mutex, PoisonError};
 
-    /// Requests that are under way at most.
+    /// Most requests under way.
     const DEPTH: u32 = 128;
-    /// Requests posted together, of which the last has a completion.
+    /// Number of requests posted together, of which the last has a completion.
     const CHAIN: usize = 8;
 
-    /// One of two ends that write from a buffer into memory like a region's.
+    /// One of two ends, which write from a buffer into each other's memory, which is like a region's.
     struct End {
         pair: QueuePair<Sending>,
         queue: CompletionQueue,
@@ -167,16 +169,17 @@ mod verbs {
         from: MemoryRegion,
         _into: MemoryRegion,
         to: RemoteRange,
-        /// Bytes of the other end's memory, and where in it the next write goes.
+        /// Bytes of the other end's memory.
         span: u64,
+        /// Offset of the next write in the other end's memory.
         next: u64,
         posted: u64,
         done: u64,
-        /// WRITEs of the other end that are complete.
+        /// Number of complete WRITEs of the other end.
         arrived: u64,
     }
 
-    /// Ports that share memory stay open: their driver, closing the second, frees what they share again.
+    /// Ports that share memory. They stay open: on closing the second, their driver would free the shared memory twice.
     static SHARING: Mutex<Vec<(Arc<Context>, LocalPort)>> = Mutex::new(Vec::new());
 
     /// Devices of both ends, which may be one.
@@ -262,7 +265,7 @@ mod verbs {
         }
     }
 
-    /// One thread WRITEs with immediate data, another takes the completions: bytes a second.
+    /// Measures WRITEs with immediate data, bytes per second. One thread writes, another takes the completions.
     pub fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
         let (cores, seconds) = (args.pair(), args.seconds);
         // As much memory as the benched topic's retention uses.
@@ -307,7 +310,7 @@ mod verbs {
         })
     }
 
-    /// Two threads write to each other in turn, both polling: half the round trip, the median, seconds.
+    /// Median of half the round trip of `bytes`, seconds. Two threads write to each other in turn, and both poll.
     pub fn ping_pong(args: &BenchArgs, bytes: usize) -> Result<f64> {
         let (cores, seconds) = (args.pair(), args.seconds);
         let (mut near, mut far) = ends(args, bytes, bytes as u64)?;
@@ -349,12 +352,13 @@ mod verbs {
     }
 }
 
-/// Time between messages that are due where nothing is done for them.
+/// Time between two events of [`nothing_to_do`], nanoseconds.
 const NOTHING_EVERY: u64 = 1_000;
 
-/// What the machine itself adds to latencies: threads on both cores that never rest look at the clock, and on the near one
-/// something is due every microsecond. How long each waited, nanoseconds: longer than that only while the thread did not
-/// run, though it wanted to.
+/// Measures the latency that the machine itself adds: waits of the near core's events, nanoseconds.
+///
+/// A thread on each core looks at the clock without rest. An event is due every microsecond, and nothing is done for it. It
+/// waits for longer than that only while the machine keeps the thread from running.
 pub fn nothing_to_do(cores: Pair, seconds: f64) -> Result<Histogram<u64>> {
     let look = |core| -> Result<Histogram<u64>> {
         pin(core)?;
@@ -375,10 +379,10 @@ pub fn nothing_to_do(cores: Pair, seconds: f64) -> Result<Histogram<u64>> {
     })
 }
 
-/// Bytes of memory that one core writes: more than caches hold.
+/// Bytes of memory that one core writes, more than caches hold.
 const SPAN: u64 = 256 << 20;
 
-/// Writes all of `memory` piece by piece, again and again for `seconds`: bytes a second.
+/// Rate at which all of `memory` is written piece by piece, again and again for `seconds`, bytes per second.
 fn write_all_of(memory: &Native, piece: u64, seconds: f64, write: impl Fn(RegionOffset)) -> f64 {
     let (begun, mut bytes) = (Instant::now(), 0);
     while begun.elapsed().as_secs_f64() < seconds {
@@ -388,8 +392,10 @@ fn write_all_of(memory: &Native, piece: u64, seconds: f64, write: impl Fn(Region
     bytes as f64 / begun.elapsed().as_secs_f64()
 }
 
-/// What one core does: copies of a batch into memory, through the caches and past them, and lines that it dirties and
-/// writes back; and the network's round trip.
+/// Measures memory and network of this machine.
+///
+/// For memory, one core copies batches through the caches and past them, and writes back lines that it has dirtied. For
+/// the network, it is the round trip.
 pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
     let batch = vec![b'm'; args.write_bytes()];
     let (piece, seconds) = (batch.len() as u64, args.seconds / 4.0);
@@ -423,8 +429,9 @@ pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
     ])
 }
 
-/// One thread appends to a file in `directory`, `fdatasync` after every 4 MiB, through the page cache or past it, whichever
-/// is better: bytes a second.
+/// Measures appends to a file in `directory`, with `fdatasync` after every 4 MiB, bytes per second.
+///
+/// The result is the better of writes through the page cache and past it.
 pub fn disk_write(directory: &Path, seconds: f64) -> Result<f64> {
     let (buffered, direct) =
         (disk_write_by(directory, 0, seconds)?, disk_write_by(directory, libc::O_DIRECT, seconds)?);

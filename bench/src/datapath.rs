@@ -1,5 +1,6 @@
-//! `bench datapath`: what the transport does by itself, and what the whole publish path makes of it, by size; in the
-//! manner of perftest, and if asked beside perftest itself.
+//! `bench datapath`: the transport alone and the whole publish path, by size, as perftest prints them.
+//!
+//! With `--perftest` the figures stand beside those of perftest's own tools.
 
 use crate::args::BenchArgs;
 use crate::ceiling;
@@ -19,24 +20,24 @@ use std::time::Duration;
 pub struct DatapathArgs {
     #[command(flatten)]
     bench: BenchArgs,
-    /// Sizes, of messages of the transport and of batches.
+    /// Sizes of the transport's messages and of batches, bytes.
     #[arg(long, value_delimiter = ',', value_parser = parse_bytes,
         default_value = "64,256,1KiB,4KiB,16KiB,64KiB,256KiB,1MiB,4MiB")]
     sizes: Vec<u64>,
-    /// Instead of the sizes, compare with perftest's tools on this device: 64 KiB writes with ib_write_bw, publishing with
-    /// the same, and one message at a time with ib_write_lat and ib_send_lat.
+    /// Compare with perftest's tools on this device, instead of going through the sizes. Writes of 64 KiB and publishing
+    /// stand beside ib_write_bw; one message at a time stands beside ib_write_lat and ib_send_lat.
     #[arg(long, value_name = "DEVICE")]
     perftest: Option<String>,
-    /// Over DPDK: two devices that reach each other, as for its --vdev, instead of shared memory. What the transport does
-    /// between them is all that is measured then.
+    /// Devices of DPDK that reach each other, named as for its --vdev, instead of ports that share memory. Only the
+    /// transport between them is measured then.
     #[arg(long, num_args = 2, value_names = ["NEAR", "FAR"])]
     devices: Option<Vec<String>>,
-    /// What frames of those devices carry (dpdk.mtu).
+    /// MTU of those devices, bytes (dpdk.mtu).
     #[arg(long, default_value_t = memif::MTU, requires = "devices")]
     mtu: u16,
 }
 
-/// Smallest batch: a header and a message.
+/// Bytes of the smallest batch.
 const LEAST_BATCH: u64 = 4 << 10;
 
 pub fn run(args: &DatapathArgs) -> Result<()> {
@@ -77,7 +78,7 @@ fn transport_alone(args: &BenchArgs, bytes: usize) -> Result<(f64, f64)> {
     })
 }
 
-/// Batches of a size, filled with messages of up to 1 KiB.
+/// Arguments for batches of a size, filled with messages of at most a quarter of it.
 fn with_batches_of(args: &BenchArgs, bytes: u64) -> BenchArgs {
     BenchArgs {
         batch_size: Some(bytes as usize),
@@ -130,7 +131,7 @@ fn one_size(args: &BenchArgs, bytes: u64) -> Result<()> {
     Ok(())
 }
 
-/// Runs a tool of perftest against itself on `device`; the number in `column` of its last line of figures.
+/// Runs a tool of perftest against itself on `device`. Returns the number in `column` of the tool's last line of figures.
 fn perftest(tool: &str, device: &str, bytes: u64, column: usize, seconds: f64) -> Result<f64> {
     let seconds = (seconds.ceil() as u64).max(2).to_string();
     let bytes = bytes.to_string();

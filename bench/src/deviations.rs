@@ -1,5 +1,6 @@
-//! `bench deviations`: what we do beside what the paper does, entry by entry of the deviation register, in turn and in the
-//! same process; and the table at the end of the register.
+//! `bench deviations`: for each entry of the deviation register, this design beside the paper's.
+//!
+//! Both are measured in turn, in one process. The results are the table at the end of the register.
 
 mod batching;
 mod flushing;
@@ -20,10 +21,10 @@ use std::process::Command;
 pub struct DeviationArgs {
     #[command(flatten)]
     bench: BenchArgs,
-    /// Only these entries, as DEV-001.
+    /// Measure only these entries, such as DEV-001.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
-    /// What a slow device takes for each line that is written back, nanoseconds.
+    /// Time that a simulated slow device takes per line that is written back, nanoseconds.
     #[arg(long, default_value_t = 200)]
     line_ns: u64,
     /// Rewrite the table of this register.
@@ -31,19 +32,19 @@ pub struct DeviationArgs {
     write: Option<PathBuf>,
 }
 
-/// Which values are better.
+/// Direction in which values are better.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Better {
     More,
     Less,
 }
 
-/// One figure of an entry, both ways.
+/// One figure of an entry, for both designs.
 pub struct Comparison {
     id: &'static str,
     what: String,
     unit: &'static str,
-    /// Which is better, and what ours divided by the baseline must reach, or not exceed, for the entry to stay.
+    /// Direction that is better, and the bound of the ratio of ours to the baseline that keeps the entry.
     stays: (Better, f64),
     baseline: Vec<f64>,
     ours: Vec<f64>,
@@ -54,7 +55,7 @@ impl Comparison {
         Self { id, what: what.into(), unit, stays, baseline: Vec::new(), ours: Vec::new() }
     }
 
-    /// One run of each.
+    /// Adds one run of each design.
     fn add(&mut self, baseline: f64, ours: f64) {
         self.baseline.push(baseline);
         self.ours.push(ours);
@@ -93,7 +94,7 @@ impl Comparison {
     }
 }
 
-/// What follows from the layout, without a measurement.
+/// Rows of the table that follow from the layout, without a measurement.
 const BY_CONSTRUCTION: [(&str, &str); 4] = [
     (
         "DEV-003",
@@ -112,11 +113,11 @@ const BY_CONSTRUCTION: [(&str, &str); 4] = [
 
 type Measure = fn(&DeviationArgs) -> Result<Vec<Comparison>>;
 
-/// An entry that is measured.
+/// Entry of the register that is measured.
 struct Entry {
     id: &'static str,
-    /// Version of the measured behaviour. Whoever changes what an entry's figures depend on adds one here, and measures
-    /// again; moving or renaming code changes nothing.
+    /// Version of the measured behaviour. A change that an entry's figures depend on adds one here, and measures again.
+    /// Moving or renaming code does not.
     behaviour: u32,
     measure: Measure,
 }
@@ -132,7 +133,7 @@ const MEASURED: [Entry; 8] = [
     Entry { id: "DEV-009", behaviour: 1, measure: polling::compare_spin },
 ];
 
-/// Names the behaviour that a table was measured with: `DEV-001 1, DEV-002 1, ..`.
+/// Versions of the behaviour with which a table is measured: `DEV-001 1, DEV-002 1, ..`.
 fn behaviours() -> String {
     MEASURED.map(|Entry { id, behaviour, .. }| format!("{id} {behaviour}")).join(", ")
 }

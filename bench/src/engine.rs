@@ -1,4 +1,4 @@
-//! What the RoCEv2 engine of `transport: roce` costs by itself: no socket, no copy to memory.
+//! Cost of the RoCEv2 engine of `transport: roce` alone, without socket and without copies to memory.
 
 use crate::report::Row;
 use anyhow::{Context, Result, ensure};
@@ -8,11 +8,11 @@ use embarcadero_roce::{Access, Attributes, Memory, NoAccess, PathMtu, QueuePair}
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
-/// Packets of a message.
+/// Number of packets in a message.
 const PACKETS: u32 = 128;
 const MTU: PathMtu = PathMtu::Mtu4096;
 
-/// Memory that takes all and keeps nothing.
+/// Memory that accepts every write and keeps nothing.
 struct Nowhere;
 
 impl Memory for Nowhere {
@@ -24,7 +24,7 @@ impl Memory for Nowhere {
         Ok(())
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }
@@ -49,7 +49,7 @@ fn responder() -> QueuePair<Vec<u8>> {
     })
 }
 
-/// A message from the packet numbered `first` on, encoded back to back; where each packet ends.
+/// Encodes a message whose packets are numbered from `first`, back to back into `bytes`. `ends` gets the end of each.
 fn message(first: u32, payload: &[u8], bytes: &mut Vec<u8>, ends: &mut Vec<usize>) -> Result<()> {
     bytes.clear();
     ends.clear();
@@ -82,7 +82,7 @@ fn message(first: u32, payload: &[u8], bytes: &mut Vec<u8>, ends: &mut Vec<usize
     Ok(())
 }
 
-/// Seconds for each packet of 4096 bytes: to make it, to check and read it, and for the responder to do what it says.
+/// Seconds per packet of 4096 bytes: to encode it, to check and decode it, and for the responder to execute it.
 fn per_packet(seconds: f64) -> Result<[f64; 3]> {
     let payload = vec![0x5a; MTU.bytes()];
     let (mut pair, mut bytes, mut ends) = (responder(), Vec::new(), Vec::new());
@@ -113,7 +113,7 @@ fn per_packet(seconds: f64) -> Result<[f64; 3]> {
     Ok(times.map(|time| time.as_secs_f64() / f64::from(messages) / f64::from(PACKETS)))
 }
 
-/// The three, as rows.
+/// Measures encoding, decoding and responding, as one row each.
 pub fn rows(runs: usize, seconds: f64) -> Result<Vec<Row>> {
     let mut times = [const { Vec::new() }; 3];
     for _ in 0..runs {

@@ -1,4 +1,4 @@
-//! `bench failover`: how long nothing is acknowledged when a broker is killed.
+//! `bench failover`: longest time without an acknowledgement when a broker is killed.
 
 use crate::args::BenchArgs;
 use crate::publish::publish_for;
@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Time from the start to the kill: everything has settled.
+/// Time from the start to the kill, after which the load is steady.
 const SETTLED: Duration = Duration::from_millis(500);
 
 pub fn run(args: &BenchArgs) -> Result<()> {
@@ -25,7 +25,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     Report::new(args.parameters(), args.format()).print(&rows)
 }
 
-/// One run on a cluster of its own: longest time without an acknowledgement, seconds, while a broker is killed.
+/// Longest time without an acknowledgement, seconds, in one run on a fresh cluster. The broker `victim` is killed in it.
 fn longest_gap(args: &BenchArgs, victim: Option<usize>) -> Result<f64> {
     let mut cluster = args.cluster()?;
     let client = args.client(&cluster)?;

@@ -1,4 +1,4 @@
-//! One bench at every combination of some parameters' values.
+//! Grid of a bench: every combination of some parameters' values.
 
 use crate::args::BenchArgs;
 use crate::report::{Format, Report, Row};
@@ -11,13 +11,13 @@ use serde_json::Value;
 pub struct GridArgs {
     #[command(flatten)]
     pub bench: BenchArgs,
-    /// A parameter and its values, as brokers=1,4,32; every combination is run. Parameters: brokers, publishers,
+    /// Parameter and its values, such as brokers=1,4,32; every combination is run. Parameters: brokers, publishers,
     /// message-bytes, batch-size, order, ack.
     #[arg(long, value_name = "PARAMETER=VALUES", value_parser = axis)]
     over: Vec<Axis>,
 }
 
-/// A parameter with one of its values.
+/// Parameter with one of its values.
 #[derive(Clone)]
 struct Setting {
     text: String,
@@ -66,15 +66,15 @@ impl Setting {
     }
 }
 
-/// One combination.
+/// One combination of values.
 pub struct Point {
     pub bench: BenchArgs,
-    /// What was set, as people read it.
+    /// Values of the combination, for people.
     label: String,
 }
 
 impl Point {
-    /// Prints what was measured there.
+    /// Prints the rows that were measured at this combination.
     pub fn print(&self, parameters: Value, rows: &[Row]) -> Result<()> {
         if self.bench.format() == Format::Text && !self.label.is_empty() {
             println!("{}", self.label);
@@ -84,10 +84,10 @@ impl Point {
 }
 
 impl GridArgs {
-    /// Every combination; one if no grid was asked for.
+    /// Every combination of values; a single one if no grid was asked for.
     ///
     /// # Errors
-    /// One of them cannot be run.
+    /// A combination cannot be run.
     pub fn points(&self) -> Result<Vec<Point>> {
         let mut points = vec![Point { bench: self.bench.clone(), label: String::new() }];
         for axis in &self.over {

@@ -1,4 +1,4 @@
-//! `bench idle`: what a broker takes that has nothing to do.
+//! `bench idle`: processor time of a broker that has nothing to do.
 
 use crate::args::BenchArgs;
 use crate::report::{Report, Row};
@@ -14,7 +14,7 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
     Ok(ticks / 100.0)
 }
 
-/// Processors that the first of idle brokers takes.
+/// Processors that an idle broker takes: processor seconds per second.
 pub fn idle_cpu(args: &BenchArgs, seconds: f64) -> Result<f64> {
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;

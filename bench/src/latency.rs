@@ -1,7 +1,7 @@
 //! `bench latency` and `bench latency-vs-load`: from publish to acknowledgement, and to delivery.
 //!
-//! Open loop: messages are due at a fixed rate, whether or not the system keeps up, and the time of each counts from when
-//! it was due, not from when it could be sent (no coordinated omission).
+//! In the open loop, messages are due at a fixed rate, even when the system does not keep up. The latency of each counts
+//! from the moment at which it was due, not from the moment at which it was sent (no coordinated omission).
 
 use crate::args::{BenchArgs, RETENTION_BYTES, pin};
 use crate::ceiling;
@@ -15,22 +15,22 @@ use serde_json::json;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// What is shown of a distribution.
+/// Quantiles that are reported of a distribution.
 const QUANTILES: [(f64, &str); 5] = [(0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9"), (0.9999, "p99.99")];
-/// What latencies under load are shown beside: [`ceiling::nothing_to_do`].
+/// Name of the ceiling beside which latencies under load stand: [`ceiling::nothing_to_do`].
 pub const NOTHING_TO_DO: &str = "nothing_to_do";
-/// Points of a distribution for each halving of what is left of it.
+/// Number of points of a distribution per halving of the rest.
 const DISTRIBUTION_STEPS: u32 = 4;
-/// Messages that are published before acks and deliveries are looked at.
+/// Most messages that are published before acknowledgements and deliveries are taken.
 const BURST: u64 = 64;
-/// How long the last acks and deliveries may take.
+/// Longest wait for the last acknowledgements and deliveries.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Args, Clone)]
 pub struct LatencyArgs {
     #[command(flatten)]
     bench: BenchArgs,
-    /// Messages a second, a set of runs for each; without, one message at a time.
+    /// Rates in messages per second, with a set of runs for each; without, one message at a time.
     #[arg(long, value_delimiter = ',', value_parser = positive)]
     rates: Vec<f64>,
 }
@@ -39,7 +39,7 @@ pub struct LatencyArgs {
 pub struct LoadArgs {
     #[command(flatten)]
     bench: BenchArgs,
-    /// Parts of the goodput that the same run reached at most.
+    /// Loads, as parts of the highest goodput that the same run reached.
     #[arg(long, value_delimiter = ',', value_parser = positive, default_value = "0.05,0.1,0.25,0.5,0.75,0.9,1")]
     loads: Vec<f64>,
 }
@@ -51,12 +51,12 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Of nanoseconds.
+/// Histogram of nanoseconds, 1 ns to 600 s, with three significant digits.
 pub fn histogram() -> Result<Histogram<u64>> {
     Ok(Histogram::new_with_bounds(1, 600_000_000_000, 3)?)
 }
 
-/// Publishes one message at a time: from publish to acknowledgement, nanoseconds.
+/// Publishes one message at a time for `time`. Returns the latencies from publish to acknowledgement.
 fn publish_one_by_one(publisher: &Publisher, message: &[u8], time: Duration) -> Result<Histogram<u64>> {
     let mut histogram = histogram()?;
     let begun = Instant::now();
@@ -71,7 +71,7 @@ fn publish_one_by_one(publisher: &Publisher, message: &[u8], time: Duration) -> 
     Ok(histogram)
 }
 
-/// A thread of its own, on the publishers' core.
+/// Runs `work` in a thread on the publishers' core.
 fn on_near_core<R: Send>(args: &BenchArgs, work: impl FnOnce() -> Result<R> + Send) -> Result<R> {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -82,7 +82,7 @@ fn on_near_core<R: Send>(args: &BenchArgs, work: impl FnOnce() -> Result<R> + Se
     })
 }
 
-/// One run on a cluster of its own.
+/// Latencies from publish to acknowledgement, one message at a time, in one run on a fresh cluster.
 pub fn one_at_a_time(args: &BenchArgs) -> Result<Histogram<u64>> {
     let message = vec![b'm'; args.message_bytes];
     let cluster = args.cluster()?;
@@ -92,31 +92,32 @@ pub fn one_at_a_time(args: &BenchArgs) -> Result<Histogram<u64>> {
     on_near_core(args, || publish_one_by_one(&publisher, &message, Duration::from_secs_f64(args.seconds)))
 }
 
-/// How fast messages are due.
+/// Pace at which messages are due.
 #[derive(Clone, Copy)]
 pub enum Pace {
-    /// This many a second.
+    /// Constant rate, messages per second.
     Rate(f64),
-    /// As fast as they can be published.
+    /// Highest rate at which messages can be published.
     Most,
-    /// The first rate, changed to the second and back ten times a run.
+    /// Two rates in messages per second, which alternate ten times in a run.
     Steps(f64, f64),
 }
 
-/// What came of a run.
+/// Outcome of a run.
 pub struct Outcome {
-    /// Nanoseconds from when each message was due; with [`Pace::Most`] without meaning.
+    /// Time from the moment at which each message was due to its acknowledgement, nanoseconds. Has no meaning with
+    /// [`Pace::Most`].
     pub to_ack: Histogram<u64>,
-    /// The same, where a subscriber reads along.
+    /// Time from the moment at which each message was due to its delivery, nanoseconds. Empty without a subscriber.
     pub to_delivery: Histogram<u64>,
-    /// Bytes of messages.
+    /// Bytes of all messages.
     pub bytes: u64,
-    /// The same a second.
+    /// Bytes of messages per second.
     pub goodput: f64,
 }
 
 impl Pace {
-    /// When message `index` is due; nanoseconds from the start of a run of `time`.
+    /// Moment at which message `index` is due in a run of `time`, nanoseconds from the start of the run.
     fn due(self, index: u64, time: Duration) -> u64 {
         match self {
             Self::Rate(rate) => (index as f64 / rate * 1e9) as u64,
@@ -132,7 +133,7 @@ impl Pace {
     }
 }
 
-/// Batches under way: the last message of each, and the indices of its messages.
+/// Batches under way, each with its last message and the range of its messages' indices.
 #[derive(Default)]
 struct UnderWay {
     batches: VecDeque<(MessageId, std::ops::Range<u64>)>,
@@ -231,8 +232,8 @@ impl Loop<'_> {
     }
 }
 
-/// One run, in which the same thread publishes, takes acks and, if asked, deliveries: on a host with few cores nothing
-/// then waits for the scheduler.
+/// Runs an open loop. One thread publishes, takes acknowledgements and, if `delivered` is set, deliveries: on a host with
+/// few cores nothing then waits for the scheduler.
 pub fn open_loop(args: &BenchArgs, client: &Client, pace: Pace, delivered: bool) -> Result<Outcome> {
     if args.message_bytes < 8 || args.ack == 0 {
         bail!("--message-bytes must be at least 8 and --ack at least 1: messages carry their number and are timed");
@@ -271,7 +272,7 @@ pub fn open_loop(args: &BenchArgs, client: &Client, pace: Pace, delivered: bool)
     Ok(outcome)
 }
 
-/// A value of each run, for each quantile; and all runs together.
+/// Quantiles of each run, and the distribution of all runs together.
 struct Quantiles {
     runs: [Vec<f64>; QUANTILES.len()],
     together: Histogram<u64>,
@@ -289,7 +290,7 @@ impl Quantiles {
         Ok(self.together.add(histogram)?)
     }
 
-    /// The first row takes the distribution.
+    /// One row per quantile. The first also has the distribution.
     fn rows(&self, what: &str) -> Vec<Row> {
         let steps = self.together.iter_quantiles(DISTRIBUTION_STEPS);
         let mut points: Vec<_> = steps.map(|step| (step.quantile(), step.value_iterated_to() as f64 / 1e9)).collect();
@@ -300,7 +301,7 @@ impl Quantiles {
         .collect()
     }
 
-    /// The same beside the same quantiles of a loop that had nothing to do.
+    /// One row per quantile, beside that quantile of a loop that had nothing to do.
     fn rows_beside(&self, what: &str, nothing: &Self) -> Vec<Row> {
         let rows = self.rows(what).into_iter().zip(&nothing.runs);
         rows.map(|(row, runs)| row.with_ceiling(NOTHING_TO_DO, runs)).collect()
@@ -343,7 +344,7 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
     Ok(())
 }
 
-/// Of one load, over all runs.
+/// Results at one load, of all runs.
 struct Loaded {
     quantiles: Quantiles,
     offered: Vec<f64>,

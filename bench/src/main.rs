@@ -46,22 +46,22 @@ enum BenchCommand {
     Publish(GridArgs),
     /// Publish to acknowledgement and delivery: one message at a time, or at fixed rates.
     Latency(LatencyArgs),
-    /// The same at parts of the most that can be published, up to all of it.
+    /// Publish to acknowledgement and delivery, at parts of the highest load.
     LatencyVsLoad(LoadArgs),
     /// Goodput from publish to subscriber.
     EndToEnd(GridArgs),
-    /// Batches of --publishers sessions at --brokers brokers that one core orders a second, flushes on; and segment
-    /// allocation.
+    /// Batches per second that one core orders, of --publishers sessions at --brokers brokers, with write-backs; and
+    /// segment allocation.
     Sequencer(GridArgs),
     /// CPU of an idle broker.
     Idle(BenchArgs),
     /// Longest time without an acknowledgement when the leader, or another broker, is killed.
     Failover(BenchArgs),
-    /// Goodput with replication at levels 1 and 2, beside the disk's and that without.
+    /// Goodput with replication at acknowledgement levels 1 and 2, beside the disk's and that without replication.
     Replication(BenchArgs),
-    /// Each entry of the deviation register beside the paper's way, in turn.
+    /// Each entry of the deviation register beside the paper's design, in turn.
     Deviations(DeviationArgs),
-    /// What publishing costs as the log grows, and with many topics and sessions.
+    /// Cost of publishing as the log grows, and with many topics and sessions.
     Scale(ScaleArgs),
     /// Acknowledged publishing beside NATS JetStream, Redis Streams, Kafka or Redpanda; see scripts/compare.
     Peers(PeerArgs),
@@ -69,7 +69,7 @@ enum BenchCommand {
     Datapath(DatapathArgs),
     /// Draws what benches printed with --json.
     Plot(PlotArgs),
-    /// A broker of the cluster that a bench starts: this program is its brokers' too.
+    /// Broker of the cluster that a bench starts, which runs this same program.
     #[command(hide = true)]
     Broker(broker::BrokerArgs),
 }
@@ -95,5 +95,27 @@ fn run(command: BenchCommand) -> Result<()> {
         BenchCommand::Datapath(args) => datapath::run(&args),
         BenchCommand::Plot(args) => plot::run(&args),
         BenchCommand::Broker(args) => broker::run(args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+    use clap_markdown::MarkdownOptions;
+
+    /// `docs/reference/bench.md` has every bench and flag: `EMBARCADERO_WRITE_DOCS=1` writes it.
+    #[test]
+    fn the_page_of_benches_is_fresh() {
+        let options = MarkdownOptions::new().title("Benches".to_owned()).show_footer(false);
+        let page = clap_markdown::help_markdown_command_custom(&Cli::command(), &options);
+        let lines: Vec<&str> = page.lines().map(str::trim_end).collect();
+        let page = lines.join("\n").trim_end().to_owned() + "\n";
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/reference/bench.md");
+        if std::env::var_os("EMBARCADERO_WRITE_DOCS").is_some() {
+            std::fs::write(path, &page).unwrap();
+        }
+        let found = std::fs::read_to_string(path).unwrap_or_default();
+        assert!(found == page, "{path} is not up to date: `cargo xtask docs` writes it");
     }
 }

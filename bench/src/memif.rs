@@ -1,13 +1,15 @@
-//! Ports of DPDK for benches. Unless others are named they need no NIC and no other host: memory that two ports share (DPDK's
-//! guide, "Memif Poll Mode Driver"). The bench's process has three: two that are each other's peer, for what the transport
-//! does by itself, and one whose peer is the broker's.
+//! Ports of DPDK for benches.
+//!
+//! By default they need no NIC and no other host: each pair of ports shares memory (DPDK's guide, "Memif Poll Mode
+//! Driver"). The bench's process has three ports. Two are each other's peer, for measuring the transport alone. The third
+//! has the broker's port as its peer.
 
 use embarcadero_verbs::DpdkConfig;
 use std::net::Ipv4Addr;
 
-/// As frames of packets of 4096 bytes need it.
+/// MTU that packets of 4096 bytes need, with their headers.
 pub const MTU: u16 = 4200;
-/// Ports, with the last bytes of their addresses.
+/// Ports, each with the last byte of its address.
 const NEAR: (&str, u8) = ("net_memif0", 1);
 const FAR: (&str, u8) = ("net_memif1", 2);
 const CLIENT: (&str, u8) = ("net_memif2", 3);
@@ -21,13 +23,13 @@ fn socket(name: &str) -> String {
     format!("embarcadero-bench-{}-{name}", std::process::id())
 }
 
-/// A port at one of the two ends of a socket.
+/// Option that makes a port at one of the two ends of a socket.
 fn device((port, _): (&str, u8), socket: &str, role: &str) -> String {
     // Rings that stay in a core's cache: 256 places, of a frame each.
     format!("--vdev={port},role={role},socket={socket},bsize=4352,rsize=8")
 }
 
-/// What DPDK is told besides its devices. Without huge pages, so that no host has to be prepared.
+/// Arguments of DPDK for `devices`. They use no huge pages, so that no host has to be prepared.
 fn arguments(megabytes: u32, devices: impl IntoIterator<Item = String>) -> Vec<String> {
     let fixed = ["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "--log-level=error"];
     let memory = ["-m".to_owned(), megabytes.to_string()];
@@ -38,7 +40,7 @@ fn at_port(eal: Vec<String>, port: &str, last: u8, mtu: u16) -> DpdkConfig {
     DpdkConfig { eal, port: Some(port.to_owned()), address: Some(address(last).into()), mtu, ..DpdkConfig::default() }
 }
 
-/// The bench's process at one of its ports.
+/// Configuration of the bench's process at one of its ports.
 fn here((port, last): (&str, u8)) -> DpdkConfig {
     let (pair, broker) = (socket("pair"), socket("broker"));
     // Of a socket, the end that listens comes first.
@@ -51,12 +53,12 @@ pub fn pair() -> [DpdkConfig; 2] {
     [here(NEAR), here(FAR)]
 }
 
-/// A port whose peer is the broker's.
+/// Port whose peer is the broker's.
 pub fn client() -> DpdkConfig {
     here(CLIENT)
 }
 
-/// Settings of the broker, whose port is the client's peer.
+/// Environment of the broker, whose port is the client's peer.
 pub fn broker() -> Vec<(String, String)> {
     let eal = arguments(256, [device(BROKER, &socket("broker"), "server")]);
     let settings = [("EAL", format!("{eal:?}")), ("ADDRESS", address(BROKER.1).to_string()), ("MTU", MTU.to_string())];
@@ -72,7 +74,7 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// As [`pair`].
+    /// Ports at the two devices: the one that sends, and the one that receives.
     pub fn pair(&self) -> [DpdkConfig; 2] {
         let eal = arguments(512, [&self.near, &self.far].map(|device| format!("--vdev={device}")));
         [(&self.near, NEAR.1), (&self.far, FAR.1)].map(|(device, last)| {

@@ -1,4 +1,4 @@
-//! `bench peers`: the same acknowledged publishing to servers of others, by clients as lean as their protocols allow.
+//! `bench peers`: acknowledged publishing to other systems, by clients as lean as their protocols allow.
 //! `scripts/compare` starts the servers.
 
 mod kafka;
@@ -32,29 +32,29 @@ pub struct PeerArgs {
     /// Apache Kafka or Redpanda, HOST:PORT. Messages go to a topic of one partition, which the server creates.
     #[arg(long)]
     kafka: Option<String>,
-    /// Messages that a connection to a peer has under way at most.
+    /// Most messages that a connection to a peer has under way.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=65536))]
     window: u64,
 }
 
-/// Bytes that a peer keeps; older messages go.
+/// Bytes that a peer keeps before it deletes the oldest messages.
 const KEPT_BYTES: usize = 512 << 20;
-/// What a stream is called there.
+/// Name of the stream or topic at a peer.
 const STREAM: &str = "embarcadero-bench";
-/// Longest line or body of an answer.
+/// Bytes of the longest line or body of an answer.
 const MAX_ANSWER_BYTES: usize = 64 << 10;
 
-/// A protocol to publish by: bytes of one request, and how its answer reads.
+/// Protocol of a peer: encodes requests and reads answers.
 trait Peer: Sync {
     fn address(&self) -> &str;
 
-    /// Gets a fresh connection, which has this number, to where it can publish.
+    /// Prepares a fresh connection, which has this number, for publishing.
     fn open(&self, number: u32, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()>;
 
-    /// The bytes by which that connection publishes a message `count` times.
+    /// Encodes the requests with which connection `number` publishes a message `count` times.
     fn requests(&self, number: u32, message: &[u8], count: usize) -> Vec<u8>;
 
-    /// Reads one answer to requests for `count` messages each; says how many messages it acknowledges.
+    /// Reads one answer to requests for `count` messages each. Returns the number of messages that it acknowledges.
     fn acknowledgement(&self, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>, count: u64) -> Result<u64>;
 }
 
@@ -85,7 +85,7 @@ impl Connection {
     }
 }
 
-/// One connection publishes for a while: messages that were acknowledged.
+/// Publishes over one connection for a while. Returns the number of acknowledged messages.
 fn stream(peer: &dyn Peer, number: u32, args: &PeerArgs, message: &[u8]) -> Result<u64> {
     let mut connection = Connection::open(peer, number)?;
     // A quarter of the window in one write.
@@ -125,7 +125,7 @@ fn goodput(peer: &dyn Peer, args: &PeerArgs) -> Result<f64> {
     Ok((messages * args.bench.message_bytes as u64) as f64 / begun.elapsed().as_secs_f64())
 }
 
-/// One message at a time: the median from publish to acknowledgement, seconds.
+/// Median latency from publish to acknowledgement, one message at a time, seconds.
 fn latency(peer: &dyn Peer, args: &BenchArgs) -> Result<f64> {
     let request = peer.requests(0, &vec![b'm'; args.message_bytes], 1);
     let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
@@ -146,7 +146,7 @@ fn latency(peer: &dyn Peer, args: &BenchArgs) -> Result<f64> {
     })
 }
 
-/// A peer, what its rows are called, and its runs.
+/// Peer, the names of its rows, and its runs.
 struct Measured<'a> {
     peer: &'a dyn Peer,
     goodput_name: &'static str,

@@ -1,7 +1,11 @@
 //! `bench plot`: draws what benches printed with `--json`, as SVG and PNG.
 //!
-//! Four kinds of picture, each drawn where the rows have something for it: a figure over a parameter that varies, latency
-//! over goodput, the distribution of latencies, and how near figures come to their ceilings.
+//! There are four kinds of picture, each drawn where the rows have data for it:
+//!
+//! - a figure over a parameter that varies,
+//! - latency over goodput,
+//! - the distribution of latencies,
+//! - figures as parts of their ceilings.
 
 use crate::latency::NOTHING_TO_DO;
 use crate::report::human;
@@ -19,16 +23,16 @@ use std::path::{Path, PathBuf};
 
 #[derive(Args)]
 pub struct PlotArgs {
-    /// Files of rows; - is standard input.
+    /// Files of rows; - stands for standard input.
     #[arg(required = true)]
     rows: Vec<PathBuf>,
     /// Directory for the pictures.
     #[arg(long, default_value = ".")]
     out: PathBuf,
-    /// Kinds of file.
+    /// Formats of the pictures.
     #[arg(long, value_delimiter = ',', default_value = "svg,png")]
     formats: Vec<Picture>,
-    /// TrueType font of the labels; by default DejaVu Sans, where the distribution puts it.
+    /// TrueType font of the labels; by default DejaVu Sans where Debian and RHEL install it.
     #[arg(long)]
     font: Option<PathBuf>,
 }
@@ -39,17 +43,18 @@ enum Picture {
     Png,
 }
 
-/// Where Debian's package fonts-dejavu-core and RHEL's dejavu-sans-fonts put it.
+/// Paths of DejaVu Sans in Debian's package fonts-dejavu-core and RHEL's dejavu-sans-fonts.
 const FONTS: [&str; 2] =
     ["/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf", "/usr/share/fonts/dejavu-sans-fonts/DejaVuSans.ttf"];
-/// Least value on a logarithmic axis, and least ceiling: a nanosecond is 1e-9.
+/// Least value on a logarithmic axis, and least ceiling. A nanosecond is 1e-9.
 const LEAST: f64 = 1e-12;
 const WIDTH: u32 = 960;
 const HEIGHT: u32 = 600;
-/// Longest line of a file of rows, and most rows.
+/// Bytes of the longest line in a file of rows.
 const MAX_LINE_BYTES: u64 = 1 << 20;
+/// Largest number of rows in a file.
 const MAX_ROWS: usize = 100_000;
-/// Bars in one picture; more go to another.
+/// Largest number of bars in one picture; more go to another.
 const MAX_BARS: usize = 64;
 
 #[derive(Clone, Deserialize)]
@@ -58,7 +63,7 @@ struct Ceiling {
     value: f64,
 }
 
-/// What `report` prints.
+/// Row that [`crate::report`] has printed as JSON.
 #[derive(Clone, Deserialize)]
 struct Printed {
     name: String,
@@ -71,11 +76,11 @@ struct Printed {
     distribution: Vec<(f64, f64)>,
 }
 
-/// What a figure can be.
+/// Range of every figure.
 const FIGURES: Range<f64> = 0.0..1e18;
 
 impl Printed {
-    /// Names become names of files, and figures that no bench prints would make axes that cannot be drawn.
+    /// Checks the row: names become names of files, and figures that no bench prints would make axes that cannot be drawn.
     fn check(&self) -> Result<()> {
         let is_name = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
         if let Some(wrong) = self.parameters.keys().chain([&self.name]).find(|name| !name.bytes().all(is_name)) {
@@ -98,7 +103,7 @@ impl Printed {
         self.parameters.get(parameter)?.as_f64()
     }
 
-    /// The parameters of `names` that it has, as people read them.
+    /// Those of the parameters `names` that the row has, for people.
     fn label(&self, names: &BTreeSet<String>) -> String {
         let text = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         let shown = names.iter().filter_map(|name| Some(format!("{name} {}", text(self.parameters.get(name)?))));
@@ -109,7 +114,7 @@ impl Printed {
 /// Unit of an axis of quantiles q, which is logarithmic in 1 / (1 - q), so that each nine takes as much room.
 const PERCENTILE: &str = "percentile";
 
-/// Without the last digits, in which sums of tenths differ from tenths.
+/// Value without the last digits, in which sums of tenths differ from tenths.
 fn rounded(value: f64) -> f64 {
     (value * 1e9).round() / 1e9
 }
@@ -119,7 +124,7 @@ struct Series {
     points: Vec<(f64, f64)>,
 }
 
-/// An axis.
+/// Axis of a chart.
 struct Axis {
     label: String,
     unit: String,
@@ -149,7 +154,7 @@ impl Axis {
 
 enum Content {
     Lines(Axis, Axis, Vec<Series>),
-    /// Names and lengths; 1 is the ceiling.
+    /// Names and lengths of bars; length 1 is the ceiling.
     Bars(Vec<(String, f64)>),
 }
 
@@ -186,7 +191,7 @@ fn read_rows(path: &Path) -> Result<Vec<Printed>> {
     Ok(rows)
 }
 
-/// Names of the parameters that differ between rows; not how long they were measured.
+/// Names of the parameters that differ between rows, without the duration of a run.
 fn varying(rows: &[&Printed]) -> BTreeSet<String> {
     let names: BTreeSet<_> = rows.iter().flat_map(|row| row.parameters.keys()).collect();
     let differs =
@@ -194,7 +199,7 @@ fn varying(rows: &[&Printed]) -> BTreeSet<String> {
     names.into_iter().filter(|name| *name != "seconds").filter(differs).cloned().collect()
 }
 
-/// `x`, `y` pairs by label, in order of `x`.
+/// Series by label, each in order of `x`.
 fn series(points: impl Iterator<Item = (String, (f64, f64))>) -> Vec<Series> {
     let mut by_label = BTreeMap::<String, Vec<(f64, f64)>>::new();
     for (label, point) in points {
@@ -207,7 +212,7 @@ fn series(points: impl Iterator<Item = (String, (f64, f64))>) -> Vec<Series> {
     sorted.collect()
 }
 
-/// Each figure over each number that varies; where latencies are, on a logarithmic scale.
+/// Charts of each figure over each numeric parameter that varies. Latencies are on a logarithmic scale.
 fn over_parameters(rows: &[Printed]) -> Vec<Chart> {
     let mut charts = Vec::new();
     let names: BTreeSet<_> = rows.iter().map(|row| &row.name).collect();
@@ -241,7 +246,7 @@ fn over_parameters(rows: &[Printed]) -> Vec<Chart> {
 const LATENCY_VS_LOAD: &str = "latency_vs_load.";
 const GOODPUT: &str = ".goodput";
 
-/// For each of ack and delivery, quantiles over the goodput that the same load reached.
+/// Charts of latency quantiles over the goodput that the same load reached, for acknowledgement and for delivery.
 fn latency_over_goodput(rows: &[Printed]) -> Vec<Chart> {
     let goodputs = || rows.iter().filter(|row| row.name.starts_with(LATENCY_VS_LOAD) && row.name.ends_with(GOODPUT));
     let whats: BTreeSet<_> = goodputs().map(|row| row.name.trim_end_matches(GOODPUT)).collect();
@@ -268,7 +273,7 @@ fn latency_over_goodput(rows: &[Printed]) -> Vec<Chart> {
     whats.into_iter().map(chart).collect()
 }
 
-/// At most how long each part of the messages took.
+/// Chart of the latency at each percentile of the messages.
 fn distributions(rows: &[Printed]) -> Vec<Chart> {
     let with: Vec<_> = rows.iter().filter(|row| row.distribution.len() > 1).collect();
     let varying = varying(&with);
@@ -284,7 +289,8 @@ fn distributions(rows: &[Printed]) -> Vec<Chart> {
     }]
 }
 
-/// Every figure that has a ceiling, as a part of it; but latencies are many times those of a loop with nothing to do.
+/// Charts of figures as parts of their ceilings. Latencies are left out, as they are many times those of a loop with
+/// nothing to do.
 fn ratios(rows: &[Printed]) -> Vec<Chart> {
     let has = |ceiling: &Ceiling| ceiling.value >= LEAST && ceiling.name != NOTHING_TO_DO;
     let with = || rows.iter().filter(|row| row.ceiling.as_ref().is_some_and(has));
@@ -366,7 +372,7 @@ fn draw_bars<DB: DrawingBackend<ErrorType: 'static>>(
     Ok(())
 }
 
-/// What plotters calls the font.
+/// Name under which plotters knows the font.
 const FONT: &str = "sans-serif";
 
 impl Chart {
@@ -412,7 +418,7 @@ impl Chart {
     }
 }
 
-/// Those that have something in them: an axis without a value has no range.
+/// All charts that have values: an axis without a value has no range.
 fn charts(rows: &[Printed]) -> Vec<Chart> {
     let all = [over_parameters(rows), latency_over_goodput(rows), distributions(rows), ratios(rows)];
     let has_points = |chart: &Chart| match &chart.content {

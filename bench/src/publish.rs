@@ -10,7 +10,7 @@ use embarcadero_client::{Client, Publisher, Start};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// How far publishers are ahead of a subscriber, bytes of messages.
+/// Lead of publishers over a subscriber, bytes of messages.
 #[derive(Default)]
 pub struct Lead {
     published: AtomicU64,
@@ -18,14 +18,15 @@ pub struct Lead {
 }
 
 impl Lead {
-    /// A quarter of the retention: beyond it publishers wait, so that nothing is trimmed before it is read.
+    /// Returns true when the lead exceeds a quarter of the retention. Publishers then wait, so that nothing is trimmed
+    /// before it is read.
     fn is_long(&self) -> bool {
         let delivered = self.delivered.load(Ordering::Relaxed);
         self.published.load(Ordering::Relaxed).saturating_sub(delivered) > RETENTION_BYTES / 4
     }
 }
 
-/// Publishes for `time`; bytes of messages that were acknowledged.
+/// Publishes for `time`. Returns the bytes of acknowledged messages.
 pub fn publish_for(publisher: &Publisher, message: &[u8], time: Duration, lead: Option<&Lead>) -> Result<u64> {
     const AT_A_TIME: u64 = 256;
     let begun = Instant::now();
@@ -48,7 +49,7 @@ pub fn publish_for(publisher: &Publisher, message: &[u8], time: Duration, lead: 
     Ok(bytes)
 }
 
-/// One run with every publisher on a thread of its own: bytes a second.
+/// Goodput of one run with a thread per publisher, bytes per second.
 fn goodput(args: &BenchArgs, client: &Client, topic: &str, lead: Option<&Lead>) -> Result<f64> {
     let time = Duration::from_secs_f64(args.seconds);
     let publishers = (0..args.publishers).map(|_| client.publisher(topic)).collect::<Result<Vec<_>, _>>()?;
@@ -74,7 +75,7 @@ fn goodput(args: &BenchArgs, client: &Client, topic: &str, lead: Option<&Lead>) 
     Ok(rate)
 }
 
-/// One run on a cluster of its own.
+/// Goodput of one run on a fresh cluster, bytes per second.
 pub fn publish_goodput(args: &BenchArgs) -> Result<f64> {
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;
@@ -107,7 +108,8 @@ pub fn run(args: &GridArgs) -> Result<()> {
     Report::new(bench.parameters(), bench.format()).print(&ceiling::of_the_machine(bench)?)
 }
 
-/// Publishes and subscribes at once; (publish alone, publish while subscribed to, delivered).
+/// Publishes alone, then publishes and subscribes at once. Returns three goodputs in bytes per second: published alone,
+/// published beside the subscriber, and delivered.
 fn publish_and_subscribe(args: &BenchArgs) -> Result<(f64, f64, f64)> {
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;

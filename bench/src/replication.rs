@@ -1,4 +1,4 @@
-//! `bench replication`: what durability costs, beside what the disk can do.
+//! `bench replication`: cost of durability, beside the disk's rate.
 
 use crate::args::BenchArgs;
 use crate::ceiling;
@@ -7,11 +7,11 @@ use crate::report::{Report, Row};
 use anyhow::{Context, Result};
 use std::path::PathBuf;
 
-/// A directory whose files are gone afterwards: a few runs would fill a disk.
+/// Directory that is removed afterwards, as a few runs would fill a disk.
 struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Makes it, or empties it.
+    /// Creates the directory, or empties it.
     fn renew(&self) -> Result<()> {
         let _ = std::fs::remove_dir_all(&self.0);
         std::fs::create_dir_all(&self.0).with_context(|| format!("cannot make {}", self.0.display()))

@@ -1,4 +1,4 @@
-//! How results are printed.
+//! Reports of results, as text, JSON or CSV.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -14,7 +14,7 @@ pub struct Row {
     distribution: Vec<(f64, f64)>,
 }
 
-/// The middle one; not a number if there are none.
+/// Median of values; not a number if there are none.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -26,12 +26,12 @@ impl Row {
         Self { name: name.into(), unit, runs: runs.to_vec(), ceiling: None, distribution: Vec::new() }
     }
 
-    /// The median of its runs; not a number if there are none.
+    /// Median of the runs; not a number if there are none.
     pub fn median(&self) -> f64 {
         median(&self.runs)
     }
 
-    /// Least and most of its runs.
+    /// Least and largest of the runs.
     pub fn spread(&self) -> (f64, f64) {
         let least = self.runs.iter().copied().fold(f64::INFINITY, f64::min);
         (least, self.runs.iter().copied().fold(f64::NEG_INFINITY, f64::max))
@@ -52,19 +52,19 @@ impl Row {
         self
     }
 
-    /// With what its runs found together; in JSON only.
+    /// Adds the distribution of all runs together, which only JSON shows.
     pub fn with_distribution(mut self, points: Vec<(f64, f64)>) -> Self {
         self.distribution = points;
         self
     }
 }
 
-/// What rows look like.
+/// Format of printed rows.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// For people.
     Text,
-    /// One object a line.
+    /// One object per line.
     Json,
     /// Comma-separated values, with a header before the first row.
     Csv,
@@ -96,7 +96,7 @@ impl Report {
         Ok(())
     }
 
-    /// A row as JSON.
+    /// Encodes a row as JSON.
     pub fn object(&self, row: &Row) -> Value {
         let (value, (least, most)) = (row.median(), row.spread());
         let ceiling = row.ceiling.map(|(name, value)| json!({ "name": name, "value": value }));
@@ -147,7 +147,7 @@ pub fn machine() -> String {
     format!("{model}, {} cores", crate::args::host_cores())
 }
 
-/// A value as people read it.
+/// Value with a unit that suits its size, for people.
 pub fn human(value: f64, unit: &str) -> String {
     match unit {
         "B/s" => format!("{:.0} MB/s", value / 1e6),

@@ -1,4 +1,4 @@
-//! `bench scale`: what publishing costs as the log grows, and with many topics and many sessions.
+//! `bench scale`: cost of publishing as the log grows, and with many topics and many sessions.
 
 use crate::args::{BenchArgs, SEGMENT_BYTES, pin};
 use crate::report::{Report, Row};
@@ -12,26 +12,27 @@ use std::time::{Duration, Instant};
 pub struct ScaleArgs {
     #[command(flatten)]
     bench: BenchArgs,
-    /// Gigabytes that the log grows to; the region is 1 GiB larger.
+    /// Size to which the log grows, gigabytes; the region is 1 GiB larger.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(2..=1024))]
     log_gigabytes: u64,
-    /// Topics; the region has 256 MiB for each.
+    /// Number of topics; the region has 256 MiB for each.
     #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(2..=32))]
     topics: u32,
-    /// Sessions.
+    /// Number of sessions.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(5..=1024))]
     sessions: u32,
 }
 
 const GIGABYTE: u64 = 1_000_000_000;
-/// Sessions that many are compared with.
+/// Number of sessions with which many are compared.
 const FEW_SESSIONS: u32 = 4;
-/// Messages that a publisher gets before the next has its turn.
+/// Number of messages that a publisher gets before the next has its turn.
 const TURN: u32 = 64;
-/// With many sessions each has little memory.
+/// Bytes of a batch in the comparison of sessions: with many, each has little memory.
 const SMALL_BATCH: usize = 64 << 10;
 
-/// One thread publishes through all of them in turn until `enough` says so of the bytes that were taken: bytes a second.
+/// Publishes through all publishers in turn, in one thread, until `enough` holds for the bytes taken. Returns bytes per
+/// second.
 fn in_turn(args: &BenchArgs, publishers: &[Publisher], enough: impl Fn(u64) -> bool + Sync) -> Result<f64> {
     let message = vec![b'm'; args.message_bytes];
     std::thread::scope(|scope| {
@@ -60,13 +61,13 @@ fn in_turn(args: &BenchArgs, publishers: &[Publisher], enough: impl Fn(u64) -> b
     })
 }
 
-/// As [`in_turn`], for a while.
+/// Publishes through all publishers in turn for the duration of a run. Returns bytes per second.
 fn for_a_while(args: &BenchArgs, publishers: &[Publisher]) -> Result<f64> {
     let (begun, time) = (Instant::now(), Duration::from_secs_f64(args.seconds));
     in_turn(args, publishers, |_| begun.elapsed() >= time)
 }
 
-/// Seconds for each gigabyte of a log: of the first, and of all.
+/// Seconds per gigabyte of a log: of the first gigabyte, and of all.
 fn growing_log(args: &ScaleArgs) -> Result<(f64, f64)> {
     let bench = BenchArgs { region_bytes: Some((args.log_gigabytes * GIGABYTE) + (1 << 30)), ..args.bench.clone() };
     let cluster = bench.cluster()?;
@@ -81,7 +82,7 @@ fn growing_log(args: &ScaleArgs) -> Result<(f64, f64)> {
     Ok((first * gigabyte, (first + rest * others) * gigabyte / args.log_gigabytes as f64))
 }
 
-/// Goodput with one topic, and with many, a publisher each.
+/// Goodput with one topic, and with many, in bytes per second. Each topic has a publisher.
 fn many_topics(args: &ScaleArgs) -> Result<(f64, f64)> {
     // Each topic has segments for batches and for its index.
     let region_bytes = Some((1 << 30) + u64::from(args.topics) * 4 * SEGMENT_BYTES);
@@ -105,7 +106,7 @@ fn many_topics(args: &ScaleArgs) -> Result<(f64, f64)> {
     Ok((one, for_a_while(bench, &publishers)?))
 }
 
-/// Goodput with four sessions, and with many.
+/// Goodput with four sessions, and with many, in bytes per second.
 fn many_sessions(args: &ScaleArgs) -> Result<(f64, f64)> {
     let bench = &args.bench;
     let cluster: Cluster = bench.cluster()?;

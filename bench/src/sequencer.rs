@@ -1,4 +1,4 @@
-//! The sequencer alone: Batchlogs are filled, then the time is taken that ordering them needs.
+//! `bench sequencer`: the sequencer alone. Batchlogs are filled, then the time of ordering them is taken.
 
 use crate::grid::GridArgs;
 use crate::report::{Report, Row};
@@ -13,29 +13,30 @@ use std::time::{Duration, Instant};
 
 const SESSIONS: u32 = 16;
 
-/// What ordering took.
+/// Number of ordered batches, and the time that they took.
 pub struct Ordered {
     pub batches: u64,
-    /// In the brokers: entries of Batchlogs, published in groups.
+    /// Time spent in the brokers' part: entries of Batchlogs, published in groups.
     pub appending: Duration,
-    /// In the sequencer.
+    /// Time spent in the sequencer.
     pub ordering: Duration,
 }
 
 impl Ordered {
-    /// Batches a second of the sequencer alone.
+    /// Batches per second of the sequencer alone.
     pub fn rate(&self) -> f64 {
         self.batches as f64 / self.ordering.as_secs_f64()
     }
 }
 
-/// Has batches of several sessions appended at several brokers and ordered, one after the other, until the sequencer has
-/// worked for `seconds`.
+/// Appends batches of 16 sessions at several brokers and orders them, in turn, until the sequencer has worked for
+/// `seconds`.
 pub fn order<F: Fabric>(region: Region<F>, seconds: f64) -> Result<Ordered> {
     order_of(region, SESSIONS, seconds)
 }
 
-/// As [`order`], of so many sessions.
+/// Appends batches of `sessions` sessions at several brokers and orders them, in turn, until the sequencer has worked for
+/// `seconds`.
 fn order_of<F: Fabric>(region: Region<F>, sessions: u32, seconds: f64) -> Result<Ordered> {
     let mut testbed = Testbed::new(region, sessions)?;
     let mut ordered = Ordered { batches: 0, appending: Duration::ZERO, ordering: Duration::ZERO };

@@ -6,13 +6,14 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Time between two rounds while something is under way, and else.
+/// Time between two rounds while something is under way.
 const BUSY_PERIOD: Duration = Duration::from_millis(1);
+/// Time between two rounds while nothing is under way.
 const IDLE_PERIOD: Duration = Duration::from_millis(5);
 
-/// What the background thread looks after.
+/// Part of a client, such as a publisher, that the background thread serves.
 pub(crate) trait Attended: Send + Sync {
-    /// One round; true while something is under way.
+    /// Does one round of work. Returns true while something is under way.
     fn attend(&self) -> bool;
 }
 
@@ -22,7 +23,7 @@ struct Shared {
     stop: AtomicBool,
 }
 
-/// The thread; it ends when this is dropped.
+/// Background thread of a client, which ends when this is dropped.
 pub(crate) struct Background {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -39,7 +40,7 @@ impl Background {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Looks after `attended` for as long as others hold it.
+    /// Serves `attended` for as long as others hold it.
     pub(crate) fn attend(&self, attended: Weak<dyn Attended>) {
         self.shared.attended.lock().unwrap_or_else(PoisonError::into_inner).push(attended);
         self.wake();

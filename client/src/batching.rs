@@ -1,73 +1,77 @@
-//! The sizes of batches, and when a batch is sealed. `[[DEVIATION_001]]`
+//! Control of the sizes of batches, and of the moment at which a batch is sealed. `[[DEVIATION_001]]`
 
 use std::time::Duration;
 
-/// Batches in a row that must agree before the size changes.
+/// Number of batches in a row that must agree before the size changes.
 const SAMPLES_TO_RESIZE: u32 = 16;
 /// Number of waiting batches from which on the transport counts as the bottleneck.
 const BACKLOG_LIMIT: usize = 8;
-/// The buffer holds at least this many batches, so that every connection has work. Queueing more only adds latency.
-pub const BUFFERED_BATCHES: usize = 16;
-/// Longest that a return to small batches is put off, in multiples of [`SAMPLES_TO_RESIZE`].
+/// Least number of batches that the buffer holds, so that every connection has work. Queueing more only adds latency.
+pub(crate) const BUFFERED_BATCHES: usize = 16;
+/// Largest number of agreeing samples before the size halves, in multiples of [`SAMPLES_TO_RESIZE`].
 const MAX_PATIENCE: u32 = 64;
 
-/// State of a publisher's buffer, from which follows whether the open batch is sealed.
+/// State of a publisher's buffer, which decides whether the open batch is sealed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BufferState {
-    /// Batches sealed and not acknowledged.
+    /// Number of batches that are sealed and not acknowledged.
     pub in_flight: usize,
-    /// Bytes in the batch that is being filled.
+    /// Bytes of the open batch: the one that is being filled.
     pub open_bytes: usize,
-    /// Messages in it.
+    /// Number of messages in the open batch.
     pub open_messages: u32,
-    /// The batch before it was full: the application streams.
+    /// True when the batch before the open one was full: the application streams.
     pub streaming: bool,
-    /// The application waits for what is in it, or has been silent for a while.
+    /// True when the application waits for the open batch, or has not called for a while.
     pub awaited: bool,
 }
 
-/// Measurements of one sealed batch, taken once it was offered to the connections.
+/// Measurements of one sealed batch, taken after it was offered to the connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SealStats {
-    /// No further message fitted.
+    /// True when the batch was sealed because the next message did not fit.
     pub full: bool,
     /// Time since the batch before was sealed.
     pub interval: Duration,
     /// Part of `interval` that was spent writing batches to connections.
     pub sending: Duration,
-    /// Batches that no connection has taken yet. They are what was filled less what the transport completed, and it
-    /// completes as brokers acknowledge: a queue that stays says that batches are filled faster than both.
+    /// Number of batches that no connection has taken yet. It stays high when the application fills batches faster than
+    /// the transport carries them and brokers acknowledge them.
     pub waiting: usize,
 }
 
-/// The controller of batch sizes: a function of what it is told, without a clock.
+/// Controller of batch sizes. It has no clock: sizes depend only on the measurements that it is given.
 ///
-/// Sizes lie between two bounds. They double while the transport is the bottleneck, so that fewer batches carry more:
-/// batches crowd before it, or handing them over takes half of the time. They halve while none waits and handing over
-/// takes less than a quarter, so that messages wait less for their batch to fill. Doubling at most halves both measures,
-/// so it never brings about what halving asks for. Where noise or a cost for each batch has the two follow each other all
-/// the same, the next halving is put off for twice as long, so that a steady load settles.
-///
-/// With equal bounds the size is fixed: the paper's policy, at 512 KiB.
+/// - Sizes lie between two bounds.
+/// - The size doubles while the transport is the bottleneck: 8 batches or more wait, or writing takes half of the time.
+///   Fewer batches then carry more.
+/// - The size halves while no batch waits and writing takes less than a quarter of the time. Messages then wait less for
+///   their batch to fill.
+/// - A doubling at most halves both measures. It therefore never causes the condition for halving.
+/// - Noise, or a fixed cost per batch, can still make the two alternate. Each time, the next halving needs twice as many
+///   samples, so that a steady load settles.
+/// - With equal bounds the size is fixed, which is the paper's policy at 512 KiB.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchSizer {
     min: usize,
-    /// Upper bound while the publisher is under load, bytes; `max` still bounds one oversized message.
+    /// Upper bound under load, bytes. Only a large message needs more, up to `max`.
     loaded_max: usize,
     max: usize,
     size: usize,
-    /// Batches in a row before which others crowded, or none waited.
+    /// Number of samples in a row that asked for doubling.
     crowded: u32,
+    /// Number of samples in a row that asked for halving.
     calm: u32,
-    /// Calm batches before the size halves, in multiples of [`SAMPLES_TO_RESIZE`].
+    /// Calm samples before the size halves, in multiples of [`SAMPLES_TO_RESIZE`].
     patience: u32,
-    /// The last change was to halve.
+    /// True when the last change was to halve.
     halved: bool,
 }
 
 impl BatchSizer {
-    /// Batches of `min` to `max` bytes, header included, `min` to begin with, of which `buffer_bytes` are held at most:
-    /// load makes them no larger than a sixteenth of that.
+    /// Controller of batches of `min` to `max` bytes, header included, which begins with `min`.
+    ///
+    /// `buffer_bytes` is the size of the publisher's buffer. Under load batches grow to at most a sixteenth of that.
     #[must_use]
     pub fn between(min: usize, max: usize, buffer_bytes: usize) -> Self {
         let max = max.max(min);
@@ -81,23 +85,24 @@ impl BatchSizer {
         Self { loaded_max: self.loaded_max.min(bytes).max(self.min), ..self }
     }
 
-    /// Bytes of the next batch to be filled, header included.
+    /// Size of the next batch to be filled, bytes, header included.
     #[inline]
     #[must_use]
     pub fn size(&self) -> usize {
         self.size
     }
 
-    /// Bytes of the largest batch that there may be, for a large message.
+    /// Size of the largest batch, bytes, header included. Only a large message needs it.
     #[must_use]
     pub fn largest(&self) -> usize {
         self.max
     }
 
-    /// True when the open batch should go now. A batch that cannot take the next message goes in any case.
+    /// Returns true when the open batch should be sealed now. A batch that cannot take the next message is sealed in any
+    /// case.
     ///
-    /// When nothing is under way, a batch goes with its first message, or once the application waits for it, so light
-    /// load pays no delay; a stream fills its batches, however fast they are acknowledged.
+    /// When nothing is in flight, a batch goes with its first message, or once the application waits for it. Light load
+    /// therefore pays no delay. An application that streams fills its batches, however fast they are acknowledged.
     #[inline]
     #[must_use]
     pub fn should_seal(&self, state: BufferState) -> bool {
@@ -106,7 +111,7 @@ impl BatchSizer {
         state.open_bytes >= self.size || (nothing_under_way && (lone || state.awaited))
     }
 
-    /// Takes notice of a batch that was just sealed.
+    /// Adjusts the size after a batch was sealed.
     pub fn record_seal(&mut self, sealed: SealStats) {
         if !sealed.full {
             // The application pauses: a load that was steady is over.
@@ -150,16 +155,16 @@ mod tests {
 
     const BUFFER: usize = 64 << 20;
 
-    /// An application that publishes at a rate, a buffer, and a transport with a cost for each batch and each byte,
-    /// part of it in the thread that publishes. Times in nanoseconds, rates in bytes a nanosecond (GB/s).
+    /// Model of an application that publishes at a rate, a buffer, and a transport with costs per batch and per byte.
+    /// Times are in nanoseconds, rates in bytes per nanosecond (GB/s).
     struct Plant {
         sizer: BatchSizer,
         offered: f64,
         rate: f64,
         per_batch: f64,
-        /// Part of the transport's work that the publishing thread does.
+        /// Part of the transport's work that the publishing thread does, 0 to 1.
         own: f64,
-        /// Bytes that wait.
+        /// Bytes that wait for the transport.
         backlog: f64,
         changes: usize,
     }

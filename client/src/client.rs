@@ -1,4 +1,4 @@
-//! A client of one cluster.
+//! Client of one cluster.
 
 use crate::background::Background;
 use crate::config::ClientConfig;
@@ -11,8 +11,10 @@ use embarcadero_control::v1 as proto;
 use embarcadero_wire::{Order, Stream};
 use std::sync::Arc;
 
-/// A client. Its publishers share a background thread, which acknowledges, reconnects and resubmits while the
-/// application is busy elsewhere. They may outlive it.
+/// Client of one cluster.
+///
+/// The client's publishers share one background thread, which takes acknowledgements, reconnects and resubmits while the
+/// application is busy elsewhere. Publishers and subscribers may outlive the client.
 pub struct Client {
     context: Arc<Context>,
     background: Arc<Background>,
@@ -32,7 +34,7 @@ impl Client {
         Ok(Self { context, background })
     }
 
-    /// Brokers, topics and memory.
+    /// Asks the cluster for its brokers, its topics and its memory.
     ///
     /// # Errors
     /// No broker answers.
@@ -40,10 +42,10 @@ impl Client {
         self.context.cluster()
     }
 
-    /// Makes a topic.
+    /// Creates a topic.
     ///
     /// # Errors
-    /// It exists already, the options do not fit together, or the table is full.
+    /// The topic exists already, the options contradict each other, or the table of topics is full.
     pub fn create_topic(&self, name: &str, options: TopicOptions) -> Result<TopicView, ClientError> {
         let order = match options.order {
             Order::None => proto::Order::None,
@@ -66,16 +68,16 @@ impl Client {
     /// Deletes a topic and everything in it.
     ///
     /// # Errors
-    /// It does not exist, or brokers do not let go of it.
+    /// The topic does not exist, or brokers do not release it.
     pub fn delete_topic(&self, name: &str) -> Result<(), ClientError> {
         let request = proto::DeleteTopicRequest { name: name.to_owned() };
         self.context.control().leader(async |client| client.delete_topic(request.clone()).await).map(drop)
     }
 
-    /// What a topic is and how far its streams reach.
+    /// Asks for a topic's properties and for the bounds of its streams.
     ///
     /// # Errors
-    /// It does not exist.
+    /// The topic does not exist.
     pub fn describe_topic(&self, name: &str) -> Result<(TopicView, Vec<StreamView>), ClientError> {
         let request = proto::DescribeTopicRequest { name: name.to_owned() };
         let answer = self.context.control().leader(async |client| client.describe_topic(request.clone()).await)?;
@@ -89,7 +91,7 @@ impl Client {
         Ok((TopicView::from_proto(topic)?, streams.collect()))
     }
 
-    /// Opens a session on a topic and connects to its brokers.
+    /// Opens a session on a topic and connects to the brokers.
     ///
     /// # Errors
     /// The topic does not exist, the session is refused, or no broker can be reached.
@@ -97,7 +99,7 @@ impl Client {
         Publisher::open(Arc::clone(&self.context), topic, Arc::clone(&self.background))
     }
 
-    /// Reads a topic from `start` on.
+    /// Subscribes to a topic, from `start` on.
     ///
     /// # Errors
     /// The topic does not exist, or no broker can be reached.

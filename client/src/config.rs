@@ -1,4 +1,4 @@
-//! What a client is told.
+//! Configuration of a client.
 
 use embarcadero_transport::TransportKind;
 use embarcadero_verbs::{DpdkConfig, RoceConfig};
@@ -7,13 +7,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// RDMA verbs.
+/// Settings of RDMA.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RdmaConfig {
-    /// Devices, as in /sys/class/infiniband, of which the first that is up is used; empty stands for all.
+    /// Names of devices, as in /sys/class/infiniband. The first that is up is used. Empty stands for all devices.
     pub devices: Vec<String>,
-    /// Bytes of the ring into which a subscriber's deliveries are written; at least two of the largest batches.
+    /// Bytes of the ring into which a subscriber's deliveries are written, 64 KiB to 1 GiB. At least two of the largest
+    /// batches must fit.
     pub ring_bytes: usize,
 }
 
@@ -23,42 +24,41 @@ impl Default for RdmaConfig {
     }
 }
 
-/// A client's configuration.
+/// Configuration of a client.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClientConfig {
-    /// Control endpoints, `host:port`; any broker's will do.
+    /// Control endpoints of brokers, `host:port`, 1 to 1024. One that answers is enough to find the others.
     pub bootstrap: Vec<String>,
-    /// How bytes travel.
+    /// Transport of batches and deliveries.
     pub transport: TransportKind,
-    /// RDMA verbs, where `transport` is `verbs`; its ring also with `roce` and `dpdk`.
+    /// Settings of RDMA. `devices` counts where `transport` is `verbs`; `ring_bytes` with `roce` and `dpdk` too.
     pub rdma: RdmaConfig,
-    /// The NIC in software, where `transport` is `roce`.
+    /// Settings of the NIC in software, where `transport` is `roce`.
     pub roce: RoceConfig,
-    /// DPDK, where `transport` is `dpdk`.
+    /// Settings of DPDK, where `transport` is `dpdk`.
     pub dpdk: DpdkConfig,
-    /// Acknowledgement level: 0 none, 1 ordered and visible.
+    /// Acknowledgement level: 0 none, 1 ordered and visible, 2 also on the disks of all replicas.
     pub ack_level: u8,
-    /// Bytes of a batch, header included, whatever the load. Unset, batches have `batch_size_min` to `batch_size_max`
-    /// bytes, by load.
+    /// Fixed size of a batch, bytes, header included, 1 KiB to 64 MiB. If unset, the size follows the load between
+    /// `batch_size_min` and `batch_size_max`.
     pub batch_size: Option<usize>,
-    /// Bytes of a batch under light load, header included.
+    /// Size of a batch under light load, bytes, header included, 1 KiB to 64 MiB.
     pub batch_size_min: usize,
-    /// Bytes of a batch under heavy load, or with a large message, at most; brokers may allow less (`max_batch_bytes`). With
-    /// `roce` and `dpdk` load alone makes them no larger than 128 KiB.
+    /// Largest size of a batch, bytes, header included, `batch_size_min` to 64 MiB. Heavy load or a large message needs it.
+    /// Brokers may allow less (`max_batch_bytes`). With `roce` and `dpdk`, load alone grows batches to at most 128 KiB.
     pub batch_size_max: usize,
-    /// Bytes that a publisher may hold until they are acknowledged.
+    /// Most bytes that a publisher holds until they are acknowledged, two of the largest batches to 64 GiB.
     pub buffer_bytes: usize,
-    /// Give each batch a checksum over its body.
+    /// True to give each batch a checksum over its body.
     pub batch_checksum: bool,
-    /// Publish to at most this many brokers; 0 uses all.
+    /// Most brokers that one publisher sends to; 0 for all.
     pub max_brokers: usize,
-    /// How long to wait for a connection, milliseconds.
+    /// Longest wait for a connection, milliseconds, 1 to 600,000.
     pub connect_timeout_ms: u64,
-    /// How long `flush` and waiting calls wait without progress, milliseconds.
+    /// Longest wait of `flush` and of waiting calls without any progress, milliseconds, 1 to 86,400,000.
     pub progress_timeout_ms: u64,
-    /// SO_SNDBUF and SO_RCVBUF, bytes; unset leaves them to the kernel, on loopback to
-    /// 512 KiB.
+    /// Size of SO_SNDBUF and SO_RCVBUF, bytes. If unset, the kernel chooses; on loopback it is 512 KiB.
     pub socket_buffer_bytes: Option<usize>,
 }
 
@@ -85,7 +85,7 @@ impl Default for ClientConfig {
 }
 
 impl ClientConfig {
-    /// Defaults, with one control endpoint.
+    /// Configuration with one control endpoint, and defaults for the rest.
     #[must_use]
     pub fn at(endpoint: impl Into<String>) -> Self {
         Self { bootstrap: vec![endpoint.into()], ..Self::default() }
@@ -113,7 +113,7 @@ impl ClientConfig {
         within("progress_timeout_ms", self.progress_timeout_ms, 1, 86_400_000)
     }
 
-    /// Bytes of the smallest and of the largest batch; the same where the size is fixed.
+    /// Bytes of the smallest and of the largest batch. Both are equal where the size is fixed.
     pub(crate) fn batch_bytes(&self) -> (usize, usize) {
         self.batch_size.map_or((self.batch_size_min, self.batch_size_max), |fixed| (fixed, fixed))
     }

@@ -1,4 +1,4 @@
-//! What the client, its publishers and its subscribers share.
+//! State that a client shares with its publishers and subscribers.
 
 use crate::config::ClientConfig;
 use crate::control::Control;
@@ -10,7 +10,7 @@ use embarcadero_transport::tcp::SocketOptions;
 use embarcadero_transport::{LinkOptions, TransportKind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What the parts of a client share.
+/// Configuration, control plane and RDMA device of a client.
 pub(crate) struct Context {
     pub(crate) config: ClientConfig,
     control: Mutex<Control>,
@@ -28,7 +28,7 @@ impl Context {
         SocketOptions { send_buffer_bytes: bytes, receive_buffer_bytes: bytes }
     }
 
-    /// What connections are made with.
+    /// Options of data connections.
     pub(crate) fn link_options(&self) -> Result<LinkOptions, ClientError> {
         Ok(LinkOptions {
             timeout: self.config.connect_timeout(),
@@ -40,7 +40,7 @@ impl Context {
         })
     }
 
-    /// The RDMA device in use; another one, if its port went down.
+    /// RDMA device in use. Opens another one if the port of the last went down.
     fn device(&self) -> Result<Arc<RdmaClient>, ClientError> {
         let mut device = self.device.lock().unwrap_or_else(PoisonError::into_inner);
         match device.as_ref().filter(|device| device.is_usable()) {

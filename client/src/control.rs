@@ -1,4 +1,4 @@
-//! Calls to the control plane, without making the caller asynchronous.
+//! Blocking calls to the control plane.
 
 use crate::config::ClientConfig;
 use crate::error::ClientError;
@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-/// How long the leader may be missing before a call gives up.
+/// Longest search for a leader before a call gives up.
 const LEADER_WAIT: Duration = Duration::from_secs(5);
-/// How long one call may take.
+/// Longest duration of one call.
 const CALL: Duration = Duration::from_secs(35);
 
-/// A connection to the control plane: to any broker, and to the leader.
+/// Control plane as one client sees it: the endpoints of all known brokers, and a connection to the leader.
 pub(crate) struct Control {
     runtime: tokio::runtime::Runtime,
     endpoints: Vec<String>,
@@ -51,7 +51,7 @@ impl Control {
         Ok(ControlClient::new(endpoint.connect().await.map_err(|error| unreachable(&error))?))
     }
 
-    /// The cluster as any broker sees it. Remembers the brokers it names.
+    /// Asks brokers in turn for the state of the cluster, until one answers. Remembers the endpoints that it names.
     pub(crate) fn metadata(&mut self) -> Result<proto::MetadataResponse, ClientError> {
         let (endpoints, timeout) = (&self.endpoints, self.connect_timeout);
         let found = self.runtime.block_on(async {
@@ -76,7 +76,7 @@ impl Control {
         Ok(found)
     }
 
-    /// Calls the leader, looking for it anew when it does not answer.
+    /// Calls the leader. Searches for it again when it does not answer or no longer leads.
     pub(crate) fn leader<R>(
         &mut self,
         call: impl AsyncFn(&mut ControlClient<Channel>) -> Result<tonic::Response<R>, Status>,

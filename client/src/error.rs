@@ -1,4 +1,4 @@
-//! What can go wrong for a client.
+//! Errors of the client library.
 
 use embarcadero_verbs::VerbsError;
 use embarcadero_wire::batch::BodyError;
@@ -7,22 +7,22 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// An error of the client library.
+/// Error of the client library.
 #[derive(Clone, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ClientError {
-    /// A value of the configuration.
+    /// A value of the configuration is out of bounds.
     #[error(transparent)]
     Config(#[from] OutOfBounds),
     /// The device of the transport that was asked for cannot be used.
     #[error("transport is {transport}, but {source}")]
     Device {
-        /// What was asked for, as it is configured.
+        /// Name of the transport in the configuration.
         transport: &'static str,
-        /// What is missing.
+        /// Reason for which the device cannot be used.
         source: Arc<VerbsError>,
     },
-    /// A broker says what this client does not understand: they are of different versions.
+    /// A broker's answer has no meaning for this client: the two are of different versions.
     #[error("the brokers are of another version: {0}")]
     Incompatible(String),
     /// No broker's control service answers.
@@ -33,7 +33,7 @@ pub enum ClientError {
     Control {
         /// gRPC code.
         code: String,
-        /// What it says.
+        /// Text of the control service.
         message: String,
     },
     /// A broker refuses on the data connection.
@@ -41,38 +41,38 @@ pub enum ClientError {
     Broker {
         /// Kind of refusal.
         code: ErrorCode,
-        /// What it says.
+        /// Text of the broker.
         text: String,
     },
-    /// The offset is not kept; `earliest` is the first that is.
+    /// The offset is not kept.
     #[error("{text}")]
     OffsetOutOfRange {
         /// First offset that is kept.
         earliest: u64,
-        /// What the broker says.
+        /// Text of the broker.
         text: String,
     },
     /// All batch buffers hold messages that are not acknowledged yet.
     #[error("the publish buffer is full: {bytes} bytes wait to be acknowledged; poll, wait, or raise buffer_bytes")]
     BufferFull {
-        /// Bytes that it holds at most.
+        /// Capacity of the buffer, bytes.
         bytes: usize,
     },
     /// The message does not fit into a batch.
     #[error("the message has {bytes} bytes; the largest batch can hold {max}")]
     MessageTooLarge {
-        /// Its size.
+        /// Size of the message, bytes.
         bytes: usize,
-        /// Largest that fits.
+        /// Size of the largest message that fits, bytes.
         max: usize,
     },
-    /// Nothing happened in time.
+    /// Nothing was acknowledged or delivered for this long.
     #[error("no progress in {0:?}")]
     TimedOut(Duration),
-    /// The id is not one of this publisher's.
+    /// The message id is not one of this publisher's.
     #[error("message id of batch {batch} was never given out")]
     UnknownId {
-        /// Its batch.
+        /// Number of the batch in the message id.
         batch: u64,
     },
     /// The stream skipped or repeated offsets: order is broken.
@@ -88,24 +88,24 @@ pub enum ClientError {
     Corrupt {
         /// First offset of the batch.
         offset: u64,
-        /// What is wrong with it.
+        /// Check that failed.
         source: BodyError,
     },
     /// A peer does not speak the protocol.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The system.
-    #[error("{action}: {source}")]
+    /// The operating system reports an error.
+    #[error("cannot {action}: {source}")]
     Io {
-        /// What was tried.
+        /// Action that failed, as a verb: `connect to a broker`.
         action: &'static str,
-        /// What the system said.
+        /// Error of the system.
         source: Arc<io::Error>,
     },
 }
 
 impl ClientError {
-    /// What a broker refused, and why.
+    /// Error for a refusal on a data connection.
     pub(crate) fn refused(code: ErrorCode, text: String, detail: u64) -> Self {
         match code {
             ErrorCode::OffsetOutOfRange => Self::OffsetOutOfRange { earliest: detail, text },

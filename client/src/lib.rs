@@ -1,7 +1,7 @@
 //! The client library of Embarcadero: publish to a topic, and read it in its order.
 //!
-//! A [`Client`] knows one cluster. It makes topics, [`Publisher`]s and [`Subscriber`]s. None of them is asynchronous: calls move
-//! bytes themselves, and say how long they may wait.
+//! A [`Client`] knows one cluster. It creates topics, [`Publisher`]s and [`Subscriber`]s. No call is asynchronous: calls
+//! move bytes themselves, and those that wait have a time-out.
 //!
 //! # Publish
 //!
@@ -68,6 +68,16 @@ mod nic;
 mod publisher;
 mod subscriber;
 mod views;
+
+/// Compiles the programs of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;
+
+/// Compiles the programs of the first pages.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/start/first-program.md")]
+struct FirstProgram;
 
 pub use batching::{BatchSizer, BufferState, SealStats};
 pub use client::Client;

@@ -1,4 +1,4 @@
-//! The RDMA device that a client's configuration asks for.
+//! Choice of the RDMA device that a client's configuration asks for.
 
 use crate::config::ClientConfig;
 use crate::error::ClientError;
@@ -8,11 +8,11 @@ use embarcadero_verbs::{Context, VerbsError};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 
-/// Bytes of a batch that is sent out of the core's own cache, where it was filled, while the next one is: larger ones spare a
-/// NIC in software nothing, as it takes its time for each packet (docs/performance.md).
+/// Largest batch that is still in the core's own cache when it is sent, bytes. Larger batches save a NIC in software
+/// nothing, as its costs are per packet (`docs/performance/lab-notes/2026-11-26-software-nics.md`).
 const CACHED_BATCH: usize = 128 << 10;
 
-/// Upper bound of batches under load, bytes; `None` where the transport sets none.
+/// Upper bound of batch sizes under load, bytes; `None` where the transport sets none.
 pub(crate) fn loaded_batch_bytes(transport: TransportKind) -> Option<usize> {
     match transport {
         TransportKind::Roce | TransportKind::Dpdk => Some(CACHED_BATCH),
@@ -20,7 +20,7 @@ pub(crate) fn loaded_batch_bytes(transport: TransportKind) -> Option<usize> {
     }
 }
 
-/// Opens the first of the configured devices that can be used; with `roce` and `dpdk` this process is the device.
+/// Opens the first of the configured devices that can be used. With `roce` and `dpdk` this process is the device.
 pub(crate) fn open(config: &ClientConfig) -> Result<Arc<RdmaClient>, ClientError> {
     let unusable =
         |source: VerbsError| ClientError::Device { transport: config.transport.name(), source: Arc::new(source) };
@@ -39,7 +39,7 @@ pub(crate) fn open(config: &ClientConfig) -> Result<Arc<RdmaClient>, ClientError
     RdmaClient::new((context, port)).map_err(|error| unusable(failed(error)))
 }
 
-/// The address of this host from which it reaches one of the endpoints.
+/// Address of this host from which it reaches one of the endpoints.
 fn address_towards(endpoints: &[String]) -> Option<IpAddr> {
     let towards = |to: SocketAddr| {
         // Nothing is sent: connecting only chooses a route.

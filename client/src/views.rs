@@ -1,4 +1,4 @@
-//! Brokers, topics and streams as clients see them.
+//! Cluster, brokers, topics and streams as clients see them.
 
 use crate::error::ClientError;
 use embarcadero_control::v1 as proto;
@@ -6,18 +6,18 @@ use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
 use serde::Serialize;
 use std::net::SocketAddr;
 
-/// How a topic is made.
+/// Options of a new topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TopicOptions {
-    /// Order that it promises.
+    /// Order that the topic promises.
     pub order: Order,
     /// Highest acknowledgement level that publishers may ask for.
     pub ack_level: u8,
-    /// Copies including the one in CXL.
+    /// Number of copies of each batch, the one in CXL memory included.
     pub replication_factor: u8,
-    /// Bytes kept; 0 keeps everything until the pool is full.
+    /// Bytes that are kept; 0 keeps everything until the pool is full.
     pub retention_bytes: u64,
-    /// Milliseconds kept; 0 keeps everything.
+    /// Age to which messages are kept, milliseconds; 0 keeps everything.
     pub retention_ms: u64,
 }
 
@@ -27,71 +27,71 @@ impl Default for TopicOptions {
     }
 }
 
-/// A broker as clients see it.
+/// Broker as clients see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct BrokerView {
-    /// Id.
+    /// Id of the broker.
     pub id: BrokerId,
-    /// Process under that id.
+    /// Number of the process under that id.
     pub incarnation: Incarnation,
-    /// Data plane.
+    /// Address of the data plane.
     pub data: SocketAddr,
-    /// Control service.
+    /// Endpoint of the control service, `host:port`.
     pub control: String,
-    /// True for the broker that orders.
+    /// True for the leader, the broker that orders.
     pub leader: bool,
 }
 
-/// A topic as clients see it.
+/// Topic as clients see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TopicView {
-    /// Slot.
+    /// Slot of the topic in the region's table.
     pub id: TopicId,
     /// Incarnation of the slot.
     pub incarnation: Incarnation,
-    /// Name.
+    /// Name of the topic.
     pub name: String,
-    /// Order.
+    /// Order that the topic promises.
     pub order: Order,
-    /// Highest acknowledgement level.
+    /// Highest acknowledgement level that publishers may ask for.
     pub ack_level: u32,
-    /// Copies.
+    /// Number of copies of each batch, the one in CXL memory included.
     pub replication_factor: u32,
-    /// Bytes kept.
+    /// Bytes that are kept; 0 keeps everything until the pool is full.
     pub retention_bytes: u64,
-    /// Milliseconds kept.
+    /// Age to which messages are kept, milliseconds; 0 keeps everything.
     pub retention_ms: u64,
 }
 
-/// A stream of a topic.
+/// Stream of a topic as clients see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct StreamView {
     /// Broker whose order it is; `None` for the global one.
     pub broker: Option<BrokerId>,
-    /// First offset kept.
+    /// First offset that is kept.
     pub earliest_offset: u64,
-    /// Offset after the last.
+    /// Offset after the last message.
     pub next_offset: u64,
-    /// Batches kept.
+    /// Number of batches that are kept.
     pub batches: u64,
 }
 
-/// The cluster.
+/// Cluster as clients see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct ClusterView {
-    /// Region.
+    /// UUID of the region.
     pub region_uuid: String,
-    /// Live brokers.
+    /// Brokers that are alive.
     pub brokers: Vec<BrokerView>,
-    /// Topics.
+    /// Topics of the cluster.
     pub topics: Vec<TopicView>,
-    /// Bytes of a segment.
+    /// Size of a segment, bytes.
     pub segment_bytes: u64,
-    /// Segments of the pool.
+    /// Number of segments in the pool.
     pub segments_total: u64,
-    /// Of them, free.
+    /// Number of segments in the pool that are free.
     pub segments_free: u64,
-    /// Who elects the leader, and whether it can, in words.
+    /// Means by which the leader is elected, and whether it works now, in words.
     pub membership: String,
 }
 

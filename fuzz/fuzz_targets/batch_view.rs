@@ -1,4 +1,4 @@
-//! Any header over any body yields messages that lie within the body, or an error.
+//! Fuzzes the batch parser: any header with any body yields messages that lie within the body, or an error.
 #![no_main]
 
 use embarcadero_wire::BatchHeader;

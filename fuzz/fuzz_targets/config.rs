@@ -1,4 +1,4 @@
-//! Any text is a configuration or an error.
+//! Fuzzes configurations: any text is a valid configuration or an error, never a panic.
 #![no_main]
 
 use embarcadero_broker::BrokerConfig;

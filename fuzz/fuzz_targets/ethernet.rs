@@ -1,4 +1,4 @@
-//! Any frames from a network are packets, questions, answers, or nothing, and no frame of another VLAN is ours.
+//! Fuzzes the Ethernet station: no sequence of frames makes it panic, or accept or answer a frame of another VLAN.
 #![no_main]
 
 use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
@@ -14,7 +14,7 @@ fuzz_target!(|bytes: &[u8]| {
     for ((address, prefix_length), vlan) in addresses.into_iter().flat_map(|at| [(at, None), (at, Some(7))]) {
         let place = Place { mac: MAC, address, prefix_length, gateway: None, vlan };
         let mut station = Station::new(place, Arc::<Neighbours>::default());
-        // Pieces of the input are frames, one with a tag that its port took out.
+        // Each piece of the input is a frame. For some the port has removed the VLAN tag, and passes it beside the frame.
         for (now, piece) in (0..).step_by(5_000_000).zip(bytes.chunks(96)) {
             let frame = with_checksum(piece);
             let stripped = frame.last().filter(|last| **last >= 0xf0).map(|last| u16::from(*last & 7));
@@ -30,7 +30,7 @@ fuzz_target!(|bytes: &[u8]| {
                     assert_eq!(tag.map_or(0, |tag| tag & 0xfff), vlan.unwrap_or(0));
                     assert_eq!(answer[6..12], MAC);
                     assert!(answer.len() <= 18 + 40 + 32, "an answer is no longer than its question");
-                    // What we say is sound to another of us.
+                    // Another station must be able to take the answer.
                     let far = Place { mac: [2, 0, 0, 0, 0, 2], ..place };
                     let _ = Station::new(far, Arc::<Neighbours>::default()).take(&answer, None);
                 }
@@ -50,7 +50,7 @@ fuzz_target!(|bytes: &[u8]| {
     }
 });
 
-/// The frame, with the right checksum if it looks like neighbour discovery, which would keep the fuzzer out.
+/// Frame with a correct checksum if it looks like neighbour discovery. The fuzzer would not find that checksum.
 fn with_checksum(piece: &[u8]) -> Vec<u8> {
     let mut frame = piece.to_vec();
     let at = if frame.get(12..14) == Some(&[0x81, 0]) { 18 } else { 14 };

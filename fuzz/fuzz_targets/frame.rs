@@ -1,4 +1,4 @@
-//! Any 64 bytes, also with a valid prefix and checksum, decode to a frame or fail.
+//! Fuzzes the frame decoder: any 64 bytes are a frame or an error, also with a valid prefix and checksum.
 #![no_main]
 
 use embarcadero_wire::{FRAME_BYTES, FRAME_MAGIC, Frame, WIRE_VERSION, crc32c};

@@ -1,4 +1,4 @@
-//! Any bytes in a replica file are read or refused, and what is read lies within them.
+//! Fuzzes replica files: any bytes are refused, or all batches found in them can be read and lie within the file.
 #![no_main]
 
 use embarcadero_broker::replica::format::{BLOCK, Identity, check_group};

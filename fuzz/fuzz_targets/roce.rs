@@ -1,4 +1,4 @@
-//! Any bytes from a network are a packet or are not, and no packet gets a queue pair to write outside its window or to panic.
+//! Fuzzes a queue pair: no sequence of packets makes it panic or write outside the window of its peer.
 #![no_main]
 
 use embarcadero_roce::packet::{Reth, SCRATCH_BYTES, decode};
@@ -7,7 +7,7 @@ use embarcadero_roce::{Access, Attributes, Memory, NoAccess, Operation, PathMtu,
 use libfuzzer_sys::fuzz_target;
 use std::net::IpAddr;
 
-/// Peers may use addresses 256 to 767 with key 0.
+/// Memory of which peers may read and write bytes 256 to 767, with key 0.
 struct Window([u8; 1024]);
 
 impl Memory for Window {
@@ -22,9 +22,9 @@ impl Memory for Window {
         Ok(())
     }
 
-    fn read(&self, queue_pair: u32, rkey: u32, address: u64, bytes: u32, into: &mut Vec<u8>) -> Result<(), NoAccess> {
-        self.check(queue_pair, Reth { address, rkey, bytes }, Access::Read)?;
-        into.extend_from_slice(&self.0[address as usize..][..bytes as usize]);
+    fn read(&self, queue_pair: u32, remote: Reth, into: &mut Vec<u8>) -> Result<(), NoAccess> {
+        self.check(queue_pair, remote, Access::Read)?;
+        into.extend_from_slice(&self.0[remote.address as usize..][..remote.bytes as usize]);
         Ok(())
     }
 }
@@ -33,7 +33,7 @@ const NOBODY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = decode(&mut bytes.to_vec());
-    // The checksum would keep the fuzzer out: each piece of the input is put into a packet that has a right one.
+    // The fuzzer would not find the checksum: each piece of the input becomes a packet with a correct one.
     let attributes = Attributes {
         local: NOBODY,
         peer: NOBODY,
@@ -81,9 +81,9 @@ mod packet {
     use embarcadero_roce::packet::{Aeth, Ecn, Opcode, Packet, Reth, Syndrome};
     use embarcadero_roce::psn::Psn;
 
-    /// A packet of the peer, as bytes say.
+    /// Packet from the peer with the header fields that `bytes` encode; none if the opcode is unknown.
     pub fn of<'a>(bytes: &[u8; 24], payload: &'a [u8]) -> Option<Packet<'a>> {
-        let opcode = Opcode::of(bytes[0])?;
+        let opcode = Opcode::from_code(bytes[0])?;
         let syndromes =
             [Syndrome::Done(31), Syndrome::NotReady(1), Syndrome::Sequence, Syndrome::Access, Syndrome::InvalidRequest];
         let word = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);

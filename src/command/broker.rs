@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Time between two looks for signals.
+/// Time between two checks for signals.
 const SIGNAL_PERIOD: Duration = Duration::from_millis(20);
 
 #[derive(Args)]
@@ -20,19 +20,19 @@ pub struct BrokerArgs {
     /// Broker configuration file (YAML).
     #[arg(long, short)]
     config: Option<PathBuf>,
-    /// Region (cxl.path).
+    /// Path of the region (cxl.path).
     #[arg(long)]
     region: Option<PathBuf>,
     /// Broker id, 0 to 31; the first free one if not given.
     #[arg(long)]
     id: Option<u32>,
-    /// Data plane address; port 0 takes a free one.
+    /// Address of the data plane, host:port; port 0 takes a free one.
     #[arg(long)]
     data: Option<SocketAddr>,
-    /// Data plane address that clients are told.
+    /// Address that clients connect to for the data plane, if it differs from --data.
     #[arg(long)]
     advertise: Option<SocketAddr>,
-    /// Control service address; port 0 takes a free one.
+    /// Address of the control service, host:port; port 0 takes a free one.
     #[arg(long)]
     control: Option<SocketAddr>,
 }

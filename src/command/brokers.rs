@@ -5,12 +5,12 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-/// Those that the leader takes for alive, and who elects the leader.
+/// List the brokers that the leader considers live, and say how the leader is elected.
 #[derive(Args)]
 pub struct BrokersArgs {
     #[command(flatten)]
     connect: Connect,
-    /// As JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
@@ -22,7 +22,7 @@ pub fn run(args: &BrokersArgs) -> Result<()> {
         return Ok(());
     }
     for broker in cluster.brokers {
-        let leader = if broker.leader { "\thead" } else { "" };
+        let leader = if broker.leader { "\tleader" } else { "" };
         println!("{}\tdata {}\tcontrol {}{leader}", broker.id, broker.data, broker.control);
     }
     println!("membership: {}", cluster.membership);

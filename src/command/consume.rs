@@ -9,14 +9,14 @@ use std::time::Duration;
 
 #[derive(Args)]
 pub struct ConsumeArgs {
-    /// Topic.
+    /// Name of the topic.
     topic: String,
     #[command(flatten)]
     connect: Connect,
-    /// Where to start: an offset, `earliest`, `latest`, or `@` and microseconds since 1970.
+    /// Where to start: an offset, earliest, latest, or @ and a time in microseconds since 1970.
     #[arg(long, default_value = "earliest", value_parser = parse_start)]
     from: Start,
-    /// Go on when all that is there was read.
+    /// Wait for more messages when all have been read.
     #[arg(long, short = 'F')]
     follow: bool,
     /// Stop after this many messages.
@@ -25,7 +25,7 @@ pub struct ConsumeArgs {
     /// Write a 4-byte little-endian length before each message instead of a newline after it.
     #[arg(long)]
     length_prefixed: bool,
-    /// Write the offset and a tab before each message.
+    /// Write the message's offset and a tab before each message.
     #[arg(long)]
     offsets: bool,
 }
@@ -94,14 +94,14 @@ pub fn run(args: &ConsumeArgs) -> Result<()> {
         while output.left > 0 && result.is_ok() {
             match subscriber.next_batch(Duration::from_millis(200))? {
                 Some(batch) => result = output.batch(&batch),
-                // A reader of the pipe sees what there is.
+                // While no messages come, a reader of the pipe must see all earlier ones.
                 None => result = output.writer.flush(),
             }
         }
     }
     match result.and_then(|()| output.writer.flush()) {
         Ok(()) => Ok(()),
-        // The reader of the pipe has enough.
+        // The reader of the pipe has closed it, as `head` does.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         Err(error) => bail!("cannot write: {error}"),
     }

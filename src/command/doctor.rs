@@ -1,4 +1,4 @@
-//! `embarcadero doctor`: what this host offers, and what it lacks.
+//! `embarcadero doctor`: reports what this host has, what it lacks, and how to get it.
 
 mod measure;
 
@@ -12,18 +12,18 @@ use std::path::{Path, PathBuf};
 
 #[derive(Args)]
 pub struct DoctorArgs {
-    /// Report as JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Measure memory too, and what flushes, pauses and the clock cost.
+    /// Also measure memory, and the time of a flush, a pause and a reading of the clock.
     #[arg(long)]
     measure: bool,
-    /// Region to measure beside DRAM; it may be in use, nothing is changed.
+    /// Path of a region to measure as well. It may be in use; it is only read.
     #[arg(long, requires = "measure")]
     region: Option<PathBuf>,
 }
 
-/// `doctor --json`, as docs/hardware.md describes it.
+/// Output of `doctor --json`, which docs/operating/hardware.md describes.
 #[derive(Serialize)]
 struct Report {
     findings: Vec<Finding>,
@@ -35,7 +35,7 @@ struct Finding {
     name: &'static str,
     ready: bool,
     found: String,
-    /// What to do about it, or what follows.
+    /// Remedy, or the consequence if there is none; empty if `ready`.
     advice: String,
 }
 
@@ -62,7 +62,7 @@ fn memlock() -> Finding {
     let limits = read("/proc/self/limits").unwrap_or_default();
     let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap_or_default();
     let soft = line.split_whitespace().nth(3).unwrap_or("unknown");
-    let advice = "RDMA registers the whole region: hw-setup/rdma apply, and log in again; hw-setup/services makes units that may";
+    let advice = "RDMA locks the whole region in memory: hw-setup/rdma apply, and log in again; for systemd: hw-setup/services apply";
     finding("memlock", soft == "unlimited", soft, advice)
 }
 
@@ -102,7 +102,7 @@ fn rdma_devices() -> Finding {
     }
 }
 
-/// Whether `transport: roce` would work: it is tried.
+/// Tries to open a NIC in software, as `transport: roce` does.
 fn nic_in_software() -> Finding {
     const NAME: &str = "NIC in software (transport: roce)";
     let opened = Context::software(None).and_then(|(context, port)| {
@@ -111,14 +111,24 @@ fn nic_in_software() -> Finding {
     });
     match opened {
         Ok(found) => finding(NAME, true, found, ""),
-        Err(error) => finding(NAME, false, error.to_string(), "CAP_NET_RAW: hw-setup/services apply --transport roce"),
+        Err(error) => finding(
+            NAME,
+            false,
+            error.to_string(),
+            "run as root or with CAP_NET_RAW; for systemd: hw-setup/services apply --transport roce",
+        ),
     }
 }
 
 fn dpdk() -> Finding {
     let version = dpdk_version();
-    let found = version.clone().unwrap_or_else(|| "this build has none".to_owned());
-    finding("DPDK", version.is_some(), found, "optional: hw-setup/deps apply, and build with --features dpdk")
+    let found = version.clone().unwrap_or_else(|| "not in this build".to_owned());
+    finding(
+        "DPDK",
+        version.is_some(),
+        found,
+        "optional: hw-setup/deps apply --purpose dpdk, and build with --features dpdk",
+    )
 }
 
 fn findings() -> Vec<Finding> {
@@ -137,19 +147,19 @@ fn findings() -> Vec<Finding> {
             "cores",
             cores >= 4,
             cores.to_string(),
-            "with fewer than 4 cores all stages run to completion in one thread a broker, and threads do not spin",
+            "with fewer than 4 cores a broker runs all its stages in one thread, and threads do not spin",
         ),
         finding(
             "flush instructions",
             flush.best().is_some(),
             flush.names(),
-            "only cxl.coherence: host or fabric will work",
+            "use cxl.coherence: host or fabric; without flushes hosts without coherent memory cannot share a region",
         ),
         finding(
             "shared memory",
             Path::new("/dev/shm").is_dir(),
             "/dev/shm",
-            "mount a tmpfs on /dev/shm, or give --path",
+            "mount a tmpfs on /dev/shm, or create regions elsewhere with --path",
         ),
         finding(
             "transparent huge pages on tmpfs",
@@ -161,14 +171,14 @@ fn findings() -> Vec<Finding> {
             "hugetlb pages",
             hugepages != "0",
             hugepages,
-            "for regions on hugetlbfs, and for DPDK: hw-setup/hugepages apply",
+            "optional, for regions on hugetlbfs and for DPDK: hw-setup/hugepages apply",
         ),
         memlock(),
         finding(
             "dax devices",
             !dax.is_empty(),
             list(&dax),
-            "regions lie on tmpfs, which emulates them; with a CXL device: hw-setup/cxl apply",
+            "regions on tmpfs work without one; with a CXL device: hw-setup/cxl apply",
         ),
         rdma_devices(),
         nic_in_software(),
@@ -176,7 +186,7 @@ fn findings() -> Vec<Finding> {
             "native libraries at build time",
             !libraries.contains("not found"),
             libraries,
-            "hw-setup/deps apply installs them",
+            "verbs needs libibverbs and librdmacm, dpdk needs libdpdk: hw-setup/deps apply --purpose dpdk, and build again",
         ),
         dpdk(),
     ]

@@ -1,6 +1,6 @@
-//! The commands, one file each, and what they share.
+//! Commands, one file each; logging and exit codes of all of them.
 
-#![allow(missing_docs)] // the help of a command documents its arguments; `run` runs it
+#![allow(missing_docs)] // clap uses these comments as help; each `run` runs its command
 
 pub mod bench;
 pub mod broker;
@@ -16,7 +16,7 @@ pub mod verify;
 
 use std::process::ExitCode;
 
-/// Writes the log to standard error, at level debug if `verbose`; `RUST_LOG` says otherwise.
+/// Starts logging to standard error at level info, or debug if `verbose`. `RUST_LOG` overrides the level.
 pub fn log(verbose: bool) {
     let level = if verbose { "debug" } else { "info" };
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
@@ -29,13 +29,13 @@ pub fn log(verbose: bool) {
         .init();
 }
 
-/// The exit code of a command's result; an error is said on standard error.
+/// Exit code for the result of a command. Prints an error to standard error.
 pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let mut text = error.to_string();
-            // Many an error's own text ends with its cause.
+            // The text of many errors already ends with their cause.
             for cause in error.chain().skip(1).map(ToString::to_string) {
                 if !text.contains(&cause) {
                     text = format!("{text}: {cause}");

@@ -11,33 +11,33 @@ use std::io::{BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Longest record that is read, bytes: a damaged length must not take all memory.
+/// Length limit of a record in bytes, so that a damaged length does not take all memory.
 const MAX_RECORD_BYTES: u32 = 64 << 20;
 
 #[derive(Args)]
 pub struct ProduceArgs {
-    /// Topic.
+    /// Name of the topic.
     topic: String,
     #[command(flatten)]
     connect: Connect,
     /// File to read; standard input if not given.
     #[arg(long, short)]
     file: Option<PathBuf>,
-    /// Publishers; with a file of lines, each takes one contiguous part of it.
+    /// Number of publishers, 1 to 256. Each publishes one contiguous part of the file's lines.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     publishers: u16,
-    /// Records with a 4-byte little-endian length before each, instead of lines.
+    /// Read records with a 4-byte little-endian length before each, instead of lines.
     #[arg(long)]
     length_prefixed: bool,
-    /// Acknowledgement level.
+    /// Acknowledgement level: 0 none, 1 ordered and visible, 2 durable on replicas' disks.
     #[arg(long)]
     ack: Option<u8>,
-    /// Report as JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// Reads the next message into `message`; false at the end. Lines lose their newline.
+/// Reads the next message into `message`, a line without its newline or a record; false at the end of the input.
 fn next_message(input: &mut impl BufRead, length_prefixed: bool, message: &mut Vec<u8>) -> Result<bool> {
     message.clear();
     if !length_prefixed {
@@ -63,7 +63,7 @@ fn next_message(input: &mut impl BufRead, length_prefixed: bool, message: &mut V
     Ok(true)
 }
 
-/// Byte ranges of about equal size that begin and end at line starts.
+/// Splits a file into byte ranges of about equal size that begin at the start of a line.
 fn split_lines(path: &Path, parts: u64) -> Result<Vec<(u64, u64)>> {
     let mut file = BufReader::new(File::open(path).with_context(|| format!("cannot open {}", path.display()))?);
     let bytes = file.get_ref().metadata()?.len();

@@ -8,34 +8,34 @@ use serde_json::json;
 
 #[derive(Args)]
 pub struct Name {
-    /// Topic.
+    /// Name of the topic.
     name: String,
     #[command(flatten)]
     connect: Connect,
-    /// As JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
 #[derive(Subcommand)]
 pub enum TopicCommand {
-    /// Make a topic.
+    /// Create a topic.
     Create {
         #[command(flatten)]
         name: Name,
-        /// none, broker, total or strong.
+        /// Order: none, broker, total or strong.
         #[arg(long, default_value = "strong")]
         order: Order,
-        /// Highest acknowledgement level: 0 none, 1 ordered and visible.
+        /// Highest acknowledgement level: 0 none, 1 ordered and visible, 2 durable on replicas' disks.
         #[arg(long, default_value_t = 1)]
         ack: u8,
-        /// Copies including the one in CXL.
+        /// Number of copies, including the one in CXL memory.
         #[arg(long, default_value_t = 1)]
         replication_factor: u8,
-        /// Bytes kept; 0 keeps everything.
+        /// Size of the newest messages that are kept; 0 keeps all.
         #[arg(long, value_parser = parse_bytes, default_value = "0")]
         retention_bytes: u64,
-        /// Milliseconds kept; 0 keeps everything.
+        /// Time for which messages are kept, in milliseconds; 0 keeps all.
         #[arg(long, default_value_t = 0)]
         retention_ms: u64,
     },
@@ -43,13 +43,13 @@ pub enum TopicCommand {
     List {
         #[command(flatten)]
         connect: Connect,
-        /// As JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
     /// Show a topic and its streams.
     Describe(Name),
-    /// Delete a topic and everything in it.
+    /// Delete a topic and all its messages.
     Delete(Name),
 }
 

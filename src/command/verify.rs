@@ -1,4 +1,4 @@
-//! `embarcadero verify`: reads a topic and checks what it promises.
+//! `embarcadero verify`: reads a topic and checks the guarantees of its order.
 
 use crate::settings::Connect;
 use anyhow::{Result, bail};
@@ -9,21 +9,21 @@ use std::collections::{BTreeMap, BTreeSet};
 
 #[derive(Args)]
 pub struct VerifyArgs {
-    /// Topic.
+    /// Name of the topic.
     topic: String,
     #[command(flatten)]
     connect: Connect,
-    /// Report as JSON.
+    /// Print JSON.
     #[arg(long)]
     json: bool,
 }
 
-/// What was seen of one session.
+/// Sequence numbers read of one session.
 #[derive(Default)]
 struct SessionSeen {
-    /// Sequence that is due next (strong order).
+    /// Sequence number that must come next (strong order).
     due: Option<u64>,
-    /// All sequences (other orders).
+    /// All sequence numbers so far (other orders).
     sequences: BTreeSet<u64>,
 }
 

@@ -1,4 +1,4 @@
-//! Binds the DPDK of the host that builds.
+//! Build script: binds the DPDK of the host that builds.
 
 use sys_bindings::{Library, Missing};
 

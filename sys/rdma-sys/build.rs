@@ -1,4 +1,4 @@
-//! Binds the rdma-core of the host that builds, if there is one.
+//! Build script: binds the rdma-core of the host that builds, if there is one.
 
 use sys_bindings::{Library, Missing};
 

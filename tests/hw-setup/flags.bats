@@ -1,6 +1,6 @@
 #!/usr/bin/env bats
-# The set-up scripts on any host, without root and without hardware: flags, refusals, what --dry-run prints, what undo does
-# after a change that failed.
+# Tests of the set-up scripts on any host, without root and without hardware: options, errors, the output of --dry-run, and undo
+# after a failed change.
 
 bats_require_minimum_version 1.5.0
 
@@ -10,20 +10,20 @@ setup() {
     unset interface name mtu
 }
 
-# A script of three changes, of which the second fails if the file `fail` is there.
+# A script with three changes, of which the second fails if the file `fail` exists.
 toy() {
     mkdir -p "$BATS_TEST_TMPDIR/toy"
     cp hw-setup/lib.sh "$BATS_TEST_TMPDIR/toy/lib.sh"
-    # The scripts want root; this one touches its own directory only.
+    # The scripts need root; this one pretends, because it changes only its own directory.
     cat >"$BATS_TEST_TMPDIR/toy/toy" <<END
 #!/usr/bin/env bash
 set -euo pipefail
 . "$BATS_TEST_TMPDIR/toy/lib.sh"
 id() { echo 0; }
 here=$BATS_TEST_TMPDIR/toy
-look() { finding "files" "\$(is test -e "\$here/c")" "a \"quoted\" thing" "hw-setup/toy apply"; }
+check() { finding "files" "\$(is test -e "\$here/c")" "a \"quoted\" thing" "hw-setup/toy apply"; }
 step() { [ ! -e "\$here/fail" ] && touch "\$here/b"; }
-mend() {
+apply() {
     [ -e "\$here/a" ] || change "rm \$here/a" touch "\$here/a"
     [ -e "\$here/b" ] || change "rm \$here/b" step
     [ -e "\$here/c" ] || change "rm \$here/c" touch "\$here/c"
@@ -34,7 +34,7 @@ END
     toy=$BATS_TEST_TMPDIR/toy/toy
 }
 
-@test "each script explains itself, and refuses what it does not know" {
+@test "each script has --help, and refuses unknown verbs and options" {
     for script in deps soft-roce rdma hugepages cxl dpdk tune services; do
         run -0 "hw-setup/$script" --help
         [[ $output == *"usage: hw-setup/$script"*"--dry-run"* ]]
@@ -58,7 +58,7 @@ END
     run -1 hw-setup/soft-roce check --interface nosuch0
     [[ $output == *"there is no interface nosuch0"* ]]
     run -1 hw-setup/deps check --purpose fun
-    [[ $output == *"it must be one of: build lab"* ]]
+    [[ $output == *"it must be one of: basic build dpdk test lab compare"* ]]
     run -1 hw-setup/rdma check --device nosuch0
     [[ $output == *"there is no RDMA device nosuch0"* ]]
     run -1 hw-setup/dpdk check --device 0000:ff:1f.7
@@ -73,7 +73,7 @@ END
     run -1 hw-setup/all mend --profile laptop
 }
 
-# A network namespace with a veth pair, which goes with the command.
+# Runs a command in a network namespace with a veth pair. Both end with the command.
 with_veth() {
     unshare --net --mount -- bash -ec 'ip link add veth0 type veth peer name veth1
         ip link set veth0 up; ip link set veth1 up; ip address add 10.9.9.1/24 dev veth0
@@ -94,7 +94,7 @@ with_veth() {
     }
 }
 
-@test "all: one summary, and the exit code of the worst" {
+@test "all: one summary, and exit code 1 if any step is not ready" {
     run hw-setup/all check --profile laptop
     [[ $output == *"laptop, check:"*"ok   deps"* ]]
     run -0 hw-setup/all apply --profile cxl --dry-run
@@ -151,18 +151,18 @@ for finding in json.load(sys.stdin):
     [[ $output == *"nothing to undo"* ]]
 }
 
-@test "after a change that failed, undo takes back what went before it" {
+@test "after a failed change, undo reverts the changes before it" {
     toy
     touch "$BATS_TEST_TMPDIR/toy/fail"
     run -1 "$toy" apply
-    [[ $output == *"step failed; hw-setup/toy undo takes back what went before"* ]]
+    [[ $output == *"step failed; hw-setup/toy undo reverts the changes before it"* ]]
     [ -e "$BATS_TEST_TMPDIR/toy/a" ]
     run -0 "$toy" undo
     [ ! -e "$BATS_TEST_TMPDIR/toy/a" ]
     [[ $output != *"rm $BATS_TEST_TMPDIR/toy/b"* ]]
 }
 
-@test "an undo that fails in part goes on, and says so" {
+@test "an undo that fails in part goes on and reports it" {
     toy
     run -0 "$toy" apply
     rm "$BATS_TEST_TMPDIR/toy/b"

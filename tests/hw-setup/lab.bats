@@ -1,16 +1,16 @@
 #!/usr/bin/env bats
-# The set-up scripts for real, in a bare guest: scripts/lab run --bare --cxl 512M -- bats tests/hw-setup/lab.bats
-# Each goes from not ready to ready and back.
+# Tests of the set-up scripts with real changes, in a bare guest: scripts/lab run --bare --cxl 512M -- bats tests/hw-setup/lab.bats
+# Each script goes from not ready to ready and back.
 
 bats_require_minimum_version 1.5.0
 
 setup() {
     cd "$BATS_TEST_DIRNAME/../.." || exit
-    [ "${LAB_BARE:-}" = yes ] || { echo "this changes the host: run it in scripts/lab run --bare"; return 1; }
+    [ "${LAB_BARE:-}" = yes ] || { echo "these tests change the host: run them in scripts/lab run --bare"; return 1; }
     export EMBARCADERO_STATE=/run/embarcadero
 }
 
-# there_and_back SCRIPT OPTIONS...
+# there_and_back SCRIPT OPTIONS...: checks that `apply` makes the host ready, and that `undo` reverts it.
 there_and_back() {
     local script=hw-setup/$1
     shift
@@ -23,7 +23,7 @@ there_and_back() {
     run -1 "$script" check "$@"
 }
 
-@test "deps: all is there" {
+@test "deps: everything is installed" {
     run -0 hw-setup/deps check --purpose lab
 }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/python3
 """Publishes one batch over verbs, with none of the project's code: pyverbs (python3-pyverbs), grpcio (python3-grpcio).
 
-Written from docs/protocol.md.   pyverbs_publish.py CONTROL TOPIC MESSAGE...
+Written from docs/reference/protocol.md.   pyverbs_publish.py CONTROL TOPIC MESSAGE...
 Prints the offset of the first message, as the acknowledgement names it.
 """
 

@@ -1,7 +1,7 @@
 //! Promise: over ports of DPDK the log is the same log.
 //!
-//! Virtual devices only: memif between two processes, AF_PACKET and AF_XDP on a wire between two network namespaces. No huge
-//! pages; root. `scripts/test` builds with feature `dpdk`.
+//! The devices are virtual: memif between two processes, AF_PACKET and AF_XDP on a wire between two network namespaces.
+//! They need root, but no huge pages. `scripts/test` builds with feature `dpdk`.
 
 use crate::support::verbs::{REGION, shell, strong};
 use crate::support::wire::{Faults, Wire, alone};
@@ -12,36 +12,37 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// Addresses of the ports, which the kernel does not know of.
+/// Address of the broker's port, which the kernel does not know.
 const BROKER: &str = "10.78.0.1";
+/// Address of the client's port, which the kernel does not know.
 const CLIENT: &str = "10.78.0.2";
 
-/// Of the broker's sockets.
+/// Address of the broker's sockets.
 const CONTROL: &str = "10.79.0.1";
 
 /// Settings of a port besides its address.
 type Settings<'a> = [(&'a str, &'a str)];
 
-/// Arguments of DPDK for one virtual device and no other, as the environment says them.
+/// Arguments of DPDK for one virtual device and no other, as a value of an environment variable.
 fn eal(device: &str) -> String {
     format!(r#"["--no-huge", "--no-shconf", "--no-pci", "--no-telemetry", "-m", "256", "--vdev={device}"]"#)
 }
 
-/// The environment of a program (`BROKER`, `CLIENT`) at a port.
+/// Environment of a program (`BROKER`, `CLIENT`) at a port.
 fn environment(program: &str, address: &str, port: &Settings) -> Vec<(String, String)> {
     let of_port = [("ADDRESS", address)].into_iter().chain(port.iter().copied());
     let of_port = of_port.map(|(key, value)| (format!("EMBARCADERO_{program}_DPDK__{key}"), value.to_owned()));
     of_port.chain([(format!("EMBARCADERO_{program}_TRANSPORT"), "dpdk".to_owned())]).collect()
 }
 
-/// Brokers, at a port if there are any.
+/// Starts brokers at a port. More than one would need more ports.
 fn brokers(count: u32, address: &str, port: &Settings) -> Cluster {
     let environment = environment("BROKER", address, port);
     let environment: Vec<_> = environment.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
     Cluster::start(count, REGION, &environment)
 }
 
-/// A client's command at a port.
+/// Command of a client at a port.
 fn command(cluster: &Cluster, port: &Settings, arguments: &[&str]) -> Command {
     let mut command = cluster.command(arguments);
     command
@@ -51,10 +52,10 @@ fn command(cluster: &Cluster, port: &Settings, arguments: &[&str]) -> Command {
     command
 }
 
-/// Publishes what comes on its standard input.
+/// Arguments of a client that publishes messages from its standard input.
 const PRODUCE: [&str; 3] = ["produce", "t", "--length-prefixed"];
 
-/// Hands messages of `publisher` to a process that publishes them. False once it is gone.
+/// Hands messages of `publisher` to a process that publishes them; false if the process is gone.
 fn feed(process: &mut impl Write, publisher: u32, mut numbers: Range<u64>) -> bool {
     numbers.all(|number| {
         let message = message(publisher, number);
@@ -70,7 +71,7 @@ fn produce(mut command: Command, publisher: u32, count: u64) -> Child {
     child
 }
 
-/// What clients' commands publish is delivered to them, and is what TCP delivers.
+/// Publishes with one client's command, verifies with another, and compares with TCP.
 fn order_and_integrity(cluster: &Cluster, command: impl Fn(&[&str]) -> Command, count: u64) {
     let tcp = cluster.client();
     tcp.create_topic("t", strong()).unwrap();
@@ -79,7 +80,7 @@ fn order_and_integrity(cluster: &Cluster, command: impl Fn(&[&str]) -> Command, 
     assert_exactly_once(&history(&tcp, "t")[&0], count);
 }
 
-/// Both ends of a shared-memory link, by role.
+/// Arguments of DPDK for both ends of a shared-memory link: server, client.
 fn memif(directory: &tempfile::TempDir) -> [String; 2] {
     let socket = directory.path().join("memif");
     ["server", "client"]
@@ -112,7 +113,7 @@ fn a_client_that_is_killed_disturbs_nobody() {
     assert_exactly_once(&seen[&1], 5000);
 }
 
-/// Runs are brokers of their own: the client's port, which stays, finds each.
+/// Each run has its own broker. The client's port stays, and finds each of them.
 #[test]
 fn a_port_outlives_its_peer() {
     let arguments = ["bench", "publish", "--transport", "dpdk", "--runs", "3", "--seconds", "0.2", "--json"];
@@ -124,7 +125,8 @@ fn a_port_outlives_its_peer() {
     assert!(goodput.sum::<f64>() > 0.0, "{said}");
 }
 
-/// A broker at a port on the near one of two hosts. The device takes all that comes on its interface: sockets have another.
+/// Starts a broker at a port on the near one of two hosts. The device takes all frames of its interface, so sockets have
+/// another one.
 fn broker_on(wire: &Wire, address: &str, port: &Settings) -> Cluster {
     let mut cluster = brokers(0, address, port);
     let (near, far) = (wire.namespace("near"), wire.namespace("far"));
@@ -141,7 +143,7 @@ fn broker_on(wire: &Wire, address: &str, port: &Settings) -> Cluster {
     cluster
 }
 
-/// Over a device on the interface `e0` of two hosts.
+/// Runs [`order_and_integrity`] over a device on the interface `e0` of two hosts.
 fn between_hosts(port: &Settings, mtu: &str, faults: Faults) {
     let wire = Wire::with_mtu(faults, mtu);
     let port = [port, &[("MTU", mtu)]].concat();
@@ -150,7 +152,7 @@ fn between_hosts(port: &Settings, mtu: &str, faults: Faults) {
     assert!(faults.lost == 0 || wire.harmed.load(Ordering::Relaxed) > 10, "the wire did no harm");
 }
 
-/// Frames of this device carry so many bytes.
+/// Bytes that a frame of AF_PACKET carries.
 const MTU: &str = "8150";
 
 const AF_XDP: &str = "net_af_xdp0,iface=e0";
@@ -175,7 +177,7 @@ fn order_and_integrity_over_af_packet_with_one_packet_of_twenty_lost() {
     between_hosts(&[("EAL", &af_packet("e0", 1))], MTU, Faults { lost: 50, ..Faults::default() });
 }
 
-/// The kernel gives a queue the packets of a flow, whoever has their queue pairs.
+/// The kernel gives a queue the packets of a flow, which may be for queue pairs of another queue.
 #[test]
 fn order_and_integrity_over_several_queues() {
     between_hosts(&[("EAL", &af_packet("e0", 4)), ("QUEUES", "4")], MTU, Faults::default());
@@ -207,7 +209,7 @@ fn order_and_integrity_over_af_xdp_with_one_packet_of_twenty_lost() {
     between_hosts(&[("EAL", &eal(AF_XDP))], "1500", Faults { lost: 50, ..Faults::default() });
 }
 
-/// Frames go from host to host by `v0` as they are; the wire's relays see them without their tags.
+/// Makes two hosts whose interfaces `v0` are connected directly. The wire's relays would see frames without their tags.
 fn directly() -> Wire {
     let wire = Wire::new(Faults::default());
     let (near, far) = (wire.namespace("near"), wire.namespace("far"));
@@ -227,7 +229,8 @@ fn order_and_integrity_in_a_vlan() {
     wire.on("far", || order_and_integrity(&cluster, |arguments| command(&cluster, &port, arguments), 5000));
 }
 
-/// The peer is a NIC over the kernel's sockets, at an interface of the far host: neighbour discovery and tags are the kernel's.
+/// Runs [`order_and_integrity`] with a peer over the kernel's sockets, at an interface of the far host. Neighbour discovery
+/// and tags are the kernel's there.
 fn to_sockets_over_ipv6(wire: &Wire, port: &Settings, interface: &str) {
     let cluster = broker_on(wire, "fd78::1", port);
     shell(&format!("ip -n {} addr add fd78::2/64 dev {interface} nodad", wire.namespace("far")));

@@ -1,6 +1,6 @@
-//! Promise: the log is the same log on what only a lab has: a kernel's RDMA device, device-dax, a second host.
+//! Promise: the log is the same log on hardware that only a lab has: a kernel's RDMA device, device-dax, a second host.
 //!
-//! `scripts/test` runs them in `scripts/lab`. Elsewhere they are ignored. What any RDMA does is in `tests/verbs.rs`.
+//! `scripts/test` runs these tests in `scripts/lab`; elsewhere they are ignored. Tests of any RDMA are in `verbs.rs`.
 
 use crate::support::verbs::{REGION, order_and_integrity, over, publish, shell, small, strong};
 use crate::support::{Cluster, assert_exactly_once, history, message};
@@ -9,7 +9,7 @@ use std::process::Command;
 
 const VERBS: (&str, &str) = ("EMBARCADERO_BROKER_TRANSPORT", "verbs");
 
-/// Publishes to topic `t` by an implementation of its own on pyverbs, and reads that.
+/// Publishes to topic `t` by an independent implementation on pyverbs, and reads it.
 fn publishes_by_pyverbs(cluster: &Cluster) {
     let client = over(TransportKind::Verbs, cluster);
     let next = client.describe_topic("t").unwrap().1[0].next_offset;
@@ -119,7 +119,7 @@ mod rxe_and_nics_in_software {
     const SOFTWARE: &str = "10.9.0.2";
     const NAMESPACE: &str = "/run/netns/soft";
 
-    /// A wire from a device of the kernel's soft-RoCE, here, to a namespace, where NICs in software are.
+    /// Wire from a device of the kernel's soft-RoCE in this namespace to another namespace with NICs in software.
     struct Bridge;
 
     impl Bridge {
@@ -151,7 +151,7 @@ mod rxe_and_nics_in_software {
         }
     }
 
-    /// Does something where NICs are in software.
+    /// Calls `act` in the namespace with NICs in software.
     fn in_software<R: Send>(act: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -208,7 +208,7 @@ mod rxe_and_nics_in_software {
         in_software(|| order_and_integrity(TransportKind::Roce, &cluster, 300));
     }
 
-    /// DPDK's device on the interface of the namespace, at an address that the kernel does not know of.
+    /// Settings of DPDK's device on the interface of the namespace, at an address that the kernel does not know.
     #[cfg(feature = "dpdk")]
     const PORT: [(&str, &str); 3] = [
         (
@@ -259,7 +259,7 @@ mod rxe_and_nics_in_software {
         }
     }
 
-    /// 8 MiB is what soft-RoCE takes at most (rxe_param.h, RXE_MAX_MSG_SZ).
+    /// Soft-RoCE takes batches of at most 8 MiB (rxe_param.h, RXE_MAX_MSG_SZ).
     #[test]
     #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
     fn batches_of_all_sizes() {
@@ -329,7 +329,7 @@ mod cxl {
         assert!(crate::support::run(&create).status.success());
     }
 
-    /// The last of these: what is system-ram is no device any more.
+    /// The last of these tests: memory that is system-ram is no device any more.
     #[test]
     #[ignore = "needs a CXL device and an RDMA device: scripts/lab run --cxl has both"]
     fn system_ram_is_used_if_it_stays_where_it_is() {
@@ -356,7 +356,7 @@ mod two_guests {
     use crate::support::eventually;
     use std::path::PathBuf;
 
-    /// What guests tell each other, through files, in one test.
+    /// Signs that guests give each other in one test, through files.
     struct Signs {
         guest: u32,
         address: String,
@@ -388,8 +388,8 @@ mod two_guests {
         }
     }
 
-    /// Guest 1 has the leader, guest 2 another broker, on one region in shared CXL memory that nothing keeps coherent. Both
-    /// publish over verbs to both brokers; both read the same order.
+    /// Guest 1 has the leader, guest 2 another broker. Their region is in shared CXL memory that nothing keeps coherent.
+    /// Both guests publish over verbs to both brokers, and read the same order.
     #[test]
     #[ignore = "needs two hosts that share CXL memory: scripts/lab run --guests 2 --cxl has them"]
     fn brokers_on_two_hosts_without_coherence_agree_on_one_order() {
@@ -436,8 +436,9 @@ mod two_guests {
         say(&format!("done.{guest}"), "done");
         eventually("the other is done", || said("done.1").is_some() && said("done.2").is_some());
     }
-    /// Each guest has a broker, nothing keeps their memory coherent, and etcd elects. Guest 1's broker leads and is killed;
-    /// guest 2's goes on where it stood. What both had published is there, once and in order, and so is what follows.
+
+    /// Each guest has a broker, nothing keeps their memory coherent, and etcd elects. Guest 1's broker leads and is killed.
+    /// Guest 2's broker takes over. All batches before and after are there once and in order.
     #[test]
     #[ignore = "needs two hosts that share CXL memory: scripts/lab run --guests 2 --cxl has them"]
     fn the_other_host_takes_over_without_coherence() {

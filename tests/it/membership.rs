@@ -47,7 +47,7 @@ fn etcd_elects_the_next_leader() {
     let mut cluster = cluster(&etcd, 3, &["--allocator", "partitioned", "--max-brokers", "4"], &environment);
     assert_eq!(membership(&cluster), "etcd");
     let listed = cluster.assert_command(&["brokers"]);
-    assert!(listed.contains("\thead\n") && listed.ends_with("membership: etcd\n"), "{listed}");
+    assert!(listed.contains("\tleader\n") && listed.ends_with("membership: etcd\n"), "{listed}");
     cluster.client_of_all().create_topic("t", strong()).unwrap();
     let rounds = AtomicU64::new(0);
     let mut terms = vec![cluster.term()];

@@ -1,30 +1,31 @@
-//! How much of what has no end is done: schedules, seeds, rounds. Tests read these variables and have small defaults.
+//! Budgets: how many schedules, seeds, rounds and seconds the open-ended tests run for. The tests read environment variables
+//! and have small defaults.
 
-/// One size of all budgets.
+/// Budgets of all open-ended tests in one run.
 #[derive(Clone, Copy)]
 pub struct Budget {
-    /// Schedules of `sim/tests/fabric_schedules.rs`.
+    /// Number of schedules in `sim/tests/fabric_schedules.rs`.
     pub schedules: u32,
-    /// Schedules, or seeds, in which something that was left out must be noticed.
+    /// Number of schedules or seeds within which a test must notice a mutation, such as a flush left out. 0 skips these tests.
     pub mutation: u32,
-    /// Seeds of `sim/tests/rack`.
+    /// Number of seeds in `sim/tests/rack`.
     pub rack_seeds: u32,
-    /// Rounds of `tests/it/chaos.rs`.
+    /// Number of rounds in `tests/it/chaos.rs`.
     pub chaos_rounds: u32,
-    /// Seconds for each fuzz target.
+    /// Time for each fuzz target, in seconds.
     pub fuzz_s: u32,
 }
 
 impl Budget {
-    /// For the loop of a few minutes.
+    /// Budget of `cargo xtask test`, which takes a few minutes.
     pub const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
-    /// For everything, once.
+    /// Budget of `cargo xtask all`.
     pub const FULL: Self = Self { schedules: 5000, mutation: 10_000, rack_seeds: 1000, chaos_rounds: 8, fuzz_s: 10 };
-    /// For hours.
+    /// Budget of `cargo xtask long`, which takes hours. Fuzzing of the seven targets takes one hour in all.
     pub const LONG: Self =
         Self { schedules: 100_000, mutation: 10_000, rack_seeds: 100_000, chaos_rounds: 200, fuzz_s: 514 };
 
-    /// The variables that tests read.
+    /// Environment variables that the tests read, with their values.
     pub fn variables(&self) -> [(&'static str, String); 5] {
         [
             ("EMBARCADERO_SIM_SCHEDULES", self.schedules.to_string()),

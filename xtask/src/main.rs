@@ -1,4 +1,4 @@
-//! `cargo xtask`: what is run to check, test and document the project, cheap things first.
+//! `cargo xtask`: checks and tests the project, cheap stages first.
 #![forbid(unsafe_code)]
 
 mod budget;
@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand};
 use stages::Stages;
 use std::process::ExitCode;
 
-/// Checks, tests and documents the project.
+/// Check and test the project.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
@@ -22,31 +22,34 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Formatting, style, lints, documentation and unit tests: about a minute once all is built.
+    /// Check formatting, style, lints and documentation, and run unit tests: about a minute once all is built.
     Check,
-    /// All tests but those that need the lab, with small budgets: about five minutes.
+    /// Run check and all tests but the lab's, with small budgets: about five minutes.
     Test,
-    /// Everything, cheap first, with the lab. `scripts/test` installs what is missing and runs this.
+    /// Run everything, cheap stages first, with the lab. scripts/test installs what is missing and runs this.
     All {
-        /// Leave out the tests that need RDMA and CXL, which run in QEMU guests.
+        /// Leave out the lab: the tests that need RDMA and CXL, which run in QEMU guests.
         #[arg(long)]
         no_lab: bool,
     },
-    /// Hours: chaos, 100,000 seeds, fuzzing.
+    /// Run for hours: chaos, 100,000 seeds and schedules, fuzzing.
     Long,
-    /// The rules of docs/style.md that a program can check.
+    /// Check the rules of docs/style.md that a program can check.
     Style,
+    /// Write the generated documents: pages of docs/reference, and the schemas of the configuration.
+    Docs,
 }
 
 fn run(task: &Task) -> Result<()> {
     let budget = match task {
-        Task::Check | Task::Style | Task::Test => Budget::SMALL,
+        Task::Check | Task::Style | Task::Docs | Task::Test => Budget::SMALL,
         Task::All { .. } => Budget::FULL,
         Task::Long => Budget::LONG,
     };
     let mut stages = Stages::new(budget)?;
     match task {
         Task::Style => stages.run("style", steps::style)?,
+        Task::Docs => stages.run("generated documents", steps::write_docs)?,
         Task::Check => steps::check(&mut stages)?,
         Task::Test => {
             steps::check(&mut stages)?;

@@ -1,4 +1,4 @@
-//! Stages: named, timed, and told apart from those that were skipped.
+//! Stages of a run: each has a name, is timed, and is reported as run or skipped.
 
 use crate::budget::Budget;
 use anyhow::{Context, Result, bail};
@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How a stage ended that did not fail.
+/// Outcome of a stage that did not fail.
 pub enum Outcome {
-    /// It ran.
+    /// The stage ran to its end.
     Ran,
-    /// It could not run here, and why.
+    /// The stage could not run on this host; the text says why.
     Skipped(String),
 }
 
-/// The stages of one run.
+/// Stages of one run so far, and the settings that they share.
 pub struct Stages {
     pub budget: Budget,
     root: PathBuf,
@@ -24,21 +24,27 @@ pub struct Stages {
 }
 
 impl Stages {
-    /// No stage yet. Stages run in the root of the checkout.
+    /// Starts a run without stages, and makes the root of the checkout the working directory.
+    ///
+    /// # Errors
+    /// The root cannot be entered.
     pub fn new(budget: Budget) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent")?.to_owned();
         std::env::set_current_dir(&root).with_context(|| format!("cannot enter {}", root.display()))?;
-        // One set of features for all builds of a run.
+        // All builds of a run have the same features, so that nothing is built twice.
         let dpdk = succeeds("pkg-config", ["--atleast-version=22.11", "libdpdk"]);
         Ok(Self { budget, root, features: if dpdk { vec!["dpdk"] } else { Vec::new() }, done: Vec::new() })
     }
 
-    /// The root of the checkout.
+    /// Root of the checkout.
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// Runs a stage. An error ends the run, after the times so far.
+    /// Runs a stage and records its time.
+    ///
+    /// # Errors
+    /// The stage failed; the times so far have been printed.
     pub fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
         eprintln!("== {name}");
         let begun = Instant::now();
@@ -57,13 +63,13 @@ impl Stages {
         }
     }
 
-    /// Takes note of a stage that is left out.
+    /// Records a stage that is left out, and the reason.
     pub fn skip(&mut self, name: &str, why: &str) {
         eprintln!("== SKIPPED: {name}: {why}");
         self.done.push((name.to_owned(), Duration::ZERO, Outcome::Skipped(why.to_owned())));
     }
 
-    /// Prints how long each stage took, and what was skipped.
+    /// Prints the time of each stage, and which stages were skipped.
     pub fn summary(&self) {
         eprintln!("== times");
         for (name, time, outcome) in &self.done {
@@ -76,30 +82,31 @@ impl Stages {
         eprintln!("{:7.1} s  in all", total.as_secs_f64());
     }
 
-    /// A cargo command with the lock file, the release profile and the run's features.
-    pub fn cargo(&self, command: &str) -> Command {
+    /// Cargo command over the whole workspace, with the lock file, the release profile and the run's features. A command for a
+    /// single package would build with other features, and so all again.
+    pub fn cargo_workspace(&self, command: &str) -> Command {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        cargo.arg(command).args(["--locked", "--release"]);
+        cargo.arg(command).args(["--locked", "--workspace"]);
+        // `cargo bench` has no such option; its profile is the release profile.
+        if command != "bench" {
+            cargo.arg("--release");
+        }
         if !self.features.is_empty() {
             cargo.arg("--features").arg(self.features.join(","));
         }
         cargo
     }
 
-    /// A cargo command over the whole workspace.
-    pub fn cargo_workspace(&self, command: &str) -> Command {
-        let mut cargo = self.cargo(command);
-        cargo.arg("--workspace");
-        cargo
-    }
-
-    /// True when this build has DPDK.
+    /// Returns true if this run builds with DPDK.
     pub fn has_dpdk(&self) -> bool {
         self.features.contains(&"dpdk")
     }
 }
 
 /// Runs a command to its end.
+///
+/// # Errors
+/// The command cannot be run, or fails.
 pub fn execute(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot run {}", program(command)))?;
     if !status.success() {
@@ -108,7 +115,10 @@ pub fn execute(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command to its end; its standard output.
+/// Runs a command to its end and returns its standard output.
+///
+/// # Errors
+/// The command cannot be run, or fails.
 pub fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("cannot run {}", program(command)))?;
@@ -118,7 +128,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Runs a command silently; true when it is there and succeeds.
+/// Runs a command without output; true if it exists and succeeds.
 pub fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());

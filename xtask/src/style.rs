@@ -1,15 +1,15 @@
-//! The rules of docs/style.md that a program can check.
+//! Rules of `docs/style.md` that a program can check.
 
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Words with which no documentation comment begins: the comment would lean on something else, or avoid its noun.
+/// Words with which no documentation comment begins: such a comment leans on another, or avoids its noun.
 const BANNED_OPENINGS: [&str; 8] = ["What", "The same", "Of", "Its", "As there", "Whether or not", "How to say", "Who"];
-/// Most words of a sentence in documentation comments of public items.
+/// Most words of a sentence.
 const SENTENCE_WORDS: usize = 25;
 
-/// A documentation comment and where it begins.
+/// Documentation comment, and the place where it begins.
 struct Comment {
     file: PathBuf,
     line: usize,
@@ -40,7 +40,7 @@ pub fn check_style(root: &Path) -> Result<()> {
     bail!("{} faults of style (docs/style.md has the rules)", faults.len())
 }
 
-/// The documentation comments of a file.
+/// Finds the documentation comments of a file.
 fn comments(file: &Path, text: &str) -> Vec<Comment> {
     let mut found: Vec<Comment> = Vec::new();
     let mut inside: Option<&str> = None;
@@ -64,7 +64,7 @@ fn comments(file: &Path, text: &str) -> Vec<Comment> {
     found
 }
 
-/// What is wrong with a comment.
+/// Lists the faults of a comment.
 fn faults_of(comment: &Comment) -> Vec<String> {
     let mut faults = Vec::new();
     let prose = prose(&comment.text);
@@ -83,7 +83,7 @@ fn faults_of(comment: &Comment) -> Vec<String> {
     faults
 }
 
-/// The text of a comment without code, tables and headings; paragraphs and list items end with a blank line.
+/// Returns the text of a comment without code, tables and headings. Paragraphs and list items end with a blank line.
 fn prose(text: &str) -> String {
     let mut prose = String::new();
     let mut in_code = false;
@@ -108,7 +108,7 @@ fn prose(text: &str) -> String {
     prose.trim().to_owned()
 }
 
-/// The sentences of a text. Code in backticks counts as one word.
+/// Splits a text into sentences. Code in backticks counts as one word.
 fn sentences(prose: &str) -> Vec<String> {
     let mut plain = String::new();
     for (index, part) in prose.split('`').enumerate() {

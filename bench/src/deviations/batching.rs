@@ -1,4 +1,4 @@
-//! DEV-001: sizes by load, and the paper's 512 KiB.
+//! DEV-001: batch sizes that follow the load, beside the paper's 512 KiB.
 
 use super::{Better, Comparison, DeviationArgs};
 use crate::args::BenchArgs;
@@ -9,10 +9,11 @@ use embarcadero::cluster::Cluster;
 use embarcadero_client::Client;
 
 const PAPER_BYTES: usize = 512 << 10;
-/// More than a message takes in a batch beside its payload.
+/// Upper bound of the bytes that a message takes in a batch beside its payload.
 const FRAMING: usize = 64;
-/// Parts of the most that both reach, of which neither is a load that makes batches crowd.
+/// Light load, as a part of the goodput that both designs reach. Batches do not queue at it.
 const LIGHT: f64 = 0.1;
+/// Load to which steps go, as a part of the goodput that both designs reach. Batches do not queue at it.
 const STEP_TO: f64 = 0.6;
 
 struct Side {
@@ -26,7 +27,7 @@ impl Side {
         Ok(to_ack.value_at_quantile(0.99) as f64 / 1e9)
     }
 
-    /// Goodput, and seconds of all processors for each gigabyte.
+    /// Highest goodput, bytes per second, and seconds of all processors per gigabyte.
     fn most(&self, cluster: &Cluster) -> Result<(f64, f64)> {
         let processes =
             || cluster.brokers.iter().map(embarcadero::cluster::BrokerProcess::id).chain([std::process::id()]);

@@ -1,5 +1,7 @@
-//! DEV-002: write-backs in groups, and the paper's after every write. DEV-004: one metadata line, and the paper's two.
-//! DEV-007: order words by the batch, and the paper's in the header of every message.
+//! DEV-002: write-backs in groups, beside the paper's after every write.
+//!
+//! DEV-004: one metadata line, beside the paper's two. DEV-007: the order written per batch, beside the paper's in the
+//! header of every message.
 
 use super::{Better, Comparison, DeviationArgs};
 use crate::sequencer::order;
@@ -14,16 +16,18 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// Messages of 1 KiB in a batch of the paper's size.
+/// Number of messages of 1 KiB in a batch of the paper's size.
 const MESSAGES: u64 = 512;
 
-/// Memory that is slow to write to; and, as the paper has it, is written back after every write.
+/// Region memory that may be slow to write, and that counts the lines written back.
 #[derive(Clone)]
 struct Device {
     native: Native,
-    /// What each written line costs.
+    /// Time that each written line takes.
     line: Duration,
+    /// True for the paper's way: every write is written back at once.
     after_every_write: bool,
+    /// Number of lines written back.
     flushes: Arc<AtomicU64>,
 }
 
@@ -95,7 +99,7 @@ fn method() -> Result<FlushMethod> {
     FlushSupport::detect().best().context("this CPU has no flush instruction")
 }
 
-/// Batches a second through Batchlog and sequencer on one core, and lines written back for each.
+/// Batches per second through Batchlog and sequencer on one core, and lines written back per batch.
 fn through_log(after_every_write: bool, line: Duration, seconds: f64) -> Result<(f64, f64)> {
     let flushes = Arc::new(AtomicU64::new(0));
     let device = |native| Device { native, line, after_every_write, flushes: Arc::clone(&flushes) };
@@ -123,7 +127,7 @@ pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     Ok(vec![plain, slow, lines])
 }
 
-/// Seconds that it takes to append and publish one entry; as the paper has it, with a second line of metadata.
+/// Seconds to append and publish one Batchlog entry. `second_line` adds the paper's second line of metadata.
 fn publish_entry(second_line: bool, seconds: f64) -> Result<f64> {
     let region = region(AllocatorKind::Partitioned, method()?, |native| native)?;
     let fabric = region.fabric().clone();
@@ -165,7 +169,7 @@ pub fn compare_metadata(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     Ok(vec![entry])
 }
 
-/// Messages a second whose headers get their place in the order, one by one, by one core.
+/// Messages per second into whose headers one core writes the order, one by one.
 fn order_headers(seconds: f64) -> Result<f64> {
     let region = region(AllocatorKind::Partitioned, method()?, |native| native)?;
     let (fabric, start) = (region.fabric(), region.layout().segments);

@@ -1,4 +1,4 @@
-//! DEV-006: pause, yield and sleep, beside busy polling. DEV-009: no spin where threads outnumber cores.
+//! DEV-006: pause, yield and sleep, beside busy polling. DEV-009: no spinning where threads outnumber cores.
 
 use super::{Better, Comparison, DeviationArgs};
 use crate::args::BenchArgs;

@@ -1,4 +1,4 @@
-//! DEV-005: a pool of segments, and the paper's contiguous logs.
+//! DEV-005: a pool of segments, beside the paper's contiguous logs.
 
 use super::{Better, Comparison, DeviationArgs};
 use crate::sequencer::allocation;
@@ -10,11 +10,11 @@ use embarcadero_sim::testbed::region;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// Topics, the n-th of which gets 1/n of what the first gets.
+/// Number of topics. The n-th gets 1/n of the bytes of the first.
 const TOPICS: usize = 8;
 const BATCH_BYTES: u64 = 512 << 10;
 
-/// Seconds that it takes to claim space in a contiguous log.
+/// Seconds to claim space for a batch in a contiguous log.
 fn bump() -> f64 {
     let next = AtomicU64::new(0);
     let begun = Instant::now();
@@ -25,8 +25,9 @@ fn bump() -> f64 {
     begun.elapsed().as_secs_f64() / CLAIMS as f64
 }
 
-/// Fills topics in proportion until the first finds no room; the part of the memory that is unused then.
-/// `claim` finds room for a batch of a topic.
+/// Fills topics in proportion until one finds no room, and returns the part of the memory that is unused then, 0 to 1.
+///
+/// `claim` finds room for a batch of a topic, and returns false when there is none.
 fn unusable(bytes: u64, mut claim: impl FnMut(usize) -> Result<bool, PoolError>) -> Result<f64, PoolError> {
     let mut due = [0.0; TOPICS];
     let mut used = 0;

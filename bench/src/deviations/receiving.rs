@@ -1,5 +1,6 @@
-//! DEV-003: the network thread receives into the region, and the paper's pool of receivers: an allocation a message, from
-//! the socket to the heap, from there to the region.
+//! DEV-003: the network thread receives into the region, beside the paper's pool of receivers.
+//!
+//! The pool allocates memory for each message, receives from the socket to the heap, and copies from there to the region.
 
 use super::{Better, Comparison, DeviationArgs};
 use crate::args::{BenchArgs, pin};
@@ -25,7 +26,7 @@ const MESSAGE_BYTES: usize = 1024;
 const MESSAGES: usize = 512;
 const BATCH_BYTES: u64 = (MESSAGE_BYTES * MESSAGES) as u64;
 
-/// Bytes received, and atomic operations and write-backs on the way.
+/// Number of bytes received, and of the atomic operations and write-backs on the way.
 #[derive(Default)]
 struct Received {
     bytes: u64,
@@ -33,7 +34,7 @@ struct Received {
     flushes: u64,
 }
 
-/// A broker's log, from which room is reserved as brokers do. All that is received is forgotten at once.
+/// Blog of a broker, from which room is reserved as brokers do. Every received batch is forgotten at once.
 struct Log {
     blog: Blog<Native>,
     received: u64,
@@ -86,7 +87,7 @@ fn into_region(region: &Region<Native>, stream: &TcpStream) -> Result<Received> 
     }
 }
 
-/// Fills messages from the socket; false at its end.
+/// Fills messages from the socket. Returns false at its end.
 fn read_messages(stream: &mut TcpStream, messages: &mut [Box<[u8]>]) -> Result<bool> {
     let mut slices: Vec<IoSliceMut> = messages.iter_mut().map(|message| IoSliceMut::new(message)).collect();
     let mut left = slices.as_mut_slice();
@@ -100,7 +101,7 @@ fn read_messages(stream: &mut TcpStream, messages: &mut [Box<[u8]>]) -> Result<b
 }
 
 fn by_pool(region: &Region<Native>, mut stream: TcpStream, core: Option<usize>) -> Result<Received> {
-    /// Messages that one read fills.
+    /// Number of messages that one read fills.
     const AT_A_TIME: usize = 64;
     let (messages, queue) = bounded::<Box<[u8]>>(MESSAGES * 4);
     std::thread::scope(|scope| {
@@ -134,7 +135,7 @@ fn by_pool(region: &Region<Native>, mut stream: TcpStream, core: Option<usize>) 
     })
 }
 
-/// Receives for a while, in one way or the other: bytes a second, and what it counted.
+/// Receives for `seconds` in one of the two ways. Returns bytes per second, and the counts.
 fn receive(args: &BenchArgs, pooled: bool, seconds: f64) -> Result<(f64, Received)> {
     let method = FlushSupport::detect().best().context("this CPU has no flush instruction")?;
     let region = region(AllocatorKind::Partitioned, method, |native| native)?;

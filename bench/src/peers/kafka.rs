@@ -1,5 +1,7 @@
-//! Kafka's protocol (kafka.apache.org, "Kafka protocol guide"), which Redpanda speaks too: Metadata version 1, Produce
-//! version 3, record batches of version 2 (the same site, "Message format").
+//! Kafka's protocol (kafka.apache.org, "Kafka protocol guide"), which Redpanda speaks too.
+//!
+//! Requests are Metadata version 1 and Produce version 3, with record batches of version 2 (kafka.apache.org, "Message
+//! format").
 
 use super::{MAX_ANSWER_BYTES, Peer, STREAM};
 use anyhow::{Context, Result, bail};
@@ -7,7 +9,7 @@ use std::io::{BufReader, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-/// A broker of Apache Kafka or Redpanda that leads the partition.
+/// Broker of Apache Kafka or Redpanda that leads the partition.
 pub struct Kafka {
     pub address: String,
 }
@@ -16,11 +18,11 @@ const PRODUCE: i16 = 0;
 const METADATA: i16 = 3;
 /// Error codes of a topic that is being created: UNKNOWN_TOPIC_OR_PARTITION and LEADER_NOT_AVAILABLE.
 const NOT_YET: [i16; 2] = [3, 5];
-/// How long a topic may take to be created.
+/// Longest wait for the creation of a topic.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of a record batch that its length does not count: base offset, and the length itself.
 const BATCH_PREFIX: usize = 12;
-/// Where what the checksum covers begins: after base offset, length, leader epoch, magic and the checksum.
+/// Offset from which the checksum covers a record batch: after base offset, length, leader epoch, magic and the checksum.
 const CHECKED_FROM: usize = 21;
 
 fn string(into: &mut Vec<u8>, text: &str) {
@@ -41,7 +43,7 @@ fn request(key: i16, version: i16, body: &[u8]) -> Vec<u8> {
     framed
 }
 
-/// Zigzag, seven bits a byte, the lowest first.
+/// Appends a zigzag integer: seven bits per byte, the lowest first.
 fn varint(into: &mut Vec<u8>, value: i32) {
     let mut rest = ((value << 1) ^ (value >> 31)) as u32;
     while rest >= 0x80 {
@@ -89,7 +91,7 @@ fn record_batch(message: &[u8], count: usize) -> Vec<u8> {
     batch
 }
 
-/// What is left of an answer.
+/// Rest of an answer that is being read.
 struct Answer<'a>(&'a [u8]);
 
 impl<'a> Answer<'a> {
@@ -107,7 +109,7 @@ impl<'a> Answer<'a> {
         Ok(i32::from_be_bytes(self.take(4)?.try_into()?))
     }
 
-    /// One that may be null.
+    /// Takes a string that may be null.
     fn string(&mut self) -> Result<&'a [u8]> {
         let bytes = self.i16()?;
         self.take(usize::try_from(bytes).unwrap_or(0))
@@ -129,7 +131,7 @@ fn answer(reader: &mut BufReader<TcpStream>) -> Result<Vec<u8>> {
     Ok(answer.split_off(4))
 }
 
-/// The first error of a topic or a partition in an answer to Metadata; 0 if there is none.
+/// First error code of a topic or a partition in an answer to Metadata; 0 if there is none.
 fn metadata_error(answer: &[u8]) -> Result<i16> {
     let mut answer = Answer(answer);
     answer.each(|broker| {
@@ -153,7 +155,7 @@ fn metadata_error(answer: &[u8]) -> Result<i16> {
     Ok(errors.into_iter().find(|error| *error != 0).unwrap_or(0))
 }
 
-/// The error in an answer to Produce for one partition.
+/// Error code in an answer to Produce for one partition; 0 if there is none.
 fn produce_error(answer: &[u8]) -> Result<i16> {
     let mut answer = Answer(answer);
     let mut errors = Vec::new();

@@ -5,18 +5,18 @@ use anyhow::{Context, Result, bail};
 use std::io::{BufReader, Read, Write};
 use std::net::TcpStream;
 
-/// A server with JetStream.
+/// NATS server with JetStream.
 pub struct Nats {
     pub address: String,
 }
 
-/// What answers to a connection are addressed to.
+/// Subject to which the server addresses its answers to a connection.
 fn inbox(number: u32) -> String {
     format!("_INBOX.{}.{number}", std::process::id())
 }
 
 impl Nats {
-    /// The body of the next message that comes.
+    /// Reads the body of the next message.
     fn body(writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<String> {
         loop {
             let line = line(reader)?;

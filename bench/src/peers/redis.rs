@@ -5,7 +5,7 @@ use anyhow::Result;
 use std::io::{BufReader, Write};
 use std::net::TcpStream;
 
-/// A server with streams.
+/// Redis server with streams.
 pub struct Redis {
     pub address: String,
 }

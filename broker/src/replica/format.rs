@@ -1,4 +1,4 @@
-//! Replica files: what lies where in them, and how it is told from damage. `docs/replica-files.md` draws it.
+//! Replica files: what lies where in them, and how it is told from damage. `docs/reference/replica-files.md` draws it.
 //!
 //! A file is a header block, then groups. A group is what one write and one `fdatasync` made durable: its header, a
 //! record header for each batch, the batches. Files and groups describe themselves, so that a topic can be rebuilt

@@ -1,30 +1,30 @@
-//! The buffers that batches are filled in.
+//! Buffers in which batches are filled.
 
 use super::Batch;
 use crate::error::ClientError;
 use embarcadero_transport::SendBuffer;
 
-/// Free buffers, and the account of all.
+/// Free buffers of a publisher, and the account of all its buffers.
 pub(super) struct Buffers {
     free: Vec<Batch>,
-    /// Bytes of all buffers: the open one's, of those in flight, and of those that are free.
+    /// Bytes of all buffers: the open one, those in flight, and the free ones.
     held_bytes: usize,
-    /// What `held_bytes` may be.
+    /// Upper bound of `held_bytes`.
     budget_bytes: usize,
 }
 
 impl Buffers {
-    /// No buffers yet; at most `count` of them, of `budget_bytes` together.
+    /// Account without buffers. At most `count` buffers are expected, of `budget_bytes` together.
     pub(super) fn new(count: usize, budget_bytes: usize) -> Self {
         Self { free: Vec::with_capacity(count), held_bytes: 0, budget_bytes }
     }
 
-    /// A buffer for a batch of `size` bytes; `None` when too much is in flight.
+    /// Takes a buffer for a batch of `size` bytes; `None` when too much is in flight.
     pub(super) fn get(&mut self, size: usize) -> Result<Option<Batch>, ClientError> {
         if let Some(index) = self.free.iter().rposition(|batch| batch.capacity() == size) {
             return Ok(Some(self.free.swap_remove(index)));
         }
-        // Those that are free have a size of before.
+        // The free ones have an earlier size.
         while self.held_bytes + size > self.budget_bytes {
             let Some(other) = self.free.pop() else { return Ok(None) };
             self.held_bytes -= other.capacity();

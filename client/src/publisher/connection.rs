@@ -1,17 +1,17 @@
-//! A publisher's connection to one broker.
+//! Publisher's connection to one broker.
 
 use crate::views::BrokerView;
 use embarcadero_transport::PublisherChannel;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Whether there is a connection.
+/// State of a connection.
 pub(super) enum Connection {
     Down {
         retry_at: Instant,
         wait: Duration,
     },
-    /// Being connected by the background thread.
+    /// The background thread is connecting.
     Connecting,
     Up {
         link: PublisherChannel,
@@ -19,27 +19,28 @@ pub(super) enum Connection {
     },
 }
 
-/// A broker, and what is on the connection to it.
+/// Broker, the state of the connection to it, and the batches on that connection.
 pub(super) struct BrokerConnection {
     pub(super) broker: BrokerView,
     pub(super) connection: Connection,
-    /// Batches to write, and how many bytes of the first are written.
+    /// Numbers of the batches to write.
     pub(super) queue: VecDeque<u64>,
+    /// Bytes of the first batch in `queue` that are written.
     pub(super) written: usize,
-    /// Without acknowledgements: batches that were written, and are read in place.
+    /// Numbers of the batches that were written and may still be read in place. Only without acknowledgements.
     pub(super) reading: VecDeque<u64>,
-    /// Changes with each connection, so that a late result is not taken for the present one's.
+    /// Number of the attempt to connect. A late result of an earlier attempt is ignored.
     pub(super) attempt: u64,
 }
 
 impl BrokerConnection {
-    /// No connection yet; one is due at once.
+    /// State without a connection; an attempt is due at once.
     pub(super) fn new(broker: BrokerView, now: Instant) -> Self {
         let connection = Connection::Down { retry_at: now, wait: Duration::ZERO };
         Self { broker, connection, queue: VecDeque::new(), written: 0, reading: VecDeque::new(), attempt: 0 }
     }
 
-    /// Forgets the connection and what was on it. Another is due after `wait`.
+    /// Drops the connection and forgets the batches on it. The next attempt is due after `wait`.
     pub(super) fn drop_connection(&mut self, wait: Duration) {
         self.connection = Connection::Down { retry_at: Instant::now() + wait, wait };
         self.attempt += 1;
@@ -48,12 +49,12 @@ impl BrokerConnection {
         self.reading.clear();
     }
 
-    /// True while there is a connection.
+    /// Returns true while there is a connection.
     pub(super) fn is_up(&self) -> bool {
         matches!(self.connection, Connection::Up { .. })
     }
 
-    /// True once the broker takes batches.
+    /// Returns true once the broker takes batches.
     pub(super) fn is_ready(&self) -> bool {
         matches!(self.connection, Connection::Up { ready: true, .. })
     }

@@ -1,4 +1,4 @@
-//! What the threads of an application and the client's own thread share of a publisher.
+//! State of a publisher that the application's threads share with the client's background thread.
 
 use super::send::{SendState, Session};
 use super::{Batch, MessageId, Status};
@@ -18,32 +18,32 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Messages after which `publish` goes on writing what a socket had no room for.
+/// Number of messages after which `publish` retries the writes for which a socket had no room.
 const DRIVE_EVERY: u32 = 128;
-/// Part of the progress timeout after which a publisher tries other connections.
+/// Divisor of the progress timeout: after that part of it without an acknowledgement, a broker counts as silent.
 const SILENCE: u32 = 4;
-/// Time after which the brokers are asked for anew.
+/// Time after which the publisher asks for the list of brokers again.
 const REFRESH: Duration = Duration::from_secs(1);
-/// Time without a call of the application after which the background thread drives.
+/// Time without a call of the application after which the background thread drives the publisher.
 const IDLE: Duration = Duration::from_micros(500);
 
-/// The batch that is being filled.
+/// Open batch: the one that is being filled.
 struct Open {
     batch: Option<Batch>,
-    /// Number of the batch being filled.
+    /// Number of the open batch.
     number: u64,
-    /// The batch before it was full.
+    /// True when the batch before the open one was full.
     streaming: bool,
     sealed_at: Instant,
     sizer: BatchSizer,
 }
 
-/// Why the open batch may go.
+/// Reason for which the open batch may be sealed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum SendTrigger {
     /// A message was added.
     Added,
-    /// The application waits for it, or has been silent for a while.
+    /// The application waits for the batch, or has not called for a while.
     Awaited,
     /// The next message does not fit.
     Full,
@@ -51,18 +51,18 @@ pub(super) enum SendTrigger {
     Flushed,
 }
 
-/// The shared state of one publisher.
+/// Shared state of one publisher.
 pub(super) struct PublisherCore {
     pub(super) context: Arc<Context>,
     topic: TopicView,
-    /// Taken once per message. A lock that is let go by a plain store: an atomic read-modify-write would wait for the
-    /// message's bytes to leave the store buffer.
+    /// Open batch under a lock that is taken once per message. A plain store releases the lock: an atomic read-modify-write
+    /// would wait until the message's bytes have left the store buffer.
     open: SpinMutex<Open, Yield>,
     send: Mutex<SendState>,
     in_flight: AtomicUsize,
-    /// [`crate::batching::BUFFERED_BATCHES`] or more wait for connections.
+    /// True while [`crate::batching::BUFFERED_BATCHES`] batches or more wait for connections.
     pub(super) ahead: AtomicBool,
-    /// Batches below this are acknowledged.
+    /// Number below which all batches are acknowledged.
     pub(super) acknowledged: AtomicU64,
 }
 
@@ -142,12 +142,12 @@ impl PublisherCore {
         Err(ClientError::Unreachable(format!("no broker accepts data connections{why}")))
     }
 
-    /// The sending half.
+    /// Locks the sending half.
     pub(super) fn send(&self) -> MutexGuard<'_, SendState> {
         self.send.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the next epoch and marks for resubmission what did not commit under the last.
+    /// Opens the session's next epoch, and queues again the batches that did not commit under the last.
     fn reopen(&self) {
         let client_id = self.send().session.origin.client_id;
         let session = open_session(&self.context, &self.topic.name, client_id);
@@ -174,7 +174,7 @@ impl PublisherCore {
         send.resubmit();
     }
 
-    /// Connects what is down and due. May block for as long as connecting does.
+    /// Makes the connections that are due. Blocks for as long as connecting does.
     fn connect_due(&self) {
         let (due, opening) = {
             let mut send = self.send();
@@ -200,7 +200,7 @@ impl PublisherCore {
         }
     }
 
-    /// Brokers come and go while connections last.
+    /// Asks for the list of brokers once it is old: brokers come and go while connections last.
     fn refresh_if_due(&self) {
         let due = |send: &SendState| send.failed.is_none() && send.refreshed_at.elapsed() > REFRESH;
         if due(&self.send()) {
@@ -214,7 +214,7 @@ impl PublisherCore {
         self.send().update_brokers(cluster.brokers, self.context.config.max_brokers);
     }
 
-    /// Hands the open batch over if the trigger or the policy says so.
+    /// Seals the open batch if the trigger or the policy says so.
     pub(super) fn send_open(&self, trigger: SendTrigger) {
         let mut open = self.open.lock();
         self.seal(&mut open, trigger);
@@ -249,7 +249,7 @@ impl PublisherCore {
         open.sealed_at = send.driven_at;
     }
 
-    /// Moves bytes and takes acks. True when anything moved.
+    /// Moves bytes and takes acknowledgements. Returns true when anything moved.
     pub(super) fn drive(&self, send: &mut SendState) -> bool {
         let moved = send.drive();
         self.in_flight.store(send.in_flight.len(), Ordering::Relaxed);
@@ -310,7 +310,7 @@ impl PublisherCore {
         send.buffers.get(size)?.ok_or(ClientError::BufferFull { bytes: self.context.config.buffer_bytes })
     }
 
-    /// What became of a message. Moves bytes.
+    /// Status of a message. Moves bytes.
     pub(super) fn status(&self, id: MessageId) -> Result<Status, ClientError> {
         let mut send = self.send();
         self.drive(&mut send);

@@ -1,43 +1,43 @@
-//! The batches that a publisher has sealed and that are not acknowledged yet.
+//! Batches in flight: sealed, and not acknowledged yet.
 
 use super::{Batch, MessageId, Status};
 use embarcadero_wire::{BatchHeader, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
-/// Batches whose offsets stay known after they were acknowledged.
+/// Number of batches whose offsets stay known after they were acknowledged.
 const REMEMBERED_BATCHES: usize = 4096;
 
-/// Where a batch is.
+/// State of a batch in flight.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
-    /// Waits for a connection.
+    /// The batch waits for a connection.
     Queued,
-    /// On a connection, or on none but known to be committed: its ack will come.
+    /// The batch is on this connection. `None`: on no connection, but committed, so that its acknowledgement will come.
     Sent(Option<usize>),
-    /// Done, at this offset.
+    /// The batch is acknowledged at this offset.
     Acknowledged(u64),
 }
 
-/// A sealed batch.
+/// Batch in flight.
 pub(super) struct InFlight {
     pub(super) batch: Batch,
     pub(super) header: BatchHeader,
     pub(super) state: State,
 }
 
-/// All of them, numbered by the publisher from 0.
+/// All batches in flight of a publisher, which numbers its batches from 0.
 pub(super) struct InFlightBatches {
-    /// Number of the first in `batches`. All before are acknowledged.
+    /// Number of the first batch in `batches`. All before it are acknowledged.
     first: u64,
     batches: VecDeque<InFlight>,
-    /// Batches to hand to a connection, in order.
+    /// Numbers of the batches to hand to a connection, in order.
     queue: VecDeque<u64>,
-    /// Offsets of the last batches before `first`.
+    /// Offsets of the last [`REMEMBERED_BATCHES`] batches before `first`.
     done: VecDeque<u64>,
 }
 
 impl InFlightBatches {
-    /// None yet; at most `count` at a time.
+    /// Empty list, with room for `count` batches.
     pub(super) fn new(count: usize) -> Self {
         Self {
             first: 0,
@@ -57,48 +57,48 @@ impl InFlightBatches {
         self.first + self.batches.len() as u64
     }
 
-    /// How many there are.
+    /// Number of batches in flight.
     pub(super) fn len(&self) -> usize {
         self.batches.len()
     }
 
-    /// True when all are retired.
+    /// Returns true when nothing is in flight.
     pub(super) fn is_empty(&self) -> bool {
         self.batches.is_empty()
     }
 
-    /// Adds a sealed batch, to be handed to a connection.
+    /// Appends a sealed batch and queues it.
     pub(super) fn push(&mut self, batch: Batch, header: BatchHeader) {
         self.queue.push_back(self.next_number());
         self.batches.push_back(InFlight { batch, header, state: State::Queued });
     }
 
-    /// The batch of a number; `None` once it is retired.
+    /// Batch of a number; `None` once it is retired.
     pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut InFlight> {
         number.checked_sub(self.first).and_then(|at| self.batches.get_mut(at as usize))
     }
 
-    /// Batches that wait for a connection.
+    /// Number of batches that wait for a connection.
     pub(super) fn queued(&self) -> usize {
         self.queue.len()
     }
 
-    /// The batch that is to go next.
+    /// Number of the batch to hand to a connection next.
     pub(super) fn next_queued(&self) -> Option<u64> {
         self.queue.front().copied()
     }
 
-    /// That batch has been given to a connection.
+    /// Removes the batch of [`InFlightBatches::next_queued`] from the queue.
     pub(super) fn pop_queued(&mut self) {
         self.queue.pop_front();
     }
 
-    /// True if some are on a connection.
+    /// Returns true if some batch is on a connection.
     pub(super) fn are_on(&self, connection: usize) -> bool {
         self.batches.iter().any(|batch| batch.state == State::Sent(Some(connection)))
     }
 
-    /// A batch is done, at this offset.
+    /// Marks a batch as acknowledged at an offset.
     pub(super) fn acknowledge(&mut self, number: u64, first_offset: u64) {
         let Some(batch) = self.get_mut(number) else { return };
         let before = batch.state;
@@ -110,7 +110,8 @@ impl InFlightBatches {
         }
     }
 
-    /// Queues again what was on connections for which `lost` holds, except batches below `committed`. Returns how many.
+    /// Queues again the batches on connections for which `lost` holds, except those below `committed`. Returns their
+    /// number.
     pub(super) fn requeue(&mut self, lost: impl Fn(usize) -> bool, committed: u64) -> u64 {
         let mut again = 0;
         for (number, batch) in (self.first..).zip(&mut self.batches) {
@@ -125,7 +126,8 @@ impl InFlightBatches {
         again
     }
 
-    /// What was on connections for which `lost` holds is done, as far as anyone will know.
+    /// Marks the batches on connections for which `lost` holds as done at an unknown offset: without acknowledgements
+    /// nobody learns whether they arrived.
     pub(super) fn give_up(&mut self, lost: impl Fn(usize) -> bool) {
         for batch in &mut self.batches {
             if matches!(batch.state, State::Sent(Some(connection)) if lost(connection)) {
@@ -134,7 +136,7 @@ impl InFlightBatches {
         }
     }
 
-    /// Takes the first batch off if it is acknowledged, and nobody reads it any more.
+    /// Removes the first batch if it is acknowledged and `is_read` says that no connection reads it any more.
     pub(super) fn retire(&mut self, is_read: impl Fn(u64) -> bool) -> Option<Batch> {
         let InFlight { state: State::Acknowledged(offset), .. } = *self.batches.front()? else { return None };
         if is_read(self.first) {
@@ -148,7 +150,7 @@ impl InFlightBatches {
         self.batches.pop_front().map(|retired| retired.batch)
     }
 
-    /// What became of a message; `None` when its batch is not sealed.
+    /// Status of a message; `None` when its batch is not sealed.
     pub(super) fn status(&self, id: MessageId) -> Option<Status> {
         let known = |offset: u64| (offset != UNKNOWN_OFFSET).then(|| offset + u64::from(id.index));
         if let Some(index) = id.batch.checked_sub(self.first) {

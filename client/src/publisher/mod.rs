@@ -1,8 +1,8 @@
-//! A publisher: fills batches, stripes them over brokers, and keeps each until it is acknowledged.
+//! Publisher: fills batches, stripes them over brokers, and keeps each until it is acknowledged.
 //!
-//! Whoever calls drives: `publish`, `poll` and `flush` move bytes themselves, so an active application needs no
-//! hand-over to another thread. The client's background thread steps in when the application does not call, and does
-//! what blocks: connecting and opening sessions.
+//! `publish`, `poll` and `flush` move bytes themselves, so an active application needs no hand-over to another thread.
+//! The client's background thread steps in when the application does not call. It also does what blocks: connecting,
+//! and opening sessions.
 
 mod buffers;
 mod connection;
@@ -23,41 +23,41 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// A batch being filled, in memory that NICs can send from.
+/// Batch in memory that NICs can send from.
 type Batch = BatchBuilder<SendBuffer>;
 
-/// Names a published message.
+/// Name of a published message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct MessageId {
-    /// Number of its batch, counted by this publisher from 0.
+    /// Number of the message's batch, counted by this publisher from 0.
     pub batch: u64,
-    /// Place in the batch.
+    /// Index of the message in the batch, from 0.
     pub index: u32,
 }
 
-/// What became of a message.
+/// Status of a published message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Status {
     /// Not acknowledged yet.
     Pending,
-    /// Acknowledged, at this offset. `None` when it is known no more (ack level 0, or long ago).
+    /// Acknowledged at this offset. `None` when the offset is not known: at acknowledgement level 0, or long ago.
     Acknowledged(Option<u64>),
 }
 
-/// Figures of a publisher.
+/// Counters of a publisher.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PublisherStats {
-    /// Batches acknowledged.
+    /// Number of batches acknowledged.
     pub batches_acknowledged: u64,
-    /// Batches sent again, on another connection or under another epoch.
+    /// Number of batches sent again, on another connection or under another epoch.
     pub batches_resubmitted: u64,
-    /// Sessions opened after the first.
+    /// Number of times that the session was reopened under another epoch.
     pub sessions_reopened: u64,
-    /// Connections lost.
+    /// Number of connections lost.
     pub connections_lost: u64,
 }
 
-/// Publishes to one topic under one session. Threads may share it; each keeps its own order.
+/// Publisher to one topic, under one session. Threads may share it; the messages of each thread keep their order.
 pub struct Publisher {
     core: Arc<PublisherCore>,
     _background: Arc<Background>,
@@ -74,28 +74,30 @@ impl Publisher {
     /// Copies a message into the open batch. Never blocks on the network.
     ///
     /// # Errors
-    /// [`ClientError::BufferFull`] when every buffer holds messages that are not acknowledged (call
-    /// [`Publisher::wait`], or use [`Publisher::publish_wait`]); [`ClientError::MessageTooLarge`]; or why the
-    /// publisher failed for good.
+    /// - [`ClientError::BufferFull`] when every buffer holds messages that are not acknowledged. Call
+    ///   [`Publisher::wait`] and try again, or use [`Publisher::publish_wait`].
+    /// - [`ClientError::MessageTooLarge`].
+    /// - The error that ended the publisher.
     #[inline]
     pub fn publish(&self, message: &[u8]) -> Result<MessageId, ClientError> {
         self.core.publish(message.len(), |batch| batch.push(message))
     }
 
-    /// Lets `fill` write a message of `bytes` in place: no copy.
+    /// Publishes a message of `bytes` bytes that `fill` writes in place, without a copy. Never blocks on the network.
     ///
     /// # Errors
-    /// As [`Publisher::publish`].
+    /// Those of [`Publisher::publish`].
     #[inline]
     pub fn publish_with(&self, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<MessageId, ClientError> {
         self.core.publish(bytes, |batch| batch.push_with(bytes, fill))
     }
 
-    /// Publishes like [`Publisher::publish`], but blocks while the buffer is full or 16 batches wait for the connections
-    /// that are up. A longer queue would only make messages older and push their batches out of the cache.
+    /// Publishes like [`Publisher::publish`], but blocks while the buffer is full, or while 16 batches wait for the
+    /// connections that are up. A longer queue would only make messages older and push their batches out of the cache.
     ///
     /// # Errors
-    /// As [`Publisher::publish`], and [`ClientError::TimedOut`] when acknowledgements stop coming.
+    /// Those of [`Publisher::publish`] except [`ClientError::BufferFull`], and [`ClientError::TimedOut`] when
+    /// acknowledgements stop coming.
     pub fn publish_wait(&self, message: &[u8]) -> Result<MessageId, ClientError> {
         // The clock is read only once there is something to wait for.
         let mut progress = None;
@@ -110,10 +112,10 @@ impl Publisher {
         }
     }
 
-    /// Moves bytes and waits until there is news, at most `timeout`.
+    /// Moves bytes, and waits until brokers answer or can take more, for at most `timeout`.
     ///
     /// # Errors
-    /// Why the publisher failed for good.
+    /// The error that ended the publisher.
     pub fn wait(&self, timeout: Duration) -> Result<(), ClientError> {
         let sockets = {
             let mut send = self.core.send();
@@ -137,18 +139,18 @@ impl Publisher {
         wait_any(&sockets, timeout).map_err(ClientError::io("wait for brokers"))
     }
 
-    /// What became of a message. Moves bytes, so that calling it in a loop is enough.
+    /// Returns the status of a message. Moves bytes, so that calling it in a loop is enough.
     ///
     /// # Errors
-    /// [`ClientError::UnknownId`], or why the publisher failed for good.
+    /// [`ClientError::UnknownId`], or the error that ended the publisher.
     pub fn poll(&self, id: MessageId) -> Result<Status, ClientError> {
         self.core.status(id)
     }
 
-    /// What became of several messages: all acknowledged, or the first that is not.
+    /// Polls several messages. Returns `Ok(())` when all are acknowledged, and otherwise the first that is not.
     ///
     /// # Errors
-    /// As [`Publisher::poll`].
+    /// Those of [`Publisher::poll`].
     pub fn poll_range(&self, ids: impl IntoIterator<Item = MessageId>) -> Result<Result<(), MessageId>, ClientError> {
         for id in ids {
             if self.poll(id)? == Status::Pending {
@@ -158,10 +160,11 @@ impl Publisher {
         Ok(Ok(()))
     }
 
-    /// Sends what is open and waits until everything is acknowledged (ack level 0: handed to the network).
+    /// Sends all messages and waits until they are acknowledged; at acknowledgement level 0, until they are handed to the
+    /// network.
     ///
     /// # Errors
-    /// Why the publisher failed, or [`ClientError::TimedOut`] when acknowledgements stop coming.
+    /// The error that ended the publisher, or [`ClientError::TimedOut`] when acknowledgements stop coming.
     pub fn flush(&self) -> Result<(), ClientError> {
         let mut progress = Progress::new(self);
         self.core.send_open(SendTrigger::Flushed);
@@ -177,10 +180,10 @@ impl Publisher {
         }
     }
 
-    /// Flushes and ends the session in order.
+    /// Flushes, and closes the session.
     ///
     /// # Errors
-    /// As [`Publisher::flush`], or the leader does not answer.
+    /// Those of [`Publisher::flush`], or the leader does not answer.
     pub fn close(self) -> Result<(), ClientError> {
         self.flush()?;
         let origin = self.core.send().session.origin;
@@ -192,20 +195,20 @@ impl Publisher {
         self.core.context.control().leader(async |client| client.close_session(request).await).map(drop)
     }
 
-    /// This publisher's id, as batches and index entries show it.
+    /// Id of this publisher, which batches and deliveries carry.
     #[must_use]
     pub fn client_id(&self) -> ClientId {
         self.core.send().session.origin.client_id
     }
 
-    /// Figures so far.
+    /// Counters since the publisher was opened.
     #[must_use]
     pub fn stats(&self) -> PublisherStats {
         self.core.send().stats
     }
 }
 
-/// Notices when acknowledgements stop coming.
+/// Watch over acknowledgements, which notices when they stop coming.
 struct Progress {
     acknowledged: u64,
     since: Instant,

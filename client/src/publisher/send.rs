@@ -1,4 +1,4 @@
-//! The sending half of a publisher: gives batches to connections in turn and takes their acknowledgements.
+//! Sending half of a publisher: gives batches to connections in turn, and takes acknowledgements.
 
 use super::buffers::Buffers;
 use super::connection::{BrokerConnection, Connection};
@@ -13,63 +13,64 @@ use embarcadero_wire::{Ack, ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
-/// Batches that wait in one connection before another is chosen.
+/// Number of batches that wait in one connection before another is chosen.
 const QUEUED_PER_LINK: usize = 2;
-/// First and longest wait before a connection is tried again.
+/// Shortest and longest wait before an attempt to connect is repeated.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// What a publisher's session is, as the brokers know it.
+/// Session of a publisher, as the brokers know it.
 pub(super) struct Session {
-    /// Identity of its batches.
+    /// Header fields that all batches of the session share.
     pub(super) origin: BatchOrigin,
     /// Acknowledgement level.
     pub(super) ack_level: u8,
-    /// Sequence on the wire = batch number + this (wrapping).
+    /// Difference between sequences on the wire and batch numbers: sequence = number + shift, wrapping.
     pub(super) shift: u64,
-    /// Batch numbers below this are committed by the broker's word.
+    /// Batch number below which brokers have reported all batches as committed.
     pub(super) committed: u64,
-    /// Batches that may be in flight.
+    /// Number of batches that may be in flight.
     pub(super) window: usize,
 }
 
-/// A connection that is to be made.
+/// Connection that is to be made.
 pub(super) struct DueConnection {
-    /// Which.
+    /// Index in [`SendState::connections`].
     pub(super) index: usize,
-    /// To whom.
+    /// Broker to connect to.
     pub(super) broker: BrokerView,
-    /// How long was waited for it.
+    /// Wait before this attempt.
     wait: Duration,
     attempt: u64,
 }
 
-/// Everything that moves a publisher's batches.
+/// State that moves a publisher's batches: the session, the connections, and the batches in flight.
 pub(super) struct SendState {
     pub(super) session: Session,
     pub(super) connections: Vec<BrokerConnection>,
-    /// Connection that is asked first.
+    /// Index of the connection that is offered the next batch.
     next_connection: usize,
     pub(super) in_flight: InFlightBatches,
     pub(super) buffers: Buffers,
     checksum: bool,
-    /// The session has ended: another epoch is to be opened.
+    /// True once the session's epoch has ended: another is to be opened.
     pub(super) reopen: bool,
-    /// Why nothing can be published any more.
+    /// Error that ended the publisher: nothing can be published any more.
     pub(super) failed: Option<ClientError>,
-    /// Why the last connection could not be made.
+    /// Error of the last attempt to connect that failed.
     pub(super) refused: Option<ClientError>,
     pub(super) stats: PublisherStats,
+    /// Time of the last [`SendState::drive`].
     pub(super) driven_at: Instant,
-    /// When the brokers were last asked for.
+    /// Time at which the list of brokers was last asked for.
     pub(super) refreshed_at: Instant,
-    /// When a batch was last acknowledged, or the first of those in flight was sealed.
+    /// Time at which a batch was last acknowledged, or the first of those in flight was sealed.
     progressed_at: Instant,
-    /// Frames that came, while they are looked at.
+    /// Memory for received frames, kept between polls.
     frames: Vec<Frame>,
 }
 
 impl SendState {
-    /// Nothing published yet, to `brokers`, with at most `buffers` buffers.
+    /// State before the first message, with `brokers` to connect to. `buffers` are the number and the bytes of buffers.
     pub(super) fn new(
         session: Session,
         brokers: Vec<BrokerView>,
@@ -96,7 +97,7 @@ impl SendState {
         }
     }
 
-    /// The opening frame of a connection that is made now.
+    /// Opening frame of a connection that is made now.
     pub(super) fn opening(&self) -> OpenPublish {
         let Session { origin, ack_level, shift, .. } = &self.session;
         OpenPublish {
@@ -121,7 +122,7 @@ impl SendState {
         self.in_flight.push(batch, header);
     }
 
-    /// Takes the session's next epoch: every connection is made anew, and what is not committed is sent again.
+    /// Begins the session's next epoch: drops every connection, and queues again the batches that are not committed.
     pub(super) fn resubmit(&mut self) {
         self.stats.sessions_reopened += 1;
         self.reopen = false;
@@ -132,7 +133,7 @@ impl SendState {
         self.requeue(|_| true, self.session.committed);
     }
 
-    /// The connections that are down and due; they count as being connected now.
+    /// Connections that are down and due. They count as connecting from now on.
     pub(super) fn due_connections(&mut self, now: Instant) -> Vec<DueConnection> {
         let mut due = Vec::new();
         if self.reopen || self.failed.is_some() {
@@ -151,7 +152,7 @@ impl SendState {
         due
     }
 
-    /// A connection was made, or could not be.
+    /// Takes the result of an attempt to connect.
     pub(super) fn connected(&mut self, due: &DueConnection, link: Result<PublisherChannel, ClientError>) {
         let Some(connection) = self.connections.get_mut(due.index).filter(|found| found.attempt == due.attempt) else {
             return;
@@ -165,7 +166,7 @@ impl SendState {
         }
     }
 
-    /// Takes up brokers that came back elsewhere, and new ones up to `limit` in all (0: all).
+    /// Takes the current list of brokers: new addresses of known ones, and new brokers up to `limit` in all (0: no limit).
     pub(super) fn update_brokers(&mut self, brokers: Vec<BrokerView>, limit: usize) {
         for broker in brokers {
             let room = limit == 0 || self.connections.len() < limit;
@@ -177,7 +178,7 @@ impl SendState {
         }
     }
 
-    /// Queues again what was on connections for which `lost` holds, except batches below `committed`.
+    /// Queues again the batches on connections for which `lost` holds, except those below `committed`.
     fn requeue(&mut self, lost: impl Fn(usize) -> bool, committed: u64) {
         if self.session.ack_level == 0 {
             self.in_flight.give_up(&lost);
@@ -192,8 +193,10 @@ impl SendState {
         self.requeue(|lost| lost == index, 0);
     }
 
-    /// Gives up connections with batches on them when nothing has been acknowledged for `silence`: a broker that is
-    /// cut off keeps its connections open and says nothing. Other connections, and new ones, get the batches.
+    /// Drops the connections with batches on them when nothing has been acknowledged for `silence`. Other connections, and
+    /// new ones, get the batches.
+    ///
+    /// A broker that is cut off keeps its connections open and says nothing.
     pub(super) fn leave_silent_brokers(&mut self, silence: Duration) {
         if self.in_flight.is_empty() || self.progressed_at.elapsed() < silence {
             return;
@@ -206,7 +209,7 @@ impl SendState {
         }
     }
 
-    /// Moves bytes and takes acknowledgements. True when anything moved.
+    /// Moves bytes and takes acknowledgements. Returns true when anything moved.
     pub(super) fn drive(&mut self) -> bool {
         let first = self.in_flight.first();
         let mut moved = false;
@@ -225,7 +228,7 @@ impl SendState {
         moved
     }
 
-    /// Takes what the broker says.
+    /// Takes the frames that a broker has sent.
     fn poll_frames(&mut self, index: usize) -> bool {
         let Connection::Up { link, .. } = &mut self.connections[index].connection else { return false };
         let mut frames = std::mem::take(&mut self.frames);
@@ -254,7 +257,7 @@ impl SendState {
         }
     }
 
-    /// A connection has ended.
+    /// Decides, after a connection has ended, whether to reconnect, to reopen the session, or to end the publisher.
     fn lose(&mut self, index: usize, error: LinkError) {
         let (code, text) = match error {
             LinkError::Refused { code: Some(code), text, .. } => (code, text),
@@ -319,7 +322,7 @@ impl SendState {
         })
     }
 
-    /// Hands what is queued to the connection.
+    /// Writes the queued batches of a connection, as far as it has room.
     fn write_queue(&mut self, index: usize) -> std::io::Result<bool> {
         let mut moved = false;
         loop {
@@ -348,7 +351,7 @@ impl SendState {
         }
     }
 
-    /// Sends what was written, and without acknowledgements takes a batch for done once its bytes are with the network.
+    /// Sends what was written. Without acknowledgements, batches are done once the network has their bytes.
     fn flush(&mut self, index: usize) -> std::io::Result<bool> {
         let BrokerConnection { connection: Connection::Up { link, .. }, reading, .. } = &mut self.connections[index]
         else {
@@ -366,7 +369,7 @@ impl SendState {
         Ok(moved)
     }
 
-    /// Takes acknowledged batches off the front and their buffers back.
+    /// Removes acknowledged batches from the front, and takes their buffers back.
     fn retire(&mut self) {
         let connections = &self.connections;
         let is_read = |number| connections.iter().any(|connection| connection.queue.contains(&number));
@@ -376,18 +379,18 @@ impl SendState {
         }
     }
 
-    /// True while there are connections, and more batches wait for them than keep them busy. Without one, the buffer is
-    /// there to be filled until one is back.
+    /// Returns true while connections are up and more batches wait for them than keep them busy. While none is up, the
+    /// whole buffer may be filled.
     pub(super) fn is_ahead(&self) -> bool {
         self.in_flight.queued() >= BUFFERED_BATCHES && self.connections.iter().any(BrokerConnection::is_ready)
     }
 
-    /// True while a connection has yet to take what was given to it.
+    /// Returns true while a connection has batches to write.
     pub(super) fn wants_room(&self) -> bool {
         self.connections.iter().any(|connection| !connection.queue.is_empty())
     }
 
-    /// Has connections show on their descriptors what comes from here on.
+    /// Makes the descriptors of all connections ready when something comes from now on.
     pub(super) fn arm(&mut self) {
         for index in 0..self.connections.len() {
             if let Connection::Up { link, .. } = &mut self.connections[index].connection
@@ -398,7 +401,7 @@ impl SendState {
         }
     }
 
-    /// What to wait for, and whether for room to write too.
+    /// Descriptors to wait for, each with a flag that asks for room to write too.
     pub(super) fn descriptors(&self) -> Vec<(RawFd, bool)> {
         let up = self.connections.iter().filter_map(|connection| match &connection.connection {
             Connection::Up { link, .. } => Some(link.descriptors(!connection.queue.is_empty())),

@@ -1,4 +1,4 @@
-//! A subscriber: reads a topic's order, one batch at a time, from any broker.
+//! Subscriber: reads the streams of a topic in order, one batch at a time.
 
 mod stream;
 
@@ -14,67 +14,68 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use stream::Stream;
 
-/// Time before a stream whose connection broke is connected anew, and one that could not be connected.
+/// Wait before a stream is connected again whose connection broke.
 const RECONNECT: Duration = Duration::from_millis(10);
+/// Wait before a stream is connected again whose last attempt failed.
 const RETRY: Duration = Duration::from_millis(50);
 /// Longest wait without a look at every stream.
 const LOOK_PERIOD: Duration = Duration::from_millis(100);
 /// Longest wait while a stream is not connected.
 const MISSING_PERIOD: Duration = Duration::from_millis(5);
 
-/// Where to start reading.
+/// Position at which a subscriber starts to read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Start {
-    /// The first message that is kept.
+    /// First message that is kept.
     Earliest,
-    /// The next message to come.
+    /// Next message to come.
     Latest,
-    /// This offset.
+    /// Message at this offset.
     Offset(u64),
-    /// The first batch ordered at or after this time, microseconds since 1970.
+    /// First batch that was ordered at or after this time, microseconds since 1970.
     Timestamp(u64),
 }
 
-/// A message, in place.
+/// Received message, in place.
 #[derive(Clone, Copy, Debug)]
 pub struct Message<'a> {
-    /// Its offset in the order of its stream.
+    /// Offset of the message in its stream.
     pub offset: u64,
-    /// Broker whose stream it is in; `None` for the global order.
+    /// Broker whose stream the message is in; `None` for the global order.
     pub stream: Option<BrokerId>,
-    /// Client that published it.
+    /// Client that published the message.
     pub client_id: ClientId,
-    /// When its batch was ordered, microseconds since 1970.
+    /// Time at which the batch was ordered, microseconds since 1970.
     pub ordered_us: u64,
-    /// Its bytes.
+    /// Bytes of the message.
     pub payload: &'a [u8],
 }
 
-/// A batch, in place.
+/// Received batch, in place.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch<'a> {
-    /// Offset of its first message (of the first one asked for, in the first batch).
+    /// Offset of the first message of [`Batch::messages`].
     pub first_offset: u64,
-    /// Broker whose stream it is in; `None` for the global order.
+    /// Broker whose stream the batch is in; `None` for the global order.
     pub stream: Option<BrokerId>,
-    /// Broker that received it.
+    /// Broker that received the batch from its publisher.
     pub broker: BrokerId,
-    /// When it was ordered, microseconds since 1970.
+    /// Time at which the batch was ordered, microseconds since 1970.
     pub ordered_us: u64,
-    /// Client that published it.
+    /// Client that published the batch.
     pub client_id: ClientId,
-    /// Its number in the session of that client.
+    /// Sequence of the batch in the client's session.
     pub sequence: u64,
-    /// Bytes of all its messages.
+    /// Bytes of all messages of the batch, those before `first_offset` included.
     pub payload_bytes: u32,
-    /// Its publisher gave it a checksum, which was checked.
+    /// True when the publisher gave the batch a checksum, which was checked.
     pub has_checksum: bool,
     view: BatchView<'a>,
     skip: usize,
 }
 
 impl<'a> Batch<'a> {
-    /// Its messages in order.
+    /// Iterates over the messages in order, from `first_offset` on.
     pub fn messages(&self) -> impl Iterator<Item = Message<'a>> + use<'a> {
         let Self { first_offset, stream, ordered_us, client_id, .. } = *self;
         let payloads: Messages<'a> = self.view.messages();
@@ -82,41 +83,46 @@ impl<'a> Batch<'a> {
         payloads.skip(self.skip).zip(first_offset..).map(message)
     }
 
-    /// How many messages [`Batch::messages`] yields.
+    /// Number of messages that [`Batch::messages`] yields.
     #[must_use]
     pub fn message_count(&self) -> usize {
         self.view.len() - self.skip
     }
 }
 
-/// What came on a stream.
+/// Item that came on a stream.
 enum StreamEvent {
+    /// Delivery frame, header, and range of the body in the connection's bytes.
     Batch(Deliver, BatchHeader, Range<usize>),
-    /// The broker says how far the stream reaches.
+    /// Offset after the last message of the stream, as its broker reports it.
     Reaches(u64),
 }
 
-/// Reads a topic. With a global order there is one stream, and any broker serves it; with orders `broker` and `none`
-/// each broker serves its own, and they are read side by side.
+/// Subscriber to one topic.
+///
+/// A topic with a global order has one stream, which any broker serves. With orders `broker` and `none` each broker
+/// serves a stream of its own, and the subscriber reads them side by side.
 pub struct Subscriber {
     context: Arc<Context>,
     topic: TopicView,
     streams: Vec<Stream>,
     next_stream: usize,
-    /// The batch that was received last, while messages of it are left. It lies in its stream's connection, which stays as
-    /// long as this does.
+    /// Batch that was received last, while messages of it are left. It lies in its stream's connection, which is not
+    /// touched meanwhile.
     current: Option<Current>,
 }
 
-/// A received and checked batch.
+/// Received and checked batch.
 struct Current {
+    /// Index of the stream.
     stream: usize,
     deliver: Deliver,
     header: BatchHeader,
-    /// Where its body lies in the connection's bytes.
+    /// Range of the body in the connection's bytes.
     body: Range<usize>,
-    /// Messages taken, and bytes of them.
+    /// Number of messages taken.
     taken: usize,
+    /// Offset of the next message in the body, bytes.
     payload_at: usize,
 }
 
@@ -143,13 +149,13 @@ impl Subscriber {
         Ok(Self { context, topic, streams, next_stream: 0, current: None })
     }
 
-    /// The topic.
+    /// Topic that is read.
     #[must_use]
     pub fn topic(&self) -> &TopicView {
         &self.topic
     }
 
-    /// Connects streams that are down and due.
+    /// Connects the streams that are down and due.
     fn reconnect(&mut self) {
         let now = Instant::now();
         for index in 0..self.streams.len() {
@@ -164,7 +170,8 @@ impl Subscriber {
         }
     }
 
-    /// The stream's broker is gone: another one serves a global stream; a broker's own may come back elsewhere.
+    /// Chooses the broker to connect to after a stream's connection failed. Any other broker serves the global stream; a
+    /// broker's own stream is served by that broker alone, maybe at a new address.
     fn find_broker(&mut self, index: usize) {
         let Ok(cluster) = self.context.cluster() else { return };
         let stream = &mut self.streams[index];
@@ -179,7 +186,7 @@ impl Subscriber {
         }
     }
 
-    /// Looks once at every stream: the first thing that came, and on which stream.
+    /// Looks once at every stream. Returns the first item that came, with the index of its stream.
     fn look(&mut self) -> Result<Option<(usize, StreamEvent)>, ClientError> {
         assert!(self.current.is_none(), "a batch that is read may lie in a connection that is looked at");
         self.reconnect();
@@ -194,7 +201,7 @@ impl Subscriber {
         Ok(None)
     }
 
-    /// What came on a stream. A connection that is lost is not an error.
+    /// Takes the next item of a stream. A lost connection is not an error.
     fn poll_stream(&mut self, index: usize) -> Result<Option<StreamEvent>, ClientError> {
         let stream = &mut self.streams[index];
         let Some(link) = &mut stream.link else { return Ok(None) };
@@ -225,7 +232,7 @@ impl Subscriber {
         }
     }
 
-    /// Looks, and waits for something to come if there is nothing.
+    /// Looks at every stream, and waits for an item if none has come.
     fn look_or_wait(&mut self, timeout: Duration) -> Result<Option<(usize, StreamEvent)>, ClientError> {
         if let found @ Some(_) = self.look()? {
             return Ok(found);
@@ -251,7 +258,8 @@ impl Subscriber {
         Ok(None)
     }
 
-    /// Checks that the batch is the one that is due; how many of its messages come before what was asked for.
+    /// Checks that a batch is the one that is due. Returns the number of messages in it that come before the offset that
+    /// was asked for.
     fn accept(&mut self, index: usize, deliver: &Deliver, header: &BatchHeader) -> Result<usize, ClientError> {
         let stream = &mut self.streams[index];
         let due = stream.due.unwrap_or(deliver.first_offset);
@@ -288,7 +296,7 @@ impl Subscriber {
         }
     }
 
-    /// The body of a batch, in place.
+    /// Body of a batch, in place.
     fn body(&self, current: &Current) -> &[u8] {
         let link = self.streams[current.stream].link.as_ref();
         assert!(link.is_some(), "the batch at offset {} lies in no connection", current.deliver.first_offset);
@@ -318,17 +326,18 @@ impl Subscriber {
         })
     }
 
-    /// The batch that was received last, if messages of it are left.
+    /// Takes the batch that was received last, if messages of it are left.
     fn take_current(&mut self) -> Option<Current> {
         self.current.take().filter(|current| !current.is_used_up())
     }
 
-    /// The next batch, without copying; `None` when none came in time. After [`Subscriber::next`] it is what is left of
-    /// the batch of that message.
+    /// Receives the next batch, without copying; `None` when none came within `timeout`.
+    ///
+    /// After [`Subscriber::next`] this is the rest of the batch of that message.
     ///
     /// # Errors
-    /// The offset is not kept, order or bytes are damaged, or the topic is gone. A lost connection is not an error:
-    /// reading goes on at another broker.
+    /// The offset is not kept, order or bytes are damaged, or the topic is gone. A lost connection is not an error: the
+    /// subscriber connects again.
     pub fn next_batch(&mut self, timeout: Duration) -> Result<Option<Batch<'_>>, ClientError> {
         let current = match self.take_current() {
             Some(current) => current,
@@ -340,10 +349,10 @@ impl Subscriber {
         self.batch(&current).map(Some)
     }
 
-    /// The next message; `None` when none came in time.
+    /// Receives the next message; `None` when none came within `timeout`.
     ///
     /// # Errors
-    /// As [`Subscriber::next_batch`].
+    /// Those of [`Subscriber::next_batch`].
     pub fn next(&mut self, timeout: Duration) -> Result<Option<Message<'_>>, ClientError> {
         let mut current = match self.take_current() {
             Some(current) => current,
@@ -365,10 +374,10 @@ impl Subscriber {
         Ok(Some(Message { offset, stream, client_id, ordered_us, payload }))
     }
 
-    /// Reads all that is there now, and returns how many messages that was.
+    /// Reads every message that the topic has now, hands each to `each`, and returns their number.
     ///
     /// # Errors
-    /// As [`Subscriber::next_batch`], and [`ClientError::TimedOut`] when a stream's broker does not answer.
+    /// Those of [`Subscriber::next_batch`], and [`ClientError::TimedOut`] when a stream's broker does not answer.
     pub fn drain(&mut self, mut each: impl FnMut(Message<'_>)) -> Result<u64, ClientError> {
         let mut count = 0;
         self.drain_batches(|batch| {
@@ -380,10 +389,10 @@ impl Subscriber {
         Ok(count)
     }
 
-    /// Reads all that is there now, one batch at a time.
+    /// Reads every batch that the topic has now, and hands each to `each`.
     ///
     /// # Errors
-    /// As [`Subscriber::drain`].
+    /// Those of [`Subscriber::drain`].
     pub fn drain_batches(&mut self, mut each: impl FnMut(Batch<'_>)) -> Result<(), ClientError> {
         let timeout = self.context.config.progress_timeout();
         let mut reach: Vec<Option<u64>> = vec![None; self.streams.len()];
@@ -414,7 +423,7 @@ impl Subscriber {
         }
     }
 
-    /// Asks on each new connection how far its stream reaches.
+    /// Asks on each new connection for the end of its stream. `asked` has the connection that was asked last per stream.
     fn ask_positions(&mut self, asked: &mut [u64]) {
         for (stream, asked) in self.streams.iter_mut().zip(asked) {
             if let Some(link) = &mut stream.link
@@ -426,7 +435,7 @@ impl Subscriber {
         }
     }
 
-    /// Goes on reading elsewhere.
+    /// Moves every stream to another position. What was received and not read is dropped.
     pub fn seek(&mut self, to: Start) {
         self.current = None;
         for stream in &mut self.streams {

@@ -5,8 +5,10 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-/// Page-aligned bytes of a fixed capacity, filled from the front. They never move, so a NIC can be told of them once;
-/// the pages live as long as this or a registration of them.
+/// Page-aligned bytes of a fixed capacity, filled from the front.
+///
+/// The bytes never move, so a NIC can be told of them once. The pages live as long as the buffer, or a registration of
+/// them.
 pub struct Buffer {
     pages: Arc<memmap2::MmapRaw>,
     len: usize,
@@ -32,21 +34,21 @@ impl Buffer {
         Ok(buffer)
     }
 
-    /// Most bytes it can hold.
+    /// Most bytes that the buffer can hold.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.pages.len()
     }
 
-    /// The pages, to keep them alive and to find them.
+    /// Pages of the buffer. Whoever clones the pointer keeps them mapped.
     pub fn pages(&self) -> &Arc<memmap2::MmapRaw> {
         &self.pages
     }
 
-    /// Adds bytes behind the last.
+    /// Appends bytes.
     ///
     /// # Panics
-    /// When they do not fit.
+    /// When the bytes exceed the capacity.
     #[inline]
     pub fn extend_from_slice(&mut self, bytes: &[u8]) {
         let start = self.len;
@@ -54,10 +56,10 @@ impl Buffer {
         self[start..].copy_from_slice(bytes);
     }
 
-    /// Sets the number of bytes in it. Those that are added have any value.
+    /// Sets the number of bytes in use. Added bytes have any value.
     ///
     /// # Panics
-    /// When they do not fit.
+    /// When `len` exceeds the capacity.
     #[inline]
     pub fn resize(&mut self, len: usize) {
         assert!(len <= self.capacity(), "{len} bytes do not fit into a buffer of {}", self.capacity());

@@ -1,23 +1,23 @@
-//! The time, as what measures durations and as what dates events. Code that is told the time runs in a simulator too.
+//! Clocks: one for durations, one for dates. Code that is handed its clock also runs in a simulator.
 
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-/// One look at both clocks of a host.
+/// Reading of both clocks of a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Now {
-    /// Never goes back; has no meaning on another host.
+    /// Monotonic clock: it never goes back, and has no meaning on another host.
     pub instant: Instant,
     /// Wall clock, microseconds since 1970. It may step.
     pub wall_us: u64,
 }
 
-/// Where the time comes from.
+/// Source of the time.
 pub trait Clock: Send {
-    /// The time now.
+    /// Returns the time now.
     fn now(&self) -> Now;
 }
 
-/// The clocks of this host.
+/// Clocks of this host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SystemClock;
 

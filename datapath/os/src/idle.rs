@@ -1,13 +1,13 @@
-//! How a polling thread waits.
+//! Waiting of a polling thread: spin, yield, sleep.
 //!
-//! `[[DEVIATION_006]]` The paper's loops busy-wait. Ours `pause` in the spin and yield once a millisecond
-//! ([`PollPolicy::SpinYield`]); the default goes further and sleeps once nothing has come for a while, so an idle
-//! broker costs next to nothing.
+//! `[[DEVIATION_006]]` The paper's loops busy-wait. With [`PollPolicy::SpinYield`] ours execute `pause` while they spin,
+//! and yield once a millisecond. The default, [`PollPolicy::Adaptive`], also sleeps once nothing has come for a while, so
+//! an idle broker costs next to nothing.
 
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// What to do between two polls that found nothing.
+/// Behaviour of a polling thread between two polls that found nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PollPolicy {
@@ -21,10 +21,10 @@ pub enum PollPolicy {
     Busy,
 }
 
-/// Numbers of the adaptive policy.
+/// Durations of the policies that spin or sleep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PollBounds {
-    /// How long to spin before yielding or sleeping, microseconds.
+    /// Longest spin before the thread yields or sleeps, microseconds.
     pub spin_us: u64,
     /// Shortest sleep, microseconds.
     pub sleep_min_us: u64,
@@ -33,8 +33,10 @@ pub struct PollBounds {
 }
 
 impl PollBounds {
-    /// `[[DEVIATION_009]]` Bounds for `pollers` polling threads on `cores` cores: a spin of 1 ms where each has a core
-    /// of its own, none where they would spin in each other's way.
+    /// Bounds for `pollers` polling threads on `cores` cores. `[[DEVIATION_009]]`
+    ///
+    /// Threads spin for 1 ms where there are at least two cores for each. Elsewhere they would spin in each other's way,
+    /// and do not spin.
     #[must_use]
     pub fn for_host(pollers: usize, cores: usize) -> Self {
         let spin_us = if pollers * 2 <= cores { 1000 } else { 0 };
@@ -42,7 +44,7 @@ impl PollBounds {
     }
 }
 
-/// What the thread should do now.
+/// Action that [`Idle::wait`] asks of its thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// Poll again.
@@ -51,7 +53,7 @@ pub enum Step {
     Sleep(Duration),
 }
 
-/// The waiting state of one polling thread.
+/// Waiting state of one polling thread.
 #[derive(Debug)]
 pub struct Idle {
     policy: PollPolicy,
@@ -66,13 +68,13 @@ pub struct Idle {
 const YIELDS_BEFORE_SLEEP: u32 = 8;
 
 impl Idle {
-    /// A thread that has just worked.
+    /// State of a thread that has just worked.
     #[must_use]
     pub fn new(policy: PollPolicy, bounds: PollBounds) -> Self {
         Self { policy, bounds, since: None, yielded_at: Instant::now(), rounds: 0, sleep_us: bounds.sleep_min_us }
     }
 
-    /// The last poll found work.
+    /// Records that the last poll found work.
     #[inline]
     pub fn worked(&mut self) {
         self.since = None;
@@ -80,7 +82,7 @@ impl Idle {
         self.sleep_us = self.bounds.sleep_min_us;
     }
 
-    /// The last poll found nothing.
+    /// Records that the last poll found nothing. May spin for a moment or yield, as the policy says.
     #[inline]
     pub fn wait(&mut self) -> Step {
         match self.policy {

@@ -1,5 +1,13 @@
-//! What a polling thread needs of its host: the time ([`clock`]), how to wait ([`idle`]), which sockets are ready ([`poller`]), a core of its own
-//! ([`thread`]), memory that stays where it is ([`buffer`]), and durable writes ([`uring`]).
+//! Services of the host for polling threads.
+//!
+//! | module | service |
+//! |---|---|
+//! | [`clock`] | the time |
+//! | [`idle`] | waiting: spin, yield, sleep |
+//! | [`poller`] | which sockets are ready |
+//! | [`thread`] | exact timers, and a core of its own |
+//! | [`buffer`] | memory that stays where it is |
+//! | [`uring`] | durable writes |
 
 pub mod buffer;
 pub mod clock;

@@ -7,7 +7,7 @@ use std::time::Duration;
 /// A ready socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ready {
-    /// As given to [`Poller::add`].
+    /// Token that was given to [`Poller::add`].
     pub token: u64,
     /// There is something to read, or the peer is gone.
     pub readable: bool,
@@ -38,7 +38,7 @@ impl Poller {
         Ok(Self { epoll, events: vec![libc::epoll_event { events: 0, u64: 0 }; 64] })
     }
 
-    /// Readable when one of its sockets is ready.
+    /// Descriptor that becomes readable when one of the watched sockets is ready.
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.epoll.as_raw_fd()
@@ -62,7 +62,7 @@ impl Poller {
         self.control(libc::EPOLL_CTL_ADD, socket, token, writable)
     }
 
-    /// Changes whether room is watched for.
+    /// Changes whether a socket is also watched for room to write.
     ///
     /// # Errors
     /// What `epoll_ctl` reports.
@@ -123,7 +123,7 @@ impl Poller {
     }
 }
 
-/// Waits until one of the sockets can be read or (where asked) written, or the time is over.
+/// Waits until one of the sockets can be read, or the time is over. The flag beside a socket asks for room to write too.
 ///
 /// # Errors
 /// What `poll` reports.

@@ -1,9 +1,8 @@
-//! What a polling thread asks of the kernel.
+//! Preparation of a polling thread: exact timers, and a core of its own.
 
 use std::io;
 
-/// Prepares the calling thread for polling: exact timers (prctl(2), PR_SET_TIMERSLACK), and a core of its own if
-/// `core` names one.
+/// Prepares the calling thread for polling: exact timers (prctl(2), PR_SET_TIMERSLACK), and the core that `core` names.
 ///
 /// # Errors
 /// What `sched_setaffinity` reports for a core that the thread may not use.

@@ -14,7 +14,7 @@ pub struct Uring {
 }
 
 impl Uring {
-    /// A ring, where the kernel has io_uring and allows it.
+    /// Sets up a ring, where the kernel has io_uring and allows it.
     ///
     /// # Errors
     /// What the kernel reports: `ENOSYS`, or `EPERM` where it is turned off.
@@ -29,11 +29,12 @@ impl Uring {
         Ok(Self { ring })
     }
 
-    /// Writes all of `bytes` to `to` at `at`, and returns once `durable`, the same file maybe opened otherwise, has them on
-    /// its disk.
+    /// Writes all of `bytes` to the file `to` from byte `at` on, and returns once they are on disk.
+    ///
+    /// `durable` is the descriptor that is synchronised: the same file, which may be opened with other flags.
     ///
     /// # Errors
-    /// What the kernel reports. What was written may be there in part then.
+    /// What the kernel reports. Part of the bytes may have been written.
     pub fn write_durable(&mut self, to: BorrowedFd, durable: BorrowedFd, at: u64, bytes: &[u8]) -> io::Result<()> {
         let mut written = 0;
         loop {
@@ -50,7 +51,7 @@ impl Uring {
         }
     }
 
-    /// One write and one `fdatasync`: how much was written, and what became of the other.
+    /// Submits one write and one `fdatasync`. Returns the number of bytes written, and the outcome of the `fdatasync`.
     fn step(
         &mut self,
         to: BorrowedFd,

@@ -1,83 +1,95 @@
-//! How fast a requester may send: a window of packets, and a rate that congestion notifications lower.
+//! Congestion control of a requester: a window of packets, and a rate that congestion notifications lower.
 //!
-//! The rate follows DCQCN (Zhu et al., SIGCOMM 2015, section 3.2, reaction point) with its recommended constants; the
-//! window shrinks by loss, as TCP's does (RFC 5681), for paths that drop without marking.
+//! The rate follows DCQCN with its recommended constants (Zhu et al., SIGCOMM 2015, section 3.2, reaction point).
+//! The window shrinks by loss, as TCP's does (RFC 5681), for paths that drop packets without marking others.
 
-use super::Nanos;
+use crate::time::Nanos;
 
-/// g, by which the estimate of congestion moves.
+/// Weight of a new sample in the estimate of congestion: DCQCN's g.
 const GAIN: f64 = 1.0 / 256.0;
-/// How long after a notification the estimate falls, and how long a step of recovery takes.
+/// Nanoseconds after a notification until the estimate falls, and between two steps of recovery: DCQCN's K and timer.
 const PERIOD: Nanos = 55_000;
-/// F: steps that halve the way back, before the rate grows beyond where it was.
+/// Steps of fast recovery, each of which halves the distance to the target rate: DCQCN's F.
 const FAST_STEPS: u32 = 5;
-/// How much it grows in a step then, bytes a second (40 Mbit/s).
+/// Bytes per second by which the target rate grows in a step after fast recovery (40 Mbit/s): DCQCN's R_AI.
 const INCREASE: f64 = 5e6;
-/// It does not fall below this, bytes a second.
+/// Lowest rate, bytes per second.
 const LEAST_RATE: f64 = 1.25e6;
 /// Fewest packets of the window.
 const LEAST_WINDOW: f64 = 4.0;
+/// Part of the line rate from which the requester sends without a rate again.
+const RECOVERED: f64 = 0.999;
 
-/// Of one queue pair.
+/// Congestion state of one queue pair.
 #[derive(Debug)]
-pub struct Congestion {
+pub(crate) struct Congestion {
+    /// Packets of the window without loss.
     most_window: f64,
+    /// Packets of the window now.
     window: f64,
+    /// Bytes per second of the port.
     line_rate: f64,
-    /// `None` until a notification came, and when the rate is the line's again: packets then go as they can.
+    /// Rate after a notification; `None` while the rate is the line's, and packets go as they come.
     reduced: Option<Reduced>,
+    /// Time from which the next packet may go.
     next_at: Nanos,
 }
 
+/// Rate below the line's, and its way back.
 #[derive(Debug)]
 struct Reduced {
+    /// Rate that recovery returns to, bytes per second: DCQCN's R_T.
     target: f64,
+    /// Rate in force, bytes per second: DCQCN's R_C.
     rate: f64,
+    /// Estimate of congestion, 0 to 1: DCQCN's alpha.
     estimate: f64,
+    /// Steps of recovery since the last notification.
     steps: u32,
+    /// Time of the next step.
     step_at: Nanos,
 }
 
 impl Congestion {
-    /// `window`: most packets under way. `line_rate`: bytes a second of the port.
+    /// Begins without congestion. `window` is the most packets under way, `line_rate` the port's bytes per second.
     #[must_use]
-    pub fn new(window: u32, line_rate: f64) -> Self {
+    pub(crate) fn new(window: u32, line_rate: f64) -> Self {
         let most_window = f64::from(window);
         Self { most_window, window: most_window, line_rate, reduced: None, next_at: 0 }
     }
 
-    /// Packets that may be under way.
+    /// Number of packets that may be under way.
     #[must_use]
-    pub fn window(&self) -> u32 {
+    pub(crate) fn window(&self) -> u32 {
         self.window as u32
     }
 
-    /// When the next packet may go.
+    /// Time from which the next packet may go.
     #[must_use]
-    pub fn next_at(&self) -> Nanos {
+    pub(crate) fn next_at(&self) -> Nanos {
         self.next_at
     }
 
-    /// A packet of so many bytes goes.
-    pub fn sent(&mut self, bytes: usize, now: Nanos) {
+    /// Notes that a packet with `bytes` bytes of payload is sent.
+    pub(crate) fn sent(&mut self, bytes: usize, now: Nanos) {
         self.recover(now);
         if let Some(reduced) = &self.reduced {
             self.next_at = self.next_at.max(now) + (bytes as f64 / reduced.rate * 1e9) as Nanos;
         }
     }
 
-    /// So many packets were acknowledged.
-    pub fn acknowledged(&mut self, packets: u32) {
+    /// Notes that `packets` packets were acknowledged.
+    pub(crate) fn acknowledged(&mut self, packets: u32) {
         self.window = (self.window + f64::from(packets) / self.window).min(self.most_window);
     }
 
-    /// Packets were lost.
-    pub fn lost(&mut self) {
+    /// Notes that packets were lost.
+    pub(crate) fn lost(&mut self) {
         self.window = (self.window / 2.0).max(LEAST_WINDOW.min(self.most_window));
     }
 
-    /// The receiver saw congestion marks.
-    pub fn notified(&mut self, now: Nanos) {
+    /// Notes that the receiver saw congestion marks.
+    pub(crate) fn notified(&mut self, now: Nanos) {
         self.recover(now);
         let line_rate = self.line_rate;
         let start = || Reduced { target: line_rate, rate: line_rate, estimate: 1.0, steps: 0, step_at: now };
@@ -88,6 +100,7 @@ impl Congestion {
         (reduced.steps, reduced.step_at) = (0, now + PERIOD);
     }
 
+    /// Does the steps of recovery that are due.
     fn recover(&mut self, now: Nanos) {
         let Some(reduced) = &mut self.reduced else { return };
         while now >= reduced.step_at {
@@ -98,7 +111,7 @@ impl Congestion {
                 reduced.target = (reduced.target + INCREASE).min(self.line_rate);
             }
             reduced.rate = f64::midpoint(reduced.rate, reduced.target);
-            if reduced.rate > 0.999 * self.line_rate {
+            if reduced.rate > RECOVERED * self.line_rate {
                 self.reduced = None;
                 self.next_at = 0;
                 return;
@@ -115,7 +128,7 @@ mod tests {
     const LINE: f64 = 1.25e9;
     const PACKET: usize = 4096;
 
-    /// Bytes a second that are sent in a time by one who always has more.
+    /// Bytes per second that a sender with endless work sends within `time` nanoseconds.
     fn rate(congestion: &mut Congestion, from: Nanos, time: Nanos) -> f64 {
         let (mut now, mut bytes) = (from, 0);
         while now < from + time {

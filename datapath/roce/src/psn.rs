@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// A packet sequence number: 24 bits that wrap (IBTA 9.7.1).
+/// Packet sequence number: 24 bits that wrap around (IBTA 9.7.1).
 #[derive(Clone, Copy, PartialEq, Eq, Default)]
 pub struct Psn(u32);
 
@@ -10,26 +10,28 @@ const BITS: u32 = 24;
 const MASK: u32 = (1 << BITS) - 1;
 
 impl Psn {
-    /// The lowest 24 bits of `value`.
+    /// Takes the lowest 24 bits of `value`.
     #[must_use]
     pub const fn new(value: u32) -> Self {
         Self(value & MASK)
     }
 
-    /// The number.
+    /// The number, below 2^24.
     #[must_use]
     pub const fn get(self) -> u32 {
         self.0
     }
 
-    /// The number `packets` later.
+    /// The number of the packet that follows `packets` packets later.
     #[must_use]
-    pub const fn plus(self, packets: u32) -> Self {
+    pub(crate) const fn plus(self, packets: u32) -> Self {
         Self::new(self.0.wrapping_add(packets))
     }
 
-    /// How many packets this comes after `other`, negative if before: -2^23 to 2^23 - 1, since one half of all numbers is
-    /// ahead of each (IBTA 9.7.1, figure of the valid and the duplicate region).
+    /// Number of packets from `other` to this one; negative if this one came before.
+    ///
+    /// The result is between -2^23 and 2^23 - 1. Half of all numbers lie ahead of any number, the other half behind it
+    /// (IBTA 9.7.1, figure of the valid and the duplicate region).
     #[must_use]
     pub const fn since(self, other: Self) -> i32 {
         let unused = 32 - BITS;

@@ -1,58 +1,26 @@
-//! What was posted is sent, again if need be, and completed (IBTA 9.7.3, requester; 9.7.5.1 and 9.9.2, its errors).
+//! Requester: sends posted work, sends it again if need be, and completes it.
+//!
+//! Sources: IBTA 9.7.3, requester; 9.7.5.1 and 9.9.2, errors of the requester.
 
-use super::congestion::Congestion;
-use super::packet::{Aeth, Opcode, Packet, Reth, Syndrome, rnr_nanos};
-use super::psn::Psn;
-use super::queue_pair::{Attributes, Completion, Failure, Full};
-use super::round_trip::RoundTrip;
-use super::{MAX_MESSAGE_BYTES, Nanos};
+use crate::attributes::Attributes;
+use crate::congestion::Congestion;
+use crate::packet::{Aeth, Opcode, Packet, Part, Reth, Syndrome, rnr_nanos};
+use crate::path::MAX_MESSAGE_BYTES;
+use crate::psn::Psn;
+use crate::round_trip::RoundTrip;
+use crate::time::Nanos;
+use crate::work::{Completion, Failure, Full, Operation, Work};
 use std::collections::VecDeque;
 
-/// What is to be done.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Operation {
-    /// The payload goes to the next receive of the peer.
-    Send {
-        /// Given with it.
-        immediate: Option<u32>,
-    },
-    /// The payload goes to memory of the peer.
-    Write {
-        /// Where.
-        address: u64,
-        /// The right to it.
-        rkey: u32,
-        /// The peer notices, if given, which takes a receive there.
-        immediate: Option<u32>,
-    },
-    /// Memory of the peer comes here; there is no payload.
-    Read {
-        /// Where.
-        address: u64,
-        /// The right to it.
-        rkey: u32,
-        /// How much.
-        bytes: u32,
-    },
-}
-
-/// A request. Its payload is kept until it is acknowledged.
-#[derive(Debug)]
-pub struct Work<B> {
-    /// Comes back with the completion.
-    pub id: u64,
-    /// What is to be done.
-    pub operation: Operation,
-    /// At most 2^31 bytes.
-    pub payload: B,
-}
-
+/// Request that is not complete.
 #[derive(Debug)]
 struct Pending<B> {
     work: Work<B>,
+    /// Number of its first packet.
     first: Psn,
+    /// Number of packets, at least 1; for a read, those of the response.
     packets: u32,
-    /// Of a read, what came.
+    /// Bytes that a read has got so far.
     came: Vec<u8>,
 }
 
@@ -61,39 +29,46 @@ impl<B> Pending<B> {
         matches!(self.work.operation, Operation::Read { .. })
     }
 
+    /// Number after that of its last packet.
     fn end(&self) -> Psn {
         self.first.plus(self.packets)
     }
 }
 
-/// Requests that wait or are under way at most.
+/// Most requests that wait or are under way.
 const MAX_WORK: usize = 1024;
-/// Packets of one request stay far below half of all numbers.
+/// Most packets that wait or are under way: far below half of all packet numbers (IBTA 9.7.1).
 const MAX_PACKETS: u32 = 1 << 22;
-/// How often attempts may be repeated without end (IBTA 9.7.5.2.8, RNR retry count).
+/// Retry count that stands for "without end" (IBTA 9.7.5.2.8, RNR retry count).
 const FOR_EVER: u8 = 7;
 
+/// Sending half of a queue pair.
 #[derive(Debug)]
 pub(super) struct Requester<B> {
+    /// Requests that are not complete, in order.
     work: VecDeque<Pending<B>>,
-    /// The first packet that is not acknowledged, the next to be sent, and the one after the last posted.
+    /// Number of the first packet that is not acknowledged.
     oldest: Psn,
+    /// Number of the next packet to be sent.
     next: Psn,
+    /// Number after that of the last packet posted.
     end: Psn,
-    /// The one after the last that was ever sent.
+    /// Number after that of the last packet that was ever sent.
     sent_end: Psn,
     congestion: Congestion,
-    /// When the oldest packet is taken for lost; while nothing is under way, none.
+    /// Time at which the oldest packet counts as lost; `None` while nothing is under way.
     lost_at: Option<Nanos>,
     round_trip: RoundTrip,
+    /// Times that the oldest packet was sent again without an answer.
     retries: u8,
+    /// Times that the oldest packet was answered with "receiver not ready".
     not_ready: u8,
-    /// The receiver asked for time.
+    /// Time before which nothing is sent, as the peer asked.
     wait_until: Nanos,
 }
 
 impl<B: AsRef<[u8]>> Requester<B> {
-    pub fn new(attributes: &Attributes) -> Self {
+    pub(crate) fn new(attributes: &Attributes) -> Self {
         let first = attributes.send_psn;
         Self {
             work: VecDeque::new(),
@@ -110,7 +85,8 @@ impl<B: AsRef<[u8]>> Requester<B> {
         }
     }
 
-    pub fn post(&mut self, attributes: &Attributes, work: Work<B>) -> Result<(), Full<B>> {
+    /// Takes a request, or gives it back.
+    pub(crate) fn post(&mut self, attributes: &Attributes, work: Work<B>) -> Result<(), Full<B>> {
         let bytes = match work.operation {
             Operation::Read { bytes, .. } => Some(bytes).filter(|_| work.payload.as_ref().is_empty()),
             _ => u32::try_from(work.payload.as_ref().len()).ok(),
@@ -126,36 +102,36 @@ impl<B: AsRef<[u8]>> Requester<B> {
         Ok(())
     }
 
-    /// Everything that was posted, in order.
-    pub fn take_work(&mut self) -> impl Iterator<Item = u64> + use<B> {
+    /// Takes away all requests, and returns their ids in order.
+    pub(crate) fn take_work(&mut self) -> impl Iterator<Item = u64> + use<B> {
         std::mem::take(&mut self.work).into_iter().map(|pending| pending.work.id)
     }
 
-    pub fn is_idle(&self) -> bool {
+    pub(crate) fn is_idle(&self) -> bool {
         self.work.is_empty()
     }
 
-    pub fn congestion(&mut self) -> &mut Congestion {
+    pub(crate) fn congestion(&mut self) -> &mut Congestion {
         &mut self.congestion
     }
 
-    /// When [`Self::transmit`] should be called again at the latest.
-    pub fn wake_at(&self) -> Option<Nanos> {
+    /// Latest time at which [`Self::transmit`] is to be called again.
+    pub(crate) fn wake_at(&self) -> Option<Nanos> {
         let window = self.congestion.window();
         let may_send = self.next != self.end && self.next.since(self.oldest).cast_unsigned() < window;
         let send_at = may_send.then(|| self.wait_until.max(self.congestion.next_at()));
         send_at.into_iter().chain(self.lost_at).min()
     }
 
-    /// Sends everything from the oldest packet that is not acknowledged again.
+    /// Returns to the oldest packet that is not acknowledged: it and all after it are sent again.
     fn go_back(&mut self) {
         self.next = self.oldest;
         self.lost_at = None;
         self.round_trip.sent_again();
     }
 
-    /// Takes a packet for lost if it is time. A failure ends the queue pair.
-    pub fn look_at_time(&mut self, attributes: &Attributes, now: Nanos) -> Result<(), Failure> {
+    /// Counts the oldest packet as lost if its time is up. A failure ends the queue pair.
+    pub(crate) fn look_at_time(&mut self, attributes: &Attributes, now: Nanos) -> Result<(), Failure> {
         if self.lost_at.is_none_or(|at| now < at) {
             return Ok(());
         }
@@ -170,7 +146,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Hands the next packet to `send`, if one may go.
-    pub fn transmit(&mut self, attributes: &Attributes, now: Nanos, send: impl FnOnce(&Packet<'_>)) -> bool {
+    pub(crate) fn transmit(&mut self, attributes: &Attributes, now: Nanos, send: impl FnOnce(&Packet<'_>)) -> bool {
         let under_way = self.next.since(self.oldest).cast_unsigned();
         let wait = self.wait_until.max(self.congestion.next_at());
         if self.next == self.end || under_way >= self.congestion.window() || now < wait {
@@ -180,36 +156,19 @@ impl<B: AsRef<[u8]>> Requester<B> {
         let Some(pending) = self.work.get(index) else { return false };
         let (mtu, done) = (attributes.path_mtu.bytes(), self.next.since(pending.first).cast_unsigned());
         let payload = pending.work.payload.as_ref();
-        let (starts, ends) = (done == 0, done + 1 == pending.packets);
+        let ends = done + 1 == pending.packets;
+        let part = Part::of(done == 0, ends);
         let from = done as usize * mtu;
         let piece = &payload[from.min(payload.len())..(from + mtu).min(payload.len())];
         let (opcode, reth, immediate, taken) = match pending.work.operation {
-            Operation::Send { immediate } => {
-                let opcode = match (starts, ends, immediate) {
-                    (true, true, None) => Opcode::SendOnly,
-                    (true, true, Some(_)) => Opcode::SendOnlyImmediate,
-                    (true, false, _) => Opcode::SendFirst,
-                    (false, false, _) => Opcode::SendMiddle,
-                    (false, true, None) => Opcode::SendLast,
-                    (false, true, Some(_)) => Opcode::SendLastImmediate,
-                };
-                (opcode, None, immediate, 1)
-            }
+            Operation::Send { immediate } => (Opcode::send(part, immediate.is_some()), None, immediate, 1),
             Operation::Write { address, rkey, immediate } => {
-                let opcode = match (starts, ends, immediate) {
-                    (true, true, None) => Opcode::WriteOnly,
-                    (true, true, Some(_)) => Opcode::WriteOnlyImmediate,
-                    (true, false, _) => Opcode::WriteFirst,
-                    (false, false, _) => Opcode::WriteMiddle,
-                    (false, true, None) => Opcode::WriteLast,
-                    (false, true, Some(_)) => Opcode::WriteLastImmediate,
-                };
-                (opcode, Some(Reth { address, rkey, bytes: payload.len() as u32 }), immediate, 1)
+                let all = Reth { address, rkey, bytes: payload.len() as u32 };
+                (Opcode::write(part, immediate.is_some()), Some(all), immediate, 1)
             }
             // The rest of it, where a part has come (IBTA 9.7.5.1.1, retried reads).
             Operation::Read { address, rkey, bytes } => {
-                let at = from as u32;
-                let rest = Reth { address: address.wrapping_add(at.into()), rkey, bytes: bytes - at };
+                let rest = Reth { address, rkey, bytes }.after(from as u32);
                 (Opcode::ReadRequest, Some(rest), None, pending.packets - done)
             }
         };
@@ -234,7 +193,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
         true
     }
 
-    /// Everything before `psn` was done. Reads of which something is missing were not.
+    /// Completes all work before `psn`, except reads whose responses are missing.
     fn done_before(&mut self, attributes: &Attributes, psn: Psn, now: Nanos, completed: &mut VecDeque<Completion>) {
         while let Some(pending) = self.work.front() {
             if pending.is_read() || pending.end().since(psn) > 0 {
@@ -254,7 +213,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
         }
     }
 
-    /// Packets before `psn` need not be sent again.
+    /// Notes that packets before `psn` need not be sent again.
     fn advance(&mut self, attributes: &Attributes, psn: Psn, now: Nanos) {
         let packets = psn.since(self.oldest);
         if packets <= 0 {
@@ -272,7 +231,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Takes an acknowledgement. A failure ends the queue pair.
-    pub fn answer(
+    pub(crate) fn answer(
         &mut self,
         attributes: &Attributes,
         psn: Psn,
@@ -280,7 +239,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
         now: Nanos,
         completed: &mut VecDeque<Completion>,
     ) -> Result<(), Failure> {
-        // Of a packet that is done, or was never sent: late, or forged.
+        // It answers a packet that is done, or one that was never sent: it is late, or forged.
         if psn.since(self.oldest) < 0 || psn.since(self.sent_end) >= 0 {
             return Ok(());
         }
@@ -315,7 +274,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
     }
 
     /// Takes a response to a read. A failure ends the queue pair.
-    pub fn response(
+    pub(crate) fn response(
         &mut self,
         attributes: &Attributes,
         packet: &Packet<'_>,

@@ -1,100 +1,74 @@
-//! What the peer asks for is done here (IBTA 9.7.4, responder; 9.7.5.2, acknowledgements).
+//! Responder: executes the peer's requests and answers them (IBTA 9.7.4, responder; 9.7.5.2, acknowledgements).
 
-use super::MAX_MESSAGE_BYTES;
-use super::packet::{Aeth, Opcode, Packet, Reth, Syndrome};
-use super::psn::Psn;
-use super::queue_pair::{Attributes, Completion, Failure};
+use crate::attributes::Attributes;
+use crate::memory::{Access, Memory};
+use crate::packet::{Aeth, LOW_24_BITS, Opcode, Packet, Part, Reth, Syndrome};
+use crate::path::MAX_MESSAGE_BYTES;
+use crate::psn::Psn;
+use crate::work::{Completion, Failure, Receive};
 use std::collections::VecDeque;
 
-/// What a peer wants to do with memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum Access {
-    Read,
-    Write,
-}
-
-/// No right to memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no right to that memory")]
-pub struct NoAccess;
-
-/// Memory that peers reach with keys. Rights are looked at for every packet, so that they end when they are taken.
-pub trait Memory {
-    /// Whether that queue pair may do so with all of it.
-    ///
-    /// # Errors
-    /// [`NoAccess`].
-    fn check(&self, queue_pair: u32, remote: Reth, access: Access) -> Result<(), NoAccess>;
-
-    /// Writes all of `bytes`, or nothing.
-    ///
-    /// # Errors
-    /// [`NoAccess`].
-    fn write(&mut self, queue_pair: u32, rkey: u32, address: u64, bytes: &[u8]) -> Result<(), NoAccess>;
-
-    /// Appends `bytes` bytes to `into`.
-    ///
-    /// # Errors
-    /// [`NoAccess`]; nothing is appended then.
-    fn read(&self, queue_pair: u32, rkey: u32, address: u64, bytes: u32, into: &mut Vec<u8>) -> Result<(), NoAccess>;
-}
-
-/// A buffer for what the peer sends, or for the notice of one write with immediate data, which leaves it as it is.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Receive {
-    /// Comes back with the completion.
-    pub id: u64,
-    /// As many bytes as a message may have.
-    pub buffer: Vec<u8>,
-}
-
-/// A message of which packets are still to come.
+/// Message whose last packet is still to come.
 #[derive(Debug)]
 enum Current {
+    /// A send: the receive, and the bytes of its buffer that are filled.
     Send { receive: Receive, filled: usize },
-    Write { rkey: u32, next: u64, left: u32, bytes: u32 },
+    /// A write: the memory that is still to be written, and the bytes of the whole message.
+    Write { rest: Reth, bytes: u32 },
 }
 
-/// Responses to a read that are still to be sent.
+/// Read whose responses are still to be sent.
 #[derive(Debug)]
 struct Reading {
     remote: Reth,
+    /// Bytes that were sent.
     done: u32,
+    /// Number of the first packet of the response.
     first: Psn,
+    /// Message count that the response carries.
     messages: u32,
 }
 
-/// What a request came to.
+/// Outcome of a request packet.
 enum Outcome {
+    /// It was executed; the last packet of a message may complete a receive.
     Done(Option<Completion>),
+    /// It needs a receive, and none is posted.
     NotReady,
+    /// It was refused, which ends the queue pair.
     Refused(Syndrome, Failure),
 }
 
-/// Reads that wait for their responses at most; more are dropped, and asked for again.
+/// Answer to a malformed request.
+const INVALID: Outcome = Outcome::Refused(Syndrome::InvalidRequest, Failure::InvalidRequest);
+/// Answer to a request for memory to which the peer has no right.
+const FORBIDDEN: Outcome = Outcome::Refused(Syndrome::Access, Failure::Access);
+
+/// Most reads that wait for their responses. More are dropped, and the peer sends them again.
 const MAX_READS: usize = 128;
-const MESSAGES_MASK: u32 = 0x00ff_ffff;
-/// Credits that are not counted (IBTA 9.7.7.2).
+/// Credit code of a responder that counts no credits (IBTA 9.7.7.2).
 const UNCOUNTED: u8 = 31;
 
+/// Receiving half of a queue pair.
 #[derive(Debug)]
 pub(super) struct Responder {
+    /// Number of the next packet in sequence.
     expected: Psn,
+    /// Messages completed, modulo 2^24 (IBTA 9.7.7, message sequence number).
     messages: u32,
     current: Option<Current>,
     receives: VecDeque<Receive>,
     reads: VecDeque<Reading>,
-    /// Silence until the gap closes (IBTA 9.7.5.2.2, one NAK for a gap).
+    /// Whether the present gap was reported: one gap gets one NAK (IBTA 9.7.5.2.2).
     gap_told: bool,
-    /// The newest takes the place of those before it, which it says too.
+    /// Answer to be sent. A newer one replaces it, because it also acknowledges everything before.
     answer: Option<(Psn, Syndrome)>,
-    /// The payload of a response.
+    /// Payload of the response that is being sent.
     scratch: Vec<u8>,
 }
 
 impl Responder {
-    pub fn new(attributes: &Attributes) -> Self {
+    pub(crate) fn new(attributes: &Attributes) -> Self {
         Self {
             expected: attributes.receive_psn,
             messages: 0,
@@ -107,16 +81,16 @@ impl Responder {
         }
     }
 
-    pub fn post(&mut self, receive: Receive) {
+    pub(crate) fn post(&mut self, receive: Receive) {
         self.receives.push_back(receive);
     }
 
-    pub fn has_receive(&self) -> bool {
+    pub(crate) fn has_receive(&self) -> bool {
         !self.receives.is_empty()
     }
 
-    /// Receives that were not used, that of a message which did not become whole first.
-    pub fn take_receives(&mut self) -> impl Iterator<Item = Receive> {
+    /// Takes away all unused receives. The receive of an incomplete message comes first.
+    pub(crate) fn take_receives(&mut self) -> impl Iterator<Item = Receive> {
         let begun = match self.current.take() {
             Some(Current::Send { receive, .. }) => Some(receive),
             _ => None,
@@ -124,8 +98,8 @@ impl Responder {
         begun.into_iter().chain(std::mem::take(&mut self.receives))
     }
 
-    /// Takes a request. Ends the queue pair with a failure.
-    pub fn request(
+    /// Takes a request packet. A failure ends the queue pair.
+    pub(crate) fn request(
         &mut self,
         attributes: &Attributes,
         packet: &Packet<'_>,
@@ -151,7 +125,7 @@ impl Responder {
                 let ends = !packet.opcode.is_followed();
                 if packet.opcode != Opcode::ReadRequest {
                     self.expected = self.expected.plus(1);
-                    self.messages = (self.messages + u32::from(ends)) & MESSAGES_MASK;
+                    self.messages = (self.messages + u32::from(ends)) & LOW_24_BITS;
                     if packet.wants_ack {
                         self.answer = Some((packet.psn, Syndrome::Done(UNCOUNTED)));
                     }
@@ -171,7 +145,8 @@ impl Responder {
         }
     }
 
-    /// Sends and writes were done: that is said again. Reads are done again (IBTA 9.7.4.3, duplicate requests).
+    /// Takes a packet that came before. Sends and writes are acknowledged again, reads executed again
+    /// (IBTA 9.7.4.3, duplicate requests).
     fn duplicate(&mut self, attributes: &Attributes, packet: &Packet<'_>, memory: &impl Memory) {
         let Some(remote) = packet.reth.filter(|_| packet.opcode == Opcode::ReadRequest) else {
             if self.answer.is_none() {
@@ -190,71 +165,22 @@ impl Responder {
         }
     }
 
+    /// Executes a packet that is in sequence.
     fn execute(&mut self, attributes: &Attributes, packet: &Packet<'_>, memory: &mut impl Memory) -> Outcome {
-        const WRONG: Outcome = Outcome::Refused(Syndrome::InvalidRequest, Failure::InvalidRequest);
         let opcode = packet.opcode;
-        let length_is_sound = if opcode.is_followed() {
-            packet.payload.len() == attributes.path_mtu.bytes()
-        } else {
-            packet.payload.len() <= attributes.path_mtu.bytes()
-                && (opcode.begins() || !packet.payload.is_empty())
-                && (opcode != Opcode::ReadRequest || packet.payload.is_empty())
-        };
-        if !length_is_sound || opcode.begins() != self.current.is_none() {
-            return WRONG;
+        if !has_sound_length(attributes, packet) || opcode.begins() != self.current.is_none() {
+            return INVALID;
         }
         if opcode == Opcode::ReadRequest {
             return self.read(attributes, packet, memory);
         }
-        if opcode.begins() {
-            self.current = match packet.reth {
-                None => match self.receives.pop_front() {
-                    Some(receive) => Some(Current::Send { receive, filled: 0 }),
-                    None => return Outcome::NotReady,
-                },
-                Some(remote) if remote.bytes > MAX_MESSAGE_BYTES => return WRONG,
-                Some(remote) => {
-                    // A key of nothing need not be valid (IBTA 9.7.4.1.4, zero-length requests).
-                    if remote.bytes > 0 && memory.check(attributes.number, remote, Access::Write).is_err() {
-                        return Outcome::Refused(Syndrome::Access, Failure::Access);
-                    }
-                    let Reth { address, rkey, bytes } = remote;
-                    Some(Current::Write { rkey, next: address, left: bytes, bytes })
-                }
-            };
+        if opcode.begins()
+            && let Err(outcome) = self.begin(attributes, packet, memory)
+        {
+            return outcome;
         }
-        let is_send = matches!(
-            opcode,
-            Opcode::SendFirst
-                | Opcode::SendMiddle
-                | Opcode::SendLast
-                | Opcode::SendLastImmediate
-                | Opcode::SendOnly
-                | Opcode::SendOnlyImmediate
-        );
-        match &mut self.current {
-            Some(Current::Send { receive, filled }) if is_send => {
-                let Some(room) = receive.buffer.get_mut(*filled..*filled + packet.payload.len()) else { return WRONG };
-                room.copy_from_slice(packet.payload);
-                *filled += packet.payload.len();
-            }
-            Some(Current::Write { rkey, next, left, .. }) if !is_send => {
-                let (bytes, ends) = (packet.payload.len() as u32, !opcode.is_followed());
-                if bytes > *left || ends != (bytes == *left) {
-                    return WRONG;
-                }
-                if opcode.has_immediate() && self.receives.is_empty() {
-                    if opcode.begins() {
-                        self.current = None;
-                    }
-                    return Outcome::NotReady;
-                }
-                if bytes > 0 && memory.write(attributes.number, *rkey, *next, packet.payload).is_err() {
-                    return Outcome::Refused(Syndrome::Access, Failure::Access);
-                }
-                (*next, *left) = (next.wrapping_add(bytes.into()), *left - bytes);
-            }
-            _ => return WRONG,
+        if let Err(outcome) = self.place(attributes, packet, memory) {
+            return outcome;
         }
         if opcode.is_followed() {
             return Outcome::Done(None);
@@ -271,52 +197,78 @@ impl Responder {
         })
     }
 
+    /// Begins the message whose first packet this is.
+    fn begin(&mut self, attributes: &Attributes, packet: &Packet<'_>, memory: &mut impl Memory) -> Result<(), Outcome> {
+        self.current = Some(match packet.reth {
+            None => Current::Send { receive: self.receives.pop_front().ok_or(Outcome::NotReady)?, filled: 0 },
+            Some(remote) if remote.bytes > MAX_MESSAGE_BYTES => return Err(INVALID),
+            Some(remote) => {
+                // The key to no bytes need not be valid (IBTA 9.7.4.1.4, zero-length requests).
+                if remote.bytes > 0 && memory.check(attributes.number, remote, Access::Write).is_err() {
+                    return Err(FORBIDDEN);
+                }
+                Current::Write { rest: remote, bytes: remote.bytes }
+            }
+        });
+        Ok(())
+    }
+
+    /// Puts a packet's payload where the current message goes.
+    fn place(&mut self, attributes: &Attributes, packet: &Packet<'_>, memory: &mut impl Memory) -> Result<(), Outcome> {
+        let (opcode, payload) = (packet.opcode, packet.payload);
+        match &mut self.current {
+            Some(Current::Send { receive, filled }) if opcode.is_send() => {
+                let room = receive.buffer.get_mut(*filled..*filled + payload.len()).ok_or(INVALID)?;
+                room.copy_from_slice(payload);
+                *filled += payload.len();
+            }
+            Some(Current::Write { rest, .. }) if !opcode.is_send() => {
+                let (bytes, ends) = (payload.len() as u32, !opcode.is_followed());
+                if bytes > rest.bytes || ends != (bytes == rest.bytes) {
+                    return Err(INVALID);
+                }
+                if opcode.has_immediate() && self.receives.is_empty() {
+                    if opcode.begins() {
+                        self.current = None;
+                    }
+                    return Err(Outcome::NotReady);
+                }
+                if bytes > 0 && memory.write(attributes.number, rest.rkey, rest.address, payload).is_err() {
+                    return Err(FORBIDDEN);
+                }
+                *rest = rest.after(bytes);
+            }
+            _ => return Err(INVALID),
+        }
+        Ok(())
+    }
+
+    /// Takes a request for a read.
     fn read(&mut self, attributes: &Attributes, packet: &Packet<'_>, memory: &impl Memory) -> Outcome {
-        let Some(remote) = packet.reth.filter(|remote| remote.bytes <= MAX_MESSAGE_BYTES) else {
-            return Outcome::Refused(Syndrome::InvalidRequest, Failure::InvalidRequest);
-        };
+        let Some(remote) = packet.reth.filter(|remote| remote.bytes <= MAX_MESSAGE_BYTES) else { return INVALID };
         if remote.bytes > 0 && memory.check(attributes.number, remote, Access::Read).is_err() {
-            return Outcome::Refused(Syndrome::Access, Failure::Access);
+            return FORBIDDEN;
         }
         if self.reads.len() >= MAX_READS {
             // As if it were lost.
             return Outcome::Done(None);
         }
-        self.messages = (self.messages + 1) & MESSAGES_MASK;
+        self.messages = (self.messages + 1) & LOW_24_BITS;
         self.expected = self.expected.plus(attributes.path_mtu.packets(remote.bytes));
         self.reads.push_back(Reading { remote, done: 0, first: packet.psn, messages: self.messages });
         Outcome::Done(None)
     }
 
-    /// Hands the next packet to `send`, if there is one: responses to reads first, as answers come in order.
-    pub fn transmit(&mut self, attributes: &Attributes, memory: &impl Memory, send: impl FnOnce(&Packet<'_>)) -> bool {
-        if let Some(reading) = self.reads.front_mut() {
-            let Reth { address, rkey, bytes } = reading.remote;
-            let mtu = attributes.path_mtu.bytes() as u32;
-            let piece = (bytes - reading.done).min(mtu);
-            self.scratch.clear();
-            let at = address.wrapping_add(reading.done.into());
-            if piece > 0 && memory.read(attributes.number, rkey, at, piece, &mut self.scratch).is_err() {
-                // The right went while it was used.
-                self.reads.pop_front();
-                self.answer = Some((self.expected, Syndrome::Access));
-                return true;
-            }
-            let (starts, ends) = (reading.done == 0, reading.done + piece == bytes);
-            let opcode = match (starts, ends) {
-                (true, true) => Opcode::ReadResponseOnly,
-                (true, false) => Opcode::ReadResponseFirst,
-                (false, false) => Opcode::ReadResponseMiddle,
-                (false, true) => Opcode::ReadResponseLast,
-            };
-            let psn = reading.first.plus(reading.done / mtu);
-            let aeth = Aeth { syndrome: Syndrome::Done(UNCOUNTED), messages: reading.messages };
-            let aeth = opcode.has_aeth().then_some(aeth);
-            send(&Packet { aeth, payload: &self.scratch, ..attributes.packet(opcode, psn) });
-            reading.done += piece;
-            if ends {
-                self.reads.pop_front();
-            }
+    /// Hands the next packet to `send`; false if there is none. Responses to reads go first, so that answers keep their
+    /// order.
+    pub(crate) fn transmit(
+        &mut self,
+        attributes: &Attributes,
+        memory: &impl Memory,
+        send: impl FnOnce(&Packet<'_>),
+    ) -> bool {
+        if !self.reads.is_empty() {
+            self.respond(attributes, memory, send);
             return true;
         }
         let Some((psn, syndrome)) = self.answer.take() else { return false };
@@ -324,4 +276,40 @@ impl Responder {
         send(&Packet { aeth, ..attributes.packet(Opcode::Acknowledge, psn) });
         true
     }
+
+    /// Hands the next response to the first read to `send`.
+    fn respond(&mut self, attributes: &Attributes, memory: &impl Memory, send: impl FnOnce(&Packet<'_>)) {
+        let Some(reading) = self.reads.front_mut() else { return };
+        let rest = reading.remote.after(reading.done);
+        let mtu = attributes.path_mtu.bytes() as u32;
+        let piece = Reth { bytes: rest.bytes.min(mtu), ..rest };
+        self.scratch.clear();
+        if piece.bytes > 0 && memory.read(attributes.number, piece, &mut self.scratch).is_err() {
+            // The right was taken away after the request came.
+            self.reads.pop_front();
+            self.answer = Some((self.expected, Syndrome::Access));
+            return;
+        }
+        let ends = piece.bytes == rest.bytes;
+        let opcode = Opcode::read_response(Part::of(reading.done == 0, ends));
+        let psn = reading.first.plus(reading.done / mtu);
+        let aeth = Aeth { syndrome: Syndrome::Done(UNCOUNTED), messages: reading.messages };
+        let aeth = opcode.has_aeth().then_some(aeth);
+        send(&Packet { aeth, payload: &self.scratch, ..attributes.packet(opcode, psn) });
+        reading.done += piece.bytes;
+        if ends {
+            self.reads.pop_front();
+        }
+    }
+}
+
+/// Whether a packet's payload is as long as its opcode allows (IBTA 9.7.4.1, length validation): a packet that others of its
+/// message follow is full.
+fn has_sound_length(attributes: &Attributes, packet: &Packet<'_>) -> bool {
+    let (opcode, len, mtu) = (packet.opcode, packet.payload.len(), attributes.path_mtu.bytes());
+    if opcode.is_followed() {
+        return len == mtu;
+    }
+    let fits_opcode = if opcode == Opcode::ReadRequest { len == 0 } else { opcode.begins() || len > 0 };
+    len <= mtu && fits_opcode
 }

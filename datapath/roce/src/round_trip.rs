@@ -1,34 +1,36 @@
-//! How long answers take, and so after what silence a packet is taken for lost: RFC 6298, TCP's retransmission timer. (RoCE
-//! leaves devices the choice, above the attribute: IBTA 9.7.6.1.3.)
+//! Round-trip time, and the silence after which a packet counts as lost.
+//!
+//! Source: RFC 6298, TCP's retransmission timer. IBTA 9.7.6.1.3 lets a device wait longer than the configured time-out.
 
-use super::Nanos;
-use super::psn::Psn;
+use crate::psn::Psn;
+use crate::time::Nanos;
 
-/// Longer than this is not waited for.
+/// Longest wait for an answer, nanoseconds.
 const LONGEST: Nanos = 1_000_000_000;
+/// Most doublings of the wait (RFC 6298, 5.5).
 const MOST_DOUBLINGS: u32 = 10;
 
-/// Of one requester.
+/// Round-trip times of one requester.
 #[derive(Debug, Default)]
 pub(super) struct RoundTrip {
-    /// Smoothed time, and how much it varies; `None` before the first sample.
+    /// Smoothed round-trip time and its variation (RFC 6298: SRTT, RTTVAR); `None` before the first sample.
     time: Option<(Nanos, Nanos)>,
-    /// A packet that was sent once, and when.
+    /// Packet that is being timed, and the time it was sent. It was sent only once.
     sample: Option<(Psn, Nanos)>,
-    /// Times that the answer stayed away since the last sample, less those that answers took back.
+    /// Doublings of the wait: one for each missed answer since the last sample, less those that answers took back.
     doublings: u32,
-    /// One stayed away since the last answer.
+    /// Whether an answer was missed since the last one that came.
     missed: bool,
 }
 
 impl RoundTrip {
-    /// A packet that wants an answer goes for the first time.
-    pub fn sent(&mut self, psn: Psn, now: Nanos) {
+    /// Notes that a packet which asks for an answer is sent for the first time.
+    pub(crate) fn sent(&mut self, psn: Psn, now: Nanos) {
         self.sample.get_or_insert((psn, now));
     }
 
-    /// All before `psn` is answered.
-    pub fn answered(&mut self, psn: Psn, now: Nanos) {
+    /// Notes that all packets before `psn` are answered.
+    pub(crate) fn answered(&mut self, psn: Psn, now: Nanos) {
         let missed = std::mem::take(&mut self.missed);
         let Some((_, at)) = self.sample.take_if(|(sampled, _)| psn.since(*sampled) > 0) else {
             // On a path that loses much a sample may be long in coming. The first answer after a silence may be to what went
@@ -44,19 +46,19 @@ impl RoundTrip {
         self.doublings = 0;
     }
 
-    /// Packets go again: an answer does not say to which sending (Karn's algorithm).
-    pub fn sent_again(&mut self) {
+    /// Notes that packets are sent again. An answer does not say which sending it answers (Karn's algorithm; RFC 6298, 3).
+    pub(crate) fn sent_again(&mut self) {
         self.sample = None;
     }
 
-    /// The answer stayed away.
-    pub fn missed(&mut self) {
+    /// Notes that an answer did not come in time.
+    pub(crate) fn missed(&mut self) {
         self.missed = true;
         self.doublings = (self.doublings + 1).min(MOST_DOUBLINGS);
     }
 
-    /// How long an answer may take, at least `least`.
-    pub fn patience(&self, least: Nanos) -> Nanos {
+    /// Nanoseconds that an answer may take, at least `least`.
+    pub(crate) fn patience(&self, least: Nanos) -> Nanos {
         let measured = self.time.map_or(0, |(time, variation)| time + 4 * variation);
         (measured.max(least) << self.doublings).min(LONGEST.max(least))
     }

@@ -13,7 +13,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
-/// A broker's end.
+/// Broker's end of a connection.
 pub struct Channel {
     // First, so that it is dropped first: the NIC lets go of memory before anybody else does.
     rdma: Option<Box<RdmaConnection>>,
@@ -21,7 +21,7 @@ pub struct Channel {
 }
 
 impl Channel {
-    /// A connection over TCP.
+    /// Connection over TCP alone.
     #[must_use]
     pub fn new(socket: TcpConnection) -> Self {
         Self { rdma: None, socket }
@@ -32,52 +32,52 @@ impl Channel {
         self.rdma = Some(Box::new(rdma));
     }
 
-    /// The queue pair, if there is one.
+    /// Queue pair of the connection, if the client asked for one.
     pub fn rdma(&mut self) -> Option<&mut RdmaConnection> {
         self.rdma.as_deref_mut()
     }
 
-    /// The socket, for an [`embarcadero_os::Poller`].
+    /// Descriptor of the socket, for an [`embarcadero_os::Poller`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.socket.descriptor()
     }
 
-    /// Says that nothing more will be sent. The peer can still read what was.
+    /// Shuts the sending direction down. The peer can still read what was sent before.
     pub fn finish(&self) {
         self.socket.finish();
     }
 
-    /// Reads and forgets what the peer still sends; true when it has closed.
+    /// Reads and forgets what the peer still sends. Returns true once the peer has closed.
     pub fn discard(&mut self) -> bool {
         self.socket.discard()
     }
 
-    /// The peer is to write nothing more into the region: its landing windows close before this returns.
+    /// Closes the peer's landing windows. When this returns, the peer can write nothing more into the region.
     pub fn close_windows(&mut self) {
         if let Some(rdma) = &mut self.rdma {
             rdma.close_windows();
         }
     }
 
-    /// Where the landing windows begin that the peer may write to.
+    /// Offsets in the region of the landing windows that the peer may write.
     pub fn windows(&self) -> impl Iterator<Item = RegionOffset> + '_ {
         self.rdma.iter().flat_map(|rdma| rdma.windows())
     }
 
-    /// True when [`Connection::receive`] has something to take that the socket does not show.
+    /// Returns true when [`Connection::receive`] has something to take that the socket does not show.
     #[must_use]
     pub fn has_work(&self) -> bool {
         self.rdma.as_ref().is_some_and(|rdma| rdma.has_work())
     }
 
-    /// True when [`Connection::send`] has something to do even if the outbox is empty.
+    /// Returns true when [`Connection::send`] has something to do even if the outbox is empty.
     #[must_use]
     pub fn has_to_send(&self) -> bool {
         self.rdma.as_ref().is_some_and(|rdma| rdma.has_to_send())
     }
 
-    /// True when what waits in `outbox` waits for room in the socket.
+    /// Returns true when sending goes on only once the socket has room.
     #[must_use]
     pub fn waits_for_socket(&self, outbox: &Outbox) -> bool {
         self.rdma.as_ref().map_or(!outbox.is_empty(), |rdma| rdma.waits_for_socket())
@@ -108,7 +108,7 @@ impl Connection<Native> for Channel {
     }
 }
 
-/// A publisher's end.
+/// Publisher's end of a connection.
 pub struct PublisherChannel {
     rdma: Option<Box<RdmaPublisher>>,
     socket: TcpPublisher,
@@ -162,7 +162,7 @@ impl PublisherLink for PublisherChannel {
     }
 }
 
-/// A subscriber's end.
+/// Subscriber's end of a connection.
 pub struct SubscriberChannel {
     rdma: Option<Box<RdmaSubscriber>>,
     socket: TcpSubscriber,

@@ -1,11 +1,11 @@
-//! Which transport a broker offers and a client asks for.
+//! Settings that name a transport, and the isolation of RDMA sessions.
 
 use embarcadero_wire::OutOfBounds;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// What carries batches. Nothing falls back to another.
+/// Transport that carries batches. None falls back to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TransportKind {
@@ -13,14 +13,15 @@ pub enum TransportKind {
     Tcp,
     /// RDMA verbs, by a device of the host.
     Verbs,
-    /// RDMA by a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW. It speaks to devices too.
+    /// RDMA by a NIC in software: RoCEv2 over a raw socket, for which the process needs CAP_NET_RAW. Its peer may be
+    /// a device.
     Roce,
-    /// The same at a port of DPDK, without the kernel's network. Needs a build with cargo feature `dpdk`.
+    /// RDMA by a NIC in software at a port of DPDK, past the kernel's network. Needs a build with cargo feature `dpdk`.
     Dpdk,
 }
 
 impl TransportKind {
-    /// As it is configured.
+    /// Name in configurations.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -48,14 +49,14 @@ impl FromStr for TransportKind {
     }
 }
 
-/// How each session is confined to its landing windows.
+/// Means by which each RDMA session is confined to its landing windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Isolation {
-    /// Type-2 memory windows where the device enforces their bounds (it is tried), else registrations.
+    /// Type-2 memory windows where a trial shows that the device enforces their bounds, else registrations.
     Auto,
-    /// Type-2 memory windows, whatever the device makes of them.
+    /// Type-2 memory windows, without a trial.
     Windows,
-    /// A protection domain for each session, and a registration for each landing window.
+    /// One protection domain per session, and one registration per landing window.
     Registrations,
 }

@@ -1,4 +1,4 @@
-//! The broker's end of a connection.
+//! Broker's end of a connection: the traits of a transport and of the code that takes batches.
 
 use crate::{Outbox, Window};
 use embarcadero_cxl::{Fabric, RegionOffset};
@@ -6,10 +6,10 @@ use embarcadero_wire::batch::BodyError;
 use embarcadero_wire::{BatchHeader, ErrorCode, Frame, WireError, encode_error};
 use std::io;
 
-/// Why a connection ends.
+/// Reason for which a broker's connection ends.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// The peer closed it.
+    /// The peer closed the connection.
     #[error("the peer closed the connection")]
     Closed,
     /// The system reports an error.
@@ -26,20 +26,20 @@ pub enum TransportError {
     Refused {
         /// Kind of refusal.
         code: ErrorCode,
-        /// What the peer is told.
+        /// Text for the peer.
         text: String,
-        /// See `ErrorFrame::detail`.
+        /// Value of [`embarcadero_wire::ErrorFrame::detail`].
         detail: u64,
     },
 }
 
 impl TransportError {
-    /// A refusal.
+    /// Refusal without detail.
     pub fn refused(code: ErrorCode, text: impl Into<String>) -> Self {
         Self::Refused { code, text: text.into(), detail: 0 }
     }
 
-    /// The error frame that tells the peer, if it can still be told.
+    /// Error frame for the peer; `None` when the peer can no longer be reached.
     #[must_use]
     pub fn frame(&self) -> Option<Vec<u8>> {
         let (code, detail) = match self {
@@ -52,73 +52,75 @@ impl TransportError {
     }
 }
 
-/// What a broker does with a batch that is about to arrive, or with a window that a publisher needs.
+/// Decision of a [`Landing`] about a batch that is arriving.
 #[derive(Debug)]
 pub enum Placement {
-    /// Put header and body here.
+    /// Header and body go to this offset of the region.
     At(RegionOffset),
-    /// There is no room now: do not read on.
+    /// There is no room now: read no further.
     Wait,
-    /// Close the connection, telling the peer why.
+    /// The connection closes, and the peer is told why.
     Refuse(TransportError),
 }
 
-/// The answer to a publisher that needs a landing window.
+/// Decision of a [`Landing`] about a publisher that needs a landing window.
 pub enum WindowPlacement {
-    /// It may fill this one.
+    /// The publisher may fill this window.
     Granted(Window),
     /// There is no room now.
     Wait,
-    /// Close the connection, telling the peer why.
+    /// The connection closes, and the peer is told why.
     Refuse(TransportError),
 }
 
-/// The broker's side of receiving: checks headers, reserves room, and takes complete batches.
+/// Destination of received batches: checks headers, reserves room, and takes complete batches.
 pub trait Landing {
-    /// Decides where a batch goes whose header came ahead of its body. Called again after [`Placement::Wait`].
+    /// Decides where a batch goes, when its header has come and its body has not. Called again after
+    /// [`Placement::Wait`].
     fn place(&mut self, header: &BatchHeader) -> Placement;
 
-    /// Reserves a landing window of `bytes`, which the peer's NIC fills with batches. `starved` if the publisher can send
-    /// nothing without it. Never called by transports that do not need windows.
+    /// Reserves a landing window of `bytes`, which the peer's NIC fills with batches. `starved` says that the publisher
+    /// can send nothing without it. Transports without landing windows never call this.
     fn grant_window(&mut self, bytes: u64, starved: bool) -> WindowPlacement;
 
-    /// Decides whether the batch that lies at `at`, in a landing window behind those admitted before, is taken.
+    /// Decides whether a batch is taken that already lies at `at` in a landing window, behind those admitted before.
     /// Called again after [`Placement::Wait`].
     fn admit(&mut self, header: &BatchHeader, at: RegionOffset) -> Placement;
 
-    /// Takes a batch that lies complete where it was placed or admitted. `in_memory` if no cache of this host has to be
-    /// flushed for it.
+    /// Takes a batch that lies complete where it was placed or admitted. `in_memory` says that the bytes are in the
+    /// region's memory, so that no cache of this host has to be flushed.
     ///
     /// # Errors
-    /// A refusal; the connection ends.
+    /// [`TransportError::Refused`], after which the connection ends.
     fn complete(&mut self, header: BatchHeader, at: RegionOffset, in_memory: bool) -> Result<(), TransportError>;
 }
 
-/// Why [`Connection::receive`] returned.
+/// Reason for which [`Connection::receive`] returned.
 #[derive(Debug)]
 pub enum Received {
-    /// Nothing (more) to take now.
+    /// There is nothing more to take now.
     Nothing,
-    /// The landing said [`Placement::Wait`]; call again later.
+    /// The landing said [`Placement::Wait`]: call again later.
     Waiting,
-    /// The budget is used up; there may be more.
+    /// The budget is used up: there may be more.
     More,
     /// A control frame came.
     Frame(Frame),
 }
 
-/// The broker's end of one connection. All calls return at once.
+/// Broker's end of one connection. All calls return at once.
 pub trait Connection<F: Fabric>: Send {
-    /// Takes up to `budget` batches, each handed to `landing`, and no more after a control frame.
+    /// Takes up to `budget` batches and hands each to `landing`. Returns at the first control frame.
     ///
     /// # Errors
-    /// [`TransportError`]; the connection is then of no more use than to send the error's frame.
+    /// [`TransportError`]. The connection can then only send the frame of the error.
     fn receive<L: Landing>(&mut self, memory: &F, landing: &mut L, budget: usize) -> Result<Received, TransportError>;
 
-    /// Sends as much of the outbox as the transport takes, in order; the rest stays. Returns how much went: 0 when
-    /// nothing moved.
+    /// Sends as much of the outbox as the transport takes, in order; the rest stays. Returns a measure of progress (bytes,
+    /// or requests to the device), which is 0 when nothing moved.
     ///
     /// # Errors
-    /// [`TransportError::Io`] or [`TransportError::Closed`]; a refusal for what this peer cannot be sent.
+    /// [`TransportError::Io`] or [`TransportError::Closed`]; [`TransportError::Refused`] when the outbox holds something
+    /// that this peer cannot be sent.
     fn send(&mut self, memory: &F, outbox: &mut Outbox) -> Result<u64, TransportError>;
 }

@@ -1,8 +1,8 @@
-//! Both ends of a connection, and what carries it.
+//! Transports: both ends of the connections between clients and brokers.
 //!
-//! Another transport implements [`Transport`]: the broker's end ([`Connection`]), and a publisher's and a subscriber's
-//! ([`PublisherLink`], [`SubscriberLink`]). All of them are polled, take or hand over as many batches and frames as there are
-//! in one call, and return at once. A publisher's connection places whole batches where the broker's [`Landing`] says.
+//! A transport implements [`Transport`] with three ends: the broker's ([`Connection`]), a publisher's
+//! ([`PublisherLink`]) and a subscriber's ([`SubscriberLink`]). Every end is polled. One call moves as many batches and
+//! frames as there are, and returns at once. A publisher's batches are placed whole where the broker's [`Landing`] says.
 //! `sim/tests/transport.rs` is the conformance suite that every transport passes.
 
 mod channel;
@@ -28,26 +28,26 @@ use embarcadero_wire::{OpenPublish, Subscribe};
 use std::io;
 use std::net::SocketAddr;
 
-/// What carries batches and frames between clients and brokers.
+/// Carrier of batches and frames between clients and brokers.
 pub trait Transport {
-    /// The region as a broker maps it.
+    /// Region memory as a broker maps it.
     type Memory: Fabric;
-    /// A broker's end of a connection.
+    /// Broker's end of a connection.
     type Connection: Connection<Self::Memory>;
-    /// A publisher's end.
+    /// Publisher's end of a connection.
     type Publisher: PublisherLink;
-    /// A subscriber's end.
+    /// Subscriber's end of a connection.
     type Subscriber: SubscriberLink;
 
-    /// Connects a publisher and sends its opening frame; the answer comes through [`PublisherLink::poll`]. May block for
-    /// as long as `options` say.
+    /// Connects a publisher and sends its opening frame. The answer comes through [`PublisherLink::poll`]. May block for
+    /// [`LinkOptions::timeout`].
     ///
     /// # Errors
     /// The broker cannot be reached, or refuses the transport.
     fn publish(&self, broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<Self::Publisher>;
 
-    /// Connects a subscriber and sends its request; the answer comes through [`SubscriberLink::take`]. May block for as long
-    /// as `options` say.
+    /// Connects a subscriber and sends its request. The answer comes through [`SubscriberLink::take`]. May block for
+    /// [`LinkOptions::timeout`].
     ///
     /// # Errors
     /// The broker cannot be reached, or refuses the transport.
@@ -55,7 +55,7 @@ pub trait Transport {
     -> io::Result<Self::Subscriber>;
 }
 
-/// The transports of real hosts: TCP, with a queue pair beside the socket for clients that have an RDMA device.
+/// Transport of real hosts: TCP, with a queue pair beside the socket for clients that have an RDMA device.
 pub struct Sockets;
 
 impl Transport for Sockets {

@@ -1,4 +1,4 @@
-//! The client's ends of a connection.
+//! Client's ends of a connection: the traits of a publisher's and of a subscriber's.
 
 use crate::SendBuffer;
 use crate::rdma::RdmaClient;
@@ -11,26 +11,27 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What a client connects with.
+/// Options of a client's connections.
 pub struct LinkOptions {
-    /// How long connecting may take.
+    /// Longest wait for each step of connecting: the socket, and a broker's answer to a queue pair.
     pub timeout: Duration,
-    /// Kernel buffers.
+    /// Sizes of kernel buffers.
     pub sockets: SocketOptions,
     /// Largest batch that a publisher sends, header and body, bytes.
     pub batch_bytes: usize,
-    /// A publisher's batches are acknowledged; without that it learns from the transport when one is sent.
+    /// True when the broker acknowledges a publisher's batches. Otherwise the publisher learns from the transport when
+    /// a batch is sent.
     pub acknowledged: bool,
     /// Bytes of the ring into which a NIC writes a subscriber's deliveries.
     pub ring_bytes: usize,
-    /// The device, for connections over RDMA.
+    /// Device for connections over RDMA; `None` for TCP.
     pub device: Option<Arc<RdmaClient>>,
 }
 
-/// Why a client's connection ended.
+/// Reason for which a client's connection ended.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// It broke, or the broker closed it.
+    /// The connection broke, or the broker closed it.
     #[error(transparent)]
     Lost(#[from] io::Error),
     /// The broker refuses and closes.
@@ -38,9 +39,9 @@ pub enum LinkError {
     Refused {
         /// Kind of refusal; `None` for one that this build does not know.
         code: Option<ErrorCode>,
-        /// What the broker says.
+        /// Text of the broker.
         text: String,
-        /// See `ErrorFrame::detail`.
+        /// Value of [`embarcadero_wire::ErrorFrame::detail`].
         detail: u64,
     },
     /// The broker does not speak the protocol.
@@ -48,76 +49,81 @@ pub enum LinkError {
     Wire(#[from] WireError),
 }
 
-/// A publisher's end of a connection. Never blocks.
+/// Publisher's end of a connection. Never blocks.
 pub trait PublisherLink {
-    /// Hands a sealed batch, of which `written` bytes are handed over, to the transport; returns how many it took, which is
-    /// 0 when the batch has to wait. [`PublisherLink::flush`] must follow the last. The batch is read in place until it
-    /// is acknowledged, or as long as [`PublisherLink::batches_in_use`] says.
+    /// Hands a sealed batch to the transport, from byte `written` on. Returns the number of bytes that the transport took,
+    /// which is 0 when the batch has to wait.
+    ///
+    /// [`PublisherLink::flush`] must follow the last batch. The batch is read in place until it is acknowledged, or as long
+    /// as [`PublisherLink::batches_in_use`] counts it.
     ///
     /// # Errors
     /// The connection is lost.
     fn write(&mut self, batch: &mut BatchBuilder<SendBuffer>, written: usize) -> io::Result<usize>;
 
-    /// Sends what [`PublisherLink::write`] took.
+    /// Sends the batches that [`PublisherLink::write`] took.
     ///
     /// # Errors
     /// The connection is lost.
     fn flush(&mut self) -> io::Result<()>;
 
-    /// Adds the frames that have come to `frames`, as many as there are or 64.
+    /// Appends the frames that have come to `frames`.
     ///
     /// # Errors
-    /// [`LinkError`]; frames that came before are added.
+    /// [`LinkError`]. Frames that came before it are appended.
     fn poll(&mut self, frames: &mut Vec<Frame>) -> Result<(), LinkError>;
 
-    /// Of a link without acknowledgements: batches that were handed over and may still be read, the newest ones.
+    /// Number of batches that were handed over and may still be read in place, counted from the newest. Only for
+    /// connections without acknowledgements.
     fn batches_in_use(&mut self) -> usize;
 
-    /// Has [`PublisherLink::descriptors`] become ready for what comes from now on. What came before shows on a last
-    /// poll.
+    /// Makes [`PublisherLink::descriptors`] ready when something comes from now on. What came before is found by one more
+    /// [`PublisherLink::poll`].
     ///
     /// # Errors
     /// The device is gone.
     fn arm(&mut self) -> io::Result<()>;
 
-    /// What to wait for, and whether for room to write too: that is asked for by `writable`.
+    /// Descriptors to wait for. The flag beside each asks for room to write too, which is wanted where `writable` is set
+    /// and the transport writes to that descriptor.
     fn descriptors(&self, writable: bool) -> impl Iterator<Item = (RawFd, bool)> + use<Self>;
 }
 
-/// What came to a subscriber.
+/// Item that came to a subscriber.
 #[derive(Debug)]
 pub enum Item {
-    /// Nothing (more) now.
+    /// Nothing more has come.
     Nothing,
     /// A control frame.
     Frame(Frame),
-    /// A batch: the frame that it came under, its header, and where its body lies in [`SubscriberLink::bytes`].
+    /// A batch: its delivery frame, its header, and the range of its body in [`SubscriberLink::bytes`].
     Batch(Deliver, BatchHeader, Range<usize>),
 }
 
-/// A subscriber's end of a connection. Never blocks.
+/// Subscriber's end of a connection. Never blocks.
 pub trait SubscriberLink {
-    /// Takes what came next. It gives back the room of what was taken before.
+    /// Takes the next item, and gives back the room of the one before.
     ///
     /// # Errors
     /// [`LinkError`].
     fn take(&mut self) -> Result<Item, LinkError>;
 
-    /// What the body of the batch that was taken last lies in.
+    /// Memory in which the body of the batch taken last lies.
     fn bytes(&self) -> &[u8];
 
-    /// Sends a control frame. False when there is no room for it now.
+    /// Sends a control frame. Returns false when there is no room for it now.
     ///
     /// # Errors
     /// The connection is lost.
     fn send(&mut self, frame: &[u8; FRAME_BYTES]) -> io::Result<bool>;
 
-    /// As [`PublisherLink::arm`].
+    /// Makes [`SubscriberLink::descriptors`] readable when something comes from now on. What came before is found by one
+    /// more [`SubscriberLink::take`].
     ///
     /// # Errors
     /// The device is gone.
     fn arm(&mut self) -> io::Result<()>;
 
-    /// What to wait for.
+    /// Descriptors that become readable when something comes.
     fn descriptors(&self) -> impl Iterator<Item = RawFd> + use<Self>;
 }

@@ -1,4 +1,4 @@
-//! What waits to be sent on a broker's connection.
+//! Queue of the frames and batches that a broker sends on one connection.
 
 use embarcadero_cxl::{Fabric, RegionOffset};
 use embarcadero_os::Buffer;
@@ -6,12 +6,12 @@ use embarcadero_wire::FRAME_BYTES;
 use std::collections::VecDeque;
 use std::io;
 
-/// Something to send: bytes of this process, then optionally a range of the region.
+/// Frame, error or delivery to send: bytes of this process, then optionally a range of the region.
 #[derive(Debug)]
 pub struct Outgoing {
     pub(crate) head: Head,
     pub(crate) batch: Option<(RegionOffset, u64)>,
-    /// Position in the order index, for pinning; `u64::MAX` when it reads no batch.
+    /// Position of the batch in the order index, which keeps the batch from being reclaimed; `u64::MAX` without a batch.
     pub position: u64,
 }
 
@@ -19,30 +19,30 @@ pub struct Outgoing {
 pub(crate) enum Head {
     Frame([u8; FRAME_BYTES]),
     Bytes(Vec<u8>),
-    /// A frame and a batch that lies in no region.
+    /// A frame and a batch that does not lie in the region.
     Copied(Buffer),
 }
 
 impl Outgoing {
-    /// A control frame.
+    /// Control frame.
     #[must_use]
     pub fn frame(frame: [u8; FRAME_BYTES]) -> Self {
         Self { head: Head::Frame(frame), batch: None, position: u64::MAX }
     }
 
-    /// An error and its text.
+    /// Error frame and its text, encoded.
     #[must_use]
     pub fn bytes(bytes: Vec<u8>) -> Self {
         Self { head: Head::Bytes(bytes), batch: None, position: u64::MAX }
     }
 
-    /// A frame and the batch of `len` bytes at `at`, read in place while it is sent.
+    /// Delivery frame and the batch of `len` bytes at `at`, which is read in place while it is sent.
     #[must_use]
     pub fn batch(frame: [u8; FRAME_BYTES], at: RegionOffset, len: u64, position: u64) -> Self {
         Self { head: Head::Frame(frame), batch: Some((at, len)), position }
     }
 
-    /// A frame and a batch that comes from elsewhere than the region.
+    /// Delivery frame and a copy of a batch that does not lie in the region.
     ///
     /// # Errors
     /// There is no memory.
@@ -53,7 +53,7 @@ impl Outgoing {
         Ok(Self { head: Head::Copied(bytes), batch: None, position: u64::MAX })
     }
 
-    /// True for what only a socket carries.
+    /// Returns true for an error, which only the socket carries.
     pub(crate) fn is_for_socket(&self) -> bool {
         matches!(self.head, Head::Bytes(_))
     }
@@ -71,54 +71,54 @@ impl Outgoing {
     }
 }
 
-/// What waits to be sent on one connection, in order.
+/// Queue of what is to be sent on one connection, in order.
 #[derive(Debug, Default)]
 pub struct Outbox {
     pub(crate) queue: VecDeque<Outgoing>,
-    /// Bytes of the first that a socket took.
+    /// Bytes of the first entry that a socket took.
     pub(crate) sent: u64,
-    /// Things at the front that a NIC is sending.
+    /// Number of entries at the front that a NIC is sending.
     pub(crate) posted: usize,
 }
 
 impl Outbox {
-    /// Adds to the end.
+    /// Appends an entry.
     #[inline]
     pub fn push(&mut self, outgoing: Outgoing) {
         self.queue.push_back(outgoing);
     }
 
-    /// True when everything was handed to the transport.
+    /// Returns true when everything was handed to the transport.
     #[inline]
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Things that wait.
+    /// Number of entries.
     #[inline]
     #[must_use]
     pub fn len(&self) -> usize {
         self.queue.len()
     }
 
-    /// Lowest position in the order index that is still being read; `u64::MAX` when none is.
+    /// Lowest position in the order index of a batch in the queue; `u64::MAX` when there is none.
     #[must_use]
     pub fn lowest_position(&self) -> u64 {
         self.queue.iter().map(|outgoing| outgoing.position).min().unwrap_or(u64::MAX)
     }
 
-    /// Things at the front that are being sent.
+    /// Number of entries at the front that are being sent.
     fn begun(&self) -> usize {
         self.posted.max(usize::from(self.sent > 0))
     }
 
-    /// A copy of the first thing that waits, for transports that send it whole: its frame, and the bytes behind that.
+    /// Copy of the first entry, for transports that send it whole: its frame, and the bytes behind the frame.
     ///
     /// # Panics
-    /// When it was sent in part.
+    /// When the entry was sent in part.
     pub fn front<F: Fabric>(&self, memory: &F) -> Option<([u8; FRAME_BYTES], Vec<u8>)> {
-        assert!(!self.is_mid_way(), "the first thing was sent in part");
+        assert!(!self.is_mid_way(), "the first entry was sent in part");
         let first = self.queue.front()?;
         let (frame, rest) = first.head().split_first_chunk()?;
         let mut rest = rest.to_vec();
@@ -129,18 +129,18 @@ impl Outbox {
         Some((*frame, rest))
     }
 
-    /// The first thing was sent whole.
+    /// Removes the first entry, which was sent whole.
     pub fn pop_front(&mut self) {
         self.queue.pop_front();
     }
 
-    /// True when things were sent in part.
+    /// Returns true when the first entry was sent in part.
     #[must_use]
     pub fn is_mid_way(&self) -> bool {
         self.begun() > 0
     }
 
-    /// Drops the batches that were not begun; one that is half sent must be finished. Frames stay.
+    /// Drops the batches of which nothing was sent. Frames stay, and so does a batch that is half sent.
     pub fn drop_unsent_batches(&mut self) {
         let mut begun = self.begun();
         self.queue.retain(|outgoing| {
@@ -150,8 +150,9 @@ impl Outbox {
         });
     }
 
-    /// Drops every batch, so that the region need not be read any more; frames stay. False when a batch is half sent:
-    /// then nothing more can follow on this connection.
+    /// Drops every batch, so that the region need not be read any more. Frames stay.
+    ///
+    /// Returns false, and drops nothing, when a batch is half sent: nothing else can follow on this connection then.
     pub fn drop_batches(&mut self) -> bool {
         let half_sent = self.queue.iter().take(self.begun()).any(|begun| begun.batch.is_some());
         if !half_sent {
@@ -160,12 +161,12 @@ impl Outbox {
         !half_sent
     }
 
-    /// The NIC is done with the first.
+    /// Removes the first entry, which the NIC has sent.
     pub(crate) fn pop_posted(&mut self) {
         self.posted -= usize::from(self.queue.pop_front().is_some());
     }
 
-    /// Takes out what is no frame and comes next.
+    /// Takes the next entry out if only the socket carries it.
     pub(crate) fn take_bytes(&mut self) -> Option<Outgoing> {
         let next = self.queue.get(self.posted)?;
         if next.is_for_socket() { self.queue.remove(self.posted) } else { None }

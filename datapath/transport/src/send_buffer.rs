@@ -1,4 +1,4 @@
-//! Memory that publishers fill batches in.
+//! Memory in which publishers fill batches.
 
 use embarcadero_os::Buffer;
 use embarcadero_verbs::{LocalRange, MemoryRegion, ProtectionDomain};
@@ -7,7 +7,7 @@ use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-/// A buffer that batches are filled in and sent from in place, with its registration on each device that sent from it.
+/// Buffer that batches are filled in and sent from in place. It keeps its registration on each device that sent from it.
 #[derive(Debug)]
 pub struct SendBuffer {
     registrations: Vec<MemoryRegion>,
@@ -15,7 +15,7 @@ pub struct SendBuffer {
 }
 
 impl SendBuffer {
-    /// A buffer for batches of up to `capacity` bytes, header and table included.
+    /// Buffer for batches of up to `capacity` bytes, header and length table included.
     ///
     /// # Errors
     /// There is no memory.
@@ -23,7 +23,7 @@ impl SendBuffer {
         Ok(Self { registrations: Vec::new(), bytes: Buffer::new(capacity.max(embarcadero_wire::FRAME_BYTES))? })
     }
 
-    /// The bytes in it, as a NIC that sends them in place names them.
+    /// Range of the bytes in use, as a NIC that sends them in place names them. Registers the buffer once per domain.
     pub(crate) fn local(&mut self, domain: &Arc<ProtectionDomain>) -> io::Result<LocalRange> {
         let len = self.bytes.len() as u32;
         if let Some(known) = self.registrations.iter().find(|region| Arc::ptr_eq(region.domain(), domain)) {

@@ -1,21 +1,22 @@
 //! Landing windows: reserved parts of the region that a publisher's NIC fills with batches, one behind the other.
 //!
-//! The broker is told the length of each batch that was written and the number of its window, not where it lies: both ends
-//! count the same way.
+//! A write tells the broker the number of its window and the length of its batch. Both ends compute from that where
+//! the batch lies.
 
 use embarcadero_cxl::RegionOffset;
 use embarcadero_verbs::RemoteRange;
 use embarcadero_wire::batch::ALIGN_BYTES;
 
-/// Bytes that are used of a window of `window` bytes once a batch of `bytes` lies behind `used`: the next begins at a line.
+/// Used bytes of a window of `window` bytes, once a batch of `bytes` lies behind `used` used ones. The next batch begins
+/// at a cache line.
 fn used_after(window: u64, used: u64, bytes: u64) -> u64 {
     (used + bytes).next_multiple_of(ALIGN_BYTES).min(window)
 }
 
-/// What a landing is told when a window is given back: the bytes at its front that hold batches.
+/// Function that takes a window back. Its argument is the number of bytes, from the front, that hold batches.
 type GiveBack = Box<dyn FnOnce(u64) + Send>;
 
-/// A landing window at the broker. Dropping it gives back what holds no batch.
+/// Landing window at the broker. Dropping it gives back the part that holds no batch.
 pub struct Window {
     at: RegionOffset,
     bytes: u64,
@@ -24,39 +25,40 @@ pub struct Window {
 }
 
 impl Window {
-    /// A window of `bytes` at `at`, of which `give_back` hears, once it is closed, how many bytes hold batches.
+    /// Window of `bytes` at offset `at` of the region. When it is dropped, `give_back` gets the number of bytes that hold
+    /// batches.
     pub fn new(at: RegionOffset, bytes: u64, give_back: impl FnOnce(u64) + Send + 'static) -> Self {
         Self { at, bytes, used: 0, give_back: Some(Box::new(give_back)) }
     }
 
-    /// Where it begins.
+    /// Offset of the window in the region.
     #[must_use]
     pub fn at(&self) -> RegionOffset {
         self.at
     }
 
-    /// Its size.
+    /// Size, bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Bytes that are left for batches.
+    /// Bytes left for batches.
     #[must_use]
     pub fn room(&self) -> u64 {
         self.bytes - self.used
     }
 
-    /// Where the next batch lies.
+    /// Offset in the region of the next batch.
     #[must_use]
     pub fn next(&self) -> RegionOffset {
         self.at.add(self.used)
     }
 
-    /// The batch of `bytes` at [`Window::next`] is taken.
+    /// Takes the batch of `bytes` that lies at [`Window::next`].
     ///
     /// # Panics
-    /// When there is no room for it.
+    /// When `bytes` exceeds [`Window::room`].
     pub fn take(&mut self, bytes: u64) {
         assert!(bytes <= self.room(), "a batch of {bytes} bytes in a window that has {}", self.room());
         self.used = used_after(self.bytes, self.used, bytes);
@@ -71,7 +73,7 @@ impl Drop for Window {
     }
 }
 
-/// A landing window at the publisher.
+/// Landing window at the publisher.
 pub(crate) struct RemoteWindow {
     pub number: u32,
     to: RemoteRange,
@@ -85,12 +87,12 @@ impl RemoteWindow {
         Self { number, to, bytes, used: 0 }
     }
 
-    /// Bytes that are left for batches.
+    /// Bytes left for batches.
     pub fn room(&self) -> u64 {
         self.bytes - self.used
     }
 
-    /// Where a batch of at most [`RemoteWindow::room`] bytes goes.
+    /// Takes the place of the next batch, which has at most [`RemoteWindow::room`] bytes.
     pub fn place(&mut self, bytes: u64) -> RemoteRange {
         let to = self.to.offset(self.used);
         self.used = used_after(self.bytes, self.used, bytes);

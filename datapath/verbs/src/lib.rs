@@ -1,56 +1,47 @@
 //! RDMA verbs, safely: devices, memory, completions and queue pairs as owning types.
 //!
-//! A child holds its parent ([`MemoryRegion`] its [`ProtectionDomain`], a [`QueuePair`] its [`CompletionQueue`]'s
-//! handle, all of them the [`Context`]), so nothing can be destroyed before what depends on it; a [`MemoryRegion`] holds
-//! its pages, so a NIC never reaches memory that was given back. The state of a queue pair is in its type.
+//! A child holds its parent, so nothing is destroyed before what depends on it. A [`MemoryRegion`] holds its
+//! [`ProtectionDomain`], a [`QueuePair`] the handle of its [`CompletionQueue`], and all of them the [`Context`]. A
+//! [`MemoryRegion`] also holds its pages, so a NIC never reaches memory that was given back. The state of a queue pair is
+//! in its type.
 //!
-//! Two kinds of device do what the types here say: the host's RDMA devices, through libibverbs (`ibverbs`, with feature
-//! `rdma`; its manual pages, `man ibv_post_send` and neighbours, describe the calls), and a NIC that this process is
-//! itself, in software ([`softnic`]).
+//! Two kinds of device are behind these types:
+//!
+//! - The host's RDMA devices, through libibverbs (`ibverbs`, with feature `rdma`). Its manual pages describe the calls,
+//!   for example `man ibv_post_send`.
+//! - A NIC in software, which is part of this process (`softnic`).
 
 mod completion;
 mod device;
+mod either;
+mod error;
 #[cfg(rdma)]
 mod ibverbs;
 mod memory;
+mod outcome;
+mod peer;
+mod port;
 mod probe;
 mod queue_pair;
+mod range;
+mod report;
 mod softnic;
 mod survey;
+mod work;
 
-pub use completion::{Completion, CompletionQueue, Outcome, WorkError};
-pub use device::{Context, LocalPort, VerbsError};
-pub use memory::{LocalRange, MemoryRegion, MemoryWindow, Pinned, ProtectionDomain, RemoteRange};
-pub use probe::windows_are_enforced;
-pub use queue_pair::{
-    DOORBELL, Initial, PeerAddress, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work,
-};
-pub use softnic::{DpdkConfig, RoceConfig};
-pub use survey::{DeviceReport, Gid, PortReport, SurveyError, has_dpdk, rdma_missing, survey};
-
-/// Does the same whatever the device is.
-macro_rules! either {
-    ($value:expr, $inner:ident => $result:expr) => {
-        match $value {
-            #[cfg(rdma)]
-            Self::Hardware($inner) => $result,
-            Self::Software($inner) => $result,
-        }
-    };
-}
-use either;
-
-/// The version of DPDK; `None` in a build without.
-#[must_use]
-pub fn dpdk_version() -> Option<String> {
-    #[cfg(feature = "dpdk")]
-    return Some(softnic::dpdk_version());
-    #[cfg(not(feature = "dpdk"))]
-    None
-}
-
-/// What belongs to one device was used with another.
+pub use completion::CompletionQueue;
+pub use device::Context;
+pub use error::VerbsError;
+pub use memory::{MemoryRegion, MemoryWindow, ProtectionDomain};
 #[cfg(rdma)]
-fn of_another_device() -> std::io::Error {
-    std::io::Error::new(std::io::ErrorKind::InvalidInput, "it belongs to another device")
-}
+pub use outcome::HardwareFailure;
+pub use outcome::{Completion, Outcome, WorkError};
+pub use peer::PeerAddress;
+pub use port::LocalPort;
+pub use probe::windows_are_enforced;
+pub use queue_pair::{Initial, QueuePair, QueuePairOptions, Receiving, Request, Sending, SharedReceiveQueue, Work};
+pub use range::{LocalRange, Pinned, RemoteRange};
+pub use report::{DeviceReport, Gid, PortReport};
+pub use softnic::{DpdkConfig, RoceConfig};
+pub use survey::{SurveyError, dpdk_version, has_dpdk, rdma_missing, survey};
+pub use work::DOORBELL;

@@ -1,79 +1,46 @@
-//! What RDMA devices this build and this host have.
+//! Survey of the RDMA devices that this build supports and this host has.
 
 #[cfg(rdma)]
-use super::ibverbs;
-use serde::Serialize;
+use crate::ibverbs;
+use crate::report::DeviceReport;
 use std::io;
-use std::net::Ipv6Addr;
 
-/// A device and its capabilities.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct DeviceReport {
-    /// Name, as in /sys/class/infiniband.
-    pub name: String,
-    /// Version of its firmware.
-    pub firmware: String,
-    /// NUMA node; `None` where the kernel does not know.
-    pub numa_node: Option<u32>,
-    /// It has type-2 memory windows: what a window opens to a queue pair can be closed again.
-    pub memory_windows: bool,
-    /// Its ports.
-    pub ports: Vec<PortReport>,
-}
-
-/// A port of a device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct PortReport {
-    /// Number, from 1.
-    pub number: u8,
-    /// `down`, `init`, `armed`, `active` or `active defer`.
-    pub state: &'static str,
-    /// Path MTU in force, bytes.
-    pub mtu: u32,
-    /// `Ethernet` (RoCE), `InfiniBand` or `unknown`.
-    pub link_layer: &'static str,
-    /// Its addresses.
-    pub gids: Vec<Gid>,
-}
-
-/// An address of a port.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Gid {
-    /// Its index in the port's table.
-    pub index: u32,
-    /// The address; an IPv4 one is mapped (`::ffff:10.0.0.1`).
-    pub address: Ipv6Addr,
-    /// `IB`, `RoCE v1`, `RoCE v2` or `unknown`.
-    pub kind: &'static str,
-}
-
-/// Why the host's devices cannot be listed.
+/// Reason why the host's devices cannot be listed.
 #[derive(Debug, thiserror::Error)]
 pub enum SurveyError {
-    /// The build cannot.
+    /// The build has no RDMA devices.
     #[error("this build has no RDMA devices: {0}")]
     NotBuilt(&'static str),
-    /// The library reports an error.
+    /// libibverbs reports an error.
     #[error("libibverbs cannot list devices: {0}")]
     Library(#[source] io::Error),
 }
 
-/// Says why this build has no RDMA devices of the host; `None` if it has.
+/// Returns the reason why this build has no RDMA devices of the host; `None` if it has.
 #[must_use]
 pub fn rdma_missing() -> Option<&'static str> {
     if cfg!(rdma) { None } else { Some(env!("EMBARCADERO_NO_RDMA")) }
 }
 
-/// Says whether this build has DPDK.
+/// Whether this build has DPDK.
 #[must_use]
 pub fn has_dpdk() -> bool {
     cfg!(feature = "dpdk")
 }
 
-/// Surveys every RDMA device of this host; one that cannot be opened comes with its reason.
+/// Version of the DPDK that this build has; `None` in a build without DPDK.
+#[must_use]
+pub fn dpdk_version() -> Option<String> {
+    #[cfg(feature = "dpdk")]
+    return Some(crate::softnic::dpdk_version());
+    #[cfg(not(feature = "dpdk"))]
+    None
+}
+
+/// Surveys every RDMA device of this host. For a device that cannot be opened, it returns the reason.
 ///
 /// # Errors
-/// [`SurveyError`].
+/// [`SurveyError`], if the devices cannot be listed.
 pub fn survey() -> Result<Vec<(String, io::Result<DeviceReport>)>, SurveyError> {
     #[cfg(rdma)]
     return ibverbs::survey().map_err(SurveyError::Library);

@@ -1,6 +1,7 @@
-//! The verbs layer: two queue pairs of this process, connected to each other, of a NIC in software (which needs
-//! root), also at a port of DPDK, of a device of the host, and of one of each (`scripts/lab run -- ...` has one; ignored
-//! elsewhere).
+//! The verbs layer: two queue pairs of this process, connected to each other.
+//!
+//! They are of a NIC in software, of a port of DPDK, of a device of the host, or of two kinds. NICs in software need root.
+//! `scripts/lab run -- ...` has such a device. Elsewhere those tests are ignored.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use embarcadero_os::Poller;
@@ -12,6 +13,7 @@ use embarcadero_verbs::{
     QueuePairOptions, Request, Sending, SharedReceiveQueue, Work, WorkError, windows_are_enforced,
 };
 use nix::sched::{CloneFlags, unshare};
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 use std::process::Command;
@@ -19,7 +21,10 @@ use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+/// Bytes of a host's memory.
 const BYTES: usize = 1 << 20;
+/// Time that only a broken device takes.
+const LIMIT: Duration = Duration::from_secs(600);
 
 type Device = (Arc<Context>, LocalPort);
 /// Opens the device that writes, and the one that is written to.
@@ -57,7 +62,7 @@ fn eal(devices: &[&str]) -> Vec<String> {
     fixed.map(str::to_owned).into_iter().chain(devices).collect()
 }
 
-/// A port that all tests of this process share.
+/// Settings of a port that all tests of this process share.
 #[cfg(feature = "dpdk")]
 fn port_of_dpdk() -> DpdkConfig {
     DpdkConfig {
@@ -73,7 +78,7 @@ fn dpdk() -> [Device; 2] {
     [0; 2].map(|_| Context::dpdk(&port_of_dpdk()).unwrap())
 }
 
-/// Each completion queue is at a queue of its own.
+/// Opens a port with two queues, so that each completion queue has its own.
 #[cfg(feature = "dpdk")]
 fn queues_of_dpdk() -> [Device; 2] {
     let address = Some(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 1).into());
@@ -92,7 +97,7 @@ fn a_port_of_dpdk_has_one_address() {
     assert!(error.contains("other settings"), "{error}");
 }
 
-/// A port at the interface `soft8`.
+/// Opens the kernel's soft-RoCE, and a port of DPDK at the interface `soft8`.
 #[cfg(feature = "dpdk")]
 fn kernels_to_dpdk() -> [Device; 2] {
     let eal = eal(&["net_af_packet0,iface=soft8,blocksz=65536,framesz=8192,framecnt=512"]);
@@ -106,7 +111,7 @@ fn dpdk_to_the_kernels() -> [Device; 2] {
     [ours, kernels]
 }
 
-/// One port for all: DPDK is set up once in a process, with its devices.
+/// All tests share one port, as DPDK is set up with its devices once in a process.
 #[cfg(feature = "dpdk")]
 #[test]
 #[ignore = "needs the kernel's soft-RoCE: scripts/lab has it"]
@@ -135,11 +140,11 @@ fn alone(test: fn(Open), open: Open) {
     thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
-/// A wire from the kernel's soft-RoCE to the interface `soft8`.
+/// Wire from the kernel's soft-RoCE to the interface `soft8`.
 struct Wire;
 
 impl Wire {
-    /// `at` says where the interface is, as ip-link(8) does.
+    /// Makes the wire. `at` are arguments of ip-link(8) that place the interface.
     fn new(at: &str) -> Self {
         shell(&format!(
             "modprobe veth
@@ -241,7 +246,7 @@ on_all!(
     numbers_of_packets_wrap,
 );
 
-/// A side that is written to, and the side that writes.
+/// Two connected queue pairs: `near` writes, `far` is written to.
 struct Pair {
     near: QueuePair<Sending>,
     near_queue: CompletionQueue,
@@ -249,7 +254,7 @@ struct Pair {
     far_queue: CompletionQueue,
 }
 
-/// Memory that is written to, and who writes.
+/// Host with memory that is written to, and the domain of the writer.
 struct Host {
     writer: (Arc<ProtectionDomain>, LocalPort),
     domain: Arc<ProtectionDomain>,
@@ -277,13 +282,15 @@ impl Host {
         self.pair_from(rand::random())
     }
 
-    /// Whose packets are numbered from `psn` on, each way.
+    /// Connects two queue pairs whose packets are numbered from `psn` on, each way.
     fn pair_from(&self, psn: u32) -> Pair {
         let make = |domain: &Arc<ProtectionDomain>, port, shared| {
             let queue = CompletionQueue::new(domain.context(), 128).unwrap();
             let options = QueuePairOptions { send_depth: 32, receive_depth: 1, inline_bytes: 64, shared };
             let mut pair = QueuePair::new(domain, &queue, port, &options).unwrap();
             pair.number_packets_from(psn);
+            // Both ends are in this process, however slow it is: silence is no reason to give up.
+            pair.send_again(u8::MAX);
             (pair, queue)
         };
         let (near, near_queue) = make(&self.writer.0, &self.writer.1, None);
@@ -295,14 +302,24 @@ impl Host {
     }
 }
 
-fn wait(queue: &mut CompletionQueue) -> Completion {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    let mut found = None;
-    while found.is_none() {
-        queue.poll(|completion| found = Some(completion)).unwrap();
-        assert!(Instant::now() < deadline, "no completion");
+/// Calls `step` until it returns something.
+fn until<T>(what: &str, mut step: impl FnMut() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = step() {
+            return found;
+        }
+        assert!(begun.elapsed() < LIMIT, "{what}: nothing came");
     }
-    found.unwrap()
+}
+
+/// Polls until a completion comes.
+fn wait(queue: &mut CompletionQueue) -> Completion {
+    until("a completion", || {
+        let mut found = None;
+        queue.poll(|completion| found = Some(completion)).unwrap();
+        found
+    })
 }
 
 fn failure(completion: Completion) -> WorkError {
@@ -412,10 +429,10 @@ fn a_chain_arrives_in_order_and_a_write_without_bytes_signals(open: Open) {
         .collect();
     assert_eq!(pair.near.post(&requests).unwrap(), 10);
     let mut outcomes = Vec::new();
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while outcomes.len() < 10 && Instant::now() < deadline {
+    until("ten completions", || {
         pair.far_queue.poll(|completion| outcomes.push(completion.outcome)).unwrap();
-    }
+        (outcomes.len() >= 10).then_some(())
+    });
     let expected: Vec<_> = (0..10)
         .map(|number| Outcome::Written { bytes: if number % 2 == 0 { 64 } else { 0 }, immediate: number })
         .collect();
@@ -424,7 +441,7 @@ fn a_chain_arrives_in_order_and_a_write_without_bytes_signals(open: Open) {
     assert!((0..10).all(|number| host.memory[64 * number] == if number % 2 == 0 { 9 } else { 0 }));
 }
 
-/// A side with 64 KiB to send to another's window.
+/// Makes a pair, an open window of 64 KiB at its far side, and 64 KiB of registered memory to write.
 fn writer(host: &Host) -> (Pair, MemoryWindow, MemoryRegion, Buffer) {
     let mut pair = host.pair();
     let window = MemoryWindow::new(&host.region, 0, 65536).unwrap();
@@ -443,15 +460,21 @@ fn a_peer_that_does_not_poll_answers_all_the_same(open: Open) {
         pair.near.post(&[request(write)]).unwrap();
         assert_eq!(wait(&mut pair.near_queue).outcome, Outcome::Sent);
     }
-    let mut arrived = 0;
-    while arrived < 20 {
-        pair.far_queue
-            .poll(|completion| {
-                assert_eq!(completion.outcome, Outcome::Written { bytes: 65536, immediate: arrived });
-                arrived += 1;
-            })
-            .unwrap();
+    let mut arrived = VecDeque::new();
+    for number in 0..20 {
+        assert_eq!(
+            wait_in_order(&mut pair.far_queue, &mut arrived),
+            Outcome::Written { bytes: 65536, immediate: number }
+        );
     }
+}
+
+/// Polls until a completion is there, and takes the oldest. `arrived` keeps those behind it.
+fn wait_in_order(queue: &mut CompletionQueue, arrived: &mut VecDeque<Outcome>) -> Outcome {
+    until("a completion", || {
+        queue.poll(|completion| arrived.push_back(completion.outcome)).unwrap();
+        arrived.pop_front()
+    })
 }
 
 fn a_queue_that_was_armed_wakes_its_owner(open: Open) {
@@ -463,19 +486,21 @@ fn a_queue_that_was_armed_wakes_its_owner(open: Open) {
     far_queue.arm().unwrap();
     far_queue.poll(|completion| panic!("{completion:?}")).unwrap();
     let writing = std::thread::spawn(move || {
+        // The owner most likely sleeps by then. If not, it must not fall asleep.
         std::thread::sleep(Duration::from_millis(50));
         near.post(&[request(Work::Write(Some(local.range(0, 65536)), window.remote(), Some(9)))]).unwrap();
         assert_eq!(wait(&mut near_queue).outcome, Outcome::Sent);
     });
-    let (mut ready, mut found) = (Vec::new(), None);
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while found.is_none() {
-        poller.wait(Duration::from_secs(20), &mut ready).unwrap();
-        assert!(Instant::now() < deadline && ready.iter().any(|ready| ready.token == 7));
+    let mut ready = Vec::new();
+    let found = until("a completion", || {
+        let mut found = None;
+        poller.wait(LIMIT, &mut ready).unwrap();
+        assert!(ready.iter().any(|ready| ready.token == 7), "the owner was not woken");
         far_queue.arm().unwrap();
         far_queue.poll(|completion| found = Some(completion.outcome)).unwrap();
-    }
-    assert_eq!(found, Some(Outcome::Written { bytes: 65536, immediate: 9 }));
+        found
+    });
+    assert_eq!(found, Outcome::Written { bytes: 65536, immediate: 9 });
     writing.join().unwrap();
 }
 
@@ -503,14 +528,14 @@ fn large_writes_arrive_whole(open: Open) {
     }
 }
 
-/// Polls both sides until `near` and `far` many completions came; who writes also answers.
+/// Polls both sides until `near` and `far` many completions came. Polling also answers the other side.
 fn poll_both(pair: &mut Pair, near: usize, far: usize) -> [Vec<Outcome>; 2] {
     let mut outcomes = [Vec::new(), Vec::new()];
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while (outcomes[0].len() < near || outcomes[1].len() < far) && Instant::now() < deadline {
+    until("completions at both sides", || {
         pair.near_queue.poll(|completion| outcomes[0].push(completion.outcome)).unwrap();
         pair.far_queue.poll(|completion| outcomes[1].push(completion.outcome)).unwrap();
-    }
+        (outcomes[0].len() >= near && outcomes[1].len() >= far).then_some(())
+    });
     outcomes
 }
 
@@ -521,7 +546,7 @@ fn a_writer_waits_for_receives(open: Open) {
     let written = |number| Outcome::Written { bytes: 65536, immediate: number };
     assert_eq!(pair.near.post(&[0, 1, 2].map(write)).unwrap(), 3);
     assert_eq!(poll_both(&mut pair, 1, 1), [vec![Outcome::Sent], vec![written(0)]]);
-    // It is told that there is none, several times.
+    // The peer has no receive, and says so several times in a while. Nothing completes, however long it lasts.
     let until = Instant::now() + Duration::from_millis(50);
     while Instant::now() < until {
         pair.near_queue.poll(|completion| panic!("{completion:?}")).unwrap();
@@ -533,7 +558,7 @@ fn a_writer_waits_for_receives(open: Open) {
     }
 }
 
-/// They are of 24 bits (IBTA 9.2.9).
+/// Packet sequence numbers have 24 bits (IBTA 9.2.9).
 fn numbers_of_packets_wrap(open: Open) {
     let mut host = Host::new(open);
     let mut pair = host.pair_from(0xff_ffff - 40);

@@ -2,7 +2,7 @@
 //!
 //! Everything that travels begins with a 64-byte frame whose last four bytes are the CRC32C of the 60 before. The frame of
 //! a batch is also the header under which the batch lies in CXL memory. All integers are little-endian.
-//! `docs/protocol.md` is the specification.
+//! `docs/reference/protocol.md` is the specification.
 
 #![forbid(unsafe_code)]
 

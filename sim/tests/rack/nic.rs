@@ -131,7 +131,7 @@ impl Memory for Nothing {
         Err(NoAccess)
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }
@@ -188,7 +188,7 @@ impl Memory for Reach<'_> {
         Ok(())
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }

@@ -1,4 +1,4 @@
-//! What memory, flushes, pauses and the clock cost on this host.
+//! Measures the speed of memory, and the cost of flushes, pauses and readings of the clock, on this host.
 
 use anyhow::{Context, Result};
 use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
@@ -9,32 +9,32 @@ use std::hint::{black_box, spin_loop};
 use std::path::Path;
 use std::time::Instant;
 
-/// A figure.
+/// Result of a measurement.
 #[derive(Serialize)]
 pub struct Measure {
-    /// What was measured.
+    /// Name of the quantity.
     pub name: String,
-    /// How much.
+    /// Size of the quantity, in `unit`.
     pub value: f64,
-    /// `ns` or `MB/s`.
+    /// Unit: `ns` or `MB/s`.
     pub unit: &'static str,
 }
 
-/// Bytes that are looked at: more than caches hold.
+/// Bytes that are read in a measurement: more than caches hold.
 const SPAN: u64 = 256 << 20;
 /// Bytes that are read at a time.
 const CHUNK: u64 = 1 << 20;
-/// Loads, flushes, pauses or readings of the clock that are timed together.
+/// Number of loads, flushes, pauses or readings of the clock that are timed together.
 const COUNT: u32 = 200_000;
 
-/// Nanoseconds that `each` takes.
+/// Mean time of a call of `each` over `count` calls, in nanoseconds.
 fn cost(name: impl Into<String>, count: u32, mut each: impl FnMut(u32)) -> Measure {
     let begun = Instant::now();
     (0..count).for_each(&mut each);
     Measure { name: name.into(), value: begun.elapsed().as_nanos() as f64 / f64::from(count), unit: "ns" }
 }
 
-/// Reads memory, in order and at random; changes nothing.
+/// Read bandwidth of memory, and the latency of a load at random addresses. Memory is not changed.
 fn reading(name: &str, memory: &Native) -> [Measure; 2] {
     let span = memory.bytes().min(SPAN);
     let begun = Instant::now();
@@ -50,7 +50,7 @@ fn reading(name: &str, memory: &Native) -> [Measure; 2] {
     let bandwidth = span as f64 / 1e6 / begun.elapsed().as_secs_f64();
     let mut random = 1u64;
     let latency = cost(format!("{name}: latency of a load"), COUNT, |_| {
-        // xorshift64 (Marsaglia 2003). The next address waits for what was loaded, of which it then uses nothing.
+        // xorshift64 (Marsaglia 2003). The next address depends on the loaded word, so that loads do not overlap.
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
@@ -59,10 +59,10 @@ fn reading(name: &str, memory: &Native) -> [Measure; 2] {
     [Measure { name: format!("{name}: read bandwidth, one core"), value: bandwidth, unit: "MB/s" }, latency]
 }
 
-/// Measures DRAM, the region at `region` if one is named, and what polling and flushing cost.
+/// Measures DRAM, the region at path `region` if given, and the cost of flushing and polling.
 ///
 /// # Errors
-/// The region cannot be opened, or there is no memory.
+/// The region cannot be opened, or memory cannot be mapped.
 pub fn measure(region: Option<&Path>) -> Result<Vec<Measure>> {
     let mapping = Mapping::anonymous(SPAN).context("cannot map memory")?;
     mapping.prefault().context("cannot map memory")?;

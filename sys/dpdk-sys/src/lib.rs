@@ -1,7 +1,7 @@
 //! Bindings to the DPDK of the host that built this, its inline functions included.
 //!
-//! Generated from the installed headers, whose comments say what each item does. Fields of a packet buffer that lie in
-//! anonymous unions, and the error number, are reached by the functions named `embarcadero_`.
+//! They are generated from the installed headers, whose comments describe each item. Functions named `embarcadero_` reach
+//! the error number, and fields of a packet buffer in anonymous unions.
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, unused_imports)]
 #![allow(missing_docs, clippy::all, clippy::pedantic)]
 

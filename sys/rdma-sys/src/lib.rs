@@ -1,8 +1,9 @@
 //! Bindings to the rdma-core of the host that built this: libibverbs and librdmacm, their inline functions included.
 //!
-//! Generated from the installed headers; what each item does is in its manual page (`man ibv_post_send`). Call
-//! [`embarcadero_ibv_query_port`] and [`embarcadero_ibv_reg_mr`] instead of the functions of the plain names: `verbs.h`
-//! redirects those by macro, and the bare symbols leave fields unset.
+//! They are generated from the installed headers. The manual pages describe the items, for example `man ibv_post_send`.
+//!
+//! Call [`embarcadero_ibv_query_port`] and [`embarcadero_ibv_reg_mr`] instead of the functions with the plain names. For
+//! those `verbs.h` has macros, and without the macros fields stay unset.
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, unused_imports)]
 #![allow(missing_docs, clippy::all, clippy::pedantic)]
 

@@ -1,4 +1,4 @@
-//! Support of tests of RDMA, on devices of the host and on NICs in software.
+//! Support for tests of RDMA, on devices of the host and on NICs in software.
 
 use super::{Cluster, PATIENCE, assert_exactly_once, history, message, parse};
 use embarcadero_client::{Client, ClientConfig, Order, Start, TopicOptions, TransportKind};
@@ -7,14 +7,14 @@ use std::thread::JoinHandle;
 
 pub const REGION: &[&str] = &["--size", "192MiB", "--segment-size", "4MiB"];
 
-/// Runs shell commands. Returns what they print.
+/// Runs shell commands.
 pub fn shell(commands: &str) -> String {
     let said = Command::new("sh").args(["-ec", commands]).output().unwrap();
     assert!(said.status.success(), "{commands}: {}", String::from_utf8_lossy(&said.stderr));
     String::from_utf8(said.stdout).unwrap()
 }
 
-/// Connects a client whose batches are so small that a test has many.
+/// Makes a client over `transport`, whose batches are so small that a test has many.
 pub fn over(transport: TransportKind, cluster: &Cluster) -> Client {
     Client::connect(ClientConfig { transport, ..small(cluster) }).unwrap()
 }
@@ -39,8 +39,9 @@ pub fn publish(client: Client, topic: &'static str, number: u32, count: u64) -> 
     })
 }
 
-/// Checks order and integrity over `transport` with two publishers, a subscriber that follows, and one that comes
-/// afterwards. A third publisher uses TCP.
+/// Publishes with two publishers over `transport` and one over TCP, and checks order and content.
+///
+/// One subscriber over `transport` follows, others come afterwards over both.
 pub fn order_and_integrity(transport: TransportKind, cluster: &Cluster, count: u64) {
     let client = over(transport, cluster);
     client.create_topic("t", strong()).unwrap();

@@ -1,7 +1,9 @@
-//! Two hosts, each a network namespace, and the wire between them. The wire loses, repeats, reorders and damages packets of
-//! RoCEv2 as it is told.
+//! Two hosts and the wire between them, which loses, repeats, reorders and damages packets of RoCEv2 as set.
+//!
+//! Each host is a network namespace.
 
 use super::verbs::shell;
+use embarcadero_roce::packet::{IPV4_BYTES, IPV4_PROTOCOL_AT, UDP, UDP_PORT, UDP_TO_AT};
 use nix::sched::{CloneFlags, setns, unshare};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -23,25 +25,27 @@ pub struct Faults {
     pub damaged: u32,
 }
 
-/// Addresses of the two hosts.
+/// Address of the near host.
 pub const NEAR: &str = "10.77.0.1";
+/// Address of the far host.
 pub const FAR: &str = "10.77.0.2";
 
+/// Two hosts, and the wire between them.
 pub struct Wire {
     name: String,
     stop: Arc<AtomicBool>,
-    /// Number of packets that were harmed.
+    /// Number of packets harmed so far.
     pub harmed: Arc<AtomicU64>,
     relays: Vec<JoinHandle<()>>,
 }
 
 impl Wire {
-    /// Makes a wire for the largest packets of RoCEv2. Its seed is printed if the test fails.
+    /// Makes a wire with room for the largest packets of RoCEv2. The seed is printed if a test fails.
     pub fn new(faults: Faults) -> Self {
         Self::with_mtu(faults, "9000")
     }
 
-    /// Makes a wire as [`Wire::new`] does, for frames that carry `mtu` bytes.
+    /// Makes a wire for frames that carry `mtu` bytes.
     pub fn with_mtu(faults: Faults, mtu: &str) -> Self {
         let seed: u64 = rand::random();
         println!("wire: seed {seed}");
@@ -64,22 +68,23 @@ impl Wire {
             let rng = StdRng::seed_from_u64(seed ^ index as u64);
             wire.relays.push(std::thread::spawn(move || {
                 enter(&format!("/run/netns/{namespace}"));
-                relay(&port(from), &port(to), faults, rng, &stop, &harmed);
+                Relay { from: port(from), to: port(to), faults, rng, held: None }.run(&stop, &harmed);
             }));
         }
         wire
     }
 
+    /// Name of the namespace of a host, or of the wire.
     pub fn namespace(&self, side: &str) -> String {
         format!("{}-{side}", self.name)
     }
 
-    /// Returns the command that makes a program run on a host.
+    /// Command that runs a program on a host, to be put before it.
     pub fn command(&self, side: &str) -> Vec<String> {
         ["ip", "netns", "exec", &self.namespace(side)].map(str::to_owned).to_vec()
     }
 
-    /// Runs `act` on a host, in a thread of its own. Threads that it starts are on that host too.
+    /// Calls `act` on a host, in a thread. Threads that it starts are there too.
     pub fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
@@ -90,6 +95,7 @@ impl Wire {
         })
     }
 
+    /// Sets the state of a host's interface: `up` or `down`.
     pub fn link(&self, side: &str, state: &str) {
         shell(&format!("ip -n {} link set e0 {state}", self.namespace(side)));
     }
@@ -106,19 +112,20 @@ impl Drop for Wire {
     }
 }
 
-/// Moves the calling thread, and those that it starts afterwards, to a namespace.
+/// Moves the calling thread, and those that it starts, to a namespace.
 pub fn enter(namespace: &str) {
     let file = File::open(namespace).unwrap();
     setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
 
-/// Option of packet(7): a socket does not see the frames that its host sends.
+/// Option of packet(7): frames that this host sends do not come back.
 const PACKET_IGNORE_OUTGOING: libc::c_int = 23;
-/// Option of packet(7): each frame comes with the work that its sender left to the NIC, its checksum or its segmentation.
+/// Option of packet(7): before each frame comes the work that its sender left for a NIC, such as its checksum.
 const PACKET_VNET_HDR: libc::c_int = 15;
+/// Bytes of that header (linux/virtio_net.h, `struct virtio_net_hdr`).
 const VNET_BYTES: usize = 10;
 
-/// Opens a socket that receives all frames of an interface that others sent.
+/// Opens a socket for all frames of an interface that others sent.
 fn port(interface: &str) -> Socket {
     let socket = Socket::new(Domain::PACKET, Type::RAW, None).unwrap();
     let mut storage = SockAddrStorage::zeroed();
@@ -143,12 +150,18 @@ fn port(interface: &str) -> Socket {
     socket
 }
 
-/// Returns true for a frame of RoCEv2: IPv4 and UDP, to port 4791.
+/// Bytes of an Ethernet header without a tag.
+const ETHERNET_BYTES: usize = 14;
+
+/// Whether a frame has a packet of RoCEv2 over IPv4.
 fn is_roce(frame: &[u8]) -> bool {
-    frame.len() > 42 && frame[12..14] == [8, 0] && frame[23] == 17 && frame[36..38] == 4791u16.to_be_bytes()
+    let Some((ethernet, packet)) = frame.split_first_chunk::<ETHERNET_BYTES>() else { return false };
+    ethernet[12..] == (libc::ETH_P_IP as u16).to_be_bytes()
+        && packet.get(IPV4_PROTOCOL_AT) == Some(&UDP)
+        && packet.get(IPV4_BYTES + UDP_TO_AT..).is_some_and(|port| port.starts_with(&UDP_PORT.to_be_bytes()))
 }
 
-/// Runs `act` in a network namespace of its own that has only the loopback. No device of the host has UDP port 4791 there.
+/// Calls `act` in a network of its own, with the loopback only. No device of the host has UDP port 4791 there.
 pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -160,40 +173,61 @@ pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     })
 }
 
-fn relay(mut from: &Socket, mut to: &Socket, faults: Faults, mut rng: StdRng, stop: &AtomicBool, harmed: &AtomicU64) {
-    let mut frame = vec![0; 128 << 10];
-    let mut held: Option<Vec<u8>> = None;
-    while !stop.load(Ordering::Relaxed) {
-        let Ok(len) = from.read(&mut frame) else {
-            if let Some(frame) = held.take() {
-                let _ = to.write(&frame);
+/// One direction of the wire.
+struct Relay {
+    from: Socket,
+    to: Socket,
+    faults: Faults,
+    rng: StdRng,
+    /// Frame that goes after the next one.
+    held: Option<Vec<u8>>,
+}
+
+impl Relay {
+    /// Takes frames from one side to the other, and harms them as set, until `stop`.
+    fn run(&mut self, stop: &AtomicBool, harmed: &AtomicU64) {
+        let mut frame = vec![0; 128 << 10];
+        while !stop.load(Ordering::Relaxed) {
+            match self.from.read(&mut frame) {
+                Ok(len) => self.pass(&mut frame[..len], harmed),
+                // Nothing came for a while: the frame that is held has waited long enough.
+                Err(_) => self.release(),
             }
-            continue;
-        };
-        let frame = &mut frame[..len];
-        let mut happens = |of_a_thousand: u32| {
-            let happens = rng.random_range(0..1000) < of_a_thousand;
-            harmed.fetch_add(happens.into(), Ordering::Relaxed);
-            happens
-        };
+        }
+    }
+
+    /// Whether something happens that happens to so many frames of a thousand.
+    fn happens(&mut self, of_a_thousand: u32, harmed: &AtomicU64) -> bool {
+        let happens = self.rng.random_range(0..1000) < of_a_thousand;
+        harmed.fetch_add(happens.into(), Ordering::Relaxed);
+        happens
+    }
+
+    /// Sends the frame that is held. A link that is down takes nothing.
+    fn release(&mut self) {
+        if let Some(frame) = self.held.take() {
+            let _ = self.to.write(&frame);
+        }
+    }
+
+    /// Takes a frame to the other side, or harms it.
+    fn pass(&mut self, frame: &mut [u8], harmed: &AtomicU64) {
         if is_roce(&frame[VNET_BYTES..]) {
-            if happens(faults.lost) {
-                continue;
+            if self.happens(self.faults.lost, harmed) {
+                return;
             }
-            if happens(faults.damaged) {
-                let at = rng.random_range(VNET_BYTES + 14..len);
-                frame[at] ^= 1 << rng.random_range(0..8);
-            } else if happens(faults.repeated) {
-                let _ = to.write(frame);
-            } else if held.is_none() && happens(faults.reordered) {
-                held = Some(frame.to_vec());
-                continue;
+            if self.happens(self.faults.damaged, harmed) {
+                let at = self.rng.random_range(VNET_BYTES + ETHERNET_BYTES..frame.len());
+                frame[at] ^= 1 << self.rng.random_range(0..8);
+            } else if self.happens(self.faults.repeated, harmed) {
+                let _ = self.to.write(frame);
+            } else if self.held.is_none() && self.happens(self.faults.reordered, harmed) {
+                self.held = Some(frame.to_vec());
+                return;
             }
         }
         // A link that is down takes nothing.
-        let _ = to.write(frame);
-        if let Some(frame) = held.take() {
-            let _ = to.write(&frame);
-        }
+        let _ = self.to.write(frame);
+        self.release();
     }
 }

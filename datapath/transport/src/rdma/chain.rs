@@ -1,30 +1,30 @@
-//! Work requests of one connection: numbered from 1, posted in chains, and completed in order.
+//! Work requests of one connection. They are numbered from 1, posted in chains, and completed in order.
 
 use super::{SEND_DEPTH, SIGNAL_EVERY};
 use embarcadero_verbs::{DOORBELL, QueuePair, Request, Sending, Work};
 use std::io;
 
-/// The work requests that a connection posted, and those that are done.
+/// Count of the work requests that a connection posted, and of those that are done.
 pub(super) struct SendQueue {
     posted: u64,
     done: u64,
-    /// The last that asked for a completion.
+    /// Number of the last request that asked for a completion.
     signaled: u64,
     signal_every: u64,
 }
 
 impl SendQueue {
-    /// Nothing posted yet. One request in [`SIGNAL_EVERY`] will ask for a completion.
+    /// Queue without requests. One request in [`SIGNAL_EVERY`] will ask for a completion.
     pub fn new() -> Self {
         Self { posted: 0, done: 0, signaled: 0, signal_every: SIGNAL_EVERY }
     }
 
-    /// Every request will ask for a completion.
+    /// Has every later request ask for a completion.
     pub fn signal_all(&mut self) {
         self.signal_every = 1;
     }
 
-    /// Requests that can be posted now.
+    /// Number of requests that can be posted now.
     pub fn room(&self) -> usize {
         (SEND_DEPTH - (self.posted - self.done)) as usize
     }
@@ -34,12 +34,12 @@ impl SendQueue {
         self.posted
     }
 
-    /// True once a request is done.
+    /// Returns true once a request is done.
     pub fn is_done(&self, number: u64) -> bool {
         number <= self.done
     }
 
-    /// A completion says that a request is done, and with it those before.
+    /// Records the completion of a request. Those before it are done too.
     pub fn completed(&mut self, number: u64) {
         self.done = self.done.max(number);
     }
@@ -57,7 +57,7 @@ impl SendQueue {
         }
     }
 
-    /// Posts a chain with one call. Returns how many requests it had.
+    /// Posts a chain with one call. Returns the number of its requests.
     ///
     /// # Errors
     /// What the device reports.
@@ -85,7 +85,7 @@ pub(super) struct Chain<'a> {
 }
 
 impl<'a> Chain<'a> {
-    /// Requests that it has room for.
+    /// Number of requests that the chain still has room for.
     pub fn room(&self) -> usize {
         self.room - self.count
     }
@@ -95,10 +95,11 @@ impl<'a> Chain<'a> {
         self.posted + self.count as u64 + 1
     }
 
-    /// Adds a request, which asks for a completion if `signal`, or if none before it has for long. Returns its number.
+    /// Adds a request and returns its number. The request asks for a completion if `signal` is set, or if `signal_every`
+    /// requests have not.
     ///
     /// # Panics
-    /// When there is no room.
+    /// When the chain is full.
     pub fn push(&mut self, work: Work<'a>, signal: bool) -> u64 {
         assert!(self.room() > 0, "a chain of {} requests is full", self.count);
         let id = self.next_number();

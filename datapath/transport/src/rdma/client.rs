@@ -1,4 +1,4 @@
-//! A client's RDMA device, and the queue pair of each of its connections.
+//! Client's RDMA device, and the queue pair of each of its connections.
 
 use super::chain::SendQueue;
 use super::{SEND_DEPTH, accepting_peer};
@@ -15,10 +15,10 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Frames that a broker may send before the first is looked at.
+/// Number of frames that a broker may send before the client looks at the first.
 const FRAMES: usize = 512;
 
-/// A device, as all connections of a client use it.
+/// RDMA device that all connections of a client share.
 pub struct RdmaClient {
     port: LocalPort,
     pub(super) domain: Arc<ProtectionDomain>,
@@ -34,27 +34,27 @@ impl RdmaClient {
         Ok(Arc::new(Self { port, domain }))
     }
 
-    /// True while its port is up.
+    /// Returns true while the port is up.
     #[must_use]
     pub fn is_usable(&self) -> bool {
         self.domain.context().is_active(self.port.number)
     }
 }
 
-/// What arrived on a queue pair.
+/// Message or write that arrived on a queue pair.
 pub(super) enum Arrival {
     /// A frame.
     Frame(Frame),
-    /// A WRITE: its immediate data, and its length in bytes.
+    /// An RDMA WRITE: its immediate data, and its length in bytes.
     Written(u32, u32),
 }
 
-/// The error of a broker that does what the protocol does not allow.
+/// Error of a broker that breaks the protocol.
 pub(super) fn violation(text: impl Into<String>) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text.into())
 }
 
-/// Exchanges addresses over the socket, which may block for as long as its time-outs say.
+/// Exchanges the addresses of both queue pairs over the socket. Waits for each part of the answer for at most `timeout`.
 fn handshake(socket: &mut TcpStream, request: &RdmaConnect, timeout: Duration) -> io::Result<PeerAddress> {
     socket.set_read_timeout(Some(timeout))?;
     socket.write_all(&request.encode())?;
@@ -71,7 +71,7 @@ fn handshake(socket: &mut TcpStream, request: &RdmaConnect, timeout: Duration) -
     }
 }
 
-/// A connected queue pair, and the frames that arrive on it.
+/// Connected queue pair, and the frames that arrive on it.
 pub(super) struct ClientPair {
     pair: QueuePair<Sending>,
     queue: CompletionQueue,
@@ -122,7 +122,7 @@ impl ClientPair {
         })
     }
 
-    /// Takes completions.
+    /// Takes completions, and queues what arrived for [`ClientPair::next`].
     pub fn poll(&mut self) -> io::Result<()> {
         let Self { queue, pair, frames, frame_ranges, arrived, sends, failure, .. } = self;
         let mut trouble = Ok(());
@@ -161,12 +161,12 @@ impl ClientPair {
         }
     }
 
-    /// Takes what arrived first.
+    /// Takes the oldest arrival.
     pub fn next(&mut self) -> Option<Arrival> {
         self.arrived.pop_front()
     }
 
-    /// Makes the queue's descriptor readable when something comes; fails if nothing can.
+    /// Makes [`ClientPair::descriptor`] readable when something comes. Fails if the device is gone.
     pub fn arm(&mut self) -> io::Result<()> {
         if !self.queue.context().is_present() {
             return Err(io::Error::other("the RDMA device was removed, or broke down"));
@@ -174,12 +174,15 @@ impl ClientPair {
         self.queue.arm()
     }
 
-    /// The queue's descriptor.
+    /// Descriptor of the completion queue.
     pub fn descriptor(&self) -> RawFd {
         self.queue.descriptor()
     }
 
-    /// Posts up to [`embarcadero_verbs::DOORBELL`] requests with one call. There must be room for them.
+    /// Posts up to [`embarcadero_verbs::DOORBELL`] requests with one call.
+    ///
+    /// # Panics
+    /// When [`SendQueue::room`] has less room than that.
     pub fn post<'a>(&mut self, works: impl Iterator<Item = Work<'a>>) -> io::Result<()> {
         let mut chain = self.sends.chain();
         works.for_each(|work| {

@@ -1,4 +1,4 @@
-//! A broker's end of a queue pair.
+//! Broker's end of a queue pair.
 
 use super::chain::{Chain, SendQueue};
 use super::device::{CONNECTIONS, RdmaDevice, RdmaQueue, RemoteAccess};
@@ -19,26 +19,26 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-/// A landing window that is open to the publisher.
+/// Landing window that is open to the publisher.
 struct OpenWindow {
     // First, so that it is dropped first: nothing can be written any more once the window is given back.
     access: RemoteAccess,
     window: Window,
     number: u32,
-    /// The publisher was told of it.
+    /// True once its window grant was sent.
     announced: bool,
 }
 
-/// The queue pair of a connection, and what it is open to.
+/// Queue pair of a connection, with the landing windows or the ring that belong to it.
 pub struct RdmaConnection {
-    // Dropped in this order: nothing could be written any more, then nothing is. Soft-RoCE has an open window keep its
-    // queue pair in use (`rxe_do_bind_mw` in drivers/infiniband/sw/rxe/rxe_mw.c), so that destroying that first waits
-    // until the kernel gives up, close to a minute.
+    // The order of the drops matters: windows close before their queue pair is destroyed. In Soft-RoCE an open window
+    // keeps its queue pair in use (`rxe_do_bind_mw` in drivers/infiniband/sw/rxe/rxe_mw.c). Destroying the queue pair
+    // first would block until the kernel gives up, close to a minute.
     windows: VecDeque<OpenWindow>,
     pair: QueuePair<Sending>,
-    /// Batches from elsewhere than the region, and the request that reads each.
+    /// Batches that do not lie in the region, each with the number of the request that reads it.
     copies: VecDeque<(u64, MemoryRegion)>,
-    /// Of a subscriber; `None` of a publisher.
+    /// Ring of a subscriber; `None` for a publisher.
     ring: Option<RingWriter>,
     domain: Arc<ProtectionDomain>,
     device: Arc<RdmaDevice>,
@@ -46,22 +46,22 @@ pub struct RdmaConnection {
     next_window: u32,
     wants_window: bool,
     closed: bool,
-    /// Immediate data and length of WRITEs that were not looked at.
+    /// Immediate data and length of each RDMA WRITE that was not looked at yet.
     arrived: VecDeque<(u32, u32)>,
     sends: SendQueue,
-    /// For each thing at the front of the outbox that was posted: the request that ends it, 0 if it is not waited for.
+    /// Number of the last request of each posted entry at the front of the outbox; 0 for an entry that is inline.
     posted_outgoing: VecDeque<u64>,
     failure: Option<WorkError>,
-    /// What goes over the socket.
+    /// Queue of what goes over the socket.
     side: Outbox,
     _counted: Arc<()>,
 }
 
 impl RdmaConnection {
-    /// Answers a peer that wants a queue pair. The answer leaves with the next send.
+    /// Sets up a queue pair for a peer that asks for one. The answer leaves with the next send.
     ///
     /// # Errors
-    /// A refusal.
+    /// [`TransportError::Refused`] when the request is invalid, or the device has no room.
     pub fn accept(device: &Arc<RdmaDevice>, queue: &RdmaQueue, request: &RdmaConnect) -> Result<Self, TransportError> {
         if Arc::strong_count(&queue.connections) > CONNECTIONS {
             return Err(TransportError::refused(ErrorCode::Unavailable, "the broker has no room for a queue pair"));
@@ -117,13 +117,13 @@ impl RdmaConnection {
         })
     }
 
-    /// Number of its queue pair, by which completions name it.
+    /// Number of the queue pair, by which completions name it.
     #[must_use]
     pub fn number(&self) -> u32 {
         self.pair.number()
     }
 
-    /// Takes a completion of its queue pair.
+    /// Takes a completion of the queue pair.
     pub fn completed(&mut self, completion: Completion) {
         match completion.outcome {
             Outcome::Sent => self.sends.completed(completion.id),
@@ -136,41 +136,41 @@ impl RdmaConnection {
         }
     }
 
-    /// True when batches are in the region's memory once they are complete.
+    /// Returns true when the device writes to the region's memory, past this host's caches.
     pub(crate) fn writes_past_caches(&self) -> bool {
         self.device.context.writes_past_caches()
     }
 
-    /// True when [`RdmaConnection::receive`] has something to do.
+    /// Returns true when [`RdmaConnection::receive`] has something to do.
     pub(crate) fn has_work(&self) -> bool {
         !self.arrived.is_empty() || self.failure.is_some() || self.is_due_a_window()
     }
 
-    /// True when [`RdmaConnection::send`] has something to do besides the outbox.
+    /// Returns true when [`RdmaConnection::send`] has something to do besides the outbox.
     pub(crate) fn has_to_send(&self) -> bool {
         !self.side.is_empty() || self.windows.iter().any(|open| !open.announced)
     }
 
-    /// True while bytes wait for the socket.
+    /// Returns true while bytes wait for the socket.
     pub(crate) fn waits_for_socket(&self) -> bool {
         !self.side.is_empty()
     }
 
-    /// Where the open landing windows begin.
+    /// Offsets in the region of the open landing windows.
     pub(crate) fn windows(&self) -> impl Iterator<Item = RegionOffset> + '_ {
         self.windows.iter().map(|open| open.window.at())
     }
 
-    /// Closes all landing windows: when this returns, the device refuses every write of the peer.
+    /// Closes all landing windows. When this returns, the device refuses every write of the peer.
     pub(crate) fn close_windows(&mut self) {
         self.windows.clear();
         self.closed = true;
     }
 
-    /// Takes up to `budget` batches that arrived.
+    /// Takes up to `budget` batches that arrived, and opens the windows that the publisher is due.
     ///
     /// # Errors
-    /// As [`Connection::receive`].
+    /// [`TransportError`]. The connection can then only send the frame of the error.
     pub(crate) fn receive(
         &mut self,
         memory: &Native,
@@ -223,8 +223,8 @@ impl RdmaConnection {
         Ok(Received::Nothing)
     }
 
-    /// A WRITE of `bytes` into window `number` is complete: the batch's header, and where it lies. `None` when only a
-    /// window closed.
+    /// Header and place of the batch that a WRITE of `bytes` put into window `number`. `None` when the publisher has left
+    /// a window, which this closes: call again.
     fn next_batch(
         &mut self,
         memory: &Native,
@@ -260,13 +260,13 @@ impl RdmaConnection {
         Ok(Some((header, at)))
     }
 
-    /// True when the publisher is to get a window: it asked for its first, or has used one up since.
+    /// Returns true when the publisher is to get a window: it asked for its first, or has used one up since.
     fn is_due_a_window(&self) -> bool {
         let begun = self.wants_window || self.next_window > 0;
         self.ring.is_none() && begun && self.windows.len() < WINDOWS_PER_PUBLISHER
     }
 
-    /// Sees to it that the publisher has windows.
+    /// Opens the landing windows that the publisher is due, as far as the landing has room.
     fn open_windows(&mut self, landing: &mut impl Landing) -> Result<(), TransportError> {
         while self.is_due_a_window() {
             let starved = self.wants_window && self.windows.is_empty();
@@ -284,10 +284,10 @@ impl RdmaConnection {
         Ok(())
     }
 
-    /// Posts what the device has room for. The socket's share goes to `socket`.
+    /// Posts as much of the outbox as the device has room for. Errors go to `socket`.
     ///
     /// # Errors
-    /// As [`Connection::send`].
+    /// [`TransportError`], as for [`Connection::send`].
     pub(crate) fn send(
         &mut self,
         socket: &mut TcpConnection,
@@ -310,7 +310,7 @@ impl RdmaConnection {
         Ok(moved)
     }
 
-    /// Posts one chain of requests; returns how many.
+    /// Posts one chain of requests. Returns their number.
     fn post(&mut self, outbox: &mut Outbox) -> Result<u64, TransportError> {
         let mut chain = self.sends.chain();
         let mut frames = [[0u8; FRAME_BYTES]; WINDOWS_PER_PUBLISHER];
@@ -362,7 +362,7 @@ impl RdmaConnection {
         Ok(posted as u64)
     }
 
-    /// Takes off the outbox what the device is done with.
+    /// Removes from the outbox the entries that the device has sent.
     fn forget_done(&mut self, outbox: &mut Outbox) {
         while self.posted_outgoing.front().is_some_and(|number| self.sends.is_done(*number)) {
             self.posted_outgoing.pop_front();
@@ -374,7 +374,8 @@ impl RdmaConnection {
     }
 }
 
-/// Tells the publisher of windows that it does not know: opens each and sends its frame. Returns of how many.
+/// Adds to `chain` the window grants that the publisher was not sent, each behind the request that opens its window.
+/// Returns their number.
 fn announce<'a>(
     chain: &mut Chain<'a>,
     windows: &'a VecDeque<OpenWindow>,

@@ -1,4 +1,4 @@
-//! A broker's RDMA device, and the completion queue of each of its polling threads.
+//! Broker's RDMA device, and the completion queue of each of its polling threads.
 
 use crate::config::Isolation;
 use embarcadero_cxl::{Fabric, Native, RegionOffset};
@@ -10,16 +10,16 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-/// Completions that a connection can have outstanding: one for every [`super::SIGNAL_EVERY`] requests, and its deliveries.
+/// Completions that one connection can have outstanding: one per [`super::SIGNAL_EVERY`] requests, and its deliveries.
 const COMPLETIONS: u32 = 16;
-/// Receives that the connections of one thread share. A peer that finds none tries again.
+/// Receives that the connections of one thread share. The NIC of a peer that finds none tries again.
 const RECEIVES: u32 = 1024;
-/// Places of a thread's completion queue.
+/// Entries of a thread's completion queue.
 const QUEUE: u32 = 16 << 10;
-/// Connections that a thread's completion queue has room for.
+/// Number of connections that a thread's completion queue has room for.
 pub(super) const CONNECTIONS: usize = ((QUEUE - RECEIVES) / COMPLETIONS) as usize;
 
-/// A broker's RDMA device, with the region registered on it.
+/// Broker's RDMA device, with the region registered on it.
 pub struct RdmaDevice {
     pub(super) context: Arc<Context>,
     pub(super) port: LocalPort,
@@ -34,7 +34,7 @@ impl RdmaDevice {
     /// Registers the whole region on a device. Landing windows have at most `window_bytes`.
     ///
     /// # Errors
-    /// [`VerbsError`], which says what is missing.
+    /// [`VerbsError`] when the region cannot be registered, or the trial of memory windows fails.
     pub fn open(
         memory: &Native,
         (context, port): (Arc<Context>, LocalPort),
@@ -54,31 +54,31 @@ impl RdmaDevice {
         Ok(Arc::new(Self { context, port, domain, region, memory: memory.clone(), windows, window_bytes }))
     }
 
-    /// The device's name.
+    /// Name of the device.
     #[must_use]
     pub fn device(&self) -> &str {
         self.context.name()
     }
 
-    /// Takes something that the device announces, as [`Context::take_event`] does.
+    /// Takes an asynchronous event of the device, in words, as [`Context::take_event`] does.
     #[must_use]
     pub fn take_event(&self) -> Option<String> {
         self.context.take_event()
     }
 
-    /// False once the device has announced that it breaks down or is removed.
+    /// Returns false once the device has announced that it breaks down or is removed.
     #[must_use]
     pub fn is_present(&self) -> bool {
         self.context.is_present()
     }
 
-    /// Largest message of its port, bytes.
+    /// Largest message of the port, bytes.
     #[must_use]
     pub fn max_message_bytes(&self) -> u64 {
         self.port.max_message_bytes.into()
     }
 
-    /// `memory windows` or `registrations`.
+    /// Means of isolation in use: `memory windows` or `registrations`.
     #[must_use]
     pub fn isolation(&self) -> &'static str {
         if self.windows { "memory windows" } else { "registrations" }
@@ -98,7 +98,7 @@ impl RdmaDevice {
     }
 }
 
-/// A polling thread's completion queue.
+/// Completion queue of a polling thread.
 pub struct RdmaQueue {
     pub(super) queue: CompletionQueue,
     pub(super) receives: Arc<SharedReceiveQueue>,
@@ -106,10 +106,10 @@ pub struct RdmaQueue {
 }
 
 impl RdmaQueue {
-    /// A queue on the host's device.
+    /// Makes a completion queue and a receive queue on the broker's device.
     ///
     /// # Errors
-    /// What the library reports.
+    /// [`VerbsError`] when the device has no room for them.
     pub fn new(host: &RdmaDevice) -> Result<Self, VerbsError> {
         let queue =
             CompletionQueue::new(&host.context, QUEUE).map_err(host.context.error("make a completion queue"))?;
@@ -118,7 +118,7 @@ impl RdmaQueue {
         Ok(Self { queue, receives, connections: Arc::new(()) })
     }
 
-    /// Takes completions and replaces the receives that they took. Returns how many there were.
+    /// Takes completions and replaces the receives that they used. Returns the number of completions.
     ///
     /// # Errors
     /// The device is gone.
@@ -141,14 +141,14 @@ impl RdmaQueue {
         self.queue.arm()
     }
 
-    /// Readable when something has completed since [`RdmaQueue::arm`].
+    /// Descriptor that becomes readable when something has completed since [`RdmaQueue::arm`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.queue.descriptor()
     }
 }
 
-/// What lets a peer write: dropping it ends that before it returns.
+/// Permission of a peer to write. When the drop returns, the permission has ended.
 pub(super) enum RemoteAccess {
     Window(MemoryWindow),
     Registration(MemoryRegion),

@@ -1,10 +1,13 @@
 //! RDMA: the NIC writes batches straight into the region.
 //!
-//! A connection is a TCP connection with a queue pair beside it. The socket carries the opening frames, and what ends a
-//! connection: errors with their text, and the peer's death, which it shows at once. The queue pair carries all the rest. A
-//! publisher WRITEs batches back to back into landing windows that the broker grants it, from the first on ahead of need,
-//! each with immediate data that names the window; the broker answers with inline SENDs of frames. A subscriber has
-//! deliveries WRITTEN into its ring and gives room back with WRITEs of no bytes. `docs/protocol.md` has the details.
+//! A connection is a TCP connection with a queue pair beside it. The socket carries the opening frames, the errors with
+//! their text, and the news that the peer is gone. The queue pair carries all the rest.
+//!
+//! A publisher WRITEs batches back to back into landing windows. The immediate data of each WRITE names the window. The
+//! broker answers with inline SENDs of frames, and grants each window after the first before the publisher needs it.
+//!
+//! The broker WRITEs deliveries into a subscriber's ring. The subscriber gives room back with WRITEs of no bytes.
+//! `docs/reference/protocol.md` has the details.
 
 mod chain;
 mod client;
@@ -23,23 +26,23 @@ pub(crate) use subscriber::RdmaSubscriber;
 use embarcadero_verbs::PeerAddress;
 use embarcadero_wire::{RdmaAccept, RdmaConnect};
 
-/// Immediate data of a publisher that has a batch and no window to put it in; or-ed with the number of the first window
-/// that it has not given up.
+/// Flag in the immediate data of a publisher that has a batch and no window for it. The other bits are the number of
+/// the first window that the publisher has not left.
 pub const WANTS_WINDOW: u32 = 1 << 31;
-/// Windows that a publisher holds at a time: one to write into, and the next.
+/// Number of windows that a publisher holds at a time: one to write into, and the next.
 pub const WINDOWS_PER_PUBLISHER: usize = 2;
-/// Work requests that a connection may have under way.
+/// Number of work requests that a connection may have under way.
 pub const SEND_DEPTH: u64 = 128;
-/// Work requests after which one asks for a completion.
+/// Number of work requests of which one asks for a completion.
 pub const SIGNAL_EVERY: u64 = 16;
 
-/// The other end, as a connecting peer tells it.
+/// Address of the peer, from its request.
 fn connecting_peer(request: &RdmaConnect) -> PeerAddress {
     let RdmaConnect { gid, lid, queue_pair, first_psn, mtu, .. } = *request;
     PeerAddress { gid, lid: lid as u16, queue_pair, first_psn, mtu }
 }
 
-/// The other end, as it answers a connecting peer.
+/// Address of the broker, from its answer.
 fn accepting_peer(accept: &RdmaAccept) -> PeerAddress {
     let RdmaAccept { gid, lid, queue_pair, first_psn, mtu, .. } = *accept;
     PeerAddress { gid, lid: lid as u16, queue_pair, first_psn, mtu }

@@ -1,4 +1,4 @@
-//! A publisher's end of a queue pair: batches are written from their buffers into the broker's landing windows.
+//! Publisher's end of a queue pair: batches are written from their buffers into the broker's landing windows.
 
 use super::client::{Arrival, ClientPair, RdmaClient, violation};
 use super::{WANTS_WINDOW, WINDOWS_PER_PUBLISHER};
@@ -14,18 +14,18 @@ use std::net::TcpStream;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-/// Where a publisher writes.
+/// Queue pair of a publisher, with the landing windows that it was granted.
 pub(crate) struct RdmaPublisher {
     pair: ClientPair,
     client: Arc<RdmaClient>,
     windows: VecDeque<RemoteWindow>,
     /// Number of the window that comes next.
     next_window: u32,
-    /// The broker knows that there is no window.
+    /// True once the broker was told that there is no window.
     asked: bool,
-    /// Batches to post with the next call to the device.
+    /// Batches to post with the next call to the device: source, destination and number of the window.
     staged: Vec<(LocalRange, RemoteRange, u32)>,
-    /// Without acknowledgements: requests that read batches.
+    /// Numbers of the requests that read batches; `None` with acknowledgements.
     reading: Option<VecDeque<u64>>,
 }
 
@@ -48,7 +48,7 @@ impl RdmaPublisher {
         })
     }
 
-    /// Adds the frames that have come.
+    /// Appends the frames that have come, and keeps the window grants among them.
     pub fn poll(&mut self, frames: &mut Vec<Frame>) -> io::Result<()> {
         self.pair.poll()?;
         while let Some(arrival) = self.pair.next() {
@@ -66,7 +66,7 @@ impl RdmaPublisher {
         Ok(())
     }
 
-    /// Stages a sealed batch, which is read in place until it is acknowledged. False when it has to wait.
+    /// Stages a sealed batch, which is read in place until it is acknowledged. Returns false when it has to wait.
     pub fn stage(&mut self, batch: &mut BatchBuilder<SendBuffer>) -> io::Result<bool> {
         let bytes = batch.bytes().len() as u64;
         if self.staged.len() == DOORBELL {
@@ -99,7 +99,7 @@ impl RdmaPublisher {
         self.pair.post(std::iter::once(Work::Write(None, nowhere, Some(WANTS_WINDOW | self.next_window))))
     }
 
-    /// Rings the doorbell for what is staged.
+    /// Posts the staged batches.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.staged.is_empty() {
             return Ok(());
@@ -114,7 +114,7 @@ impl RdmaPublisher {
         Ok(())
     }
 
-    /// Batches that the device may still read.
+    /// Number of batches that the device may still read.
     pub fn in_use(&mut self) -> usize {
         let Some(reading) = &mut self.reading else { return 0 };
         while reading.front().is_some_and(|number| self.pair.sends.is_done(*number)) {
@@ -128,7 +128,7 @@ impl RdmaPublisher {
         self.pair.arm()
     }
 
-    /// The completion queue's descriptor.
+    /// Descriptor of the completion queue.
     pub fn descriptor(&self) -> RawFd {
         self.pair.descriptor()
     }

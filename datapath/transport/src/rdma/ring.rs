@@ -1,6 +1,7 @@
-//! A subscriber's ring, counted in lines: the broker finds room in it, the subscriber follows.
+//! Subscriber's ring, counted in cache lines. The broker finds room for each delivery; the subscriber computes the same
+//! places.
 //!
-//! A delivery lies in one piece: what is left of the ring before its end is skipped when it does not fit there.
+//! A delivery lies in one piece. Where it does not fit before the end of the ring, both ends skip the lines that are left.
 
 use embarcadero_verbs::RemoteRange;
 use embarcadero_wire::batch::ALIGN_BYTES;
@@ -9,35 +10,35 @@ use std::ops::Range;
 /// Least bytes of a ring.
 pub(super) const LEAST_BYTES: u64 = 64 * ALIGN_BYTES;
 
-/// Where the next delivery of `lines` begins behind `head`, and the lines that it skips.
+/// First line of the next delivery, which has `lines` lines and comes behind `head`, and the number of lines skipped.
 fn next(ring_lines: u64, head: u64, lines: u64) -> (u64, u64) {
     let at = head % ring_lines;
     let skipped = if at + lines > ring_lines { ring_lines - at } else { 0 };
     ((at + skipped) % ring_lines, skipped)
 }
 
-/// The ring as the broker writes it.
+/// Ring as the broker writes it.
 pub(super) struct RingWriter {
     to: RemoteRange,
     lines: u64,
-    /// Lines ever written or skipped.
+    /// Number of lines ever written or skipped.
     head: u64,
-    /// Lines that the subscriber gave back.
+    /// Number of lines that the subscriber gave back.
     released: u64,
 }
 
 impl RingWriter {
-    /// An empty ring of `bytes` that begins at `to`.
+    /// Empty ring of `bytes` that begins at `to`.
     pub fn new(to: RemoteRange, bytes: u64) -> Self {
         Self { to, lines: bytes / ALIGN_BYTES, head: 0, released: 0 }
     }
 
-    /// True if a delivery of `bytes` can ever fit.
+    /// Returns true if a delivery of `bytes` fits into the empty ring.
     pub fn can_hold(&self, bytes: u64) -> bool {
         bytes.div_ceil(ALIGN_BYTES) <= self.lines
     }
 
-    /// Finds room for `bytes` in one piece: the line that it begins at, and its address.
+    /// Finds room for `bytes` in one piece. Returns its first line and its address; `None` while there is no room.
     pub fn place(&mut self, bytes: u64) -> Option<(u32, RemoteRange)> {
         let lines = bytes.div_ceil(ALIGN_BYTES);
         if lines > self.lines {
@@ -55,29 +56,30 @@ impl RingWriter {
         Some((at as u32, self.to.offset(at * ALIGN_BYTES)))
     }
 
-    /// The subscriber says up to where it has read, modulo 2^32. False when it cannot have.
+    /// Takes back what the subscriber has read: all up to `lines`, counted modulo 2^32. Returns false when the subscriber
+    /// claims more than was written.
     pub fn release(&mut self, lines: u32) -> bool {
         self.released += u64::from(lines.wrapping_sub(self.released as u32));
         self.released <= self.head
     }
 }
 
-/// The ring as the subscriber reads it.
+/// Ring as the subscriber reads it.
 pub(super) struct RingReader {
     lines: u64,
-    /// Lines ever taken or skipped.
+    /// Number of lines ever taken or skipped.
     taken: u64,
-    /// Lines of them that the broker was told of.
+    /// Number of lines, of those taken or skipped, that the broker was told of.
     released: u64,
 }
 
 impl RingReader {
-    /// An empty ring of `bytes`.
+    /// Empty ring of `bytes`.
     pub fn new(bytes: u64) -> Self {
         Self { lines: bytes / ALIGN_BYTES, taken: 0, released: 0 }
     }
 
-    /// A delivery of `bytes` came at `line`: the bytes of the ring that it lies in. `None` when it cannot lie there.
+    /// Takes a delivery of `bytes` at `line`. Returns its range in the ring; `None` when it cannot lie there.
     pub fn take(&mut self, line: u32, bytes: u64) -> Option<Range<usize>> {
         let lines = bytes.div_ceil(ALIGN_BYTES);
         let (at, skipped) = next(self.lines, self.taken, lines);
@@ -89,12 +91,12 @@ impl RingReader {
         Some(start..start + bytes as usize)
     }
 
-    /// What the broker is to be told, if it is news: up to where the ring was read, modulo 2^32.
+    /// Number of lines taken or skipped, modulo 2^32, if the broker was not told of it.
     pub fn due_release(&self) -> Option<u32> {
         (self.taken != self.released).then_some(self.taken as u32)
     }
 
-    /// The broker was told.
+    /// Records that the broker was told.
     pub fn released(&mut self) {
         self.released = self.taken;
     }

@@ -1,4 +1,4 @@
-//! A subscriber's end of a queue pair: deliveries arrive in a ring.
+//! Subscriber's end of a queue pair: deliveries arrive in a ring.
 
 use super::client::{Arrival, ClientPair, RdmaClient, violation};
 use super::ring::RingReader;
@@ -12,7 +12,7 @@ use std::net::TcpStream;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-/// Where a subscriber's deliveries arrive.
+/// Queue pair of a subscriber, with the ring in which deliveries arrive.
 pub(crate) struct RdmaSubscriber {
     pair: ClientPair,
     ring: Buffer,
@@ -41,12 +41,12 @@ impl RdmaSubscriber {
         Ok(Self { pair, ring, _ring_region: region, reader, _client: Arc::clone(client) })
     }
 
-    /// The ring's bytes.
+    /// Bytes of the ring.
     pub fn bytes(&self) -> &[u8] {
         &self.ring
     }
 
-    /// Takes what came next, and gives back the room of what was taken before.
+    /// Takes the next item, and gives back the room of the one before.
     pub fn take(&mut self) -> Result<Item, LinkError> {
         self.pair.poll()?;
         if let Some(released) = self.reader.due_release().filter(|_| self.pair.sends.room() > 0) {
@@ -74,7 +74,7 @@ impl RdmaSubscriber {
         self.pair.arm()
     }
 
-    /// The completion queue's descriptor.
+    /// Descriptor of the completion queue.
     pub fn descriptor(&self) -> RawFd {
         self.pair.descriptor()
     }

@@ -1,8 +1,8 @@
-//! A broker's end of a TCP connection.
+//! Broker's end of a TCP connection.
 //!
-//! `[[DEVIATION_003]]` The thread that reads the socket is the receiver: a batch's header is read, its place in the
-//! Blog is reserved with one atomic addition, and the body is received at that address. The paper's separate receiver
-//! pool copies through the heap.
+//! `[[DEVIATION_003]]` The thread that reads the socket is the receiver. It reads a batch's header, reserves the place in
+//! the Blog with one atomic addition, and receives the body at that address. The paper's separate receiver pool copies
+//! through the heap.
 
 use super::{SocketOptions, is_again, prepare};
 use crate::connection::{Connection, Landing, Placement, Received, TransportError};
@@ -24,11 +24,11 @@ fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {
     message
 }
 
-/// Receives up to `len` bytes into the region at `at`, then up to `rest.len()` into `rest`. Returns the bytes
-/// received; zero means that the peer closed.
+/// Receives up to `len` bytes into the region at `at`, then up to `rest.len()` into `rest`. Returns the number of bytes
+/// received; 0 means that the peer closed.
 ///
 /// # Errors
-/// What the kernel reports; `WouldBlock` when there is nothing.
+/// What the kernel reports; [`io::ErrorKind::WouldBlock`] when nothing has come.
 pub fn receive_into(
     stream: &TcpStream,
     memory: &Native,
@@ -54,7 +54,7 @@ struct Body {
     received: u64,
 }
 
-/// A broker's end of a TCP connection.
+/// Broker's end of a TCP connection.
 pub struct TcpConnection {
     stream: TcpStream,
     header: [u8; FRAME_BYTES],
@@ -73,18 +73,18 @@ impl TcpConnection {
         Ok(Self { stream, header: [0; FRAME_BYTES], filled: 0, body: None })
     }
 
-    /// The socket, for a [`super::Poller`].
+    /// Descriptor of the socket, for an [`embarcadero_os::Poller`].
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.stream.as_raw_fd()
     }
 
-    /// Says that nothing more will be sent. The peer can still read what was.
+    /// Shuts the sending direction down. The peer can still read what was sent before.
     pub fn finish(&self) {
         let _ = self.stream.shutdown(Shutdown::Write);
     }
 
-    /// Reads and forgets what the peer still sends; true when it has closed.
+    /// Reads and forgets what the peer still sends. Returns true once the peer has closed.
     pub fn discard(&mut self) -> bool {
         let mut scratch = [0u8; 4096];
         for _ in 0..256 {
@@ -116,7 +116,7 @@ impl TcpConnection {
         Ok(Progress::Complete)
     }
 
-    /// Reads the rest of a header; false when it has not come.
+    /// Reads the rest of a header. Returns false when part of it has not come.
     fn receive_header(&mut self) -> Result<bool, TransportError> {
         if self.filled < FRAME_BYTES {
             match self.stream.read(&mut self.header[self.filled..]) {
@@ -130,7 +130,7 @@ impl TcpConnection {
     }
 }
 
-/// How far a body is.
+/// Progress of receiving a body.
 enum Progress {
     Complete,
     Partial,

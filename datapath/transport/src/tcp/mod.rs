@@ -16,7 +16,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
-/// Kernel buffers of a data socket on loopback, bytes: what is on its way should stay in the cache.
+/// Size of a data socket's kernel buffers on loopback, bytes: bytes under way should stay in the cache.
 const LOOPBACK_BUFFER_BYTES: usize = 512 << 10;
 
 /// Sizes of a data socket's kernel buffers, bytes. `None` leaves them to the kernel's tuning, on loopback to
@@ -29,9 +29,10 @@ pub struct SocketOptions {
     pub receive_buffer_bytes: Option<usize>,
 }
 
-/// Prepares a data socket: no delay (batches are whole), and buffer sizes. On loopback congestion control is `reno`,
-/// which every kernel has: a host's default may pace what it sends (BBR does, with a timer per segment), and there is
-/// no path to spare.
+/// Prepares a data socket: TCP_NODELAY, as batches are written whole, and the buffer sizes.
+///
+/// On loopback the congestion control is `reno`, which every kernel has. A host's default may pace what it sends (BBR
+/// does, with a timer per segment), and on loopback there is no network to protect.
 ///
 /// # Errors
 /// What the kernel reports.
@@ -74,12 +75,12 @@ pub fn connect(address: SocketAddr, timeout: Duration, options: SocketOptions) -
     Ok(stream)
 }
 
-/// True for an error that says that nothing can be read or written right now.
+/// Returns true for an error that says that nothing can be read or written right now.
 fn is_again(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
-/// The refusal that an error frame and the text behind it say; `None` while bytes of the text are missing.
+/// Refusal that an error frame and the text behind it express; `None` while bytes of the text are missing.
 fn refusal(error: &ErrorFrame, rest: &[u8]) -> Option<LinkError> {
     let text = rest.get(..(error.text_bytes as usize).min(ERROR_TEXT_BYTES))?;
     let text = String::from_utf8_lossy(text).into_owned();

@@ -1,4 +1,4 @@
-//! A publisher's end of a TCP connection.
+//! Publisher's end of a TCP connection.
 
 use super::{is_again, refusal};
 use crate::SendBuffer;
@@ -12,7 +12,7 @@ use std::os::fd::{AsRawFd, RawFd};
 /// Bytes of frames that are read at a time.
 const READ_BYTES: usize = 64 * FRAME_BYTES;
 
-/// A socket to a broker, over which batches go and frames come.
+/// Socket to a broker, over which batches go and frames come.
 pub struct TcpPublisher {
     stream: TcpStream,
     buffer: Box<[u8]>,
@@ -30,7 +30,7 @@ impl TcpPublisher {
         Ok(Self { stream, buffer: vec![0; READ_BYTES].into_boxed_slice(), start: 0, end: 0 })
     }
 
-    /// The next frame of those that were read; `None` when more has to be.
+    /// Next frame of the bytes that were read; `None` when more must be read first.
     fn next(&mut self) -> Result<Option<Frame>, LinkError> {
         let Some((frame, rest)) = self.buffer[self.start..self.end].split_first_chunk::<FRAME_BYTES>() else {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! A subscriber's end of a TCP connection.
+//! Subscriber's end of a TCP connection.
 
 use super::{is_again, refusal};
 use crate::link::{Item, LinkError, SubscriberLink};
@@ -8,12 +8,12 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{AsRawFd, RawFd};
 
-/// Bytes of the receive buffer at first; it grows to hold a batch.
+/// Initial bytes of the receive buffer, which grows to hold a batch.
 const BUFFER_BYTES: usize = 1 << 20;
-/// Bytes that are read ahead of a frame.
+/// Bytes that are read beyond a frame in one call.
 const READ_AHEAD: usize = 64 << 10;
 
-/// A socket to a broker, from which deliveries are received into a buffer.
+/// Socket to a broker, from which deliveries are received into a buffer.
 pub struct TcpSubscriber {
     stream: TcpStream,
     buffer: Vec<u8>,
@@ -39,7 +39,7 @@ impl TcpSubscriber {
         Ok(Self { stream, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 })
     }
 
-    /// Reads so that at least `bytes` are in the buffer, and up to `ahead` more. False when they have not come.
+    /// Reads until `bytes` are in the buffer, and up to `ahead` more. Returns false when they have not come.
     fn fill(&mut self, bytes: usize, ahead: usize) -> io::Result<bool> {
         while self.end - self.start < bytes {
             if self.start + bytes + ahead > self.buffer.len() {
@@ -61,7 +61,7 @@ impl TcpSubscriber {
         Ok(true)
     }
 
-    /// The 64 bytes at `at` from the start of what was read; call after [`TcpSubscriber::fill`].
+    /// Frame at `at` bytes behind the start of what was read. [`TcpSubscriber::fill`] must have read it.
     fn frame_at(&self, at: usize) -> &[u8; FRAME_BYTES] {
         let bytes = &self.buffer[self.start + at..self.end];
         assert!(bytes.len() >= FRAME_BYTES, "{} bytes of a frame were read", bytes.len());

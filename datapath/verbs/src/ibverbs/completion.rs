@@ -1,8 +1,8 @@
-//! Completion queues, and what they say.
+//! Completion queues of libibverbs.
 
-use super::super::completion::{Completion, Outcome, WorkError};
+use super::call::{check, set_nonblocking};
 use super::device::Context;
-use super::{check, set_nonblocking};
+use crate::outcome::{Completion, HardwareFailure, Outcome, WorkError};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -11,23 +11,23 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Completions taken by one call.
+/// Most completions taken by one call.
 const POLLED: usize = 32;
 
-/// What a status means.
-pub(in super::super) fn status_text(status: u32) -> String {
+/// Makes the error of a failed completion. `status` is an `ibv_wc_status`.
+fn failure(status: u32, vendor: u32) -> WorkError {
+    let kind = match status {
+        ffi::IBV_WC_WR_FLUSH_ERR => HardwareFailure::Flushed,
+        ffi::IBV_WC_REM_ACCESS_ERR => HardwareFailure::RemoteAccess,
+        ffi::IBV_WC_RETRY_EXC_ERR => HardwareFailure::NoAnswer,
+        _ => HardwareFailure::Other,
+    };
     // SAFETY: takes a number and returns a static string, also for numbers that it does not know.
-    unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) }.to_string_lossy().into_owned()
+    let text = unsafe { CStr::from_ptr(ffi::ibv_wc_status_str(status)) };
+    WorkError::Hardware { kind, text, vendor }
 }
 
-pub(in super::super) fn is_flush(status: u32) -> bool {
-    status == ffi::IBV_WC_WR_FLUSH_ERR
-}
-
-pub(in super::super) fn is_remote_access(status: u32) -> bool {
-    status == ffi::IBV_WC_REM_ACCESS_ERR
-}
-
+/// Completion queue and its channel, which queue pairs share.
 pub(super) struct RawQueue {
     queue: NonNull<ffi::ibv_cq>,
     channel: NonNull<ffi::ibv_comp_channel>,
@@ -56,10 +56,12 @@ impl Drop for RawQueue {
     }
 }
 
-/// A completion queue, polled by one thread.
-pub struct CompletionQueue {
+/// Completion queue. One thread polls it.
+pub(crate) struct CompletionQueue {
     raw: Arc<RawQueue>,
+    /// Scratch memory for one call.
     polled: Box<[ffi::ibv_wc; POLLED]>,
+    /// Whether an event may wait in the channel.
     armed: bool,
 }
 
@@ -67,12 +69,11 @@ pub struct CompletionQueue {
 unsafe impl Send for CompletionQueue {}
 
 impl CompletionQueue {
-    /// A queue for `depth` completions. The caller sees to it that no more can be outstanding: the device does not
-    /// recover from an overrun.
+    /// Makes a queue for `depth` completions.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
+    /// The error that the library reports.
+    pub(crate) fn new(context: &Arc<Context>, depth: u32) -> io::Result<Self> {
         // SAFETY: the context is open.
         let channel = unsafe { ffi::ibv_create_comp_channel(context.raw()) };
         let channel = NonNull::new(channel).ok_or_else(io::Error::last_os_error)?;
@@ -99,19 +100,19 @@ impl CompletionQueue {
         &self.raw
     }
 
-    /// Readable when there are completions after [`CompletionQueue::arm`].
+    /// Descriptor that becomes readable when a completion comes after [`CompletionQueue::arm`].
     #[must_use]
-    pub fn descriptor(&self) -> RawFd {
+    pub(crate) fn descriptor(&self) -> RawFd {
         // SAFETY: the channel lives.
         unsafe { self.raw.channel.as_ref() }.fd
     }
 
-    /// Takes what is complete, at most 32; returns how many that was. Does not allocate.
+    /// Hands at most 32 completions to `each`, and returns their number. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_poll_cq` reports: the device is gone.
+    /// The error of `ibv_poll_cq`: the device is gone.
     #[inline]
-    pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
+    pub(crate) fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
         // SAFETY: the array has as many places as stated.
         let count = unsafe { ffi::ibv_poll_cq(self.raw.raw(), POLLED as i32, self.polled.as_mut_ptr()) };
         let Ok(count) = usize::try_from(count) else {
@@ -123,18 +124,18 @@ impl CompletionQueue {
         Ok(count)
     }
 
-    /// Makes [`CompletionQueue::descriptor`] readable at the next completion. Poll once more before waiting for it.
+    /// Makes [`CompletionQueue::descriptor`] readable at the next completion.
     ///
     /// # Errors
-    /// What `ibv_req_notify_cq` reports.
-    pub fn arm(&mut self) -> io::Result<()> {
+    /// The error of `ibv_req_notify_cq`.
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         self.clear();
         self.armed = true;
         // SAFETY: the queue lives.
         check(unsafe { ffi::ibv_req_notify_cq(self.raw.raw(), 0) })
     }
 
-    /// Takes back that the descriptor is readable.
+    /// Takes all events, so that the descriptor is not readable any more.
     fn clear(&mut self) {
         if !std::mem::take(&mut self.armed) {
             return;
@@ -148,9 +149,10 @@ impl CompletionQueue {
     }
 }
 
+/// Translates a completion.
 fn completion(work: &ffi::ibv_wc) -> Completion {
     let outcome = if work.status != ffi::IBV_WC_SUCCESS {
-        Outcome::Failed(WorkError::Hardware { status: work.status, vendor: work.vendor_err })
+        Outcome::Failed(failure(work.status, work.vendor_err))
     } else if work.opcode == ffi::IBV_WC_RECV_RDMA_WITH_IMM {
         // SAFETY: a completion of this kind has immediate data.
         let immediate = u32::from_be(unsafe { work.__bindgen_anon_1.imm_data });

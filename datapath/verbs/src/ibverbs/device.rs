@@ -1,7 +1,9 @@
-//! The RDMA devices of this host, and their ports.
+//! RDMA devices of this host, and their ports.
 
-use super::{check, set_nonblocking};
-use crate::{DeviceReport, Gid, LocalPort, PortReport, VerbsError};
+use super::call::{check, set_nonblocking};
+use crate::error::VerbsError;
+use crate::port::LocalPort;
+use crate::report::{DeviceReport, Gid, PortReport};
 use rdma_sys as ffi;
 use std::ffi::CStr;
 use std::io;
@@ -13,23 +15,24 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The RDMA devices of this host, as libibverbs sees them.
-pub struct DeviceList {
+/// List of the RDMA devices of this host, as libibverbs sees them.
+pub(super) struct DeviceList {
     devices: NonNull<*mut ffi::ibv_device>,
     count: usize,
 }
 
-/// An RDMA device.
+/// RDMA device of a list.
 #[derive(Clone, Copy)]
-pub struct Device<'a> {
+pub(super) struct Device<'a> {
     device: *mut ffi::ibv_device,
     list: PhantomData<&'a DeviceList>,
 }
 
-/// An opened device.
-pub struct Context {
+/// Opened device.
+pub(crate) struct Context {
     context: NonNull<ffi::ibv_context>,
     name: String,
+    /// Whether the device has announced its breakdown or removal.
     gone: AtomicBool,
 }
 
@@ -38,6 +41,7 @@ unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
 
+/// Copies a string out of a field of fixed length.
 fn text(bytes: &[c_char]) -> String {
     let bytes: Vec<u8> = bytes.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
     String::from_utf8_lossy(&bytes).into_owned()
@@ -49,11 +53,11 @@ fn numa_node(name: &str) -> Option<u32> {
 }
 
 impl DeviceList {
-    /// Asks the library. A kernel without RDMA has an empty list.
+    /// Gets the list from the library. It is empty on a kernel without RDMA.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn new() -> io::Result<Self> {
+    /// The error that the library reports.
+    pub(super) fn new() -> io::Result<Self> {
         let mut count = 0;
         // SAFETY: the library writes the count and returns an array of that many devices, or null and errno.
         let devices = unsafe { ffi::ibv_get_device_list(&raw mut count) };
@@ -71,8 +75,8 @@ impl DeviceList {
         }
     }
 
-    /// The devices.
-    pub fn iter(&self) -> impl Iterator<Item = Device<'_>> {
+    /// Iterates over the devices.
+    pub(super) fn iter(&self) -> impl Iterator<Item = Device<'_>> {
         // SAFETY: the array has `count` devices and lives as long as the list; with none it is not read.
         let devices = unsafe { std::slice::from_raw_parts(self.devices.as_ptr(), self.count) };
         devices.iter().map(|device| Device { device: *device, list: PhantomData })
@@ -92,16 +96,16 @@ impl Drop for DeviceList {
 impl<'a> Device<'a> {
     /// Name, as in /sys/class/infiniband.
     #[must_use]
-    pub fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         // SAFETY: the device is of a list that lives; its name is a string with an end.
         unsafe { CStr::from_ptr(ffi::ibv_get_device_name(self.device)) }.to_string_lossy().into_owned()
     }
 
-    /// Opens it.
+    /// Opens the device.
     ///
     /// # Errors
-    /// What the library reports: most often no right to open /dev/infiniband/uverbsN.
-    pub fn open(self) -> io::Result<Arc<Context>> {
+    /// The error that the library reports: most often no right to open /dev/infiniband/uverbsN.
+    pub(super) fn open(self) -> io::Result<Arc<Context>> {
         // SAFETY: the device is of a list that lives.
         let context = unsafe { ffi::ibv_open_device(self.device) };
         match NonNull::new(context) {
@@ -118,12 +122,11 @@ impl<'a> Device<'a> {
 }
 
 impl Context {
-    /// Opens the device of that name, or the first with an active port, and chooses the port's address: RoCE v2 over
-    /// IPv4, else over IPv6, else whatever there is.
+    /// Opens the device `name`, or the first with an active port, and chooses an address of the port.
     ///
     /// # Errors
-    /// [`VerbsError`], naming what is missing.
-    pub fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+    /// [`VerbsError`], which names what is missing.
+    pub(crate) fn find(name: Option<&str>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let call = |name: &str, action, source| VerbsError::Call { name: name.to_owned(), action, source };
         let list = DeviceList::new().map_err(|source| call("(any)", "get the list", source))?;
         let names: Vec<String> = list.iter().map(|device| device.name()).collect();
@@ -148,7 +151,7 @@ impl Context {
 
     /// Name, as in /sys/class/infiniband.
     #[must_use]
-    pub fn name(&self) -> &str {
+    pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
@@ -172,10 +175,9 @@ impl Context {
         Ok(attributes)
     }
 
-    /// Takes something that the device announces, in words: a port that goes down, or that it breaks down itself
-    /// (`ibv_get_async_event(3)`).
+    /// Takes the next announcement of the device, in words (`ibv_get_async_event(3)`).
     #[must_use]
-    pub fn take_event(&self) -> Option<String> {
+    pub(crate) fn take_event(&self) -> Option<String> {
         // SAFETY: plain data, for which zero is valid.
         let mut event: ffi::ibv_async_event = unsafe { zeroed() };
         // SAFETY: the context is open, the event lives across the call, and the descriptor does not block.
@@ -192,19 +194,20 @@ impl Context {
         Some(text.to_string_lossy().into_owned())
     }
 
-    /// False once the device has announced that it breaks down or is removed: then nothing completes any more.
+    /// Whether the device works: it has not announced its breakdown or removal.
     #[must_use]
-    pub fn is_present(&self) -> bool {
+    pub(crate) fn is_present(&self) -> bool {
         while self.take_event().is_some() {}
         !self.gone.load(Ordering::Relaxed)
     }
 
-    /// Whether the device is there and a port of it is up.
+    /// Whether the device works and its port `port` is up.
     #[must_use]
-    pub fn is_active(&self, port: u8) -> bool {
+    pub(crate) fn is_active(&self, port: u8) -> bool {
         self.is_present() && self.port_attributes(port).is_ok_and(|port| port.state == ffi::IBV_PORT_ACTIVE)
     }
 
+    /// First active port with an address.
     fn usable_port(&self) -> io::Result<Option<LocalPort>> {
         for number in 1..=self.device_attributes()?.phys_port_cnt {
             let attributes = self.port_attributes(number)?;
@@ -233,20 +236,20 @@ impl Context {
         Ok(None)
     }
 
-    /// Whether it has type-2 memory windows.
+    /// Whether the device has type-2 memory windows.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn has_memory_windows(&self) -> io::Result<bool> {
+    /// The error that the library reports.
+    pub(crate) fn has_memory_windows(&self) -> io::Result<bool> {
         let windows = ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2A | ffi::IBV_DEVICE_MEM_WINDOW_TYPE_2B;
         Ok(self.device_attributes()?.device_cap_flags & windows != 0)
     }
 
-    /// What the device is and can do.
+    /// Reports the device and its capabilities.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn report(&self) -> io::Result<DeviceReport> {
+    /// The error that the library reports.
+    pub(crate) fn report(&self) -> io::Result<DeviceReport> {
         let attributes = self.device_attributes()?;
         Ok(DeviceReport {
             name: self.name.clone(),
@@ -257,6 +260,7 @@ impl Context {
         })
     }
 
+    /// Reports the port of that number.
     fn port(&self, number: u8) -> io::Result<PortReport> {
         let attributes = self.port_attributes(number)?;
         let state = match attributes.state {
@@ -278,7 +282,7 @@ impl Context {
         Ok(PortReport { number, state, mtu, link_layer, gids: gids.collect() })
     }
 
-    /// An entry of a port's address table; `None` where it is empty.
+    /// Entry `index` of a port's address table; `None` where it is empty.
     fn gid(&self, port: u8, index: u32) -> Option<Gid> {
         // SAFETY: plain data, for which zero is valid.
         let mut entry: ffi::ibv_gid_entry = unsafe { zeroed() };
@@ -303,8 +307,8 @@ impl Drop for Context {
     }
 }
 
-/// Surveys every device of this host; one that cannot be opened comes with its reason.
-pub fn survey() -> io::Result<Vec<(String, io::Result<DeviceReport>)>> {
+/// Surveys every device of this host. For a device that cannot be opened, it returns the reason.
+pub(crate) fn survey() -> io::Result<Vec<(String, io::Result<DeviceReport>)>> {
     let list = DeviceList::new()?;
     Ok(list.iter().map(|device| (device.name(), device.open().and_then(|context| context.report()))).collect())
 }

@@ -1,16 +1,16 @@
-//! What a NIC may touch: protection domains, registered memory, memory windows.
+//! Protection domains, registered memory and memory windows of libibverbs.
 
-use super::super::memory::{Pinned, Rights};
-use super::check;
+use super::call::check;
 use super::device::Context;
+use crate::range::{Pinned, Rights};
 use rdma_sys as ffi;
 use std::any::Any;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Memory, windows and queue pairs that belong together.
-pub struct ProtectionDomain {
+/// Protection domain.
+pub(crate) struct ProtectionDomain {
     domain: NonNull<ffi::ibv_pd>,
     _context: Arc<Context>,
 }
@@ -21,11 +21,11 @@ unsafe impl Send for ProtectionDomain {}
 unsafe impl Sync for ProtectionDomain {}
 
 impl ProtectionDomain {
-    /// A new domain of a device.
+    /// Makes a domain of a device.
     ///
     /// # Errors
-    /// What `ibv_alloc_pd` reports.
-    pub fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
+    /// The error of `ibv_alloc_pd`.
+    pub(crate) fn new(context: &Arc<Context>) -> io::Result<Arc<Self>> {
         // SAFETY: the context is open.
         let domain = unsafe { ffi::ibv_alloc_pd(context.raw()) };
         let domain = NonNull::new(domain).ok_or_else(io::Error::last_os_error)?;
@@ -44,8 +44,8 @@ impl Drop for ProtectionDomain {
     }
 }
 
-/// Registered memory. It stays mapped and pinned as long as this lives.
-pub struct MemoryRegion {
+/// Registered memory. It stays mapped and pinned as long as this value lives.
+pub(crate) struct MemoryRegion {
     region: NonNull<ffi::ibv_mr>,
     domain: Arc<ProtectionDomain>,
     _pages: Arc<dyn Any + Send + Sync>,
@@ -60,12 +60,8 @@ impl MemoryRegion {
     /// Registers memory.
     ///
     /// # Errors
-    /// What `ibv_reg_mr` reports.
-    pub(in super::super) fn new(
-        domain: &Arc<ProtectionDomain>,
-        memory: &impl Pinned,
-        rights: Rights,
-    ) -> io::Result<Arc<Self>> {
+    /// The error of `ibv_reg_mr`.
+    pub(crate) fn new(domain: &Arc<ProtectionDomain>, memory: &impl Pinned, rights: Rights) -> io::Result<Arc<Self>> {
         let (address, len, pages) = memory.pages();
         let access = ffi::IBV_ACCESS_LOCAL_WRITE
             | match rights {
@@ -84,20 +80,20 @@ impl MemoryRegion {
         unsafe { self.region.as_ref() }
     }
 
-    pub(in super::super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.fields().length
     }
 
-    /// Where it begins.
-    pub(in super::super) fn address(&self) -> u64 {
+    /// Address of the first byte.
+    pub(crate) fn address(&self) -> u64 {
         self.fields().addr.addr() as u64
     }
 
-    pub(in super::super) fn local_key(&self) -> u32 {
+    pub(crate) fn local_key(&self) -> u32 {
         self.fields().lkey
     }
 
-    pub(in super::super) fn remote_key(&self) -> u32 {
+    pub(crate) fn remote_key(&self) -> u32 {
         self.fields().rkey
     }
 
@@ -113,10 +109,10 @@ impl Drop for MemoryRegion {
     }
 }
 
-/// A type-2 memory window: opened over part of a region for the peer of one queue pair, by a `Work::Open` on
-/// it. Dropping it closes it: once `drop` returns, a write through it fails with a remote access error.
-pub struct MemoryWindow {
+/// Type-2 memory window. Dropping it closes it.
+pub(crate) struct MemoryWindow {
     window: NonNull<ffi::ibv_mw>,
+    /// Key that it is opened under.
     key: u32,
     at: u64,
     len: u64,
@@ -127,11 +123,11 @@ pub struct MemoryWindow {
 unsafe impl Send for MemoryWindow {}
 
 impl MemoryWindow {
-    /// A window over `len` bytes at `at` of a region, which has them; closed so far.
+    /// Makes a closed window over `len` bytes at offset `at` of a registration, which has them.
     ///
     /// # Errors
-    /// What `ibv_alloc_mw` reports.
-    pub(in super::super) fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
+    /// The error of `ibv_alloc_mw`.
+    pub(crate) fn new(region: &Arc<MemoryRegion>, at: u64, len: u64) -> io::Result<Self> {
         // SAFETY: the domain lives.
         let window = unsafe { ffi::ibv_alloc_mw(region.domain.raw(), ffi::IBV_MW_TYPE_2) };
         let window = NonNull::new(window).ok_or_else(io::Error::last_os_error)?;
@@ -140,11 +136,12 @@ impl MemoryWindow {
         Ok(Self { window, key, at, len, region: Arc::clone(region) })
     }
 
-    /// The rkey that it is opened under.
-    pub(in super::super) fn key(&self) -> u32 {
+    /// Key (rkey) that the window is opened under.
+    pub(crate) fn key(&self) -> u32 {
         self.key
     }
 
+    /// Fields of the request that opens the window.
     pub(super) fn bind(&self) -> (*mut ffi::ibv_mw, u32, ffi::ibv_mw_bind_info) {
         let info = ffi::ibv_mw_bind_info {
             mr: self.region.raw(),

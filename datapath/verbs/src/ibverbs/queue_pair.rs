@@ -1,20 +1,21 @@
-//! Reliable connected queue pairs (RC).
+//! Reliable connected queue pairs (RC) of libibverbs.
 
-use super::super::memory::{LocalRange, RemoteRange, Window};
-use super::super::queue_pair::{self, PeerAddress, QueuePairOptions, RETRIES, RNR_RETRIES, RNR_TIMER, Request, Work};
-use super::super::{DOORBELL, LocalPort, of_another_device};
-use super::check;
+use super::call::check;
 use super::completion::{CompletionQueue, RawQueue};
-use super::memory::ProtectionDomain;
+use super::memory::{MemoryWindow, ProtectionDomain};
+use crate::peer::{PeerAddress, RETRIES, RNR_RETRIES, RNR_TIMER};
+use crate::port::LocalPort;
+use crate::range::{LocalRange, RemoteRange};
+use crate::work::{DOORBELL, Request, Work};
+use embarcadero_roce::packet::LOW_24_BITS;
 use rdma_sys as ffi;
 use std::io;
 use std::mem::zeroed;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
-/// Receives without buffers, shared by queue pairs: each takes one WRITE_WITH_IMM, whose bytes lie where they were
-/// written.
-pub struct SharedReceiveQueue {
+/// Receives without buffers that queue pairs share.
+pub(crate) struct SharedReceiveQueue {
     queue: NonNull<ffi::ibv_srq>,
     _domain: Arc<ProtectionDomain>,
 }
@@ -25,11 +26,11 @@ unsafe impl Send for SharedReceiveQueue {}
 unsafe impl Sync for SharedReceiveQueue {}
 
 impl SharedReceiveQueue {
-    /// A queue of `depth` receives, all posted.
+    /// Makes a queue of `depth` receives, all of them posted.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
+    /// The error that the library reports.
+    pub(crate) fn new(domain: &Arc<ProtectionDomain>, depth: u32) -> io::Result<Arc<Self>> {
         // SAFETY: plain data, for which zero is valid.
         let mut options: ffi::ibv_srq_init_attr = unsafe { zeroed() };
         options.attr.max_wr = depth;
@@ -42,11 +43,11 @@ impl SharedReceiveQueue {
         Ok(queue)
     }
 
-    /// Posts `count` more receives, in place of those that were taken. Does not allocate.
+    /// Posts `count` more receives. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_srq_recv` reports.
-    pub fn post(&self, count: usize) -> io::Result<()> {
+    /// The error of `ibv_post_srq_recv`.
+    pub(crate) fn post(&self, count: usize) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid: no buffers, no next.
         let mut receive: ffi::ibv_recv_wr = unsafe { zeroed() };
         let mut failed = std::ptr::null_mut();
@@ -65,11 +66,23 @@ impl Drop for SharedReceiveQueue {
     }
 }
 
-/// A queue pair. It is wrapped in types that know its state.
-pub struct QueuePair {
+/// Depths of a queue pair's own queues.
+#[derive(Clone, Copy)]
+pub(crate) struct Depths {
+    /// Most work requests under way.
+    pub send: u32,
+    /// Most receives posted, in a receive queue of the queue pair's own.
+    pub receive: u32,
+    /// Most bytes that a request carries in itself.
+    pub inline_bytes: u32,
+}
+
+/// Queue pair. Types that know its state wrap it.
+pub(crate) struct QueuePair {
     pair: NonNull<ffi::ibv_qp>,
     port: LocalPort,
     first_psn: u32,
+    retries: u8,
     _domain: Arc<ProtectionDomain>,
     _queue: Arc<RawQueue>,
     _shared: Option<Arc<SharedReceiveQueue>>,
@@ -85,43 +98,40 @@ impl Drop for QueuePair {
     }
 }
 
-/// How long a packet may stay without an answer: 4.096 us * 2^14 = 67 ms (IBTA 1.4, 9.7.6.1.3).
+/// Code of the time that an answer may take: 4.096 us * 2^14 = 67 ms (IBTA 1.4, 9.7.6.1.3).
 const TIMEOUT: u8 = 14;
 
 impl QueuePair {
-    /// A queue pair of a port, in the INIT state, whose peer may write where windows or registrations let it.
+    /// Makes a queue pair of a port, in the INIT state.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn new(
+    /// The error that the library reports.
+    pub(crate) fn new(
         domain: &Arc<ProtectionDomain>,
         queue: &CompletionQueue,
         port: &LocalPort,
-        options: &QueuePairOptions<'_>,
+        depths: Depths,
+        shared: Option<&Arc<SharedReceiveQueue>>,
     ) -> io::Result<Self> {
         // SAFETY: plain data, for which zero is valid.
         let mut init: ffi::ibv_qp_init_attr = unsafe { zeroed() };
         init.send_cq = queue.handle().raw();
         init.recv_cq = queue.handle().raw();
-        let shared = match options.shared.map(|shared| &**shared) {
-            None => None,
-            Some(queue_pair::SharedReceiveQueue::Hardware(shared)) => Some(shared),
-            Some(queue_pair::SharedReceiveQueue::Software(_)) => return Err(of_another_device()),
-        };
         init.srq = shared.map_or(std::ptr::null_mut(), |shared| shared.queue.as_ptr());
         init.qp_type = ffi::IBV_QPT_RC;
-        init.cap.max_send_wr = options.send_depth;
-        init.cap.max_recv_wr = if options.shared.is_some() { 0 } else { options.receive_depth };
+        init.cap.max_send_wr = depths.send;
+        init.cap.max_recv_wr = if shared.is_some() { 0 } else { depths.receive };
         init.cap.max_send_sge = 1;
         init.cap.max_recv_sge = 1;
-        init.cap.max_inline_data = options.inline_bytes;
+        init.cap.max_inline_data = depths.inline_bytes;
         // SAFETY: domain, queues and options live across the call.
         let pair = unsafe { ffi::ibv_create_qp(domain.raw(), &raw mut init) };
         let pair = NonNull::new(pair).ok_or_else(io::Error::last_os_error)?;
         let pair = Self {
             pair,
             port: *port,
-            first_psn: rand::random::<u32>() & 0xff_ffff,
+            first_psn: rand::random::<u32>() & LOW_24_BITS,
+            retries: RETRIES,
             _domain: Arc::clone(domain),
             _queue: Arc::clone(queue.handle()),
             _shared: shared.map(Arc::clone),
@@ -142,7 +152,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// What the library reports.
-    pub fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
+    pub(crate) fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
         let port = self.port;
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
@@ -172,13 +182,13 @@ impl QueuePair {
     /// Connects the sending half: READY TO SEND.
     ///
     /// # Errors
-    /// What the library reports.
-    pub fn send(&self) -> io::Result<()> {
+    /// The error that the library reports.
+    pub(crate) fn send(&self) -> io::Result<()> {
         // SAFETY: plain data, for which zero is valid.
         let mut change: ffi::ibv_qp_attr = unsafe { zeroed() };
         change.qp_state = ffi::IBV_QPS_RTS;
         change.timeout = TIMEOUT;
-        change.retry_cnt = RETRIES;
+        change.retry_cnt = self.retries;
         change.rnr_retry = RNR_RETRIES;
         change.sq_psn = self.first_psn;
         self.modify(
@@ -192,21 +202,26 @@ impl QueuePair {
         )
     }
 
-    /// Its number.
+    /// Number of the queue pair, 24 bits.
     #[must_use]
-    pub fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         // SAFETY: the queue pair lives.
         unsafe { self.pair.as_ref() }.qp_num
     }
 
-    /// As [`queue_pair::QueuePair::number_packets_from`].
-    pub fn number_packets_from(&mut self, psn: u32) {
+    /// Numbers packets from `psn` on, which has 24 bits.
+    pub(crate) fn number_packets_from(&mut self, psn: u32) {
         self.first_psn = psn;
     }
 
-    /// What a peer needs to connect.
+    /// Sends an unanswered packet again `times` times, at most 7 (IBTA 9.7.6.1.3: the retry counter has 3 bits).
+    pub(crate) fn send_again(&mut self, times: u8) {
+        self.retries = times.min(RETRIES);
+    }
+
+    /// Address that a peer needs to connect.
     #[must_use]
-    pub fn address(&self) -> PeerAddress {
+    pub(crate) fn address(&self) -> PeerAddress {
         let LocalPort { gid, lid, mtu, .. } = self.port;
         PeerAddress { gid, lid, queue_pair: self.number(), first_psn: self.first_psn, mtu }
     }
@@ -214,8 +229,8 @@ impl QueuePair {
     /// Posts a receive into `into`. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_recv` reports.
-    pub fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
+    /// The error of `ibv_post_recv`.
+    pub(crate) fn post_receive(&mut self, id: u64, into: LocalRange) -> io::Result<()> {
         let mut range = ffi::ibv_sge { addr: into.address, length: into.len, lkey: into.key };
         let mut receive =
             ffi::ibv_recv_wr { wr_id: id, next: std::ptr::null_mut(), sg_list: &raw mut range, num_sge: 1 };
@@ -224,16 +239,20 @@ impl QueuePair {
         check(unsafe { ffi::ibv_post_recv(self.pair.as_ptr(), &raw mut receive, &raw mut failed) })
     }
 
-    /// Posts up to [`DOORBELL`] requests with one call, in order. Returns how many it took. Does not allocate.
+    /// Posts the first requests, at most [`DOORBELL`], in order with one call. Returns the number taken. Does not allocate.
     ///
     /// # Errors
-    /// What `ibv_post_send` reports when it took none.
-    pub fn post(&mut self, requests: &[Request<'_>]) -> io::Result<usize> {
-        let count = requests.len().min(DOORBELL);
+    /// The error of `ibv_post_send`, if no request was taken.
+    pub(crate) fn post<'a>(
+        &mut self,
+        requests: impl Iterator<Item = io::Result<Request<'a, MemoryWindow>>>,
+    ) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut works, mut ranges): ([ffi::ibv_send_wr; DOORBELL], [ffi::ibv_sge; DOORBELL]) = unsafe { zeroed() };
-        for (index, request) in requests.iter().take(count).enumerate() {
-            ranges[index] = fill(&mut works[index], request)?;
+        let mut count = 0;
+        for request in requests.take(DOORBELL) {
+            ranges[count] = fill(&mut works[count], &request?);
+            count += 1;
         }
         for index in 0..count {
             works[index].sg_list = &raw mut ranges[index];
@@ -255,8 +274,8 @@ impl QueuePair {
     }
 }
 
-/// Fills in all but the links; returns the range that the request names.
-fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::ibv_sge> {
+/// Fills in a request, except its links. Returns the memory that it names.
+fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_, MemoryWindow>) -> ffi::ibv_sge {
     let none = ffi::ibv_sge { addr: 0, length: 0, lkey: 0 };
     let inline =
         |bytes: &[u8]| ffi::ibv_sge { addr: bytes.as_ptr().addr() as u64, length: bytes.len() as u32, lkey: 0 };
@@ -273,7 +292,7 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
             None => work.opcode = ffi::IBV_WR_RDMA_WRITE,
         }
     };
-    Ok(match request.work {
+    match request.work {
         Work::Send(bytes) => {
             work.opcode = ffi::IBV_WR_SEND;
             work.send_flags |= ffi::IBV_SEND_INLINE;
@@ -292,7 +311,6 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
             from.map_or(none, |from| ffi::ibv_sge { addr: from.address, length: from.len, lkey: from.key })
         }
         Work::Open(window) => {
-            let Window::Hardware(window) = &window.kind else { return Err(of_another_device()) };
             let (raw, key, info) = window.bind();
             work.opcode = ffi::IBV_WR_BIND_MW;
             work.__bindgen_anon_2.bind_mw.mw = raw;
@@ -301,17 +319,18 @@ fn fill(work: &mut ffi::ibv_send_wr, request: &Request<'_>) -> io::Result<ffi::i
             work.num_sge = 0;
             none
         }
-    })
+    }
 }
 
 impl QueuePair {
+    /// Changes the attributes that `mask` names.
     fn modify(&self, change: &mut ffi::ibv_qp_attr, mask: u32) -> io::Result<()> {
         // SAFETY: queue pair and attributes live across the call; the mask names fields that are filled in.
         check(unsafe { ffi::ibv_modify_qp(self.pair.as_ptr(), change, mask.cast_signed()) })
     }
 }
 
-/// `enum ibv_mtu` counts from 1: 256, 512, ... 4096 bytes.
+/// Code of a path MTU. `enum ibv_mtu` counts from 1: 256, 512, ... 4096 bytes.
 fn mtu_code(bytes: u32) -> u32 {
     (bytes.clamp(256, 4096) / 256).ilog2() + 1
 }

@@ -1,47 +1,50 @@
-//! What a NIC in software is told.
+//! Settings of a NIC in software.
 
 use embarcadero_wire::{OutOfBounds, within};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
-/// A NIC in software over the kernel's sockets.
+/// Settings of a NIC in software over the kernel's sockets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RoceConfig {
-    /// Address of this host that packets go from and come to. Unset, a broker takes that of `data_listen`, or if that is
-    /// any address, the first that other hosts can reach; a client the one from which it reaches the brokers.
+    /// Address of this host that packets go from and come to.
+    ///
+    /// Unset, a broker takes the address of `data_listen`, or the first that other hosts can reach if that is any address.
+    /// A client takes the address from which it reaches the brokers.
     pub address: Option<IpAddr>,
 }
 
-/// A NIC in software at a port of DPDK.
+/// Settings of a NIC in software at a port of DPDK.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DpdkConfig {
     /// Arguments of DPDK itself (its guide, "EAL parameters"), such as `--vdev=...` or `--allow=0000:3b:00.0`.
     pub eal: Vec<String>,
-    /// The port, as DPDK names it (`net_memif0`, `0000:3b:00.0`); unset takes the first.
+    /// Name of the port in DPDK (`net_memif0`, `0000:3b:00.0`). Unset takes the first port.
     pub port: Option<String>,
-    /// Address of the port. The kernel does not know of it; nothing else may have it.
+    /// IP address of the port. The kernel does not know it, and nothing else may have it.
     pub address: Option<IpAddr>,
-    /// Bits of the address that its neighbours share: 0 to 32, or 128 of IPv6. Unset 24, or 64.
+    /// Bits of the address that neighbours share: 0 to 32, for IPv6 to 128. Unset means 24, for IPv6 64.
     pub prefix_length: Option<u8>,
-    /// Where packets to others go; of the address's family.
+    /// Gateway to other networks, of the address's family.
     pub gateway: Option<IpAddr>,
-    /// The port is in this VLAN alone, 1 to 4094: its frames have that tag. Unset, they have none.
+    /// VLAN of the port, 1 to 4094: its frames have this tag. Unset, they have none.
     pub vlan: Option<u16>,
-    /// Queues of the port each way, 1 to 16. The port chooses one by a packet's flow; completion queues are spread over
-    /// them. One for each thread that polls lets threads share nothing.
+    /// Number of queues of the port each way, 1 to 16. The port chooses one by a packet's flow; completion queues are
+    /// spread over them. With one queue for each polling thread, threads share nothing.
     pub queues: u16,
-    /// Bytes that a frame carries, 576 to 9000. All on the way must take so many; 4200 has room for packets of 4096.
+    /// Bytes that a frame carries, 576 to 9000. Every switch on the way must take frames as long. 4200 has room for packets
+    /// with 4096 bytes of payload.
     pub mtu: u16,
 }
 
 impl DpdkConfig {
-    /// Whether its settings can be.
+    /// Checks that every setting is within its bounds.
     ///
     /// # Errors
-    /// The first that cannot.
+    /// [`OutOfBounds`], which names the first setting that is not.
     pub fn validate(&self) -> Result<(), OutOfBounds> {
         let of_ipv6 = self.address.is_some_and(|address| address.is_ipv6());
         within("dpdk.mtu", self.mtu, 576, 9000)?;
@@ -58,7 +61,7 @@ impl DpdkConfig {
         }
     }
 
-    /// The length of the prefix of an address.
+    /// Bits of `address` that neighbours share.
     #[cfg(feature = "dpdk")]
     pub(super) fn prefix_length_at(&self, address: IpAddr) -> u8 {
         self.prefix_length.unwrap_or(if address.is_ipv6() { 64 } else { 24 })

@@ -1,6 +1,6 @@
-//! Registered memory, and the keys to it.
+//! Registered memory of a NIC in software, and the keys to it.
 
-use super::super::memory::{LocalRange, Pinned, Rights};
+use crate::range::{LocalRange, Pinned, Rights};
 use embarcadero_cxl::{Native, RegionOffset, cache};
 use embarcadero_roce::packet::Reth;
 use embarcadero_roce::{Access, Memory, NoAccess};
@@ -10,11 +10,11 @@ use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-/// Bytes that stay where they are.
+/// Memory that stays mapped.
 struct Pages {
     start: *mut u8,
     len: usize,
-    /// Of which region, and where in it.
+    /// CXL region that the memory is part of, and the offset where it begins.
     region: Option<(Native, RegionOffset)>,
     _keep: Arc<dyn Any + Send + Sync>,
 }
@@ -25,17 +25,19 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
+    /// Whether `len` bytes at offset `at` are inside.
     fn holds(&self, at: usize, len: usize) -> bool {
         at <= self.len && len <= self.len - at
     }
 
+    /// `len` bytes at offset `at`.
     fn bytes(&self, at: usize, len: usize) -> &[u8] {
         assert!(self.holds(at, len));
         // SAFETY: inside the pages, which are mapped and initialised; bytes have no invalid values.
         unsafe { std::slice::from_raw_parts(self.start.add(at), len) }
     }
 
-    /// What a region gets is in its memory, past the caches, after [`cache::lines_stored`].
+    /// Writes bytes at offset `at`. In a CXL region they are in memory, past the caches, after [`cache::lines_stored`].
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(self.holds(at, bytes.len()));
         if let Some((region, start)) = &self.region {
@@ -46,7 +48,7 @@ impl Pages {
     }
 }
 
-/// Registered bytes, read in place as long as a request holds this.
+/// Registered bytes that a request names. It reads them in place.
 pub(super) struct LocalBytes {
     pages: Arc<Pages>,
     at: usize,
@@ -54,12 +56,12 @@ pub(super) struct LocalBytes {
 }
 
 impl LocalBytes {
-    /// Puts bytes at the front of them, as many as fit.
-    pub fn fill(&self, bytes: &[u8]) {
+    /// Writes as many of `bytes` as fit, from the first byte on.
+    pub(super) fn fill(&self, bytes: &[u8]) {
         self.pages.write(self.at, &bytes[..bytes.len().min(self.len)]);
     }
 
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.len
     }
 }
@@ -70,20 +72,21 @@ impl AsRef<[u8]> for LocalBytes {
     }
 }
 
-/// Who may use a key.
+/// Holder of a key: those who may use it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Holder {
-    /// This host alone.
+    /// Requests of this host alone.
     Host,
     /// Peers of all queue pairs of the domain.
     Domain,
-    /// The peer of one queue pair.
+    /// Peer of the queue pair with this number.
     Pair(u32),
 }
 
+/// Memory that a key opens.
 struct Entry {
     pages: Arc<Pages>,
-    /// Where in the pages it begins.
+    /// Offset in the pages where the memory begins.
     at: usize,
     len: usize,
     domain: u32,
@@ -91,7 +94,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Where in the pages that address is, if all of it is inside.
+    /// Offset in the pages of `len` bytes at an address; `None` if they are not all inside.
     fn find(&self, address: u64, len: u64) -> Option<usize> {
         let from = address.checked_sub(self.pages.start.addr() as u64 + self.at as u64)?;
         let inside = from <= self.len as u64 && len <= self.len as u64 - from;
@@ -99,14 +102,16 @@ impl Entry {
     }
 }
 
-/// All keys of a NIC.
+/// Keys of a NIC.
 #[derive(Default)]
 pub(super) struct Keys {
     entries: RwLock<HashMap<u32, Entry>>,
+    /// Number of domains that there ever were.
     domains: AtomicU32,
 }
 
 impl Keys {
+    /// Draws a key for `entry`.
     fn insert(&self, entry: Entry) -> u32 {
         let mut entries = self.entries.write().unwrap_or_else(PoisonError::into_inner);
         loop {
@@ -119,13 +124,13 @@ impl Keys {
         }
     }
 
-    /// When this returns, nothing can be done with the key, and nothing is being done.
+    /// Removes a key. When this returns, no access with it is under way, and none follows.
     fn remove(&self, key: u32) {
         self.entries.write().unwrap_or_else(PoisonError::into_inner).remove(&key);
     }
 
-    /// The bytes that a request names.
-    pub fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
+    /// Finds the bytes that a request of this host names.
+    pub(super) fn local(&self, domain: u32, range: LocalRange) -> io::Result<LocalBytes> {
         let entries = self.entries.read().unwrap_or_else(PoisonError::into_inner);
         entries
             .get(&range.key)
@@ -137,8 +142,8 @@ impl Keys {
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the memory is not registered"))
     }
 
-    /// What the peers of a domain's queue pairs may do, as long as the guard lives. What they wrote is there afterwards.
-    pub fn reach(&self) -> Reach<'_> {
+    /// Opens the memory to peers as long as the result lives. When it is dropped, all that they wrote is in memory.
+    pub(super) fn reach(&self) -> Reach<'_> {
         Reach { entries: self.entries.read().unwrap_or_else(PoisonError::into_inner), domain: 0, wrote: false }
     }
 }
@@ -146,21 +151,24 @@ impl Keys {
 /// Memory as peers reach it.
 pub(super) struct Reach<'a> {
     entries: RwLockReadGuard<'a, HashMap<u32, Entry>>,
-    /// Domain of the queue pair that is looked at.
+    /// Domain of the queue pair whose packets are taken.
     pub domain: u32,
-    /// Somebody wrote.
+    /// Whether a peer wrote.
     wrote: bool,
 }
 
 impl Drop for Reach<'_> {
     fn drop(&mut self) {
         if self.wrote {
+            // SYNC: the peers' bytes, stored past the caches, are in memory before their completions are handed over. It
+            // pairs with the brokers' flush of lines before they read the region.
             cache::lines_stored();
         }
     }
 }
 
 impl Reach<'_> {
+    /// Finds the memory that a key opens to the peer of a queue pair.
     fn entry(&self, queue_pair: u32, rkey: u32) -> Option<&Entry> {
         self.entries.get(&rkey).filter(|entry| match entry.holder {
             Holder::Host => false,
@@ -185,14 +193,14 @@ impl Memory for Reach<'_> {
         Ok(())
     }
 
-    fn read(&self, _: u32, _: u32, _: u64, _: u32, _: &mut Vec<u8>) -> Result<(), NoAccess> {
+    fn read(&self, _: u32, _: Reth, _: &mut Vec<u8>) -> Result<(), NoAccess> {
         Err(NoAccess)
     }
 }
 
-/// A protection domain.
+/// Protection domain of a NIC in software.
 #[derive(Clone)]
-pub(in super::super) struct Domain {
+pub(crate) struct Domain {
     pub(super) keys: Arc<Keys>,
     pub(super) number: u32,
 }
@@ -202,7 +210,7 @@ impl Domain {
         Self { keys: Arc::clone(keys), number: keys.domains.fetch_add(1, Ordering::Relaxed) }
     }
 
-    pub(in super::super) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
+    pub(crate) fn register(&self, memory: &impl Pinned, rights: Rights) -> Registration {
         let (start, len, keep) = memory.pages();
         let region = memory.region().map(|(region, at)| (region.clone(), at));
         let pages = Arc::new(Pages { start, len, region, _keep: keep });
@@ -212,32 +220,32 @@ impl Domain {
     }
 }
 
-/// Registered memory.
-pub struct Registration {
+/// Registered memory of a NIC in software.
+pub(crate) struct Registration {
     key: u32,
     pages: Arc<Pages>,
     domain: Domain,
 }
 
 impl Registration {
-    pub(in super::super) fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.pages.len
     }
 
-    pub(in super::super) fn address(&self) -> u64 {
+    pub(crate) fn address(&self) -> u64 {
         self.pages.start.addr() as u64
     }
 
-    pub(in super::super) fn local_key(&self) -> u32 {
+    pub(crate) fn local_key(&self) -> u32 {
         self.key
     }
 
-    pub(in super::super) fn remote_key(&self) -> u32 {
+    pub(crate) fn remote_key(&self) -> u32 {
         self.key
     }
 
-    /// A window over bytes of it that are inside, closed so far.
-    pub(in super::super) fn window(&self, at: u64, len: u64) -> Window {
+    /// Makes a closed window over `len` bytes at offset `at`, which must be inside.
+    pub(crate) fn window(&self, at: u64, len: u64) -> Window {
         // Its key is drawn now, and is of no use before it is open.
         let entry = Entry {
             pages: Arc::clone(&self.pages),
@@ -256,18 +264,18 @@ impl Drop for Registration {
     }
 }
 
-/// A memory window.
-pub struct Window {
+/// Memory window of a NIC in software.
+pub(crate) struct Window {
     key: u32,
     keys: Arc<Keys>,
 }
 
 impl Window {
-    pub(in super::super) fn key(&self) -> u32 {
+    pub(crate) fn key(&self) -> u32 {
         self.key
     }
 
-    /// Lets the peer of a queue pair write.
+    /// Opens the window to the peer of a queue pair.
     pub(super) fn open(&self, queue_pair: u32) {
         let mut entries = self.keys.entries.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = entries.get_mut(&self.key) {

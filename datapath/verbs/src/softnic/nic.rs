@@ -1,15 +1,17 @@
-//! The NIC itself: an address, and what it is attached to.
+//! NIC in software: an address, and the link that it is attached to.
 
-use super::super::{LocalPort, VerbsError};
 #[cfg(feature = "dpdk")]
-use super::DpdkConfig;
+use super::config::DpdkConfig;
 #[cfg(feature = "dpdk")]
 use super::dpdk::{EthPort, Ethernet};
-use super::memory::{Domain, Keys};
-use super::queue::Ports;
+use super::identity::Identity;
+use super::memory::Domain;
+use super::ports::Ports;
 use super::socket::{self, Sockets};
 use super::wire::Wire;
-use embarcadero_roce::{Nanos, PathMtu};
+use crate::error::VerbsError;
+use crate::port::LocalPort;
+use embarcadero_roce::PathMtu;
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
 use nix::net::if_::InterfaceFlags;
 use socket2::Socket;
@@ -18,44 +20,40 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 #[cfg(feature = "dpdk")]
 use std::sync::{Mutex, PoisonError, Weak};
-use std::time::Instant;
 
-/// Largest message, bytes: its packets are far fewer than packets have numbers.
+/// Bytes of the longest message. Its packets are far fewer than packet numbers.
 const MAX_MESSAGE_BYTES: u32 = 1 << 30;
-/// Bytes a second of a port that does not say (10 Gbit/s).
+/// Bytes per second of a port that does not report its rate (10 Gbit/s).
 const LINE_RATE: f64 = 1.25e9;
 
-/// A NIC in software.
-pub struct Nic {
-    name: String,
+/// NIC in software.
+pub(crate) struct Nic {
+    identity: Arc<Identity>,
     link: Link,
-    pub(super) address: IpAddr,
-    pub(super) line_rate: f64,
-    pub(super) keys: Arc<Keys>,
-    begun: Instant,
 }
 
-/// What it is attached to.
+/// Link that a NIC is attached to.
 enum Link {
-    /// An interface of the kernel, by name. The port is kept from answering by itself.
+    /// Interface of the kernel. The socket has UDP port 4791, so that the kernel does not answer for it.
     Kernel { interface: String, _port: Socket },
-    /// A port of DPDK, whose queues the completion queues share.
+    /// Port of DPDK, whose queues the completion queues share.
     #[cfg(feature = "dpdk")]
     Dpdk { port: Arc<EthPort>, config: DpdkConfig, shared: Mutex<Weak<Ports>> },
 }
 
-/// The NICs at ports of DPDK, which stay until the process ends: a port that was closed cannot be opened again (DPDK's
+/// NICs at ports of DPDK. They stay until the process ends, because a closed port cannot be opened again (DPDK's
 /// `rte_eth_dev_close`).
 #[cfg(feature = "dpdk")]
 static ATTACHED: Mutex<Vec<(Arc<Nic>, LocalPort)>> = Mutex::new(Vec::new());
 
-/// Closes the ports that nobody uses: drivers leave the kernel's interfaces as they were.
+/// Closes the ports that nobody uses, so that drivers leave the kernel's interfaces as they were. `atexit(3)` calls it.
 #[cfg(feature = "dpdk")]
 extern "C" fn detach() {
     let mut attached = ATTACHED.lock().unwrap_or_else(PoisonError::into_inner);
     attached.retain(|(nic, _)| Arc::strong_count(nic) > 1);
 }
 
+/// IP address of an interface, if it has one.
 fn address_of(interface: &InterfaceAddress) -> Option<IpAddr> {
     let address = interface.address.as_ref()?;
     let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
@@ -66,7 +64,8 @@ fn is_up(interface: &InterfaceAddress) -> bool {
     interface.flags.contains(InterfaceFlags::IFF_UP | InterfaceFlags::IFF_RUNNING)
 }
 
-/// Bytes a second of an interface (Documentation/ABI/testing/sysfs-class-net, speed); `None` where it does not say.
+/// Bytes per second of an interface; `None` where it does not report them.
+/// (Linux, Documentation/ABI/testing/sysfs-class-net, "speed").
 fn line_rate(interface: &str) -> Option<f64> {
     let megabits: i32 =
         std::fs::read_to_string(format!("/sys/class/net/{interface}/speed")).ok()?.trim().parse().ok()?;
@@ -74,11 +73,11 @@ fn line_rate(interface: &str) -> Option<f64> {
 }
 
 impl Nic {
-    /// A NIC at that address, or at the first that other hosts can reach.
+    /// Opens a NIC at the address `wanted`, or at the first that other hosts can reach.
     ///
     /// # Errors
-    /// [`VerbsError`].
-    pub(in super::super) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+    /// [`VerbsError`], which names what is missing.
+    pub(crate) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let refuse = |action, source: io::Error| VerbsError::Call { name: "roce".to_owned(), action, source };
         let interfaces = getifaddrs().map_err(|error| refuse("list the addresses", error.into()))?;
         // IPv4 before IPv6, what others reach before the loopback.
@@ -104,12 +103,12 @@ impl Nic {
         Ok(Self::at(name, Link::Kernel { interface, _port: port }, address, mtu, line_rate))
     }
 
-    /// The NIC at a port of DPDK, which is one for the whole process.
+    /// Opens the NIC at a port of DPDK, of which a process has one.
     ///
     /// # Errors
-    /// [`VerbsError`].
+    /// [`VerbsError`], which names what is missing.
     #[cfg(feature = "dpdk")]
-    pub(in super::super) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
+    pub(crate) fn open_dpdk(config: &DpdkConfig) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let Some(address) = config.address else { return Err(VerbsError::Unset("dpdk.address")) };
         config.validate()?;
         let name = format!("dpdk-{address}");
@@ -161,16 +160,15 @@ impl Nic {
             ethernet: true,
             max_message_bytes: MAX_MESSAGE_BYTES,
         };
-        let keys = Arc::new(Keys::default());
-        (Arc::new(Self { name, link, address, line_rate, keys, begun: Instant::now() }), local)
+        (Arc::new(Self { identity: Arc::new(Identity::new(name, address, line_rate)), link }), local)
     }
 
-    pub(in super::super) fn name(&self) -> &str {
-        &self.name
+    pub(crate) fn name(&self) -> &str {
+        &self.identity.name
     }
 
     /// Whether the interface is up and still has the address.
-    pub(in super::super) fn is_active(&self) -> bool {
+    pub(crate) fn is_active(&self) -> bool {
         let name = match &self.link {
             Link::Kernel { interface, .. } => interface,
             #[cfg(feature = "dpdk")]
@@ -178,16 +176,18 @@ impl Nic {
         };
         getifaddrs().is_ok_and(|mut interfaces| {
             interfaces.any(|interface| {
-                is_up(&interface) && interface.interface_name == *name && address_of(&interface) == Some(self.address)
+                is_up(&interface)
+                    && interface.interface_name == *name
+                    && address_of(&interface) == Some(self.identity.address)
             })
         })
     }
 
-    pub(in super::super) fn domain(&self) -> Domain {
-        Domain::new(&self.keys)
+    pub(crate) fn domain(&self) -> Domain {
+        Domain::new(&self.identity.keys)
     }
 
-    /// What may drive a new completion queue.
+    /// Ports of which one will drive a new completion queue.
     pub(super) fn ports(self: &Arc<Self>) -> io::Result<Arc<Ports>> {
         match &self.link {
             #[cfg(feature = "dpdk")]
@@ -196,16 +196,17 @@ impl Nic {
                 if let Some(ports) = shared.upgrade() {
                     return Ok(ports);
                 }
-                let queues = Ethernet::all(port, self.address, config)?;
-                let ports = Ports::new(self, queues.into_iter().map(|queue| Wire::Dpdk(Box::new(queue))).collect())?;
+                // The lock is held and no ports live: if some are being dropped, their queues are soon free.
+                let queues = Ethernet::all(port, self.identity.address, config);
+                let wires = queues.into_iter().map(|queue| Wire::Dpdk(Box::new(queue))).collect();
+                let ports = Ports::new(&self.identity, wires, Arc::clone(self) as _)?;
                 *shared = Arc::downgrade(&ports);
                 Ok(ports)
             }
-            Link::Kernel { .. } => Ports::new(self, vec![Wire::Kernel(Sockets::open(self.address)?)]),
+            Link::Kernel { .. } => {
+                let wire = Wire::Kernel(Sockets::open(self.identity.address)?);
+                Ports::new(&self.identity, vec![wire], Arc::clone(self) as _)
+            }
         }
-    }
-
-    pub(super) fn now(&self) -> Nanos {
-        self.begun.elapsed().as_nanos() as Nanos
     }
 }

@@ -1,10 +1,11 @@
-//! The kernel's sockets that carry packets of RoCEv2.
+//! Sockets of the kernel that carry packets of RoCEv2.
 //!
 //! A raw socket sends (raw(7), IP_HDRINCL): the kernel chooses route, interface and neighbour. A packet socket receives
-//! (packet(7)): unlike a UDP socket it shows the IP header, over which the ICRC goes. A filter in the kernel hands each
-//! queue the packets for its own queue pairs alone, so that queues share nothing.
+//! (packet(7)): unlike a UDP socket it shows the IP header, which the invariant checksum covers. A filter in the kernel
+//! gives each queue the packets for its own queue pairs only, so that queues share nothing.
 
-use super::wire::PAIRS;
+use super::filter::only_for;
+use super::numbers::{NUMBERS, PAIRS};
 use embarcadero_roce::PathMtu;
 use embarcadero_roce::packet::{MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, SCRATCH_BYTES, UDP_PORT};
 use socket2::{Domain, Protocol, SockAddr, SockAddrStorage, SockFilter, Socket, Type};
@@ -15,16 +16,18 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 
-/// Packets taken, or sent, with one system call.
+/// Most packets taken, or sent, with one system call.
 const BURST: usize = 64;
 /// Bytes of the longest packet.
 const PACKET_BYTES: usize = PathMtu::Mtu4096.bytes() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES;
-/// Bytes of packets that the kernel keeps for us, if we may have so many: a burst of each of a hundred peers.
+/// Bytes of waiting packets that the kernel keeps, if its limits allow: a burst of each of a hundred peers.
 const RECEIVE_BUFFER: usize = 32 << 20;
+/// Bytes of packets to be sent that the kernel keeps, if its limits allow.
 const SEND_BUFFER: usize = 4 << 20;
 
-/// Takes the UDP port of RoCEv2 at an address, so that the kernel does not answer its packets as unreachable. What comes
-/// there is dropped; other processes of the same user can have it too.
+/// Takes the UDP port of RoCEv2 at an address, so that the kernel does not answer its packets as unreachable.
+///
+/// Packets that come there are dropped. Other processes of the same user can have the port too.
 pub(super) fn take_port(address: IpAddr) -> io::Result<Socket> {
     let at = SocketAddr::new(address, UDP_PORT);
     let socket = Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP))?;
@@ -35,7 +38,7 @@ pub(super) fn take_port(address: IpAddr) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Bytes that a frame of an interface carries (netdevice(7), SIOCGIFMTU).
+/// Bytes that a frame of an interface carries (netdevice(7), SIOCGIFMTU). `any` is any socket.
 pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
     // SAFETY: plain data, for which zero is valid.
     let mut request: libc::ifreq = unsafe { zeroed() };
@@ -52,9 +55,9 @@ pub(super) fn link_mtu(any: &Socket, interface: &str) -> io::Result<usize> {
     Ok(unsafe { request.ifr_ifru.ifru_mtu }.max(0) as usize)
 }
 
-/// The part of all queue pairs' numbers of an address that this queue alone uses, while the socket lives.
+/// Reserves numbers of queue pairs at an address: [`PAIRS`] from the returned one on, as long as the socket lives.
 fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
-    let queues = 1 << 24 >> PAIRS.ilog2();
+    let queues = NUMBERS / PAIRS;
     let start: u32 = rand::random_range(0..queues);
     for offset in 0..queues {
         // Numbers 0 and 1 are not for connections (IBTA 10.2.4.3).
@@ -72,62 +75,26 @@ fn take_numbers(address: IpAddr) -> io::Result<(u32, UnixDatagram)> {
     Err(io::Error::new(io::ErrorKind::AddrInUse, "all numbers of queue pairs are taken"))
 }
 
-/// A program (Linux, Documentation/networking/filter.rst) that keeps packets of RoCEv2 to `address` for queue pairs of
-/// the queue whose numbers begin at `first`. It looks from the IP header on.
-fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
-    use libc::{BPF_ABS, BPF_ALU, BPF_AND, BPF_B, BPF_H, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
-    // What to load, and what it has to be: (width, offset, mask, value).
-    let mut rules: Vec<(u32, u32, u32, u32)> = Vec::new();
-    let (protocol, words, udp) = match address {
-        IpAddr::V4(address) => {
-            // Without options, and no fragment.
-            rules.push((BPF_B, 0, 0xff, 0x45));
-            rules.push((BPF_H, 6, 0x3fff, 0));
-            (9, vec![(16, u32::from(address))], 20)
-        }
-        IpAddr::V6(address) => {
-            let words = address.octets();
-            let words = words.chunks_exact(4).zip([24, 28, 32, 36]);
-            let word = |bytes: &[u8]| bytes.iter().fold(0, |word, byte| word << 8 | u32::from(*byte));
-            (6, words.map(|(bytes, at)| (at, word(bytes))).collect(), 40)
-        }
-    };
-    rules.push((BPF_B, protocol, 0xff, libc::IPPROTO_UDP as u32));
-    rules.extend(words.into_iter().map(|(at, word)| (BPF_W, at, u32::MAX, word)));
-    rules.push((BPF_H, udp + 2, 0xffff, UDP_PORT.into()));
-    // A reserved byte, and the queue pair (IBTA 9.2, base transport header).
-    rules.push((BPF_W, udp + 8 + 4, 0x00ff_ffff & !(PAIRS - 1), first));
-    // Of each a load, a mask and a jump to the end; the two behind them keep all, or nothing.
-    let end = 3 * rules.len();
-    let mut program = Vec::with_capacity(end + 2);
-    for (width, at, mask, value) in rules {
-        let behind = end - program.len() - 3;
-        program.push(SockFilter::new((BPF_LD | width | BPF_ABS) as u16, 0, 0, at));
-        program.push(SockFilter::new((BPF_ALU | BPF_AND | BPF_K) as u16, 0, 0, mask));
-        program.push(SockFilter::new((BPF_JMP | BPF_JEQ | BPF_K) as u16, 0, behind as u8 + 1, value));
-    }
-    program.push(SockFilter::new(BPF_RET as u16, 0, 0, u32::MAX));
-    program.push(SockFilter::new(BPF_RET as u16, 0, 0, 0));
-    program
-}
-
-/// The sockets of one queue.
+/// Sockets of one queue.
 pub(super) struct Sockets {
     sends: Socket,
     receives: Socket,
-    /// The number of its first queue pair.
+    /// Number of the first queue pair.
     pub first: u32,
+    /// Socket that reserves the numbers of the queue pairs.
     _numbers: UnixDatagram,
     incoming: Box<[u8]>,
     outgoing: Vec<u8>,
-    /// Where in `outgoing` each packet ends, and where it goes.
+    /// End in `outgoing` and destination of each staged packet.
     staged: Vec<(usize, SockAddr)>,
 }
 
 impl Sockets {
+    /// Opens the sockets of a new queue at an address.
+    ///
     /// # Errors
-    /// What the kernel reports: `EPERM` without CAP_NET_RAW.
-    pub fn open(address: IpAddr) -> io::Result<Self> {
+    /// The error that the kernel reports: `EPERM` without CAP_NET_RAW.
+    pub(super) fn open(address: IpAddr) -> io::Result<Self> {
         let (first, numbers) = take_numbers(address)?;
         let (domain, ethertype) = match address {
             IpAddr::V4(_) => (Domain::IPV4, libc::ETH_P_IP),
@@ -156,18 +123,18 @@ impl Sockets {
         })
     }
 
-    /// Readable when there are packets.
-    pub fn descriptor(&self) -> RawFd {
+    /// Descriptor that is readable while packets wait.
+    pub(super) fn descriptor(&self) -> RawFd {
         self.receives.as_raw_fd()
     }
 
-    /// Another handle of the socket that receives, to wait with.
-    pub fn waiter(&self) -> io::Result<Socket> {
+    /// Copy of the socket that receives, to wait for packets.
+    pub(super) fn waiter(&self) -> io::Result<Socket> {
         self.receives.try_clone()
     }
 
-    /// As [`super::wire::Wire::receive`].
-    pub fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
+    /// Hands a burst of packets to `each`, each behind scratch bytes, and returns their number.
+    pub(super) fn receive(&mut self, mut each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         // SAFETY: plain data, for which zero is valid.
         let (mut messages, mut buffers): ([libc::mmsghdr; BURST], [libc::iovec; BURST]) = unsafe { zeroed() };
         let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
@@ -200,26 +167,26 @@ impl Sockets {
         Ok(count)
     }
 
-    /// Packets that can be staged now.
-    pub fn room(&self) -> usize {
+    /// Number of packets that can be staged now.
+    pub(super) fn room(&self) -> usize {
         BURST - self.staged.len()
     }
 
-    /// True when nothing is staged.
-    pub fn is_flushed(&self) -> bool {
+    /// Whether no packet is staged.
+    pub(super) fn is_flushed(&self) -> bool {
         self.staged.is_empty()
     }
 
-    /// Puts a packet to those that the next flush sends. There must be room.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    /// Adds a packet to those that the next flush sends. There must be room.
+    pub(super) fn stage(&mut self, packet: &Packet<'_>) {
         // What the protocol makes is sound.
         if packet.encode(&mut self.outgoing).is_ok() {
             self.staged.push((self.outgoing.len(), SocketAddr::new(packet.to, 0).into()));
         }
     }
 
-    /// Sends what is staged. What the kernel has no room for stays; what it cannot send is lost, as on any wire.
-    pub fn flush(&mut self) {
+    /// Sends the staged packets. Those that the kernel has no room for stay; those that it cannot send are lost.
+    pub(super) fn flush(&mut self) {
         let mut sent = 0;
         while sent < self.staged.len() {
             // SAFETY: plain data, for which zero is valid.
@@ -260,7 +227,7 @@ impl Sockets {
     }
 }
 
-/// All interfaces, for packets of a protocol.
+/// Link-layer address that stands for all interfaces, for packets of one protocol (packet(7)).
 fn all_interfaces(ethertype: u16) -> SockAddr {
     // SAFETY: plain data, for which zero is valid.
     let mut address: libc::sockaddr_ll = unsafe { zeroed() };

@@ -1,4 +1,4 @@
-//! What carries packets: the kernel's sockets, or a queue of a port of DPDK.
+//! Carrier of packets: the kernel's sockets, or a queue of a port of DPDK.
 
 #[cfg(feature = "dpdk")]
 use super::dpdk::Ethernet;
@@ -12,15 +12,16 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::RawFd;
 
-/// Queue pairs that a port can have: of the 24 bits of their numbers, the other bits stand for the port.
-pub(super) const PAIRS: u32 = 1 << 12;
-
+/// Carrier of packets.
 pub(super) enum Wire {
+    /// Sockets of the kernel.
     Kernel(Sockets),
+    /// Queue of a port of DPDK.
     #[cfg(feature = "dpdk")]
     Dpdk(Box<Ethernet>),
 }
 
+/// Evaluates an expression for the carrier, of either kind.
 macro_rules! on {
     ($value:expr, $wire:ident => $result:expr) => {
         match $value {
@@ -32,8 +33,8 @@ macro_rules! on {
 }
 
 impl Wire {
-    /// The number of its first queue pair, of [`PAIRS`].
-    pub fn first(&self) -> u32 {
+    /// Number of the first of its [`PAIRS`] queue pairs.
+    pub(super) fn first(&self) -> u32 {
         match self {
             Self::Kernel(sockets) => sockets.first,
             #[cfg(feature = "dpdk")]
@@ -41,8 +42,8 @@ impl Wire {
         }
     }
 
-    /// Readable when there are packets; `None` where they have to be looked for.
-    pub fn descriptor(&self) -> Option<RawFd> {
+    /// Descriptor that is readable while packets wait; `None` where only polling finds them.
+    pub(super) fn descriptor(&self) -> Option<RawFd> {
         match self {
             Self::Kernel(sockets) => Some(sockets.descriptor()),
             #[cfg(feature = "dpdk")]
@@ -50,8 +51,8 @@ impl Wire {
         }
     }
 
-    /// The same, to keep.
-    pub fn waiter(&self) -> io::Result<Option<Socket>> {
+    /// Copy of the socket that is readable while packets wait; `None` where only polling finds them.
+    pub(super) fn waiter(&self) -> io::Result<Option<Socket>> {
         match self {
             Self::Kernel(sockets) => sockets.waiter().map(Some),
             #[cfg(feature = "dpdk")]
@@ -59,9 +60,10 @@ impl Wire {
         }
     }
 
-    /// Takes a burst of packets, as [`decode`] takes them; how many came, for whomever.
+    /// Hands a burst of packets to `each`, in the form that [`decode`] takes. Returns the number of packets that came,
+    /// which counts those of other ports.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
-    pub fn receive(&mut self, now: Nanos, each: impl FnMut(&mut [u8])) -> io::Result<usize> {
+    pub(super) fn receive(&mut self, now: Nanos, each: impl FnMut(&mut [u8])) -> io::Result<usize> {
         match self {
             Self::Kernel(sockets) => sockets.receive(each),
             #[cfg(feature = "dpdk")]
@@ -69,10 +71,11 @@ impl Wire {
         }
     }
 
-    /// A peer was named: whoever has to be asked for on the way to him is asked now, so that the first packet is not lost: it
-    /// may be a refusal, which ends the queue pair and is not sent again.
+    /// Looks for the next hop to a new peer, so that the first packet to it is not lost.
+    ///
+    /// That packet may be a refusal, which ends the queue pair and is not sent again.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
-    pub fn seek(&mut self, to: IpAddr, now: Nanos) {
+    pub(super) fn seek(&mut self, to: IpAddr, now: Nanos) {
         match self {
             // The kernel keeps a packet meanwhile.
             Self::Kernel(_) => {}
@@ -81,27 +84,28 @@ impl Wire {
         }
     }
 
-    /// Packets that can be staged now.
-    pub fn room(&self) -> usize {
+    /// Number of packets that can be staged now.
+    pub(super) fn room(&self) -> usize {
         on!(self, wire => wire.room())
     }
 
-    pub fn has_room(&self) -> bool {
+    /// Whether a packet can be staged now.
+    pub(super) fn has_room(&self) -> bool {
         self.room() > 0
     }
 
-    /// Puts a packet to those that the next flush sends. There must be room.
-    pub fn stage(&mut self, packet: &Packet<'_>) {
+    /// Adds a packet to those that the next flush sends. There must be room.
+    pub(super) fn stage(&mut self, packet: &Packet<'_>) {
         on!(self, wire => wire.stage(packet));
     }
 
-    /// True when nothing is staged.
-    pub fn is_flushed(&self) -> bool {
+    /// Whether no packet is staged.
+    pub(super) fn is_flushed(&self) -> bool {
         on!(self, wire => wire.is_flushed())
     }
 
-    /// Sends what is staged. What there is no room for stays; what cannot be sent is lost, as on any wire.
-    pub fn flush(&mut self) {
+    /// Sends the staged packets. Those without room stay; those that cannot be sent are lost, as on any wire.
+    pub(super) fn flush(&mut self) {
         on!(self, wire => wire.flush());
     }
 }

@@ -1,58 +1,33 @@
-//! DPDK's environment and its Ethernet ports, safely. (Its programmer's guide, "Environment Abstraction Layer", "Poll Mode
-//! Driver" and "Mbuf Library", says what the calls do.)
+//! DPDK's environment, which is set up once in a process.
+//!
+//! The calls are described in DPDK's programmer's guide, "Environment Abstraction Layer".
 
 use dpdk_sys as ffi;
-use embarcadero_roce::{ethernet, packet::Put};
-use std::collections::VecDeque;
 use std::ffi::{CStr, CString};
 use std::io;
-use std::mem::{ManuallyDrop, zeroed};
-use std::ops::{Deref, DerefMut};
-use std::ptr::{NonNull, null_mut};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::ptr::null_mut;
+use std::sync::{Mutex, PoisonError};
 
-/// Packets taken, or sent, with one call.
-pub(super) const BURST: usize = 64;
-/// Descriptors of a queue.
-const DESCRIPTORS: u16 = 1024;
-/// Packet buffers of a port; its queues have a pool each.
-const BUFFERS: usize = 16384;
-/// Those of a queue at least: both its rings full, and bursts that are looked at, or wait at another queue.
-const LEAST_BUFFERS: usize = 4096;
-/// How long whoever had a queue may take to put it down.
-const PUT_DOWN: Duration = Duration::from_secs(1);
-/// What a frame has around its packet: header and checksum.
-const AROUND_BYTES: usize = ethernet::MAX_HEADER_BYTES + 4;
-/// Drivers that let no more than this be configured, and take what their buffers hold (drivers/net/memif/rte_eth_memif.c,
-/// drivers/net/af_packet/rte_eth_af_packet.c: `max_rx_pktlen`).
-const MODEST: [&CStr; 2] = [c"net_memif", c"net_af_packet"];
-const MODEST_MTU: u16 = 1500;
-/// With what a pool keeps for a buffer, 64 bytes and its rte_mbuf, this makes a page. A pool puts no buffer across pages, and
-/// AF_XDP's driver expects them without gaps (drivers/net/af_xdp/rte_eth_af_xdp.c, `xdp_umem_configure`, before 24.07).
-const LEAST_ROOM: usize = 4096 - 64 - 128;
-/// Room that DPDK keeps before a frame (RTE_PKTMBUF_HEADROOM).
-const HEADROOM: usize = 128;
-
-fn error_of(number: i32, what: &str) -> io::Error {
+/// Makes an error from DPDK's error number. `what` completes "DPDK cannot ..".
+pub(super) fn error_of(number: i32, what: &str) -> io::Error {
     // SAFETY: takes a number, and returns a string of the thread's own that stays until its next call.
     let text = unsafe { CStr::from_ptr(ffi::rte_strerror(number)) }.to_string_lossy().into_owned();
     io::Error::other(format!("DPDK cannot {what}: {text}"))
 }
 
-fn check(result: i32, what: &str) -> io::Result<()> {
+/// Turns the result of a call into an error: a negative one is an error number.
+pub(super) fn check(result: i32, what: &str) -> io::Result<()> {
     if result < 0 { Err(error_of(-result, what)) } else { Ok(()) }
 }
 
-/// As DPDK says it.
-pub(in super::super::super) fn version() -> String {
+/// Version of DPDK, in its own words.
+pub(crate) fn version() -> String {
     // SAFETY: takes nothing and returns a static string.
     unsafe { CStr::from_ptr(ffi::rte_version()) }.to_string_lossy().into_owned()
 }
 
-/// Sets up DPDK for this process, which can be done once; later calls must say the same.
-fn start(arguments: &[String]) -> io::Result<()> {
+/// Sets up DPDK for this process, once. Later calls must have the same arguments.
+pub(super) fn start(arguments: &[String]) -> io::Result<()> {
     static STARTED: Mutex<Option<Started>> = Mutex::new(None);
     let mut started = STARTED.lock().unwrap_or_else(PoisonError::into_inner);
     let started = started.get_or_insert_with(|| Started { arguments: arguments.to_vec(), result: init(arguments) });
@@ -62,12 +37,13 @@ fn start(arguments: &[String]) -> io::Result<()> {
     started.result.clone().map_err(io::Error::other)
 }
 
-/// How DPDK was set up, and what came of it.
+/// Arguments that DPDK was set up with, and the result.
 struct Started {
     arguments: Vec<String>,
     result: Result<(), String>,
 }
 
+/// Sets up DPDK.
 fn init(arguments: &[String]) -> Result<(), String> {
     let all = ["embarcadero"].into_iter().chain(arguments.iter().map(String::as_str));
     let all: Vec<CString> = all.map(CString::new).collect::<Result<_, _>>().map_err(|error| error.to_string())?;
@@ -83,381 +59,4 @@ fn init(arguments: &[String]) -> Result<(), String> {
     });
     let result = thread.map_err(|error| error.to_string())?.join().map_err(|_| "DPDK ended its thread".to_owned())?;
     result.map_err(|number| format!("{} (arguments: {})", error_of(number, "be set up"), arguments.join(" ")))
-}
-
-/// Makes buffers for a queue, of which the one that was used last comes first, while it is in caches (the guide, "Stack
-/// Mempool Driver"). One less than a power of two wastes no memory.
-fn pool(port: u16, queue: u16, buffers: usize, room: usize) -> io::Result<NonNull<ffi::rte_mempool>> {
-    let name = CString::new(format!("embarcadero-{port}-{queue}"))?;
-    let (bytes, private_bytes) = (size_of::<ffi::rte_mbuf>() + room, size_of::<ffi::rte_pktmbuf_pool_private>());
-    // SAFETY: plain data, for which zero is valid.
-    let mut private: ffi::rte_pktmbuf_pool_private = unsafe { zeroed() };
-    private.mbuf_data_room_size = room as u16;
-    // SAFETY: what `rte_pktmbuf_pool_create` does too, but for its flags: name and data live across the calls, which copy
-    // them, and the pool stays as long as the process.
-    unsafe {
-        let (socket, flags) = (ffi::rte_eth_dev_socket_id(port), ffi::RTE_MEMPOOL_F_NO_SPREAD);
-        let (buffers, bytes, private_bytes) = (buffers as u32 - 1, bytes as u32, private_bytes as u32);
-        let pool = ffi::rte_mempool_create_empty(name.as_ptr(), buffers, bytes, 0, private_bytes, socket, flags);
-        let pool = NonNull::new(pool).ok_or_else(|| error_of(ffi::embarcadero_rte_errno(), "make a pool"))?;
-        check(ffi::rte_mempool_set_ops_byname(pool.as_ptr(), c"stack".as_ptr(), null_mut()), "use stacks")?;
-        ffi::rte_pktmbuf_pool_init(pool.as_ptr(), (&raw mut private).cast());
-        check(ffi::rte_mempool_populate_default(pool.as_ptr()), "fill a pool")?;
-        ffi::rte_mempool_obj_iter(pool.as_ptr(), Some(ffi::rte_pktmbuf_init), null_mut());
-        Ok(pool)
-    }
-}
-
-/// A started port with as many queues each way as it was opened with.
-pub(in super::super) struct EthPort {
-    id: u16,
-    pub(super) mac: [u8; 6],
-    /// Bytes that a frame carries.
-    pub mtu: usize,
-    queues: Vec<QueueState>,
-}
-
-/// A queue's pool, and whether somebody has the queue.
-struct QueueState {
-    pool: Pool,
-    taken: AtomicBool,
-}
-
-// SAFETY: the calls of the control path may be made from any thread; those of a queue go through [`Queues`], of which
-// there is one a queue.
-unsafe impl Send for EthPort {}
-// SAFETY: as above.
-unsafe impl Sync for EthPort {}
-
-impl EthPort {
-    /// Sets DPDK up and starts the port of that name, or the first. Of several queues, the port chooses one for each flow
-    /// of UDP (the guide, "Receive Side Scaling"), or does so by rules of its own.
-    ///
-    /// # Errors
-    /// What DPDK reports; the port has not so many queues.
-    pub fn open(arguments: &[String], name: Option<&str>, mtu: u16, queues: u16) -> io::Result<Self> {
-        start(arguments)?;
-        let mut id = 0;
-        match name {
-            Some(name) => {
-                let c_name = CString::new(name)?;
-                // SAFETY: name and number live across the call.
-                let result = unsafe { ffi::rte_eth_dev_get_port_by_name(c_name.as_ptr(), &raw mut id) };
-                check(result, &format!("find port {name}"))?;
-            }
-            // SAFETY: takes nothing.
-            None if unsafe { ffi::rte_eth_dev_count_avail() } == 0 => {
-                return Err(io::Error::other(
-                    "DPDK has no port: bind a NIC (hw-setup/dpdk), or name a --vdev in dpdk.eal",
-                ));
-            }
-            None => {}
-        }
-        // SAFETY: plain data, for which zero is valid.
-        let (mut options, mut info): (ffi::rte_eth_conf, ffi::rte_eth_dev_info) = unsafe { (zeroed(), zeroed()) };
-        // SAFETY: the port is there; the information lives across the call, and its driver's name is a static string.
-        let driver = unsafe {
-            check(ffi::rte_eth_dev_info_get(id, &raw mut info), "look at the port")?;
-            CStr::from_ptr(info.driver_name)
-        };
-        let most = info.max_rx_queues.min(info.max_tx_queues);
-        if queues > most {
-            return Err(io::Error::other(format!("dpdk.queues is {queues}, but the port has no more than {most}")));
-        }
-        options.rxmode.mtu = if MODEST.contains(&driver) { mtu.min(MODEST_MTU) } else { mtu }.into();
-        // SAFETY: takes nothing.
-        let flows = unsafe { ffi::embarcadero_rss_udp() } & info.flow_type_rss_offloads;
-        if queues > 1 && flows != 0 {
-            options.rxmode.mq_mode = ffi::RTE_ETH_MQ_RX_RSS;
-            options.rx_adv_conf.rss_conf.rss_hf = flows;
-        }
-        // SAFETY: the options live across the call, which copies them.
-        check(unsafe { ffi::rte_eth_dev_configure(id, queues, queues, &raw const options) }, "configure the port")?;
-        let room = (HEADROOM + AROUND_BYTES + usize::from(mtu)).max(LEAST_ROOM).next_multiple_of(64);
-        let buffers = (BUFFERS / usize::from(queues).next_power_of_two()).max(LEAST_BUFFERS);
-        let mut states = Vec::new();
-        for queue in 0..queues {
-            let pool = pool(id, queue, buffers, room)?;
-            // SAFETY: the port is configured and not started; the pool stays as long as the process, and no options are given.
-            unsafe {
-                let (socket, none) = (ffi::rte_eth_dev_socket_id(id).cast_unsigned(), std::ptr::null());
-                let receives = ffi::rte_eth_rx_queue_setup(id, queue, DESCRIPTORS, socket, none, pool.as_ptr());
-                check(receives, "make a receive queue")?;
-                let sends = ffi::rte_eth_tx_queue_setup(id, queue, DESCRIPTORS, socket, std::ptr::null());
-                check(sends, "make a send queue")?;
-            }
-            states.push(QueueState { pool: Pool(pool), taken: AtomicBool::new(false) });
-        }
-        // SAFETY: the port and its queues are configured.
-        check(unsafe { ffi::rte_eth_dev_start(id) }, "start the port")?;
-        let mut mac = ffi::rte_ether_addr { addr_bytes: [0; 6] };
-        // SAFETY: the address lives across the call.
-        check(unsafe { ffi::rte_eth_macaddr_get(id, &raw mut mac) }, "learn the port's address")?;
-        Ok(Self { id, mac: mac.addr_bytes, mtu: mtu.into(), queues: states })
-    }
-
-    /// Has it take frames to groups too, by which IPv6 looks for neighbours. Devices that cannot be told take them anyway.
-    ///
-    /// # Errors
-    /// What DPDK reports.
-    pub fn take_groups(&self) -> io::Result<()> {
-        // SAFETY: the port is started.
-        match unsafe { ffi::rte_eth_allmulticast_enable(self.id) } {
-            result if result == -libc::ENOTSUP => Ok(()),
-            result => check(result, "take frames to groups"),
-        }
-    }
-
-    /// Queues each way.
-    pub fn queues(&self) -> u16 {
-        self.queues.len() as u16
-    }
-
-    /// Stops and starts it.
-    ///
-    /// # Errors
-    /// What DPDK reports.
-    pub fn restart(&self) -> io::Result<()> {
-        // SAFETY: the port is started and configured.
-        unsafe {
-            check(ffi::rte_eth_dev_stop(self.id), "stop the port")?;
-            check(ffi::rte_eth_dev_start(self.id), "start the port")
-        }
-    }
-
-    /// Whether its link is up.
-    pub fn is_up(&self) -> bool {
-        // SAFETY: the port is started.
-        unsafe { ffi::embarcadero_link_is_up(self.id) != 0 }
-    }
-}
-
-impl Drop for EthPort {
-    fn drop(&mut self) {
-        // SAFETY: the port is started, and nobody has its queues.
-        unsafe {
-            ffi::rte_eth_dev_stop(self.id);
-            ffi::rte_eth_dev_close(self.id);
-        }
-    }
-}
-
-/// A queue each way of a port, which one thread uses at a time.
-pub(super) struct Queues {
-    port: Arc<EthPort>,
-    index: u16,
-}
-
-impl Queues {
-    /// The queues of that number. Who had them may still be about to put them down, for which this waits.
-    ///
-    /// # Errors
-    /// Another has them.
-    pub fn of(port: &Arc<EthPort>, index: u16) -> io::Result<Self> {
-        let begun = Instant::now();
-        while port.queues[usize::from(index)].taken.swap(true, Ordering::Acquire) {
-            if begun.elapsed() > PUT_DOWN {
-                return Err(io::Error::other(format!("queue {index} of the port is in use")));
-            }
-            std::thread::yield_now();
-        }
-        Ok(Self { port: Arc::clone(port), index })
-    }
-
-    /// Their number.
-    pub fn index(&self) -> u16 {
-        self.index
-    }
-
-    /// Takes a burst of frames; how many. What `each` gives back goes to its pool together: alone, each would wait there for a
-    /// lock, and with it for what was stored past the caches. Those of several buffers are longer than we said frames may
-    /// be, and are dropped.
-    pub fn receive(&mut self, mut each: impl FnMut(Received) -> Option<Received>) -> usize {
-        let mut buffers = [null_mut(); BURST];
-        // SAFETY: the port is started, the queue is ours, and as many places are there as stated.
-        let count = unsafe { ffi::embarcadero_rx_burst(self.port.id, self.index, buffers.as_mut_ptr(), BURST as u16) };
-        let mut done = 0;
-        for index in 0..usize::from(count) {
-            let received = NonNull::new(buffers[index]).and_then(|buffer| Received::of(Buffer(buffer)));
-            if let Some(frame) = received.and_then(&mut each) {
-                buffers[done] = frame.buffer.into_raw();
-                done += 1;
-            }
-        }
-        // SAFETY: the first ones are ours, and freed once.
-        unsafe { ffi::rte_pktmbuf_free_bulk(buffers.as_mut_ptr(), done as u32) };
-        count.into()
-    }
-
-    /// Where frames to be sent are made.
-    pub fn frames(&self) -> Frames {
-        Frames { pool: self.port.queues[usize::from(self.index)].pool, spare: Vec::with_capacity(BURST) }
-    }
-
-    /// Sends a burst of the first frames, and takes those away that the port took; how many.
-    pub fn send(&mut self, frames: &mut VecDeque<Frame>) -> usize {
-        let mut buffers = [null_mut(); BURST];
-        let count = frames.len().min(BURST);
-        for (place, frame) in buffers.iter_mut().zip(frames.iter()) {
-            // SAFETY: the buffer is ours, and has the bytes.
-            unsafe { ffi::embarcadero_mbuf_set_len(frame.buffer.0.as_ptr(), frame.len as u16) };
-            *place = frame.buffer.0.as_ptr();
-        }
-        // SAFETY: the port is started and the queue ours; what it takes is its own, and is forgotten here.
-        let taken = unsafe { ffi::embarcadero_tx_burst(self.port.id, self.index, buffers.as_mut_ptr(), count as u16) };
-        frames.drain(..usize::from(taken)).for_each(std::mem::forget);
-        taken.into()
-    }
-}
-
-impl Drop for Queues {
-    fn drop(&mut self) {
-        self.port.queues[usize::from(self.index)].taken.store(false, Ordering::Release);
-    }
-}
-
-/// Packet buffers, which stay as long as the process.
-#[derive(Clone, Copy)]
-struct Pool(NonNull<ffi::rte_mempool>);
-
-// SAFETY: it can be used from any thread.
-unsafe impl Send for Pool {}
-
-/// Where a queue makes the frames that it sends.
-pub(super) struct Frames {
-    pool: Pool,
-    /// Taken out of the pool together, for which its lock is taken once.
-    spare: Vec<Buffer>,
-}
-
-impl Frames {
-    /// An empty frame, if there is a buffer.
-    pub fn empty(&mut self) -> Option<Frame> {
-        if self.spare.is_empty() {
-            self.refill();
-        }
-        let buffer = self.spare.pop()?;
-        // SAFETY: a buffer that a pool gives has room for its first byte.
-        unsafe {
-            let start = NonNull::new(ffi::embarcadero_mbuf_data(buffer.0.as_ptr()).cast())?;
-            let room = ffi::rte_pktmbuf_tailroom(buffer.0.as_ptr()).into();
-            Some(Frame { buffer, start, room, len: 0 })
-        }
-    }
-
-    /// Takes as many as a burst has, or one while there are fewer.
-    #[inline(never)]
-    fn refill(&mut self) {
-        let mut buffers = [null_mut(); BURST];
-        for count in [BURST, 1] {
-            // SAFETY: the pool lives as long as the process, and as many places are there as stated.
-            let result =
-                unsafe { ffi::rte_pktmbuf_alloc_bulk(self.pool.0.as_ptr(), buffers.as_mut_ptr(), count as u32) };
-            if result == 0 {
-                self.spare.extend(buffers[..count].iter().filter_map(|buffer| NonNull::new(*buffer)).map(Buffer));
-                return;
-            }
-        }
-    }
-}
-
-/// A buffer that is ours.
-struct Buffer(NonNull<ffi::rte_mbuf>);
-
-// SAFETY: nobody else has it; its pool can be used from any thread.
-unsafe impl Send for Buffer {}
-
-impl Buffer {
-    /// Is no longer ours.
-    fn into_raw(self) -> *mut ffi::rte_mbuf {
-        ManuallyDrop::new(self).0.as_ptr()
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: it is ours, and freed once.
-        unsafe { ffi::rte_pktmbuf_free(self.0.as_ptr()) };
-    }
-}
-
-/// A frame that came.
-pub(super) struct Received {
-    buffer: Buffer,
-    start: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: it owns its buffer, into which it points.
-unsafe impl Send for Received {}
-
-impl Received {
-    /// What a port put into a buffer, unless it went on in another.
-    fn of(buffer: Buffer) -> Option<Self> {
-        let mbuf = buffer.0.as_ptr();
-        // SAFETY: the buffer is ours.
-        unsafe {
-            let start = NonNull::new(ffi::embarcadero_mbuf_data(mbuf).cast())?;
-            let len = ffi::embarcadero_mbuf_data_len(mbuf).into();
-            ffi::embarcadero_mbuf_next(mbuf).is_null().then_some(Self { buffer, start, len })
-        }
-    }
-
-    /// The VLAN tag that the port took out of it.
-    pub fn tag(&self) -> Option<u16> {
-        let mbuf = self.buffer.0.as_ptr();
-        // SAFETY: the buffer is ours.
-        unsafe {
-            let stripped = ffi::embarcadero_mbuf_flags(mbuf) & u64::from(ffi::RTE_MBUF_F_RX_VLAN_STRIPPED) != 0;
-            stripped.then(|| ffi::embarcadero_mbuf_vlan_tci(mbuf))
-        }
-    }
-}
-
-impl Deref for Received {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        // SAFETY: the buffer is ours, and has the bytes.
-        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
-    }
-}
-
-impl DerefMut for Received {
-    fn deref_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the buffer is ours alone, and has the bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
-    }
-}
-
-/// A frame that is being made, in its buffer.
-pub(super) struct Frame {
-    buffer: Buffer,
-    start: NonNull<u8>,
-    room: usize,
-    len: usize,
-}
-
-// SAFETY: it owns its buffer, into which it points.
-unsafe impl Send for Frame {}
-
-impl Frame {
-    /// Bytes that can still be put.
-    pub fn room(&self) -> usize {
-        self.room - self.len
-    }
-
-    /// As if it had come.
-    pub fn looped(self) -> Received {
-        Received { buffer: self.buffer, start: self.start, len: self.len }
-    }
-}
-
-impl Put for Frame {
-    fn put(&mut self, bytes: &[u8]) {
-        assert!(bytes.len() <= self.room());
-        // SAFETY: there is room behind those that it has, in a buffer that is ours.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.as_ptr().add(self.len), bytes.len()) };
-        self.len += bytes.len();
-    }
 }

@@ -1,8 +1,10 @@
-//! Ports of DPDK as the wire of a NIC in software: the kernel is not asked for packets.
+//! Ports of DPDK, which carry packets of a NIC in software past the kernel.
 
+mod buffers;
 mod eal;
 mod ethernet;
+mod port;
 
-pub(super) use eal::EthPort;
-pub(in super::super) use eal::version;
+pub(crate) use eal::version;
 pub(super) use ethernet::Ethernet;
+pub(super) use port::EthPort;
