@@ -987,7 +987,11 @@ fn noticed_with(removed: Mutation, recorded: u64, budget: u64) -> Option<u64> {
 }
 
 /// Checks that each of these is noticed when it is left out. Searches on all cores, and prints the seeds to record.
-fn must_be_noticed<T: Copy + std::fmt::Debug + Send + Sync>(all: &[T], recorded: fn(T) -> u64, mutation: fn(T) -> Mutation) {
+fn must_be_noticed<T: Copy + std::fmt::Debug + Send + Sync>(
+    all: &[T],
+    recorded: fn(T) -> u64,
+    mutation: fn(T) -> Mutation,
+) {
     let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000);
     std::panic::set_hook(Box::new(|_| {}));
     let survivors = Mutex::new(Vec::new());
