@@ -163,6 +163,13 @@ impl Candidate {
             .fold(0, |mask, info| mask | 1 << info.id.0)
     }
 
+    /// Brokers of the mask `live` whose process has ended. On one host the kernel tells at once, and their leases need not
+    /// expire.
+    fn ended_brokers(&self, live: u64) -> u64 {
+        let others = self.region().geometry().brokers().filter(|id| *id != self.info.id && live & 1 << id.0 != 0);
+        others.filter(|id| self.is_gone(*id, None)).fold(0, |mask, id| mask | 1 << id.0)
+    }
+
     /// Leads, or follows and takes over, until the broker stops.
     pub(crate) async fn run(self, mut leadership: Option<Leadership>) {
         let mut ticks = tokio::time::interval(PERIOD);
@@ -193,7 +200,8 @@ impl Candidate {
 
     /// Looks at the other brokers, as the leader.
     fn look_after(&self, leadership: &mut Leadership) {
-        let live = leadership.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
+        let beating = leadership.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
+        let live = beating & !self.ended_brokers(beating);
         let now = (live, live | self.stopped_brokers(live));
         if now != leadership.shown {
             tracing::info!(mask = format!("{live:#b}"), "membership changed");

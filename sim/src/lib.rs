@@ -5,16 +5,19 @@
 //! - [`transport`]: a transport in memory.
 //! - [`testbed`]: a sequencer in one thread.
 //! - [`local`]: a broker in this process.
+//! - [`parallel`]: work on all cores, for searches over seeds.
 //!
 //! No product crate depends on this one.
 
 pub mod disk;
 pub mod fabric;
 pub mod local;
+pub mod parallel;
 pub mod testbed;
 pub mod transport;
 
 pub use disk::{Fault, SimulatedMedium};
 pub use fabric::{Mutation, Simulated, Turbulence, World};
 pub use local::LocalBroker;
+pub use parallel::on_all_cores;
 pub use transport::SimulatedTransport;

@@ -41,7 +41,7 @@ use embarcadero_cxl::session_table::{Commit, Session, read_commit, read_progress
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic};
 use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_os::buffer::Buffer;
-use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
+use embarcadero_sim::{Mutation, Simulated, Turbulence, World, on_all_cores};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
     BatchHeader, BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, Term, TopicId,
@@ -890,14 +890,18 @@ fn no_schedule_breaks_a_promise() {
     let first = environment("EMBARCADERO_SIM_SEED", 1);
     let visits = Arc::default();
     let begun = Instant::now();
-    for block in 0..schedules.div_ceil(100) {
+    let failed = Mutex::new(Vec::new());
+    on_all_cores(schedules.div_ceil(100), |block| {
         let seed = first + block;
-        let run = catch_unwind(AssertUnwindSafe(|| runner(seed, 100, None, &visits)));
-        assert!(
-            run.is_ok(),
-            "a schedule failed; replay with EMBARCADERO_SIM_SEED={seed} EMBARCADERO_SIM_SCHEDULES=100"
-        );
-    }
+        if catch_unwind(AssertUnwindSafe(|| runner(seed, 100, None, &visits))).is_err() {
+            failed.lock().unwrap().push(seed);
+        }
+    });
+    let failed = failed.into_inner().unwrap();
+    assert!(
+        failed.is_empty(),
+        "schedules of seeds {failed:?} failed; replay with EMBARCADERO_SIM_SEED=.. EMBARCADERO_SIM_SCHEDULES=100"
+    );
     println!("{schedules} schedules in {:.1} s", begun.elapsed().as_secs_f64());
     let visits = visits.lock().unwrap();
     for site in Site::ALL {
@@ -905,56 +909,114 @@ fn no_schedule_breaks_a_promise() {
     }
 }
 
+/// Returns a seed under which some schedule fails without `site`. It is found anew when the code that schedules drive changes.
+const fn recorded(site: Site) -> u64 {
+    match site {
+        Site::SuperblockFlush => 1,
+        Site::SuperblockRead => 1,
+        Site::ControlFlush => 1,
+        Site::ControlRead => 1,
+        Site::TermFlush => 1,
+        Site::TermRead => 1,
+        Site::TakeoverFlush => 1,
+        Site::TakeoverRead => 1,
+        Site::BrokerSlotFlush => 1,
+        Site::BrokerSlotRead => 1,
+        Site::PulseFlush => 1,
+        Site::PulseRead => 1,
+        Site::TopicFlush => 1,
+        Site::TopicRead => 1,
+        Site::PayloadFlush => 1,
+        Site::PayloadRead => 1,
+        Site::BatchEntryFlush => 1,
+        Site::BatchEntryFence => 1,
+        Site::BatchEntryRead => 1,
+        Site::BatchlogHeadFlush => 1,
+        Site::BatchlogHeadRead => 1,
+        Site::IndexEntryFlush => 1,
+        Site::IndexEntryFence => 1,
+        Site::IndexEntryRead => 1,
+        Site::DirectoryFlush => 1,
+        Site::DirectoryRead => 1,
+        Site::TailFlush => 1,
+        Site::TailRead => 1,
+        Site::TrimFlush => 1,
+        Site::TrimRead => 1,
+        Site::SessionFlush => 1,
+        Site::SessionRead => 1,
+        Site::RecordFlush => 1,
+        Site::RecordRead => 1,
+        Site::ConsumedFlush => 1,
+        Site::ConsumedRead => 1,
+        Site::PinFlush => 1,
+        Site::PinRead => 1,
+        Site::ReplicationFlush => 1,
+        Site::ReplicationRead => 1,
+        Site::CompletionFlush => 1,
+        Site::CompletionRead => 1,
+        Site::OwnerFlush => 1,
+        Site::OwnerRead => 1,
+        Site::BitmapFlush => 1,
+        Site::BitmapRead => 1,
+    }
+}
+
+/// Returns a seed under which some schedule fails without `guard`.
+const fn recorded_guard(guard: Guard) -> u64 {
+    match guard {
+        Guard::TermAfterRead => 1,
+        Guard::ClaimBeforeCopy => 1,
+        Guard::OwnSegment => 1,
+        Guard::SegmentOfLeader => 1,
+        Guard::RecoverBeforeAccept => 1,
+        Guard::RetakeUndecided => 1,
+        Guard::DedupCompare => 1,
+        Guard::SlotReuse => 1,
+        Guard::DecidedBeforeReuse => 1,
+        Guard::PinBeforeReuse => 1,
+        Guard::DiskBeforeAck => 1,
+        Guard::TrimAfterCopy => 1,
+    }
+}
+
+/// Finds a seed whose schedule fails when something is left out. Begins with the recorded one.
+fn noticed_with(removed: Mutation, recorded: u64, budget: u64) -> Option<u64> {
+    let visits = Arc::default();
+    let fails = |seed: &u64| catch_unwind(AssertUnwindSafe(|| runner(*seed, 1, Some(removed), &visits))).is_err();
+    std::iter::once(recorded).chain(1..=budget).find(fails)
+}
+
+/// Checks that each of these is noticed when it is left out. Searches on all cores, and prints the seeds to record.
+fn must_be_noticed<T: Copy + std::fmt::Debug + Send + Sync>(
+    all: &[T],
+    recorded: fn(T) -> u64,
+    mutation: fn(T) -> Mutation,
+) {
+    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000);
+    std::panic::set_hook(Box::new(|_| {}));
+    let survivors = Mutex::new(Vec::new());
+    on_all_cores(all.len() as u64, |index| {
+        let left_out = all[index as usize];
+        match noticed_with(mutation(left_out), recorded(left_out), budget) {
+            Some(seed) => println!("{left_out:?} => {seed},"),
+            None => survivors.lock().unwrap().push(left_out),
+        }
+    });
+    let _ = std::panic::take_hook();
+    let survivors = survivors.into_inner().unwrap();
+    assert!(survivors.is_empty(), "that these are left out is not noticed in {budget} schedules: {survivors:?}");
+}
+
 /// Without one of the flushes, fences or invalidates, some schedule fails.
 #[test]
 fn every_flush_fence_and_invalidate_is_needed() {
-    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000) as usize;
-    std::panic::set_hook(Box::new(|_| {}));
-    let mut survivors = Vec::new();
-    for site in Site::ALL {
-        let visits = Arc::default();
-        let removed = Some(Mutation::Site(*site));
-        let caught = catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &visits))).is_err();
-        if !caught {
-            survivors.push(*site);
-        }
-        println!("{site:?}: {}", if caught { "needed" } else { "NOT CAUGHT" });
-    }
-    let _ = std::panic::take_hook();
-    assert!(survivors.is_empty(), "removing these is not noticed in {budget} schedules: {survivors:?}");
+    must_be_noticed(Site::ALL, recorded, Mutation::Site);
 }
 
-/// Where a full fence is weaker than that, some schedule fails.
-#[test]
-fn every_full_fence_is_needed() {
-    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000) as usize;
-    std::panic::set_hook(Box::new(|_| {}));
-    let needed = |site: &&Site| {
-        let removed = Some(Mutation::FullFence(**site));
-        catch_unwind(AssertUnwindSafe(|| runner(42, budget, removed, &Arc::default()))).is_ok()
-    };
-    let survivors: Vec<_> =
-        [Site::PinFlush, Site::TrimFlush, Site::TermFlush, Site::TermRead].iter().filter(needed).collect();
-    let _ = std::panic::take_hook();
-    assert!(survivors.is_empty(), "that these are weaker is not noticed in {budget} schedules: {survivors:?}");
-}
-
-/// Without one of the checks, some schedule fails. Prints after how many schedules.
+/// Without one of the checks, some schedule fails. `sim/tests/protocol/full_fences.rs` has the full fences.
 #[test]
 fn every_guard_is_needed() {
-    let budget = environment("EMBARCADERO_SIM_MUTATION_BUDGET", 10_000);
-    std::panic::set_hook(Box::new(|_| {}));
-    let visits = Arc::default();
-    let fails = |removed, seed| catch_unwind(AssertUnwindSafe(|| runner(seed, 1, Some(removed), &visits))).is_err();
-    let caught: Vec<_> = Guard::ALL
-        .iter()
-        .map(|guard| (*guard, (1..=budget).find(|seed| fails(Mutation::Guard(*guard), *seed))))
-        .collect();
-    let _ = std::panic::take_hook();
-    for (guard, after) in &caught {
-        println!("{guard:?}: {}", after.map_or("NOT CAUGHT".to_owned(), |after| format!("caught after {after}")));
-    }
-    assert!(caught.iter().all(|(_, after)| after.is_some()), "removing some is not noticed in {budget} schedules");
+    must_be_noticed(Guard::ALL, recorded_guard, Mutation::Guard);
 }
 
 /// Ties the size of the simulated batches to that of real ones. Other tests cover the real format.

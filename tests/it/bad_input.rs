@@ -11,7 +11,6 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
@@ -198,7 +197,7 @@ fn the_control_plane_names_what_is_wrong() {
     publisher.publish_wait(b"x").unwrap();
     publisher.flush().unwrap();
     let mut beyond = client.subscriber("t", Start::Offset(5)).unwrap();
-    assert!(matches!(beyond.next(Duration::from_secs(10)), Err(ClientError::OffsetOutOfRange { earliest: 0, .. })));
+    assert!(matches!(beyond.next(PATIENCE), Err(ClientError::OffsetOutOfRange { earliest: 0, .. })));
 }
 
 #[test]

@@ -86,7 +86,7 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
         &["--size", "512MiB", "--segment-size", "1MiB"],
         &[
             ("EMBARCADERO_BROKER_REPLICA__PATH", disk.path().to_str().unwrap()),
-            ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "1000"),
+            ("EMBARCADERO_BROKER_LEADER_LEASE_MS", "100"),
         ],
     );
     // Clients reach brokers through proxies, which cut connections.

@@ -159,11 +159,7 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
 
 #[test]
 fn killed_publisher_subscriber_and_broker_leave_the_others_undisturbed() {
-    let mut cluster = Cluster::start(
-        4,
-        &["--size", "512MiB", "--segment-size", "1MiB"],
-        &[("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")],
-    );
+    let mut cluster = Cluster::start(4, &["--size", "512MiB", "--segment-size", "1MiB"], &[]);
     let client =
         Client::connect(ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..cluster.config() })
             .unwrap();

@@ -1,6 +1,6 @@
 //! Promise: memory is bounded, and running out of it is a wait, then an error, never a loss.
 
-use crate::support::{Cluster, eventually, message, run};
+use crate::support::{Cluster, PATIENCE, eventually, message, run};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
 use embarcadero_wire::ErrorCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -113,7 +113,7 @@ fn retention_recycles(create: &[&str], order: Order) {
     assert!(streams.iter().all(|stream| stream.earliest_offset > 0), "{streams:?}");
     if order.is_global() {
         let mut late = client.subscriber("ring", Start::Offset(0)).unwrap();
-        let error = late.next(Duration::from_secs(10)).map(|_| ()).unwrap_err();
+        let error = late.next(PATIENCE).map(|_| ()).unwrap_err();
         assert!(matches!(error, ClientError::OffsetOutOfRange { earliest, .. } if earliest > 0), "{error}");
         let mut kept = 0;
         eventually("reading what is kept", || {
@@ -157,27 +157,33 @@ fn a_subscriber_that_is_overtaken_is_told() {
     client.create_topic("fast", TopicOptions { retention_bytes: 16 << 20, ..TopicOptions::default() }).unwrap();
     let mut subscriber = client.subscriber("fast", Start::Earliest).unwrap();
     let done = AtomicBool::new(false);
+    let earliest = || client.describe_topic("fast").unwrap().1[0].earliest_offset;
     let overtaken = std::thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            let (mut overtaken, mut read) = (0, 0u64);
+            let (mut overtaken, mut read, mut last) = (0, 0u64, 0);
             while !done.load(Ordering::Relaxed) {
                 // The client itself checks that offsets follow one another.
                 match subscriber.next_batch(Duration::from_millis(10)) {
-                    Ok(_) => read += 1,
+                    Ok(batch) => {
+                        read += 1;
+                        if let Some(message) = batch.iter().flat_map(|batch| batch.messages()).last() {
+                            last = message.offset;
+                        }
+                    }
                     Err(ClientError::OffsetOutOfRange { .. }) => {
                         overtaken += 1;
                         subscriber.seek(Start::Earliest);
                     }
                     Err(error) => panic!("after {read} batches: {error}"),
                 }
-                if read.is_multiple_of(8) {
-                    // Falls behind, with batches queued for it in the broker.
-                    std::thread::sleep(Duration::from_millis(60));
+                // Falls behind, with batches queued for it in the broker.
+                while read.is_multiple_of(8) && earliest() <= last && !done.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(1));
                 }
             }
             overtaken
         });
-        fill(&client, "fast", 1 << 30).unwrap();
+        fill(&client, "fast", 256 << 20).unwrap();
         done.store(true, Ordering::Relaxed);
         reader.join().unwrap()
     });

@@ -9,10 +9,10 @@ use tempfile::TempDir;
 const REGION: &[&str] = &["--size", "256MiB", "--segment-size", "1MiB"];
 const PATH: &str = "EMBARCADERO_BROKER_REPLICA__PATH";
 
-/// Starts brokers that replicate below `disk`, and notice soon that another died.
+/// Starts brokers that replicate below `disk`.
 fn start(brokers: u32, disk: &TempDir) -> Cluster {
     let path = disk.path().to_str().unwrap();
-    Cluster::start(brokers, REGION, &[(PATH, path), ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "500")])
+    Cluster::start(brokers, REGION, &[(PATH, path)])
 }
 
 fn client(cluster: &Cluster, ack_level: u8) -> Client {

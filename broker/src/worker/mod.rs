@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 /// Largest number of batches that one connection receives before others have their turn.
 const RECEIVE_BATCHES: usize = 8;
 /// Time that an error may take to reach its client before the connection is cut.
-const CLOSE_LINGER: Duration = Duration::from_secs(2);
+const CLOSE_LINGER: Duration = Duration::from_secs(10);
 /// Time between two looks at what rarely changes: sessions, topics and the RDMA device.
 const IDLE_CHECK: Duration = Duration::from_millis(10);
 

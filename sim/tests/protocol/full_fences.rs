@@ -41,8 +41,8 @@ const SEARCHED: u64 = 5000;
 const FULL_FENCES: [(Site, Schedule, u64); 4] = [
     (Site::PinFlush, pin_and_trim, 1),
     (Site::TrimFlush, pin_and_trim, 1),
-    (Site::TermFlush, publish_and_claim, 1),
-    (Site::TermRead, publish_and_claim, 1),
+    (Site::TermFlush, publish_and_claim, 7),
+    (Site::TermRead, publish_and_claim, 5),
 ];
 
 /// Runs one schedule, with something left out. Returns whether its promise held.
@@ -107,6 +107,8 @@ fn pin_and_trim(removed: Option<Mutation>) -> bool {
             let pinned = lowest_pin(&own, TOPIC, std::iter::once(BROKER));
             below.fetch_max(index.trimmed().min(pinned), Ordering::SeqCst);
         }
+        // The last trim point is in memory now in any case, and the reader comes to its end.
+        world.lock().unwrap().set_turbulence(Turbulence::CALM);
     });
     let holds = Arc::clone(&held);
     let reader = shuttle::thread::spawn(move || {

@@ -1,9 +1,21 @@
 //! A real etcd.
 
 use super::{address_at, eventually};
-use std::net::IpAddr;
+use std::io::{Read, Write};
+use std::net::{IpAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 use tempfile::TempDir;
+
+/// Asks an etcd at `address` whether it serves requests. It accepts connections before it does.
+fn is_healthy(address: &str) -> std::io::Result<bool> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"GET /health HTTP/1.0\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer.contains(r#""health":"true""#))
+}
 
 /// Etcd of one member, which is killed when dropped.
 pub struct Etcd {
@@ -40,7 +52,7 @@ impl Etcd {
             .expect("etcd (hw-setup/deps installs it)");
         self.child = Some(child);
         let address = self.client.trim_start_matches("http://");
-        eventually("etcd serves", || std::net::TcpStream::connect(address).is_ok());
+        eventually("etcd serves", || is_healthy(address).unwrap_or(false));
     }
 
     pub fn kill(&mut self) {

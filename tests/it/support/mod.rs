@@ -19,7 +19,19 @@ use std::time::{Duration, Instant};
 pub const PROGRAM: &str = env!("CARGO_BIN_EXE_embarcadero");
 
 /// Longest wait for what must happen. Only a broken program reaches it, however busy the machine is.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(300);
+/// Time without progress after which clients fail. A quarter of it is what they wait for a silent broker.
+const PROGRESS: Duration = Duration::from_secs(120);
+
+/// Settings of every broker that a test does not change. Leases that no descheduled process loses: brokers that end are
+/// noticed without them.
+const PATIENT: [(&str, &str); 5] = [
+    ("EMBARCADERO_BROKER_LEADER_LEASE_MS", "30000"),
+    ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "60000"),
+    ("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "120000"),
+    ("EMBARCADERO_BROKER_DRAIN_MS", "120000"),
+    ("EMBARCADERO_BROKER_ETCD__LEASE_S", "10"),
+];
 
 pub struct Broker {
     pub child: Child,
@@ -139,8 +151,9 @@ impl Cluster {
             .args(["broker", "--region", self.region.to_str().unwrap()])
             .args(if arguments.contains(&"--control") { &[] } else { &control[..] })
             .args(arguments)
-            .envs(self.environment.iter().cloned())
             .env("EMBARCADERO_BROKER_THREADS__POLLERS_ON_HOST", "8")
+            .envs(PATIENT)
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
@@ -178,7 +191,11 @@ impl Cluster {
     }
 
     pub fn config(&self) -> ClientConfig {
-        ClientConfig { progress_timeout_ms: PATIENCE.as_millis() as u64, ..ClientConfig::at(self.control()) }
+        ClientConfig {
+            connect_timeout_ms: 30_000,
+            progress_timeout_ms: PROGRESS.as_millis() as u64,
+            ..ClientConfig::at(self.control())
+        }
     }
 
     pub fn client(&self) -> Client {
@@ -194,9 +211,9 @@ impl Cluster {
 
     /// Waits for a leader that lives. Returns its index among the brokers.
     pub fn leader(&self) -> usize {
-        let begun = Instant::now();
+        let (client, begun) = (self.client_of_all(), Instant::now());
         loop {
-            let found = self.client_of_all().cluster().unwrap().brokers.into_iter().find(|broker| broker.leader);
+            let found = client.cluster().unwrap().brokers.into_iter().find(|broker| broker.leader);
             let index = found.and_then(|leader| self.brokers.iter().position(|broker| broker.id == leader.id));
             if let Some(index) = index {
                 return index;
@@ -206,9 +223,26 @@ impl Cluster {
         }
     }
 
+    /// Returns the broker that leads, or led last, and its term, as the region has them.
+    pub fn leading(&self) -> (BrokerId, u64) {
+        let found = std::cell::Cell::new(None);
+        eventually("the leader's statement is whole", || {
+            let statement = &self.inspect()["control_block"];
+            found.set(statement["broker"].as_u64().zip(statement["term"].as_u64()));
+            found.get().is_some()
+        });
+        let (broker, term) = found.get().unwrap();
+        (BrokerId(broker as u32), term)
+    }
+
     /// Returns the term of the leader, or of the last one.
     pub fn term(&self) -> u64 {
-        self.inspect()["control_block"]["term"].as_u64().unwrap()
+        self.leading().1
+    }
+
+    /// Waits until another broker than `broker` leads.
+    pub fn await_another_leader(&self, broker: BrokerId) {
+        eventually("another broker leads", || self.leading().0 != broker);
     }
 
     /// Kills a broker with SIGKILL. Returns what [`Cluster::restart`] needs.
