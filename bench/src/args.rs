@@ -196,7 +196,7 @@ impl BenchArgs {
             batch_size_max,
             buffer_bytes: self.buffer_bytes.unwrap_or_else(|| bytes.max(1 << 20).min(share).max(least)),
             batch_checksum: self.checksum,
-            transport: self.transport.into(),
+            transport: self.transport,
             dpdk: if self.transport == TransportKind::Dpdk { memif::client() } else { defaults.dpdk },
             ..ClientConfig::at(cluster.control())
         };

@@ -115,7 +115,7 @@ fn many_sessions(args: &ScaleArgs) -> Result<(f64, f64)> {
         batch_size: Some(SMALL_BATCH),
         buffer_bytes: 4 * SMALL_BATCH,
         batch_checksum: bench.checksum,
-        transport: bench.transport.into(),
+        transport: bench.transport,
         ..ClientConfig::at(cluster.control())
     };
     let client = Client::connect(config)?;

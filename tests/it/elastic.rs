@@ -78,8 +78,8 @@ fn brokers_join_and_leave_under_load() {
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
 
-/// Where each broker has a stream of its own, a subscriber reads those of brokers that join after it, and nothing that was
-/// published before it.
+/// Where each broker has a stream of its own, a subscriber reads the streams of brokers that join later. It reads nothing
+/// that was published before it subscribed.
 #[test]
 fn a_subscriber_reads_the_streams_of_brokers_that_join() {
     let mut cluster = Cluster::start(1, &["--size", "64MiB", "--segment-size", "1MiB"], &[]);
