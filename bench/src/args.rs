@@ -1,14 +1,13 @@
 //! Arguments of every bench, and the cluster, clients and topics that follow from them.
 
+use crate::cores::{CorePair, host_cores};
+use crate::memif;
 use crate::report::Format;
-use crate::{ceiling, memif};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use embarcadero::cluster::{Cluster, ClusterArgs};
-use embarcadero_client::TransportKind;
-use embarcadero_client::{Client, ClientConfig, Order, TopicOptions};
+use embarcadero_client::{Client, ClientConfig, Order, TopicOptions, TransportKind};
 use embarcadero_cxl::layout::MAX_BROKERS;
-use embarcadero_os::thread::prepare_polling_thread;
 use serde_json::json;
 use std::path::PathBuf;
 
@@ -118,8 +117,8 @@ impl BenchArgs {
         if self.near_core().is_some() { (1..host_cores()).collect() } else { Vec::new() }
     }
 
-    pub fn pair(&self) -> ceiling::Pair {
-        ceiling::Pair { near: self.near_core(), far: self.far_cores().first().copied() }
+    pub fn cores(&self) -> CorePair {
+        CorePair { near: self.near_core(), far: self.far_cores().first().copied() }
     }
 
     pub fn ceiling_name(&self, tcp: &'static str) -> &'static str {
@@ -197,7 +196,7 @@ impl BenchArgs {
             batch_size_max,
             buffer_bytes: self.buffer_bytes.unwrap_or_else(|| bytes.max(1 << 20).min(share).max(least)),
             batch_checksum: self.checksum,
-            transport: self.transport.into(),
+            transport: self.transport,
             dpdk: if self.transport == TransportKind::Dpdk { memif::client() } else { defaults.dpdk },
             ..ClientConfig::at(cluster.control())
         };
@@ -218,13 +217,4 @@ impl BenchArgs {
         client.create_topic(name, options)?;
         Ok(())
     }
-}
-
-pub fn host_cores() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Pins the calling thread to a core, if one is given.
-pub fn pin(core: Option<usize>) -> Result<()> {
-    prepare_polling_thread(core).context("cannot put a thread on its core; try --no-pin")
 }

@@ -2,8 +2,13 @@
 //!
 //! They are raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory, and the disk.
 
-use crate::args::{BenchArgs, REGION_BYTES, RETENTION_BYTES, SEGMENT_BYTES, pin};
-use crate::latency::histogram;
+mod verbs;
+
+pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
+
+use crate::args::{BenchArgs, REGION_BYTES, RETENTION_BYTES, SEGMENT_BYTES};
+use crate::cores::{CorePair, pin};
+use crate::histogram;
 use crate::report::Row;
 use anyhow::{Context, Result};
 use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
@@ -20,15 +25,6 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Cores of the two ends; `None` leaves them to the scheduler.
-#[derive(Clone, Copy)]
-pub struct Pair {
-    /// Core of the end that sends.
-    pub near: Option<usize>,
-    /// Core of the end that receives.
-    pub far: Option<usize>,
-}
-
 /// Connects two sockets over loopback, prepared as brokers and clients prepare theirs.
 pub fn connected() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
@@ -43,7 +39,7 @@ pub fn connected() -> Result<(TcpStream, TcpStream)> {
 /// Measures TCP into a region like a broker's, bytes per second: one thread sends from a buffer, another receives.
 ///
 /// The result is the better of two receivers, one that sleeps between batches and one that polls without rest.
-pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) -> Result<f64> {
+pub fn tcp_receive_into_region(cores: CorePair, batch_bytes: usize, seconds: f64) -> Result<f64> {
     let receive = |busy| -> Result<f64> {
         let receiver = std::thread::spawn(move || receive(cores, batch_bytes, seconds / 2.0, busy));
         receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))?
@@ -51,7 +47,7 @@ pub fn tcp_receive_into_region(cores: Pair, batch_bytes: usize, seconds: f64) ->
     Ok(receive(false)?.max(receive(true)?))
 }
 
-fn receive(cores: Pair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
+fn receive(cores: CorePair, batch_bytes: usize, seconds: f64, busy: bool) -> Result<f64> {
     pin(cores.far)?;
     let path = BenchArgs::region().with_extension("ceiling");
     let geometry = Geometry::with_segments_of(SEGMENT_BYTES, AllocatorKind::Bitmap).fit(REGION_BYTES)?;
@@ -109,12 +105,12 @@ fn read_busily(stream: &mut TcpStream, buffer: &mut [u8]) -> std::io::Result<boo
 }
 
 /// Median round trip of `bytes` over TCP, seconds. Both threads poll without rest.
-pub fn tcp_ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+pub fn tcp_ping_pong(cores: CorePair, bytes: usize, seconds: f64) -> Result<f64> {
     let caller = std::thread::spawn(move || ping_pong(cores, bytes, seconds));
     caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?
 }
 
-fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
+fn ping_pong(cores: CorePair, bytes: usize, seconds: f64) -> Result<f64> {
     pin(cores.near)?;
     let (mut near, mut far) = connected()?;
     near.set_nonblocking(true)?;
@@ -125,7 +121,7 @@ fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
         while matches!(read_busily(&mut far, &mut buffer), Ok(true)) && far.write_all(&buffer).is_ok() {}
         Ok::<(), anyhow::Error>(())
     });
-    let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+    let mut histogram = histogram::of_nanoseconds()?;
     let mut buffer = vec![b'p'; bytes];
     let begun = Instant::now();
     while begun.elapsed().as_secs_f64() < seconds {
@@ -139,219 +135,8 @@ fn ping_pong(cores: Pair, bytes: usize, seconds: f64) -> Result<f64> {
     Ok(histogram.value_at_quantile(0.5) as f64 / 1e9)
 }
 
-pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
-
-/// Ceilings of RDMA, at a device of the host or a NIC in software.
-mod verbs {
-    use super::{Context as _, Duration, FlushMethod, Instant, Mapping, Native, RegionOffset, Result};
-    use crate::args::{BenchArgs, SMALL_RETENTION_BYTES, pin};
-    use crate::memif;
-    use anyhow::bail;
-    use embarcadero_client::TransportKind;
-    use embarcadero_os::buffer::Buffer;
-    use embarcadero_verbs::{
-        CompletionQueue, Context, DpdkConfig, LocalPort, MemoryRegion, Outcome, ProtectionDomain, QueuePair,
-        QueuePairOptions, RemoteRange, Request, Sending, SharedReceiveQueue, VerbsError, Work,
-    };
-    use std::net::Ipv4Addr;
-    use std::sync::{Arc, Mutex, PoisonError};
-
-    /// Most requests under way.
-    const DEPTH: u32 = 128;
-    /// Number of requests posted together, of which the last has a completion.
-    const CHAIN: usize = 8;
-
-    /// One of two ends, which write from a buffer into each other's memory, which is like a region's.
-    struct End {
-        pair: QueuePair<Sending>,
-        queue: CompletionQueue,
-        receives: Arc<SharedReceiveQueue>,
-        from: MemoryRegion,
-        _into: MemoryRegion,
-        to: RemoteRange,
-        /// Bytes of the other end's memory.
-        span: u64,
-        /// Offset of the next write in the other end's memory.
-        next: u64,
-        posted: u64,
-        done: u64,
-        /// Number of complete WRITEs of the other end.
-        arrived: u64,
-    }
-
-    /// Ports that share memory. They stay open: on closing the second, their driver would free the shared memory twice.
-    static SHARING: Mutex<Vec<(Arc<Context>, LocalPort)>> = Mutex::new(Vec::new());
-
-    /// Devices of both ends, which may be one.
-    fn devices(args: &BenchArgs) -> Result<[(Arc<Context>, LocalPort); 2]> {
-        // The end that receives listens.
-        let open = |[near, far]: [DpdkConfig; 2]| {
-            let far = Context::dpdk(&far)?;
-            Ok::<_, VerbsError>([Context::dpdk(&near)?, far])
-        };
-        let one = match (args.transport, &args.devices) {
-            (TransportKind::Dpdk, Some(devices)) => return Ok(open(devices.pair())?),
-            (TransportKind::Dpdk, None) => {
-                let ends = open(memif::pair())?;
-                SHARING.lock().unwrap_or_else(PoisonError::into_inner).extend(ends.clone());
-                return Ok(ends);
-            }
-            (TransportKind::Roce, _) => Context::software(Some(Ipv4Addr::LOCALHOST.into()))?,
-            _ => Context::find(None)?,
-        };
-        Ok([one.clone(), one])
-    }
-
-    fn ends(args: &BenchArgs, bytes: usize, span: u64) -> Result<(End, End)> {
-        let [near, far] = devices(args)?;
-        let half = |(context, port): (Arc<Context>, LocalPort)| -> Result<_> {
-            let domain = ProtectionDomain::new(&context).context("cannot make a protection domain")?;
-            let receives = SharedReceiveQueue::new(&domain, 2 * DEPTH)?;
-            let buffer = Buffer::zeroed(bytes)?;
-            let from = MemoryRegion::local(&domain, &buffer).context("cannot register a buffer")?;
-            let memory = Mapping::anonymous(span).context("cannot map memory")?;
-            memory.prefault().context("cannot map memory")?;
-            let memory = Native::new(memory, FlushMethod::None)?;
-            let into = MemoryRegion::writable(&domain, &(&memory, RegionOffset(0), span));
-            let into = into.context("cannot register memory")?;
-            let queue = CompletionQueue::new(&context, 4 * DEPTH)?;
-            let options =
-                QueuePairOptions { send_depth: DEPTH, receive_depth: 0, inline_bytes: 64, shared: Some(&receives) };
-            let pair = QueuePair::new(&domain, &queue, &port, &options).context("cannot make a queue pair")?;
-            Ok((pair, queue, receives, from, into))
-        };
-        let (near, far) = (half(near)?, half(far)?);
-        let (near_address, far_address) = (near.0.address(), far.0.address());
-        let (near_memory, far_memory) = (near.4.remote(0, span), far.4.remote(0, span));
-        let end = |(pair, queue, receives, from, into): (QueuePair<_>, _, _, _, _), peer, to| -> Result<End> {
-            let pair = pair.receive_from(&peer)?.send()?;
-            Ok(End { pair, queue, receives, from, _into: into, to, span, next: 0, posted: 0, done: 0, arrived: 0 })
-        };
-        Ok((end(near, far_address, far_memory)?, end(far, near_address, near_memory)?))
-    }
-
-    impl End {
-        fn write(&mut self, bytes: usize, count: usize) -> Result<()> {
-            let mut chain = [Request { id: 0, signaled: false, work: Work::Send(&[]) }; CHAIN];
-            for request in &mut chain[..count] {
-                self.posted += 1;
-                let work = Work::Write(Some(self.from.range(0, bytes as u32)), self.to.offset(self.next), Some(0));
-                self.next += bytes as u64;
-                if self.next + bytes as u64 > self.span {
-                    self.next = 0;
-                }
-                *request = Request { id: self.posted, signaled: false, work };
-            }
-            chain[count - 1].signaled = true;
-            if self.pair.post(&chain[..count])? < count {
-                bail!("the device took only part of a chain of requests");
-            }
-            Ok(())
-        }
-
-        fn poll(&mut self) -> Result<()> {
-            let (mut received, mut failure) = (0, None);
-            self.queue.poll(|completion| match completion.outcome {
-                Outcome::Sent => self.done = self.done.max(completion.id),
-                Outcome::Failed(error) => failure = Some(error),
-                _ => received += 1,
-            })?;
-            self.receives.post(received)?;
-            self.arrived += received as u64;
-            match failure {
-                Some(error) => Err(error.into()),
-                None => Ok(()),
-            }
-        }
-    }
-
-    /// Measures WRITEs with immediate data, bytes per second. One thread writes, another takes the completions.
-    pub fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
-        let (cores, seconds) = (args.pair(), args.seconds);
-        // As much memory as the benched topic's retention uses.
-        let (mut near, mut far) = ends(args, bytes, SMALL_RETENTION_BYTES.max(bytes as u64))?;
-        let stop = std::sync::atomic::AtomicBool::new(false);
-        let ordering = std::sync::atomic::Ordering::Relaxed;
-        std::thread::scope(|scope| {
-            let receiver = scope.spawn(|| {
-                pin(cores.far)?;
-                while !stop.load(ordering) {
-                    let before = far.arrived;
-                    far.poll()?;
-                    if far.arrived == before {
-                        std::thread::yield_now();
-                    }
-                }
-                Ok::<(), anyhow::Error>(())
-            });
-            let sender = scope.spawn(|| {
-                pin(cores.near)?;
-                let begun = Instant::now();
-                let time = Duration::from_secs_f64(seconds);
-                while begun.elapsed() < time {
-                    while near.posted - near.done <= u64::from(DEPTH) - CHAIN as u64 {
-                        near.write(bytes, CHAIN)?;
-                    }
-                    let before = near.done;
-                    near.poll()?;
-                    if near.done == before {
-                        std::thread::yield_now();
-                    }
-                }
-                while near.done < near.posted {
-                    near.poll()?;
-                }
-                Ok::<f64, anyhow::Error>((near.posted * bytes as u64) as f64 / begun.elapsed().as_secs_f64())
-            });
-            let rate = sender.join().map_err(|_| anyhow::anyhow!("the sender died"))?;
-            stop.store(true, ordering);
-            receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))??;
-            rate
-        })
-    }
-
-    /// Median of half the round trip of `bytes`, seconds. Two threads write to each other in turn, and both poll.
-    pub fn ping_pong(args: &BenchArgs, bytes: usize) -> Result<f64> {
-        let (cores, seconds) = (args.pair(), args.seconds);
-        let (mut near, mut far) = ends(args, bytes, bytes as u64)?;
-        let stop = std::sync::atomic::AtomicBool::new(false);
-        let ordering = std::sync::atomic::Ordering::Relaxed;
-        std::thread::scope(|scope| {
-            let echo = scope.spawn(|| {
-                pin(cores.far)?;
-                let mut answered = 0;
-                while !stop.load(ordering) {
-                    far.poll()?;
-                    if far.arrived > answered {
-                        answered += 1;
-                        far.write(bytes, 1)?;
-                    }
-                }
-                Ok::<(), anyhow::Error>(())
-            });
-            let caller = scope.spawn(|| {
-                pin(cores.near)?;
-                let mut histogram = hdrhistogram::Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
-                let begun = Instant::now();
-                while begun.elapsed().as_secs_f64() < seconds {
-                    let sent = Instant::now();
-                    let expected = near.arrived + 1;
-                    near.write(bytes, 1)?;
-                    while near.arrived < expected {
-                        near.poll()?;
-                    }
-                    histogram.record(sent.elapsed().as_nanos() as u64)?;
-                }
-                Ok::<f64, anyhow::Error>(histogram.value_at_quantile(0.5) as f64 / 2e9)
-            });
-            let latency = caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?;
-            stop.store(true, ordering);
-            echo.join().map_err(|_| anyhow::anyhow!("the echo died"))??;
-            latency
-        })
-    }
-}
-
+/// Name of [`nothing_to_do`] in reports, where it is the ceiling of latencies under load.
+pub const NOTHING_TO_DO: &str = "nothing_to_do";
 /// Time between two events of [`nothing_to_do`], nanoseconds.
 const NOTHING_EVERY: u64 = 1_000;
 
@@ -359,10 +144,10 @@ const NOTHING_EVERY: u64 = 1_000;
 ///
 /// A thread on each core looks at the clock without rest. An event is due every microsecond, and nothing is done for it. It
 /// waits for longer than that only while the machine keeps the thread from running.
-pub fn nothing_to_do(cores: Pair, seconds: f64) -> Result<Histogram<u64>> {
+pub fn nothing_to_do(cores: CorePair, seconds: f64) -> Result<Histogram<u64>> {
     let look = |core| -> Result<Histogram<u64>> {
         pin(core)?;
-        let (mut waits, begun, mut due) = (histogram()?, Instant::now(), 0);
+        let (mut waits, begun, mut due) = (histogram::of_nanoseconds()?, Instant::now(), 0);
         while (due as f64) < seconds * 1e9 {
             let now = begun.elapsed().as_nanos() as u64;
             while due <= now {
@@ -405,7 +190,7 @@ pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
     let in_far_thread = |write: &(dyn Fn(RegionOffset) + Sync), piece| -> Result<Vec<f64>> {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
-                pin(args.pair().far)?;
+                pin(args.cores().far)?;
                 Ok((0..args.runs).map(|_| write_all_of(&memory, piece, seconds, write)).collect())
             });
             thread.join().map_err(|_| anyhow::anyhow!("the writing thread died"))?
@@ -420,7 +205,7 @@ pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
     };
     let flushed: Vec<f64> = in_far_thread(&flush, LINE_BYTES)?.iter().map(|rate| rate / LINE_BYTES as f64).collect();
     let round_trips =
-        (0..args.runs).map(|_| tcp_ping_pong(args.pair(), args.message_bytes, seconds)).collect::<Result<Vec<_>>>()?;
+        (0..args.runs).map(|_| tcp_ping_pong(args.cores(), args.message_bytes, seconds)).collect::<Result<Vec<_>>>()?;
     Ok(vec![
         Row::new("ceiling.memcpy", "B/s", &copied),
         Row::new("ceiling.non_temporal_store", "B/s", &streamed),

@@ -68,7 +68,7 @@ pub fn run(args: &DatapathArgs) -> Result<()> {
 }
 
 fn transport_alone(args: &BenchArgs, bytes: usize) -> Result<(f64, f64)> {
-    let (cores, seconds) = (args.pair(), args.seconds);
+    let (cores, seconds) = (args.cores(), args.seconds);
     Ok(match args.transport {
         TransportKind::Tcp => (
             ceiling::tcp_receive_into_region(cores, bytes, seconds)?,

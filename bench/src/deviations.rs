@@ -2,97 +2,24 @@
 //!
 //! Both are measured in turn, in one process. The results are the table at the end of the register.
 
+mod args;
 mod batching;
+mod comparison;
 mod flushing;
 mod polling;
 mod pool;
 mod receiving;
 
+pub use args::DeviationArgs;
+
 use crate::args::BenchArgs;
-use crate::report::{Format, Report, Row, human, machine, median};
+use crate::report::{Format, Report, Row, machine};
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use comparison::Comparison;
 use serde_json::json;
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-
-#[derive(Args, Clone)]
-pub struct DeviationArgs {
-    #[command(flatten)]
-    bench: BenchArgs,
-    /// Measure only these entries, such as DEV-001.
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// Time that a simulated slow device takes per line that is written back, nanoseconds.
-    #[arg(long, default_value_t = 200)]
-    line_ns: u64,
-    /// Rewrite the table of this register.
-    #[arg(long, conflicts_with = "only")]
-    write: Option<PathBuf>,
-}
-
-/// Direction in which values are better.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Better {
-    More,
-    Less,
-}
-
-/// One figure of an entry, for both designs.
-pub struct Comparison {
-    id: &'static str,
-    what: String,
-    unit: &'static str,
-    /// Direction that is better, and the bound of the ratio of ours to the baseline that keeps the entry.
-    stays: (Better, f64),
-    baseline: Vec<f64>,
-    ours: Vec<f64>,
-}
-
-impl Comparison {
-    fn new(id: &'static str, what: impl Into<String>, unit: &'static str, stays: (Better, f64)) -> Self {
-        Self { id, what: what.into(), unit, stays, baseline: Vec::new(), ours: Vec::new() }
-    }
-
-    /// Adds one run of each design.
-    fn add(&mut self, baseline: f64, ours: f64) {
-        self.baseline.push(baseline);
-        self.ours.push(ours);
-    }
-
-    fn ratio(&self) -> f64 {
-        median(&self.ours) / median(&self.baseline)
-    }
-
-    fn verdict(&self) -> &'static str {
-        let kept = match self.stays {
-            (Better::More, bound) => self.ratio() >= bound,
-            (Better::Less, bound) => self.ratio() <= bound,
-        };
-        if kept { "kept" } else { "**bound missed**" }
-    }
-
-    fn line(&self) -> String {
-        let show = |row: &Row| {
-            let (least, most) = row.spread();
-            let [value, least, most] = [row.median(), least, most].map(|value| human(value, self.unit));
-            format!("{value} ({least} to {most})")
-        };
-        let [baseline, ours] = [&self.baseline, &self.ours].map(|runs| show(&Row::new("", self.unit, runs)));
-        let bound = match self.stays {
-            (Better::More, bound) => format!(">= {bound}"),
-            (Better::Less, bound) => format!("<= {bound}"),
-        };
-        format!(
-            "| {} | {} | {baseline} | {ours} | {:.2} | {bound} | {} |",
-            self.id,
-            self.what,
-            self.ratio(),
-            self.verdict()
-        )
-    }
-}
 
 /// Rows of the table that follow from the layout, without a measurement.
 const BY_CONSTRUCTION: [(&str, &str); 4] = [

@@ -3,13 +3,13 @@
 //! In the open loop, messages are due at a fixed rate, even when the system does not keep up. The latency of each counts
 //! from the moment at which it was due, not from the moment at which it was sent (no coordinated omission).
 
-use crate::args::{BenchArgs, RETENTION_BYTES, pin};
-use crate::ceiling;
+use crate::args::{BenchArgs, RETENTION_BYTES};
+use crate::cores::pin;
 use crate::report::{Format, Report, Row};
+use crate::{ceiling, histogram};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use embarcadero_client::TransportKind;
-use embarcadero_client::{Client, ClientError, MessageId, Publisher, Start, Status, Subscriber};
+use embarcadero_client::{Client, ClientError, MessageId, Publisher, Start, Status, Subscriber, TransportKind};
 use hdrhistogram::Histogram;
 use serde_json::json;
 use std::collections::VecDeque;
@@ -17,8 +17,6 @@ use std::time::{Duration, Instant};
 
 /// Quantiles that are reported of a distribution.
 const QUANTILES: [(f64, &str); 5] = [(0.5, "p50"), (0.9, "p90"), (0.99, "p99"), (0.999, "p99.9"), (0.9999, "p99.99")];
-/// Name of the ceiling beside which latencies under load stand: [`ceiling::nothing_to_do`].
-pub const NOTHING_TO_DO: &str = "nothing_to_do";
 /// Number of points of a distribution per halving of the rest.
 const DISTRIBUTION_STEPS: u32 = 4;
 /// Most messages that are published before acknowledgements and deliveries are taken.
@@ -51,14 +49,9 @@ fn positive(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Histogram of nanoseconds, 1 ns to 600 s, with three significant digits.
-pub fn histogram() -> Result<Histogram<u64>> {
-    Ok(Histogram::new_with_bounds(1, 600_000_000_000, 3)?)
-}
-
 /// Publishes one message at a time for `time`. Returns the latencies from publish to acknowledgement.
 fn publish_one_by_one(publisher: &Publisher, message: &[u8], time: Duration) -> Result<Histogram<u64>> {
-    let mut histogram = histogram()?;
+    let mut histogram = histogram::of_nanoseconds()?;
     let begun = Instant::now();
     while begun.elapsed() < time {
         let sent = Instant::now();
@@ -241,7 +234,12 @@ pub fn open_loop(args: &BenchArgs, client: &Client, pace: Pace, delivered: bool)
     args.topic(client, "open-loop")?;
     let publisher = client.publisher("open-loop")?;
     let mut subscriber = delivered.then(|| client.subscriber("open-loop", Start::Earliest)).transpose()?;
-    let outcome = Outcome { to_ack: histogram()?, to_delivery: histogram()?, bytes: 0, goodput: 0.0 };
+    let outcome = Outcome {
+        to_ack: histogram::of_nanoseconds()?,
+        to_delivery: histogram::of_nanoseconds()?,
+        bytes: 0,
+        goodput: 0.0,
+    };
     let time = Duration::from_secs_f64(args.seconds);
     // A subscriber must not fall behind retention.
     let ahead = if delivered { RETENTION_BYTES / 4 / args.message_bytes as u64 } else { u64::MAX };
@@ -280,7 +278,7 @@ struct Quantiles {
 
 impl Quantiles {
     fn new() -> Result<Self> {
-        Ok(Self { runs: Default::default(), together: histogram()? })
+        Ok(Self { runs: Default::default(), together: histogram::of_nanoseconds()? })
     }
 
     fn add(&mut self, histogram: &Histogram<u64>) -> Result<()> {
@@ -304,7 +302,7 @@ impl Quantiles {
     /// One row per quantile, beside that quantile of a loop that had nothing to do.
     fn rows_beside(&self, what: &str, nothing: &Self) -> Vec<Row> {
         let rows = self.rows(what).into_iter().zip(&nothing.runs);
-        rows.map(|(row, runs)| row.with_ceiling(NOTHING_TO_DO, runs)).collect()
+        rows.map(|(row, runs)| row.with_ceiling(ceiling::NOTHING_TO_DO, runs)).collect()
     }
 }
 
@@ -314,7 +312,7 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
         let (mut ceilings, mut quantiles) = (Vec::new(), Quantiles::new()?);
         for _ in 0..bench.runs {
             ceilings.push(match bench.transport {
-                TransportKind::Tcp => ceiling::tcp_ping_pong(bench.pair(), bench.message_bytes, bench.seconds)?,
+                TransportKind::Tcp => ceiling::tcp_ping_pong(bench.cores(), bench.message_bytes, bench.seconds)?,
                 _ => 2.0 * ceiling::verbs_ping_pong(bench, bench.message_bytes)?,
             });
             quantiles.add(&one_at_a_time(bench)?)?;
@@ -328,7 +326,7 @@ pub fn run(args: &LatencyArgs) -> Result<()> {
     for rate in &args.rates {
         let (mut to_ack, mut to_delivery, mut nothing) = (Quantiles::new()?, Quantiles::new()?, Quantiles::new()?);
         for _ in 0..bench.runs {
-            nothing.add(&ceiling::nothing_to_do(bench.pair(), bench.seconds)?)?;
+            nothing.add(&ceiling::nothing_to_do(bench.cores(), bench.seconds)?)?;
             let cluster = bench.cluster()?;
             let client = bench.client(&cluster)?;
             let outcome = open_loop(bench, &client, Pace::Rate(*rate), true)?;
@@ -359,7 +357,7 @@ pub fn versus_load(args: &LoadArgs) -> Result<()> {
         let mut nothing = Quantiles::new()?;
         let mut by_load = args.loads.iter().map(|_| loaded()).collect::<Result<Vec<_>>>()?;
         for _ in 0..bench.runs {
-            nothing.add(&ceiling::nothing_to_do(bench.pair(), bench.seconds)?)?;
+            nothing.add(&ceiling::nothing_to_do(bench.cores(), bench.seconds)?)?;
             let cluster = bench.cluster()?;
             let client = bench.client(&cluster)?;
             // The first pass touches memory.

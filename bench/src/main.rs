@@ -3,11 +3,13 @@
 
 mod args;
 mod ceiling;
+mod cores;
 mod datapath;
 mod deviations;
 mod engine;
 mod failover;
 mod grid;
+mod histogram;
 mod idle;
 mod latency;
 mod memif;

@@ -3,19 +3,22 @@
 
 mod kafka;
 mod nats;
+mod peer;
 mod redis;
 
-use crate::args::{BenchArgs, pin};
+use crate::args::BenchArgs;
+use crate::cores::pin;
+use crate::histogram;
 use crate::latency::one_at_a_time;
 use crate::publish::publish_goodput;
 use crate::report::{Report, Row};
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use hdrhistogram::Histogram;
 use kafka::Kafka;
 use nats::Nats;
+use peer::Peer;
 use redis::Redis;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -35,36 +38,6 @@ pub struct PeerArgs {
     /// Most messages that a connection to a peer has under way.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=65536))]
     window: u64,
-}
-
-/// Bytes that a peer keeps before it deletes the oldest messages.
-const KEPT_BYTES: usize = 512 << 20;
-/// Name of the stream or topic at a peer.
-const STREAM: &str = "embarcadero-bench";
-/// Bytes of the longest line or body of an answer.
-const MAX_ANSWER_BYTES: usize = 64 << 10;
-
-/// Protocol of a peer: encodes requests and reads answers.
-trait Peer: Sync {
-    fn address(&self) -> &str;
-
-    /// Prepares a fresh connection, which has this number, for publishing.
-    fn open(&self, number: u32, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>) -> Result<()>;
-
-    /// Encodes the requests with which connection `number` publishes a message `count` times.
-    fn requests(&self, number: u32, message: &[u8], count: usize) -> Vec<u8>;
-
-    /// Reads one answer to requests for `count` messages each. Returns the number of messages that it acknowledges.
-    fn acknowledgement(&self, writer: &mut TcpStream, reader: &mut BufReader<TcpStream>, count: u64) -> Result<u64>;
-}
-
-fn line(reader: &mut BufReader<TcpStream>) -> Result<String> {
-    let mut line = String::new();
-    let mut bounded = reader.by_ref().take(MAX_ANSWER_BYTES as u64);
-    if bounded.read_line(&mut line)? == 0 {
-        bail!("the peer closed the connection");
-    }
-    Ok(line.trim_end().to_owned())
 }
 
 struct Connection {
@@ -128,7 +101,7 @@ fn goodput(peer: &dyn Peer, args: &PeerArgs) -> Result<f64> {
 /// Median latency from publish to acknowledgement, one message at a time, seconds.
 fn latency(peer: &dyn Peer, args: &BenchArgs) -> Result<f64> {
     let request = peer.requests(0, &vec![b'm'; args.message_bytes], 1);
-    let mut histogram = Histogram::<u64>::new_with_bounds(1, 60_000_000_000, 3)?;
+    let mut histogram = histogram::of_nanoseconds()?;
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| -> Result<f64> {
             pin(args.near_core())?;

@@ -7,7 +7,7 @@
 //! - the distribution of latencies,
 //! - figures as parts of their ceilings.
 
-use crate::latency::NOTHING_TO_DO;
+use crate::ceiling::NOTHING_TO_DO;
 use crate::report::human;
 use anyhow::{Context, Result, bail};
 use clap::Args;

@@ -1,12 +1,12 @@
 //! `bench publish` and `bench end-to-end`: goodput.
 
-use crate::args::{BenchArgs, RETENTION_BYTES, pin};
+use crate::args::{BenchArgs, RETENTION_BYTES};
 use crate::ceiling;
+use crate::cores::pin;
 use crate::grid::GridArgs;
 use crate::report::{Report, Row};
 use anyhow::Result;
-use embarcadero_client::TransportKind;
-use embarcadero_client::{Client, Publisher, Start};
+use embarcadero_client::{Client, Publisher, Start, TransportKind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -93,7 +93,7 @@ pub fn run(args: &GridArgs) -> Result<()> {
         for _ in 0..bench.runs {
             ceilings.push(match bench.transport {
                 TransportKind::Tcp => {
-                    ceiling::tcp_receive_into_region(bench.pair(), bench.write_bytes(), bench.seconds)?
+                    ceiling::tcp_receive_into_region(bench.cores(), bench.write_bytes(), bench.seconds)?
                 }
                 _ => ceiling::verbs_write(bench, bench.write_bytes())?,
             });

@@ -1,5 +1,6 @@
 //! Reports of results, as text, JSON or CSV.
 
+use crate::cores::host_cores;
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::sync::Once;
@@ -144,7 +145,7 @@ pub fn machine() -> String {
             Some(text.lines().find(|line| line.starts_with("model name"))?.split(':').nth(1)?.trim().to_owned())
         })
         .unwrap_or_default();
-    format!("{model}, {} cores", crate::args::host_cores())
+    format!("{model}, {} cores", host_cores())
 }
 
 /// Value with a unit that suits its size, for people.

@@ -1,6 +1,7 @@
 //! `bench scale`: cost of publishing as the log grows, and with many topics and many sessions.
 
-use crate::args::{BenchArgs, SEGMENT_BYTES, pin};
+use crate::args::{BenchArgs, SEGMENT_BYTES};
+use crate::cores::pin;
 use crate::report::{Report, Row};
 use anyhow::{Result, bail};
 use clap::Args;
@@ -114,7 +115,7 @@ fn many_sessions(args: &ScaleArgs) -> Result<(f64, f64)> {
         batch_size: Some(SMALL_BATCH),
         buffer_bytes: 4 * SMALL_BATCH,
         batch_checksum: bench.checksum,
-        transport: bench.transport.into(),
+        transport: bench.transport,
         ..ClientConfig::at(cluster.control())
     };
     let client = Client::connect(config)?;

@@ -1,4 +1,6 @@
-//! Acknowledgement: in the order in which a connection's batches came; at level 2, once they are on enough disks.
+//! Acknowledgement of a connection's batches, in the order in which they came.
+//!
+//! Level 1 acknowledges a batch once it has its place in the order, level 2 once enough disks have it, too.
 
 use crate::delegation::OrderedLocally;
 use embarcadero_cxl::Fabric;
@@ -12,65 +14,67 @@ use embarcadero_cxl::{Damage, Row};
 use embarcadero_wire::{Ack, BrokerId, ClientId, Epoch, Fenced, SessionSlot, Stream, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
-/// Whether a connection's session still takes batches.
+/// State of a connection's session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SessionStatus {
-    /// Batches may come.
+    /// The session takes batches.
     Open,
-    /// Nothing commits any more; the client must hear of it.
+    /// The session's epoch is fenced: nothing commits under it any more. The frame tells the client.
     Fenced(Fenced),
-    /// The session's row is damaged.
+    /// The session's row in the region is damaged.
     Damaged(Damage),
 }
 
-/// A batch that has its place in the order and waits to be durable.
+/// Batch that has its place in the order and may have to wait until it is durable.
 #[derive(Clone, Copy, Debug)]
 struct Committed {
     sequence: u64,
     first_offset: u64,
+    /// Position in the order index.
     position: u64,
 }
 
-/// Batches that retention took before enough replicas had them: they cannot be acknowledged any more.
+/// Error: retention removed batches before enough replicas had them, so that they cannot be acknowledged any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("batch {sequence} of the session was removed by retention before it was replicated")]
 pub struct Lost {
-    /// The first of them.
+    /// Sequence of the first lost batch in its session.
     pub sequence: u64,
 }
 
-/// The session whose batches an [`AckQueue`] acknowledges.
+/// Session whose batches an [`AckQueue`] acknowledges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AckOptions {
-    /// Row in the session table.
+    /// Session slot.
     pub slot: SessionSlot,
-    /// Client.
+    /// Client that the session belongs to.
     pub client_id: ClientId,
     /// Epoch of the session.
     pub epoch: Epoch,
-    /// Stream in which its batches appear.
+    /// Stream in which the session's batches appear.
     pub stream: StreamId,
-    /// Acknowledgement level.
+    /// Acknowledgement level, 0 to 2.
     pub ack_level: u32,
 }
 
-/// The batches that came on one connection and are not acknowledged yet.
+/// Batches that came on one connection and are not acknowledged yet.
 #[derive(Debug)]
 pub struct AckQueue {
     slot: SessionSlot,
     client_id: ClientId,
     epoch: Epoch,
     stream: StreamId,
-    /// Acknowledge only what is on enough disks.
+    /// True to acknowledge a batch only once enough disks have it.
     durable: bool,
-    /// In order of arrival. Bounded, see [`AckQueue::is_full`].
+    /// Sequences of batches that have no place in the order yet, in order of arrival. [`AckQueue::is_full`] bounds
+    /// them.
     outstanding: VecDeque<u64>,
-    /// Bounded likewise.
+    /// Batches that wait to be durable, in their order. [`AckQueue::is_full`] bounds them.
     committed: VecDeque<Committed>,
 }
 
 impl AckQueue {
-    /// An empty queue of a session.
+    /// Returns an empty queue for a session.
     #[must_use]
     pub fn new(options: AckOptions) -> Self {
         let AckOptions { slot, client_id, epoch, stream, ack_level } = options;
@@ -78,32 +82,32 @@ impl AckQueue {
         Self { slot, client_id, epoch, stream, durable: ack_level >= 2, outstanding, committed: VecDeque::new() }
     }
 
-    /// A batch came.
+    /// Adds a batch that came.
     #[inline]
     pub fn expect(&mut self, sequence: u64) {
         self.outstanding.push_back(sequence);
     }
 
-    /// True when nothing waits.
+    /// Returns true when no batch waits for its ack.
     #[inline]
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.outstanding.is_empty() && self.committed.is_empty()
     }
 
-    /// True when so much waits to be ordered, or to be durable, that no more should come: more than a session's window
-    /// comes only from a client that sends the same batches again and again.
+    /// Returns true when a session's window of batches waits to be ordered, or to be durable. No more should be taken
+    /// then: only a client that sends the same batches again and again has more.
     #[inline]
     #[must_use]
     pub fn is_full(&self) -> bool {
         self.outstanding.len().max(self.committed.len()) as u64 >= SESSION_WINDOW
     }
 
-    /// Acks for everything from `from` that is committed already: what a client that reconnects wants to know. What is
-    /// not durable yet, and has to be, follows from [`AckQueue::poll`].
+    /// Sends the acks of all batches from sequence `from` on that are committed already, for a client that reconnects.
+    /// Those that have to be durable first are queued for [`AckQueue::poll`].
     ///
     /// # Errors
-    /// [`NoLeader`]: nobody can say.
+    /// [`NoLeader`] when no leader can say what is committed.
     pub fn replay<F: Fabric>(
         &mut self,
         region: &Region<F>,
@@ -126,7 +130,9 @@ impl AckQueue {
         Ok(())
     }
 
-    /// Where a committed batch is in the order. One whose record is gone is no later than the newest.
+    /// Returns a committed batch with its place in the order.
+    ///
+    /// The record of the commit may be gone already. The newest position of the order stands in for it then.
     fn place<F: Fabric>(&self, region: &Region<F>, sequence: u64, commit: Commit) -> Result<Committed, NoLeader> {
         Ok(match commit {
             Commit::At(record) => Committed { sequence, first_offset: record.first_offset, position: record.position },
@@ -142,10 +148,11 @@ impl AckQueue {
         Ack { sequence, first_offset, committed, session_epoch: self.epoch, stream: self.stream.stream, ..Ack::blank() }
     }
 
-    /// Acks for what the sequencer committed since the last call, and for what became durable.
+    /// Sends the acks of batches that the sequencer committed, or that became durable, since the last call. Returns the
+    /// number of acks.
     ///
     /// # Errors
-    /// [`Lost`].
+    /// [`Lost`] when retention removed a batch before enough replicas had it.
     #[inline]
     pub fn poll<F: Fabric>(
         &mut self,
@@ -155,7 +162,7 @@ impl AckQueue {
     ) -> Result<usize, Lost> {
         let mut sent = 0;
         while let Some(sequence) = self.outstanding.front().copied() {
-            // A broker's own order is told by `AckQueue::local`.
+            // In a broker's own order, `AckQueue::local` learns of the places.
             let commit = match self.stream.stream {
                 Stream::GLOBAL => read_commit(region, self.slot, sequence),
                 _ => break,
@@ -182,6 +189,7 @@ impl AckQueue {
         Ok(sent)
     }
 
+    /// Sends the acks of batches that enough disks have by now.
     fn poll_durable<F: Fabric>(
         &mut self,
         region: &Region<F>,
@@ -209,9 +217,10 @@ impl AckQueue {
         Ok(sent)
     }
 
-    /// A batch that this broker ordered by itself: its ack, unless that comes from [`AckQueue::poll`] once it is durable.
+    /// Takes the place of a batch in this broker's own order. Returns its ack, or `None` when the batch has to be
+    /// durable first; the ack then comes from [`AckQueue::poll`].
     #[must_use]
-    pub fn local(&mut self, ordered: &OrderedLocally) -> Option<Ack> {
+    pub(crate) fn local(&mut self, ordered: &OrderedLocally) -> Option<Ack> {
         let OrderedLocally { sequence, first_offset, position, .. } = *ordered;
         if self.outstanding.front() == Some(&sequence) {
             self.outstanding.pop_front();
@@ -226,7 +235,8 @@ impl AckQueue {
         Some(self.ack(batch, 0))
     }
 
-    /// Whether the session still stands. Not for every batch: reads a line that only changes at its end.
+    /// Reads whether the session still takes batches. That changes once at most, so look every few milliseconds rather
+    /// than at every batch.
     pub fn status<F: Fabric>(&self, region: &Region<F>) -> SessionStatus {
         let (Ok(session), Ok(committed)) = (read_session(region, self.slot), read_progress(region, self.slot)) else {
             return SessionStatus::Open;

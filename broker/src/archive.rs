@@ -1,9 +1,10 @@
-//! Reads of what the region no longer holds: batches come back from replicas' disks, this broker's own and the others'.
+//! Archive: batches that the region no longer holds are read from the disks of this broker's and other brokers'
+//! replicas.
 //!
-//! No one disk has all of a stream, as each replica has some sources' batches; offsets tell how they fit together.
+//! A replica has the batches of some brokers only, so that no disk need have all of a stream. The answers of all disks
+//! are joined by offset.
 
-pub use crate::replica::store::Archived;
-use crate::replica::store::StreamFiles;
+use crate::replica::store::{Archived, StreamFiles};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
@@ -13,6 +14,7 @@ use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -21,50 +23,59 @@ use tokio::task::JoinSet;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
-/// Bytes that a replica is asked for at a time; one batch may be larger.
+/// Number of bytes that a replica is asked for at a time. One batch may be larger and is then answered alone.
 const READ_BYTES: u64 = 2 << 20;
-/// Most that a replica answers.
+/// Largest answer of a replica, in bytes.
 const ANSWER_BYTES: usize = 32 << 20;
-/// How long a replica may take to answer.
-const CALL: Duration = Duration::from_secs(5);
+/// Longest time for a call to a replica, and for the connection to it.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
 
-/// A stream of one incarnation of a topic.
+/// Stream of one incarnation of a topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct ArchiveKey {
-    /// Slot of the topic.
-    pub topic: TopicId,
-    /// Incarnation of the slot.
-    pub incarnation: Incarnation,
+pub(crate) struct ArchiveKey {
+    /// Topic slot.
+    pub(crate) topic: TopicId,
+    /// Incarnation of the topic slot.
+    pub(crate) incarnation: Incarnation,
     /// Stream of the topic.
-    pub stream: Stream,
+    pub(crate) stream: Stream,
 }
 
-/// Where reading begins.
+/// Place in a stream where a read begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
-    /// At the batch that has this offset.
+pub(crate) enum ReadFrom {
+    /// Batch that has the message with this offset.
     Offset(u64),
-    /// At the first batch that was ordered at this time, microseconds since 1970, or later: that one alone is read.
+    /// First batch that was ordered at this time, in microseconds since 1970, or later. Only this batch is read.
     Time(u64),
 }
 
-/// What this broker's own replica has, for readers beside it.
+impl fmt::Display for ReadFrom {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Offset(offset) => write!(f, "offset {offset}"),
+            Self::Time(since_us) => write!(f, "time {since_us} us"),
+        }
+    }
+}
+
+/// Streams on the disk of this broker's own replica, for readers in other threads.
 pub struct Catalog {
-    /// `None` where nothing is on the disk; nothing of what has not been looked for yet.
+    /// Files per stream: `None` for a stream without files. Streams that have not been looked for yet have no entry.
     streams: Mutex<BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>>,
-    /// The broker has a disk to look at.
+    /// True while streams without an entry may still be on the disk.
     replicates: AtomicBool,
 }
 
 impl Catalog {
-    /// Of a broker that replicates, or one that does not.
+    /// Returns an empty catalog. `replicates` tells whether the broker has a disk that is still to be looked at.
     #[must_use]
-    pub fn new(replicates: bool) -> Self {
+    pub(crate) fn new(replicates: bool) -> Self {
         Self { streams: Mutex::default(), replicates: AtomicBool::new(replicates) }
     }
 
-    /// The disk failed: nobody will look at it any more.
-    pub fn give_up(&self) {
+    /// Records that the disk failed. Streams that were not looked for count as absent from now on.
+    pub(crate) fn give_up(&self) {
         self.replicates.store(false, Ordering::Relaxed);
     }
 
@@ -72,32 +83,33 @@ impl Catalog {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A stream's files can be read from now on; or there are none, or none that can be relied on.
-    pub fn set(&self, key: ArchiveKey, files: Option<Arc<StreamFiles>>) {
+    /// Records a stream's files for reading; `None` when there are none, or none that can be relied on.
+    pub(crate) fn set(&self, key: ArchiveKey, files: Option<Arc<StreamFiles>>) {
         self.streams().insert(key, files);
     }
 
-    /// True once it is known whether a stream has files.
+    /// Returns true once it is known whether a stream has files.
     #[must_use]
-    pub fn knows(&self, key: ArchiveKey) -> bool {
+    pub(crate) fn knows(&self, key: ArchiveKey) -> bool {
         self.streams().contains_key(&key)
     }
 
-    /// The stream is no more.
-    pub fn forget(&self, key: ArchiveKey) {
+    /// Removes a stream whose topic was deleted.
+    pub(crate) fn forget(&self, key: ArchiveKey) {
         self.streams().remove(&key);
     }
 
-    /// Batches that are here. May wait for the disk.
+    /// Reads batches from this broker's disk, up to `max_bytes` but at least one. Returns none when the disk has none.
+    /// May wait for the disk.
     ///
     /// # Errors
-    /// The disk's, in words, or nobody has looked at it yet.
-    pub fn read(&self, key: ArchiveKey, from: From, max_bytes: u64) -> Result<Vec<Archived>, String> {
+    /// Text of the disk's error, or that the disk has not been looked at yet.
+    pub(crate) fn read(&self, key: ArchiveKey, from: ReadFrom, max_bytes: u64) -> Result<Vec<Archived>, String> {
         let files = self.streams().get(&key).cloned();
         match files {
             Some(Some(files)) => match from {
-                From::Offset(offset) => files.read(offset, max_bytes),
-                From::Time(since_us) => files.first_since(since_us).and_then(|found| {
+                ReadFrom::Offset(offset) => files.read(offset, max_bytes),
+                ReadFrom::Time(since_us) => files.first_since(since_us).and_then(|found| {
                     let mut batches = found.map_or(Ok(Vec::new()), |offset| files.read(offset, 1))?;
                     batches.truncate(1);
                     Ok(batches)
@@ -112,51 +124,53 @@ impl Catalog {
     }
 }
 
-/// Why what was asked for does not come.
+/// Reason why a read from disks has no batches.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum ArchiveError {
-    /// It is on no disk. The lowest later offset that is on one.
+pub(crate) enum ArchiveError {
+    /// No disk has the place that was asked for. Holds the lowest later offset that a disk has, if any.
     Missing(Option<u64>),
-    /// It may be on a disk that cannot be asked.
+    /// A disk that may have the place did not answer. Holds the reason.
     Unreachable(String),
 }
 
-/// Batches that follow each other, beginning with the one that was asked for.
-pub type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
+/// One or more batches that follow each other without a gap, beginning with the one that was asked for.
+pub(crate) type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
 
+/// Question of a worker, and the channel for its answer.
 struct Request {
     key: ArchiveKey,
-    from: From,
+    from: ReadFrom,
     reply: Sender<ArchiveAnswer>,
 }
 
-/// Where workers ask for batches.
+/// End of the archive at which workers ask for batches.
 #[derive(Clone)]
-pub struct Archive {
+pub(crate) struct Archive {
     requests: UnboundedSender<Request>,
 }
 
 impl Archive {
-    /// The two ends: one to ask, one to [`ArchiveReader::run`].
-    pub fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
+    /// Returns the two ends: one to ask at, and one to answer with [`ArchiveReader::run`].
+    pub(crate) fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
         let (requests, queue) = unbounded_channel();
         (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
     }
 
-    /// Asks for batches.
-    pub fn ask(&self, key: ArchiveKey, from: From) -> Receiver<ArchiveAnswer> {
+    /// Asks for batches of a stream. The answer comes on the returned channel, which closes without one if the broker
+    /// stops.
+    pub(crate) fn ask(&self, key: ArchiveKey, from: ReadFrom) -> Receiver<ArchiveAnswer> {
         let (reply, answer) = bounded(1);
-        // If nobody reads, the answer's other end is gone, which the caller sees.
+        // Without a reader the request is dropped, and with it the sender: the caller sees a closed channel.
         let _ = self.requests.send(Request { key, from, reply });
         answer
     }
 }
 
-/// A connection to a broker, and to which process.
+/// Connection to each broker, with the incarnation that it leads to.
 type Clients = Arc<Mutex<HashMap<BrokerId, (Incarnation, ControlClient<Channel>)>>>;
 
-/// Reads from disks for those who ask.
-pub struct ArchiveReader {
+/// End of the archive that reads from disks and answers.
+pub(crate) struct ArchiveReader {
     region: Region<Native>,
     broker: BrokerId,
     catalog: Arc<Catalog>,
@@ -165,11 +179,11 @@ pub struct ArchiveReader {
 }
 
 impl ArchiveReader {
-    /// Answers until nobody can ask any more.
-    pub async fn run(mut self) {
+    /// Answers until every [`Archive`] is dropped.
+    pub(crate) async fn run(mut self) {
         while let Some(Request { key, from, reply }) = self.queue.recv().await {
             let answers = self.ask_all(key, from);
-            // Others need not wait for these disks.
+            // The next request need not wait for these disks.
             tokio::spawn(async move {
                 let mut answers = answers;
                 let mut all = Vec::new();
@@ -181,8 +195,8 @@ impl ArchiveReader {
         }
     }
 
-    /// Asks every broker that may have it.
-    fn ask_all(&self, key: ArchiveKey, from: From) -> JoinSet<Result<Vec<Archived>, String>> {
+    /// Asks every broker whose disk may have the batches.
+    fn ask_all(&self, key: ArchiveKey, from: ReadFrom) -> JoinSet<Result<Vec<Archived>, String>> {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
         answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
@@ -202,22 +216,25 @@ impl ArchiveReader {
     }
 }
 
-/// Asks one broker's replica.
-async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: From) -> Result<Vec<Archived>, String> {
+/// Asks one broker for batches on its disk.
+///
+/// # Errors
+/// Text that names the broker and what failed.
+async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom) -> Result<Vec<Archived>, String> {
     let failed = |what: String| format!("broker {}: {what}", info.id);
     let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
     let mut client = match known {
         Some((incarnation, client)) if incarnation == info.incarnation => client,
         _ => {
             let endpoint = Endpoint::try_from(format!("http://{}", info.control)).map_err(|e| failed(e.to_string()))?;
-            let connected = endpoint.connect_timeout(CALL).timeout(CALL).connect().await;
+            let connected = endpoint.connect_timeout(CALL_LIMIT).timeout(CALL_LIMIT).connect().await;
             ControlClient::new(connected.map_err(|e| failed(e.to_string()))?).max_decoding_message_size(ANSWER_BYTES)
         }
     };
     let ArchiveKey { topic, incarnation, stream } = key;
     let (from_offset, since_us) = match from {
-        From::Offset(offset) => (offset, None),
-        From::Time(since_us) => (0, Some(since_us)),
+        ReadFrom::Offset(offset) => (offset, None),
+        ReadFrom::Time(since_us) => (0, Some(since_us)),
     };
     let max_bytes = READ_BYTES;
     let request = proto::ReadReplicaRequest {
@@ -247,18 +264,18 @@ fn from_proto(batch: proto::ArchivedBatch) -> Archived {
     Archived { first_offset, message_count, source: BrokerId(source), ordered_us, bytes }
 }
 
-/// The answer to another broker that asks for what is on this one's disk.
+/// Answers another broker that asks for batches on this broker's disk.
 ///
 /// # Errors
-/// The disk's.
+/// Data loss, with the text of the disk's error.
 #[allow(clippy::result_large_err)] // tonic's own error type
-pub fn read_replica(
+pub(crate) fn read_replica(
     catalog: &Catalog,
     request: proto::ReadReplicaRequest,
 ) -> Result<proto::ReadReplicaResponse, Status> {
     let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us } = request;
     let key = ArchiveKey { topic: TopicId(topic), incarnation: Incarnation(incarnation), stream: Stream(stream) };
-    let from = since_us.map_or(From::Offset(from_offset), From::Time);
+    let from = since_us.map_or(ReadFrom::Offset(from_offset), ReadFrom::Time);
     let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
     let batches = found.into_iter().map(|batch| {
         let Archived { first_offset, message_count, source, ordered_us, bytes } = batch;
@@ -267,8 +284,8 @@ pub fn read_replica(
     Ok(proto::ReadReplicaResponse { batches: batches.collect() })
 }
 
-/// Puts together what disks have: all that follows without a gap from the batch that was asked for.
-fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
+/// Joins the answers of all disks: the batches that follow each other without a gap from the place that was asked for.
+fn join(from: ReadFrom, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
     let mut unreachable = None;
     let mut batches: BTreeMap<u64, Archived> = BTreeMap::new();
     for answer in answers {
@@ -277,13 +294,15 @@ fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswe
             Err(error) => unreachable = Some(error),
         }
     }
-    let lowest = batches.keys().next().copied();
-    let mut due = match (from, lowest) {
-        (From::Offset(offset), _) => offset,
-        (From::Time(_), lowest) => lowest.unwrap_or(0),
+    let Some(lowest) = batches.keys().next().copied() else {
+        return Err(unreachable.map_or(ArchiveError::Missing(None), ArchiveError::Unreachable));
     };
-    // A disk that does not answer may have an earlier one.
-    if let (From::Time(_), Some(error)) = (from, &unreachable) {
+    let mut due = match from {
+        ReadFrom::Offset(offset) => offset,
+        ReadFrom::Time(_) => lowest,
+    };
+    // A disk that does not answer may have an earlier batch that qualifies.
+    if let (ReadFrom::Time(_), Some(error)) = (from, &unreachable) {
         return Err(ArchiveError::Unreachable(error.clone()));
     }
     let mut joined = Vec::new();
@@ -302,7 +321,7 @@ fn join(from: From, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswe
     match (joined.is_empty(), unreachable) {
         (false, _) => Ok(joined),
         (true, Some(error)) => Err(ArchiveError::Unreachable(error)),
-        (true, None) => Err(ArchiveError::Missing(lowest)),
+        (true, None) => Err(ArchiveError::Missing(Some(lowest))),
     }
 }
 
@@ -318,7 +337,7 @@ mod tests {
     #[test]
     fn an_offset_that_is_on_no_disk_is_missing_unless_a_disk_did_not_answer() {
         let one = || Ok(vec![batch(10, 5), batch(20, 5)]);
-        let join = |from, answers| join(From::Offset(from), answers);
+        let join = |from, answers| join(ReadFrom::Offset(from), answers);
         assert_eq!(join(7, vec![one()]), Err(ArchiveError::Missing(Some(10))));
         assert_eq!(join(30, vec![Ok(vec![])]), Err(ArchiveError::Missing(None)));
         assert_eq!(join(7, vec![one(), Err("no".to_owned())]), Err(ArchiveError::Unreachable("no".to_owned())));
@@ -341,7 +360,7 @@ mod tests {
             for (disk, reach) in disks.into_iter().zip(reach) {
                 answers.push(Ok(disk.into_iter().filter(|batch| batch.end_offset() > from).take(reach).collect()));
             }
-            match join(From::Offset(from), answers) {
+            match join(ReadFrom::Offset(from), answers) {
                 Ok(joined) => {
                     prop_assert!(joined[0].first_offset <= from && joined[0].end_offset() > from);
                     prop_assert!(joined.windows(2).all(|pair| pair[0].end_offset() == pair[1].first_offset));

@@ -1,4 +1,4 @@
-//! The Blog: a broker's log of a topic, a chain of pool segments into which batches are received.
+//! The Blog: a broker's log of a topic, a chain of pool segments that batches are received into.
 
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
@@ -6,66 +6,73 @@ use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
 use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset, Row};
 use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// No segment yet: the first reservation overflows it.
+/// Cursor of a log without a segment.
 const NO_SEGMENT: u64 = pack(u32::MAX, u32::MAX >> 1);
 
-/// Atomic read-modify-writes per batch, whatever its messages: three to reserve its place, one to settle that.
+/// Atomic read-modify-writes per batch, however many messages it has: three for its reservation, one to settle it.
 pub const RESERVATION_ATOMICS: u64 = 4;
 
-/// A segment number and a position in it, in lines, as one word.
+/// Returns a segment number and a position in that segment, in lines, as one word.
 const fn pack(segment: u32, lines: u32) -> u64 {
     (segment as u64) << 32 | lines as u64
 }
 
-/// A segment that batches were received into.
+/// Takes a word of [`pack`] apart.
+const fn unpack(word: u64) -> (u32, u64) {
+    ((word >> 32) as u32, word as u32 as u64)
+}
+
+/// Segment that receives no more batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retired {
-    /// Which.
+    /// Number of the segment.
     pub segment: u32,
-    /// All its batches are below this index of the Batchlog (or of the broker's own index).
+    /// Position in the Batchlog (or in the broker's own index) below which all batches of the segment are.
     pub batches_below: u64,
 }
 
+/// Segments of a log.
 struct Chain {
+    /// Place of the next segment in the log, counted from 0.
     ordinal: u64,
-    /// Segments that receive no more.
+    /// Segments that receive no more batches.
     retired: Vec<Retired>,
-    /// Replaced as the current one, but something is still being received into them.
+    /// Segments that give no more reservations, while batches may still be received into earlier ones.
     retiring: Vec<u32>,
 }
 
-/// Which log.
+/// Identity of a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlogId {
     /// Topic slot.
     pub topic: TopicId,
-    /// Incarnation of the topic.
+    /// Incarnation of the topic slot.
     pub incarnation: Incarnation,
-    /// Broker that receives into it.
+    /// Broker that receives into the log.
     pub broker: BrokerId,
 }
 
-/// One broker's log of one topic.
-///
-/// `[[DEVIATION_003]]` A reservation is one atomic addition, and two that count, whatever the number of messages.
+// [[DEVIATION_003]] The paper's receivers allocate per message. Here a batch is one reservation, whatever the number of
+// its messages: one atomic addition to the cursor, and two to counters.
+/// Log of one broker for one topic.
 pub struct Blog<F> {
     region: Region<F>,
     id: BlogId,
     pool: Arc<dyn SegmentAllocator>,
-    /// Current segment and the next free line in it.
+    /// Current segment and the next free line in it, as [`pack`] gives them.
     cursor: AtomicU64,
-    /// Reservations a segment that are neither published nor given up.
+    /// Number of reservations that are neither published nor given up, by segment.
     in_flight: Box<[AtomicU32]>,
-    /// One past the newest batch published from each segment.
+    /// Position after the newest batch published from a segment, in the Batchlog or the broker's own index, by segment.
     batches_below: Box<[AtomicU64]>,
     reserved_bytes: AtomicU64,
     chain: Mutex<Chain>,
 }
 
 impl<F: Fabric> Blog<F> {
-    /// The log of a broker in a topic. Segments that an earlier process of this broker left in it stay in it; their
+    /// Returns the log of a broker for a topic. It keeps the segments that an earlier process of the broker left. Their
     /// batches are all below `batches`, the present head of the Batchlog.
     pub fn new(region: Region<F>, id: BlogId, batches: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
         let mut ordinal = 0;
@@ -95,65 +102,72 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// Largest batch that fits into a segment.
-    pub fn max_batch_bytes(&self) -> u64 {
+    /// Size of the largest batch that fits into a segment, in bytes.
+    pub(crate) fn max_batch_bytes(&self) -> u64 {
         self.region.geometry().segment_bytes
     }
 
-    /// Bytes ever reserved.
-    pub fn reserved_bytes(&self) -> u64 {
+    /// Number of bytes that were ever reserved in this process, in whole lines.
+    pub(crate) fn reserved_bytes(&self) -> u64 {
         self.reserved_bytes.load(Ordering::Relaxed)
+    }
+
+    fn chain(&self) -> MutexGuard<'_, Chain> {
+        self.chain.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lines_per_segment(&self) -> u64 {
         self.region.geometry().segment_bytes / LINE_BYTES
     }
 
-    /// Reserves `bytes` (at most a segment) at the end of the log. [`Blog::settle`] must follow, whatever happens.
+    /// Reserves `bytes` at the end of the log. Exactly one call of [`Blog::published`] or [`Blog::settle`] must follow.
     ///
     /// # Errors
-    /// [`PoolError`] when a further segment is needed and not to be had; try again later.
+    /// [`PoolError`] when another segment is needed and the pool gives none; try again later.
+    ///
+    /// # Panics
+    /// When `bytes` exceeds a segment.
     #[inline]
     pub fn reserve(&self, bytes: u64) -> Result<RegionOffset, PoolError> {
         let lines = bytes.div_ceil(LINE_BYTES);
         assert!(lines <= self.lines_per_segment(), "a batch of {bytes} bytes exceeds a segment");
         loop {
-            let segment = (self.cursor.load(Ordering::Acquire) >> 32) as u32;
-            // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also
-            // sees the count; pairs with `Blog::retired`.
-            if let Some(count) = self.in_flight.get(segment as usize) {
-                count.fetch_add(1, Ordering::AcqRel);
+            // SYNC: pairs with the swap of the cursor in `Blog::extend`, which comes after the segment's owner entry.
+            let (segment, _) = unpack(self.cursor.load(Ordering::Acquire));
+            if segment == u32::MAX {
+                self.extend(lines)?;
+                continue;
             }
-            let before = self.cursor.fetch_add(lines, Ordering::AcqRel);
-            let (current, position) = ((before >> 32) as u32, u64::from(before as u32));
+            let count = &self.in_flight[segment as usize];
+            // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also
+            // sees the count; pairs with the swap in `Blog::extend`, then `Blog::retired`.
+            count.fetch_add(1, Ordering::AcqRel);
+            let (current, position) = unpack(self.cursor.fetch_add(lines, Ordering::AcqRel));
             if current == segment && position + lines <= self.lines_per_segment() {
                 self.reserved_bytes.fetch_add(lines * LINE_BYTES, Ordering::Relaxed);
                 let base = self.region.layout().segment(segment);
                 return Ok(base.add(position * LINE_BYTES));
             }
-            if let Some(count) = self.in_flight.get(segment as usize) {
-                count.fetch_sub(1, Ordering::AcqRel);
-            }
+            count.fetch_sub(1, Ordering::AcqRel);
             self.extend(lines)?;
         }
     }
 
-    /// Starts the next segment unless another thread has.
+    /// Starts the next segment, unless another thread did so meanwhile.
     #[cold]
     fn extend(&self, lines: u64) -> Result<(), PoolError> {
-        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
-        let cursor = self.cursor.load(Ordering::Acquire);
-        let (segment, position) = ((cursor >> 32) as u32, u64::from(cursor as u32));
+        let mut chain = self.chain();
+        let (segment, position) = unpack(self.cursor.load(Ordering::Acquire));
         if segment != u32::MAX && position + lines <= self.lines_per_segment() {
             return Ok(());
         }
         let next = match self.pool.allocate() {
             Ok(next) => next,
             Err(error) => {
-                // Failed attempts moved the position; bring it back before it can reach the segment number.
+                // Failed reservations moved the position; bring it back before it overflows into the segment number.
                 let full = self.lines_per_segment() as u32;
                 let end = if segment == u32::MAX { NO_SEGMENT } else { pack(segment, full) };
-                self.cursor.store(end, Ordering::Release);
+                self.cursor.swap(end, Ordering::AcqRel);
                 return Err(error);
             }
         };
@@ -161,46 +175,51 @@ impl<F: Fabric> Blog<F> {
         let ordinal = chain.ordinal;
         publish_owner(&self.region, next, SegmentUse::Blog { topic, incarnation, broker, ordinal });
         chain.ordinal += 1;
-        if let Some(below) = self.batches_below.get(next as usize) {
-            below.store(0, Ordering::Release);
-        }
+        self.batches_below[next as usize].store(0, Ordering::Release);
         if segment != u32::MAX {
             chain.retiring.push(segment);
         }
-        self.cursor.store(pack(next, 0), Ordering::Release);
+        // SYNC: after the owner entry and the reset of the segment's position; pairs with `Blog::reserve`. A swap, so that
+        // the counts of all reservations before it are seen after it.
+        self.cursor.swap(pack(next, 0), Ordering::AcqRel);
         Ok(())
     }
 
-    /// The reservation at `at` holds batch `index` of the Batchlog (or of the broker's own index).
+    /// Settles the reservation at `at`, whose batch has position `index` in the Batchlog or the broker's own index.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn published(&self, at: RegionOffset, index: u64) {
-        if let Some(below) = self.batches_below.get(self.segment_of(at) as usize) {
-            below.store(index + 1, Ordering::Release);
-        }
+        self.batches_below[self.segment_of(at) as usize].store(index + 1, Ordering::Release);
         self.settle(at);
     }
 
-    /// The reservation at `at` is published or given up.
+    /// Settles the reservation at `at`: its batch is published, or given up.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn settle(&self, at: RegionOffset) {
-        if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
-            let before = count.fetch_sub(1, Ordering::AcqRel);
-            assert!(before > 0, "a reservation was settled twice");
-        }
+        // SYNC: after the position that `Blog::published` stored; pairs with `Blog::retired`.
+        let before = self.in_flight[self.segment_of(at) as usize].fetch_sub(1, Ordering::AcqRel);
+        assert!(before > 0, "a reservation was settled twice");
     }
 
-    /// A batch lies at `at` inside a reservation that is not settled yet; it is settled by itself.
+    /// Counts a batch at `at` as a reservation of its own, inside a reservation (a landing window) that is not settled
+    /// yet.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
     #[inline]
     pub fn share(&self, at: RegionOffset) {
-        if let Some(count) = self.in_flight.get(self.segment_of(at) as usize) {
-            let before = count.fetch_add(1, Ordering::AcqRel);
-            assert!(before > 0, "a batch lies outside every reservation");
-        }
+        let before = self.in_flight[self.segment_of(at) as usize].fetch_add(1, Ordering::AcqRel);
+        assert!(before > 0, "a batch lies outside every reservation");
     }
 
-    /// Of the reservation of `bytes` at `at`, only the first `used` hold anything: later reservations get the rest, if
-    /// none came after it. Call before the reservation is settled. All in whole lines.
-    pub fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
+    /// Shortens the reservation of `bytes` at `at` to its first `used` bytes, if no other reservation came after it.
+    /// Call it before the reservation is settled; all arguments are multiples of a line.
+    pub(crate) fn give_back(&self, at: RegionOffset, bytes: u64, used: u64) {
         let segment = self.segment_of(at);
         let base = self.region.layout().segment(segment);
         let line = |offset: u64| pack(segment, ((at.0 + offset - base.0) / LINE_BYTES) as u32);
@@ -209,36 +228,39 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// The segment that a position lies in.
+    /// Returns the number of the segment that a position of the region lies in.
     #[inline]
     pub fn segment_of(&self, at: RegionOffset) -> u32 {
         ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
     }
 
-    /// True for positions in the segment that reservations now come from.
-    pub fn is_current(&self, at: RegionOffset) -> bool {
-        (self.cursor.load(Ordering::Acquire) >> 32) as u32 == self.segment_of(at)
+    /// Returns true for a position in the segment that gives reservations now.
+    pub(crate) fn is_current(&self, at: RegionOffset) -> bool {
+        unpack(self.cursor.load(Ordering::Acquire)).0 == self.segment_of(at)
     }
 
-    /// Segments that receive no more.
+    /// Returns the segments that receive no more batches.
     pub fn retired(&self) -> Vec<Retired> {
-        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = self.chain();
         let Chain { retired, retiring, .. } = &mut *chain;
-        retiring.retain(|segment| {
-            // SYNC: pairs with the count in `Blog::reserve`.
-            let busy = self.in_flight.get(*segment as usize).is_some_and(|count| count.load(Ordering::Acquire) > 0);
+        retiring.retain(|&segment| {
+            // SYNC: before the position is read; pairs with `Blog::reserve` and `Blog::settle`.
+            let busy = self.in_flight[segment as usize].load(Ordering::Acquire) > 0;
             if !busy {
-                let below = self.batches_below.get(*segment as usize).map_or(0, |below| below.load(Ordering::Acquire));
-                retired.push(Retired { segment: *segment, batches_below: below });
+                let batches_below = self.batches_below[segment as usize].load(Ordering::Acquire);
+                retired.push(Retired { segment, batches_below });
             }
             busy
         });
         retired.clone()
     }
 
-    /// Gives a retired segment back to the pool. Only when nothing in it will be read again.
+    /// Gives a retired segment back to the pool. Call it only when nobody will read the segment again.
+    ///
+    /// # Panics
+    /// When the segment is not retired.
     pub fn release(&self, segment: u32) {
-        let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut chain = self.chain();
         let before = chain.retired.len();
         chain.retired.retain(|retired| retired.segment != segment);
         assert!(chain.retired.len() < before, "segment {segment} is not retired");
@@ -248,12 +270,12 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
-    /// Gives everything back: the topic is gone and nobody receives into it any more. False while something still is
-    /// being received.
-    pub fn abandon(&self) -> bool {
+    /// Gives all segments of a deleted topic back to the pool. Returns false while batches are still being received;
+    /// call it again then.
+    pub(crate) fn abandon(&self) -> bool {
         {
-            let mut chain = self.chain.lock().unwrap_or_else(PoisonError::into_inner);
-            let segment = (self.cursor.swap(NO_SEGMENT, Ordering::AcqRel) >> 32) as u32;
+            let mut chain = self.chain();
+            let (segment, _) = unpack(self.cursor.swap(NO_SEGMENT, Ordering::AcqRel));
             if segment != u32::MAX {
                 chain.retiring.push(segment);
             }
@@ -261,6 +283,6 @@ impl<F: Fabric> Blog<F> {
         for retired in self.retired() {
             self.release(retired.segment);
         }
-        self.chain.lock().unwrap_or_else(PoisonError::into_inner).retiring.is_empty()
+        self.chain().retiring.is_empty()
     }
 }

@@ -1,4 +1,4 @@
-//! What a broker is told: parsed once, checked once.
+//! Configuration of a broker: parsed once, checked once.
 
 use crate::delegation::FlushGroup;
 use crate::ingest::MAX_WORKERS;
@@ -16,23 +16,26 @@ use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-/// What the platform says about other hosts' caches.
+/// Fewest heartbeats that fit into a lease, so that one that is late ends no lease.
+const HEARTBEATS_PER_LEASE: u64 = 5;
+
+/// Coherence of the region's memory among hosts, as the platform gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Coherence {
     /// All brokers run on one host.
     Host,
-    /// Hardware keeps hosts coherent.
+    /// Hardware keeps the caches of all hosts coherent.
     Fabric,
-    /// Software must flush and invalidate.
+    /// Software flushes and invalidates cache lines.
     None,
 }
 
-/// How lines are written back.
+/// Instruction by which cache lines are written back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum FlushChoice {
-    /// The best that this CPU has.
+    /// Best instruction that this CPU has.
     Auto,
     /// `clwb`.
     Clwb,
@@ -44,27 +47,28 @@ pub enum FlushChoice {
     Movdir64b,
 }
 
-/// The region.
+/// Region of CXL memory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CxlConfig {
-    /// File on tmpfs or hugetlbfs, or a device-dax node (which may be called `device`).
+    /// File on tmpfs or hugetlbfs, or a device-dax node. `device` is another name for this key.
     #[serde(alias = "device")]
     pub path: PathBuf,
-    /// The region's mirror, on another unit of memory, as `region create --mirror` made it. Of a region that has one, every
-    /// broker that may be the leader names it.
+    /// Mirror of the region, on another unit of memory, as `region create --mirror` made it. If the region has a
+    /// mirror, every broker that may be the leader names it.
     pub mirror: Option<PathBuf>,
-    /// What the platform gives.
+    /// Coherence of the memory among hosts.
     pub coherence: Coherence,
-    /// Flush instruction where coherence is `none`.
+    /// Flush instruction; `auto` unless coherence is `none`.
     pub flush: FlushChoice,
-    /// Refuse any other region than this.
+    /// UUID that the region must have; unset accepts any region.
     pub uuid: Option<String>,
-    /// Refuse a region with other segments.
+    /// Bytes that the region's segments must have; unset accepts any size.
     pub segment_bytes: Option<u64>,
-    /// Map all pages at start.
+    /// True maps all pages at start.
     pub prefault: bool,
-    /// NUMA node on which all pages of a region in a file must lie: CXL memory that is online as system-ram.
+    /// NUMA node on which all pages of a region in a file must lie, for CXL memory that is online as system-ram. Unset
+    /// accepts any node.
     pub numa_node: Option<u32>,
 }
 
@@ -84,11 +88,11 @@ impl Default for CxlConfig {
 }
 
 impl CxlConfig {
-    /// The flush method that follows from coherence and choice.
+    /// Returns the flush method that follows from the coherence and the chosen instruction.
     ///
     /// # Errors
-    /// The choice is not available on this CPU.
-    pub fn flush_method(&self) -> Result<FlushMethod, OutOfBounds> {
+    /// [`OutOfBounds`] when this CPU lacks the instruction.
+    pub(crate) fn flush_method(&self) -> Result<FlushMethod, OutOfBounds> {
         if self.coherence != Coherence::None {
             return Ok(FlushMethod::None);
         }
@@ -107,15 +111,15 @@ impl CxlConfig {
     }
 }
 
-/// Which part a broker takes.
+/// Part that a broker takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Role {
-    /// The leader if there is none, else a follower.
+    /// Leads if there is no leader, follows otherwise.
     Auto,
-    /// The leader, or fail.
+    /// Leads, or does not start.
     Leader,
-    /// Never the leader.
+    /// Never leads.
     Follower,
 }
 
@@ -123,17 +127,17 @@ pub enum Role {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ThreadConfig {
-    /// Threads that serve connections; 0 chooses by the number of cores.
+    /// Threads that serve connections, at most 64; 0 chooses by the number of cores.
     pub workers: usize,
-    /// Cores for them, in turn; empty leaves them to the scheduler.
+    /// Cores for these threads, in turn; empty leaves the threads to the scheduler.
     pub cores: Vec<usize>,
-    /// What to do between polls that found nothing.
+    /// Action after a poll that found nothing.
     pub poll: PollPolicy,
-    /// Spin before yielding or sleeping, microseconds; unset chooses by the number of cores.
+    /// Time to spin before yielding or sleeping, microseconds, at most 1,000,000; unset chooses by the number of cores.
     pub spin_us: Option<u64>,
-    /// Longest sleep of the adaptive policy, microseconds.
+    /// Longest sleep of the adaptive policy, microseconds, 20 to 1,000,000.
     pub sleep_max_us: u64,
-    /// Polling threads on this host in all, to choose the spin by; 0 counts this broker's alone.
+    /// Polling threads of all processes on this host, by which the spin is chosen; 0 counts this broker's alone.
     pub pollers_on_host: usize,
 }
 
@@ -156,12 +160,12 @@ impl Default for ThreadConfig {
 pub struct RdmaConfig {
     /// Device, as in /sys/class/infiniband; unset takes the first with an active port.
     pub device: Option<String>,
-    /// What keeps a session inside its landing windows.
+    /// Mechanism that keeps a session inside its landing windows.
     pub isolation: Isolation,
-    /// Bytes of a landing window, of which an active publisher holds two: at most a quarter of a segment, and more where
-    /// a publisher's batches need it.
+    /// Bytes of a landing window, a multiple of 64. An active publisher holds two windows. A window takes at most a
+    /// quarter of a segment, and is larger where a publisher's batches need it.
     pub window_bytes: u64,
-    /// Silence of a publisher after which its landing windows are taken back where they keep memory from being reused,
+    /// Silence of a publisher after which its landing windows are taken back if they keep memory from being reused,
     /// milliseconds.
     pub window_idle_ms: u64,
 }
@@ -172,34 +176,34 @@ impl Default for RdmaConfig {
     }
 }
 
-/// How a replica writes.
+/// System calls by which a replica writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ReplicaIo {
-    /// pwrite and `fdatasync`.
+    /// `pwrite`, then `fdatasync`.
     Pwrite,
-    /// io_uring, or the broker does not start: a write and its `fdatasync` are one system call. (The kernel does the second
-    /// in a thread of its own, which costs more than it saves where cores are few.)
+    /// io_uring: a write and its `fdatasync` are one system call. Without io_uring the broker does not start. The
+    /// kernel runs the `fdatasync` in a thread of its own, which costs more than it saves where cores are few.
     Uring,
 }
 
-/// Replication: this broker's disk, for its own and others' batches.
+/// Replication of batches, this broker's own and others', to this broker's disk.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReplicaConfig {
-    /// Directory, in which each broker has one of its own; unset, this broker replicates nothing.
+    /// Directory in which each broker has a directory of its own; unset, this broker replicates nothing.
     pub path: Option<PathBuf>,
-    /// Write past the page cache (O_DIRECT): much cheaper, but not every file system can.
+    /// True writes past the page cache (O_DIRECT), which is much cheaper. Not every file system can.
     pub direct: bool,
-    /// How it writes.
+    /// System calls to write with.
     pub io: ReplicaIo,
-    /// Bytes that are made durable with one `fdatasync`, at most.
+    /// Most bytes that one `fdatasync` makes durable.
     pub group_bytes: u64,
-    /// Bytes of a file, after which the next one begins.
+    /// Bytes of a file after which the next file begins.
     pub file_bytes: u64,
-    /// Bytes that are kept of each topic; 0 keeps everything until the topic is deleted.
+    /// Bytes that are kept of each stream of a topic; 0 keeps everything until the topic is deleted.
     pub retention_bytes: u64,
-    /// After what time without progress another broker takes over, milliseconds.
+    /// Time without progress after which another broker takes over from a replica, milliseconds.
     pub patience_ms: u64,
 }
 
@@ -217,16 +221,16 @@ impl Default for ReplicaConfig {
     }
 }
 
-/// Where etcd is, and how it is used.
+/// Membership by etcd.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EtcdConfig {
-    /// Its members: http://HOST:PORT.
+    /// Addresses of etcd's members: http://HOST:PORT.
     pub endpoints: Vec<String>,
     /// Prefix of all keys.
     pub prefix: String,
-    /// After what silence etcd takes a broker for gone, seconds. (A leader that is silent in the region is replaced after
-    /// `leader_lease_ms`.)
+    /// Silence after which etcd takes a broker for gone, seconds. A leader that is silent in the region is replaced
+    /// sooner, after `leader_lease_ms`.
     pub lease_s: u32,
 }
 
@@ -236,33 +240,33 @@ impl Default for EtcdConfig {
     }
 }
 
-/// A broker.
+/// Configuration of a broker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct BrokerConfig {
-    /// Id, 0 to 31; unset takes the first that is free.
+    /// Broker id, 0 to 31; unset takes the first that is free.
     pub id: Option<BrokerId>,
     /// Part to take.
     pub role: Role,
-    /// Who elects the leader.
+    /// Election of the leader.
     pub membership: Membership,
-    /// etcd, where `membership` is `etcd`.
+    /// Membership by etcd, where `membership` is `etcd`.
     pub etcd: EtcdConfig,
-    /// The region.
+    /// Region of CXL memory.
     pub cxl: CxlConfig,
-    /// What clients may use; TCP besides.
+    /// Transport that clients may use beside TCP.
     pub transport: TransportKind,
-    /// RDMA verbs, where `transport` is `verbs`; isolation and windows also with `roce` and `dpdk`.
+    /// RDMA verbs, where `transport` is `verbs`. Isolation and windows hold for `roce` and `dpdk` too.
     pub rdma: RdmaConfig,
-    /// The NIC in software, where `transport` is `roce`.
+    /// NIC in software, where `transport` is `roce`.
     pub roce: RoceConfig,
     /// DPDK, where `transport` is `dpdk`.
     pub dpdk: DpdkConfig,
     /// Replication.
     pub replica: ReplicaConfig,
-    /// Where publishers and subscribers connect; port 0 takes a free one.
+    /// Address that publishers and subscribers connect to; port 0 takes a free one.
     pub data_listen: SocketAddr,
-    /// Where the control service listens; port 0 takes a free one.
+    /// Address of the control service; port 0 takes a free one.
     pub control_listen: SocketAddr,
     /// Data address that clients are told, if another than the one listened on.
     pub data_advertise: Option<SocketAddr>,
@@ -270,30 +274,32 @@ pub struct BrokerConfig {
     pub control_advertise: Option<SocketAddr>,
     /// Threads.
     pub threads: ThreadConfig,
-    /// Largest batch, header and body, bytes.
+    /// Bytes of the largest batch, header and body.
     pub max_batch_bytes: u64,
-    /// How long a publisher waits for memory before it gets an error, milliseconds.
+    /// Time that a publisher waits for memory before it gets an error, milliseconds.
     pub exhausted_wait_ms: u64,
-    /// Check body checksums on arrival.
+    /// True checks the checksums of bodies on arrival.
     pub verify_body: bool,
-    /// When the delegation writes back.
+    /// Batches and bytes after which received batches are written back to the region.
     pub flush_group: FlushGroup,
-    /// How long a gap in a session may last before the session is fenced, milliseconds.
+    /// Longest time that a gap in a session may last before the session is fenced, milliseconds.
     pub gap_lease_ms: u64,
-    /// After what idle time a session's row may go to another client, milliseconds.
+    /// Time without batches after which a session's slot may go to another client, milliseconds.
     pub session_idle_ms: u64,
-    /// Time between heartbeats (and retention, reclaim, topic discovery), milliseconds.
+    /// Time between heartbeats, milliseconds. Retention, reclaim and topic discovery run as often.
     pub heartbeat_ms: u64,
-    /// After what silence the leader takes a broker for dead, milliseconds.
+    /// Silence after which the leader takes a broker for dead, milliseconds; at least five heartbeats.
     pub broker_lease_ms: u64,
-    /// After what silence the leader is replaced, milliseconds. (One whose process is gone is replaced at once.)
+    /// Silence after which the leader is replaced, milliseconds; at least five heartbeats. A leader whose process is
+    /// gone is replaced at once.
     pub leader_lease_ms: u64,
-    /// How long a subscriber may hold what retention wants, milliseconds.
+    /// Longest time that a subscriber may hold what retention wants to trim, milliseconds.
     pub delivery_patience_ms: u64,
-    /// How long a broker that is told to stop (SIGTERM) waits for its clients to be served and gone, milliseconds.
+    /// Longest time that a broker which is told to stop (SIGTERM) waits for its clients to be served and gone,
+    /// milliseconds.
     pub drain_ms: u64,
-    /// SO_SNDBUF and SO_RCVBUF of data sockets, bytes; unset leaves them to the kernel, on loopback to
-    /// 512 KiB.
+    /// Bytes of SO_SNDBUF and of SO_RCVBUF of data sockets. Unset takes 512 KiB on loopback, and leaves the choice to
+    /// the kernel elsewhere.
     pub socket_buffer_bytes: Option<usize>,
 }
 
@@ -333,40 +339,13 @@ impl Default for BrokerConfig {
 }
 
 impl BrokerConfig {
-    /// Checks every bound.
+    /// Checks every value.
     ///
     /// # Errors
-    /// The first value that is out of bounds.
+    /// [`OutOfBounds`] with the first value that is out of bounds.
     pub fn validate(&self) -> Result<(), OutOfBounds> {
         self.dpdk.validate()?;
-        let heartbeats = self.heartbeat_ms * 5;
-        let bounds: &[(&'static str, u64, u64, u64)] = &[
-            ("id", self.id.map_or(0, |id| id.0.into()), 0, u64::from(MAX_BROKERS) - 1),
-            ("threads.workers", self.threads.workers as u64, 0, MAX_WORKERS as u64),
-            ("threads.sleep_max_us", self.threads.sleep_max_us, 20, 1_000_000),
-            ("threads.spin_us", self.threads.spin_us.unwrap_or(0), 0, 1_000_000),
-            ("max_batch_bytes", self.max_batch_bytes, 4096, MAX_BATCH_BYTES),
-            ("exhausted_wait_ms", self.exhausted_wait_ms, 0, 3_600_000),
-            ("flush_group.batches", self.flush_group.batches, 1, 1024),
-            ("flush_group.bytes", self.flush_group.bytes, 1, 1 << 30),
-            ("gap_lease_ms", self.gap_lease_ms, 10, 3_600_000),
-            ("session_idle_ms", self.session_idle_ms, 100, 86_400_000),
-            ("heartbeat_ms", self.heartbeat_ms, 1, 1000),
-            ("broker_lease_ms", self.broker_lease_ms, heartbeats, 600_000),
-            ("leader_lease_ms", self.leader_lease_ms, heartbeats, 600_000),
-            ("delivery_patience_ms", self.delivery_patience_ms, 1, 3_600_000),
-            ("drain_ms", self.drain_ms, 0, 3_600_000),
-            ("replica.group_bytes", self.replica.group_bytes, 4096, 1 << 30),
-            ("replica.file_bytes", self.replica.file_bytes, 1 << 20, 1 << 40),
-            ("replica.patience_ms", self.replica.patience_ms, 100, 3_600_000),
-            ("rdma.window_bytes", self.rdma.window_bytes, 4096, 1 << 30),
-            ("rdma.window_idle_ms", self.rdma.window_idle_ms, 10, 3_600_000),
-            ("etcd.lease_s", self.etcd.lease_s.into(), 2, 3600),
-            ("socket_buffer_bytes", self.socket_buffer_bytes.unwrap_or(4096) as u64, 4096, 1 << 30),
-        ];
-        for (key, value, low, high) in bounds {
-            within(key, *value, *low, *high)?;
-        }
+        self.check_ranges()?;
         if !self.rdma.window_bytes.is_multiple_of(LINE_BYTES) {
             let bound = format!("a multiple of {LINE_BYTES}");
             return Err(OutOfBounds::new("rdma.window_bytes", self.rdma.window_bytes, bound));
@@ -375,7 +354,41 @@ impl BrokerConfig {
         self.check_platform()
     }
 
-    /// Addresses that others are told must be ones that they can connect to.
+    /// Checks that every number lies in its range. An optional number that is unset counts as the lowest one.
+    fn check_ranges(&self) -> Result<(), OutOfBounds> {
+        let Self { threads, replica, rdma, .. } = self;
+        let lease_ms = self.heartbeat_ms.saturating_mul(HEARTBEATS_PER_LEASE)..=600_000;
+        let ranges = [
+            ("id", self.id.map_or(0, |id| id.0.into()), 0..=u64::from(MAX_BROKERS) - 1),
+            ("threads.workers", threads.workers as u64, 0..=MAX_WORKERS as u64),
+            ("threads.sleep_max_us", threads.sleep_max_us, 20..=1_000_000),
+            ("threads.spin_us", threads.spin_us.unwrap_or(0), 0..=1_000_000),
+            ("max_batch_bytes", self.max_batch_bytes, 4096..=MAX_BATCH_BYTES),
+            ("exhausted_wait_ms", self.exhausted_wait_ms, 0..=3_600_000),
+            ("flush_group.batches", self.flush_group.batches, 1..=1024),
+            ("flush_group.bytes", self.flush_group.bytes, 1..=1 << 30),
+            ("gap_lease_ms", self.gap_lease_ms, 10..=3_600_000),
+            ("session_idle_ms", self.session_idle_ms, 100..=86_400_000),
+            ("heartbeat_ms", self.heartbeat_ms, 1..=1000),
+            ("broker_lease_ms", self.broker_lease_ms, lease_ms.clone()),
+            ("leader_lease_ms", self.leader_lease_ms, lease_ms),
+            ("delivery_patience_ms", self.delivery_patience_ms, 1..=3_600_000),
+            ("drain_ms", self.drain_ms, 0..=3_600_000),
+            ("replica.group_bytes", replica.group_bytes, 4096..=1 << 30),
+            ("replica.file_bytes", replica.file_bytes, 1 << 20..=1 << 40),
+            ("replica.patience_ms", replica.patience_ms, 100..=3_600_000),
+            ("rdma.window_bytes", rdma.window_bytes, 4096..=1 << 30),
+            ("rdma.window_idle_ms", rdma.window_idle_ms, 10..=3_600_000),
+            ("etcd.lease_s", self.etcd.lease_s.into(), 2..=3600),
+            ("socket_buffer_bytes", self.socket_buffer_bytes.unwrap_or(4096) as u64, 4096..=1 << 30),
+        ];
+        for (key, value, range) in ranges {
+            within(key, value, *range.start(), *range.end())?;
+        }
+        Ok(())
+    }
+
+    /// Checks that others can connect to the addresses that they are told.
     fn check_addresses(&self) -> Result<(), OutOfBounds> {
         let told = [
             ("data_listen", self.data_listen, self.data_advertise, "data_advertise"),
@@ -390,7 +403,7 @@ impl BrokerConfig {
         Ok(())
     }
 
-    /// Membership, role and flushes must suit the platform.
+    /// Checks that membership, role and flushes suit the platform.
     fn check_platform(&self) -> Result<(), OutOfBounds> {
         if self.membership == Membership::Etcd && self.etcd.endpoints.is_empty() {
             let bound = "one or more http://HOST:PORT, where membership is etcd";

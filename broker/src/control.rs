@@ -1,4 +1,4 @@
-//! The control plane: topics, metadata, sessions and the leader allocator, over gRPC.
+//! Control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
 use crate::archive::{self, Catalog};
 use crate::membership::etcd::Etcd;
@@ -21,42 +21,43 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Request, Response, Status};
 
-/// How long the sequencer may take to answer, and brokers to let go of a topic.
+/// Longest time that the sequencer may take to answer, and brokers to let go of a topic.
 const ANSWER: Duration = Duration::from_secs(30);
 
-/// How long a call waits while the region has no leader, and how often it looks.
+/// Longest time that a call waits while the region has no leader.
 const LEADER_WAIT: Duration = Duration::from_secs(2);
+/// Time between two looks for a leader.
 const LEADER_POLL: Duration = Duration::from_millis(5);
 
-/// What the leader adds to a broker's control service.
-pub struct LeaderControl {
-    /// To the sequencer.
-    pub commands: Sender<Command>,
-    /// One change of the topic table at a time.
-    pub topics: tokio::sync::Mutex<()>,
+/// Part of the control service that works only at the leader.
+pub(crate) struct LeaderControl {
+    /// Channel to the sequencer.
+    pub(crate) commands: Sender<Command>,
+    /// Lock that admits one change of the topic table at a time.
+    pub(crate) topics: tokio::sync::Mutex<()>,
 }
 
-/// There while this broker is the leader.
-pub type CurrentLeader = RwLock<Option<Arc<LeaderControl>>>;
+/// The leader's part of the control service; `None` while this broker does not lead.
+pub(crate) type CurrentLeader = RwLock<Option<Arc<LeaderControl>>>;
 
-/// The service of one broker.
-pub struct ControlService {
-    /// The region.
-    pub region: Region<Native>,
-    /// Largest batch.
-    pub max_batch_bytes: u64,
-    /// What the leader can do, if this broker is it.
-    pub leader: Arc<CurrentLeader>,
-    /// This broker's allocator; at the leader, with the leader allocator, everyone's.
-    pub pool: Arc<dyn SegmentAllocator>,
-    /// What is on this broker's disk.
+/// Control service of one broker.
+pub(crate) struct ControlService {
+    /// Region.
+    pub(crate) region: Region<Native>,
+    /// Bytes of the largest batch.
+    pub(crate) max_batch_bytes: u64,
+    /// The leader's part, while this broker leads.
+    pub(crate) leader: Arc<CurrentLeader>,
+    /// Allocator of this broker. At the leader of a region with the leader allocator, everyone's.
+    pub(crate) pool: Arc<dyn SegmentAllocator>,
+    /// Batches on this broker's disk.
     pub(crate) catalog: Arc<Catalog>,
-    /// Who elects, unless that is the region.
-    pub etcd: Option<Etcd>,
+    /// Membership by etcd, if etcd elects the leader.
+    pub(crate) etcd: Option<Etcd>,
 }
 
 impl ControlService {
-    /// Who elects the leader, and whether it can.
+    /// Describes who elects the leader, and whether that works.
     fn membership(&self) -> String {
         if let Some(etcd) = &self.etcd {
             return match etcd.lost() {
@@ -69,6 +70,7 @@ impl ControlService {
         "embedded".to_owned()
     }
 
+    /// Returns the leader's part of the service.
     #[allow(clippy::result_large_err)] // tonic's own error type
     fn leader(&self) -> Result<Arc<LeaderControl>, Status> {
         let leader = self.leader.read().unwrap_or_else(PoisonError::into_inner).clone();
@@ -81,7 +83,7 @@ impl ControlService {
         })
     }
 
-    /// What the leader says, once there is one.
+    /// Reads from the leader's area. Waits for a leader if there is none.
     async fn with_leader<R>(&self, read: impl Fn(&Region<Native>) -> Result<R, NoLeader>) -> Result<R, Status> {
         let deadline = Instant::now() + LEADER_WAIT;
         loop {
@@ -95,6 +97,7 @@ impl ControlService {
         }
     }
 
+    /// Returns the configuration of the topic `name`.
     async fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
         self.with_leader(live_topics)
             .await?
@@ -103,6 +106,7 @@ impl ControlService {
             .ok_or_else(|| Status::not_found(format!("topic {name:?} does not exist")))
     }
 
+    /// Sends a command to the sequencer, and waits for the answer.
     async fn ask<R: Send + 'static>(&self, command: impl FnOnce(Sender<R>) -> Command) -> Result<R, Status> {
         let (reply, answer): (Sender<R>, Receiver<R>) = bounded(1);
         let leader = self.leader()?;
@@ -139,6 +143,7 @@ fn topic_to_proto(topic: &TopicConfig) -> proto::Topic {
     }
 }
 
+/// Checks a request for a topic, and returns its configuration. The slot is not chosen yet.
 #[allow(clippy::result_large_err)]
 fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, Status> {
     check_topic_name(&request.name).map_err(Status::invalid_argument)?;

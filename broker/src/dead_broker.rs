@@ -1,5 +1,7 @@
-//! What a broker left behind: while its process is gone, the leader does for it what it would do when idle, so that memory
-//! comes back without it.
+//! Maintenance for dead brokers.
+//!
+//! While a broker's process is gone, the leader does for it what the broker would do when idle. So its memory comes
+//! back without it.
 
 use crate::delegation::{Delegation, FlushGroup};
 use crate::topics::TopicTable;
@@ -12,8 +14,8 @@ use embarcadero_cxl::{Fabric, Row};
 use embarcadero_wire::{BrokerId, Stream};
 use std::sync::Arc;
 
-/// Brokers that hold segments, a bit each.
-pub fn holders<F: Fabric>(region: &Region<F>) -> u64 {
+/// Returns the brokers that hold segments, one bit each.
+pub(crate) fn holders<F: Fabric>(region: &Region<F>) -> u64 {
     let holder = |segment| match read_owner(region, segment) {
         Row::Used(SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. }) => 1 << broker.0,
         _ => 0,
@@ -21,12 +23,12 @@ pub fn holders<F: Fabric>(region: &Region<F>) -> u64 {
     (0..region.geometry().segment_count).fold(0, |mask, segment| mask | holder(segment))
 }
 
-/// Index entries that a round of maintenance looks at, at least.
+/// Fewest index entries that one round of maintenance looks at.
 const ROUND_ENTRIES: u64 = 4096;
 
-/// Applies retention to what `broker` left, and gives back what nobody needs. The caller holds its claim on the id, so that
-/// no process of the broker does the same; `pool` is the allocator that it would use.
-pub fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
+/// Applies retention to a dead broker's orders, and gives back segments that nobody needs. `pool` is the allocator that
+/// the broker would use. The caller holds the claim on the broker's id, so no process of the broker does the same.
+pub(crate) fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
     let kept = |topic| {
         [Stream::GLOBAL, Stream::of(broker)]
             .map(|stream| read_extent(region, StreamId { topic, stream }))

@@ -1,4 +1,4 @@
-//! Receive: a publisher's connection, from its opening frame to batches that lie complete in the Blog.
+//! Receive: a publisher's session, from its opening frame to batches that lie complete in the Blog.
 
 use crate::ack::{AckOptions, AckQueue};
 use crate::delegation::{Landed, Origin};
@@ -14,42 +14,45 @@ use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, Publish
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Most I/O workers of a broker.
-pub const MAX_WORKERS: usize = 64;
+/// Largest number of I/O workers of a broker.
+pub(crate) const MAX_WORKERS: usize = 64;
 
-/// Bounds on what publishers may do.
+/// Limits that the broker sets to publishers.
 #[derive(Clone, Copy, Debug)]
-pub struct IngestLimits {
-    /// Largest batch, header and body, bytes.
-    pub max_batch_bytes: u64,
-    /// How long a publisher waits for memory before it gets an error.
-    pub exhausted_wait: Duration,
-    /// Check the body's checksum on arrival, not only at the subscriber.
-    pub verify_body: bool,
+pub(crate) struct IngestLimits {
+    /// Largest batch, header and body, in bytes.
+    pub(crate) max_batch_bytes: u64,
+    /// Time for which a publisher waits for memory before it is refused.
+    pub(crate) exhausted_wait: Duration,
+    /// True to check a body's checksum on arrival. Subscribers check it in any case.
+    pub(crate) verify_body: bool,
 }
 
-/// A publisher's session on one connection.
-pub struct PublisherSession {
+/// Session of a publisher on one connection.
+pub(crate) struct PublisherSession {
     topic: Arc<Topic<Native>>,
     open: OpenPublish,
-    /// Batches that are to be acknowledged.
-    pub acks: AckQueue,
+    /// Batches that are not acknowledged yet.
+    pub(crate) acks: AckQueue,
     limits: IngestLimits,
     landed: Sender<Landed<Native>>,
-    /// The reservation that a body is being received into.
+    /// Reservation that a body is being received into.
     reserved: Option<RegionOffset>,
-    /// When a batch last came through a landing window, or the connection was opened.
+    /// Time at which a batch last came through a landing window, or else the connection was opened.
     active_at: Instant,
+    /// Sequence below which the session's batches are committed, as last read.
     progress: u64,
+    /// Time since which the publisher waits for memory.
     waiting_since: Option<Instant>,
 }
 
 impl PublisherSession {
-    /// Checks an opening frame against the topic and the session table.
+    /// Opens a session after a check of the opening frame against the topic and the session table. Returns it with the
+    /// answer for the publisher.
     ///
     /// # Errors
     /// A refusal that says what is wrong.
-    pub fn open(
+    pub(crate) fn open(
         topics: &TopicTable<Native>,
         open: OpenPublish,
         limits: IngestLimits,
@@ -115,22 +118,25 @@ impl PublisherSession {
         Ok((session, ready))
     }
 
-    /// The topic.
-    pub fn topic(&self) -> &Arc<Topic<Native>> {
+    /// Topic that the session publishes to.
+    pub(crate) fn topic(&self) -> &Arc<Topic<Native>> {
         &self.topic
     }
 
-    /// True when the client wants acks.
-    pub fn wants_acks(&self) -> bool {
+    /// Returns true when the client wants acks.
+    pub(crate) fn wants_acks(&self) -> bool {
         self.open.ack_level > 0
     }
 
-    /// First sequence of which the client wants to hear.
-    pub fn resume_from(&self) -> u64 {
+    /// First sequence whose ack the client may have missed on an earlier connection.
+    pub(crate) fn resume_from(&self) -> u64 {
         self.open.resume_from
     }
 
-    /// Checks the body of a complete batch and hands it to the delegation. The batch is given up if it does not fit.
+    /// Checks the body of a complete batch and hands the batch to the delegation.
+    ///
+    /// # Errors
+    /// A refusal when the body is wrong or the broker is shutting down. The batch is then given up.
     fn complete(&mut self, batch: Landed<Native>, memory: &Native) -> Result<(), TransportError> {
         self.check(memory, &batch.header, batch.at)?;
         self.reserved = None;
@@ -144,6 +150,7 @@ impl PublisherSession {
         })
     }
 
+    /// Checks a body's padding and length table, and with `verify_body` its checksum, too.
     fn check(&self, memory: &Native, header: &BatchHeader, at: RegionOffset) -> Result<(), BodyError> {
         if self.limits.verify_body {
             memory.with_bytes(at.add(FRAME_BYTES as u64), header.body_bytes(), |body| {
@@ -157,7 +164,7 @@ impl PublisherSession {
         }
     }
 
-    /// Has the publisher wait; after a while it is told why.
+    /// Lets the publisher wait for memory, and refuses it once it has waited for `exhausted_wait`.
     fn wait_for_room(&mut self, reason: &str, now: Instant) -> Result<(), TransportError> {
         let since = *self.waiting_since.get_or_insert(now);
         if now.saturating_duration_since(since) < self.limits.exhausted_wait {
@@ -167,9 +174,9 @@ impl PublisherSession {
         Err(TransportError::refused(ErrorCode::PoolExhausted, text))
     }
 
-    /// True when one of its landing `windows` keeps a segment from being reclaimed that nothing else is received into, and
-    /// nothing has come for `idle`.
-    pub fn is_idle_holding(
+    /// Returns true when the publisher was silent for `idle` and one of its landing `windows` keeps a full segment from
+    /// being reclaimed.
+    pub(crate) fn is_idle_holding(
         &self,
         mut windows: impl Iterator<Item = RegionOffset>,
         idle: Duration,
@@ -178,7 +185,8 @@ impl PublisherSession {
         now.saturating_duration_since(self.active_at) > idle && windows.any(|at| !self.topic.blog.is_current(at))
     }
 
-    /// Checks a batch's header against the session. Returns the answer if the batch is not to be taken now.
+    /// Checks a batch's header against the session, and that there is room for the batch. Returns the answer to the
+    /// publisher when the batch cannot be taken now, else `None`.
     fn reject_or_wait(&mut self, topics: &TopicTable<Native>, header: &BatchHeader, now: Instant) -> Option<Placement> {
         let refuse = |code, text: String| Some(Placement::Refuse(TransportError::refused(code, text)));
         if let Err(error) = header.check(self.limits.max_batch_bytes) {
@@ -198,6 +206,7 @@ impl PublisherSession {
             return Some(Placement::Refuse(error));
         }
         if self.topic.config.order.is_global() && header.sequence >= self.progress + SESSION_WINDOW {
+            // Between two leaders what was last read goes on counting.
             self.progress = read_progress(topics.region(), self.open.session_slot).unwrap_or(self.progress);
             if header.sequence >= self.progress + SESSION_WINDOW {
                 return Some(Placement::Wait);
@@ -213,8 +222,8 @@ impl PublisherSession {
         None
     }
 
-    /// Room for one more batch between here and the delegation.
-    pub fn can_hand_over(&self) -> bool {
+    /// Returns true when the channel to the delegation has room for one more batch of each worker.
+    pub(crate) fn can_hand_over(&self) -> bool {
         // Other workers hand over too; each has at most one batch between this check and its hand-over.
         self.landed.capacity().is_none_or(|capacity| self.landed.len() + MAX_WORKERS < capacity)
     }
@@ -235,18 +244,18 @@ fn waiting(waits: Result<(), TransportError>) -> Placement {
     }
 }
 
-/// The landing of one connection's batches.
-pub struct PublisherLanding<'a> {
-    /// All topics.
-    pub topics: &'a TopicTable<Native>,
-    /// The publisher; `None` before its opening frame.
-    pub session: Option<&'a mut PublisherSession>,
-    /// The connection.
-    pub origin: Origin,
-    /// The time.
-    pub now: Instant,
-    /// Batches that were taken.
-    pub taken: usize,
+/// Places and takes the batches of one connection, for one call of the transport.
+pub(crate) struct PublisherLanding<'a> {
+    /// Topics of the broker.
+    pub(crate) topics: &'a TopicTable<Native>,
+    /// Session of the publisher; `None` before its opening frame.
+    pub(crate) session: Option<&'a mut PublisherSession>,
+    /// Connection that the batches come on.
+    pub(crate) origin: Origin,
+    /// Present time.
+    pub(crate) now: Instant,
+    /// Number of batches that were taken, counted up.
+    pub(crate) taken: usize,
 }
 
 fn not_opened() -> TransportError {

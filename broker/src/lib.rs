@@ -1,9 +1,16 @@
 //! The broker: receive, order, acknowledge and deliver batches that lie in CXL memory.
 //!
-//! Modules follow the path of a batch: [`ingest`] receives it into the [`blog`], [`delegation`] puts it into the
-//! Batchlog, the [`sequencer`] gives it its place in the global order, [`ack`] tells its client, [`delivery`] sends it
-//! to subscribers. A [`replica`] copies it to disk, from where the `archive` reads what the region no
-//! longer holds. [`worker`] runs these stages; [`control`] is the gRPC side.
+//! The modules follow the path of a batch:
+//!
+//! - `ingest` receives it from its publisher into the [`blog`].
+//! - [`delegation`] appends it to the Batchlog, or to the broker's own order index.
+//! - The [`sequencer`] of the leader gives it its place in the global order.
+//! - [`ack`] tells the publisher.
+//! - `delivery` sends it to subscribers.
+//! - `reclaim` returns its segment to the pool once nobody needs it.
+//! - A [`replica`] copies it to disk. The `archive` reads it from there once the region no longer holds it.
+//!
+//! `worker` runs these stages in polling threads. `control` serves gRPC.
 #![forbid(unsafe_code)]
 
 pub mod ack;
@@ -11,21 +18,22 @@ mod archive;
 pub mod blog;
 mod broker;
 pub mod config;
-pub mod control;
+mod control;
 mod dead_broker;
 pub mod delegation;
-pub mod delivery;
-pub mod ingest;
+mod delivery;
+mod ingest;
 mod leader;
 pub mod membership;
 pub mod mirror;
-pub mod pool;
-pub mod reclaim;
+pub mod pins;
+mod pool;
+mod reclaim;
 pub mod replica;
 pub mod sequencer;
 mod spares;
 pub mod topics;
-pub mod worker;
+mod worker;
 
 pub use broker::{Broker, BrokerError};
 pub use config::BrokerConfig;

@@ -1,9 +1,10 @@
-//! The mirror: a second region, on another unit of memory, in which the leader keeps a copy of what it writes: topics,
-//! sessions, and the global orders. Should the region be lost, it says what was in it to the last message that was
-//! acknowledged ([`crate::replica::restore`]).
+//! Mirror of a region: a second region, on another unit of memory.
 //!
-//! It has the tables of a region and is written by the same code, each leader in its own area. What the mirror shows, the
-//! region shows already or is about to; what is acknowledged, both have.
+//! The leader keeps a copy there of what it writes: topics, sessions, and the global orders. If the region is lost, the
+//! mirror tells what was in it, to the last message that was acknowledged ([`crate::replica::restore`]).
+//!
+//! The mirror has the tables of a region and is written by the same code, each leader in its own area. What the mirror
+//! shows, the region shows too, or is about to. Whatever is acknowledged is in both.
 
 use crate::sequencer::TakeoverError;
 use crate::spares::spare_segments;
@@ -26,15 +27,15 @@ use std::sync::Arc;
 /// Checks that `mirror` is the mirror of `region`.
 ///
 /// # Errors
-/// What differs.
-pub fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), RegionError> {
+/// [`RegionError::Role`] or [`RegionError::Uuid`].
+pub(crate) fn check<F: Fabric>(region: &Region<F>, mirror: &Region<F>) -> Result<(), RegionError> {
     region.require_role(RegionRole::Mirrored)?;
     mirror.require_role(RegionRole::Mirror)?;
     mirror.require_uuid(region.uuid())
 }
 
-/// The mirror, as the leader writes it.
-pub struct Mirror<F: Fabric> {
+/// Mirror of a region, as the leader writes it.
+pub(crate) struct Mirror<F: Fabric> {
     region: Region<F>,
     area: LeaderArea,
     term: Term,
@@ -42,13 +43,14 @@ pub struct Mirror<F: Fabric> {
 }
 
 impl<F: Fabric> Mirror<F> {
-    /// Takes over from the leader before, as in the region itself. That may be another one here: it came so far, and no further.
+    /// Takes over the mirror from the leader that wrote it last, as in the region itself. That may not be the region's
+    /// last leader: a leader that died early never wrote to the mirror.
     ///
     /// # Errors
     /// [`TakeoverError`].
-    pub fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, TakeoverError> {
+    pub(crate) fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, TakeoverError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
-        // Whoever it was may go on, unless it was this broker.
+        // Another broker that led may go on.
         let mut spares = match last_active(&region) {
             Some((led, _)) if led != area => spare_segments(&region, &*pool)?,
             _ => Vec::new(),
@@ -68,11 +70,11 @@ impl<F: Fabric> Mirror<F> {
         Ok(mirror)
     }
 
-    /// The copy of a topic's order.
+    /// Opens the copy of a topic's order.
     ///
     /// # Errors
     /// [`Damage`] in the mirror.
-    pub fn open(&self, config: &TopicConfig) -> Result<OrderIndexWriter<F>, Damage> {
+    pub(crate) fn open(&self, config: &TopicConfig) -> Result<OrderIndexWriter<F>, Damage> {
         let copy = IndexOptions {
             id: StreamId { topic: config.id, stream: Stream::GLOBAL },
             incarnation: config.incarnation,
@@ -82,11 +84,11 @@ impl<F: Fabric> Mirror<F> {
         OrderIndexWriter::open(self.region.clone(), copy, Arc::clone(&self.pool))
     }
 
-    /// The copy of a topic's order, with everything that `index` has.
+    /// Opens the copy of a topic's order, and brings it up to everything that `index` has.
     ///
     /// # Errors
-    /// [`TakeoverError`] when it has no room for that, or is damaged.
-    pub fn follow(
+    /// [`TakeoverError`] when the mirror has too little room, or is damaged.
+    pub(crate) fn follow(
         &self,
         config: &TopicConfig,
         index: &OrderIndexWriter<F>,
@@ -94,7 +96,7 @@ impl<F: Fabric> Mirror<F> {
         let mut copy = self.open(config)?;
         let follows = (index.earliest_offset()..=index.next_offset()).contains(&copy.next_offset());
         if !follows {
-            // It is new, or was away.
+            // The copy is new, or the mirror missed part of the order.
             copy.abandon();
             copy.begin_at(index.earliest_offset());
         }
@@ -111,8 +113,8 @@ impl<F: Fabric> Mirror<F> {
         Ok(copy)
     }
 
-    /// Copies what is known of sessions.
-    pub fn follow_sessions(&self, from: &Region<F>) {
+    /// Copies every session of this leader's area in the region `from`, with its commit records.
+    pub(crate) fn follow_sessions(&self, from: &Region<F>) {
         for slot in from.geometry().sessions() {
             let Some(session) = read_session_at(from, self.area, slot).used() else { continue };
             let expected = read_progress_at(from, self.area, slot);
@@ -125,40 +127,41 @@ impl<F: Fabric> Mirror<F> {
         }
     }
 
-    /// Writes a topic's line.
-    pub fn topic(&self, config: &TopicConfig) {
+    /// Writes a topic's configuration.
+    pub(crate) fn topic(&self, config: &TopicConfig) {
         publish_topic(&self.region, self.area, config);
     }
 
-    /// Writes a session's line.
-    pub fn session(&self, session: &Session) {
+    /// Writes a session's identity and state.
+    pub(crate) fn session(&self, session: &Session) {
         publish_session(&self.region, self.area, session);
     }
 
-    /// Writes commit records.
-    pub fn commit(&self, commits: &[SessionCommit]) {
+    /// Writes commit records. They are in memory when this returns.
+    pub(crate) fn commit(&self, commits: &[SessionCommit]) {
         publish_commits(&self.region, self.area, commits);
         self.region.fabric().fence(Site::RecordFlush);
     }
 }
 
-/// A topic, as a mirror has it.
+/// Topic, as a mirror has it.
 #[derive(Clone, Debug)]
 pub struct MirroredTopic {
-    /// As it was.
+    /// Configuration of the topic.
     pub config: TopicConfig,
     /// Offset of the next message.
     pub next_offset: u64,
-    /// Offset of the first message of each batch that was kept, and how many it has. They follow each other.
+    /// Offset of the first message of each batch that is kept, and the number of its messages. Each batch begins where
+    /// the one before it ends.
     pub batches: Vec<(u64, u32)>,
-    /// Its sessions, and what each expected next.
+    /// Sessions of the topic, and the sequence that each expected next.
     pub sessions: Vec<(Session, u64)>,
 }
 
-/// What a mirror says of the topics with a global order.
+/// Reads the topics with a global order from a mirror.
 ///
 /// # Errors
-/// [`ReadError`]: its memory is damaged.
+/// [`ReadError`] when the mirror's memory is damaged.
 pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadError> {
     let Some((area, _)) = last_active(mirror) else { return Ok(Vec::new()) };
     let sessions: Vec<(Session, u64)> = mirror
@@ -172,7 +175,7 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadErr
         let extent = read_extent_at(mirror, area, id);
         let mut reader = OrderIndexReader::new(mirror.clone(), id);
         let mut batches = Vec::new();
-        // The word for the next offset in the tail may be ahead of it: what counts is where the last batch ends.
+        // The tail's next offset may be ahead of its last entry. The end of the last batch is certain.
         let mut next_offset = extent.earliest_offset;
         for position in extent.trimmed..reader.poll() {
             let entry = reader.read(position)?;

@@ -1,4 +1,4 @@
-//! Which segment allocator a broker uses, and the caller's side of the leader allocator.
+//! Choice of a broker's segment allocator, and the caller's side of the leader allocator.
 
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
@@ -15,11 +15,11 @@ use std::time::Duration;
 use tonic::Code;
 use tonic::transport::Channel;
 
-/// The allocator that the region's superblock names, for this broker.
+/// Returns the allocator that the region's superblock names, for the broker `info`.
 ///
 /// # Errors
-/// No runtime for remote calls can be made.
-pub fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<dyn SegmentAllocator>> {
+/// [`io::Error`] when the runtime of remote calls cannot be made.
+pub(crate) fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<dyn SegmentAllocator>> {
     Ok(match region.geometry().allocator {
         AllocatorKind::Bitmap => Arc::new(BitmapAllocator::new(region.clone())),
         AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), info.id)),
@@ -27,42 +27,44 @@ pub fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Result<Arc<d
     })
 }
 
-/// How long a call to the leader may take.
-const CALL: Duration = Duration::from_secs(2);
+/// Longest time for a call to the leader, and for the connection to it.
+const CALL_LIMIT: Duration = Duration::from_secs(2);
 
-/// Where calls run, and the connection to the leader of an term.
+/// Runtime of the calls, and the connection to the leader with the term under which it leads.
 type Calls = (tokio::runtime::Runtime, Option<(Term, ControlClient<Channel>)>);
 
-/// DEV-005 (B): asks the leader for segments; at the leader, gives them.
-pub struct LeaderAllocator<F> {
+// [[DEVIATION_005]] (B): the paper gives each broker one contiguous log.
+/// Allocator that asks the leader for segments. At the leader itself it takes them from the pool.
+pub(crate) struct LeaderAllocator<F> {
     region: Region<F>,
     broker: BrokerId,
     incarnation: Incarnation,
-    /// From when this broker is the leader: then no other allocates any more.
+    /// Pool of the region, set once this broker leads. No other broker allocates from it then.
     own: OnceLock<PartitionAllocator<F>>,
     calls: Mutex<Calls>,
 }
 
 impl<F: Fabric> LeaderAllocator<F> {
-    /// A caller that has not called yet.
+    /// Returns an allocator that is not connected yet.
     ///
     /// # Errors
-    /// No runtime can be made.
-    pub fn new(region: Region<F>, info: &BrokerInfo) -> io::Result<Self> {
+    /// [`io::Error`] when the runtime of the calls cannot be made.
+    pub(crate) fn new(region: Region<F>, info: &BrokerInfo) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let BrokerInfo { id: broker, incarnation, .. } = *info;
         Ok(Self { region, broker, incarnation, own: OnceLock::new(), calls: Mutex::new((runtime, None)) })
     }
 
-    /// The allocator itself, if this broker is the leader.
+    /// Returns the pool itself if this process is the leader, or is taking over.
     fn own(&self) -> Option<&PartitionAllocator<F>> {
-        // From when it takes over, as it needs segments for that.
+        // The latest claimant rather than the active leader: it needs segments to take over.
         let (broker, term) = latest_claimant(&self.region)?;
         let leader = read_leader_at(&self.region, LeaderArea(broker)).used()?;
         let is_leader = (leader.term, leader.broker, leader.incarnation) == (term, self.broker, self.incarnation);
         is_leader.then(|| self.own.get_or_init(|| PartitionAllocator::of_leader(self.region.clone())))
     }
 
+    /// Sends a request to the leader. The connection is kept for the next request unless the call failed.
     fn call<R>(
         &self,
         request: impl AsyncFnOnce(&mut ControlClient<Channel>) -> Result<R, tonic::Status>,
@@ -79,8 +81,8 @@ impl<F: Fabric> LeaderAllocator<F> {
                 _ => {
                     let endpoint = tonic::transport::Endpoint::try_from(format!("http://{}", info.control))
                         .map_err(|error| unreachable(&error))?
-                        .connect_timeout(CALL)
-                        .timeout(CALL);
+                        .connect_timeout(CALL_LIMIT)
+                        .timeout(CALL_LIMIT);
                     ControlClient::new(endpoint.connect().await.map_err(|error| unreachable(&error))?)
                 }
             };
@@ -102,7 +104,14 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
             return own.allocate();
         }
         let request = AllocateSegmentRequest { broker: self.broker.0 };
-        self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))
+        let segment = self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))?;
+        let segments = self.region.geometry().segment_count;
+        if segment >= segments {
+            return Err(PoolError::Unreachable(format!(
+                "its answer is segment {segment}, and the region has {segments}"
+            )));
+        }
+        Ok(segment)
     }
 
     fn release(&self, segment: u32) -> Result<(), PoolError> {

@@ -1,10 +1,10 @@
-//! When a segment may return to the pool: nobody reads it, and retention does not want it.
+//! Reclaim: a segment returns to the pool when nobody reads it and retention does not keep it.
 
 use crate::topics::Topic;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::{NoLeader, leader_version, with_leader};
 use embarcadero_cxl::order_index::{
-    OrderIndexReader, Pin, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
+    OrderIndexReader, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
 };
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
@@ -12,94 +12,41 @@ use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::sequencer_half::read_consumed;
 use embarcadero_cxl::topic_table::read_topic_at;
 use embarcadero_cxl::{Fabric, Guard, RegionOffset, Row};
-use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
+use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-/// The pins of one broker on a topic: one a reader within the broker, of which the lowest shows in the region.
-pub struct PinBoard<F: Fabric> {
-    inner: Mutex<(Vec<Option<u64>>, Pin<F>)>,
-}
-
-impl<F: Fabric> PinBoard<F> {
-    /// A board on which nothing is pinned.
-    pub fn new(region: &Region<F>, topic: TopicId, order: Order, broker: BrokerId) -> Self {
-        let stream = if order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
-        Self { inner: Mutex::new((Vec::new(), Pin::new(region.clone(), StreamId { topic, stream }, broker))) }
-    }
-
-    /// Adds a reader, which pins nothing yet; its number serves [`PinBoard::set`] until [`PinBoard::unregister`].
-    pub fn register(&self) -> usize {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let pins = &mut inner.0;
-        let free = pins.iter().position(Option::is_none).unwrap_or(pins.len());
-        if free == pins.len() {
-            pins.push(None);
-        }
-        if let Some(pin) = pins.get_mut(free) {
-            *pin = Some(u64::MAX);
-        }
-        free
-    }
-
-    /// Removes a reader and its pin.
-    pub fn unregister(&self, reader: usize) {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pin) = inner.0.get_mut(reader) {
-            *pin = None;
-        }
-        // Whether or not there is a leader.
-        let _ = Self::show(&mut inner);
-    }
-
-    /// Lets go of what a reader pinned.
-    pub fn clear(&self, reader: usize) {
-        // Whether or not there is a leader.
-        let _ = self.set(reader, u64::MAX);
-    }
-
-    /// Pins everything from `position` on for a reader (`u64::MAX`: nothing), and returns the trim point: what is at
-    /// or above both stays.
-    ///
-    /// # Errors
-    /// [`NoLeader`]: nobody can say what is trimmed.
-    #[inline]
-    pub fn set(&self, reader: usize, position: u64) -> Result<u64, NoLeader> {
-        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(pin) = inner.0.get_mut(reader) {
-            *pin = Some(position);
-        }
-        Self::show(&mut inner)
-    }
-
-    fn show((pins, pin): &mut (Vec<Option<u64>>, Pin<F>)) -> Result<u64, NoLeader> {
-        pin.set(pins.iter().flatten().copied().min().unwrap_or(u64::MAX))
-    }
-}
-
-/// Index entries that one round looks at.
+/// Largest number of index entries that one round scans.
 const SCAN_ENTRIES: u64 = 4096;
 
-/// Finds out which of this broker's segments of a topic are not needed any more.
+/// Finds out which segments of a broker's Blog are not needed any more, and gives them back.
 ///
-/// It reads the order index to learn how high each segment's batches are in the order; a segment returns to the pool
-/// when it receives no more, all its batches are decided, all that committed are trimmed, and no broker pins them.
-pub struct Reclaimer<F: Fabric> {
+/// It scans the order index to learn the highest position of each segment's batches. A segment returns to the pool when
+/// all of this holds:
+///
+/// - It receives no more batches.
+/// - All its batches are decided: they are committed, or never will be.
+/// - Its committed batches are trimmed.
+/// - No broker pins them.
+pub(crate) struct Reclaimer<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
     stream: StreamId,
     reader: OrderIndexReader<F>,
+    /// Number of the scan's own pin on the topic's board.
     pin: usize,
+    /// Position below which the index is scanned.
     scanned: u64,
-    /// Positions below this were trimmed before they could be scanned; what of them lies where is not known.
+    /// Position below which entries were trimmed before they could be scanned. The segments of their batches are
+    /// unknown.
     skipped: u64,
-    /// Highest position in the order of a batch in each segment.
+    /// Highest position in the order among the batches of each segment.
     highest: BTreeMap<u32, u64>,
 }
 
 impl<F: Fabric> Reclaimer<F> {
-    /// A reclaimer that has scanned nothing.
-    pub fn new(region: Region<F>, topic: &Topic<F>, broker: BrokerId) -> Self {
+    /// Returns a reclaimer that has scanned nothing.
+    pub(crate) fn new(region: Region<F>, topic: &Topic<F>, broker: BrokerId) -> Self {
         let stream = topic.stream(broker);
         let reader = OrderIndexReader::new(region.clone(), stream);
         Self {
@@ -114,11 +61,13 @@ impl<F: Fabric> Reclaimer<F> {
         }
     }
 
-    /// One bounded round. `head` is where this broker's Batchlog (or own index) stands, `brokers` those whose pins
-    /// count. Returns the number of segments that came free.
-    pub fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = BrokerId>) -> usize {
+    /// Runs one bounded round. Returns the number of segments given back.
+    ///
+    /// `head` is the position of the next batch in this broker's Batchlog (or own index). `brokers` are those whose
+    /// pins count.
+    pub(crate) fn poll(&mut self, topic: &Topic<F>, head: u64, brokers: impl Iterator<Item = BrokerId>) -> usize {
         let retired = topic.blog.retired();
-        // What is decided is read before the index, so that every commit it covers is in the index we scan.
+        // The decided position is read before the index, so that the scan sees every commit below that position.
         let decided = if topic.config.order.is_global() {
             let Ok(half) = read_consumed(&self.region, self.stream.topic, self.broker) else { return 0 };
             half.decided_through
@@ -164,6 +113,7 @@ impl<F: Fabric> Reclaimer<F> {
         freed
     }
 
+    /// Scans the entries from where the last round ended, or from the trim point if that is higher, up to `committed`.
     fn scan(&mut self, topic: &Topic<F>, trimmed: u64, committed: u64) {
         let from = self.scanned.max(trimmed);
         if from > self.scanned {
@@ -190,54 +140,63 @@ impl<F: Fabric> Reclaimer<F> {
     }
 }
 
-/// A segment of a global order index that this broker took as the leader.
-struct Leftover {
+/// Segment of a global order index that this broker took as the leader.
+struct OrphanedSegment {
     segment: u32,
+    /// Owner entry as found. The segment is given back only while the entry is unchanged.
     owner: SegmentUse,
     id: StreamId,
     incarnation: Incarnation,
+    /// Place of the segment in its index, counted from 0.
     ordinal: u64,
-    /// Where the order stood when the leader was seen to have another segment in its place.
+    /// End of the order, as a position, when the leader's index was first seen to use another segment at this place.
     replaced_at: Option<u64>,
 }
 
-/// Index segments that this broker took as the leader before another took over, or in an earlier life. Only this broker may
-/// give them back, so it does, once nobody reads them any more.
-pub struct OrphanedSegments<F: Fabric> {
+/// Index segments that this broker took as the leader in an earlier term, or in an earlier incarnation.
+///
+/// Only this broker may give them back to its allocator. It does so once nobody reads them any more.
+pub(crate) struct OrphanedSegments<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
     pool: Arc<dyn SegmentAllocator>,
-    /// The leader under which they were looked for.
-    mark: Option<u64>,
-    found: Vec<Leftover>,
+    /// Version of the leadership under which the segments were looked for; `None` before the first look.
+    searched_at: Option<u64>,
+    found: Vec<OrphanedSegment>,
 }
 
 impl<F: Fabric> OrphanedSegments<F> {
-    /// None found yet.
-    pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
-        Self { region, broker, pool, mark: None, found: Vec::new() }
+    /// Returns a collection that has not looked for segments yet. They go back to `pool`.
+    pub(crate) fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
+        Self { region, broker, pool, searched_at: None, found: Vec::new() }
     }
 
-    /// Gives back what is not needed any more; the pins of `brokers` count. Only where the sequencer runs, if it does.
-    pub fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
-        let mark = leader_version(&self.region);
-        if self.mark != Some(mark) {
-            self.mark = Some(mark);
+    /// Gives back the segments that are not needed any more. `brokers` are those whose pins count.
+    ///
+    /// Call it on the thread that runs the sequencer, if this broker leads: the two must not give back the same
+    /// segment.
+    pub(crate) fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
+        let version = leader_version(&self.region);
+        if self.searched_at != Some(version) {
+            self.searched_at = Some(version);
             self.find();
         }
         let Self { region, broker, pool, found, .. } = self;
         found.retain_mut(|left| match Self::is_needed(region, *broker, left, brokers.clone()) {
             Ok(false) if read_owner(region, left.segment) == Row::Used(left.owner) => {
                 publish_owner(region, left.segment, SegmentUse::Free);
-                let _ = pool.release(left.segment);
+                if let Err(error) = pool.release(left.segment) {
+                    tracing::error!(segment = left.segment, %error, "a segment of an order index could not be returned");
+                }
                 false
             }
-            // The sequencer gave it back.
+            // An owner that changed: the sequencer gave the segment back.
             Ok(needed) => needed,
             Err(NoLeader) => true,
         });
     }
 
+    /// Searches all segments for those that this broker took for a global order.
     fn find(&mut self) {
         self.found.clear();
         for segment in 0..self.region.geometry().segment_count {
@@ -246,18 +205,19 @@ impl<F: Fabric> OrphanedSegments<F> {
                 && (stream, holder) == (Stream::GLOBAL, self.broker)
             {
                 let id = StreamId { topic, stream };
-                self.found.push(Leftover { segment, owner, id, incarnation, ordinal, replaced_at: None });
+                self.found.push(OrphanedSegment { segment, owner, id, incarnation, ordinal, replaced_at: None });
             }
         }
     }
 
+    /// Returns true while a segment may be read, or the sequencer of this broker writes it.
     fn is_needed(
         region: &Region<F>,
         broker: BrokerId,
-        left: &mut Leftover,
+        left: &mut OrphanedSegment,
         brokers: impl Iterator<Item = BrokerId>,
     ) -> Result<bool, NoLeader> {
-        let Leftover { segment, id, incarnation, ordinal, .. } = *left;
+        let OrphanedSegment { segment, id, incarnation, ordinal, .. } = *left;
         let (own, config, extent, current) = with_leader(region, |area| {
             let current = read_directory(region, id, area, ordinal) == Ok(Some(segment));
             (area.0 == broker, read_topic_at(region, area, id.topic), read_extent_at(region, area, id), current)
@@ -267,7 +227,7 @@ impl<F: Fabric> OrphanedSegments<F> {
             return Ok(config.incarnation < incarnation);
         }
         if current && own {
-            // The sequencer's.
+            // This broker leads, and its sequencer fills the segment.
             return Ok(true);
         }
         // SYNC: the trim point was read before the pins; see `order_index::Pin`.
@@ -275,7 +235,7 @@ impl<F: Fabric> OrphanedSegments<F> {
         Ok(if current {
             !extent.is_past(region, ordinal) || pinned < extent.trimmed
         } else {
-            // Who reads on at or above what was there then has seen the other segment.
+            // A reader that pins no position below that end has seen the other segment.
             pinned < *left.replaced_at.get_or_insert(extent.committed)
         })
     }

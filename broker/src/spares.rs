@@ -1,4 +1,4 @@
-//! Spare segments, which a successor needs where its predecessor may go on.
+//! Spare segments for a leader whose predecessor may still write.
 
 use embarcadero_cxl::Fabric;
 use embarcadero_cxl::leadership::last_active;
@@ -8,7 +8,10 @@ use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
 use embarcadero_cxl::topic_table::live_topics_at;
 use embarcadero_wire::Stream;
 
-/// Takes a segment for each global order index that the leader before was filling. On failure it takes none.
+/// Takes one segment from `pool` for each global order index that the predecessor was filling.
+///
+/// # Errors
+/// [`PoolError`] when the pool has too few. Those taken so far go back.
 pub(crate) fn spare_segments<F: Fabric>(
     region: &Region<F>,
     pool: &dyn SegmentAllocator,
@@ -24,7 +27,9 @@ pub(crate) fn spare_segments<F: Fabric>(
             Ok(spare) => spares.push(spare),
             Err(error) => {
                 for spare in spares {
-                    let _ = pool.release(spare);
+                    if let Err(error) = pool.release(spare) {
+                        tracing::error!(segment = spare, %error, "a spare segment could not be returned");
+                    }
                 }
                 return Err(error);
             }

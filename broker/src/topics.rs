@@ -1,7 +1,7 @@
 //! The topics that this broker serves, opened when first asked for.
 
 use crate::blog::{Blog, BlogId};
-use crate::reclaim::PinBoard;
+use crate::pins::PinBoard;
 use embarcadero_cxl::batchlog::BatchlogWriter;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::NoLeader;
@@ -13,15 +13,15 @@ use embarcadero_cxl::{Damage, Fabric};
 use embarcadero_transport::TransportError;
 use embarcadero_wire::{BrokerId, ErrorCode, Incarnation, Stream, TopicId};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// A topic as this broker serves it. Connections hold it; it goes when the last of them does.
+/// Topic as this broker serves it. Connections share it; it is dropped with the last of them.
 pub struct Topic<F: Fabric> {
-    /// What the TInode says.
+    /// Configuration of the topic, as read from its TInode.
     pub config: TopicConfig,
-    /// This broker's log.
+    /// Log that this broker receives batches into.
     pub blog: Blog<F>,
-    /// What this broker's senders are reading.
+    /// Pins of the readers within this broker.
     pub pins: PinBoard<F>,
     deleted: AtomicBool,
     damage: OnceLock<Damage>,
@@ -31,8 +31,8 @@ impl<F: Fabric> Topic<F> {
     /// Checks that the topic can be used.
     ///
     /// # Errors
-    /// A refusal: the topic is deleted, or its order index is damaged.
-    pub fn check(&self) -> Result<(), TransportError> {
+    /// A refusal when the topic is deleted, or its memory is damaged.
+    pub(crate) fn check(&self) -> Result<(), TransportError> {
         let name = &self.config.name;
         if self.is_deleted() {
             return Err(TransportError::refused(ErrorCode::TopicDeleted, format!("topic {name} is deleted")));
@@ -43,32 +43,33 @@ impl<F: Fabric> Topic<F> {
         }
     }
 
-    /// Marks the topic as unusable at this broker: its memory is damaged.
-    pub fn mark_damaged(&self, damage: Damage) {
+    /// Marks the topic as unusable at this broker, because its memory is damaged.
+    pub(crate) fn mark_damaged(&self, damage: Damage) {
         if self.damage.set(damage).is_ok() {
             tracing::error!(topic = self.config.name, %damage, "the topic cannot be used at this broker");
         }
     }
 
-    /// Returns true once the topic's memory was found to be damaged.
-    pub fn is_damaged(&self) -> bool {
+    /// Returns true once the topic's memory was found damaged.
+    pub(crate) fn is_damaged(&self) -> bool {
         self.damage.get().is_some()
     }
 
-    /// True once the topic is being deleted: nothing may be received or delivered any more.
+    /// Returns true once the topic is being deleted. Nothing may be received or delivered any more.
     #[inline]
-    pub fn is_deleted(&self) -> bool {
+    pub(crate) fn is_deleted(&self) -> bool {
+        // SYNC: pairs with `TopicTable::mark_deleted`.
         self.deleted.load(Ordering::Acquire)
     }
 
-    /// The stream that subscribers of this broker read.
-    pub fn stream(&self, broker: BrokerId) -> StreamId {
+    /// Returns the stream that subscribers of `broker` read: the global one, or the broker's own.
+    pub(crate) fn stream(&self, broker: BrokerId) -> StreamId {
         let stream = if self.config.order.is_global() { Stream::GLOBAL } else { Stream::of(broker) };
         StreamId { topic: self.config.id, stream }
     }
 }
 
-/// All topics of this broker.
+/// Topics that a broker has open, by topic slot.
 pub struct TopicTable<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
@@ -77,33 +78,38 @@ pub struct TopicTable<F: Fabric> {
 }
 
 impl<F: Fabric> TopicTable<F> {
-    /// None open yet.
+    /// Returns a table in which no topic is open. Topics that open later take their segments from `pool`.
     pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
         let slots = region.geometry().max_topics as usize;
         Self { region, broker, pool, open: Mutex::new(vec![None; slots]) }
     }
 
-    /// The region.
-    pub fn region(&self) -> &Region<F> {
+    fn slots(&self) -> MutexGuard<'_, Vec<Option<Arc<Topic<F>>>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Region that the topics lie in.
+    pub(crate) fn region(&self) -> &Region<F> {
         &self.region
     }
 
-    /// This broker's id.
-    pub fn broker(&self) -> BrokerId {
+    /// Id of this broker.
+    pub(crate) fn broker(&self) -> BrokerId {
         self.broker
     }
 
-    /// Where segments come from.
+    /// Allocator that gives this broker its segments.
     pub fn pool(&self) -> &Arc<dyn SegmentAllocator> {
         &self.pool
     }
 
-    /// The topic in slot `id`, if it is live and of this incarnation.
+    /// Returns the topic in slot `id` if it is live and of this incarnation. Opens it first if need be.
     ///
     /// # Errors
-    /// [`NoLeader`]: nobody can say.
+    /// [`NoLeader`] when the topic is not open yet and no leader can say what it is.
     pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, NoLeader> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.slots();
+        // A client may ask for any number.
         let Some(slot) = open.get_mut(id.index()) else { return Ok(None) };
         if let Some(topic) = slot {
             let same = topic.config.incarnation == incarnation && !topic.is_deleted();
@@ -125,26 +131,24 @@ impl<F: Fabric> TopicTable<F> {
         Ok(Some(topic))
     }
 
-    /// The topics that are open.
-    pub fn opened(&self) -> Vec<Arc<Topic<F>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner).iter().flatten().cloned().collect()
+    /// Returns the topics that are open.
+    pub(crate) fn opened(&self) -> Vec<Arc<Topic<F>>> {
+        self.slots().iter().flatten().cloned().collect()
     }
 
-    /// True while this broker holds anything of the topic in slot `id`.
-    pub fn is_open(&self, id: TopicId) -> bool {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.get(id.index()).is_some_and(Option::is_some)
+    /// Returns true while a topic in slot `id` is open, live or deleted.
+    pub(crate) fn is_open(&self, id: TopicId) -> bool {
+        self.slots()[id.index()].is_some()
     }
 
-    /// Marks a topic as going away.
-    pub fn mark_deleted(&self, topic: &Topic<F>) {
+    /// Marks a topic as deleted, for all who share it.
+    pub(crate) fn mark_deleted(&self, topic: &Topic<F>) {
+        // SYNC: pairs with `Topic::is_deleted`.
         topic.deleted.store(true, Ordering::Release);
     }
 
-    /// Forgets a deleted topic, so that its slot can serve the next incarnation.
-    pub fn forget(&self, id: TopicId) {
-        if let Some(slot) = self.open.lock().unwrap_or_else(PoisonError::into_inner).get_mut(id.index()) {
-            *slot = None;
-        }
+    /// Removes a deleted topic from the table, so that its slot can serve the next incarnation.
+    pub(crate) fn forget(&self, id: TopicId) {
+        self.slots()[id.index()] = None;
     }
 }

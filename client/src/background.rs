@@ -11,15 +11,15 @@ const BUSY_PERIOD: Duration = Duration::from_millis(1);
 /// Time between two rounds while nothing is under way.
 const IDLE_PERIOD: Duration = Duration::from_millis(5);
 
-/// Part of a client, such as a publisher, that the background thread serves.
-pub(crate) trait Attended: Send + Sync {
-    /// Does one round of work. Returns true while something is under way.
-    fn attend(&self) -> bool;
+/// Recurring work of the background thread for a part of a client, such as a publisher.
+pub(crate) trait BackgroundTask: Send + Sync {
+    /// Does one round of the work. Returns true while something is under way.
+    fn run_once(&self) -> bool;
 }
 
 #[derive(Default)]
 struct Shared {
-    attended: Mutex<Vec<Weak<dyn Attended>>>,
+    tasks: Mutex<Vec<Weak<dyn BackgroundTask>>>,
     stop: AtomicBool,
 }
 
@@ -40,9 +40,9 @@ impl Background {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Serves `attended` for as long as others hold it.
-    pub(crate) fn attend(&self, attended: Weak<dyn Attended>) {
-        self.shared.attended.lock().unwrap_or_else(PoisonError::into_inner).push(attended);
+    /// Runs `task` in every round, for as long as others hold it.
+    pub(crate) fn add(&self, task: Weak<dyn BackgroundTask>) {
+        self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
         self.wake();
     }
 
@@ -65,14 +65,14 @@ impl Drop for Background {
 
 fn run(shared: &Shared) {
     while !shared.stop.load(Ordering::Relaxed) {
-        let attended: Vec<Arc<dyn Attended>> = {
-            let mut attended = shared.attended.lock().unwrap_or_else(PoisonError::into_inner);
-            attended.retain(|one| one.strong_count() > 0);
-            attended.iter().filter_map(Weak::upgrade).collect()
+        let tasks: Vec<Arc<dyn BackgroundTask>> = {
+            let mut tasks = shared.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+            tasks.retain(|task| task.strong_count() > 0);
+            tasks.iter().filter_map(Weak::upgrade).collect()
         };
         let mut busy = false;
-        for one in attended {
-            busy |= one.attend();
+        for task in tasks {
+            busy |= task.run_once();
         }
         std::thread::park_timeout(if busy { BUSY_PERIOD } else { IDLE_PERIOD });
     }

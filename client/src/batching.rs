@@ -13,31 +13,31 @@ const MAX_PATIENCE: u32 = 64;
 
 /// State of a publisher's buffer, which decides whether the open batch is sealed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BufferState {
+pub(crate) struct BufferState {
     /// Number of batches that are sealed and not acknowledged.
-    pub in_flight: usize,
+    pub(crate) in_flight: usize,
     /// Bytes of the open batch: the one that is being filled.
-    pub open_bytes: usize,
+    pub(crate) open_bytes: usize,
     /// Number of messages in the open batch.
-    pub open_messages: u32,
+    pub(crate) open_messages: u32,
     /// True when the batch before the open one was full: the application streams.
-    pub streaming: bool,
+    pub(crate) streaming: bool,
     /// True when the application waits for the open batch, or has not called for a while.
-    pub awaited: bool,
+    pub(crate) awaited: bool,
 }
 
 /// Measurements of one sealed batch, taken after it was offered to the connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SealStats {
+pub(crate) struct SealStats {
     /// True when the batch was sealed because the next message did not fit.
-    pub full: bool,
+    pub(crate) full: bool,
     /// Time since the batch before was sealed.
-    pub interval: Duration,
+    pub(crate) interval: Duration,
     /// Part of `interval` that was spent writing batches to connections.
-    pub sending: Duration,
+    pub(crate) sending: Duration,
     /// Number of batches that no connection has taken yet. It stays high when the application fills batches faster than
     /// the transport carries them and brokers acknowledge them.
-    pub waiting: usize,
+    pub(crate) waiting: usize,
 }
 
 /// Controller of batch sizes. It has no clock: sizes depend only on the measurements that it is given.
@@ -52,7 +52,7 @@ pub struct SealStats {
 ///   samples, so that a steady load settles.
 /// - With equal bounds the size is fixed, which is the paper's policy at 512 KiB.
 #[derive(Clone, Copy, Debug)]
-pub struct BatchSizer {
+pub(crate) struct BatchSizer {
     min: usize,
     /// Upper bound under load, bytes. Only a large message needs more, up to `max`.
     loaded_max: usize,
@@ -72,29 +72,25 @@ impl BatchSizer {
     /// Controller of batches of `min` to `max` bytes, header included, which begins with `min`.
     ///
     /// `buffer_bytes` is the size of the publisher's buffer. Under load batches grow to at most a sixteenth of that.
-    #[must_use]
-    pub fn between(min: usize, max: usize, buffer_bytes: usize) -> Self {
+    pub(crate) fn between(min: usize, max: usize, buffer_bytes: usize) -> Self {
         let max = max.max(min);
         let loaded_max = (buffer_bytes / BUFFERED_BATCHES).clamp(min, max);
         Self { min, loaded_max, max, size: min, crowded: 0, calm: 0, patience: 1, halved: false }
     }
 
     /// Limits growth under load to `bytes`, but never below the smallest size.
-    #[must_use]
-    pub fn with_loaded_max(self, bytes: usize) -> Self {
+    pub(crate) fn with_loaded_max(self, bytes: usize) -> Self {
         Self { loaded_max: self.loaded_max.min(bytes).max(self.min), ..self }
     }
 
     /// Size of the next batch to be filled, bytes, header included.
     #[inline]
-    #[must_use]
-    pub fn size(&self) -> usize {
+    pub(crate) fn size(&self) -> usize {
         self.size
     }
 
     /// Size of the largest batch, bytes, header included. Only a large message needs it.
-    #[must_use]
-    pub fn largest(&self) -> usize {
+    pub(crate) fn largest(&self) -> usize {
         self.max
     }
 
@@ -104,15 +100,14 @@ impl BatchSizer {
     /// When nothing is in flight, a batch goes with its first message, or once the application waits for it. Light load
     /// therefore pays no delay. An application that streams fills its batches, however fast they are acknowledged.
     #[inline]
-    #[must_use]
-    pub fn should_seal(&self, state: BufferState) -> bool {
+    pub(crate) fn should_seal(&self, state: BufferState) -> bool {
         let nothing_under_way = state.in_flight == 0;
         let lone = state.open_messages == 1 && !state.streaming;
         state.open_bytes >= self.size || (nothing_under_way && (lone || state.awaited))
     }
 
     /// Adjusts the size after a batch was sealed.
-    pub fn record_seal(&mut self, sealed: SealStats) {
+    pub(crate) fn record_seal(&mut self, sealed: SealStats) {
         if !sealed.full {
             // The application pauses: a load that was steady is over.
             self.patience = 1;

@@ -2,7 +2,7 @@
 
 use crate::config::ClientConfig;
 use crate::control::Control;
-use crate::error::ClientError;
+use crate::error::{ClientError, ControlCode};
 use crate::nic;
 use crate::views::{ClusterView, TopicView};
 use embarcadero_transport::rdma::RdmaClient;
@@ -62,7 +62,7 @@ impl Context {
         let cluster = self.cluster()?;
         let topic = cluster.topics.iter().find(|topic| topic.name == name).cloned();
         let topic = topic.ok_or_else(|| ClientError::Control {
-            code: "NotFound".to_owned(),
+            code: ControlCode::NotFound,
             message: format!("topic {name:?} does not exist"),
         })?;
         Ok((topic, cluster))

@@ -4,6 +4,7 @@ use crate::config::ClientConfig;
 use crate::error::ClientError;
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{self as proto};
+use std::error::Error;
 use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -21,8 +22,10 @@ pub(crate) struct Control {
     leader: Option<ControlClient<Channel>>,
 }
 
-fn status(error: &Status) -> ClientError {
-    ClientError::Control { code: format!("{:?}", error.code()), message: error.message().to_owned() }
+/// Error for a refusal of the control service.
+fn refused(error: &Status) -> ClientError {
+    let cause = error.source().map_or(String::new(), |source| format!(": {source}"));
+    ClientError::Control { code: error.code().into(), message: format!("{}{cause}", error.message()) }
 }
 
 impl Control {
@@ -40,7 +43,7 @@ impl Control {
     }
 
     async fn connect(endpoint: &str, timeout: Duration) -> Result<ControlClient<Channel>, ClientError> {
-        let unreachable = |error: &dyn std::error::Error| {
+        let unreachable = |error: &dyn Error| {
             let cause = error.source().map_or(String::new(), |source| format!(": {source}"));
             ClientError::Unreachable(format!("{endpoint}: {error}{cause}"))
         };
@@ -58,7 +61,7 @@ impl Control {
             let mut last = ClientError::Unreachable("no endpoint is configured".to_owned());
             for endpoint in endpoints {
                 let answer = match Self::connect(endpoint, timeout).await {
-                    Ok(mut client) => client.metadata(proto::MetadataRequest {}).await.map_err(|error| status(&error)),
+                    Ok(mut client) => client.metadata(proto::MetadataRequest {}).await.map_err(|error| refused(&error)),
                     Err(error) => Err(error),
                 };
                 match answer {
@@ -85,10 +88,17 @@ impl Control {
         loop {
             let error = match self.try_leader(&call) {
                 Ok(Ok(answer)) => return Ok(answer),
-                Ok(Err(error)) if !matches!(error.code(), Code::Unavailable | Code::FailedPrecondition) => {
-                    return Err(status(&error));
+                Ok(Err(error)) if matches!(error.code(), Code::Unavailable | Code::FailedPrecondition) => {
+                    refused(&error)
                 }
-                Ok(Err(error)) => status(&error),
+                Ok(Err(error)) => {
+                    let error = refused(&error);
+                    if !error.is_permanent() {
+                        // The next call finds out anew who leads.
+                        self.leader = None;
+                    }
+                    return Err(error);
+                }
                 Err(error) => error,
             };
             self.leader = None;

@@ -31,8 +31,8 @@ pub enum ClientError {
     /// The control service refuses.
     #[error("{message}")]
     Control {
-        /// gRPC code.
-        code: String,
+        /// Kind of refusal.
+        code: ControlCode,
         /// Text of the control service.
         message: String,
     },
@@ -66,9 +66,15 @@ pub enum ClientError {
         /// Size of the largest message that fits, bytes.
         max: usize,
     },
-    /// Nothing was acknowledged or delivered for this long.
-    #[error("no progress in {0:?}")]
-    TimedOut(Duration),
+    /// Nothing was acknowledged or delivered in time.
+    #[error("no progress in {waited:?}")]
+    TimedOut {
+        /// Time that was waited.
+        waited: Duration,
+        /// Error of the last attempt to reach a broker, if it failed.
+        #[source]
+        cause: Option<Arc<ClientError>>,
+    },
     /// The message id is not one of this publisher's.
     #[error("message id of batch {batch} was never given out")]
     UnknownId {
@@ -104,7 +110,80 @@ pub enum ClientError {
     },
 }
 
+/// Kind of a refusal by the control service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ControlCode {
+    /// The request contradicts itself or the topic.
+    InvalidArgument,
+    /// The topic does not exist.
+    NotFound,
+    /// The topic exists already.
+    AlreadyExists,
+    /// The client has not proved who it is.
+    Unauthenticated,
+    /// The client may not do this.
+    PermissionDenied,
+    /// The service does not have the call.
+    Unimplemented,
+    /// Stored state is damaged.
+    DataLoss,
+    /// A table or the memory is full.
+    ResourceExhausted,
+    /// The service cannot answer now: there is no leader, it is stopping, or a call took too long.
+    Unavailable,
+}
+
+impl ControlCode {
+    /// Returns true when a repetition of the call can only fail again.
+    fn is_permanent(self) -> bool {
+        match self {
+            Self::InvalidArgument
+            | Self::NotFound
+            | Self::AlreadyExists
+            | Self::Unauthenticated
+            | Self::PermissionDenied
+            | Self::Unimplemented
+            | Self::DataLoss => true,
+            Self::ResourceExhausted | Self::Unavailable => false,
+        }
+    }
+}
+
+impl From<tonic::Code> for ControlCode {
+    fn from(code: tonic::Code) -> Self {
+        match code {
+            tonic::Code::InvalidArgument | tonic::Code::OutOfRange => Self::InvalidArgument,
+            tonic::Code::NotFound => Self::NotFound,
+            tonic::Code::AlreadyExists => Self::AlreadyExists,
+            tonic::Code::Unauthenticated => Self::Unauthenticated,
+            tonic::Code::PermissionDenied => Self::PermissionDenied,
+            tonic::Code::Unimplemented => Self::Unimplemented,
+            tonic::Code::DataLoss => Self::DataLoss,
+            tonic::Code::ResourceExhausted => Self::ResourceExhausted,
+            tonic::Code::Ok
+            | tonic::Code::Cancelled
+            | tonic::Code::Unknown
+            | tonic::Code::DeadlineExceeded
+            | tonic::Code::FailedPrecondition
+            | tonic::Code::Aborted
+            | tonic::Code::Internal
+            | tonic::Code::Unavailable => Self::Unavailable,
+        }
+    }
+}
+
 impl ClientError {
+    /// Returns true for a refusal of the control service that a repetition of the call cannot change.
+    pub(crate) fn is_permanent(&self) -> bool {
+        matches!(self, Self::Control { code, .. } if code.is_permanent())
+    }
+
+    /// Error of a wait without progress. `cause` is the error of the last attempt to reach a broker, if it failed.
+    pub(crate) fn timed_out(waited: Duration, cause: Option<Self>) -> Self {
+        Self::TimedOut { waited, cause: cause.map(Arc::new) }
+    }
+
     /// Error for a refusal on a data connection.
     pub(crate) fn refused(code: ErrorCode, text: String, detail: u64) -> Self {
         match code {

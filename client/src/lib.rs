@@ -66,6 +66,7 @@ mod control;
 mod error;
 mod nic;
 mod publisher;
+mod silence;
 mod subscriber;
 mod views;
 
@@ -79,12 +80,11 @@ struct Readme;
 #[doc = include_str!("../../docs/start/first-program.md")]
 struct FirstProgram;
 
-pub use batching::{BatchSizer, BufferState, SealStats};
 pub use client::Client;
 pub use config::{ClientConfig, RdmaConfig};
 pub use embarcadero_transport::TransportKind;
 pub use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, OutOfBounds, TopicId};
-pub use error::ClientError;
+pub use error::{ClientError, ControlCode};
 pub use publisher::{MessageId, Publisher, PublisherStats, Status};
 pub use subscriber::{Batch, Message, Start, Subscriber};
 pub use views::{BrokerView, ClusterView, StreamView, TopicOptions, TopicView};

@@ -29,6 +29,7 @@ impl Default for TopicOptions {
 
 /// Broker as clients see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct BrokerView {
     /// Id of the broker.
     pub id: BrokerId,
@@ -44,6 +45,7 @@ pub struct BrokerView {
 
 /// Topic as clients see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct TopicView {
     /// Slot of the topic in the region's table.
     pub id: TopicId,
@@ -65,6 +67,7 @@ pub struct TopicView {
 
 /// Stream of a topic as clients see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct StreamView {
     /// Broker whose order it is; `None` for the global one.
     pub broker: Option<BrokerId>,
@@ -78,6 +81,7 @@ pub struct StreamView {
 
 /// Cluster as clients see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct ClusterView {
     /// UUID of the region.
     pub region_uuid: String,

@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Allocator {
-    /// One atomic bitmap (coherent platforms).
+    /// One bitmap for all brokers; needs coherent memory.
     Bitmap,
-    /// A bitmap partition for each broker.
+    /// One bitmap per broker, for its share of the segments.
     Partitioned,
-    /// The leader allocates, by RPC.
+    /// The leader allocates segments, by RPC.
     Leader,
 }
 
@@ -32,12 +32,12 @@ impl From<Allocator> for AllocatorKind {
 
 #[derive(Subcommand)]
 pub enum RegionCommand {
-    /// Make a region: a file on tmpfs or hugetlbfs, or on a device-dax node.
+    /// Create a region: a file on tmpfs or hugetlbfs, or on a device-dax node.
     Create {
-        /// Where.
+        /// Path of the region.
         #[arg(long, default_value = "/dev/shm/embarcadero")]
         path: PathBuf,
-        /// Size, for example 4GiB.
+        /// Size of the region, for example 4GiB.
         #[arg(long, value_parser = parse_bytes, default_value = "1GiB")]
         size: u64,
         /// Size of a segment, a power of two from 1MiB to 16GiB.
@@ -46,73 +46,73 @@ pub enum RegionCommand {
         /// Segment allocator.
         #[arg(long, value_enum, default_value = "bitmap")]
         allocator: Allocator,
-        /// Most brokers.
+        /// Highest number of brokers, 1 to 32.
         #[arg(long, default_value_t = 32)]
         max_brokers: u32,
-        /// Brokers that can be the leader, those with the lowest ids; unset means 4, or all where there are fewer.
+        /// Number of brokers that can be the leader: those with the lowest ids. 4 if not given, or all if there are fewer.
         #[arg(long)]
         max_leaders: Option<u32>,
-        /// Most topics.
+        /// Highest number of topics, 1 to 32.
         #[arg(long, default_value_t = 32)]
         max_topics: u32,
-        /// Most publisher sessions.
+        /// Highest number of publisher sessions, 1 to 4096.
         #[arg(long, default_value_t = 1024)]
         max_sessions: u32,
-        /// Batchlog entries of each topic and broker, a power of two.
+        /// Batchlog entries per topic and broker, a power of two from 16.
         #[arg(long, default_value_t = 1024)]
         batchlog_slots: u32,
-        /// A mirror beside it, on another unit of memory: what its leaders write, twice.
+        /// Path of a mirror to create as well, on another unit of memory. Leaders write their metadata to both.
         #[arg(long)]
         mirror: Option<PathBuf>,
-        /// Size of the mirror: 64 bytes a batch that the region keeps, for each leader, and its tables.
+        /// Size of the mirror: its tables, and for each leader 64 bytes per batch that the region keeps.
         #[arg(long, value_parser = parse_bytes, default_value = "64MiB")]
         mirror_size: u64,
-        /// Do not allocate the pages now.
+        /// Do not allocate the region's pages now.
         #[arg(long)]
         sparse: bool,
-        /// NUMA node to take the pages from: CXL memory that is online as system-ram.
+        /// NUMA node to allocate the pages on, such as that of CXL memory used as system-ram.
         #[arg(long)]
         numa_node: Option<u32>,
-        /// Overwrite what a device holds.
+        /// Overwrite a region that the device already holds.
         #[arg(long)]
         force: bool,
     },
-    /// Print every structure, also of a region in use.
+    /// Print all structures of a region, which may be in use.
     Inspect {
-        /// Where.
+        /// Path of the region.
         #[arg(long, default_value = "/dev/shm/embarcadero")]
         path: PathBuf,
-        /// As JSON.
+        /// Print JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Rebuild topics in an empty region from replica files: after the region, or the whole cluster, was lost.
+    /// Rebuild topics in an empty region from replica files, after the region or the whole cluster was lost.
     Restore {
-        /// The region, as `region create` made it.
+        /// Path of the empty region, made by region create.
         #[arg(long, default_value = "/dev/shm/embarcadero")]
         path: PathBuf,
-        /// Directories with replica files, of all brokers.
+        /// Directories with the replica files of all brokers.
         #[arg(long, required_unless_present = "mirror", num_args = 1..)]
         from: Vec<PathBuf>,
-        /// The mirror of the region that was lost: then what is missing is known to the last message.
+        /// Path of the lost region's mirror. With it every missing message is known.
         #[arg(long)]
         mirror: Option<PathBuf>,
-        /// The region that was lost, if the files are of several.
+        /// UUID of the lost region, if there are files of several regions.
         #[arg(long)]
         uuid: Option<uuid::Uuid>,
-        /// Go on although messages that were there are in none of the files; their offsets stay empty.
+        /// Restore even if messages are in none of the files; their offsets stay empty.
         #[arg(long)]
         accept_loss: bool,
-        /// Only say what would be restored.
+        /// Only print what would be restored.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Remove a region.
+    /// Destroy a region.
     Destroy {
-        /// Where.
+        /// Path of the region.
         #[arg(long, default_value = "/dev/shm/embarcadero")]
         path: PathBuf,
-        /// Even while brokers use it.
+        /// Destroy the region even while brokers use it.
         #[arg(long)]
         force: bool,
     },
@@ -170,7 +170,7 @@ pub fn run(command: RegionCommand) -> Result<()> {
             if json {
                 println!("{}", serde_json::to_string_pretty(&report)?);
             } else {
-                // The JSON's structure, in a form that is easier on the eye.
+                // The same structure as the JSON, easier to read.
                 print!("{}", serde_yaml::to_string(&report)?);
             }
             Ok(())
@@ -189,9 +189,9 @@ pub fn run(command: RegionCommand) -> Result<()> {
 }
 
 struct RestoreOptions {
-    /// Go on although messages are lost.
+    /// Whether to restore although messages are lost.
     accept_loss: bool,
-    /// Only say what would be restored.
+    /// Whether to only print what would be restored.
     dry_run: bool,
 }
 

@@ -78,6 +78,43 @@ fn brokers_join_and_leave_under_load() {
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
 
+/// Where each broker has a stream of its own, a subscriber reads the streams of brokers that join later. It reads nothing
+/// that was published before it subscribed.
+#[test]
+fn a_subscriber_reads_the_streams_of_brokers_that_join() {
+    let mut cluster = Cluster::start(1, &["--size", "64MiB", "--segment-size", "1MiB"], &[]);
+    let client = cluster.client_of_all();
+    for order in [Order::Broker, Order::None] {
+        client.create_topic(&order.to_string(), TopicOptions { order, ..TopicOptions::default() }).unwrap();
+        let before = client.publisher(&order.to_string()).unwrap();
+        before.publish(&message(9, 0)).unwrap();
+        before.close().unwrap();
+    }
+    let subscribe = |order: Order| (order, client.subscriber(&order.to_string(), Start::Latest).unwrap());
+    let mut subscribers = [Order::Broker, Order::None].map(subscribe);
+    for (_, subscriber) in &mut subscribers {
+        assert!(subscriber.next(Duration::ZERO).unwrap().is_none());
+        // The position is that of the stream once its broker has answered.
+        assert_eq!(subscriber.drain(|_| {}).unwrap(), 0);
+    }
+    cluster.add(&[]);
+    cluster.await_brokers(2);
+    let joined = cluster.client_of_all().cluster().unwrap().brokers.iter().map(|broker| broker.id).max();
+    for (order, subscriber) in &mut subscribers {
+        let publisher = cluster.client_of_all().publisher(&order.to_string()).unwrap();
+        let (mut heard, mut number) = (BTreeSet::new(), 0);
+        while heard.len() < 2 {
+            publisher.publish(&message(0, number)).unwrap();
+            publisher.flush().unwrap();
+            number += 1;
+            let message = subscriber.next(PATIENCE).unwrap().expect("a message in time");
+            assert_eq!(parse(message.payload).0, 0, "{order:?}: a message from before the subscription");
+            heard.extend(message.stream);
+        }
+        assert_eq!(heard.last().copied(), joined, "{order:?}");
+    }
+}
+
 /// A broker that is gone for good keeps no memory. The leader gives it back once retention has trimmed what the broker
 /// received.
 #[test]

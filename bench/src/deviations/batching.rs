@@ -1,6 +1,7 @@
 //! DEV-001: batch sizes that follow the load, beside the paper's 512 KiB.
 
-use super::{Better, Comparison, DeviationArgs};
+use super::args::DeviationArgs;
+use super::comparison::{Better, Comparison};
 use crate::args::BenchArgs;
 use crate::idle::cpu_seconds;
 use crate::latency::{Outcome, Pace, open_loop};

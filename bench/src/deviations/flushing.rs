@@ -3,7 +3,8 @@
 //! DEV-004: one metadata line, beside the paper's two. DEV-007: the order written per batch, beside the paper's in the
 //! header of every message.
 
-use super::{Better, Comparison, DeviationArgs};
+use super::args::DeviationArgs;
+use super::comparison::{Better, Comparison};
 use crate::sequencer::order;
 use anyhow::{Context, Result};
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};

@@ -1,6 +1,7 @@
 //! DEV-006: pause, yield and sleep, beside busy polling. DEV-009: no spinning where threads outnumber cores.
 
-use super::{Better, Comparison, DeviationArgs};
+use super::args::DeviationArgs;
+use super::comparison::{Better, Comparison};
 use crate::args::BenchArgs;
 use crate::idle::idle_cpu;
 use crate::latency::one_at_a_time;

@@ -1,6 +1,7 @@
 //! DEV-005: a pool of segments, beside the paper's contiguous logs.
 
-use super::{Better, Comparison, DeviationArgs};
+use super::args::DeviationArgs;
+use super::comparison::{Better, Comparison};
 use crate::sequencer::allocation;
 use anyhow::Result;
 use embarcadero_cxl::cache::FlushMethod;

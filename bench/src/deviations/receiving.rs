@@ -2,9 +2,11 @@
 //!
 //! The pool allocates memory for each message, receives from the socket to the heap, and copies from there to the region.
 
-use super::{Better, Comparison, DeviationArgs};
-use crate::args::{BenchArgs, pin};
+use super::args::DeviationArgs;
+use super::comparison::{Better, Comparison};
+use crate::args::BenchArgs;
 use crate::ceiling::connected;
+use crate::cores::pin;
 use anyhow::{Context, Result};
 use crossbeam_channel::bounded;
 use embarcadero_broker::blog::{Blog, BlogId, RESERVATION_ATOMICS};
@@ -140,7 +142,7 @@ fn receive(args: &BenchArgs, pooled: bool, seconds: f64) -> Result<(f64, Receive
     let method = FlushSupport::detect().best().context("this CPU has no flush instruction")?;
     let region = region(AllocatorKind::Partitioned, method, |native| native)?;
     let (mut near, far) = connected()?;
-    let cores = args.pair();
+    let cores = args.cores();
     std::thread::scope(|scope| {
         let sender = scope.spawn(move || -> Result<()> {
             pin(cores.near)?;

@@ -3,7 +3,7 @@
 //! Requests are Metadata version 1 and Produce version 3, with record batches of version 2 (kafka.apache.org, "Message
 //! format").
 
-use super::{MAX_ANSWER_BYTES, Peer, STREAM};
+use super::peer::{MAX_ANSWER_BYTES, Peer, STREAM};
 use anyhow::{Context, Result, bail};
 use std::io::{BufReader, Read, Write};
 use std::net::TcpStream;

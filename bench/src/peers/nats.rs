@@ -1,6 +1,6 @@
 //! NATS client protocol (docs.nats.io, "Client Protocol") and JetStream's API ("JetStream wire API").
 
-use super::{KEPT_BYTES, MAX_ANSWER_BYTES, Peer, STREAM, line};
+use super::peer::{KEPT_BYTES, MAX_ANSWER_BYTES, Peer, STREAM, line};
 use anyhow::{Context, Result, bail};
 use std::io::{BufReader, Read, Write};
 use std::net::TcpStream;

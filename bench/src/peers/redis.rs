@@ -1,6 +1,6 @@
 //! Redis serialization protocol, version 2 (redis.io, "RESP").
 
-use super::{KEPT_BYTES, Peer, STREAM, line};
+use super::peer::{KEPT_BYTES, Peer, STREAM, line};
 use anyhow::Result;
 use std::io::{BufReader, Write};
 use std::net::TcpStream;

@@ -1,4 +1,4 @@
-//! The RDMA device of a broker.
+//! Opening of a broker's RDMA device.
 
 use super::BrokerError;
 use crate::config::BrokerConfig;
@@ -10,8 +10,12 @@ use embarcadero_wire::OutOfBounds;
 use std::io;
 use std::sync::Arc;
 
-/// Opens the RDMA device that the configuration asks for, which may be this process itself, and registers the region on
-/// it. `None` over TCP.
+/// Opens the RDMA device that the configuration asks for, and registers the region on it. Returns `None` over TCP.
+///
+/// The device may be a NIC in software, which is this process itself.
+///
+/// # Errors
+/// [`BrokerError::Device`] when there is no such device; [`BrokerError::Config`] when batches are too large for it.
 pub(super) fn open(config: &BrokerConfig, file: &RegionFile) -> Result<Option<Arc<RdmaDevice>>, BrokerError> {
     let unusable = |source| BrokerError::Device { transport: config.transport, source };
     let region = file.region();
@@ -41,10 +45,10 @@ pub(super) fn open(config: &BrokerConfig, file: &RegionFile) -> Result<Option<Ar
     Ok(Some(device))
 }
 
-/// On which NUMA node each page of the region is.
+/// NUMA node of each page of the region; `None` for a page that is not in memory.
 type Nodes = io::Result<Vec<Option<u32>>>;
 
-/// Says so if the kernel moved pages to pin them.
+/// Logs a warning if the kernel moved pages in order to pin them.
 fn warn_if_moved(before: Nodes, after: Nodes) {
     match (before, after) {
         (Ok(before), Ok(after)) => {
@@ -55,7 +59,7 @@ fn warn_if_moved(before: Nodes, after: Nodes) {
                 tracing::warn!(moved, pages, "{hint}");
             }
         }
-        // Containers often may not ask.
+        // Containers are often not allowed to ask.
         (Err(error), _) | (_, Err(error)) => {
             tracing::warn!(%error, "cannot see whether the kernel moved the region to pin it");
         }

@@ -1,4 +1,4 @@
-//! The broker's id, which one process of a host has at a time.
+//! Claim on a broker id, which one process of a host has at a time.
 
 use super::BrokerError;
 use embarcadero_cxl::broker_table::read_broker;
@@ -14,7 +14,7 @@ const REAP_PATIENCE: Duration = Duration::from_secs(30);
 /// Time between two attempts to claim an id.
 const CLAIM_PERIOD: Duration = Duration::from_millis(5);
 
-/// Claims an id. The leader may be holding it for a moment.
+/// Claims an id. Waits for a moment if the leader holds it to reap a dead broker.
 fn claim(file: &RegionFile, id: BrokerId) -> Result<BrokerLock, RegionError> {
     let begun = Instant::now();
     loop {
@@ -33,6 +33,9 @@ fn is_running(file: &RegionFile, id: BrokerId) -> bool {
 }
 
 /// Claims the id that is `wanted`, else the first that is free.
+///
+/// # Errors
+/// [`BrokerError`] when the id is taken or out of range, or no id is free.
 pub(super) fn claim_id(file: &RegionFile, wanted: Option<BrokerId>) -> Result<(BrokerId, BrokerLock), BrokerError> {
     let max = file.region().geometry().max_brokers;
     if let Some(id) = wanted {

@@ -1,4 +1,4 @@
-//! Puts a broker together and takes it apart.
+//! Broker process: its start, its threads and its end.
 
 mod device;
 mod identity;
@@ -21,48 +21,57 @@ use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Why a broker does not start.
+/// Reason why a broker does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum BrokerError {
-    /// Its configuration.
+    /// A value of the configuration is out of bounds.
     #[error(transparent)]
     Config(#[from] OutOfBounds),
-    /// Its region.
+    /// The region cannot be used.
     #[error(transparent)]
     Region(#[from] RegionError),
-    /// Its threads or sockets.
+    /// The system refused a thread, a socket or a file.
     #[error("cannot {action}: {source}")]
     Io {
-        /// What was tried.
+        /// Action that was tried, as a verb phrase.
         action: String,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// Its RDMA device.
+    /// The RDMA device cannot be used.
     #[error("transport is {}, but {source}", .transport.name())]
     Device {
-        /// What was asked for.
+        /// Transport that was configured.
         transport: TransportKind,
-        /// What is missing.
+        /// Error of the device.
         source: VerbsError,
     },
-    /// Its membership.
+    /// The broker cannot join etcd.
     #[error("membership is etcd, but {0}")]
     Etcd(#[from] EtcdError),
-    /// No id is left.
+    /// Every broker id of the region is taken. Holds their number.
     #[error("all {0} broker ids of the region are taken")]
     NoFreeId(u32),
-    /// Another is the leader.
+    /// The broker is to be the leader, but another one leads.
     #[error("role is leader, but another live broker is the leader of this region")]
     LeaderTaken,
 }
 
+/// Returns a function that wraps an error of the system. `action` is a verb phrase.
 fn io_error(action: impl Into<String>) -> impl FnOnce(io::Error) -> BrokerError {
     let action = action.into();
     move |source| BrokerError::Io { action, source }
 }
 
-/// A running broker; stops when dropped.
+/// Waits for a thread of the broker to end.
+fn join(thread: JoinHandle<()>) {
+    let name = thread.thread().name().unwrap_or("unnamed").to_owned();
+    if thread.join().is_err() {
+        tracing::error!(thread = name, "a thread of the broker ended with a panic");
+    }
+}
+
+/// Running broker. It stops when dropped.
 pub struct Broker {
     info: BrokerInfo,
     region: Region<Native>,
@@ -70,20 +79,20 @@ pub struct Broker {
     exit: Exit,
     control_stop: Option<tokio::sync::oneshot::Sender<()>>,
     threads: Vec<JoinHandle<()>>,
-    // Given up last.
+    // The last field is dropped last: another process can have the id once all else is gone.
     _id_lock: BrokerLock,
 }
 
-/// How a broker's threads are told to come to an end.
+/// Flags with which a broker and its threads come to an end.
 #[derive(Clone, Default)]
 struct Exit {
-    /// Clients are sent to other brokers.
+    /// Set to send clients to other brokers.
     draining: Arc<AtomicBool>,
-    /// Those that are here still.
+    /// Number of connections that are still open.
     connections: Arc<AtomicUsize>,
-    /// Everything stops.
+    /// Set to stop all threads.
     stop: Arc<AtomicBool>,
-    /// A later process has this broker's place.
+    /// Set once a later process has this broker's id.
     superseded: Arc<AtomicBool>,
 }
 
@@ -100,24 +109,28 @@ impl Broker {
         Prepared::open(config)?.run()
     }
 
-    /// Address and id.
+    /// Id, incarnation and addresses of the broker.
     pub fn info(&self) -> &BrokerInfo {
         &self.info
     }
 
-    /// True for the broker that orders.
+    /// Returns true while this broker leads.
     pub fn is_leader(&self) -> bool {
         self.leader.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// True once a later process, on another host, has this broker's place: it stood still for so long that it was taken for
-    /// dead, and has stopped now.
+    /// Returns true once a later process has this broker's id. This broker has then stopped.
+    ///
+    /// That happens when it stood still for so long that other hosts took it for dead.
     pub fn is_superseded(&self) -> bool {
         self.exit.superseded.load(Ordering::Relaxed)
     }
 
-    /// Takes nothing more from clients, acknowledges what it has, and sends them to other brokers. False when some were still
-    /// here after `patience`, or when `hurry` said to wait no longer. Then [`Broker::stop`].
+    /// Takes no more batches, acknowledges those it has, and sends clients to other brokers. Call [`Broker::stop`]
+    /// next.
+    ///
+    /// Waits for at most `patience`, and no longer once `hurry` returns true. Returns false when clients were still
+    /// connected.
     pub fn drain(&self, patience: Duration, mut hurry: impl FnMut() -> bool) -> bool {
         self.exit.draining.store(true, Ordering::Relaxed);
         let begun = Instant::now();
@@ -130,14 +143,14 @@ impl Broker {
         left == 0
     }
 
-    /// Stops all threads and marks the slot as left.
+    /// Stops all threads, and marks the broker as stopped in the broker table.
     pub fn stop(&mut self) {
         self.exit.stop.store(true, Ordering::Relaxed);
         if let Some(stop) = self.control_stop.take() {
             let _ = stop.send(());
         }
         for thread in self.threads.drain(..) {
-            let _ = thread.join();
+            join(thread);
         }
         if !self.is_superseded() {
             publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });

@@ -1,7 +1,7 @@
-//! The start of a broker, step by step.
+//! Start of a broker, step by step.
 
 use super::threads::{self, Serving};
-use super::{Broker, BrokerError, Exit, device, identity, io_error};
+use super::{Broker, BrokerError, Exit, device, identity, io_error, join};
 use crate::archive::{Archive, Catalog};
 use crate::config::{BrokerConfig, Coherence, Role};
 use crate::control::{ControlService, CurrentLeader};
@@ -29,7 +29,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-/// A broker that has everything it needs to run.
+/// Broker that has everything it needs to run.
 pub(super) struct Prepared {
     pub(super) config: BrokerConfig,
     pub(super) file: RegionFile,
@@ -41,6 +41,7 @@ pub(super) struct Prepared {
     control: TcpListener,
 }
 
+/// Checks that a region is the one that the configuration names.
 fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {
     if let Some(text) = &config.cxl.uuid {
         let expected =
@@ -53,7 +54,7 @@ fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), Br
     Ok(())
 }
 
-/// Opens and maps the region.
+/// Opens the region's file, and prepares its memory as configured.
 fn open_region(config: &BrokerConfig) -> Result<RegionFile, BrokerError> {
     let file = RegionFile::open(&config.cxl.path, config.cxl.flush_method()?)?;
     check_region(config, file.region())?;
@@ -66,7 +67,11 @@ fn open_region(config: &BrokerConfig) -> Result<RegionFile, BrokerError> {
     Ok(file)
 }
 
-/// Opens the region's mirror. Of a region that has one, all that may be its leader must know it.
+/// Opens the region's mirror, if one is configured.
+///
+/// # Errors
+/// [`BrokerError`] when the mirror cannot be used. Every broker that may lead must name the mirror of a region that has
+/// one.
 fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<RegionFile>, BrokerError> {
     let Some(path) = &config.cxl.mirror else {
         if config.role != Role::Follower {
@@ -83,13 +88,13 @@ fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<
 }
 
 impl Prepared {
-    /// Opens region, device, id and sockets.
+    /// Opens the region, its mirror, the device and the sockets, and claims a broker id.
     pub(super) fn open(config: BrokerConfig) -> Result<Self, BrokerError> {
         let file = open_region(&config)?;
         let region = file.region().clone();
         let mirror = open_mirror(&config, &region)?;
         let device = device::open(&config, &file)?;
-        // Now: registration pins pages, and the kernel may move them to do that.
+        // Only now, as registration pins pages, and the kernel may move them for that.
         if let Some(node) = config.cxl.numa_node {
             region.require_node(node)?;
         }
@@ -116,15 +121,16 @@ impl Prepared {
     /// Starts the threads and takes part in the election.
     pub(super) fn run(self) -> Result<Broker, BrokerError> {
         let region = self.file.region().clone();
-        // Before anything is read that an earlier process of this broker wrote: one that only stood still writes no more.
+        // An earlier process of this broker that only stood still stops writing when it sees this. So it comes before
+        // any read of what that process wrote.
         publish_broker(&region, &BrokerInfo { running: false, ..self.info.clone() });
         let pool = pool::allocator(&region, &self.info).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), self.info.id, Arc::clone(&pool)));
         let exit = Exit::default();
         let (stages, promoted) = bounded(1);
         let mut running = Vec::new();
-        let catalog = if self.config.replica.path.is_some() {
-            let (replica, catalog) = threads::spawn_replica(&self, &topics, &exit.stop)?;
+        let catalog = if let Some(base) = self.config.replica.path.clone() {
+            let (replica, catalog) = threads::spawn_replica(&self, base, &topics, &exit.stop)?;
             running.push(replica);
             catalog
         } else {
@@ -151,13 +157,13 @@ impl Prepared {
         let Self { config, file, mirror, info, id_lock, data, control, .. } = self;
         running.push(threads::spawn_acceptor(data, accepted, Arc::clone(&exit.stop))?);
         let election = etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd)));
-        let candidate = candidate(&config, (file, mirror), &info, election, (pool, stages, Arc::clone(&leader)));
+        let parts =
+            CandidateParts { file, mirror, info: info.clone(), election, pool, stages, control: Arc::clone(&leader) };
+        let candidate = parts.into_candidate(&config);
         let leadership = runtime.block_on(candidate.take_over_if_gone());
         if config.role == Role::Leader && leadership.is_none() {
             exit.stop.store(true, Ordering::Relaxed);
-            for thread in running {
-                let _ = thread.join();
-            }
+            running.into_iter().for_each(join);
             return Err(BrokerError::LeaderTaken);
         }
         publish_broker(&region, &info);
@@ -169,7 +175,7 @@ impl Prepared {
         Ok(Broker { info, region, leader, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
     }
 
-    /// Joins etcd, if that elects.
+    /// Joins etcd, if that is where membership is kept.
     async fn join_etcd(&self) -> Result<Option<Etcd>, BrokerError> {
         if self.config.membership == Membership::Embedded {
             return Ok(None);
@@ -181,34 +187,42 @@ impl Prepared {
     }
 }
 
-/// Where the leader's work goes: its allocator, the worker that runs its stages, and the control service.
-type LeaderPlaces = (Arc<dyn SegmentAllocator>, Sender<LeaderStages>, Arc<CurrentLeader>);
-
-/// This broker as one that may become the leader.
-fn candidate(
-    config: &BrokerConfig,
-    (file, mirror): (RegionFile, Option<RegionFile>),
-    info: &BrokerInfo,
+/// Parts of a candidate that do not come from the configuration.
+struct CandidateParts {
+    file: RegionFile,
+    mirror: Option<RegionFile>,
+    info: BrokerInfo,
     election: Election,
-    (pool, stages, control): LeaderPlaces,
-) -> Candidate {
-    Candidate {
-        eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_leaders,
-        file,
-        info: info.clone(),
-        pool,
-        mirror,
-        leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
-        broker_lease: Duration::from_millis(config.broker_lease_ms),
-        leader_lease: Duration::from_millis(config.leader_lease_ms),
-        reach: match config.cxl.coherence {
-            Coherence::Host => CoherenceScope::Host,
-            Coherence::Fabric => CoherenceScope::Fabric,
-            Coherence::None => CoherenceScope::None,
-        },
-        election,
-        stages,
-        control,
-        in_use: Arc::default(),
+    /// Allocator for the order indexes of a leader.
+    pool: Arc<dyn SegmentAllocator>,
+    /// Channel to the worker that runs the stages of a leader.
+    stages: Sender<LeaderStages>,
+    /// State that the control service of a leader uses.
+    control: Arc<CurrentLeader>,
+}
+
+impl CandidateParts {
+    /// Returns this broker as a candidate.
+    fn into_candidate(self, config: &BrokerConfig) -> Candidate {
+        let Self { file, mirror, info, election, pool, stages, control } = self;
+        Candidate {
+            eligible: config.role != Role::Follower && info.id.0 < file.region().geometry().max_leaders,
+            file,
+            info,
+            pool,
+            mirror,
+            leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
+            broker_lease: Duration::from_millis(config.broker_lease_ms),
+            leader_lease: Duration::from_millis(config.leader_lease_ms),
+            reach: match config.cxl.coherence {
+                Coherence::Host => CoherenceScope::Host,
+                Coherence::Fabric => CoherenceScope::Fabric,
+                Coherence::None => CoherenceScope::None,
+            },
+            election,
+            stages,
+            control,
+            in_use: Arc::default(),
+        }
     }
 }

@@ -1,11 +1,11 @@
-//! The threads of a broker.
+//! Threads of a broker.
 
 use super::start::Prepared;
 use super::{BrokerError, Exit, io_error};
 use crate::archive::{Archive, ArchiveReader, Catalog};
 use crate::config::{BrokerConfig, Coherence, ReplicaIo};
 use crate::control::ControlService;
-use crate::delegation::Delegation;
+use crate::delegation::{Delegation, Landed};
 use crate::ingest::IngestLimits;
 use crate::leader::{Candidate, Leadership};
 use crate::replica::format::Identity;
@@ -32,22 +32,24 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Batches that may wait between the workers and the delegation.
+/// Largest number of batches that wait between the workers and the delegation.
 const LANDED_BATCHES: usize = 4096;
-/// Acks of locally ordered batches that may wait for a worker.
+/// Largest number of acks of locally ordered batches that wait for a worker.
 const LOCAL_ACKS: usize = 1 << 17;
 
+/// Starts a thread.
 fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, BrokerError> {
     std::thread::Builder::new().name(name).spawn(run).map_err(io_error("start a thread"))
 }
 
-/// Threads that serve connections, where the configuration leaves it open: one where cores are few (all stages then
-/// run to completion in it), else up to four.
+/// Number of threads that serve connections on a host of `cores` cores.
+///
+/// Unless it is configured, it is a quarter of the cores: at least 1, which then runs all stages, and at most 4.
 fn worker_count(config: &BrokerConfig, cores: usize) -> usize {
     if config.threads.workers > 0 { config.threads.workers } else { (cores / 4).clamp(1, 4) }
 }
 
-/// How the polling threads wait.
+/// Bounds of how the polling threads wait on a host of `cores` cores.
 fn poll_bounds(config: &BrokerConfig, cores: usize) -> PollBounds {
     let pollers = match config.threads.pollers_on_host {
         0 => worker_count(config, cores) + usize::from(config.replica.path.is_some()),
@@ -59,7 +61,7 @@ fn poll_bounds(config: &BrokerConfig, cores: usize) -> PollBounds {
     bounds
 }
 
-/// What the workers of a broker serve.
+/// Objects that the workers of a broker serve.
 pub(super) struct Serving<'a> {
     pub(super) start: &'a Prepared,
     pub(super) topics: &'a Arc<TopicTable<Native>>,
@@ -68,8 +70,9 @@ pub(super) struct Serving<'a> {
 }
 
 impl Serving<'_> {
-    /// Starts the polling threads, of which the first also orders: `promoted` leads to it. Returns where each takes its
-    /// connections from.
+    /// Starts the polling threads. Returns the channel of each for new connections.
+    ///
+    /// The first thread also orders; `promoted` gives it the leader's stages when this broker becomes the leader.
     pub(super) fn spawn_workers(
         self,
         promoted: Receiver<LeaderStages>,
@@ -88,7 +91,7 @@ impl Serving<'_> {
             .of_incarnation(self.start.info.incarnation);
         let may_lead = self.start.info.id.0 < self.topics.region().geometry().max_leaders;
         if let Some(mirror) = self.start.mirror.as_ref().filter(|_| may_lead) {
-            delegation.tidy(mirror.region().clone());
+            delegation.reclaim_mirror(mirror.region().clone());
         }
         let mut stages = Some(Stages::new(delegation, promoted));
         let shared = self.shared(landed);
@@ -101,7 +104,7 @@ impl Serving<'_> {
                 accepted: receiver,
                 ordered,
                 idle: Idle::new(config.threads.poll, bounds),
-                core: config.threads.cores.get(index % config.threads.cores.len().max(1)).copied(),
+                core: config.threads.cores.iter().cycle().nth(index).copied(),
                 stages: stages.take().unwrap_or_default(),
             };
             let worker = Worker::new(shared.clone(), setup, SystemClock).map_err(io_error("watch sockets"))?;
@@ -110,7 +113,8 @@ impl Serving<'_> {
         Ok(accepted)
     }
 
-    fn shared(self, landed: Sender<crate::delegation::Landed<Native>>) -> Shared {
+    /// Returns the data that all workers share.
+    fn shared(self, landed: Sender<Landed<Native>>) -> Shared {
         let (config, exit) = (&self.start.config, self.exit);
         Shared {
             topics: Arc::clone(self.topics),
@@ -133,7 +137,7 @@ impl Serving<'_> {
             stop: Arc::clone(&exit.stop),
             superseded: Arc::clone(&exit.superseded),
             lease: match config.cxl.coherence {
-                // The leader sees that a process is there, and keeps what it pinned.
+                // The leader sees that this process exists, and honours its pins for as long.
                 Coherence::Host => Duration::MAX,
                 Coherence::Fabric | Coherence::None => Duration::from_millis(config.broker_lease_ms),
             },
@@ -145,7 +149,7 @@ impl Serving<'_> {
 /// Nice value of the thread that replicates.
 const REPLICA_NICE: i32 = 10;
 
-/// Where a stream's files lie below the directory of a broker's replicas.
+/// Returns the directory of a stream's files below the directory `base` of all replicas.
 fn stream_directory(base: &Path, broker: BrokerId, identity: &Identity) -> PathBuf {
     let region = uuid::Uuid::from_bytes(identity.region).simple().to_string();
     let stream = match identity.stream.broker() {
@@ -156,7 +160,7 @@ fn stream_directory(base: &Path, broker: BrokerId, identity: &Identity) -> PathB
     base.join(region).join(format!("replica-{broker}")).join(topic).join(stream)
 }
 
-/// What a replica writes through, if that is to be io_uring.
+/// Opens the io_uring that a replica writes through, if one is configured.
 fn open_ring(io: ReplicaIo) -> Result<Option<Arc<Mutex<Uring>>>, BrokerError> {
     match io {
         ReplicaIo::Pwrite => Ok(None),
@@ -167,17 +171,17 @@ fn open_ring(io: ReplicaIo) -> Result<Option<Arc<Mutex<Uring>>>, BrokerError> {
     }
 }
 
-/// Starts the thread that replicates, and says where its files are listed.
+/// Starts the thread that replicates into the directory `base`. Returns it with the catalog of its files.
 pub(super) fn spawn_replica(
     start: &Prepared,
+    base: PathBuf,
     topics: &Arc<TopicTable<Native>>,
     stop: &Arc<AtomicBool>,
 ) -> Result<(JoinHandle<()>, Arc<Catalog>), BrokerError> {
     let config = &start.config.replica;
-    let base = config.path.clone().unwrap_or_default();
     let with = if config.direct { "with replica.direct" } else { "without replica.direct" };
     let failed = |source| io_error(format!("keep replicas in {} {with}", base.display()))(source);
-    // Now rather than at the first batch.
+    // A directory that cannot be used shows now rather than at the first batch.
     Directory::new(base.clone(), config.direct).probe().map_err(failed)?;
     let (broker, direct, ring) = (start.info.id, config.direct, open_ring(config.io)?);
     let open = move |identity: &Identity| {
@@ -196,7 +200,8 @@ pub(super) fn spawn_replica(
     let period = Duration::from_millis(start.config.heartbeat_ms);
     let (stop, catalog) = (Arc::clone(stop), Arc::clone(replicator.catalog()));
     let thread = spawn("replica".to_owned(), move || {
-        // Behind the polling threads, where cores are few: whoever waits for the disk leaves it the time anyway.
+        // The polling threads come first where cores are few. Clients that wait for the disk leave this thread enough
+        // time.
         if let Err(error) = rustix::process::setpriority_process(Some(rustix::thread::gettid()), REPLICA_NICE) {
             tracing::warn!(%error, "the replica's priority stays as it is");
         }
@@ -218,7 +223,7 @@ pub(super) fn spawn_replica(
     Ok((thread, catalog))
 }
 
-/// Starts the thread that hands new connections to the workers in turn.
+/// Starts the thread that hands new connections to the workers in turn. There must be one worker at least.
 pub(super) fn spawn_acceptor(
     listener: TcpListener,
     workers: Vec<Sender<TcpStream>>,
@@ -236,9 +241,8 @@ pub(super) fn spawn_acceptor(
             loop {
                 match listener.accept() {
                     Ok((stream, _)) => {
-                        if let Some(worker) = workers.get(next % workers.len().max(1)) {
-                            let _ = worker.send(stream);
-                        }
+                        // A worker that ended drops the connection.
+                        let _ = workers[next % workers.len()].send(stream);
                         next += 1;
                     }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -254,13 +258,13 @@ pub(super) fn spawn_acceptor(
     })
 }
 
-/// What the thread of the control service does.
+/// Tasks of the control thread.
 pub(super) struct ControlPlane {
     pub(super) service: ControlService,
     pub(super) archive: ArchiveReader,
     pub(super) candidate: Candidate,
     pub(super) leadership: Option<Leadership>,
-    /// Ends it.
+    /// Channel that ends the thread.
     pub(super) stop: tokio::sync::oneshot::Receiver<()>,
 }
 

@@ -1,5 +1,7 @@
-//! Who is alive, as the leader sees it: heartbeats in the region, timed by the observer's own clock. Who may be the leader is
-//! decided in the region, or by [`etcd`].
+//! Membership: which brokers are alive, as the leader sees it.
+//!
+//! Brokers show heartbeats in the region, and the observer's own clock times them. The leader is elected in the region,
+//! or by [`etcd`].
 
 pub mod etcd;
 
@@ -12,7 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
 
-/// Who elects the leader.
+/// Election of the leader.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Membership {
@@ -24,13 +26,15 @@ pub enum Membership {
 
 /// The leader's view of the other brokers.
 pub struct Liveness {
+    /// Longest time between two heartbeats of a broker that is alive.
     lease: Duration,
-    /// Last heartbeat of each broker, and when it was seen to move.
+    /// Last heartbeat of each broker, by id, and the time at which it was seen to move.
     seen: Vec<(u64, Option<Instant>)>,
 }
 
 impl Liveness {
-    /// A broker is alive while its heartbeat moves at least once a `lease`; those in the mask `live` have just been seen.
+    /// Returns a view in which the brokers of the mask `live` have just been seen. A broker is alive while its
+    /// heartbeat moves at least once in `lease`.
     pub fn new<F: Fabric>(region: &Region<F>, lease: Duration, live: u64, now: Instant) -> Self {
         let seen = region
             .geometry()
@@ -40,7 +44,7 @@ impl Liveness {
         Self { lease, seen }
     }
 
-    /// Looks at all heartbeats; a bit per broker that lives.
+    /// Reads all heartbeats. Returns the brokers that are alive, one bit each.
     pub fn poll<F: Fabric>(&mut self, region: &Region<F>, now: Instant) -> u64 {
         let mut mask = 0;
         for (broker, (heartbeat, moved)) in region.geometry().brokers().zip(&mut self.seen) {
@@ -58,8 +62,8 @@ impl Liveness {
     }
 }
 
-/// The brokers that the leader takes for alive, and the leader's id.
-pub fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
+/// Reads the brokers that the leader takes for alive, and the leader's id.
+pub(crate) fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
     let Some(leader) = read_leader(region) else { return (Vec::new(), None) };
     let brokers = region
         .geometry()

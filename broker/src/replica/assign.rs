@@ -1,22 +1,24 @@
-//! Which replica takes which broker's batches. Every broker works it out for itself: should two not agree for a moment,
-//! there is a copy more or fewer, and what is durable is counted, not assumed.
+//! Assignment of sources to replicas.
+//!
+//! Every broker computes it for itself. While two brokers disagree, there is a copy more or fewer. That does no harm:
+//! durable batches are counted on disks, not derived from the assignment.
 
 use embarcadero_wire::BrokerId;
 
-/// Choice of replicas: from which brokers, and how many.
+/// Brokers to choose replicas from, and their number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
-    /// Brokers that there can be.
-    pub brokers: u32,
-    /// Brokers that can take batches, a bit each.
-    pub usable: u64,
-    /// Replicas of each batch.
-    pub copies: u32,
+pub(crate) struct Choice {
+    /// Number of broker slots of the region.
+    pub(crate) brokers: u32,
+    /// Brokers that can take batches, one bit each.
+    pub(crate) usable: u64,
+    /// Number of replicas of each batch.
+    pub(crate) copies: u32,
 }
 
-/// The brokers that replicate the batches of `source`: the first of the usable ones that follow it, in a ring of all. The
-/// source itself comes last: its disk is as good as any, but it is its own.
-pub fn replicas_of(source: BrokerId, among: Choice) -> impl Iterator<Item = BrokerId> {
+/// Returns the brokers that replicate the batches of `source`: the first usable ones that follow it, in a ring of all.
+/// The source comes last, as a failure of its host takes its disk too.
+pub(crate) fn replicas_of(source: BrokerId, among: Choice) -> impl Iterator<Item = BrokerId> {
     let Choice { brokers, usable, copies } = among;
     (1..=brokers)
         .map(move |step| BrokerId((source.0 + step) % brokers))

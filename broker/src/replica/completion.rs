@@ -1,4 +1,4 @@
-//! What is durable: the leader counts the disks that have each batch, and shows it in the completion vector.
+//! Completion vector: the leader counts the disks that have each batch, and shows which batches are durable.
 
 use super::replicator::running_replicas;
 use embarcadero_cxl::broker_table::last_incarnation;
@@ -14,39 +14,42 @@ use embarcadero_wire::{BrokerId, Incarnation, Stream};
 /// Time between two counts, microseconds: far less than an `fdatasync` takes.
 const PERIOD_US: u64 = 50;
 
-/// Position up to which `copies` of the replicas have the batches of a source.
+/// Returns the position below which at least `copies` of the replicas have the batches of a source. `progress` has the
+/// position of each replica.
 fn copied(progress: &mut [u64], copies: usize) -> u64 {
     progress.sort_unstable_by(|a, b| b.cmp(a));
     copies.checked_sub(1).and_then(|last| progress.get(last)).copied().unwrap_or(0)
 }
 
-/// The stage that advances the completion vector. Runs where the sequencer does.
+/// Stage of the leader that advances the completion vector. It runs on the sequencer's thread.
 pub struct CompletionStage<F: Fabric> {
     region: Region<F>,
     area: LeaderArea,
+    /// Topics that are replicated.
     topics: Vec<TopicConfig>,
-    /// Brokers that were ever there, a bit each.
+    /// Brokers that ever ran, one bit each.
     known: u64,
+    /// Time of the last count, microseconds.
     counted_us: u64,
-    /// Topics with sessions that wait for durable batches, a bit each.
+    /// Topics with sessions that wait for durable batches, one bit each.
     awaited: u32,
 }
 
 impl<F: Fabric> CompletionStage<F> {
-    /// Goes on from what the region shows.
+    /// Continues from the vector in the leader's area.
     pub fn new(region: Region<F>, area: LeaderArea) -> Self {
         Self { region, area, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
     }
 
-    /// Looks which topics are replicated; of those in the mask `awaited`, sessions wait for durable batches. Every few
-    /// milliseconds.
+    /// Looks which topics are replicated. `awaited` has the topics with sessions that wait for durable batches, one bit
+    /// each. Call it every few milliseconds.
     pub fn maintain(&mut self, awaited: u32) {
         self.awaited = awaited;
         self.topics = live_topics_at(&self.region, self.area);
         self.topics.retain(|topic| topic.replication_factor > 1);
     }
 
-    /// Counts. Returns how many streams are durable further than before.
+    /// Counts the disks, if it is time. Returns the number of streams whose completion changed.
     pub fn poll(&mut self, now_us: u64) -> usize {
         if self.topics.is_empty() || now_us.saturating_sub(self.counted_us) < PERIOD_US {
             return 0;
@@ -68,6 +71,7 @@ impl<F: Fabric> CompletionStage<F> {
         advanced
     }
 
+    /// Counts the disks that have the batches of one stream. Returns true if the stream's completion changed.
     fn count(&mut self, id: StreamId, incarnation: Incarnation, copies: usize) -> bool {
         let region = &self.region;
         let StreamId { topic, stream } = id;
@@ -82,8 +86,8 @@ impl<F: Fabric> CompletionStage<F> {
         if shown.durable_through >= extent.committed && shown.awaited == awaited {
             return false;
         }
-        // SYNC: after the tail was read: whoever received a batch below it had shown itself before. Also those count that
-        // died while they showed themselves anew.
+        // SYNC: read after the tail, so that every broker that received a batch below it is known: its row came first.
+        // The incarnation counts even where a broker died while it wrote its row.
         self.known = brokers()
             .filter(|broker| self.known & 1 << broker.0 != 0 || last_incarnation(region, *broker) > Incarnation::NONE)
             .fold(0, |mask, broker| mask | 1 << broker.0);
@@ -98,7 +102,7 @@ impl<F: Fabric> CompletionStage<F> {
             })
             .min()
             .unwrap_or(0);
-        // SYNC: after the replicas' words: what a replica passed over as trimmed is seen as trimmed here too.
+        // SYNC: read after the replicas' words, so that what a replica skipped as trimmed is seen as trimmed here too.
         let trimmed = read_extent_at(region, area, id).trimmed;
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
@@ -120,16 +124,16 @@ impl<F: Fabric> CompletionStage<F> {
     }
 }
 
-/// Position that retention may trim a stream of a topic to. What sessions wait for (`awaited`) stays until it is durable,
-/// as long as there are enough replicas to make it so.
-pub fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion: Completion) -> u64 {
+/// Returns the position below which retention may trim a stream of a topic. Batches that sessions wait for stay until
+/// they are durable, as long as enough replicas run to make them so.
+pub(crate) fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, completion: Completion) -> u64 {
     let copies = u32::from(topic.replication_factor.max(1)) - 1;
     if copies == 0 || !completion.awaited {
         return u64::MAX;
     }
     match running_replicas(region) {
         Ok(running) if running.count_ones() < copies => u64::MAX,
-        // Without a leader nobody knows who lives.
+        // Without a leader nobody knows which replicas run.
         Ok(_) | Err(NoLeader) => completion.durable_through,
     }
 }

@@ -1,9 +1,12 @@
-//! Replica files: what lies where in them, and how it is told from damage. `docs/reference/replica-files.md` draws it.
+//! Format of replica files: positions and sizes, and how damage is detected. `docs/reference/replica-files.md` draws
+//! it.
 //!
-//! A file is a header block, then groups. A group is what one write and one `fdatasync` made durable: its header, a
-//! record header for each batch, the batches. Files and groups describe themselves, so that a topic can be rebuilt
-//! from nothing else. All integers are little-endian; headers, groups and batches begin at multiples of [`BLOCK`],
-//! [`BLOCK`] and 64 bytes.
+//! A file is a header block, then groups. One write and one `fdatasync` make a group durable. It has a header, a record
+//! header for each batch, then the batches. Files and groups describe themselves, so a topic can be rebuilt from them
+//! alone.
+//!
+//! All integers are little-endian. File headers and groups begin at multiples of [`BLOCK`], batches at multiples of 64
+//! bytes.
 
 use bytemuck::{Pod, Zeroable};
 use embarcadero_cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES, TopicState};
@@ -14,7 +17,8 @@ use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId, crc32c};
 use std::mem::{offset_of, size_of};
 use std::ops::Range;
 
-/// What direct I/O needs positions and lengths to be a multiple of, everywhere.
+/// Bytes of a block. Direct I/O needs positions and lengths to be multiples of the logical block size, which no common
+/// disk exceeds (open(2), `O_DIRECT`).
 pub const BLOCK: usize = 4096;
 /// First eight bytes of a file.
 const FILE_MAGIC: u64 = u64::from_le_bytes(*b"EMBREPLI");
@@ -23,56 +27,56 @@ const GROUP_MAGIC: u32 = u32::from_le_bytes(*b"EMBG");
 /// Version of the format.
 const VERSION: u32 = 1;
 /// Most batches of a group.
-pub const GROUP_RECORDS: usize = 4096;
-/// Most bytes of a group: one batch of any size, or many small ones.
-pub const GROUP_BYTES: u64 = 2 * MAX_BATCH_BYTES;
+pub(crate) const GROUP_RECORDS: usize = 4096;
+/// Most bytes of a group: room for one batch of any size, or for many small ones.
+pub(crate) const GROUP_BYTES: u64 = 2 * MAX_BATCH_BYTES;
 
-/// Why bytes are not what a replica file should hold.
+/// Reason why bytes are not those of a replica file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum FormatError {
-    /// Fewer bytes than the structure has.
+    /// The bytes end before the structure does.
     #[error("{what} is cut short: {found} bytes of {expected}")]
     Short {
-        /// Which structure.
+        /// Name of the structure.
         what: &'static str,
-        /// Bytes there.
+        /// Bytes that are there.
         found: u64,
-        /// Bytes expected.
+        /// Bytes of the structure.
         expected: u64,
     },
-    /// Another magic number.
+    /// The structure begins with another magic number.
     #[error("{what} does not begin as one")]
     Magic {
-        /// Which structure.
+        /// Name of the structure.
         what: &'static str,
     },
-    /// Another version.
+    /// The file has another version.
     #[error("the replica file has version {found}, this build reads version {VERSION}")]
     Version {
-        /// As found.
+        /// Version of the file.
         found: u32,
     },
-    /// Damaged.
+    /// The bytes are damaged.
     #[error("the checksum of {what} is {found:#010x}, its bytes give {expected:#010x}")]
     Checksum {
-        /// Which structure.
+        /// Name of the structure.
         what: &'static str,
-        /// As written.
+        /// Checksum in the structure.
         found: u32,
-        /// As computed.
+        /// Checksum of the bytes.
         expected: u32,
     },
-    /// A field out of bounds, though the checksum holds.
+    /// A field is out of bounds, although the checksum matches.
     #[error("{field} is {value}, which cannot be")]
     Field {
-        /// Which.
+        /// Name of the field.
         field: &'static str,
-        /// Its value.
+        /// Value of the field.
         value: u64,
     },
 }
 
-/// First bytes of a file: which topic and stream it belongs to.
+/// First bytes of a file, which name the topic and the stream that it belongs to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 struct FileHeader {
@@ -93,7 +97,7 @@ struct FileHeader {
     number: u64,
     name: [u8; TOPIC_NAME_BYTES],
     reserved: u32,
-    /// CRC32C of all before it.
+    /// CRC32C of the bytes before it.
     checksum: u32,
 }
 const _: () = {
@@ -111,60 +115,63 @@ pub struct GroupHeader {
     checksum: u32,
     /// First position that the group covers.
     pub from: u64,
-    /// One past the last.
+    /// Position after the last that the group covers.
     pub through: u64,
     /// Bytes of the group, a multiple of [`BLOCK`].
     pub bytes: u64,
-    /// The brokers whose batches at these positions are all here, a bit each.
+    /// Brokers whose batches at these positions are all in the group, one bit each.
     pub sources: u32,
     records: u32,
-    /// Batches at positions below this were on as many disks as the topic asks for when the group was written.
+    /// Position below which batches were on as many disks as the topic asks for, when the group was written.
     pub durable_through: u64,
-    /// Batches at positions below this that no replica has went by retention.
+    /// Position below which batches that no replica has went by retention.
     pub lost_through: u64,
     reserved: u64,
 }
 const _: () = assert!(size_of::<GroupHeader>() == 64);
 
-/// A batch in a group.
+/// Header of a batch in a group.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Record {
     /// Position in the order index.
     pub position: u64,
-    /// Offset of its first message.
+    /// Offset of the batch's first message.
     pub first_offset: u64,
-    /// When it was ordered, microseconds since 1970.
+    /// Time at which the batch was ordered, microseconds since 1970.
     pub ordered_us: u64,
-    /// Where it begins, from the start of the group.
+    /// Start of the batch, in bytes from the start of the group.
     pub at: u64,
-    /// Its bytes, header included, as they were received.
+    /// Bytes of the batch as it was received, header included.
     pub bytes: u32,
-    /// CRC32C of them.
+    /// CRC32C of these bytes.
     pub checksum: u32,
-    /// Messages.
+    /// Number of messages.
     pub message_count: u32,
-    /// Broker that received it.
+    /// Broker that received the batch.
     pub source: BrokerId,
-    /// Epoch of the sequencer that ordered it.
+    /// Low half of the term under which the batch was ordered.
     pub term: u32,
     reserved: [u32; 3],
 }
 const _: () = assert!(size_of::<Record>() == 64);
 
-/// What a file belongs to.
+/// Region, topic and stream that a file belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
-    /// UUID of the region that held it.
+    /// UUID of the region.
     pub region: [u8; 16],
-    /// The topic, as it was when the file was begun.
+    /// Configuration of the topic when the file was begun.
     pub topic: TopicConfig,
-    /// The stream.
+    /// Stream of the topic.
     pub stream: Stream,
 }
 
 impl Identity {
-    /// The first block of file `number`.
+    /// Encodes the first block of file `number`.
+    ///
+    /// # Panics
+    /// When the topic's name is longer than [`TOPIC_NAME_BYTES`].
     #[must_use]
     pub fn encode(&self, number: u64) -> Vec<u8> {
         let topic = &self.topic;
@@ -194,7 +201,7 @@ impl Identity {
         block
     }
 
-    /// Reads a file's first block: what it belongs to, and its number.
+    /// Decodes the first block of a file. Returns what the file belongs to, and its number.
     ///
     /// # Errors
     /// [`FormatError`].
@@ -241,35 +248,38 @@ fn check(what: &'static str, found: u32, expected: u32) -> Result<(), FormatErro
     if found == expected { Ok(()) } else { Err(FormatError::Checksum { what, found, expected }) }
 }
 
-/// Bytes that headers of a group with `records` batches take.
+/// Returns the bytes of the headers of a group with `records` batches.
 const fn headers(records: usize) -> usize {
     size_of::<GroupHeader>() + records * size_of::<Record>()
 }
 
-/// A batch that goes into a group: its position in the order index, and its entry there.
+/// Batch that goes into a group: its position in the order index, and its entry there.
 pub type Indexed = (u64, IndexEntry);
 
-/// Bytes that a group of these batches takes.
+/// Returns the bytes of a group with these batches.
 #[must_use]
 pub fn group_bytes(batches: &[Indexed]) -> u64 {
     let payload: u64 = batches.iter().map(|(_, entry)| u64::from(entry.bytes).next_multiple_of(64)).sum();
     (headers(batches.len()) as u64 + payload).next_multiple_of(BLOCK as u64)
 }
 
-/// A group that is to be written.
+/// Group that is to be written.
 #[derive(Clone, Debug)]
 pub struct Group<'a> {
-    /// Positions that it covers.
+    /// Positions that the group covers.
     pub positions: Range<u64>,
-    /// The brokers whose batches at these positions are all in it, a bit each.
+    /// Brokers whose batches at these positions are all in the group, one bit each.
     pub sources: u32,
-    /// How far the stream was replicated before.
+    /// Replication of the stream before this group.
     pub completion: Completion,
-    /// Its batches, in order of position.
+    /// Batches, in the order of their positions.
     pub batches: &'a [Indexed],
 }
 
-/// Writes a group into `into`, whose length is that of [`group_bytes`]. `copy` fetches a batch.
+/// Writes a group into `into`. `copy` copies the batch of an index entry into the bytes that it gets.
+///
+/// # Panics
+/// When `into` is shorter than [`group_bytes`] says.
 pub fn write_group(into: &mut [u8], group: &Group<'_>, mut copy: impl FnMut(&IndexEntry, &mut [u8])) {
     let Group { positions, sources, completion, batches } = group;
     let table = headers(batches.len());
@@ -311,7 +321,7 @@ pub fn write_group(into: &mut [u8], group: &Group<'_>, mut copy: impl FnMut(&Ind
     into[4..8].copy_from_slice(&checksum.to_le_bytes());
 }
 
-/// Reads the header of a group from its first block, without its checksum: enough to know how much to read.
+/// Decodes the header of a group from its first block without checking its checksum: enough to know how much to read.
 ///
 /// # Errors
 /// [`FormatError`].
@@ -334,8 +344,8 @@ pub fn peek_group(block: &[u8]) -> Result<GroupHeader, FormatError> {
     Ok(header)
 }
 
-/// Reads the headers of a group, whose bytes begin with `bytes`: all of the record headers must be there, batches need
-/// not. Records are in order of position, and point into the group.
+/// Decodes the headers of a group. `bytes` begins with the group and has at least all of its headers. The records are
+/// in the order of their positions, and point into the group.
 ///
 /// # Errors
 /// [`FormatError`].
@@ -375,11 +385,11 @@ pub fn parse_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatErr
 ///
 /// # Errors
 /// [`FormatError::Checksum`].
-pub fn check_batch(record: &Record, batch: &[u8]) -> Result<(), FormatError> {
+pub(crate) fn check_batch(record: &Record, batch: &[u8]) -> Result<(), FormatError> {
     check("a batch", record.checksum, crc32c(batch))
 }
 
-/// Checks a whole group, batches included, and returns its headers.
+/// Checks a whole group, batches included. Returns its headers.
 ///
 /// # Errors
 /// [`FormatError`].

@@ -1,4 +1,4 @@
-//! Where replica files live: a directory.
+//! Media that hold replica files: a directory, or memory in tests.
 
 use super::format::BLOCK;
 use embarcadero_os::buffer::Buffer;
@@ -10,110 +10,111 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A flat set of files.
+/// Flat set of files.
 pub trait Medium: Send + Sync {
-    /// Names of the files, in no order. None when nothing was ever created.
+    /// Returns the names of the files, in no order. The list is empty when no file was ever created.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn list(&self) -> io::Result<Vec<String>>;
 
-    /// Makes a file that is not there yet. Its name is durable when this returns.
+    /// Creates a file that does not exist yet. Its name is durable when this returns.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn create(&self, name: &str) -> io::Result<Box<dyn MediumFile>>;
 
     /// Opens a file.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn open(&self, name: &str) -> io::Result<Box<dyn MediumFile>>;
 
     /// Removes a file.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn remove(&self, name: &str) -> io::Result<()>;
 
-    /// How it is named in messages.
+    /// Returns the name of the medium, for messages.
     fn name(&self) -> String;
 }
 
-/// An open file.
+/// Open file.
 pub trait MediumFile: Send {
-    /// Bytes in it.
+    /// Returns the size of the file, in bytes.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn bytes(&self) -> io::Result<u64>;
 
-    /// Writes all of a buffer; position and length are multiples of [`super::format::BLOCK`].
+    /// Writes a whole buffer. Position and length are multiples of [`super::format::BLOCK`].
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn write(&mut self, at: u64, from: &Buffer) -> io::Result<()>;
 
-    /// Reads into all of `into`.
+    /// Fills `into` with the bytes from `at` on.
     ///
     /// # Errors
-    /// What the system reports; the end of the file counts as an error.
+    /// The error of the system, or `UnexpectedEof` at the end of the file.
     fn read(&self, at: u64, into: &mut [u8]) -> io::Result<()>;
 
-    /// Returns once all that was written is durable (`fdatasync`).
+    /// Makes everything that was written durable (`fdatasync`).
     ///
     /// # Errors
-    /// What the system reports. What was written since the last success may be lost then, whatever a later call says.
+    /// The error of the system. What was written since the last success may then be lost, whatever a later call
+    /// returns.
     fn sync(&mut self) -> io::Result<()>;
 
-    /// As `write` and then `sync`.
+    /// Writes a whole buffer, and makes it durable.
     ///
     /// # Errors
-    /// Those of the two.
+    /// The errors of [`MediumFile::write`] and [`MediumFile::sync`].
     fn write_durable(&mut self, at: u64, from: &Buffer) -> io::Result<()> {
         self.write(at, from)?;
         self.sync()
     }
 
-    /// Makes durable what is in it, and has later reads come from the disk: what an earlier process wrote may be in the
-    /// page cache only, and after a failed write-back the page cache says nothing about the disk.
+    /// Makes durable what is in the file, and has later reads come from the disk. What an earlier process wrote may be
+    /// in the page cache only. After a failed write-back, the page cache says nothing about the disk.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn settle(&mut self) -> io::Result<()>;
 
-    /// Cuts it off, durably.
+    /// Cuts the file to `bytes` bytes, durably.
     ///
     /// # Errors
-    /// What the system reports.
+    /// The error of the system.
     fn truncate(&mut self, bytes: u64) -> io::Result<()>;
 }
 
-/// A directory of a file system. It comes to be with its first file.
-pub struct Directory {
+/// Directory of a file system. It is created with its first file.
+pub(crate) struct Directory {
     path: PathBuf,
     direct: bool,
     ring: Option<Arc<Mutex<Uring>>>,
 }
 
 impl Directory {
-    /// The directory at `path`; `direct` writes past the page cache.
+    /// Returns the directory at `path`. `direct` writes past the page cache.
     #[must_use]
-    pub fn new(path: PathBuf, direct: bool) -> Self {
+    pub(crate) fn new(path: PathBuf, direct: bool) -> Self {
         Self { path, direct, ring: None }
     }
 
     /// Writes through `ring` from now on, if there is one.
     #[must_use]
-    pub fn through(self, ring: Option<Arc<Mutex<Uring>>>) -> Self {
+    pub(crate) fn through(self, ring: Option<Arc<Mutex<Uring>>>) -> Self {
         Self { ring, ..self }
     }
 
-    /// Makes the directory if need be, and tries whether a block can be written and made durable in it.
+    /// Creates the directory if need be, and tries to make a block in it durable.
     ///
     /// # Errors
-    /// What the system reports; for a file system without direct I/O, `EINVAL`.
-    pub fn probe(&self) -> io::Result<()> {
+    /// The error of the system. For a file system without direct I/O it is `EINVAL`.
+    pub(crate) fn probe(&self) -> io::Result<()> {
         let name = format!(".probe-{}", std::process::id());
         let _ = self.remove(&name);
         let mut file = self.create(&name)?;
@@ -133,7 +134,7 @@ impl Directory {
     }
 }
 
-/// Makes what is in a directory durable (fsync(2), "NOTES").
+/// Makes the entries of a directory durable. Source: fsync(2), "NOTES".
 fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
@@ -172,7 +173,7 @@ impl Medium for Directory {
 
 struct DirectoryFile {
     file: File,
-    /// The same file, past the page cache.
+    /// Second descriptor of the file, which writes past the page cache.
     direct: Option<File>,
     ring: Option<Arc<Mutex<Uring>>>,
 }

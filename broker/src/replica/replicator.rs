@@ -1,4 +1,4 @@
-//! Copies batches from CXL memory to this broker's disk, and says how far it is.
+//! Replicator: copies batches from CXL memory to this broker's disk, and publishes its progress.
 
 use super::assign::{Choice, replicas_of};
 use super::format::{GROUP_RECORDS, Group, Identity, Indexed, group_bytes, peek_group, write_group};
@@ -18,15 +18,16 @@ use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
-/// Index entries that are looked at for one group.
+/// Most index entries that are looked at for one group.
 const SCAN_ENTRIES: u64 = 64 << 10;
 
-/// Brokers whose replica runs, of those that the leader takes for alive.
+/// Returns the brokers whose replica runs, among those that the leader takes for alive, one bit each.
 ///
 /// # Errors
 /// [`NoLeader`].
-pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> {
+pub(crate) fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> {
     let live = read_leader(region).ok_or(NoLeader)?.broker_mask;
     let brokers = region.geometry().brokers().filter(|broker| live & (1 << broker.0) != 0);
     Ok(brokers
@@ -34,8 +35,8 @@ pub fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> 
         .fold(0, |mask, broker| mask | 1 << broker.0))
 }
 
-/// Takes back what an earlier process of this broker said of its disk, which may be another one now; a replica that runs
-/// says it anew once it has looked.
+/// Withdraws what an earlier process of this broker published about its disk, which may be another disk now. A replica
+/// that runs publishes its progress anew once it has read the disk.
 pub fn disclaim<F: Fabric>(region: &Region<F>, broker: BrokerId) {
     publish_replica_state(region, broker, ReplicaState::None);
     for topic in region.geometry().topics() {
@@ -48,33 +49,41 @@ pub fn disclaim<F: Fabric>(region: &Region<F>, broker: BrokerId) {
     }
 }
 
-/// How a replica works.
+/// Options of a replica.
 #[derive(Clone, Copy, Debug)]
 pub struct ReplicaOptions {
-    /// Bytes after which a group is written.
+    /// Bytes of a full group.
     pub group_bytes: u64,
-    /// After what time without progress others take over from a replica, microseconds.
+    /// Time without progress after which others take over from a replica, microseconds.
     pub patience_us: u64,
-    /// How it uses its disk.
+    /// Options of its files.
     pub store: StoreOptions,
 }
 
-/// Opens the place of a stream's files.
+/// Function that opens the medium of a stream's files.
 pub type OpenMedium = Box<dyn Fn(&Identity) -> Box<dyn Medium> + Send>;
 
-/// What is used again for every group.
+/// Replica that a task belongs to.
+struct Replica<'a, F> {
+    region: &'a Region<F>,
+    broker: BrokerId,
+    options: &'a ReplicaOptions,
+}
+
+/// Memory that is used again for every group.
 struct Scratch {
     buffer: Buffer,
     batches: Vec<Indexed>,
 }
 
-/// Positions of which some sources' batches are missing here.
+/// Positions at which the batches of some sources are missing on this disk.
 struct Due {
     positions: Range<u64>,
+    /// Sources whose batches are missing, one bit each.
     sources: u32,
 }
 
-/// One stream that this broker replicates.
+/// Stream that this broker replicates.
 struct Task<F: Fabric> {
     topic: Arc<Topic<F>>,
     stream: StreamId,
@@ -82,29 +91,31 @@ struct Task<F: Fabric> {
     pin: usize,
     log: StreamLog,
     catalog: Arc<Catalog>,
-    /// Brokers whose batches it copies, a bit each.
+    /// Brokers whose batches this one copies, one bit each.
     sources: u32,
     /// End of the newest group.
     forward: u64,
-    /// Where to go on after retention overtook: what is before it comes later, if it is still there.
+    /// Position at which to go on after retention overtook the replica. Batches before it come later, if they are still
+    /// there.
     resume: u64,
-    /// What was said of each source.
+    /// Position that was last published for each source.
     said: Vec<Option<u64>>,
 }
 
 impl<F: Fabric> Drop for Task<F> {
     fn drop(&mut self) {
         self.topic.pins.unregister(self.pin);
-        // What a disk that failed holds is not relied on.
+        // Nobody relies on a disk that failed.
         self.catalog.set(key(&self.topic, self.stream), None);
     }
 }
 
+/// Returns the key of a stream in the catalog.
 fn key<F: Fabric>(topic: &Topic<F>, stream: StreamId) -> ArchiveKey {
     ArchiveKey { topic: topic.config.id, incarnation: topic.config.incarnation, stream: stream.stream }
 }
 
-/// This broker as a replica of others' batches.
+/// This broker as a replica of its own and others' batches.
 pub struct Replicator<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
@@ -113,17 +124,19 @@ pub struct Replicator<F: Fabric> {
     options: ReplicaOptions,
     tasks: Vec<Task<F>>,
     scratch: Scratch,
+    /// True once the disk failed.
     failed: bool,
+    /// Batches on this broker's disk, for others to read.
     catalog: Arc<Catalog>,
-    /// How far replicas that go before this one were, and since when.
+    /// Position at which each preceding replica was, and the time at which it got there, microseconds.
     watched: BTreeMap<Replication, (u64, u64)>,
 }
 
 impl<F: Fabric> Replicator<F> {
-    /// A replicator that has nothing to do yet. Others count on it from now on.
+    /// Returns a replicator without tasks. Other brokers count on it from now on.
     ///
     /// # Errors
-    /// There is no memory.
+    /// The error of the system when there is too little memory.
     pub fn new(topics: Arc<TopicTable<F>>, open: OpenMedium, options: ReplicaOptions) -> std::io::Result<Self> {
         let (region, broker) = (topics.region().clone(), topics.broker());
         let buffer = Buffer::new(options.group_bytes as usize)?;
@@ -143,17 +156,18 @@ impl<F: Fabric> Replicator<F> {
         })
     }
 
-    /// What is on its disk, for others to read.
-    pub fn catalog(&self) -> &Arc<Catalog> {
+    /// Returns the batches on this broker's disk, for others to read.
+    pub(crate) fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
     }
 
-    /// True once its disk failed.
+    /// Returns true once the disk failed. The replicator does nothing any more then.
     pub fn has_failed(&self) -> bool {
         self.failed
     }
 
-    /// Takes up what falls to this broker, and drops what does not any more. Every few milliseconds.
+    /// Takes up the streams that fall to this broker, and drops those of deleted topics. Call it every few
+    /// milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
         if self.failed {
             return;
@@ -192,7 +206,7 @@ impl<F: Fabric> Replicator<F> {
         }
     }
 
-    /// True when an earlier process left files of a stream, which others may want to read.
+    /// Returns true when an earlier process left files of a stream, which others may want to read.
     fn has_files(&mut self, topic: &Topic<F>, stream: StreamId) -> bool {
         let key = key(topic, stream);
         if self.catalog.knows(key) {
@@ -209,7 +223,7 @@ impl<F: Fabric> Replicator<F> {
         Identity { region: *self.region.uuid().as_bytes(), topic: topic.config.clone(), stream: stream.stream }
     }
 
-    /// The brokers whose batches of a topic this one replicates.
+    /// Returns the brokers whose batches of a topic this one replicates, one bit each.
     fn sources_of(&mut self, topic: &Topic<F>, usable: u64, now_us: u64) -> u32 {
         let brokers = self.region.geometry().max_brokers;
         let copies = u32::from(topic.config.replication_factor) - 1;
@@ -219,7 +233,7 @@ impl<F: Fabric> Replicator<F> {
                 continue;
             }
             let mut usable = usable;
-            // Those that stand still do not count; each that is taken out lets another in.
+            // Replicas that stand still do not count. Each that is left out makes room for another.
             loop {
                 let chosen: Vec<BrokerId> = replicas_of(source, Choice { brokers, usable, copies }).collect();
                 let me = self.broker;
@@ -241,7 +255,7 @@ impl<F: Fabric> Replicator<F> {
         mine
     }
 
-    /// True when a replica has had something to do for the whole of our patience, and got nowhere.
+    /// Returns true when a replica had batches to copy for longer than the patience, and copied none.
     fn stands_still(&mut self, topic: &Topic<F>, other: Replication, now_us: u64) -> bool {
         let position = read_replicated(&self.region, other);
         let Ok(extent) = read_extent(&self.region, topic.stream(other.source)) else { return false };
@@ -252,6 +266,7 @@ impl<F: Fabric> Replicator<F> {
         now_us.saturating_sub(seen.1) > self.options.patience_us
     }
 
+    /// Opens the files of a stream, and begins a task.
     fn begin(&mut self, topic: &Arc<Topic<F>>, stream: StreamId, sources: u32) {
         let max_brokers = self.region.geometry().max_brokers;
         let identity = self.identity(topic, stream);
@@ -273,7 +288,7 @@ impl<F: Fabric> Replicator<F> {
         self.tasks.push(Task { topic, stream, reader, pin, log, catalog, sources, forward, resume, said });
     }
 
-    /// This broker replicates no more: its disk cannot be relied on.
+    /// Ends replication on this broker: its disk cannot be relied on.
     fn fail(&mut self, error: &StoreError) {
         tracing::error!(%error, "this broker's replica failed; others take over, if there are any");
         self.failed = true;
@@ -282,12 +297,13 @@ impl<F: Fabric> Replicator<F> {
         publish_replica_state(&self.region, self.broker, ReplicaState::Failed);
     }
 
-    /// Makes at most one group a stream durable. Returns how many there were.
+    /// Makes at most one group of each stream durable. Returns the number of groups.
     pub fn poll(&mut self) -> usize {
         let mut written = 0;
         for index in 0..self.tasks.len() {
             let Some(task) = self.tasks.get_mut(index) else { break };
-            match task.step(&self.region, self.broker, &self.options, &mut self.scratch) {
+            let replica = Replica { region: &self.region, broker: self.broker, options: &self.options };
+            match task.step(&replica, &mut self.scratch) {
                 Ok(true) => written += 1,
                 Ok(false) => {}
                 Err(error) => {
@@ -301,18 +317,15 @@ impl<F: Fabric> Replicator<F> {
 }
 
 impl<F: Fabric> Task<F> {
+    /// Iterates over the sources.
     fn each_source(&self) -> impl Iterator<Item = BrokerId> + use<F> {
         let sources = self.sources;
         (0..u32::BITS).filter(move |source| sources & (1 << source) != 0).map(BrokerId)
     }
 
-    fn step(
-        &mut self,
-        region: &Region<F>,
-        broker: BrokerId,
-        options: &ReplicaOptions,
-        scratch: &mut Scratch,
-    ) -> Result<bool, StoreError> {
+    /// Makes the next due batches durable, and publishes how far this replica is. Returns true when it did something.
+    fn step(&mut self, replica: &Replica<'_, F>, scratch: &mut Scratch) -> Result<bool, StoreError> {
+        let (region, broker) = (replica.region, replica.broker);
         if self.topic.is_deleted() || self.sources == 0 {
             return Ok(false);
         }
@@ -325,16 +338,16 @@ impl<F: Fabric> Task<F> {
         let committed = self.reader.poll();
         let first = completion.durable_through.max(extent.trimmed);
         if self.forward < extent.trimmed && self.forward < committed {
-            // Chasing the trim point would leave one gap after another.
+            // A replica that follows the trim point would leave one gap after another.
             (self.forward, self.resume) = (committed, committed);
         }
-        // What nobody waits for any more comes last.
+        // Batches that nobody waits for come last.
         let due = self
             .due(first.max(self.resume), committed)
             .or_else(|| self.due(first, committed))
             .or_else(|| self.due(extent.trimmed, first.min(committed)));
         let worked = match due {
-            Some(due) => self.copy(region, &due, completion, options, scratch)?,
+            Some(due) => self.copy(replica, &due, completion, scratch)?,
             None => false,
         };
         for source in self.each_source() {
@@ -349,7 +362,7 @@ impl<F: Fabric> Task<F> {
         Ok(worked)
     }
 
-    /// The lowest positions in `from..to` that sources miss, as far as the same sources miss them all.
+    /// Returns the lowest positions in `from..to` that a source misses, as far as the same sources miss them all.
     fn due(&self, from: u64, to: u64) -> Option<Due> {
         let begin =
             self.each_source().map(|source| self.log.missing(source, from)).min().filter(|begin| *begin < to)?;
@@ -367,71 +380,49 @@ impl<F: Fabric> Task<F> {
         Some(Due { positions: begin..until, sources })
     }
 
-    /// Retention took what was to be copied.
-    fn give_up(&self) -> bool {
-        self.topic.pins.clear(self.pin);
-        false
-    }
-
-    /// Makes due batches durable, as far as one group reaches. False when retention took them first.
+    /// Makes due batches durable, as far as one group reaches. Returns false when retention took them first, or the
+    /// region has no leader.
     fn copy(
         &mut self,
-        region: &Region<F>,
+        replica: &Replica<'_, F>,
         due: &Due,
         completion: Completion,
-        options: &ReplicaOptions,
         scratch: &mut Scratch,
     ) -> Result<bool, StoreError> {
-        let Due { positions, sources } = due;
-        let Scratch { buffer, batches } = scratch;
-        // Pinned while it is read.
-        if self.topic.pins.set(self.pin, positions.start).map_or(true, |trimmed| trimmed > positions.start) {
-            return Ok(self.give_up());
-        }
-        let end = positions.end.min(positions.start + SCAN_ENTRIES);
-        let mut through = positions.start;
-        let layout = region.layout();
-        let stream = self.stream;
-        // SYNC: after what was read; a leader that took this broker for dead did not wait for its pin, and what is trimmed may be
-        // something else by now. Pairs with `OrderIndexWriter::trim`, which comes before memory is given back.
-        let was_kept = || {
-            std::sync::atomic::fence(std::sync::atomic::Ordering::Acquire);
-            read_extent(region, stream).is_ok_and(|extent| extent.trimmed <= positions.start)
-                || !region.fabric().keeps(Guard::TrimAfterCopy)
+        // Retention leaves the batches alone while they are pinned.
+        let pinned = self.topic.pins.set(self.pin, due.positions.start);
+        let through = match pinned {
+            Ok(trimmed) if trimmed <= due.positions.start => self.read_group(replica, due, completion, scratch),
+            _ => Ok(None),
         };
-        batches.clear();
-        while through < end && batches.len() < GROUP_RECORDS {
-            let entry = match self.reader.read(through) {
-                Ok(entry) => entry,
-                // What was read so far will do.
-                Err(ReadError::NoLeader(_)) => break,
-                Err(_) if !was_kept() => return Ok(self.give_up()),
-                Err(error) => return Err(StoreError::Memory(error.to_string())),
-            };
-            // An entry without bytes stands for what an earlier region lost.
-            if entry.bytes > 0 && sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
-                let inside = entry.location >= layout.segments
-                    && entry.location.saturating_add(entry.bytes.into()) <= layout.region_bytes;
-                if !inside && !was_kept() {
-                    return Ok(self.give_up());
-                }
-                if !inside {
-                    return Err(StoreError::Memory(format!("index entry {through} points outside the pool")));
-                }
-                batches.push((through, entry));
-                if batches.len() > 1 && group_bytes(batches) > options.group_bytes {
-                    batches.pop();
-                    break;
-                }
-            }
-            through += 1;
-        }
-        let covered = positions.start..through;
-        if batches.is_empty() {
-            self.topic.pins.clear(self.pin);
-            self.log.cover(*sources, covered.clone());
+        self.topic.pins.clear(self.pin);
+        let Some(through) = through? else { return Ok(false) };
+        if scratch.batches.is_empty() {
+            let covered = due.positions.start..through;
+            let moved = !covered.is_empty();
+            self.log.cover(due.sources, covered);
             self.forward = self.forward.max(through);
-            return Ok(!covered.is_empty());
+            return Ok(moved);
+        }
+        let header = peek_group(&scratch.buffer).map_err(|error| StoreError::Memory(error.to_string()))?;
+        self.log.append(&header, &scratch.buffer)?;
+        self.forward = self.forward.max(header.through);
+        Ok(true)
+    }
+
+    /// Reads the group of the first due batches into the buffer; nothing if none of the batches is a due source's.
+    /// Returns the position after the last that the group covers, or `None` when retention took a batch first.
+    fn read_group(
+        &mut self,
+        replica: &Replica<'_, F>,
+        due: &Due,
+        completion: Completion,
+        scratch: &mut Scratch,
+    ) -> Result<Option<u64>, StoreError> {
+        let Some(through) = self.choose(replica, due, &mut scratch.batches)? else { return Ok(None) };
+        let Scratch { buffer, batches } = scratch;
+        if batches.is_empty() {
+            return Ok(Some(through));
         }
         let bytes = group_bytes(batches) as usize;
         if bytes > buffer.capacity() {
@@ -443,21 +434,67 @@ impl<F: Fabric> Task<F> {
             })?;
         }
         buffer.resize(bytes);
-        let fabric = region.fabric();
-        let group = Group { positions: covered, sources: *sources, completion, batches };
+        let fabric = replica.region.fabric();
+        let group = Group { positions: due.positions.start..through, sources: due.sources, completion, batches };
         write_group(buffer, &group, |entry, into| {
             let at = RegionOffset(entry.location);
             // SYNC: pairs with the payload flush of the delegation that received it.
             fabric.invalidate(at, entry.bytes.into(), Site::PayloadRead);
             fabric.read_bytes(at, into);
         });
-        if !was_kept() {
-            return Ok(self.give_up());
+        Ok(self.was_kept(replica.region, due.positions.start).then_some(through))
+    }
+
+    /// Chooses the batches of one group: those of due sources, from the first due position on. Returns the position
+    /// after the last that was looked at, or `None` when retention took a batch first.
+    fn choose(
+        &mut self,
+        replica: &Replica<'_, F>,
+        due: &Due,
+        batches: &mut Vec<Indexed>,
+    ) -> Result<Option<u64>, StoreError> {
+        let Due { positions, sources } = due;
+        let layout = replica.region.layout();
+        let end = positions.end.min(positions.start + SCAN_ENTRIES);
+        let mut through = positions.start;
+        batches.clear();
+        while through < end && batches.len() < GROUP_RECORDS {
+            let entry = match self.reader.read(through) {
+                Ok(entry) => entry,
+                // The group ends with what was read so far.
+                Err(ReadError::NoLeader(_)) => break,
+                Err(_) if !self.was_kept(replica.region, positions.start) => return Ok(None),
+                Err(error) => return Err(StoreError::Memory(error.to_string())),
+            };
+            // An entry without bytes stands for messages that an earlier region lost.
+            if entry.bytes > 0 && sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
+                let inside = entry.location >= layout.segments
+                    && entry.location.saturating_add(entry.bytes.into()) <= layout.region_bytes;
+                if !inside && !self.was_kept(replica.region, positions.start) {
+                    return Ok(None);
+                }
+                if !inside {
+                    return Err(StoreError::Memory(format!("index entry {through} points outside the pool")));
+                }
+                batches.push((through, entry));
+                if batches.len() > 1 && group_bytes(batches) > replica.options.group_bytes {
+                    batches.pop();
+                    break;
+                }
+            }
+            through += 1;
         }
-        self.topic.pins.clear(self.pin);
-        let Ok(header) = peek_group(buffer) else { return Ok(false) };
-        self.log.append(&header, buffer)?;
-        self.forward = self.forward.max(header.through);
-        Ok(true)
+        Ok(Some(through))
+    }
+
+    /// Returns true when retention has left every batch from `position` on. Until this returns true, nothing that was
+    /// read is known to be a batch.
+    // SYNC: the extent is read after the batches. A leader that took this broker for dead did not wait for its pin, so
+    // trimmed memory may hold something else by now. Pairs with `OrderIndexWriter::trim`, which runs before memory is
+    // given back.
+    fn was_kept(&self, region: &Region<F>, position: u64) -> bool {
+        fence(Ordering::Acquire);
+        read_extent(region, self.stream).is_ok_and(|extent| extent.trimmed <= position)
+            || !region.fabric().keeps(Guard::TrimAfterCopy)
     }
 }

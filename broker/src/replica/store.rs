@@ -1,4 +1,4 @@
-//! The replica of one stream of a topic: files of groups, verified when they are opened.
+//! Store of a replica: the files of one stream, which consist of groups and are verified when they are opened.
 
 use super::format::{
     BLOCK, FormatError, GROUP_RECORDS, GroupHeader, Identity, Record, check_batch, check_group, parse_group, peek_group,
@@ -12,46 +12,46 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
-/// Why a replica cannot go on.
+/// Reason why a replica cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The disk.
+    /// The disk failed.
     #[error("cannot {action} {file} in {medium}: {source}")]
     Io {
-        /// What was tried.
+        /// Action that failed.
         action: &'static str,
-        /// On which file.
+        /// File.
         file: String,
-        /// Where.
+        /// Medium.
         medium: String,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
     /// The files are another topic's, or another region's.
     #[error("{file} in {medium} belongs to another topic, or to another region")]
     Foreign {
-        /// Which file.
+        /// File.
         file: String,
-        /// Where.
+        /// Medium.
         medium: String,
     },
-    /// What should be copied is not there.
+    /// The region holds something other than the batch that should be copied.
     #[error("the region cannot be copied: {0}")]
     Memory(String),
-    /// It failed before: what the disk holds is not known any more.
+    /// The replica failed before. What its disk holds is not known any more.
     #[error("the replica in {medium} failed before and takes no more")]
     Failed {
-        /// Where.
+        /// Medium.
         medium: String,
     },
-    /// What a file held when it was opened is not there any more.
+    /// A file does not hold any more what it held when it was opened.
     #[error("{file} in {medium}: {source}")]
     Damaged {
-        /// Which file.
+        /// File.
         file: String,
-        /// Where.
+        /// Medium.
         medium: String,
-        /// What is wrong.
+        /// Fault of the bytes.
         source: FormatError,
     },
 }
@@ -59,11 +59,12 @@ pub enum StoreError {
 /// Bytes of a replica file that are not what was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
-    /// File.
+    /// Name of the file.
     pub file: String,
-    /// Bytes of it.
+    /// Damaged bytes of the file.
     pub bytes: Range<u64>,
-    /// Positions that they may have covered; empty for a write that was cut short, which nothing was promised about.
+    /// Positions that the bytes may have covered. Empty for a write that was cut short: nothing was promised about such
+    /// a write.
     pub positions: Range<u64>,
 }
 
@@ -79,25 +80,28 @@ impl std::fmt::Display for Damage {
     }
 }
 
-/// Where a group lies.
+/// Place of a group in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Place {
     from: u64,
     through: u64,
     sources: u32,
-    /// From the first message of its first batch to the end of its last.
+    /// Offset of the first message of the group's first batch.
     first_offset: u64,
+    /// Offset after the last message of the group's last batch.
     end_offset: u64,
+    /// Start of the group, in bytes from the start of the file.
     at: u64,
     bytes: u64,
 }
 
-/// Where a group with these batches reaches, in offsets.
+/// Returns the offset of the first message of these batches, and the offset after their last.
 fn offsets(records: &[Record]) -> (u64, u64) {
     let end = |record: &Record| record.first_offset + u64::from(record.message_count);
     (records.first().map_or(0, |first| first.first_offset), records.last().map_or(0, end))
 }
 
+/// File of a stream, and the groups in it.
 #[derive(Debug)]
 struct Filed {
     number: u64,
@@ -113,28 +117,29 @@ fn file_number(name: &str) -> Option<u64> {
     name.strip_suffix(".replica").filter(|number| number.len() == 10)?.parse().ok()
 }
 
-/// What the files of a stream hold.
+/// Contents of the files of a stream.
 pub struct Scan {
-    /// What they say that they belong to; `None` when there is no file.
+    /// Topic and stream that the files name; `None` when there is no file.
     pub identity: Option<Identity>,
     files: Vec<Filed>,
     /// Highest position below which batches were known to be on as many disks as the topic asks for.
     pub durable_through: u64,
-    /// Highest position below which batches are known to have gone by retention, if no replica has them.
+    /// Highest position below which batches that no replica has are known to have gone by retention.
     pub lost_through: u64,
-    /// What is wrong with them.
+    /// Damage in the files.
     pub damage: Vec<Damage>,
 }
 
+/// Returns a function that makes a [`StoreError`] of an error of the system.
 fn io_error(medium: &dyn Medium, action: &'static str, file: &str) -> impl Fn(io::Error) -> StoreError {
     let (file, medium) = (file.to_owned(), medium.name());
     move |source| StoreError::Io { action, file: file.clone(), medium: medium.clone(), source }
 }
 
-/// Reads and verifies every file, changing none.
+/// Reads and verifies every file of a stream, and changes none.
 ///
 /// # Errors
-/// The disk's. Damage is none: it is reported in the result.
+/// [`StoreError::Io`]. Damage is no error: the result reports it.
 pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
     let names = medium.list().map_err(io_error(medium, "list", "files"))?;
     let mut numbers: Vec<u64> = names.iter().filter_map(|name| file_number(name)).collect();
@@ -149,7 +154,7 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
         let mut filed = Filed { number, bytes: len, groups: Vec::new() };
         bytes.resize(BLOCK.min(len as usize), 0);
         file.read(0, &mut bytes).map_err(failed("read"))?;
-        // The header says nothing that the other files of the directory do not say.
+        // A damaged file header loses nothing: the directory's other files say the same.
         if let Ok((identity, _)) = Identity::parse(&bytes) {
             scan.identity.get_or_insert(identity);
         } else {
@@ -157,7 +162,7 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
             scan.damage.push(Damage { file: name.clone(), bytes: cut, positions: 0..0 });
         }
         let mut at = BLOCK as u64;
-        // Where damage began that no group has followed yet.
+        // Start of damage that no whole group has followed yet.
         let mut damaged: Option<u64> = None;
         while at < len {
             let group = read_group(&*file, at, len, &mut bytes).map_err(failed("read"))?;
@@ -173,7 +178,7 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
             }
             if let Some(begun) = damaged.take() {
                 let from = filed.groups.last().map_or(0, |before| before.through);
-                // Groups are not in order of position where gaps were filled: then all that is known is the end.
+                // Where gaps were filled, groups are not in the order of positions: only the end is known.
                 let positions = if from < header.from { from..header.from } else { 0..header.from };
                 scan.damage.push(Damage { file: name.clone(), bytes: begun..at, positions });
             }
@@ -193,7 +198,7 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
     Ok(scan)
 }
 
-/// Reads the group at `at`: its headers if they hold, and whether the rest does.
+/// Reads the group at `at`. Returns its headers if they are whole, and true if its batches are too.
 fn read_group(
     file: &dyn MediumFile,
     at: u64,
@@ -208,38 +213,40 @@ fn read_group(
     }
     bytes.resize(header.bytes as usize, 0);
     file.read(at, bytes)?;
-    // A header that does not hold says nothing, not even where the next group begins.
+    // A damaged header does not even tell where the next group begins.
     Ok(parse_group(bytes).ok().map(|(header, records)| (header, records, check_group(bytes).is_ok())))
 }
 
-/// How a replica uses its disk.
+/// Options of a stream's files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StoreOptions {
-    /// A file that has this many bytes is followed by the next.
+    /// Bytes of a file after which the next file begins.
     pub file_bytes: u64,
     /// Bytes that are kept of a stream; 0 keeps everything until the topic is deleted.
     pub retention_bytes: u64,
 }
 
-/// The replica of one stream.
+/// Replica of one stream, which its broker writes.
 pub struct StreamLog {
     medium: Arc<dyn Medium>,
     identity: Identity,
     options: StoreOptions,
     files: Vec<Filed>,
+    /// Durable groups, for readers beside the writer.
     readable: Arc<StreamFiles>,
     writer: Option<Box<dyn MediumFile>>,
-    /// Positions of which each source's batches are here.
+    /// Positions at which each source's batches are on the disk.
     covered: Vec<RangeSet<u64>>,
+    /// True once a write failed.
     failed: bool,
 }
 
 impl StreamLog {
-    /// Opens what `medium` holds of a stream: verifies it, and cuts off what a crash left half written. Returns what was
-    /// damaged as well.
+    /// Opens the files of a stream on `medium`, verifies them, and cuts off what a crash left half written. Returns the
+    /// damage as well.
     ///
     /// # Errors
-    /// The disk's, and [`StoreError::Foreign`].
+    /// [`StoreError::Io`] or [`StoreError::Foreign`].
     pub fn open(
         medium: Box<dyn Medium>,
         identity: Identity,
@@ -279,13 +286,13 @@ impl StreamLog {
         Ok((log, damage))
     }
 
-    /// What can be read of it while it is written.
+    /// Returns the durable groups, for readers beside the writer.
     #[must_use]
     pub fn readable(&self) -> Arc<StreamFiles> {
         Arc::clone(&self.readable)
     }
 
-    /// Notes that the batches of `sources` at these positions are here, or that there are none.
+    /// Records that all batches of `sources` at these positions are on the disk; there may be none.
     pub fn cover(&mut self, sources: u32, positions: Range<u64>) {
         for (source, covered) in self.covered.iter_mut().enumerate() {
             if sources & (1 << source) != 0 && !positions.is_empty() {
@@ -294,21 +301,23 @@ impl StreamLog {
         }
     }
 
-    /// First position from `from` on of which the batches of `source` may be missing.
+    /// Returns the first position from `from` on at which a batch of `source` may be missing.
     #[must_use]
     pub fn missing(&self, source: BrokerId, from: u64) -> u64 {
         self.covered.get(source.index()).and_then(|covered| covered.get(&from)).map_or(from, |range| range.end)
     }
 
-    /// First position after `from`, which is missing, of which the batches of `source` are here.
+    /// Returns the first position after `from` at which the batches of `source` are on the disk; `u64::MAX` if there is
+    /// none. `from` itself is missing.
     #[must_use]
     pub fn missing_until(&self, source: BrokerId, from: u64) -> u64 {
         let covered = self.covered.get(source.index());
         covered.and_then(|covered| covered.overlapping(from..u64::MAX).next()).map_or(u64::MAX, |range| range.start)
     }
 
-    /// Writes a group and makes it durable. After an error it takes no more: what an `fdatasync` that failed left behind
-    /// is not known (fsync(2); Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC 2020).
+    /// Writes a group and makes it durable. After an error the log takes no more: what a failed `fdatasync` left on the
+    /// disk is not known. Source: fsync(2); Rebello et al., "Can Applications Recover from fsync Failures?", USENIX ATC
+    /// 2020.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -343,6 +352,7 @@ impl StreamLog {
         Ok(())
     }
 
+    /// Begins file `number`.
     fn begin(&mut self, number: u64) -> Result<(), StoreError> {
         let name = file_name(number);
         let failed = |action| io_error(&*self.medium, action, &name);
@@ -375,7 +385,7 @@ impl StreamLog {
     /// Removes every file: the topic is gone.
     ///
     /// # Errors
-    /// The disk's.
+    /// [`StoreError::Io`].
     pub fn destroy(&mut self) -> Result<(), StoreError> {
         self.writer = None;
         for file in std::mem::take(&mut self.files) {
@@ -387,33 +397,33 @@ impl StreamLog {
     }
 }
 
-/// A batch read back, as it was received.
+/// Batch that was read back, as it was received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Archived {
-    /// Offset of its first message.
+    /// Offset of the first message.
     pub first_offset: u64,
-    /// Messages.
+    /// Number of messages.
     pub message_count: u32,
-    /// Broker that received it.
+    /// Broker that received the batch.
     pub source: BrokerId,
-    /// When it was ordered, microseconds since 1970.
+    /// Time at which the batch was ordered, microseconds since 1970.
     pub ordered_us: u64,
-    /// Header and body.
+    /// Bytes of the batch, header and body.
     pub bytes: Vec<u8>,
 }
 
 impl Archived {
-    /// Offset after its last message.
+    /// Offset after the last message.
     #[must_use]
     pub fn end_offset(&self) -> u64 {
         self.first_offset + u64::from(self.message_count)
     }
 }
 
-/// The durable groups of a stream, for readers beside the writer.
+/// Durable groups of a stream, for readers beside the writer.
 pub struct StreamFiles {
     medium: Arc<dyn Medium>,
-    /// By first offset: the number of the file, and the place in it. A batch is of one group alone.
+    /// Number of the file and place of each group, by the offset of its first message. No batch is in two groups.
     groups: RwLock<BTreeMap<u64, (u64, Place)>>,
 }
 
@@ -426,13 +436,15 @@ impl StreamFiles {
         self.groups.write().unwrap_or_else(PoisonError::into_inner).retain(|_, (of, _)| *of != number);
     }
 
-    /// Batches in order of offset, of those that are here all from the one that has the message `from` or a later one, up
-    /// to `max_bytes` of them but at least one.
+    /// Reads batches in the order of their offsets, from the one that has the message `from`, or a later one. It stops
+    /// before the first group that it did not look into, and after `max_bytes`. Returns at least one batch if there is
+    /// one.
     ///
     /// # Errors
-    /// The disk's.
+    /// [`StoreError`].
     pub fn read(&self, from: u64, max_bytes: u64) -> Result<Vec<Archived>, StoreError> {
-        // Groups reach into each other where they are of different sources: all that have begun at the offset, and the next.
+        // Groups of different sources overlap. All that begin at or before the offset and reach beyond it can have the
+        // batch, and so can the next group.
         let (chosen, horizon) = {
             let groups = self.groups.read().unwrap_or_else(PoisonError::into_inner);
             let mut later = groups.range(from.saturating_add(1)..).map(|(_, place)| *place);
@@ -472,10 +484,11 @@ impl StreamFiles {
         Ok(batches)
     }
 
-    /// Offset of the first batch here that was ordered at `since_us` (microseconds since 1970) or later.
+    /// Returns the offset of the first batch on the disk that was ordered at `since_us` or later; microseconds since
+    /// 1970.
     ///
     /// # Errors
-    /// The disk's.
+    /// [`StoreError`].
     pub fn first_since(&self, since_us: u64) -> Result<Option<u64>, StoreError> {
         let groups: Vec<(u64, Place)> =
             self.groups.read().unwrap_or_else(PoisonError::into_inner).values().copied().collect();
@@ -484,7 +497,7 @@ impl StreamFiles {
         while low < high {
             let middle = low + (high - low) / 2;
             let records = groups.get(middle).map_or(Ok(Vec::new()), |(number, place)| self.records(*number, place))?;
-            // One that retention took meanwhile was the oldest.
+            // A group that retention took meanwhile was among the oldest.
             if records.first().is_none_or(|first| first.ordered_us < since_us) {
                 low = middle + 1;
             } else {
@@ -492,7 +505,7 @@ impl StreamFiles {
             }
         }
         let mut found = groups.get(low).map(|(_, place)| place.first_offset);
-        // Those that begin before may reach beyond.
+        // Groups that begin earlier may reach beyond that offset.
         let from = low.checked_sub(1).and_then(|before| groups.get(before)).map_or(0, |(_, place)| place.first_offset);
         for (number, place) in groups.iter().take(low).filter(|(_, place)| place.end_offset > from) {
             let records = self.records(*number, place)?;
@@ -502,7 +515,7 @@ impl StreamFiles {
         Ok(found)
     }
 
-    /// What is in a group; nothing of one that retention took.
+    /// Reads the record headers of a group. There are none if retention took the file meanwhile.
     fn records(&self, number: u64, place: &Place) -> Result<Vec<Record>, StoreError> {
         let name = file_name(number);
         let Some(file) = self.open(&name)? else { return Ok(Vec::new()) };
@@ -516,7 +529,7 @@ impl StreamFiles {
         Ok(parse_group(&head).map_err(damaged)?.1)
     }
 
-    /// Opens a file, unless retention took it meanwhile.
+    /// Opens a file; `None` if retention took it meanwhile.
     fn open(&self, name: &str) -> Result<Option<Box<dyn MediumFile>>, StoreError> {
         match self.medium.open(name) {
             Ok(file) => Ok(Some(file)),
@@ -526,22 +539,22 @@ impl StreamFiles {
     }
 }
 
-/// A batch in a replica file.
+/// Batch in a replica file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located {
     /// Number of the file.
     file: u64,
-    /// Where the batch begins in it.
+    /// Start of the batch, in bytes from the start of the file.
     at: u64,
-    /// What is known of it.
+    /// Header of the batch.
     pub record: Record,
 }
 
 impl Scan {
-    /// Every batch, in the order in which it was written.
+    /// Returns every batch, in the order in which they were written.
     ///
     /// # Errors
-    /// The disk's, or a file changed since the scan.
+    /// [`StoreError::Io`], or [`StoreError::Damaged`] when a file changed since the scan.
     pub fn batches(&self, medium: &dyn Medium) -> Result<Vec<Located>, StoreError> {
         let mut found = Vec::new();
         let mut bytes = Vec::new();
@@ -562,10 +575,10 @@ impl Scan {
     }
 }
 
-/// Reads a batch.
+/// Reads a batch into `into`, and checks it.
 ///
 /// # Errors
-/// The disk's, or the file changed since it was scanned.
+/// [`StoreError::Io`], or [`StoreError::Damaged`] when the file changed since the scan.
 pub fn read_batch(medium: &dyn Medium, batch: &Located, into: &mut Vec<u8>) -> Result<(), StoreError> {
     let name = file_name(batch.file);
     into.resize(batch.record.bytes as usize, 0);

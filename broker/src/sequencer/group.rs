@@ -21,14 +21,15 @@ pub(super) struct Stamp {
 pub(super) struct Group {
     /// Open sessions, by slot.
     pub(super) sessions: Vec<Option<SessionOrder>>,
-    /// Commits of the present group, which are shown once the index is.
+    /// Commits of the present group. Sessions show them once the index shows the batches.
     pub(super) commits: Vec<SessionCommit>,
     /// Batches that wait for a gap to close, over all sessions.
     pub(super) held: u32,
-    /// Held batches had their turn, and the index had no room for them.
+    /// True when held batches had their turn, and the index had no room for them.
     pub(super) starved: bool,
-    /// There may be more to order, whatever the brokers' counters say.
+    /// True when there may be more to order, whatever the brokers' counters say.
     pub(super) backlog: bool,
+    /// Counters since the start.
     pub(super) stats: SequencerStats,
 }
 
@@ -78,7 +79,7 @@ impl Group {
         available
     }
 
-    /// Leaves a broker's Batchlog of a topic alone: its memory is damaged.
+    /// Stops ordering a broker's Batchlog of a topic: its memory is damaged.
     fn set_damaged<F: Fabric>(&mut self, topic: &mut TopicOrder<F>, broker: BrokerId, damage: Damage) {
         let state = &mut topic.brokers[broker.index()];
         if state.damage.replace(damage) != Some(damage) {
@@ -87,7 +88,7 @@ impl Group {
         }
     }
 
-    /// Judges a batch, and commits it and what waited for it.
+    /// Judges a batch. Commits it, and the batches that waited for it.
     #[inline]
     pub(super) fn order<F: Fabric>(&mut self, fabric: &F, topic: &mut TopicOrder<F>, arrival: Arrival, stamp: Stamp) {
         let Self { sessions, commits, stats, .. } = self;

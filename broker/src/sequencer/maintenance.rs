@@ -10,7 +10,7 @@ use embarcadero_cxl::{Fabric, Site};
 use embarcadero_wire::BrokerId;
 
 impl<F: Fabric> Sequencer<F> {
-    /// Does what is not done per batch. Call it every few milliseconds.
+    /// Does the work that is not done per batch. Call it every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
         let live = read_leader_at(&self.region, self.area).used().map_or(u64::MAX, |leader| leader.pinning_mask);
         let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
@@ -40,7 +40,7 @@ impl<F: Fabric> Sequencer<F> {
         self.finish_closing(&brokers);
     }
 
-    /// Tells brokers which of their batches are held, while any are: brokers keep the memory of those.
+    /// Tells brokers which of their batches are held, while any are. Brokers keep the memory of held batches.
     fn publish_decided(&mut self) {
         let mut changed = false;
         for topic in self.topics.iter_mut().flatten() {

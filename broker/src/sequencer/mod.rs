@@ -1,7 +1,7 @@
 //! Sequencer: the leader takes batches from every broker's Batchlog and gives each its place in the global order.
 //!
-//! Only the leader runs one. It writes the leader's area and nothing else: the order index of each topic, the session table,
-//! the topic table, and how far it is with each Batchlog.
+//! Only the leader runs one. It writes the leader's area and nothing else: the order indexes, the session table, the
+//! topic table, and the progress in each Batchlog.
 //!
 //! - [`recover`]: a new leader goes on where its predecessor stopped.
 //! - [`group`]: batches are judged and get their places, a group at a time.
@@ -39,8 +39,8 @@ use topics::Closing;
 /// Most batches of a topic that are published in one group. A successor reads as many again.
 pub const GROUP_BATCHES: u64 = 1024;
 
-/// Request of the control plane. It is answered in turn with ordering, so that nothing commits under an epoch after its end
-/// was reported.
+/// Request of the control plane. The sequencer answers it between groups, so that nothing commits under an epoch after
+/// its end was reported.
 pub enum Command {
     /// Creates a topic.
     OpenTopic(TopicConfig, Sender<()>),
@@ -116,8 +116,8 @@ pub struct Sequencer<F: Fabric> {
     pulses: Vec<u64>,
     /// Stall counter of each broker, as last seen.
     stalls: Vec<u64>,
-    /// Index of the broker whose Batchlogs are read first in the next turn. All get their turn, even if one could fill the
-    /// budget.
+    /// Index of the broker whose Batchlogs are read first in the next turn. All get their turn, even if one could fill
+    /// the budget.
     first: usize,
 }
 
@@ -141,8 +141,8 @@ impl<F: Fabric> Sequencer<F> {
         sessions.filter(|session| session.ack_level > 1).fold(0, |mask, session| mask | 1 << session.topic.0)
     }
 
-    /// Orders what has arrived, at most `budget` batches per topic, and answers requests. Returns the number of batches that
-    /// it took; 0 once it leads no more.
+    /// Orders what has arrived, at most `budget` batches per topic, and answers requests. Returns the number of batches
+    /// that it took; 0 once it leads no more.
     pub fn poll(&mut self, now_us: u64, budget: u64) -> u64 {
         if !self.leads() {
             return 0;
@@ -190,8 +190,8 @@ impl<F: Fabric> Sequencer<F> {
         taken
     }
 
-    /// Publishes a topic's group: first its index entries and the tail, then the sessions, then what brokers may reuse. An
-    /// acknowledgement is therefore never seen before its batch.
+    /// Publishes a topic's group: first its index entries and the tail, then the sessions, then what brokers may reuse.
+    /// An acknowledgement is therefore never seen before its batch.
     fn publish(&mut self, slot: usize, before: u64) {
         let Some(topic) = &mut self.topics[slot] else { return };
         if topic.index.next() > before {
@@ -215,7 +215,8 @@ impl<F: Fabric> Sequencer<F> {
         commits.clear();
     }
 
-    /// Does what the control plane asks. Only what a successor will know of is answered.
+    /// Executes a request of the control plane. It is answered only if this broker still leads: otherwise the successor
+    /// may not know of it.
     fn execute(&mut self, command: Command, now_us: u64) {
         match command {
             Command::OpenTopic(config, reply) => {

@@ -20,12 +20,12 @@ use embarcadero_cxl::{Damage, Fabric, Guard, Site};
 use embarcadero_wire::Term;
 use std::sync::Arc;
 
-/// Knowledge of the leader before.
+/// State of the predecessor, as far as the new leader knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Predecessor {
-    /// The leader of this term never writes again. [`Term::NONE`] if there was none.
+    /// The leader of this term never writes again. [`Term::NONE`] if there was no leader.
     Gone(Term),
-    /// The leader before may go on at any moment.
+    /// The predecessor may go on at any moment.
     MayGoOn,
 }
 
@@ -47,9 +47,9 @@ pub struct Takeover<F: Fabric> {
     pub area: LeaderArea,
     /// Term to lead under, higher than every term before.
     pub term: Term,
-    /// Knowledge of the leader before.
+    /// State of the predecessor.
     pub before: Predecessor,
-    /// Durations to go by.
+    /// Durations by which the leader goes.
     pub leases: Leases,
     /// Requests of the control plane.
     pub commands: Receiver<Command>,
@@ -58,7 +58,7 @@ pub struct Takeover<F: Fabric> {
 /// Reason why a broker cannot take over.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TakeoverError {
-    /// A leader that may go on fills a segment of an order index, and there is no other segment to continue in.
+    /// The predecessor may go on, and fills a segment of an order index. There is no other segment to continue in.
     #[error("the order index has no room to go on in: {0}")]
     Pool(#[from] PoolError),
     /// The mirror is damaged.
@@ -74,7 +74,7 @@ impl<F: Fabric> Sequencer<F> {
     pub fn recover(takeover: Takeover<F>, now_us: u64) -> Result<Self, TakeoverError> {
         let Takeover { memory, area, term, before, leases, commands } = takeover;
         let Memory { region, pool, mirror } = memory;
-        // Found before the claim: without them the leader before stays.
+        // Taken before the claim: without spare segments the predecessor stays.
         let mut spares = match before {
             Predecessor::Gone(_) => Vec::new(),
             Predecessor::MayGoOn => spare_segments(&region, &*pool)?,
@@ -108,7 +108,7 @@ impl<F: Fabric> Sequencer<F> {
         for config in live_topics_at(&sequencer.region, area) {
             sequencer.open_topic(config);
         }
-        // Another broker may have led after the caller looked and before the claim, or may be about to.
+        // Another broker may have led after the caller looked and before the claim, or may be about to lead.
         if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {
             for topic in sequencer.topics.iter_mut().flatten() {
                 topic.index.replace_last(&mut spares)?;
@@ -132,7 +132,7 @@ impl<F: Fabric> Sequencer<F> {
         Ok(sequencer)
     }
 
-    /// Brings the mirror up to what is in the region.
+    /// Brings the mirror up to the region.
     fn follow_mirror(&mut self) -> Result<(), TakeoverError> {
         let Some(mirror) = &mut self.mirror else { return Ok(()) };
         for config in self.configs.iter().flatten() {
@@ -145,8 +145,9 @@ impl<F: Fabric> Sequencer<F> {
         Ok(())
     }
 
-    /// Takes up the open sessions, and brings them up to the index: the leader before may have published a group in the index
-    /// and died before it told the sessions. `begun` has the position that each index had before the sessions were copied.
+    /// Takes up the open sessions, and brings them up to the index. The predecessor may have published a group in the
+    /// index and died before it told the sessions. `begun` has the position of each index before the sessions were
+    /// copied, by topic slot.
     fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
         for slot in self.region.geometry().sessions() {
             let progress = read_progress_at(&self.region, self.area, slot);
@@ -173,11 +174,11 @@ impl<F: Fabric> Sequencer<F> {
         self.region.fabric().fence(Site::RecordFlush);
     }
 
-    /// Reads the entries of a topic whose sessions may not know of them.
+    /// Reads the entries of a topic that its sessions may not know of.
     fn entries_since(&self, slot: usize, begun: u64) -> Result<Vec<(u64, IndexEntry)>, Damage> {
         let Some(topic) = &self.topics[slot] else { return Ok(Vec::new()) };
         let mut entries = Vec::new();
-        // The leader before may have trimmed, but not given back, what it ordered since then.
+        // The predecessor may have trimmed entries since then. Their segments are not given back yet.
         for position in begun.saturating_sub(GROUP_BATCHES + SESSION_WINDOW)..topic.index.next() {
             entries.extend(topic.index.entry_or_trimmed(position)?.map(|entry| (position, entry)));
         }
@@ -207,8 +208,8 @@ impl<F: Fabric> Sequencer<F> {
         self.group.commits.push(SessionCommit { slot, record, expected: order.expected() });
     }
 
-    /// Takes again what an earlier leader took from the Batchlogs and may have held for a gap to close. Its memory is gone,
-    /// but a ring keeps its entries until they are overwritten. What did commit is a duplicate now.
+    /// Takes again what earlier leaders took from the Batchlogs and may have held for a gap to close. Their memory is
+    /// gone, but a ring keeps its entries until they are overwritten. A batch that did commit is a duplicate now.
     fn retake_undecided(&mut self, slot: usize, now_us: u64) {
         let stamp = Stamp { term: self.term, now_us };
         let Self { region, area, topics, group, .. } = self;

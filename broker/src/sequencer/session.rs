@@ -1,7 +1,7 @@
 //! Session as the sequencer keeps it: the next sequence, the batches that wait for a gap to close, and duplicates.
 //!
-//! A gap is never skipped. One that outlives its lease fences the session, and the client resubmits exactly what did not
-//! commit under the next epoch.
+//! A gap is never skipped. One that outlives its lease fences the session, and the client resubmits exactly what did
+//! not commit under the next epoch.
 
 // [[DEVIATION_008]] The paper's sequencer skips a gap that does not close.
 
@@ -33,13 +33,14 @@ pub enum Verdict {
     OutOfWindow,
 }
 
-/// Open session. Its sequences continue where the session before it in the same slot stopped, so a sequence names one batch
-/// for ever.
+/// Open session. Its sequences continue where the session before it in the same slot stopped, so a sequence names one
+/// batch for ever.
 #[derive(Debug)]
 pub struct SessionOrder {
     /// Row of the session table.
     pub session: Session,
     strong: bool,
+    /// Sequence below which every batch is committed.
     expected: u64,
     /// Batches ahead of `expected`, at their sequence modulo the window.
     held: Box<[Option<Arrival>]>,
@@ -48,7 +49,7 @@ pub struct SessionOrder {
     committed: Box<[u64]>,
     gap_since_us: u64,
     /// Time of the last arrival, microseconds.
-    pub active_us: u64,
+    pub(crate) active_us: u64,
 }
 
 impl SessionOrder {
@@ -67,7 +68,7 @@ impl SessionOrder {
         }
     }
 
-    /// Sequences below this are committed.
+    /// Sequence below which every batch is committed.
     #[inline]
     #[must_use]
     pub fn expected(&self) -> u64 {
@@ -77,24 +78,24 @@ impl SessionOrder {
     /// Returns true while batches wait for a gap to close.
     #[inline]
     #[must_use]
-    pub fn has_gap(&self) -> bool {
+    pub(crate) fn has_gap(&self) -> bool {
         self.held_count > 0
     }
 
     /// Number of batches that wait.
     #[must_use]
-    pub fn held_count(&self) -> u32 {
+    pub(crate) fn held_count(&self) -> u32 {
         self.held_count
     }
 
     /// Time from which the lease of the present gap runs, microseconds.
     #[must_use]
-    pub fn gap_since_us(&self) -> u64 {
+    pub(crate) fn gap_since_us(&self) -> u64 {
         self.gap_since_us
     }
 
     /// Starts the lease of the gap again: the gap is not the client's fault.
-    pub fn restart_gap_timer(&mut self, now_us: u64) {
+    pub(crate) fn restart_gap_timer(&mut self, now_us: u64) {
         self.gap_since_us = now_us;
     }
 
@@ -103,8 +104,8 @@ impl SessionOrder {
         (sequence % SESSION_WINDOW) as usize
     }
 
-    /// Judges a batch. [`Verdict::Commit`] is followed by [`SessionOrder::committed`], and by [`SessionOrder::next_held`] until
-    /// it gives none.
+    /// Judges a batch. [`Verdict::Commit`] is followed by [`SessionOrder::committed`], and by
+    /// [`SessionOrder::next_held`] until it gives none.
     #[inline]
     pub fn judge(&mut self, arrival: &Arrival, now_us: u64) -> Verdict {
         self.active_us = now_us;
@@ -155,14 +156,14 @@ impl SessionOrder {
     }
 
     /// Puts back the batch that [`SessionOrder::next_held`] gave: it cannot be ordered now.
-    pub fn hold_again(&mut self, arrival: Arrival) {
+    pub(crate) fn hold_again(&mut self, arrival: Arrival) {
         self.held[Self::place(arrival.entry.sequence)] = Some(arrival);
         self.held_count += 1;
     }
 
     /// Lowest Batchlog index of a broker's batches that wait here.
     #[must_use]
-    pub fn lowest_held(&self, broker: BrokerId) -> Option<u64> {
+    pub(crate) fn lowest_held(&self, broker: BrokerId) -> Option<u64> {
         if self.held_count == 0 {
             return None;
         }

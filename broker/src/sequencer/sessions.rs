@@ -19,7 +19,7 @@ pub enum SessionError {
     /// The topic cannot be ordered.
     #[error("topic slot {0} cannot be ordered: {1}")]
     Damaged(TopicId, Damage),
-    /// All slots are in use.
+    /// Every slot is in use.
     #[error("all {0} sessions of the region are in use; close some, or create the region with a larger max_sessions")]
     TableFull(u32),
 }
@@ -55,8 +55,8 @@ impl<F: Fabric> Sequencer<F> {
         Ok(session)
     }
 
-    /// Finds the slot that this client had, else a free one, else that of the session which has been idle longest. Returns it
-    /// with the last epoch in it.
+    /// Finds the slot that this client had, else a free one, else that of the session which has been idle longest.
+    /// Returns it with the last epoch in it.
     fn slot_for(
         &self,
         topic: &TopicConfig,
@@ -105,7 +105,7 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    /// Ends the session in a slot, if there is one. What is not committed now never will be, under its epoch.
+    /// Ends the session in a slot, if there is one. A batch that is not committed now will never be, under its epoch.
     pub(super) fn end_session(&mut self, slot: SessionSlot, state: SessionState) {
         let Some(order) = self.group.end(slot) else { return };
         if state == SessionState::Fenced {

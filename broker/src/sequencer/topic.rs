@@ -16,9 +16,9 @@ use std::sync::Arc;
 pub(super) struct BrokerOrder<F: Fabric> {
     pub(super) reader: BatchlogReader<F>,
     pub(super) consumed: ConsumedWriter<F>,
-    /// Batches were taken since the progress was shown.
+    /// True when batches were taken since the progress was shown.
     pub(super) dirty: bool,
-    /// The Batchlog is damaged; what lies behind is not ordered.
+    /// Damage of the Batchlog. What lies behind it is not ordered.
     pub(super) damage: Option<Damage>,
 }
 
@@ -30,7 +30,7 @@ pub(super) struct TopicOrder<F: Fabric> {
     pub(super) mirror: Option<OrderIndexWriter<F>>,
     /// Progress in each broker's Batchlog, by broker id.
     pub(super) brokers: Vec<BrokerOrder<F>>,
-    /// Time that the newest entry has, microseconds since 1970. It never goes back.
+    /// Time of the newest entry, microseconds since 1970. It never goes back.
     pub(super) last_ordered_us: u64,
 }
 
@@ -60,7 +60,7 @@ impl<F: Fabric> TopicOrder<F> {
         Ok(Self { last_ordered_us: last.map_or(0, |last| last.ordered_us), config, index, mirror: None, brokers })
     }
 
-    /// Opens the copy in the mirror of a topic that is new.
+    /// Opens the copy of a new topic in the mirror.
     pub(super) fn open_mirror(&mut self, mirror: &Mirror<F>) -> Result<(), Damage> {
         self.mirror = Some(mirror.open(&self.config)?);
         Ok(())
@@ -92,7 +92,8 @@ impl<F: Fabric> TopicOrder<F> {
         }
     }
 
-    /// Shows brokers which Batchlog slots they may reuse. `decided` tells that no batch is held back. A fence must follow.
+    /// Shows brokers which Batchlog slots they may reuse. `decided` tells that no batch is held back. A fence must
+    /// follow.
     pub(super) fn show_consumed(&mut self, decided: bool) {
         for state in self.brokers.iter_mut().filter(|state| state.dirty) {
             state.dirty = false;

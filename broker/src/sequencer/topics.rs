@@ -19,7 +19,7 @@ pub(super) struct Closing<F: Fabric> {
 }
 
 impl<F: Fabric> Sequencer<F> {
-    /// Takes up a topic: one that is there, or one that is about to be.
+    /// Takes up a topic, which exists or is about to.
     pub(super) fn open_topic(&mut self, config: TopicConfig) {
         let slot = config.id.index();
         self.configs[slot] = Some(config.clone());
@@ -77,13 +77,13 @@ impl<F: Fabric> Sequencer<F> {
         self.closing.push(Closing { config, order, reply });
     }
 
-    /// Goes on with the deletions that an earlier leader began.
+    /// Continues the deletions that an earlier leader began.
     pub(super) fn resume_closing(&mut self) {
         for id in self.region.geometry().topics() {
             let topic = read_topic_at(&self.region, self.area, id).used();
             let Some(config) = topic.filter(|topic| topic.state == TopicState::Deleting) else { continue };
             let order = if config.order.is_global() { self.open_order(config.clone()).ok() } else { None };
-            // Whoever asked for it is gone.
+            // The client that asked for it asked an earlier leader: nobody waits for this answer.
             let (reply, _) = bounded(1);
             self.closing.push(Closing { config, order, reply });
         }

@@ -9,60 +9,72 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// What the peer of a connection is.
+/// Role of a connection's peer.
 pub(super) enum Role {
-    /// Nothing was said yet.
+    /// The peer has not sent an opening frame yet.
     New,
+    /// The peer publishes.
     Publisher(Box<PublisherSession>),
+    /// The peer subscribes.
     Subscriber(Box<SubscriberSession>),
-    /// The error is on its way; the connection closes at the latest by then.
+    /// The error is on its way to the peer; the connection closes at this time at the latest.
     Leaving(Instant),
 }
 
-/// A connection, and what this broker does for its peer.
+/// Connection, and what this broker does for its peer.
 pub(super) struct Client {
-    // First, so that it is dropped first: then nothing reads or writes the memory that the role lets go.
+    // The first field is dropped first. After that nothing reads or writes the memory that the role lets go.
     pub(super) link: Channel,
     pub(super) role: Role,
     pub(super) outbox: Outbox,
-    /// A batch waits for room: the socket is not watched.
+    /// True while a batch waits for room; the socket is not watched then.
     pub(super) waiting: bool,
-    /// Room in the socket is watched for.
+    /// True while the poller watches for room in the socket.
     watches_room: bool,
-    generation: u32,
+    /// Name of the connection among all that its thread ever has.
+    token: u64,
 }
 
 impl Client {
-    /// True when something is to be sent, or room in the socket is watched for.
+    /// Name of the connection among all that its thread ever has.
+    pub(super) fn token(&self) -> u64 {
+        self.token
+    }
+
+    /// Returns true when something is to be sent, or the poller watches for room in the socket.
     pub(super) fn has_to_send(&self) -> bool {
         !self.outbox.is_empty() || self.watches_room || self.link.has_to_send()
     }
 
-    /// True when something may have come that no descriptor shows.
+    /// Returns true when something may have come that no descriptor shows.
     pub(super) fn is_due(&self) -> bool {
         let open = matches!(self.role, Role::Publisher(_) | Role::Subscriber(_));
         self.waiting || (open && self.link.has_work())
     }
 }
 
-/// A slot for each connection, and the readiness of their sockets. Tokens name a connection for ever, slots are reused.
+/// Connections of one polling thread by slot, and the readiness of their sockets.
+///
+/// Slots are reused. A token names one connection only.
 pub(super) struct Connections {
     poller: Poller,
     clients: Vec<Option<Client>>,
     free: Vec<usize>,
-    generation: u32,
-    /// Connections of all polling threads of the broker.
+    /// Number of the last connection; it wraps.
+    last_number: u32,
+    /// Number of connections of all polling threads of the broker.
     count: Arc<AtomicUsize>,
 }
 
-const fn token(slot: usize, generation: u32) -> u64 {
-    (slot as u64) << 32 | generation as u64
+/// Returns the token of the connection with number `number` in a slot.
+const fn token(slot: usize, number: u32) -> u64 {
+    (slot as u64) << 32 | number as u64
 }
 
 impl Connections {
-    /// None yet. `count` is kept as the number of all, together with the other threads of the broker.
+    /// Returns an empty set. `count` is shared by all threads of the broker and counts their connections.
     pub(super) fn new(count: Arc<AtomicUsize>) -> io::Result<Self> {
-        Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), generation: 0, count })
+        Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), last_number: 0, count })
     }
 
     /// Watches another descriptor beside the sockets.
@@ -75,48 +87,42 @@ impl Connections {
         self.poller.wait(timeout, ready)
     }
 
-    /// Takes in a new connection.
+    /// Adds a connection.
     pub(super) fn insert(&mut self, link: Channel) -> io::Result<()> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.clients.push(None);
             self.clients.len() - 1
         });
-        self.generation = self.generation.wrapping_add(1);
-        if let Err(error) = self.poller.add(link.descriptor(), token(slot, self.generation), false) {
+        self.last_number = self.last_number.wrapping_add(1);
+        let token = token(slot, self.last_number);
+        if let Err(error) = self.poller.add(link.descriptor(), token, false) {
             self.free.push(slot);
             return Err(error);
         }
         self.count.fetch_add(1, Ordering::Relaxed);
-        let (outbox, generation) = (Outbox::default(), self.generation);
-        let client = Client { link, role: Role::New, outbox, waiting: false, watches_room: false, generation };
-        self.clients[slot] = Some(client);
+        let outbox = Outbox::default();
+        self.clients[slot] = Some(Client { link, role: Role::New, outbox, waiting: false, watches_room: false, token });
         Ok(())
     }
 
-    /// Slots that have been in use, some maybe empty.
+    /// Range of all slots that were ever in use; some may be empty.
     pub(super) fn slots(&self) -> std::ops::Range<usize> {
         0..self.clients.len()
     }
 
-    /// The connection in a slot.
+    /// Returns the connection in a slot.
     pub(super) fn get(&mut self, slot: usize) -> Option<&mut Client> {
         self.clients.get_mut(slot)?.as_mut()
     }
 
-    /// The slot that a token names, if its connection is still there.
-    pub(super) fn slot_of(&self, of: u64) -> Option<usize> {
-        let slot = (of >> 32) as usize;
+    /// Returns the slot of the connection that a token names, if it is still there.
+    pub(super) fn slot_of(&self, token: u64) -> Option<usize> {
+        let slot = (token >> 32) as usize;
         let client = self.clients.get(slot)?.as_ref()?;
-        (client.generation == of as u32).then_some(slot)
+        (client.token == token).then_some(slot)
     }
 
-    /// The token of the connection in a slot.
-    pub(super) fn token_of(&self, slot: usize) -> u64 {
-        let generation = self.clients.get(slot).and_then(Option::as_ref).map_or(0, |client| client.generation);
-        token(slot, generation)
-    }
-
-    /// All that are there.
+    /// Returns all connections.
     pub(super) fn iter(&self) -> impl Iterator<Item = &Client> {
         self.clients.iter().flatten()
     }
@@ -131,31 +137,31 @@ impl Connections {
         let result = if waiting {
             self.poller.remove(client.link.descriptor())
         } else {
-            self.poller.add(client.link.descriptor(), token(slot, client.generation), client.watches_room)
+            self.poller.add(client.link.descriptor(), client.token, client.watches_room)
         };
         if let Err(error) = result {
             tracing::error!(%error, "a socket cannot be watched");
         }
     }
 
-    /// Watches for room in the socket while something waits for it.
+    /// Starts or stops watching for room in a socket, as its outbox needs it.
     pub(super) fn watch_room(&mut self, slot: usize) -> io::Result<()> {
         let Some(Some(client)) = self.clients.get_mut(slot) else { return Ok(()) };
         let watch = client.link.waits_for_socket(&client.outbox);
         if watch != client.watches_room {
             client.watches_room = watch;
             if !client.waiting {
-                self.poller.modify(client.link.descriptor(), token(slot, client.generation), watch)?;
+                self.poller.modify(client.link.descriptor(), client.token, watch)?;
             }
         }
         Ok(())
     }
 
-    /// Takes a connection out. What it holds goes when it is dropped.
+    /// Removes and returns a connection. Drop it to free what it holds.
     pub(super) fn remove(&mut self, slot: usize) -> Option<Client> {
         let client = self.clients.get_mut(slot)?.take()?;
         if !client.waiting {
-            // It is closed next, which ends the watch too.
+            // The caller closes the socket next, which ends the watch, too.
             let _ = self.poller.remove(client.link.descriptor());
         }
         self.count.fetch_sub(1, Ordering::Relaxed);

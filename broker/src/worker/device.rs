@@ -11,28 +11,31 @@ use std::sync::Arc;
 /// Token of the completion queue's descriptor.
 const COMPLETIONS: u64 = u64::MAX;
 
-/// The thread's completion queue, and whose queue pairs complete on it.
+/// Completion queue of the thread, and the connections whose queue pairs complete on it.
 pub(super) struct DeviceQueue {
     device: Arc<RdmaDevice>,
     queue: RdmaQueue,
-    /// Slot of the connection of each queue pair.
+    /// Slot of the connection by queue pair number.
     slots: HashMap<u32, usize>,
 }
 
 impl DeviceQueue {
-    /// A queue on the device, watched beside the sockets of `connections`.
+    /// Makes a queue on the device, which is watched beside the sockets of `connections`.
     pub(super) fn new(device: &Arc<RdmaDevice>, connections: &Connections) -> io::Result<Self> {
         let queue = RdmaQueue::new(device).map_err(io::Error::other)?;
         connections.watch_other(queue.descriptor(), COMPLETIONS)?;
         Ok(Self { device: Arc::clone(device), queue, slots: HashMap::new() })
     }
 
-    /// Has the device wake the thread for what completes from now on.
+    /// Makes the device wake the thread at the next completion.
     pub(super) fn arm(&mut self) -> io::Result<()> {
         self.queue.arm()
     }
 
-    /// Hands completions to their connections. Returns how many there were; fails once the device is lost.
+    /// Hands completions to their connections. Returns the number of completions.
+    ///
+    /// # Errors
+    /// The device is lost.
     pub(super) fn poll(&mut self, connections: &mut Connections) -> io::Result<usize> {
         let slots = &self.slots;
         self.queue.poll(|completion| {
@@ -58,7 +61,7 @@ impl DeviceQueue {
         Ok(())
     }
 
-    /// Forgets a queue pair, once nothing more completes under its number: another may get that.
+    /// Forgets a queue pair. Call it once nothing more completes under its number, which another queue pair may get.
     pub(super) fn forget(&mut self, number: u32) {
         self.slots.remove(&number);
     }
@@ -68,7 +71,10 @@ impl DeviceQueue {
         self.slots.values().copied().collect()
     }
 
-    /// Takes what the device announces. Fails once it is gone.
+    /// Logs the events that the device announces.
+    ///
+    /// # Errors
+    /// The device is gone.
     pub(super) fn take_events(&self) -> io::Result<()> {
         while let Some(event) = self.device.take_event() {
             tracing::warn!(device = self.device.device(), event, "the RDMA device announces");
@@ -77,7 +83,7 @@ impl DeviceQueue {
     }
 }
 
-/// The refusal of a client that asks for a queue pair where there can be none.
+/// Returns the refusal of a client that asks for a queue pair at a broker without a device.
 pub(super) fn no_device() -> TransportError {
     let text = "this broker does not offer RDMA: start it with transport: verbs, roce or dpdk (its log says if it has lost its device)";
     TransportError::refused(ErrorCode::NoTransport, text)

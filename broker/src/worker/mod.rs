@@ -1,14 +1,14 @@
-//! A polling thread: moves bytes for its connections and runs the ordering stages that it was given.
+//! Polling thread, which moves bytes for its connections and runs the ordering stages that it was given.
 
 mod connections;
 mod device;
 mod stages;
 mod turn;
 
-pub use stages::{LeaderStages, Stages};
+pub(crate) use stages::{LeaderStages, Stages};
 
 use crate::archive::Archive;
-use crate::delegation::{Landed, OrderedLocally};
+use crate::delegation::{Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{IngestLimits, PublisherLanding, PublisherSession};
 use crate::topics::TopicTable;
@@ -29,64 +29,64 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Batches that one connection may receive before others have their turn.
+/// Largest number of batches that one connection receives before others have their turn.
 const RECEIVE_BATCHES: usize = 8;
 /// Time that an error may take to reach its client before the connection is cut.
 const CLOSE_LINGER: Duration = Duration::from_secs(10);
-/// Time between two looks at what rarely changes: whether sessions still stand and topics still live.
+/// Time between two looks at what rarely changes: sessions, topics and the RDMA device.
 const IDLE_CHECK: Duration = Duration::from_millis(10);
 
-/// What all workers of a broker share.
+/// Data that all workers of a broker share.
 #[derive(Clone)]
-pub struct Shared {
-    /// Topics.
-    pub topics: Arc<TopicTable<Native>>,
-    /// To the delegation.
-    pub landed: Sender<Landed<Native>>,
-    /// Bounds for publishers.
-    pub limits: IngestLimits,
-    /// Time for which a subscriber may hold what retention wants.
-    pub delivery_patience: Duration,
-    /// Silence after which a publisher's landing windows are taken back where they keep memory from being reused.
-    pub window_idle: Duration,
-    /// Where to ask for what the region no longer holds.
-    pub archive: Archive,
-    /// Kernel buffers.
-    pub sockets: SocketOptions,
-    /// The RDMA device, if the broker offers one.
-    pub device: Option<Arc<RdmaDevice>>,
-    /// Set when the broker is about to leave: clients go to others.
-    pub draining: Arc<AtomicBool>,
-    /// Connections of all workers.
-    pub connections: Arc<AtomicUsize>,
+pub(crate) struct Shared {
+    /// Topics of the broker.
+    pub(crate) topics: Arc<TopicTable<Native>>,
+    /// Channel to the delegation.
+    pub(crate) landed: Sender<Landed<Native>>,
+    /// Limits of publishers.
+    pub(crate) limits: IngestLimits,
+    /// Time for which a half sent batch may keep memory that retention wants.
+    pub(crate) delivery_patience: Duration,
+    /// Silence after which a publisher loses landing windows that keep memory from being reused.
+    pub(crate) window_idle: Duration,
+    /// Archive to ask for batches that the region no longer holds.
+    pub(crate) archive: Archive,
+    /// Sizes of the sockets' kernel buffers.
+    pub(crate) sockets: SocketOptions,
+    /// RDMA device, if the broker offers one.
+    pub(crate) device: Option<Arc<RdmaDevice>>,
+    /// Set when the broker is about to stop: clients are sent to other brokers.
+    pub(crate) draining: Arc<AtomicBool>,
+    /// Number of connections of all workers.
+    pub(crate) connections: Arc<AtomicUsize>,
     /// Set when the broker stops.
-    pub stop: Arc<AtomicBool>,
-    /// Set when a later process has this broker's place.
-    pub superseded: Arc<AtomicBool>,
-    /// Silence after which the leader no longer minds what this broker reads.
-    pub lease: Duration,
+    pub(crate) stop: Arc<AtomicBool>,
+    /// Set when a later process has this broker's id.
+    pub(crate) superseded: Arc<AtomicBool>,
+    /// Silence after which the leader ignores this broker's pins; [`Duration::MAX`] where it never does.
+    pub(crate) lease: Duration,
     /// Time between heartbeats.
-    pub heartbeat: Duration,
+    pub(crate) heartbeat: Duration,
 }
 
-/// What makes one worker differ from another.
-pub struct WorkerSetup {
-    /// Number among the workers.
-    pub index: usize,
-    /// Connections to serve.
-    pub accepted: Receiver<TcpStream>,
-    /// Acks of batches that the delegation ordered.
-    pub ordered: Receiver<OrderedLocally>,
-    /// How to wait.
-    pub idle: Idle,
-    /// Core to run on.
-    pub core: Option<usize>,
-    /// What this thread orders.
-    pub stages: Stages,
+/// Settings of a single worker.
+pub(crate) struct WorkerSetup {
+    /// Index among the broker's workers.
+    pub(crate) index: usize,
+    /// Channel of the connections to serve.
+    pub(crate) accepted: Receiver<TcpStream>,
+    /// Channel of the batches that the delegation ordered, for their acks.
+    pub(crate) ordered: Receiver<OrderedLocally>,
+    /// Way to wait when there is nothing to do.
+    pub(crate) idle: Idle,
+    /// Core to run on; `None` leaves it to the kernel.
+    pub(crate) core: Option<usize>,
+    /// Ordering stages that this thread runs.
+    pub(crate) stages: Stages,
 }
 
-/// One polling thread.
-pub struct Worker<C> {
+/// Polling thread of a broker.
+pub(crate) struct Worker<C> {
     index: usize,
     shared: Shared,
     memory: Native,
@@ -99,16 +99,18 @@ pub struct Worker<C> {
     idle: Idle,
     core: Option<usize>,
     stages: Stages,
+    /// Time of the last heartbeat and maintenance.
     maintained: Instant,
+    /// Time of the last look at what rarely changes.
     checked: Instant,
 }
 
 impl<C: Clock> Worker<C> {
-    /// A worker that has no connections yet.
+    /// Returns a worker that has no connections yet.
     ///
     /// # Errors
-    /// What the kernel reports.
-    pub fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
+    /// [`io::Error`] when sockets cannot be polled, or the device gives no completion queue.
+    pub(crate) fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
         let WorkerSetup { index, accepted, ordered, idle, core, stages } = setup;
         let connections = Connections::new(Arc::clone(&shared.connections))?;
         let device = shared.device.as_ref().map(|device| DeviceQueue::new(device, &connections)).transpose()?;
@@ -132,7 +134,7 @@ impl<C: Clock> Worker<C> {
     }
 
     /// Runs until the broker stops.
-    pub fn run(mut self) {
+    pub(crate) fn run(mut self) {
         if let Err(error) = prepare_polling_thread(self.core) {
             tracing::error!(worker = self.index, %error, "the thread could not be pinned");
         }
@@ -157,7 +159,8 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Has the device wake the thread, which is about to sleep, and looks a last time. True when there is something to do.
+    /// Makes the device wake the thread, which is about to sleep, and looks a last time. Returns true when there is
+    /// something to do.
     fn has_completions(&mut self) -> bool {
         let Some(device) = &mut self.device else { return false };
         if let Err(error) = device.arm() {
@@ -167,7 +170,7 @@ impl<C: Clock> Worker<C> {
         self.complete(now)
     }
 
-    /// One turn of the loop: receive, order, acknowledge, deliver. True when anything moved.
+    /// Runs one turn of the loop: receive, order, acknowledge, deliver. Returns true when anything moved.
     fn work(&mut self) -> bool {
         let now = self.clock.now();
         if now.instant.saturating_duration_since(self.maintained) >= self.shared.lease {
@@ -200,8 +203,9 @@ impl<C: Clock> Worker<C> {
         moved
     }
 
-    /// This host stood still for so long that the leader may have given back memory which subscribers were about to read:
-    /// they begin anew.
+    /// Disconnects all subscribers after this thread stood still for a lease.
+    ///
+    /// The leader may have given back memory meanwhile that they were about to read.
     fn stood_still(&mut self, now: Now) {
         tracing::warn!(worker = self.index, "stood still beyond broker_lease_ms: subscribers have to connect again");
         for slot in self.connections.slots() {
@@ -212,6 +216,7 @@ impl<C: Clock> Worker<C> {
         self.maintained = now.instant;
     }
 
+    /// Runs the stages' maintenance, and stops the broker once a later process has its id.
     fn maintain(&mut self, now_us: u64) {
         let stalled = self.connections.iter().any(|client| client.waiting);
         if self.stages.maintain(now_us, stalled).is_err() {
@@ -221,7 +226,7 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Hands completions to their connections. True when there were any.
+    /// Hands completions to their connections. Returns true when there were any.
     fn complete(&mut self, now: Now) -> bool {
         let Some(device) = &mut self.device else { return false };
         match device.poll(&mut self.connections) {
@@ -242,12 +247,14 @@ impl<C: Clock> Worker<C> {
         }
     }
 
+    /// Looks whether the device is still there.
     fn check_device(&mut self, now: Now) {
         if let Some(Err(error)) = self.device.as_ref().map(DeviceQueue::take_events) {
             self.on_device_error(&error, now);
         }
     }
 
+    /// Takes in new connections. Returns true when there were any.
     fn accept(&mut self) -> bool {
         let mut any = false;
         while let Ok(stream) = self.accepted.try_recv() {
@@ -264,11 +271,11 @@ impl<C: Clock> Worker<C> {
         any
     }
 
-    /// Receives what a connection has, within its share. True when anything came.
+    /// Receives what a connection has, within its share. Returns true when anything came.
     fn receive(&mut self, slot: usize, now: Now) -> bool {
-        let token = self.connections.token_of(slot);
         let draining = self.shared.draining.load(Ordering::Relaxed);
         let Some(client) = self.connections.get(slot) else { return false };
+        let token = client.token();
         let session = match &mut client.role {
             // `turn` reads and discards what still comes.
             Role::Leaving(_) => return false,
@@ -276,7 +283,7 @@ impl<C: Clock> Worker<C> {
             Role::Publisher(session) => Some(&mut **session),
             Role::New | Role::Subscriber(_) => None,
         };
-        let origin = crate::delegation::Origin { worker: self.index, token };
+        let origin = Origin { worker: self.index, token };
         let topics = &self.shared.topics;
         let mut landing = PublisherLanding { topics, session, origin, now: now.instant, taken: 0 };
         let received = client.link.receive(&self.memory, &mut landing, RECEIVE_BATCHES);
@@ -321,7 +328,7 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Opens a publisher's session, and tells it again what is committed.
+    /// Opens a publisher's session, and repeats the acks that the publisher may have missed.
     fn open_publisher(&mut self, slot: usize, open: OpenPublish, now: Now) -> Result<(), TransportError> {
         let Self { shared, connections, .. } = self;
         let Some(client) = connections.get(slot) else { return Ok(()) };

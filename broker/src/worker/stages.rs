@@ -1,4 +1,4 @@
-//! The ordering stages that a polling thread runs to completion in its loop.
+//! Ordering stages that a polling thread runs to completion in its loop.
 
 use crate::delegation::Delegation;
 use crate::replica::completion::CompletionStage;
@@ -7,40 +7,41 @@ use crossbeam_channel::Receiver;
 use embarcadero_cxl::Native;
 use std::sync::Arc;
 
-/// Batches that the delegation takes at a time.
+/// Largest number of batches that the delegation takes at a time.
 const DELEGATION_BATCHES: usize = 256;
 
-/// The stages that only the leader has.
-pub struct LeaderStages {
-    /// Global order.
-    pub sequencer: Sequencer<Native>,
-    /// The count of what is durable.
-    pub completion: CompletionStage<Native>,
-    /// Dropped when the stages end.
-    pub in_use: Arc<()>,
+/// Stages that only the leader has.
+pub(crate) struct LeaderStages {
+    /// Stage that gives batches their place in the global order.
+    pub(crate) sequencer: Sequencer<Native>,
+    /// Stage that counts how far batches are durable.
+    pub(crate) completion: CompletionStage<Native>,
+    /// Token of the candidate, which sees by its drop that the stages have ended.
+    #[expect(dead_code, reason = "held for its drop")]
+    pub(crate) in_use: Arc<()>,
 }
 
-/// The stages of one thread: all of the broker's in its first, none in the others.
+/// Stages of one thread. The broker's first worker has all of them, the others have none.
 #[derive(Default)]
-pub struct Stages {
-    /// Local order.
-    pub delegation: Option<Delegation<Native>>,
-    /// Where global order and the count of what is durable come from, when this broker becomes the leader.
-    pub promoted: Option<Receiver<LeaderStages>>,
+pub(crate) struct Stages {
+    /// Stage that puts batches into local order.
+    pub(crate) delegation: Option<Delegation<Native>>,
+    /// Channel on which the leader's stages come when this broker becomes the leader.
+    pub(crate) promoted: Option<Receiver<LeaderStages>>,
     leader: Option<LeaderStages>,
 }
 
-/// A later process has this broker's place.
+/// Error: a later process has this broker's id.
 pub(super) struct Superseded;
 
 impl Stages {
-    /// The stages of a broker's first thread.
+    /// Returns the stages of a broker's first worker.
     #[must_use]
-    pub fn new(delegation: Delegation<Native>, promoted: Receiver<LeaderStages>) -> Self {
+    pub(crate) fn new(delegation: Delegation<Native>, promoted: Receiver<LeaderStages>) -> Self {
         Self { delegation: Some(delegation), promoted: Some(promoted), leader: None }
     }
 
-    /// Orders what has come. True when anything moved.
+    /// Orders the batches that have come. Returns true when anything moved.
     pub(super) fn poll(&mut self, now_us: u64) -> bool {
         let mut moved = false;
         if let Some(delegation) = &mut self.delegation {
@@ -53,7 +54,10 @@ impl Stages {
         moved
     }
 
-    /// Says that this broker lives, and does what has time. `stalled` if publishers wait for room.
+    /// Moves the heartbeat, and runs what is due every few milliseconds. `stalled` says that publishers wait for room.
+    ///
+    /// # Errors
+    /// [`Superseded`], when the broker must stop.
     pub(super) fn maintain(&mut self, now_us: u64, stalled: bool) -> Result<(), Superseded> {
         if let Some(delegation) = &mut self.delegation {
             if delegation.is_superseded() {

@@ -1,4 +1,4 @@
-//! A connection's turn in the loop: acknowledge, deliver, send, and let it go.
+//! Turn of a connection in the loop: acknowledge, deliver, send, disconnect.
 
 use super::connections::{Client, Role};
 use super::{CLOSE_LINGER, Shared, Worker};
@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 impl<C: Clock> Worker<C> {
-    /// Passes on the acks of batches that this broker ordered by itself.
+    /// Acknowledges batches that the delegation put into the broker's own order. Returns true when there were any.
     pub(super) fn local_acks(&mut self) -> bool {
         let mut any = false;
         while let Ok(ordered) = self.ordered.try_recv() {
@@ -28,7 +28,9 @@ impl<C: Clock> Worker<C> {
         any
     }
 
-    /// Acknowledges, delivers and sends on one connection. `check` also looks at what rarely changes.
+    /// Acknowledges, delivers and sends on one connection. Returns true when anything moved.
+    ///
+    /// `check` also looks whether the session is still open and the topic still live.
     pub(super) fn turn(&mut self, slot: usize, check: bool, now: Now) -> bool {
         let Some(client) = self.connections.get(slot) else { return false };
         let mut moved = match serve(&self.shared, client, check, now).and_then(|moved| Ok(moved | self.flush(slot)?)) {
@@ -49,7 +51,8 @@ impl<C: Clock> Worker<C> {
         moved
     }
 
-    /// Sends what waits; watches for room when not all of it went.
+    /// Sends what waits in the outbox, and watches for room if some of it has to wait on. Returns true when anything
+    /// was sent.
     fn flush(&mut self, slot: usize) -> Result<bool, TransportError> {
         let Some(client) = self.connections.get(slot).filter(|client| client.has_to_send()) else { return Ok(false) };
         let sent = client.link.send(&self.memory, &mut client.outbox)?;
@@ -57,7 +60,7 @@ impl<C: Clock> Worker<C> {
         Ok(sent > 0)
     }
 
-    /// True when a connection owes its client nothing that another broker could not give. Nothing more is received.
+    /// Returns true when the connection can close without loss: every batch is acknowledged and no batch is half sent.
     fn is_drained(&mut self, slot: usize) -> bool {
         let Some(client) = self.connections.get(slot) else { return false };
         match &client.role {
@@ -71,7 +74,7 @@ impl<C: Clock> Worker<C> {
         }
     }
 
-    /// Ends a connection, telling the peer why if that is possible.
+    /// Ends a connection. The peer is told why if its stream of frames allows that.
     pub(super) fn disconnect(&mut self, slot: usize, error: &TransportError, now: Now) {
         let Some(client) = self.connections.get(slot) else { return };
         if !matches!(client.role, Role::Leaving(_))
@@ -79,7 +82,7 @@ impl<C: Clock> Worker<C> {
             && let Some(frame) = error.frame()
         {
             tracing::debug!(%error, "refusing a connection");
-            // Before the role lets go of the memory behind them.
+            // The windows close before the role lets go of the memory behind them.
             client.link.close_windows();
             client.outbox.push(Outgoing::bytes(frame));
             client.role = Role::Leaving(now.instant + CLOSE_LINGER);
@@ -90,13 +93,14 @@ impl<C: Clock> Worker<C> {
         self.free(slot, now);
     }
 
-    /// Frees a slot, and what its connection holds.
+    /// Closes the connection in a slot at once, and frees what it holds.
     pub(super) fn free(&mut self, slot: usize, now: Now) {
         let Some(mut client) = self.connections.remove(slot) else { return };
         let number = client.link.rdma().map(|rdma| rdma.number());
         drop(client);
         if let Some(number) = number {
-            // Once the queue pair is gone nothing more is added under its number, which another may get.
+            // The queue pair is gone, so that no completion is added under its number, which another queue pair may
+            // get.
             while self.complete(now) {}
             if let Some(device) = &mut self.device {
                 device.forget(number);
@@ -105,7 +109,7 @@ impl<C: Clock> Worker<C> {
     }
 }
 
-/// Does what a connection's peer is there for. True when anything moved.
+/// Acknowledges or delivers, as the role of the peer asks for. Returns true when anything moved.
 fn serve(shared: &Shared, client: &mut Client, check: bool, now: Now) -> Result<bool, TransportError> {
     let Client { link, role, outbox, .. } = client;
     match role {
@@ -129,7 +133,7 @@ fn serve(shared: &Shared, client: &mut Client, check: bool, now: Now) -> Result<
     }
 }
 
-/// Acknowledges what is committed, and durable if it has to be.
+/// Queues the acks of batches that are committed, and durable if they have to be. Returns true when there were any.
 fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Outbox) -> Result<bool, TransportError> {
     if session.acks.is_empty() {
         return Ok(false);
@@ -140,7 +144,7 @@ fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Out
     Ok(sent > 0)
 }
 
-/// Checks that a session still stands and its topic still lives.
+/// Checks that a session is still open and its topic still live.
 fn check_session(
     shared: &Shared,
     session: &PublisherSession,

@@ -1,8 +1,11 @@
 //! Buffers in which batches are filled.
 
-use super::Batch;
 use crate::error::ClientError;
 use embarcadero_transport::SendBuffer;
+use embarcadero_wire::batch::BatchBuilder;
+
+/// Batch in memory that NICs can send from.
+pub(super) type Batch = BatchBuilder<SendBuffer>;
 
 /// Free buffers of a publisher, and the account of all its buffers.
 pub(super) struct Buffers {

@@ -1,15 +1,16 @@
 //! Batches in flight: sealed, and not acknowledged yet.
 
-use super::{Batch, MessageId, Status};
+use super::buffers::Batch;
+use super::message::{MessageId, Status};
 use embarcadero_wire::{BatchHeader, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
 /// Number of batches whose offsets stay known after they were acknowledged.
 const REMEMBERED_BATCHES: usize = 4096;
 
-/// State of a batch in flight.
+/// BatchState of a batch in flight.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
+pub(super) enum BatchState {
     /// The batch waits for a connection.
     Queued,
     /// The batch is on this connection. `None`: on no connection, but committed, so that its acknowledgement will come.
@@ -19,17 +20,17 @@ pub(super) enum State {
 }
 
 /// Batch in flight.
-pub(super) struct InFlight {
+pub(super) struct InFlightBatch {
     pub(super) batch: Batch,
     pub(super) header: BatchHeader,
-    pub(super) state: State,
+    pub(super) state: BatchState,
 }
 
 /// All batches in flight of a publisher, which numbers its batches from 0.
 pub(super) struct InFlightBatches {
     /// Number of the first batch in `batches`. All before it are acknowledged.
     first: u64,
-    batches: VecDeque<InFlight>,
+    batches: VecDeque<InFlightBatch>,
     /// Numbers of the batches to hand to a connection, in order.
     queue: VecDeque<u64>,
     /// Offsets of the last [`REMEMBERED_BATCHES`] batches before `first`.
@@ -70,11 +71,11 @@ impl InFlightBatches {
     /// Appends a sealed batch and queues it.
     pub(super) fn push(&mut self, batch: Batch, header: BatchHeader) {
         self.queue.push_back(self.next_number());
-        self.batches.push_back(InFlight { batch, header, state: State::Queued });
+        self.batches.push_back(InFlightBatch { batch, header, state: BatchState::Queued });
     }
 
     /// Batch of a number; `None` once it is retired.
-    pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut InFlight> {
+    pub(super) fn get_mut(&mut self, number: u64) -> Option<&mut InFlightBatch> {
         number.checked_sub(self.first).and_then(|at| self.batches.get_mut(at as usize))
     }
 
@@ -95,17 +96,17 @@ impl InFlightBatches {
 
     /// Returns true if some batch is on a connection.
     pub(super) fn are_on(&self, connection: usize) -> bool {
-        self.batches.iter().any(|batch| batch.state == State::Sent(Some(connection)))
+        self.batches.iter().any(|batch| batch.state == BatchState::Sent(Some(connection)))
     }
 
     /// Marks a batch as acknowledged at an offset.
     pub(super) fn acknowledge(&mut self, number: u64, first_offset: u64) {
         let Some(batch) = self.get_mut(number) else { return };
         let before = batch.state;
-        if !matches!(before, State::Acknowledged(_)) {
-            batch.state = State::Acknowledged(first_offset);
+        if !matches!(before, BatchState::Acknowledged(_)) {
+            batch.state = BatchState::Acknowledged(first_offset);
         }
-        if before == State::Queued {
+        if before == BatchState::Queued {
             self.queue.retain(|queued| *queued != number);
         }
     }
@@ -115,14 +116,14 @@ impl InFlightBatches {
     pub(super) fn requeue(&mut self, lost: impl Fn(usize) -> bool, committed: u64) -> u64 {
         let mut again = 0;
         for (number, batch) in (self.first..).zip(&mut self.batches) {
-            if matches!(batch.state, State::Sent(Some(connection)) if lost(connection)) {
-                batch.state = if number < committed { State::Sent(None) } else { State::Queued };
+            if matches!(batch.state, BatchState::Sent(Some(connection)) if lost(connection)) {
+                batch.state = if number < committed { BatchState::Sent(None) } else { BatchState::Queued };
                 again += u64::from(number >= committed);
             }
         }
         self.queue.clear();
         let numbered = (self.first..).zip(&self.batches);
-        self.queue.extend(numbered.filter(|(_, batch)| batch.state == State::Queued).map(|(number, _)| number));
+        self.queue.extend(numbered.filter(|(_, batch)| batch.state == BatchState::Queued).map(|(number, _)| number));
         again
     }
 
@@ -130,15 +131,15 @@ impl InFlightBatches {
     /// nobody learns whether they arrived.
     pub(super) fn give_up(&mut self, lost: impl Fn(usize) -> bool) {
         for batch in &mut self.batches {
-            if matches!(batch.state, State::Sent(Some(connection)) if lost(connection)) {
-                batch.state = State::Acknowledged(UNKNOWN_OFFSET);
+            if matches!(batch.state, BatchState::Sent(Some(connection)) if lost(connection)) {
+                batch.state = BatchState::Acknowledged(UNKNOWN_OFFSET);
             }
         }
     }
 
     /// Removes the first batch if it is acknowledged and `is_read` says that no connection reads it any more.
     pub(super) fn retire(&mut self, is_read: impl Fn(u64) -> bool) -> Option<Batch> {
-        let InFlight { state: State::Acknowledged(offset), .. } = *self.batches.front()? else { return None };
+        let InFlightBatch { state: BatchState::Acknowledged(offset), .. } = *self.batches.front()? else { return None };
         if is_read(self.first) {
             return None;
         }
@@ -155,7 +156,7 @@ impl InFlightBatches {
         let known = |offset: u64| (offset != UNKNOWN_OFFSET).then(|| offset + u64::from(id.index));
         if let Some(index) = id.batch.checked_sub(self.first) {
             return self.batches.get(index as usize).map(|batch| match batch.state {
-                State::Acknowledged(offset) => Status::Acknowledged(known(offset)),
+                BatchState::Acknowledged(offset) => Status::Acknowledged(known(offset)),
                 _ => Status::Pending,
             });
         }

@@ -6,69 +6,39 @@
 
 mod buffers;
 mod connection;
-mod core;
+mod drive;
 mod in_flight;
-mod send;
+mod message;
+mod sender;
+mod session;
+mod shared;
+
+pub use message::{MessageId, PublisherStats, Status};
 
 use crate::background::Background;
 use crate::context::Context;
 use crate::error::ClientError;
-use crate::publisher::core::{PublisherCore, SendTrigger};
+use crate::silence::Silence;
 use embarcadero_control::v1 as proto;
 use embarcadero_os::poller::wait_any;
-use embarcadero_transport::SendBuffer;
 use embarcadero_wire::ClientId;
-use embarcadero_wire::batch::BatchBuilder;
+use shared::{SealTrigger, SharedPublisher};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-/// Batch in memory that NICs can send from.
-type Batch = BatchBuilder<SendBuffer>;
-
-/// Name of a published message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct MessageId {
-    /// Number of the message's batch, counted by this publisher from 0.
-    pub batch: u64,
-    /// Index of the message in the batch, from 0.
-    pub index: u32,
-}
-
-/// Status of a published message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
-    /// Not acknowledged yet.
-    Pending,
-    /// Acknowledged at this offset. `None` when the offset is not known: at acknowledgement level 0, or long ago.
-    Acknowledged(Option<u64>),
-}
-
-/// Counters of a publisher.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PublisherStats {
-    /// Number of batches acknowledged.
-    pub batches_acknowledged: u64,
-    /// Number of batches sent again, on another connection or under another epoch.
-    pub batches_resubmitted: u64,
-    /// Number of times that the session was reopened under another epoch.
-    pub sessions_reopened: u64,
-    /// Number of connections lost.
-    pub connections_lost: u64,
-}
-
 /// Publisher to one topic, under one session. Threads may share it; the messages of each thread keep their order.
 pub struct Publisher {
-    core: Arc<PublisherCore>,
+    shared: Arc<SharedPublisher>,
     _background: Arc<Background>,
 }
 
 impl Publisher {
     pub(crate) fn open(context: Arc<Context>, topic: &str, background: Arc<Background>) -> Result<Self, ClientError> {
-        let core = PublisherCore::open(context, topic)?;
-        let attended: Weak<PublisherCore> = Arc::downgrade(&core);
-        background.attend(attended);
-        Ok(Self { core, _background: background })
+        let shared = SharedPublisher::open(context, topic)?;
+        let task: Weak<SharedPublisher> = Arc::downgrade(&shared);
+        background.add(task);
+        Ok(Self { shared, _background: background })
     }
 
     /// Copies a message into the open batch. Never blocks on the network.
@@ -80,7 +50,7 @@ impl Publisher {
     /// - The error that ended the publisher.
     #[inline]
     pub fn publish(&self, message: &[u8]) -> Result<MessageId, ClientError> {
-        self.core.publish(message.len(), |batch| batch.push(message))
+        self.shared.publish(message.len(), |batch| batch.push(message))
     }
 
     /// Publishes a message of `bytes` bytes that `fill` writes in place, without a copy. Never blocks on the network.
@@ -89,7 +59,7 @@ impl Publisher {
     /// Those of [`Publisher::publish`].
     #[inline]
     pub fn publish_with(&self, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<MessageId, ClientError> {
-        self.core.publish(bytes, |batch| batch.push_with(bytes, fill))
+        self.shared.publish(bytes, |batch| batch.push_with(bytes, fill))
     }
 
     /// Publishes like [`Publisher::publish`], but blocks while the buffer is full, or while 16 batches wait for the
@@ -102,7 +72,7 @@ impl Publisher {
         // The clock is read only once there is something to wait for.
         let mut progress = None;
         loop {
-            if !self.core.ahead.load(Ordering::Relaxed) {
+            if !self.shared.has_backlog.load(Ordering::Relaxed) {
                 match self.publish(message) {
                     Err(ClientError::BufferFull { .. }) => {}
                     result => return result,
@@ -118,19 +88,19 @@ impl Publisher {
     /// The error that ended the publisher.
     pub fn wait(&self, timeout: Duration) -> Result<(), ClientError> {
         let sockets = {
-            let mut send = self.core.send();
+            let mut sender = self.shared.sender();
             // Connections are told to show what comes once nothing has come.
-            if self.core.drive(&mut send) {
+            if self.shared.drive(&mut sender) {
                 return Ok(());
             }
-            send.arm();
-            if self.core.drive(&mut send) {
+            sender.arm();
+            if self.shared.drive(&mut sender) {
                 return Ok(());
             }
-            if let Some(error) = &send.failed {
+            if let Some(error) = &sender.fatal {
                 return Err(error.clone());
             }
-            send.descriptors()
+            sender.descriptors()
         };
         if sockets.is_empty() {
             std::thread::sleep(timeout.min(Duration::from_millis(1)));
@@ -144,7 +114,7 @@ impl Publisher {
     /// # Errors
     /// [`ClientError::UnknownId`], or the error that ended the publisher.
     pub fn poll(&self, id: MessageId) -> Result<Status, ClientError> {
-        self.core.status(id)
+        self.shared.status(id)
     }
 
     /// Polls several messages. Returns `Ok(())` when all are acknowledged, and otherwise the first that is not.
@@ -167,12 +137,12 @@ impl Publisher {
     /// The error that ended the publisher, or [`ClientError::TimedOut`] when acknowledgements stop coming.
     pub fn flush(&self) -> Result<(), ClientError> {
         let mut progress = Progress::new(self);
-        self.core.send_open(SendTrigger::Flushed);
+        self.shared.seal_open(SealTrigger::Flushed);
         loop {
             {
-                let mut send = self.core.send();
-                self.core.drive(&mut send);
-                if send.in_flight.is_empty() {
+                let mut sender = self.shared.sender();
+                self.shared.drive(&mut sender);
+                if sender.in_flight.is_empty() {
                     return Ok(());
                 }
             }
@@ -186,47 +156,53 @@ impl Publisher {
     /// Those of [`Publisher::flush`], or the leader does not answer.
     pub fn close(self) -> Result<(), ClientError> {
         self.flush()?;
-        let origin = self.core.send().session.origin;
+        let origin = self.shared.sender().session.origin;
         let request = proto::CloseSessionRequest {
             slot: origin.session_slot.0,
             client_id: origin.client_id.0,
             epoch: origin.session_epoch.0,
         };
-        self.core.context.control().leader(async |client| client.close_session(request).await).map(drop)
+        self.shared.context.control().leader(async |client| client.close_session(request).await).map(drop)
     }
 
     /// Id of this publisher, which batches and deliveries carry.
     #[must_use]
     pub fn client_id(&self) -> ClientId {
-        self.core.send().session.origin.client_id
+        self.shared.sender().session.origin.client_id
     }
 
     /// Counters since the publisher was opened.
     #[must_use]
     pub fn stats(&self) -> PublisherStats {
-        self.core.send().stats
+        self.shared.sender().stats
     }
 }
 
 /// Watch over acknowledgements, which notices when they stop coming.
 struct Progress {
     acknowledged: u64,
-    since: Instant,
+    silence: Silence,
 }
 
 impl Progress {
     fn new(publisher: &Publisher) -> Self {
-        Self { acknowledged: publisher.core.acknowledged.load(Ordering::Acquire), since: Instant::now() }
+        let acknowledged = publisher.shared.acknowledged.load(Ordering::Acquire);
+        let limit = publisher.shared.context.config.progress_timeout();
+        Self { acknowledged, silence: Silence::new(limit, Instant::now()) }
     }
 
     fn wait(&mut self, publisher: &Publisher) -> Result<(), ClientError> {
         publisher.wait(Duration::from_millis(1))?;
-        let acknowledged = publisher.core.acknowledged.load(Ordering::Acquire);
-        let timeout = publisher.core.context.config.progress_timeout();
+        let acknowledged = publisher.shared.acknowledged.load(Ordering::Acquire);
         if acknowledged != self.acknowledged {
-            *self = Self { acknowledged, since: Instant::now() };
-        } else if self.since.elapsed() > timeout {
-            return Err(ClientError::TimedOut(timeout));
+            self.acknowledged = acknowledged;
+            self.silence.restart(Instant::now());
+            return Ok(());
+        }
+        self.silence.look(Instant::now());
+        if self.silence.is_too_long() {
+            let cause = publisher.shared.sender().trouble.clone();
+            return Err(ClientError::timed_out(publisher.shared.context.config.progress_timeout(), cause));
         }
         Ok(())
     }

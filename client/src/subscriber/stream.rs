@@ -1,11 +1,11 @@
 //! Stream of a topic, at the broker that serves it.
 
-use super::Start;
+use super::message::Start;
 use crate::context::Context;
+use crate::error::ClientError;
 use crate::views::{BrokerView, TopicView};
-use embarcadero_transport::{Sockets, SubscriberChannel, Transport};
-use embarcadero_wire::{self as wire, StartKind, Subscribe};
-use std::io;
+use embarcadero_transport::{Sockets, SubscriberChannel, SubscriberLink, Transport};
+use embarcadero_wire::{self as wire, BatchHeader, Deliver, Position, StartKind, Subscribe};
 use std::time::{Duration, Instant};
 
 /// Stream of a topic, connected or not.
@@ -13,48 +13,100 @@ pub(super) struct Stream {
     pub(super) id: wire::Stream,
     /// Broker that serves the stream.
     pub(super) broker: BrokerView,
-    pub(super) link: Option<SubscriberChannel>,
+    pub(super) channel: Option<SubscriberChannel>,
     /// Offset that is due next; `None` until the broker has told where the stream starts.
     pub(super) due: Option<u64>,
     /// Position that was asked for.
-    pub(super) from: Start,
+    start: Start,
     /// Time of the next attempt to connect.
-    pub(super) retry_at: Instant,
+    retry_at: Instant,
     /// Number of connections made so far.
-    pub(super) connections: u64,
+    connections: u64,
+    /// Number of the connection on which the end of the stream was asked for last; 0 for none.
+    end_asked_on: u64,
+    /// Offset after the last message, as the broker has answered.
+    pub(super) end: Option<u64>,
 }
 
 impl Stream {
     /// Stream that is not connected yet; an attempt is due at once.
-    pub(super) fn new(id: wire::Stream, broker: BrokerView, from: Start) -> Self {
-        Self { id, broker, link: None, due: None, from, retry_at: Instant::now(), connections: 0 }
+    pub(super) fn new(id: wire::Stream, broker: BrokerView, start: Start) -> Self {
+        let retry_at = Instant::now();
+        Self { id, broker, channel: None, due: None, start, retry_at, connections: 0, end_asked_on: 0, end: None }
     }
 
-    /// Connects, and asks for the stream from the due offset on.
-    pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> io::Result<()> {
-        let options = context.link_options().map_err(io::Error::other)?;
-        let (start_kind, start) = match (self.due, self.from) {
+    /// Returns true when an attempt to connect is due.
+    pub(super) fn is_due_to_connect(&self, now: Instant) -> bool {
+        self.channel.is_none() && self.retry_at <= now
+    }
+
+    /// Subscription that continues the stream: at the due offset, or at the position that was asked for.
+    pub(super) fn request(&self, topic: &TopicView) -> Subscribe {
+        let (start_kind, start) = match (self.due, self.start) {
             (Some(offset), _) | (None, Start::Offset(offset)) => (StartKind::Offset, offset),
             (None, Start::Earliest) => (StartKind::Earliest, 0),
             (None, Start::Latest) => (StartKind::Latest, 0),
             (None, Start::Timestamp(time)) => (StartKind::Timestamp, time),
         };
-        let request = Subscribe {
+        Subscribe {
             start,
             start_kind: start_kind.code(),
             topic: topic.id,
             topic_incarnation: topic.incarnation,
             stream: self.id,
             ..Subscribe::blank()
-        };
-        self.link = Some(Sockets.subscribe(self.broker.data, &options, &request)?);
+        }
+    }
+
+    /// Connects and subscribes.
+    pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> Result<(), ClientError> {
+        let options = context.link_options()?;
+        let channel = Sockets.subscribe(self.broker.data, &options, &self.request(topic));
+        self.channel = Some(channel.map_err(ClientError::io("connect to a broker"))?);
         self.connections += 1;
         Ok(())
     }
 
     /// Drops the connection. The next attempt is due after `wait`.
     pub(super) fn drop_connection(&mut self, wait: Duration) {
-        self.link = None;
+        self.channel = None;
         self.retry_at = Instant::now() + wait;
+    }
+
+    /// Moves the stream to another position.
+    pub(super) fn seek(&mut self, to: Start) {
+        self.drop_connection(Duration::ZERO);
+        (self.due, self.start) = (None, to);
+    }
+
+    /// Checks that a batch is the one that is due. Returns the number of messages in it that come before the due offset.
+    pub(super) fn accept(&mut self, deliver: &Deliver, header: &BatchHeader) -> Result<usize, ClientError> {
+        let due = self.due.unwrap_or(deliver.first_offset);
+        let end = deliver.first_offset.saturating_add(header.message_count.into());
+        if deliver.first_offset > due || end <= due {
+            return Err(ClientError::Gap { expected: due, found: deliver.first_offset });
+        }
+        self.due = Some(end);
+        Ok((due - deliver.first_offset) as usize)
+    }
+
+    /// Forgets the end of the stream, so that it is asked for again.
+    pub(super) fn forget_end(&mut self) {
+        (self.end, self.end_asked_on) = (None, 0);
+    }
+
+    /// Asks for the end of the stream, once on each connection: the answer is lost with the connection.
+    pub(super) fn ask_end(&mut self) {
+        if let Some(channel) = &mut self.channel
+            && self.end_asked_on != self.connections
+            && matches!(channel.send(&Position::blank().encode()), Ok(true))
+        {
+            self.end_asked_on = self.connections;
+        }
+    }
+
+    /// Returns true once the stream was read up to the end that its broker has answered.
+    pub(super) fn is_read_to_end(&self) -> bool {
+        self.end.is_some_and(|end| end == 0 || self.due.is_some_and(|due| due >= end))
     }
 }

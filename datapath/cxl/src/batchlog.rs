@@ -39,8 +39,8 @@ impl Ring {
         self.at.add(index % self.slots * LINE_BYTES)
     }
 
-    /// Calls `each` with position and bytes of the slots of entries `from..to`, at most one whole ring: in one run, or in two
-    /// where they wrap around.
+    /// Calls `each` with the position and the bytes of the slots of entries `from..to`, at most one whole ring. Slots
+    /// that wrap around the end of the ring make two calls, others one.
     #[inline]
     fn runs(&self, from: u64, to: u64, mut each: impl FnMut(RegionOffset, u64)) {
         if from == to {
@@ -69,8 +69,10 @@ pub struct Written {
     pub end: u64,
 }
 
-/// Broker's side of a Batchlog. Entries are stored without a flush; [`BatchlogWriter::publish`] flushes a group at once.
 // [[DEVIATION_002]] The paper flushes and fences each write.
+
+/// Broker's side of a Batchlog. Entries are stored without a flush; [`BatchlogWriter::publish`] flushes a group at
+/// once.
 pub struct BatchlogWriter<F> {
     region: Region<F>,
     ring: Ring,
@@ -84,7 +86,7 @@ pub struct BatchlogWriter<F> {
 }
 
 impl<F: Fabric> BatchlogWriter<F> {
-    /// Continues where this broker stopped.
+    /// Continues at the head that the broker published last.
     pub fn new(region: Region<F>, topic: TopicId, broker: BrokerId) -> Self {
         let half = region.layout().broker_half(topic, broker);
         let head = region.fabric().observe(half.add(HEAD), Site::BatchlogHeadRead);
@@ -106,7 +108,7 @@ impl<F: Fabric> BatchlogWriter<F> {
         self.head - self.published
     }
 
-    /// Returns true when a slot is free: the sequencer took its entry.
+    /// Returns true when the next slot is free: the sequencer has taken the entry that was in it.
     #[inline]
     pub fn has_room(&mut self) -> bool {
         if self.head - self.consumed < self.ring.slots {
@@ -139,7 +141,8 @@ impl<F: Fabric> BatchlogWriter<F> {
         self.head - 1
     }
 
-    /// Makes every appended entry visible to the sequencer. The payload must be flushed already; the fence here covers it.
+    /// Makes every appended entry visible to the sequencer. The caller has started to flush the payload; the fence here
+    /// completes that flush too.
     #[inline]
     pub fn publish(&mut self, written: Written) {
         if self.published == self.head {
@@ -147,7 +150,8 @@ impl<F: Fabric> BatchlogWriter<F> {
         }
         let fabric = self.region.fabric();
         self.ring.runs(self.published, self.head, |at, bytes| fabric.flush(at, bytes, Site::BatchEntryFlush));
-        // SYNC: entries and payload reach memory before the head that covers them; pairs with `BatchlogReader::available`.
+        // SYNC: entries and payload reach memory before the head that covers them; pairs with
+        // `BatchlogReader::available`.
         fabric.fence(Site::BatchEntryFence);
         fabric.store(self.half.add(LOG_OFFSET), written.log_offset);
         fabric.store(self.half.add(WRITTEN), written.messages);
@@ -189,10 +193,11 @@ impl<F: Fabric> BatchlogReader<F> {
         self.next
     }
 
-    /// Number of entries that can be taken now, at most `limit`. Reads the head only when it knows of none.
+    /// Returns the number of entries that can be taken now, at most `limit`. Reads the head from memory only when every
+    /// known entry was taken.
     ///
     /// # Errors
-    /// [`Damage`] when the head does not follow what was read.
+    /// [`Damage`] when the head lies below the next entry, or more than a ring above it.
     #[inline]
     pub fn available(&mut self, limit: u64) -> Result<u64, Damage> {
         if self.head == self.next {
@@ -212,7 +217,7 @@ impl<F: Fabric> BatchlogReader<F> {
     /// Takes the next entry.
     ///
     /// # Errors
-    /// [`Damage`] when the entry is not of this lap, or a reserved byte is set. It stays the next one.
+    /// [`Damage`] when the entry is not of this lap, or a reserved byte is set. The entry then stays the next one.
     ///
     /// # Panics
     /// When [`BatchlogReader::available`] did not promise an entry.

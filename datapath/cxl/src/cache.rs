@@ -1,23 +1,24 @@
 //! Cache control instructions, chosen at run time.
 //!
-//! Source: Intel SDM volume 2, CLFLUSH, CLFLUSHOPT, CLWB, MOVDIR64B, SFENCE, MFENCE.
+//! Source: Intel 64 and IA-32 Architectures Software Developer's Manual (SDM), volume 2, sections CLFLUSH, CLFLUSHOPT,
+//! CLWB, MOVDIR64B, MOVNTDQ, SFENCE and MFENCE. Which fence orders what is in the section of each instruction.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// How lines are written back to the region's memory.
+/// Method by which lines are written back to the region's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum FlushMethod {
-    /// Nothing: all brokers share one coherent host (or the fabric is coherent).
+    /// Lines are not written back: all brokers run on one host, or the fabric is coherent.
     None,
-    /// `clwb`: writes back and keeps the line.
+    /// `clwb` writes the line back and keeps it in the cache.
     Clwb,
-    /// `clflushopt`: writes back and drops the line.
+    /// `clflushopt` writes the line back and drops it from the cache.
     Clflushopt,
-    /// `clflush`: as before, and serialised. For CPUs that have nothing better.
+    /// `clflush` writes the line back and drops it, one line at a time. For CPUs that have nothing better.
     Clflush,
-    /// `movdir64b` for whole lines (no read for ownership), `clwb` or `clflushopt` for the rest.
+    /// `movdir64b` stores whole lines without reading them first; `clflushopt` writes back the rest.
     Movdir64b,
 }
 
@@ -33,31 +34,31 @@ impl fmt::Display for FlushMethod {
     }
 }
 
-/// The configured method is not one that this CPU has.
+/// Configured flush method that this CPU lacks.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("cxl.flush is {wanted}, but this CPU lacks it; it has {}", present.names())]
 pub struct UnsupportedFlush {
-    /// What was asked for.
+    /// Method that was asked for.
     pub wanted: FlushMethod,
-    /// What there is.
+    /// Instructions that the CPU has.
     pub present: FlushSupport,
 }
 
-/// Which instructions this CPU has.
+/// Cache control instructions that a CPU has. Source of the bits: Intel SDM volume 2, CPUID, leaves 01H and 07H.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct FlushSupport {
-    /// CPUID.1:EDX bit 19.
+    /// `clflush`: CPUID.01H:EDX, bit 19 (CLFSH).
     pub clflush: bool,
-    /// CPUID.7:EBX bit 23.
+    /// `clflushopt`: CPUID.(07H,0):EBX, bit 23.
     pub clflushopt: bool,
-    /// CPUID.7:EBX bit 24.
+    /// `clwb`: CPUID.(07H,0):EBX, bit 24.
     pub clwb: bool,
-    /// CPUID.7:ECX bit 28.
+    /// `movdir64b`: CPUID.(07H,0):ECX, bit 28.
     pub movdir64b: bool,
 }
 
 impl FlushSupport {
-    /// Asks the CPU.
+    /// Asks the CPU which instructions it has. Other processors than x86-64 have none.
     #[must_use]
     pub fn detect() -> Self {
         #[cfg(target_arch = "x86_64")]
@@ -78,7 +79,7 @@ impl FlushSupport {
         Self::default()
     }
 
-    /// The names of those that are present.
+    /// Returns the names of the instructions, or `none`.
     #[must_use]
     pub fn names(&self) -> String {
         let all = [
@@ -91,7 +92,8 @@ impl FlushSupport {
         if names.is_empty() { "none".to_owned() } else { names.join(", ") }
     }
 
-    /// The best method for memory that is not coherent. `clwb` keeps lines that the writer touches again.
+    /// Returns the best method for memory that is not coherent, if there is one. `clwb` comes first: it keeps lines
+    /// that the writer touches again.
     #[must_use]
     pub fn best(&self) -> Option<FlushMethod> {
         if self.clwb {
@@ -105,10 +107,10 @@ impl FlushSupport {
         }
     }
 
-    /// Checks that `method` can run here.
+    /// Checks that the CPU has every instruction that `method` needs.
     ///
     /// # Errors
-    /// [`UnsupportedFlush`] when it cannot.
+    /// [`UnsupportedFlush`] when one is missing.
     pub fn check(&self, method: FlushMethod) -> Result<(), UnsupportedFlush> {
         let has = match method {
             FlushMethod::None => true,
@@ -121,7 +123,7 @@ impl FlushSupport {
     }
 }
 
-/// Writes back the line at `line`. `method` must have passed [`FlushSupport::check`].
+/// Starts the write-back of the line at `line`. `method` must have passed [`FlushSupport::check`].
 ///
 /// # Safety
 /// `line` points into mapped memory.
@@ -180,7 +182,8 @@ pub(super) fn store_fence(method: FlushMethod) {
     std::sync::atomic::fence(std::sync::atomic::Ordering::Release);
 }
 
-/// Orders earlier line drops before later loads (clflushopt is ordered by mfence, not by lfence alone).
+/// Orders earlier stores, write-backs and dropped lines before later loads. `mfence` orders `clflushopt`; `lfence` does
+/// not.
 #[inline]
 pub(super) fn full_fence(method: FlushMethod) {
     #[cfg(target_arch = "x86_64")]
@@ -209,8 +212,8 @@ pub(super) unsafe fn direct_store(to: *mut u8, from: &[u64; 8]) {
     }
 }
 
-/// Copies whole lines past the caches (MOVNTDQ); on processors without such stores it is a copy. Other stores may pass them
-/// until [`lines_stored`].
+/// Copies whole lines past the caches by `movntdq`; other processors than x86-64 copy through the cache. Later stores
+/// may overtake the lines until [`lines_stored`].
 ///
 /// # Safety
 /// `to` is mapped for as many lines, 64-byte aligned if there is one, and overlaps no line of `lines`.
@@ -232,7 +235,7 @@ pub(super) unsafe fn store_lines(to: *mut u8, lines: &[[u8; 64]]) {
     }
 }
 
-/// Waits until lines that were stored past the caches have left the core.
+/// Orders lines that were stored past the caches before every later store.
 pub fn lines_stored() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of x86_64.

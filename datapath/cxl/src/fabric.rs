@@ -43,8 +43,8 @@ pub trait Versioned: Line {
 
 /// One host's view of a shared region: loads, stores and cache control.
 ///
-/// A store is visible to this host at once, and to other hosts after [`Fabric::flush`] and [`Fabric::fence`]. A load may
-/// return what this host cached earlier, until [`Fabric::invalidate`] drops it. Loads acquire, stores release.
+/// A store is visible to this host at once, and to other hosts after [`Fabric::flush`] and [`Fabric::fence`]. A load
+/// may return what this host cached earlier, until [`Fabric::invalidate`] drops it. Loads acquire, stores release.
 pub trait Fabric: Clone + Send + Sync + 'static {
     /// Bytes of the region.
     fn bytes(&self) -> u64;
@@ -66,8 +66,8 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// Needed where two hosts each store a word and then load the other's, and at least one must see the other.
     fn full_fence(&self, site: Site);
 
-    /// Drops this host's copies of the lines, so that the next load comes from memory. Only for lines that this host does
-    /// not write. It does not wait for this host's own flushes.
+    /// Drops this host's copies of the lines, so that the next load comes from memory. Only for lines that this host
+    /// does not write. It does not wait for this host's own flushes.
     fn invalidate(&self, at: RegionOffset, len: u64, site: Site);
 
     /// Copies bytes out of the region, possibly stale.

@@ -1,13 +1,13 @@
 //! Leadership: who orders, and how readers make sure that it still does.
 //!
-//! Each leader writes only to an area of its own. Readers use the area of the leader with the highest term. A new leader
-//! can so take over although the old one may only be paused: nobody can stop the old one from writing to shared memory,
-//! but what it writes lands in an area that nobody reads any more. Two rules make this safe.
+//! Each leader writes only to an area of its own. Readers use the area of the leader with the highest term. So a new
+//! leader can take over although the old one may only be paused. Nobody can stop the old one from writing to shared
+//! memory, but nobody reads its area any more. Two rules make this safe.
 //!
 //! 1. A successor claims its term *before* it reads its predecessor's area ([`claim_term`], [`crate::takeover`]).
 //! 2. A reader looks *after* its read that no higher term is claimed ([`with_leader`]).
 //!
-//! A reader therefore sees the claim and drops what it read, or its read happened before the claim, and then the
+//! Either a reader sees the claim, and drops what it read. Or its read happened before the claim, and then the
 //! successor has copied the same.
 
 // [[DEVIATION_011]]
@@ -27,7 +27,7 @@ use std::sync::atomic::{Ordering, fence};
 const CLAIMED: u64 = offset_of!(TermLine, claimed) as u64;
 const ACTIVE: u64 = offset_of!(TermLine, active) as u64;
 
-/// No term is active: the region is new, or a successor is taking over. It passes.
+/// No term is active: the region is new, or a successor is taking over. Try again soon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the region has no leader at the moment")]
 pub struct NoLeader;
@@ -74,8 +74,8 @@ pub fn latest_claimant<F: Fabric>(region: &Region<F>) -> Option<(BrokerId, Term)
     (newest.claimed > Term::NONE).then_some((newest.area.0, newest.claimed))
 }
 
-/// Returns the area that was active last, and its term: the leader's, or the predecessor's while a successor takes over.
-/// For inspection, and for the successor.
+/// Returns the area that was active last, and its term: the leader's, or the predecessor's while a successor takes
+/// over. For inspection, and for the successor.
 pub fn last_active<F: Fabric>(region: &Region<F>) -> Option<(LeaderArea, Term)> {
     let newest = read_terms(region).max_by_key(|terms| terms.active)?;
     (newest.active > Term::NONE).then_some((newest.area, newest.active))
@@ -106,7 +106,8 @@ pub fn with_leader<F: Fabric, R>(region: &Region<F>, mut read: impl FnMut(Leader
     }
 }
 
-/// Returns true while no higher term than `term` is claimed. Everything that its leader wrote before the call counts.
+/// Returns true while no higher term than `term` is claimed. Everything that the leader of `term` wrote before the call
+/// then counts.
 #[inline]
 pub fn still_leads<F: Fabric>(region: &Region<F>, term: Term) -> bool {
     // SYNC: what the leader wrote is in memory before the terms are read; pairs with `claim_term`.
@@ -120,8 +121,8 @@ pub fn leader_version<F: Fabric>(region: &Region<F>) -> u64 {
     region.leader_cache().version()
 }
 
-/// Begins a takeover under `term`, which must be higher than every claimed term. Nothing that earlier leaders write from
-/// now on counts.
+/// Begins a takeover under `term`, which must be higher than every claimed term. Nothing that earlier leaders write
+/// from now on counts.
 pub fn claim_term<F: Fabric>(region: &Region<F>, area: LeaderArea, term: Term) {
     let at = region.layout().terms(area).add(CLAIMED);
     region.fabric().store(at, term.0);
@@ -152,15 +153,15 @@ pub struct Candidacy {
     pub before: Term,
 }
 
-/// Campaigns for a term. Returns true if no other candidate did since this one looked.
+/// Campaigns for a term. Returns true if no other candidate has campaigned since this one read the highest candidacy.
 pub fn campaign<F: CoherentFabric>(region: &Region<F>, candidacy: Candidacy) -> bool {
     region.fabric().compare_exchange(region.layout().election(), candidacy.before.0, candidacy.term.0)
 }
 
-/// Leader's statement of who it is and which brokers are alive.
+/// Statement of a leader: its identity, and the brokers that are alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct LeaderInfo {
-    /// Term under which it wrote this.
+    /// Term under which the leader wrote the statement.
     pub term: Term,
     /// Broker id.
     pub broker: BrokerId,

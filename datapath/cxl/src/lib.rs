@@ -1,8 +1,13 @@
 //! Shared memory that hosts may cache without snooping each other, and the structures that live in it.
 //!
-//! Three rules hold everywhere: a line has one writing host at a time, shared values only grow, and writers *flush to
-//! publish* while readers *invalidate to observe*. Every structure is reached through [`Fabric`], so the same code runs on
-//! [`Native`] memory and on the simulated fabric of the tests, which shows a forgotten flush. Start with [`layout`].
+//! Three rules hold everywhere.
+//!
+//! - A line has one writing host at a time.
+//! - Shared values only grow.
+//! - Writers *flush to publish*, readers *invalidate to observe*.
+//!
+//! Every structure is reached through [`Fabric`]. So the same code runs on [`Native`] memory and on the simulated
+//! fabric of the tests, which shows a forgotten flush. Start with [`layout`].
 
 pub mod batchlog;
 pub mod broker_table;

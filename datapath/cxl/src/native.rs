@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 
-/// A shared mapping; unmapped when the last user drops it.
+/// Shared mapping of a region's memory. It is unmapped when it is dropped.
 pub struct Mapping {
     map: memmap2::MmapRaw,
     base: *mut u8,
@@ -22,50 +22,51 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Maps the first `bytes` of `file` (a file on tmpfs or hugetlbfs, or a device-dax node).
+    /// Maps the first `bytes` of `file`: a file on tmpfs or hugetlbfs, or a device-dax node.
     ///
     /// # Errors
-    /// What `mmap` reports.
-    pub fn of_file(file: &File, bytes: u64) -> io::Result<Self> {
+    /// The error of mmap(2), or `InvalidInput` when this machine cannot address as many bytes.
+    pub(crate) fn of_file(file: &File, bytes: u64) -> io::Result<Self> {
         let bytes = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         let map = memmap2::MmapOptions::new().len(bytes).map_raw(file)?;
         let base = map.as_mut_ptr();
         Ok(Self { map, base, bytes })
     }
 
-    /// Maps anonymous memory.
+    /// Maps `bytes` bytes of anonymous memory, which only this process sees.
     ///
     /// # Errors
-    /// What `mmap` reports.
+    /// The error of mmap(2), or `InvalidInput` when this machine cannot address as many bytes.
     pub fn anonymous(bytes: u64) -> io::Result<Self> {
         let bytes = usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-        // memmap2 aligns to pages only; the region's own structures need 4 KiB, which that is.
+        // mmap(2) aligns to a page, which is all that the areas of a region need (`AREA_ALIGN`).
         let map: memmap2::MmapRaw = memmap2::MmapOptions::new().len(bytes).map_anon()?.into();
         let base = map.as_mut_ptr();
         Ok(Self { map, base, bytes })
     }
 
-    /// Asks the kernel for huge pages and touches every page now, so that the data path takes no page faults.
-    /// Existing contents stay.
+    /// Asks the kernel for huge pages and allocates every page now, so that the data path takes no page faults.
+    /// Existing contents stay. Source: madvise(2), `MADV_HUGEPAGE` and `MADV_POPULATE_WRITE`.
     ///
     /// # Errors
-    /// What `madvise` reports when memory cannot be had.
+    /// The error of madvise(2) when there is too little memory.
     pub fn prefault(&self) -> io::Result<()> {
-        // Huge pages are a wish: tmpfs refuses it where shmem_enabled forbids them.
+        // Huge pages are optional. tmpfs refuses them where /sys/kernel/mm/transparent_hugepage/shmem_enabled forbids
+        // them (Documentation/admin-guide/mm/transhuge.rst).
         let _ = self.map.advise(memmap2::Advice::HugePage);
         self.map.advise(memmap2::Advice::PopulateWrite)
     }
 
-    /// Its first byte, and how many there are.
+    /// Returns the address of the mapping, and its length in bytes.
     pub(super) fn pages(&self) -> (*mut u8, usize) {
         (self.base, self.bytes)
     }
 }
 
-/// A [`Fabric`] over real memory. Cheap to clone.
+/// [`Fabric`] over real memory. A clone is cheap, and shares the memory.
 ///
-/// Safe to hold because words are only touched as atomics, and byte ranges only between reservation and publication
-/// (one writer, no reader) or after publication (readers only).
+/// Words are only touched as atomics. A byte range has one writer and no reader between its reservation and its
+/// publication, and only readers afterwards. So no access is a data race.
 #[derive(Clone)]
 pub struct Native {
     mapping: Arc<Mapping>,
@@ -80,7 +81,7 @@ unsafe impl Send for Native {}
 unsafe impl Sync for Native {}
 
 impl Native {
-    /// Wraps a mapping; `method` says how lines are written back ([`FlushMethod::None`] on a coherent platform).
+    /// Wraps a mapping whose lines are written back by `method`: [`FlushMethod::None`] on a coherent platform.
     ///
     /// # Errors
     /// [`UnsupportedFlush`] when this CPU lacks the instruction.
@@ -90,22 +91,22 @@ impl Native {
         Ok(Self { mapping: Arc::new(mapping), base, bytes, method })
     }
 
-    /// The method in use.
+    /// Flush method in use.
     #[must_use]
     pub fn method(&self) -> FlushMethod {
         self.method
     }
 
-    /// The mapping below.
+    /// Mapping of the memory.
     #[must_use]
     pub fn mapping(&self) -> &Mapping {
         &self.mapping
     }
 
-    /// The address of `len` bytes at `at`, for a transport that hands it to the kernel or a NIC.
+    /// Returns the address of `len` bytes at `at`, for a transport that passes it to the kernel or a NIC.
     ///
     /// # Panics
-    /// When the range is not inside the region: a broken caller must not reach other memory.
+    /// When the range is not inside the region: a faulty caller must not reach other memory.
     #[inline]
     pub fn address(&self, at: RegionOffset, len: u64) -> *mut u8 {
         assert!(at.0 <= self.bytes && len <= self.bytes - at.0, "{at:?}+{len} is outside the region");
@@ -113,8 +114,11 @@ impl Native {
         unsafe { self.base.add(at.0 as usize) }
     }
 
-    /// Looks at bytes in place. The caller owns the range by the protocol: reserved by it and not yet published, or
-    /// published and pinned.
+    /// Passes bytes to `look` where they lie, without a copy. By the protocol the caller owns the range: it reserved
+    /// the range and has not published it yet, or the range is published and pinned.
+    ///
+    /// # Panics
+    /// When the range is not inside the region.
     #[inline]
     pub fn with_bytes<R>(&self, at: RegionOffset, len: u64, look: impl FnOnce(&[u8]) -> R) -> R {
         let from = self.address(at, len);
@@ -123,24 +127,25 @@ impl Native {
         look(unsafe { std::slice::from_raw_parts(from, len as usize) })
     }
 
-    /// Writes bytes past the caches: when this returns they are in the region's memory, without a flush.
+    /// Writes bytes past the caches. They are in the region's memory when this returns, without a flush.
     pub fn write_past_caches(&self, at: RegionOffset, from: &[u8]) {
         self.stream(at, from);
         cache::lines_stored();
     }
 
-    /// As [`Native::write_past_caches`], but they are there only after [`cache::lines_stored`].
+    /// Writes bytes past the caches. They are in the region's memory only after [`cache::lines_stored`].
     pub fn stream(&self, at: RegionOffset, from: &[u8]) {
         let before = at.0.next_multiple_of(LINE_BYTES) - at.0;
-        let (leader, rest) = from.split_at(from.len().min(before as usize));
-        let (lines, tail) = rest.as_chunks();
-        for (at, edge) in [(at, leader), (at.add((from.len() - tail.len()) as u64), tail)] {
+        let (start, rest) = from.split_at(from.len().min(before as usize));
+        let (lines, end) = rest.as_chunks();
+        // Only whole lines can go past the caches.
+        for (at, edge) in [(at, start), (at.add((from.len() - end.len()) as u64), end)] {
             self.write_bytes(at, edge);
             if !edge.is_empty() {
                 self.flush(at, edge.len() as u64, Site::PayloadFlush);
             }
         }
-        let to = self.address(at.add(leader.len() as u64), size_of_val(lines) as u64);
+        let to = self.address(at.add(start.len() as u64), size_of_val(lines) as u64);
         // SAFETY: in bounds, and at a line unless there is none; `from` is ordinary memory that cannot overlap a range
         // which the caller reserved.
         unsafe { cache::store_lines(to, lines) };
@@ -154,7 +159,7 @@ impl Native {
         unsafe { AtomicU64::from_ptr(from.cast()) }
     }
 
-    /// A line, looked up once for all its words.
+    /// Returns the eight words of the line at `at`, with one check of its bounds.
     #[inline]
     fn line(&self, at: RegionOffset) -> &[AtomicU64; 8] {
         let from = self.address(at, LINE_BYTES);
@@ -198,7 +203,8 @@ impl Fabric for Native {
         if self.method == FlushMethod::Movdir64b {
             let to = self.address(at, LINE_BYTES);
             assert!(at.0.is_multiple_of(LINE_BYTES), "{at:?} is not aligned to a line");
-            // SAFETY: checked just above; `new` checked the CPU. The store is atomic as a whole line.
+            // SAFETY: checked just above; `new` checked the CPU. The line is stored as a whole (Intel SDM volume 2,
+            // MOVDIR64B: 64-byte write atomicity).
             unsafe { cache::direct_store(to, words) };
             return;
         }

@@ -1,21 +1,28 @@
-//! On which NUMA node a mapping's pages lie: CXL memory that the kernel has onlined as system-ram is a node without cores.
+//! NUMA nodes of a mapping's pages.
+//!
+//! CXL memory that the kernel has brought online as system-ram is a NUMA node without cores.
 
 use crate::native::Mapping;
 use std::io;
 use std::ptr;
 
-/// Nodes that a mask has room for: what the kernel has at most (`MAX_NUMNODES`).
+/// Nodes in a mask. Source: include/linux/numa.h, `MAX_NUMNODES`, with the largest `NODES_SHIFT` of arch/x86/Kconfig,
+/// 10.
 const NODES: u32 = 1024;
-/// Source: include/uapi/linux/mempolicy.h.
+/// Policy that takes pages from the nodes of the mask only. Source: include/uapi/linux/mempolicy.h.
 const MPOL_BIND: libc::c_int = 2;
-/// Pages that are looked at, at most.
+/// Most pages whose node is looked up.
 const LOOKED: u64 = 1 << 16;
+/// Bytes of a page. Source: arch/x86/include/asm/page_types.h, `PAGE_SIZE`.
+const PAGE_BYTES: u64 = 4096;
 
 impl Mapping {
-    /// Has pages that are not there yet come from `node` only: those of the file too, for every process (mbind(2)).
+    /// Makes the kernel take pages that are not allocated yet from `node` only (mbind(2)). The policy belongs to the
+    /// file on tmpfs or hugetlbfs, so it holds for every process that maps it. Source:
+    /// Documentation/admin-guide/mm/numa_memory_policy.rst, "Shared Policy".
     ///
     /// # Errors
-    /// What `mbind` reports, for a node that is not there too.
+    /// The error of mbind(2), also when the host has no such node.
     pub fn bind(&self, node: u32) -> io::Result<()> {
         let mut mask = [0u64; NODES as usize / 64];
         let word = mask.get_mut(node as usize / 64).ok_or_else(|| {
@@ -23,20 +30,22 @@ impl Mapping {
         })?;
         *word = 1 << (node % 64);
         let (base, bytes) = self.pages();
-        // SAFETY: the range is the mapping; the kernel reads one bit less than it is told, so as many as the mask has.
+        // SAFETY: the range is the mapping. The kernel reads one bit less than it is told (`get_nodes` in
+        // mm/mempolicy.c), so as many as the mask has.
         let failed = unsafe {
             libc::syscall(libc::SYS_mbind, base, bytes, MPOL_BIND, mask.as_ptr(), libc::c_ulong::from(NODES + 1), 0u32)
         };
         if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// On which node each page is that is there: of all pages, or of 65,536 that are evenly spread (move_pages(2)).
+    /// Looks up the NUMA node of every page, or of at most 65,536 evenly spread ones (move_pages(2)). `None` stands for
+    /// a page that is not allocated.
     ///
     /// # Errors
-    /// What `move_pages` reports.
+    /// The error of move_pages(2).
     pub fn nodes(&self) -> io::Result<Vec<Option<u32>>> {
         let (base, bytes) = self.pages();
-        let step = (bytes as u64).div_ceil(LOOKED).next_multiple_of(4096) as usize;
+        let step = (bytes as u64).div_ceil(LOOKED).next_multiple_of(PAGE_BYTES) as usize;
         let pages: Vec<*mut u8> = (0..bytes).step_by(step).map(|at| base.wrapping_add(at)).collect();
         let mut nodes: Vec<libc::c_int> = vec![0; pages.len()];
         // SAFETY: with no nodes to move to, the call only writes one number for each page, for which there is room.
@@ -54,7 +63,7 @@ impl Mapping {
         if failed != 0 {
             return Err(io::Error::last_os_error());
         }
-        // Below zero: no page there.
+        // A status below zero is an errno: there is no page.
         Ok(nodes.into_iter().map(|node| u32::try_from(node).ok()).collect())
     }
 }

@@ -15,18 +15,18 @@ use serde::Serialize;
 pub enum SegmentUse {
     /// The segment is in the pool.
     Free,
-    /// It holds batches that a broker received.
+    /// The segment holds batches that a broker received.
     Blog {
         /// Topic slot.
         topic: TopicId,
         /// Incarnation of the topic.
         incarnation: Incarnation,
-        /// Broker that received them.
+        /// Broker that received the batches.
         broker: BrokerId,
-        /// Position in the chain.
+        /// Position in the broker's chain of segments, from 0.
         ordinal: u64,
     },
-    /// It holds entries of an order index.
+    /// The segment holds entries of an order index.
     Index {
         /// Topic slot.
         topic: TopicId,
@@ -34,9 +34,9 @@ pub enum SegmentUse {
         incarnation: Incarnation,
         /// Stream.
         stream: Stream,
-        /// Position in the index.
+        /// Position in the index, in segments.
         ordinal: u64,
-        /// Broker that took it from the pool, and alone may give it back.
+        /// Broker that took the segment from the pool, and alone may give it back.
         holder: BrokerId,
     },
 }
@@ -46,7 +46,7 @@ fn stream_number<F: Fabric>(region: &Region<F>, stream: Stream) -> u32 {
     stream.broker().map_or(region.geometry().max_brokers, |broker| broker.0)
 }
 
-/// Writes who holds a segment, for inspection and for the holder's next incarnation. Only the holder may.
+/// Records the holder of a segment, for inspection and for the holder's next incarnation. Only the holder may.
 pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: SegmentUse) {
     let line = match owner {
         SegmentUse::Free => OwnerLine { kind: SegmentKind::Free.code(), ..OwnerLine::zeroed() },
@@ -72,7 +72,7 @@ pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: Segment
     region.fabric().publish_versioned(region.layout().owner(segment), &line, Site::OwnerFlush);
 }
 
-/// Reads who holds a segment. The row of a segment that was never taken is unused.
+/// Reads the holder of a segment. The row of a segment that was never taken is unused.
 pub fn read_owner<F: Fabric>(region: &Region<F>, segment: u32) -> Row<SegmentUse> {
     let at = region.layout().owner(segment);
     region.fabric().observe_versioned::<OwnerLine, ()>(at, Site::OwnerRead, |_| ()).decode(|(line, ())| {

@@ -23,8 +23,8 @@ pub struct Replication {
     pub source: BrokerId,
 }
 
-/// Records that a replica has the batches of a source on disk: all at positions below `position` of their order index, from
-/// where the replica began. Only that replica may. The position falls only when its broker starts.
+/// Records that a replica has the batches of a source on disk: all at positions below `position` of their order index.
+/// Only that replica may. The position falls only when its broker starts.
 pub fn publish_replicated<F: Fabric>(region: &Region<F>, of: Replication, position: u64) {
     let at = region.layout().replicated(of);
     let fabric = region.fabric();
@@ -43,9 +43,9 @@ pub fn read_replicated<F: Fabric>(region: &Region<F>, of: Replication) -> u64 {
 pub struct Completion {
     /// Entries below this position are durable, unless they are lost.
     pub durable_through: u64,
-    /// Entries below this position that were not durable by then are on no disk: retention took them.
+    /// Entries below this position that were not durable when retention trimmed them are on no disk.
     pub lost_through: u64,
-    /// Sessions are waiting for batches to be durable.
+    /// True while sessions wait for batches to be durable.
     pub awaited: bool,
 }
 

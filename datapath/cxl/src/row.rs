@@ -2,7 +2,7 @@
 
 use crate::fabric::RegionOffset;
 
-/// Contents of the region that no writer of this layout made.
+/// Contents of the region that no writer of this layout makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the region is damaged: {structure} at byte {at}: {what} is {value:#x}", at = at.0)]
 pub struct Damage {
@@ -10,7 +10,7 @@ pub struct Damage {
     pub structure: &'static str,
     /// Position of the structure, or of the byte, in the region.
     pub at: RegionOffset,
-    /// Part of the structure that is not possible.
+    /// Name of the part that is wrong.
     pub what: &'static str,
     /// Value of that part.
     pub value: u64,
@@ -21,9 +21,9 @@ pub struct Damage {
 pub enum Row<T> {
     /// The row was never written.
     Unused,
-    /// Its writer is changing it, or died in the middle of a change.
+    /// The writer is changing the row, or died in the middle of a change.
     Unsettled,
-    /// Its contents are not possible.
+    /// The row has contents that no writer makes.
     Damaged(Damage),
     /// The row is whole.
     Used(T),

@@ -62,9 +62,9 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, area: LeaderArea, session:
     region.fabric().publish_versioned(region.layout().session(area, session.slot), &line, Site::SessionFlush);
 }
 
-/// Repairs a session row that an earlier leader left half written: the session is fenced. Each word is the old or the new
-/// one, and no client was told. The epoch moves past both, so that no epoch names two sessions. Only a successor may,
-/// before it activates its term.
+/// Repairs a session row that an earlier leader left half written: the session is fenced. Each word is the old or the
+/// new one, and no client was told. The epoch moves past both, so that no epoch names two sessions. Only a successor
+/// may, before it activates its term.
 pub fn repair_torn_session<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) {
     let (fabric, at) = (region.fabric(), region.layout().session(area, slot));
     // A damaged row stays as it is: no session gets its slot.
@@ -126,8 +126,8 @@ pub fn publish_commits<F: Fabric>(region: &Region<F>, area: LeaderArea, batches:
     for SessionCommit { slot, record, expected } in batches {
         let at = layout.commit_record(area, *slot, record.tag - 1);
         let words: [u64; 4] = bytemuck::cast(*record);
-        // SYNC: the tag is stored last; pairs with `read_commit_at`, which loads it first. On memory that is not coherent
-        // the record lies within one line and travels whole.
+        // SYNC: the tag is stored last; pairs with `read_commit_at`, which loads it first. On memory that is not
+        // coherent the record lies within one line and travels whole.
         for (index, word) in words.iter().enumerate() {
             fabric.store(at.add(index as u64 * 8), *word);
         }

@@ -1,7 +1,8 @@
 //! Takeover: a successor copies what its predecessor wrote into an area of its own.
 //!
-//! The predecessor may go on writing meanwhile. A word that depends on another is therefore copied before it: how far
-//! Batchlogs are consumed, what is durable and what sessions committed come before the tails that cover them all.
+//! The predecessor may go on writing meanwhile. A word that depends on another is therefore copied before the other.
+//! The consumed Batchlog entries, the durable positions and the session commits come first, then the tails that cover
+//! them.
 
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset, Versioned};
 use crate::layout::{LeaderArea, NameLine, SessionLine, SessionRow, TailLine, TopicLine};
@@ -16,14 +17,14 @@ use std::mem::size_of;
 /// Bytes of a session's progress and commit records, which follow its identity.
 const SESSION_REST_BYTES: u64 = (size_of::<SessionRow>() - size_of::<SessionLine>()) as u64;
 
-/// Attempts to read a line that its writer changes. After as many, the line counts as left half written.
+/// Attempts to read a line whose writer is changing it. After as many, the line counts as torn.
 const ATTEMPTS: u32 = 1000;
 
 /// Predecessor's state, as the successor copied it.
 #[derive(Debug)]
 pub struct PredecessorState {
-    /// Position that each topic's global order had reached when the copy began. Whatever was committed before is below it,
-    /// near it, or after it.
+    /// Position that each topic's global order had reached when the copy began, by topic slot. Sessions may not know of
+    /// batches that were committed near or after it.
     pub begun: Vec<u64>,
     /// Area that was copied, and its term; `None` in a new region. The term may be later than the one before the claim.
     pub from: Option<(LeaderArea, Term)>,
@@ -67,8 +68,9 @@ pub fn copy_predecessor<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Pred
     state
 }
 
-/// Copies a line whose words only grow, as it was at one moment: two reads in a row that return the same values prove
-/// that the line held them between the reads (Afek et al., "Atomic snapshots of shared memory", J. ACM 1993).
+/// Copies a line whose words only grow, as it was at one moment. Two reads in a row that return the same values prove
+/// that the line held them between the reads. Source: Afek et al., "Atomic snapshots of shared memory", J. ACM 40(4),
+/// 1993.
 fn copy_steady<F: Fabric>(region: &Region<F>, from: RegionOffset, to: RegionOffset) {
     let fabric = region.fabric();
     let look = || fabric.observe_words::<TailLine>(from, Site::TakeoverRead);
@@ -123,8 +125,8 @@ fn copy_versioned<F: Fabric, T: Versioned>(
             Row::Unused | Row::Unsettled => std::hint::spin_loop(),
         }
     }
-    // Or the writer stopped in the middle of a change, and no client has seen this line. It is copied torn: the successor
-    // finds the odd version and repairs it.
+    // Or the writer stopped in the middle of a change, and no client has seen this line. It is copied torn: the
+    // successor finds the odd version and repairs it.
     copy_lines(region, from, to, LINE_BYTES + more);
     true
 }

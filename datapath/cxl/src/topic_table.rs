@@ -78,8 +78,8 @@ pub fn publish_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, config: &T
     });
 }
 
-/// Repairs a topic row that an earlier leader left half written: the topic is deleted. It was being created, and no client
-/// was told, or it was being deleted. Only a successor may, before it activates its term.
+/// Repairs a topic row that an earlier leader left half written: the topic is deleted. It was being created, and no
+/// client was told, or it was being deleted. Only a successor may, before it activates its term.
 pub fn repair_torn_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId) {
     let (fabric, at) = (region.fabric(), region.layout().topic(area, topic));
     // A damaged row stays as it is: no topic gets its slot.

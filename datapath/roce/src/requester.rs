@@ -166,7 +166,7 @@ impl<B: AsRef<[u8]>> Requester<B> {
                 let all = Reth { address, rkey, bytes: payload.len() as u32 };
                 (Opcode::write(part, immediate.is_some()), Some(all), immediate, 1)
             }
-            // The rest of it, where a part has come (IBTA 9.7.5.1.1, retried reads).
+            // A read of which a part has come asks for the rest (IBTA 9.7.5.1.1, retried reads).
             Operation::Read { address, rkey, bytes } => {
                 let rest = Reth { address, rkey, bytes }.after(from as u32);
                 (Opcode::ReadRequest, Some(rest), None, pending.packets - done)

@@ -134,7 +134,7 @@ impl Responder {
             }
             Outcome::NotReady => {
                 self.answer = Some((self.expected, Syndrome::NotReady(attributes.rnr_timer)));
-                // What is under way comes again, and is not a gap.
+                // Packets under way behind it come again; they are no gap to report.
                 self.gap_told = true;
                 Ok(None)
             }

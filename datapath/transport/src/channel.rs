@@ -1,10 +1,11 @@
 //! Connections of real hosts: a socket, with a queue pair beside it once the client has asked for one.
 
-use crate::SendBuffer;
 use crate::connection::{Connection, Landing, Received, TransportError};
-use crate::link::{Item, LinkError, LinkOptions, PublisherLink, SubscriberLink};
+use crate::link::{Item, LinkError, PublisherLink, SubscriberLink};
+use crate::options::LinkOptions;
 use crate::outbox::Outbox;
 use crate::rdma::{RdmaConnection, RdmaPublisher, RdmaSubscriber};
+use crate::send_buffer::SendBuffer;
 use crate::tcp::{TcpConnection, TcpPublisher, TcpSubscriber, connect};
 use embarcadero_cxl::{Native, RegionOffset};
 use embarcadero_wire::batch::BatchBuilder;

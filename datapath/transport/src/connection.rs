@@ -1,6 +1,7 @@
 //! Broker's end of a connection: the traits of a transport and of the code that takes batches.
 
-use crate::{Outbox, Window};
+use crate::outbox::Outbox;
+use crate::window::Window;
 use embarcadero_cxl::{Fabric, RegionOffset};
 use embarcadero_wire::batch::BodyError;
 use embarcadero_wire::{BatchHeader, ErrorCode, Frame, WireError, encode_error};
@@ -8,6 +9,7 @@ use std::io;
 
 /// Reason for which a broker's connection ends.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum TransportError {
     /// The peer closed the connection.
     #[error("the peer closed the connection")]

@@ -144,7 +144,7 @@ impl MemoryRegion {
 
 /// Type-2 memory window: part of a registration that the peer of one queue pair can write.
 ///
-/// A [`crate::Work::Open`] on the queue pair opens it. Dropping it closes it: once `drop` returns, a write through it
+/// A request `Work::Open` on the queue pair opens it. Dropping it closes it: once `drop` returns, a write through it
 /// fails with a remote access error.
 pub struct MemoryWindow {
     address: u64,

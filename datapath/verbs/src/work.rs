@@ -20,7 +20,7 @@ pub enum Work<'a, W> {
 
 /// Work request. `W` is a memory window.
 pub struct Request<'a, W> {
-    /// Number of the caller's choice; the completion has it. Below 2^63.
+    /// Number of the caller's choice, below 2^63; the completion has it. Ids of a queue pair's requests never fall.
     pub id: u64,
     /// Whether success has a completion. Failure always has.
     pub signaled: bool,

@@ -32,7 +32,7 @@ impl BatchHeader {
     /// Offset of the length table in the body.
     #[inline]
     #[must_use]
-    pub fn table_at(&self) -> u64 {
+    pub(crate) fn table_at(&self) -> u64 {
         u64::from(self.payload_bytes).next_multiple_of(4)
     }
 
@@ -88,6 +88,7 @@ impl BatchHeader {
 
 /// Reason why a body does not belong to its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BodyError {
     /// The body is too short or too long.
     #[error("the batch body has {found} bytes, its header says {expected}")]

@@ -18,6 +18,7 @@ pub const UNKNOWN_OFFSET: u64 = u64::MAX;
 
 /// Reason why bytes are not a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum WireError {
     /// The bytes are of another protocol.
     #[error("frame magic is {found:#010x}, expected {FRAME_MAGIC:#010x}")]

@@ -245,7 +245,7 @@ impl Process {
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
         let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group).of_incarnation(incarnation);
         if host < LEADERS {
-            delegation.tidy(mirror.clone());
+            delegation.reclaim_mirror(mirror.clone());
         }
         let address = |port| std::net::SocketAddr::from(([10, 0, 0, host as u8], port));
         let info = BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true };

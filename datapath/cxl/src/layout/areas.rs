@@ -27,7 +27,8 @@ pub struct Layout {
     pub control: u64,
     /// Broker table: a [`BrokerSlot`] per broker.
     pub brokers: u64,
-    /// Segment bitmap: one run of words (allocators `bitmap` and `leader`), or one run of lines per broker (`partitioned`).
+    /// Segment bitmap: one run of words (allocators `bitmap` and `leader`), or one run of lines per broker
+    /// (`partitioned`).
     pub bitmap: u64,
     /// An [`OwnerLine`] per segment.
     pub owners: u64,
@@ -114,13 +115,13 @@ impl Layout {
 
     /// Bytes of one broker's partition of the bitmap: whole lines, so that no two brokers share one.
     #[must_use]
-    pub const fn partition_bytes(geometry: &Geometry) -> u64 {
+    pub(crate) const fn partition_bytes(geometry: &Geometry) -> u64 {
         (geometry.partition_segments() as u64).div_ceil(SEGMENTS_PER_LINE) * LINE_BYTES
     }
 
     /// Bytes of one order index's directory: whole lines of words.
     #[must_use]
-    pub const fn directory_bytes(geometry: &Geometry) -> u64 {
+    pub(crate) const fn directory_bytes(geometry: &Geometry) -> u64 {
         (geometry.directory_slots() * WORD_BYTES).next_multiple_of(LINE_BYTES)
     }
 
@@ -168,7 +169,7 @@ impl Layout {
 
     /// Position of the [`super::TailLine`] of a broker's own order.
     #[must_use]
-    pub const fn broker_tail(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
+    pub(crate) const fn broker_tail(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
         self.offset_entry(topic, broker).add(offset_of!(OffsetEntry, tail) as u64)
     }
 
@@ -188,7 +189,7 @@ impl Layout {
 
     /// Position of the directory of a broker's own order index.
     #[must_use]
-    pub const fn broker_directory(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
+    pub(crate) const fn broker_directory(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
         RegionOffset(self.directories + self.pair(topic, broker) * Self::directory_bytes(&self.geometry))
     }
 
@@ -212,13 +213,13 @@ impl Layout {
 
     /// Position of the [`super::TailLine`] of a topic's global order in a leader's area.
     #[must_use]
-    pub const fn global_tail(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
+    pub(crate) const fn global_tail(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
         self.leader_topic(area, topic).add(offset_of!(LeaderTopic, tail) as u64)
     }
 
     /// Position of the directory of a topic's global order index in a leader's area.
     #[must_use]
-    pub const fn global_directory(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
+    pub(crate) const fn global_directory(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
         let at = self.leader.directories + topic.0 as u64 * Self::directory_bytes(&self.geometry);
         self.leader_area(area).add(at)
     }
@@ -243,27 +244,27 @@ impl Layout {
 
     /// Position of a session's [`super::SessionProgressLine`] in a leader's area.
     #[must_use]
-    pub const fn session_progress(&self, area: LeaderArea, slot: SessionSlot) -> RegionOffset {
+    pub(crate) const fn session_progress(&self, area: LeaderArea, slot: SessionSlot) -> RegionOffset {
         self.session_row(area, slot).add(offset_of!(SessionRow, progress) as u64)
     }
 
     /// Position of the [`CommitRecord`] of a session's batch in a leader's area.
     #[inline]
     #[must_use]
-    pub const fn commit_record(&self, area: LeaderArea, slot: SessionSlot, sequence: u64) -> RegionOffset {
+    pub(crate) const fn commit_record(&self, area: LeaderArea, slot: SessionSlot, sequence: u64) -> RegionOffset {
         let records = self.session_row(area, slot).add(offset_of!(SessionRow, records) as u64);
         records.add(sequence % SESSION_WINDOW * bytes_of::<CommitRecord>())
     }
 
     /// Position of a word of the shared bitmap (allocators `bitmap` and `leader`).
     #[must_use]
-    pub const fn bitmap_word(&self, word: u32) -> RegionOffset {
+    pub(crate) const fn bitmap_word(&self, word: u32) -> RegionOffset {
         RegionOffset(self.bitmap + word as u64 * WORD_BYTES)
     }
 
     /// Position of a word of a broker's partition of the bitmap (allocator `partitioned`).
     #[must_use]
-    pub const fn partition_word(&self, broker: BrokerId, word: u32) -> RegionOffset {
+    pub(crate) const fn partition_word(&self, broker: BrokerId, word: u32) -> RegionOffset {
         let partition = self.bitmap + broker.0 as u64 * Self::partition_bytes(&self.geometry);
         RegionOffset(partition + word as u64 * WORD_BYTES)
     }
@@ -284,14 +285,14 @@ impl Layout {
     /// Entries of an order index per segment.
     #[inline]
     #[must_use]
-    pub const fn entries_per_segment(&self) -> u64 {
+    pub(crate) const fn entries_per_segment(&self) -> u64 {
         self.geometry.segment_bytes / bytes_of::<IndexEntry>()
     }
 
     /// Position of the [`IndexEntry`] at `position` of an order index, which lies in `segment`.
     #[inline]
     #[must_use]
-    pub const fn index_entry(&self, segment: u32, position: u64) -> RegionOffset {
+    pub(crate) const fn index_entry(&self, segment: u32, position: u64) -> RegionOffset {
         self.segment(segment).add(position % self.entries_per_segment() * bytes_of::<IndexEntry>())
     }
 

@@ -59,9 +59,9 @@ codes! {
     pub enum SegmentKind: u32 {
         /// The segment is in the pool.
         Free = 0,
-        /// It holds batches that a broker received.
+        /// The segment holds batches that a broker received.
         Blog = 1,
-        /// It holds entries of an order index.
+        /// The segment holds entries of an order index.
         Index = 2,
     }
 
@@ -72,9 +72,9 @@ codes! {
         /// The broker has no disk to replicate to.
         #[default]
         None = 0,
-        /// It replicates its share.
+        /// The broker replicates its share.
         Running = 1,
-        /// Its disk failed; it takes no more.
+        /// The broker's disk failed, and it replicates no more.
         Failed = 2,
     }
 }

@@ -48,8 +48,8 @@ impl Geometry {
         }
     }
 
-    /// Returns the geometry of this region's mirror, of at most `bytes` bytes. It has the tables of the leaders, and segments
-    /// of 1 MiB for their order indexes, as many for each leader.
+    /// Returns the geometry of this region's mirror, of at most `bytes` bytes. It has the tables of the leaders, and
+    /// segments of 1 MiB for their order indexes, as many for each leader.
     ///
     /// # Errors
     /// [`OutOfBounds`] when not even one segment per leader fits.
@@ -137,13 +137,13 @@ impl Geometry {
 
     /// Slots of an order index's directory: a power of two that no index outgrows.
     #[must_use]
-    pub const fn directory_slots(&self) -> u64 {
+    pub(crate) const fn directory_slots(&self) -> u64 {
         (self.segment_count as u64).next_power_of_two()
     }
 
     /// Segments of one broker's partition of the bitmap.
     #[must_use]
-    pub const fn partition_segments(&self) -> u32 {
+    pub(crate) const fn partition_segments(&self) -> u32 {
         self.segment_count.div_ceil(self.max_brokers)
     }
 }

@@ -109,5 +109,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0x0000000000000000";
+    const EXPECTED: &str = "0xecd8f47ff43d1a16";
 }

@@ -4,8 +4,8 @@
 //!
 //! - *One writer.* A line has one writing host at a time. A leader writes to its own area, a broker to its own rows.
 //! - *Words only grow*, or a version tells that they change: a reader never has to guess how old a value is.
-//! - *Data before the word that covers it.* Entries reach memory before a tail, records before a tag, everything before a
-//!   version becomes even.
+//! - *Data before the word that covers it.* Entries reach memory before a tail, records before a tag, everything before
+//!   a version becomes even.
 //!
 //! `docs/reference/region-layout.md` draws the areas.
 
@@ -27,7 +27,7 @@ pub use structures::{
 };
 
 /// First eight bytes of a region.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
+pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
 /// Version of the layout. It changes with every structure, independent of the crate's version.
 pub const LAYOUT_VERSION: u32 = 4;
 /// Most brokers of a region.
@@ -35,11 +35,11 @@ pub const MAX_BROKERS: u32 = 32;
 /// Brokers that can be the leader, unless a region is made for more: those with the lowest ids.
 pub const DEFAULT_LEADERS: u32 = 4;
 /// Most topics of a region.
-pub const MAX_TOPICS: u32 = 32;
+pub(crate) const MAX_TOPICS: u32 = 32;
 /// Most sessions of a region.
-pub const MAX_SESSIONS: u32 = 4096;
+pub(crate) const MAX_SESSIONS: u32 = 4096;
 /// Most segments of a region.
-pub const MAX_SEGMENTS: u32 = 16384;
+pub(crate) const MAX_SEGMENTS: u32 = 16384;
 /// Batches of one session that may be in flight, and commit records that a session keeps.
 pub const SESSION_WINDOW: u64 = 128;
 /// Bytes of the smallest and of the largest segment.
@@ -47,40 +47,40 @@ pub const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 30;
 /// Most bytes of a topic name.
 pub const TOPIC_NAME_BYTES: usize = 64;
 /// Alignment of areas, bytes: a page.
-pub const AREA_ALIGN: u64 = 4096;
+pub(crate) const AREA_ALIGN: u64 = 4096;
 
 /// Word in an entry's `lap` when it is entry `index` of a ring of `slots` slots.
 #[inline]
 #[must_use]
-pub const fn lap_of(index: u64, slots: u64) -> u64 {
+pub(crate) const fn lap_of(index: u64, slots: u64) -> u64 {
     index / slots + 1
 }
 
 /// Word in [`IndexEntry::commit`] of the entry at `position`.
 #[inline]
 #[must_use]
-pub const fn commit_word(position: u64) -> u32 {
+pub(crate) const fn commit_word(position: u64) -> u32 {
     (position + 1) as u32
 }
 
 /// Word of an order index's directory: the segment that holds the entries of `ordinal`.
 #[inline]
 #[must_use]
-pub const fn directory_word(ordinal: u64, segment: u32) -> u64 {
+pub(crate) const fn directory_word(ordinal: u64, segment: u32) -> u64 {
     (ordinal + 1) << 32 | segment as u64
 }
 
 /// Segment in a directory word, if the word is that of `ordinal`.
 #[inline]
 #[must_use]
-pub const fn directory_segment(word: u64, ordinal: u64) -> Option<u32> {
+pub(crate) const fn directory_segment(word: u64, ordinal: u64) -> Option<u32> {
     if word >> 32 == ordinal + 1 { Some(word as u32) } else { None }
 }
 
 /// Word in [`PinLine::delivering_from`] for a position; `u64::MAX` pins nothing.
 #[inline]
 #[must_use]
-pub const fn pin_word(position: u64) -> u64 {
+pub(crate) const fn pin_word(position: u64) -> u64 {
     position.saturating_add(1)
 }
 

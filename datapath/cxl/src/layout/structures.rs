@@ -1,7 +1,7 @@
 //! Structures of the region. Every size and offset is asserted at compile time.
 //!
-//! A *line* is written by one host at a time, word by word. A *versioned* line is read whole: its last word is odd while
-//! its writer changes it. A *block* is a row of lines, a *record* a part of a line. Fields whose names begin with
+//! A *line* is written by one host at a time, word by word. A *versioned* line is read whole: its last word is odd
+//! while its writer changes it. A *block* is a row of lines, a *record* a part of a line. Fields whose names begin with
 //! `reserved` are zero, and readers check that.
 
 use super::{MAX_BROKERS, SESSION_WINDOW, TOPIC_NAME_BYTES};
@@ -376,7 +376,8 @@ structures! {
         /// A [`super::SegmentKind`].
         kind: u32 = 0,
         topic: TopicId = 4,
-        /// Broker that received what is in it; of an index, its stream: a broker id, or `max_brokers` for the global one.
+        /// Broker that received what is in it; of an index, its stream: a broker id, or `max_brokers` for the global
+        /// one.
         broker: u32 = 8,
         topic_incarnation: Incarnation = 12,
         ordinal: u64 = 16,

@@ -119,8 +119,8 @@ pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: Strea
     }
 }
 
-/// Reads which segment holds the entries of segment `ordinal` of an index, from one leader's area. `None` when the index has
-/// no such segment, or not any more.
+/// Reads the number of the pool's segment that is segment `ordinal` of an index, from one leader's area. `None` when
+/// the index has no such segment, or not any more.
 ///
 /// # Errors
 /// [`Damage`] when the region has no such segment.
@@ -140,8 +140,8 @@ pub fn read_directory<F: Fabric>(
     }
 }
 
-/// Returns true when the leader of an area was filling a segment of a global order. Whoever succeeds it while it may go on
-/// needs another segment, for [`OrderIndexWriter::replace_last`].
+/// Returns true when the leader of an area was filling a segment of a global order. A successor needs another segment
+/// then, for [`OrderIndexWriter::replace_last`], unless that leader is gone.
 pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea) -> bool {
     let extent = read_extent_at(region, area, id);
     extent.committed > extent.base && !extent.committed.is_multiple_of(region.layout().entries_per_segment())

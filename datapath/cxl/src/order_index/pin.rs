@@ -36,8 +36,8 @@ impl<F: Fabric> Pin<F> {
         pin
     }
 
-    /// Pins everything from `position` on (`u64::MAX` pins nothing), and returns the trim point seen afterwards. What lies
-    /// at or above it stays until the pin moves on.
+    /// Pins everything from `position` on (`u64::MAX` pins nothing), and returns the trim point seen afterwards. What
+    /// lies at or above it stays until the pin moves on.
     ///
     /// # Errors
     /// [`NoLeader`], for a global order: nobody can say what is trimmed.
@@ -48,8 +48,8 @@ impl<F: Fabric> Pin<F> {
             self.position = position;
             fabric.store(self.at, pin_word(position));
             fabric.flush(self.at, 8, Site::PinFlush);
-            // SYNC: the pin is in memory before the trim point is read; pairs with `OrderIndexWriter::trim`, which stores
-            // its trim point before it reads pins. So at least one of the two sees the other.
+            // SYNC: the pin is in memory before the trim point is read; pairs with `OrderIndexWriter::trim`, which
+            // stores its trim point before it reads pins. So at least one of the two sees the other.
             fabric.full_fence(Site::PinFlush);
         }
         let (region, id) = (&self.region, self.id);

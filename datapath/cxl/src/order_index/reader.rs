@@ -25,7 +25,7 @@ pub enum ReadError {
     Corrupt {
         /// Position of the entry.
         position: u64,
-        /// What is there.
+        /// Contents that were found.
         damage: Damage,
     },
     /// There is no leader at the moment.
@@ -47,14 +47,15 @@ pub struct OrderIndexReader<F> {
     region: Region<F>,
     id: StreamId,
     committed: u64,
-    /// Entries that were dropped from this host's cache: others may be there from an earlier use of their segment.
+    /// Bounds of the entries that were dropped from this host's cache. The cache may hold others from an earlier use of
+    /// their segment.
     fresh_from: u64,
     fresh_to: u64,
     found: Option<Found>,
 }
 
 impl<F: Fabric> OrderIndexReader<F> {
-    /// Returns a reader that has seen nothing.
+    /// Returns a reader that has seen no entry yet.
     pub fn new(region: Region<F>, id: StreamId) -> Self {
         Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, found: None }
     }
@@ -68,7 +69,8 @@ impl<F: Fabric> OrderIndexReader<F> {
         if committed < extent.committed { Err(NoLeader) } else { Ok(committed) }
     }
 
-    /// Reads one past the last complete entry from memory. It stays as it was while there is no leader.
+    /// Reads the position after the last complete entry from memory. Returns the last known one while there is no
+    /// leader.
     #[inline]
     pub fn poll(&mut self) -> u64 {
         let Self { region, id, .. } = self;
@@ -78,7 +80,7 @@ impl<F: Fabric> OrderIndexReader<F> {
         self.committed
     }
 
-    /// One past the last complete entry, as last seen.
+    /// Position after the last complete entry, as last seen.
     #[inline]
     pub fn committed(&self) -> u64 {
         self.committed

@@ -62,9 +62,9 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.full_fence(Site::TrimFlush);
     }
 
-    /// Gives back the segments whose entries are all below the trim point and below `pinned`. Only this broker's own go to the
-    /// pool. For a global order, call it only while this leader leads ([`crate::leadership::still_leads`]): another may trim
-    /// less.
+    /// Gives back the segments whose entries are all below the trim point and below `pinned`. Only this broker's own go
+    /// to the pool. For a global order, call it only while this leader leads ([`crate::leadership::still_leads`]):
+    /// another may trim less.
     pub fn reclaim(&mut self, pinned: u64) {
         let floor = self.trimmed.min(pinned);
         let per_segment = self.region.layout().entries_per_segment();

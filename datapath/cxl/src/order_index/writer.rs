@@ -103,8 +103,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
         Ok(writer)
     }
 
-    /// Reads all entries that are kept, which another broker may have written. The first of them, or the next entry if there
-    /// is none, has the offset `trimmed_offset`.
+    /// Reads all entries that are kept, which another broker may have written. The first of them, or the next entry if
+    /// there is none, has the offset `trimmed_offset`.
     fn take_stock(&mut self, trimmed_offset: u64) -> Result<(), Damage> {
         let per_segment = self.region.layout().entries_per_segment();
         for foreign in self.segments.iter().filter(|segment| !segment.own) {
@@ -148,8 +148,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.fence(Site::TailFlush);
     }
 
-    /// Replaces the segment that an earlier leader was filling by a copy, as that leader may go on and write into it. The
-    /// copy's segment comes from `spares` first.
+    /// Replaces the segment that an earlier leader was filling by a copy, as that leader may go on and write into it.
+    /// The copy's segment comes from `spares` first.
     ///
     /// # Errors
     /// [`PoolError`] when there is no segment for the copy.
@@ -316,8 +316,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
         if (self.trimmed..self.next).contains(&position) { self.read_entry(position).map(Some) } else { Ok(None) }
     }
 
-    /// Returns an entry that is kept, or that was trimmed and not given back before this leader took over; `None` for any
-    /// other.
+    /// Returns an entry that is kept, or that was trimmed and not given back before this leader took over; `None` for
+    /// any other.
     ///
     /// # Errors
     /// [`Damage`] when something else is at the place of a kept entry.

@@ -11,12 +11,12 @@ use uuid::Uuid;
 /// Reason why a region cannot be made or used.
 #[derive(Debug, thiserror::Error)]
 pub enum RegionError {
-    /// A mirror where the region itself should be, or the other way round.
+    /// The region is a mirror where none should be, or no mirror where one should be.
     #[error("the region's role is {found:?}, expected {expected:?}: see cxl.path and cxl.mirror")]
     Role {
-        /// As created.
+        /// Role that the region was made with.
         found: RegionRole,
-        /// As used.
+        /// Role in which it is used.
         expected: RegionRole,
     },
     /// The file or device cannot be opened, sized or mapped.
@@ -59,9 +59,9 @@ pub enum RegionError {
     /// The superblock's checksum does not match.
     #[error("the superblock is corrupt: its checksum is {found:#010x}, its contents give {expected:#010x}")]
     CorruptSuperblock {
-        /// As stored.
+        /// Checksum in the superblock.
         found: u32,
-        /// As computed.
+        /// Checksum of the superblock's contents.
         expected: u32,
     },
     /// The superblock has contents that no build writes.
@@ -72,13 +72,13 @@ pub enum RegionError {
         "the region has layout version {found}, this build reads version {LAYOUT_VERSION}; recreate the region or use a matching build"
     )]
     Version {
-        /// As stored.
+        /// Version of the region.
         found: u32,
     },
     /// The region has the same layout version and another layout: one build is a development build.
     #[error("the region's layout hash is {found:#018x}, this build's is {LAYOUT_HASH:#018x}; recreate the region")]
     LayoutHash {
-        /// As stored.
+        /// Hash of the region's layout.
         found: u64,
     },
     /// The geometry is not possible, or not the one that was asked for.
@@ -97,7 +97,7 @@ pub enum RegionError {
     /// The region is not the one that was asked for.
     #[error("the region's UUID is {found}, expected {expected}")]
     Uuid {
-        /// Number of the region.
+        /// UUID of the region.
         found: Uuid,
         /// UUID that was asked for.
         expected: Uuid,
@@ -111,7 +111,7 @@ pub enum RegionError {
     /// Brokers are using the region.
     #[error("the region is in use by broker {broker}; stop it first or pass --force")]
     InUse {
-        /// A broker that uses it.
+        /// Broker that uses the region.
         broker: BrokerId,
     },
     /// Pages are on another NUMA node than the configuration asks for.
@@ -123,7 +123,7 @@ pub enum RegionError {
         node: u32,
         /// Pages that were looked at and are in memory.
         looked: usize,
-        /// Pages on another node, of those.
+        /// Pages that are on another node, among those.
         strayed: usize,
     },
     /// A NIC cannot use the file's pages.

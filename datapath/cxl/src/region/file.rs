@@ -41,7 +41,7 @@ pub struct BrokerLock {
     _file: File,
 }
 
-/// Byte at which the locks of broker ids start: beyond every region, so they never meet data.
+/// Byte at which the locks of broker ids start. It lies beyond every region, so no lock covers data.
 const LOCK_BASE: i64 = 1 << 60;
 
 fn broker_lock(broker: BrokerId) -> libc::flock {
@@ -110,7 +110,7 @@ impl RegionFile {
     /// Takes pages that are not allocated yet from NUMA node `node` only.
     ///
     /// # Errors
-    /// [`RegionError::Io`]: for a device, and for a node that is not there.
+    /// [`RegionError::Io`] for a device, and for a node that the host does not have.
     pub fn bind(&self, node: u32) -> Result<(), RegionError> {
         let device = self.file.metadata().is_ok_and(|meta| meta.file_type().is_char_device());
         Place { file: &self.file, path: &self.path, device }.bind(self.region.fabric().mapping(), node)
@@ -119,7 +119,8 @@ impl RegionFile {
     /// Checks that a NIC can register the region's pages.
     ///
     /// # Errors
-    /// [`RegionError::FsDax`]. Source: `check_vma_flags` in mm/gup.c refuses long-term pins of fsdax.
+    /// [`RegionError::FsDax`] for a file on fsdax. Source: `check_vma_flags` in mm/gup.c of the kernel refuses
+    /// long-term pins.
     pub fn require_registrable(&self) -> Result<(), RegionError> {
         let io = |source| RegionError::Io { action: "look at", path: self.path.clone(), source };
         // SAFETY: statx is plain data, for which zero is valid; the descriptor is open, the path is an empty string.
@@ -196,7 +197,7 @@ impl RegionFile {
     /// Removes the region: the file, or a device's superblock. Refuses while a broker runs, unless `force`.
     ///
     /// # Errors
-    /// [`RegionError::InUse`], or what the system reports.
+    /// [`RegionError::InUse`], or the error of the system.
     pub fn destroy(self, force: bool) -> Result<(), RegionError> {
         let mut claims = Vec::new();
         for broker in self.region.geometry().brokers() {

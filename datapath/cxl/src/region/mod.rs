@@ -132,7 +132,7 @@ impl Region<Native> {
     /// Checks that the region's pages are on the NUMA node that the configuration asks for.
     ///
     /// # Errors
-    /// [`RegionError::Strayed`], or what the system reports.
+    /// [`RegionError::Strayed`], or the error of the system.
     pub fn require_node(&self, node: u32) -> Result<(), RegionError> {
         let io = |source| RegionError::Io { action: "find the pages of", path: PathBuf::from("the region"), source };
         let nodes = self.fabric.mapping().nodes().map_err(io)?;

@@ -1,8 +1,10 @@
 //! Segment pool, which logs and order indexes share.
 //!
-//! A log is a chain of segments from the pool. Three allocators implement [`SegmentAllocator`]: one atomic bitmap for
-//! coherent fabrics, a bitmap partition per broker for memory without coherence, and the leader by RPC (the broker crate
-//! has the caller's side).
+//! A log is a chain of segments from the pool. Three allocators implement [`SegmentAllocator`]:
+//!
+//! - one atomic bitmap, for coherent fabrics;
+//! - a bitmap partition per broker, for memory without coherence;
+//! - the leader by RPC, whose caller's side is in the broker crate.
 
 // [[DEVIATION_005]] The paper gives each broker one contiguous log.
 
@@ -53,8 +55,8 @@ pub trait SegmentAllocator: Send + Sync {
     /// Gives a segment back.
     ///
     /// # Errors
-    /// [`PoolError::NotAllocated`] when it was not taken from this allocator, [`PoolError::Unreachable`] when the leader
-    /// does not answer.
+    /// [`PoolError::NotAllocated`] when it was not taken from this allocator, [`PoolError::Unreachable`] when the
+    /// leader does not answer.
     fn release(&self, segment: u32) -> Result<(), PoolError>;
 }
 
@@ -109,7 +111,7 @@ mod tests {
         Region::format(native, &geometry, Uuid::new_v4(), 0).unwrap()
     }
 
-    /// What every allocator must do.
+    /// Checks the behaviour that every allocator must have.
     fn conformance(allocator: &dyn SegmentAllocator, mine: &BTreeSet<u32>) {
         let mut taken = BTreeSet::new();
         for _ in mine {

@@ -9,8 +9,10 @@ pub const MAX_HEADER_BYTES: usize = IPV6_BYTES + UDP_BYTES + BTH_BYTES + RETH_BY
 /// Most bytes after the payload.
 pub const MAX_TRAILER_BYTES: usize = MAX_PAD_BYTES + ICRC_BYTES;
 
-/// Bytes before a packet that [`decode`] overwrites: the length of InfiniBand's local route header (IBTA 7.7), which the
-/// invariant checksum counts as ones (A17.3.3).
+/// Bytes before a packet that [`crate::packet::decode`] overwrites.
+///
+/// They are as many as InfiniBand's local route header has (IBTA 7.7), which the invariant checksum counts as ones
+/// (A17.3.3).
 pub const SCRATCH_BYTES: usize = 8;
 
 /// Bytes of an IPv4 header without options (RFC 791, 3.1).

@@ -58,13 +58,20 @@ pub(super) fn violation(text: impl Into<String>) -> io::Error {
 fn handshake(socket: &mut TcpStream, request: &RdmaConnect, timeout: Duration) -> io::Result<PeerAddress> {
     socket.set_read_timeout(Some(timeout))?;
     socket.write_all(&request.encode())?;
+    let unanswered = |error: io::Error| match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+            let text = format!("the broker did not answer the request for a queue pair within {timeout:?}");
+            io::Error::new(io::ErrorKind::TimedOut, text)
+        }
+        _ => error,
+    };
     let mut frame = [0; FRAME_BYTES];
-    socket.read_exact(&mut frame)?;
+    socket.read_exact(&mut frame).map_err(unanswered)?;
     match Frame::decode(&frame).map_err(io::Error::other)? {
         Frame::RdmaAccept(accept) => Ok(accepting_peer(&accept)),
         Frame::ErrorFrame(error) => {
             let mut text = vec![0; (error.text_bytes as usize).min(ERROR_TEXT_BYTES)];
-            socket.read_exact(&mut text)?;
+            socket.read_exact(&mut text).map_err(unanswered)?;
             Err(io::Error::other(String::from_utf8_lossy(&text).into_owned()))
         }
         other => Err(violation(format!("the broker answers a queue pair with a frame of kind {}", other.kind()))),
@@ -189,5 +196,22 @@ impl ClientPair {
             chain.push(work, false);
         });
         self.sends.post(&mut self.pair, &chain).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::{Ipv4Addr, TcpListener};
+
+    #[test]
+    fn the_wait_for_an_answer_is_the_one_that_was_asked_for() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let timeout = Duration::from_millis(100);
+        let error = handshake(&mut socket, &RdmaConnect::blank(), timeout).err().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        assert!(error.to_string().ends_with("within 100ms"), "{error}");
+        assert_eq!(socket.read_timeout().unwrap(), Some(timeout));
     }
 }

@@ -1,32 +1,28 @@
 //! Broker's end of a queue pair.
 
-use super::chain::{Chain, SendQueue};
-use super::device::{CONNECTIONS, RdmaDevice, RdmaQueue, RemoteAccess};
+use super::chain::SendQueue;
+use super::device::{CONNECTIONS, RdmaDevice, RdmaQueue};
 use super::ring::{LEAST_BYTES, RingWriter};
+use super::windows::LandingWindows;
 use super::{SEND_DEPTH, WANTS_WINDOW, WINDOWS_PER_PUBLISHER, connecting_peer};
-use crate::connection::{Connection, Landing, Placement, Received, TransportError, WindowPlacement};
+use crate::connection::{Connection, Landing, Placement, Received, TransportError};
 use crate::outbox::{Head, Outbox, Outgoing};
 use crate::tcp::TcpConnection;
-use crate::window::Window;
 use embarcadero_cxl::{Native, RegionOffset};
 use embarcadero_verbs::{
     Completion, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair, QueuePairOptions, RemoteRange,
     Sending, Work, WorkError,
 };
 use embarcadero_wire::batch::ALIGN_BYTES;
-use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, Frame, RdmaAccept, RdmaConnect, WindowGrant};
+use embarcadero_wire::{ErrorCode, FRAME_BYTES, RdmaAccept, RdmaConnect};
 use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-/// Landing window that is open to the publisher.
-struct OpenWindow {
-    // First, so that it is dropped first: nothing can be written any more once the window is given back.
-    access: RemoteAccess,
-    window: Window,
-    number: u32,
-    /// True once its window grant was sent.
-    announced: bool,
+/// Client at the other end of a queue pair, with the memory that its connection writes.
+enum Peer {
+    Publisher(LandingWindows),
+    Subscriber(RingWriter),
 }
 
 /// Queue pair of a connection, with the landing windows or the ring that belong to it.
@@ -34,17 +30,13 @@ pub struct RdmaConnection {
     // The order of the drops matters: windows close before their queue pair is destroyed. In Soft-RoCE an open window
     // keeps its queue pair in use (`rxe_do_bind_mw` in drivers/infiniband/sw/rxe/rxe_mw.c). Destroying the queue pair
     // first would block until the kernel gives up, close to a minute.
-    windows: VecDeque<OpenWindow>,
+    peer: Peer,
     pair: QueuePair<Sending>,
     /// Batches that do not lie in the region, each with the number of the request that reads it.
     copies: VecDeque<(u64, MemoryRegion)>,
-    /// Ring of a subscriber; `None` for a publisher.
-    ring: Option<RingWriter>,
     domain: Arc<ProtectionDomain>,
     device: Arc<RdmaDevice>,
-    window_bytes: u64,
-    next_window: u32,
-    wants_window: bool,
+    /// True once the peer may write no more.
     closed: bool,
     /// Immediate data and length of each RDMA WRITE that was not looked at yet.
     arrived: VecDeque<(u32, u32)>,
@@ -97,16 +89,16 @@ impl RdmaConnection {
         let accept = RdmaAccept { gid, queue_pair, first_psn, mtu, lid: lid.into(), ..RdmaAccept::blank() };
         let mut side = Outbox::default();
         side.push(Outgoing::frame(accept.encode()));
+        let peer = match ring {
+            Some(ring) => Peer::Subscriber(ring),
+            None => Peer::Publisher(LandingWindows::new(device, &domain, window_bytes)),
+        };
         Ok(Self {
+            peer,
             pair,
             copies: VecDeque::new(),
-            windows: VecDeque::with_capacity(WINDOWS_PER_PUBLISHER),
-            ring,
             domain,
             device: Arc::clone(device),
-            window_bytes,
-            next_window: 0,
-            wants_window: false,
             closed: false,
             arrived: VecDeque::new(),
             sends: SendQueue::new(),
@@ -141,14 +133,23 @@ impl RdmaConnection {
         self.device.context.writes_past_caches()
     }
 
+    /// Landing windows of a publisher; `None` for a subscriber.
+    fn landing_windows(&self) -> Option<&LandingWindows> {
+        match &self.peer {
+            Peer::Publisher(windows) => Some(windows),
+            Peer::Subscriber(_) => None,
+        }
+    }
+
     /// Returns true when [`RdmaConnection::receive`] has something to do.
     pub(crate) fn has_work(&self) -> bool {
-        !self.arrived.is_empty() || self.failure.is_some() || self.is_due_a_window()
+        let is_due_a_window = self.landing_windows().is_some_and(LandingWindows::is_due);
+        !self.arrived.is_empty() || self.failure.is_some() || is_due_a_window
     }
 
     /// Returns true when [`RdmaConnection::send`] has something to do besides the outbox.
     pub(crate) fn has_to_send(&self) -> bool {
-        !self.side.is_empty() || self.windows.iter().any(|open| !open.announced)
+        !self.side.is_empty() || self.landing_windows().is_some_and(LandingWindows::has_to_announce)
     }
 
     /// Returns true while bytes wait for the socket.
@@ -158,12 +159,14 @@ impl RdmaConnection {
 
     /// Offsets in the region of the open landing windows.
     pub(crate) fn windows(&self) -> impl Iterator<Item = RegionOffset> + '_ {
-        self.windows.iter().map(|open| open.window.at())
+        self.landing_windows().into_iter().flat_map(LandingWindows::offsets)
     }
 
     /// Closes all landing windows. When this returns, the device refuses every write of the peer.
     pub(crate) fn close_windows(&mut self) {
-        self.windows.clear();
+        if let Peer::Publisher(windows) = &mut self.peer {
+            windows.close();
+        }
         self.closed = true;
     }
 
@@ -183,35 +186,34 @@ impl RdmaConnection {
         if self.closed {
             return Ok(Received::Nothing);
         }
+        let in_memory = self.writes_past_caches();
+        let windows = match &mut self.peer {
+            Peer::Publisher(windows) => windows,
+            Peer::Subscriber(ring) => {
+                for (immediate, bytes) in self.arrived.drain(..) {
+                    if bytes != 0 || !ring.release(immediate) {
+                        let text = "the ring has not that much to give back";
+                        return Err(TransportError::refused(ErrorCode::BadFrame, text));
+                    }
+                }
+                return Ok(Received::Nothing);
+            }
+        };
         let mut taken = 0;
         while let Some((immediate, bytes)) = self.arrived.front().copied() {
-            if let Some(ring) = &mut self.ring {
-                self.arrived.pop_front();
-                if bytes != 0 || !ring.release(immediate) {
-                    let text = "the ring has not that much to give back";
-                    return Err(TransportError::refused(ErrorCode::BadFrame, text));
-                }
-                continue;
-            }
             if bytes == 0 && immediate & WANTS_WINDOW != 0 {
                 self.arrived.pop_front();
-                self.wants_window = true;
-                let kept = immediate & !WANTS_WINDOW;
-                while self.windows.front().is_some_and(|open| open.announced && open.number < kept) {
-                    self.windows.pop_front();
-                }
+                windows.want(immediate & !WANTS_WINDOW);
                 continue;
             }
-            let Some((header, at)) = self.next_batch(memory, immediate, bytes.into())? else { continue };
+            let Some((header, at)) = windows.next_batch(memory, immediate, bytes.into())? else { continue };
             match landing.admit(&header, at) {
                 Placement::Wait => return Ok(Received::Waiting),
                 Placement::Refuse(error) => return Err(error),
                 Placement::At(at) => {
-                    if let Some(open) = self.windows.front_mut() {
-                        open.window.take(bytes.into());
-                    }
+                    windows.take(bytes.into());
                     self.arrived.pop_front();
-                    landing.complete(header, at, self.writes_past_caches())?;
+                    landing.complete(header, at, in_memory)?;
                 }
             }
             taken += 1;
@@ -219,69 +221,8 @@ impl RdmaConnection {
                 return Ok(Received::More);
             }
         }
-        self.open_windows(landing)?;
+        windows.grant_due(landing)?;
         Ok(Received::Nothing)
-    }
-
-    /// Header and place of the batch that a WRITE of `bytes` put into window `number`. `None` when the publisher has left
-    /// a window, which this closes: call again.
-    fn next_batch(
-        &mut self,
-        memory: &Native,
-        number: u32,
-        bytes: u64,
-    ) -> Result<Option<(BatchHeader, RegionOffset)>, TransportError> {
-        let refuse = |text: String| Err(TransportError::refused(ErrorCode::BadBatch, text));
-        let Some(open) = self.windows.front().filter(|open| open.announced) else {
-            return refuse(format!("a batch of {bytes} bytes came without a landing window"));
-        };
-        if open.number != number {
-            // The publisher has gone on to its next window.
-            if self.windows.get(1).is_none_or(|next| !next.announced || next.number != number) {
-                return refuse(format!("a batch names landing window {number}, which is not open"));
-            }
-            self.windows.pop_front();
-            return Ok(None);
-        }
-        let room = open.window.room();
-        if bytes < FRAME_BYTES as u64 || bytes > room {
-            return refuse(format!("a batch of {bytes} bytes came; the window has {room}"));
-        }
-        let at = open.window.next();
-        // Its own copy: the peer can still write the window.
-        let mut header = [0; FRAME_BYTES];
-        memory.with_bytes(at, FRAME_BYTES as u64, |bytes| header.copy_from_slice(bytes));
-        let Frame::BatchHeader(header) = Frame::decode(&header)? else {
-            return refuse("what was written is no batch".to_owned());
-        };
-        if u64::from(header.payload_bytes) > bytes || header.batch_bytes() != bytes {
-            return refuse(format!("{bytes} bytes were written, the batch's header says {}", header.batch_bytes()));
-        }
-        Ok(Some((header, at)))
-    }
-
-    /// Returns true when the publisher is to get a window: it asked for its first, or has used one up since.
-    fn is_due_a_window(&self) -> bool {
-        let begun = self.wants_window || self.next_window > 0;
-        self.ring.is_none() && begun && self.windows.len() < WINDOWS_PER_PUBLISHER
-    }
-
-    /// Opens the landing windows that the publisher is due, as far as the landing has room.
-    fn open_windows(&mut self, landing: &mut impl Landing) -> Result<(), TransportError> {
-        while self.is_due_a_window() {
-            let starved = self.wants_window && self.windows.is_empty();
-            let window = match landing.grant_window(self.window_bytes, starved) {
-                WindowPlacement::Granted(window) => window,
-                WindowPlacement::Wait => return Ok(()),
-                WindowPlacement::Refuse(error) => return Err(error),
-            };
-            self.wants_window = false;
-            let access = self.device.grant_access(&self.domain, window.at(), window.bytes())?;
-            let number = self.next_window;
-            self.next_window = (number + 1) & !WANTS_WINDOW;
-            self.windows.push_back(OpenWindow { access, window, number, announced: false });
-        }
-        Ok(())
     }
 
     /// Posts as much of the outbox as the device has room for. Errors go to `socket`.
@@ -314,7 +255,10 @@ impl RdmaConnection {
     fn post(&mut self, outbox: &mut Outbox) -> Result<u64, TransportError> {
         let mut chain = self.sends.chain();
         let mut frames = [[0u8; FRAME_BYTES]; WINDOWS_PER_PUBLISHER];
-        let announced = announce(&mut chain, &self.windows, &mut frames);
+        let (mut ring, announced) = match &mut self.peer {
+            Peer::Publisher(windows) => (None, windows.announce(&mut chain, &mut frames)),
+            Peer::Subscriber(ring) => (Some(ring), 0),
+        };
         let before = self.posted_outgoing.len();
         for outgoing in outbox.queue.iter().skip(outbox.posted) {
             if outgoing.is_for_socket() || chain.room() < 2 {
@@ -330,7 +274,7 @@ impl RdmaConnection {
                     continue;
                 }
             };
-            let Some(ring) = &mut self.ring else {
+            let Some(ring) = &mut ring else {
                 return Err(TransportError::refused(ErrorCode::BadFrame, "a publisher is sent no batches"));
             };
             let whole = FRAME_BYTES as u64 + bytes;
@@ -356,7 +300,9 @@ impl RdmaConnection {
         if posted == 0 {
             return Ok(0);
         }
-        self.windows.iter_mut().filter(|open| !open.announced).take(announced).for_each(|open| open.announced = true);
+        if let Peer::Publisher(windows) = &mut self.peer {
+            windows.announced(announced);
+        }
         outbox.posted += self.posted_outgoing.len() - before;
         self.forget_done(outbox);
         Ok(posted as u64)
@@ -372,29 +318,4 @@ impl RdmaConnection {
             self.copies.pop_front();
         }
     }
-}
-
-/// Adds to `chain` the window grants that the publisher was not sent, each behind the request that opens its window.
-/// Returns their number.
-fn announce<'a>(
-    chain: &mut Chain<'a>,
-    windows: &'a VecDeque<OpenWindow>,
-    frames: &'a mut [[u8; FRAME_BYTES]; WINDOWS_PER_PUBLISHER],
-) -> usize {
-    let mut announced = 0;
-    for (open, frame) in windows.iter().filter(|open| !open.announced).zip(frames) {
-        if chain.room() < 2 {
-            break;
-        }
-        announced += 1;
-        let RemoteRange { address, key } = open.access.remote();
-        let bytes = open.window.bytes() as u32;
-        let grant = WindowGrant { address, rkey: key, number: open.number, bytes, ..WindowGrant::blank() };
-        *frame = grant.encode();
-        if let RemoteAccess::Window(window) = &open.access {
-            chain.push(Work::Open(window), false);
-        }
-        chain.push(Work::Send(frame), false);
-    }
-    announced
 }

@@ -16,6 +16,7 @@ mod device;
 mod publisher;
 mod ring;
 mod subscriber;
+mod windows;
 
 pub use client::RdmaClient;
 pub use connection::RdmaConnection;
@@ -30,11 +31,11 @@ use embarcadero_wire::{RdmaAccept, RdmaConnect};
 /// the first window that the publisher has not left.
 pub const WANTS_WINDOW: u32 = 1 << 31;
 /// Number of windows that a publisher holds at a time: one to write into, and the next.
-pub const WINDOWS_PER_PUBLISHER: usize = 2;
+const WINDOWS_PER_PUBLISHER: usize = 2;
 /// Number of work requests that a connection may have under way.
-pub const SEND_DEPTH: u64 = 128;
+const SEND_DEPTH: u64 = 128;
 /// Number of work requests of which one asks for a completion.
-pub const SIGNAL_EVERY: u64 = 16;
+const SIGNAL_EVERY: u64 = 16;
 
 /// Address of the peer, from its request.
 fn connecting_peer(request: &RdmaConnect) -> PeerAddress {

@@ -2,8 +2,8 @@
 
 use super::client::{Arrival, ClientPair, RdmaClient, violation};
 use super::{WANTS_WINDOW, WINDOWS_PER_PUBLISHER};
-use crate::SendBuffer;
-use crate::link::LinkOptions;
+use crate::options::LinkOptions;
+use crate::send_buffer::SendBuffer;
 use crate::window::RemoteWindow;
 use embarcadero_verbs::{DOORBELL, LocalRange, RemoteRange, Work};
 use embarcadero_wire::batch::BatchBuilder;

@@ -2,7 +2,8 @@
 
 use super::client::{Arrival, ClientPair, RdmaClient, violation};
 use super::ring::RingReader;
-use crate::link::{Item, LinkError, LinkOptions};
+use crate::link::{Item, LinkError};
+use crate::options::LinkOptions;
 use crate::tcp::decode_header;
 use embarcadero_os::Buffer;
 use embarcadero_verbs::{MemoryRegion, ProtectionDomain, RemoteRange, Work};

@@ -5,11 +5,10 @@ mod publisher;
 mod subscriber;
 
 pub use connection::{TcpConnection, receive_into};
-pub use publisher::TcpPublisher;
-pub use subscriber::TcpSubscriber;
-pub(crate) use subscriber::decode_header;
+pub(crate) use publisher::TcpPublisher;
+pub(crate) use subscriber::{TcpSubscriber, decode_header};
 
-use crate::LinkError;
+use crate::link::LinkError;
 use embarcadero_wire::{ERROR_TEXT_BYTES, ErrorCode, ErrorFrame};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;

@@ -1,8 +1,8 @@
 //! Publisher's end of a TCP connection.
 
 use super::{is_again, refusal};
-use crate::SendBuffer;
 use crate::link::{LinkError, PublisherLink};
+use crate::send_buffer::SendBuffer;
 use embarcadero_wire::batch::BatchBuilder;
 use embarcadero_wire::{FRAME_BYTES, Frame};
 use std::io::{self, Read, Write};
@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, RawFd};
 const READ_BYTES: usize = 64 * FRAME_BYTES;
 
 /// Socket to a broker, over which batches go and frames come.
-pub struct TcpPublisher {
+pub(crate) struct TcpPublisher {
     stream: TcpStream,
     buffer: Box<[u8]>,
     start: usize,
@@ -25,7 +25,7 @@ impl TcpPublisher {
     ///
     /// # Errors
     /// What the kernel reports.
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
+    pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream, buffer: vec![0; READ_BYTES].into_boxed_slice(), start: 0, end: 0 })
     }

@@ -14,7 +14,7 @@ const BUFFER_BYTES: usize = 1 << 20;
 const READ_AHEAD: usize = 64 << 10;
 
 /// Socket to a broker, from which deliveries are received into a buffer.
-pub struct TcpSubscriber {
+pub(crate) struct TcpSubscriber {
     stream: TcpStream,
     buffer: Vec<u8>,
     start: usize,
@@ -34,7 +34,7 @@ impl TcpSubscriber {
     ///
     /// # Errors
     /// What the kernel reports.
-    pub fn new(stream: TcpStream) -> io::Result<Self> {
+    pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 })
     }

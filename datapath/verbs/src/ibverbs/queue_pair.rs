@@ -151,7 +151,7 @@ impl QueuePair {
     /// Connects the receiving half: READY TO RECEIVE. The path MTU is the smaller of both ends'.
     ///
     /// # Errors
-    /// What the library reports.
+    /// The error that the library reports.
     pub(crate) fn receive_from(&self, peer: &PeerAddress) -> io::Result<()> {
         let port = self.port;
         // SAFETY: plain data, for which zero is valid.

@@ -21,7 +21,7 @@ struct Pages {
 
 // SAFETY: the pages are memory of this process that what is kept here keeps mapped, for every thread.
 unsafe impl Send for Pages {}
-// SAFETY: as above. As with a NIC, whoever registers memory minds that it changes while peers may write it.
+// SAFETY: as above. As with a NIC, code that registers memory for peers expects it to change at any time.
 unsafe impl Sync for Pages {}
 
 impl Pages {

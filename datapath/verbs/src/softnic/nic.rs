@@ -80,13 +80,13 @@ impl Nic {
     pub(crate) fn open(wanted: Option<IpAddr>) -> Result<(Arc<Self>, LocalPort), VerbsError> {
         let refuse = |action, source: io::Error| VerbsError::Call { name: "roce".to_owned(), action, source };
         let interfaces = getifaddrs().map_err(|error| refuse("list the addresses", error.into()))?;
-        // IPv4 before IPv6, what others reach before the loopback.
+        // Addresses that other hosts reach come before the loopback's, IPv4 before IPv6.
         let found = interfaces
             .filter(is_up)
             .filter_map(|interface| address_of(&interface).map(|address| (interface, address)))
             .filter(|(_, address)| match (wanted, address) {
                 (Some(wanted), _) => wanted == *address,
-                // Of no use without naming an interface.
+                // A link-local address says nothing without an interface.
                 (None, IpAddr::V6(address)) => !address.is_unicast_link_local(),
                 (None, IpAddr::V4(_)) => true,
             })
@@ -122,7 +122,7 @@ impl Nic {
                     let other = || io::Error::other("this process has it open with other settings");
                     return Err(call("open the port", other()));
                 }
-                // Nobody uses it: what waits on a broken link can begin anew.
+                // Nobody uses the port, so frames that wait on its broken link can be dropped.
                 if Arc::strong_count(nic) == 1 && !port.is_up() {
                     port.restart().map_err(|error| call("start the port again", error))?;
                 }

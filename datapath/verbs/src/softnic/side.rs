@@ -70,6 +70,37 @@ pub(super) struct Side {
 }
 
 impl Side {
+    /// Makes a queue pair that is not connected.
+    pub(super) fn new(number: u32, queue: u32, domain: u32, shared: Option<Arc<Receives>>) -> Self {
+        Self {
+            number,
+            queue,
+            domain,
+            engine: None,
+            shared,
+            buffers: VecDeque::new(),
+            opened: VecDeque::new(),
+            posted: 0,
+            done: 0,
+            told: false,
+            busy: false,
+        }
+    }
+
+    /// Connects the queue pair.
+    pub(super) fn connect(&mut self, attributes: Attributes) {
+        let engine = self.engine.insert(roce::QueuePair::new(attributes));
+        self.buffers.iter().for_each(|(id, buffer)| engine.post_receive(Self::receive(*id, buffer)));
+    }
+
+    /// Posts a receive into `buffer`.
+    pub(super) fn post_receive(&mut self, id: u64, buffer: LocalBytes) {
+        if let Some(engine) = &mut self.engine {
+            engine.post_receive(Self::receive(id, &buffer));
+        }
+        self.buffers.push_back((id, buffer));
+    }
+
     /// Makes a completion of this queue pair.
     fn completion(&self, id: u64, outcome: Outcome) -> Completion {
         Completion { queue_pair: self.number, id, outcome }
@@ -161,37 +192,6 @@ impl Side {
         }
     }
 
-    /// Makes a queue pair that is not connected.
-    pub(super) fn new(number: u32, queue: u32, domain: u32, shared: Option<Arc<Receives>>) -> Self {
-        Self {
-            number,
-            queue,
-            domain,
-            engine: None,
-            shared,
-            buffers: VecDeque::new(),
-            opened: VecDeque::new(),
-            posted: 0,
-            done: 0,
-            told: false,
-            busy: false,
-        }
-    }
-
-    /// Connects the queue pair.
-    pub(super) fn connect(&mut self, attributes: Attributes) {
-        let engine = self.engine.insert(roce::QueuePair::new(attributes));
-        self.buffers.iter().for_each(|(id, buffer)| engine.post_receive(Self::receive(*id, buffer)));
-    }
-
-    /// Posts a receive into `buffer`.
-    pub(super) fn post_receive(&mut self, id: u64, buffer: LocalBytes) {
-        if let Some(engine) = &mut self.engine {
-            engine.post_receive(Self::receive(id, &buffer));
-        }
-        self.buffers.push_back((id, buffer));
-    }
-
     /// Posts a request; false if there is no room for it.
     pub(super) fn post(
         &mut self,
@@ -222,6 +222,7 @@ impl Side {
                 return Ok(true);
             }
         };
+        assert!(request.id >> 63 == 0, "ids of requests are below 2^63, not {}", request.id);
         let work = roce::Work { id: request.id << 1 | u64::from(request.signaled), operation, payload };
         let taken = engine.post(work).is_ok();
         if taken {

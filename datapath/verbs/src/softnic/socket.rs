@@ -159,7 +159,7 @@ impl Sockets {
         };
         let rooms = self.incoming.chunks_exact_mut(SCRATCH_BYTES + PACKET_BYTES);
         for (message, room) in messages[..count].iter().zip(rooms) {
-            // What is longer than packets can be is no packet.
+            // A datagram longer than the longest packet is none.
             if message.msg_hdr.msg_flags & libc::MSG_TRUNC == 0 {
                 each(&mut room[..SCRATCH_BYTES + (message.msg_len as usize).min(PACKET_BYTES)]);
             }
@@ -179,7 +179,7 @@ impl Sockets {
 
     /// Adds a packet to those that the next flush sends. There must be room.
     pub(super) fn stage(&mut self, packet: &Packet<'_>) {
-        // What the protocol makes is sound.
+        // Packets that the protocol makes are sound.
         if packet.encode(&mut self.outgoing).is_ok() {
             self.staged.push((self.outgoing.len(), SocketAddr::new(packet.to, 0).into()));
         }

@@ -115,7 +115,7 @@ impl Ethernet {
         };
         // Without a buffer it is lost.
         let Some(mut frame) = frame_of(&mut self.frames, header.as_ref()) else { return };
-        // What the protocol makes is sound.
+        // Packets that the protocol makes are sound.
         if packet.payload.len() + MAX_HEADER_BYTES + MAX_TRAILER_BYTES > frame.room()
             || packet.encode(&mut frame).is_err()
         {

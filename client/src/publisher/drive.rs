@@ -1,0 +1,289 @@
+//! Movement of a publisher's bytes: gives batches to connections in turn, and takes acknowledgements.
+
+use super::connection::{BrokerConnection, ConnectionState, RETRY_MIN};
+use super::in_flight::BatchState;
+use super::sender::Sender;
+use embarcadero_transport::PublisherLink;
+use embarcadero_wire::{Ack, Frame, UNKNOWN_OFFSET};
+use std::io;
+use std::time::Instant;
+
+/// Number of batches that wait in one connection before another is chosen.
+const QUEUED_PER_CONNECTION: usize = 2;
+
+impl Sender {
+    /// Moves bytes and takes acknowledgements. Returns true when anything moved.
+    pub(super) fn drive(&mut self) -> bool {
+        self.drive_at(Instant::now)
+    }
+
+    /// Does the work of [`Sender::drive`], with `clock` as the source of the time.
+    fn drive_at(&mut self, clock: impl Fn() -> Instant) -> bool {
+        let first = self.in_flight.first();
+        let mut moved = false;
+        for index in 0..self.connections.len() {
+            moved |= self.poll_frames(index);
+        }
+        self.assign();
+        for index in 0..self.connections.len() {
+            moved |= self.write(index);
+        }
+        self.retire();
+        self.driven_at = clock();
+        if self.in_flight.first() != first || self.in_flight.is_empty() {
+            self.silence.restart(self.driven_at);
+        } else {
+            self.silence.look(self.driven_at);
+        }
+        moved
+    }
+
+    /// Takes the frames that a broker has sent.
+    fn poll_frames(&mut self, index: usize) -> bool {
+        let Some(channel) = self.connections[index].channel_mut() else { return false };
+        let mut frames = std::mem::take(&mut self.frames);
+        let polled = channel.poll(&mut frames);
+        let moved = !frames.is_empty() || polled.is_err();
+        for frame in frames.drain(..) {
+            self.take_frame(index, &frame);
+        }
+        self.frames = frames;
+        if let Err(error) = polled {
+            self.connection_ended(index, error);
+        }
+        moved
+    }
+
+    fn take_frame(&mut self, index: usize, frame: &Frame) {
+        match frame {
+            Frame::PublishReady(_) => {
+                self.connections[index].set_ready();
+                self.trouble = None;
+            }
+            Frame::Ack(ack) => self.acknowledge(ack),
+            Frame::Fenced(fenced) if fenced.session_epoch == self.session.origin.session_epoch => {
+                self.session_ended = true;
+            }
+            _ => {}
+        }
+    }
+
+    fn acknowledge(&mut self, ack: &Ack) {
+        let committed = self.session.number(ack.committed);
+        if committed <= self.in_flight.next_number() {
+            self.session.committed = self.session.committed.max(committed);
+        }
+        self.in_flight.acknowledge(self.session.number(ack.sequence), ack.first_offset);
+    }
+
+    /// Gives queued batches to connections in turn.
+    fn assign(&mut self) {
+        while let Some(number) = self.in_flight.next_queued() {
+            if (number - self.in_flight.first()) as usize >= self.session.window {
+                return;
+            }
+            let count = self.connections.len();
+            let has_room = |index: &usize| {
+                let connection = &self.connections[*index];
+                connection.is_ready() && connection.queue.len() < QUEUED_PER_CONNECTION
+            };
+            let turns = (0..count).map(|step| (self.next_connection + step) % count);
+            let Some(chosen) = turns.into_iter().find(has_room) else { return };
+            self.next_connection = chosen + 1;
+            self.in_flight.pop_queued();
+            let sequence = self.session.sequence(number);
+            let origin = self.session.origin;
+            let Some(sent) = self.in_flight.get_mut(number) else { continue };
+            if sent.header.session_epoch != origin.session_epoch || sent.header.sequence != sequence {
+                sent.header.sequence = sequence;
+                sent.header = sent.batch.readdress(&sent.header, &origin);
+            }
+            sent.state = BatchState::Sent(Some(chosen));
+            if number == self.in_flight.first() {
+                // Before, no broker could say anything about it.
+                self.silence.restart(self.driven_at);
+            }
+            self.connections[chosen].queue.push_back(number);
+        }
+    }
+
+    fn write(&mut self, index: usize) -> bool {
+        let written = self.write_queue(index).and_then(|moved| Ok(moved | self.flush(index)?));
+        written.unwrap_or_else(|_| {
+            self.drop_connection(index, RETRY_MIN);
+            true
+        })
+    }
+
+    /// Writes the queued batches of a connection, as far as it has room.
+    fn write_queue(&mut self, index: usize) -> io::Result<bool> {
+        let mut moved = false;
+        loop {
+            let BrokerConnection { state: ConnectionState::Up { channel, .. }, queue, written_bytes, reading, .. } =
+                &mut self.connections[index]
+            else {
+                return Ok(moved);
+            };
+            let Some(number) = queue.front().copied() else { return Ok(moved) };
+            // A batch that was acknowledged while it waited is written all the same: the peer may have half of it.
+            let Some(sent) = self.in_flight.get_mut(number) else {
+                queue.pop_front();
+                continue;
+            };
+            let taken = channel.write(&mut sent.batch, *written_bytes)?;
+            if taken == 0 {
+                return Ok(moved);
+            }
+            moved = true;
+            *written_bytes += taken;
+            if *written_bytes == sent.batch.bytes().len() {
+                *written_bytes = 0;
+                queue.pop_front();
+                if self.session.ack_level == 0 {
+                    reading.push_back(number);
+                }
+                self.assign();
+            }
+        }
+    }
+
+    /// Sends what was written. Without acknowledgements, batches are done once the network has their bytes.
+    fn flush(&mut self, index: usize) -> io::Result<bool> {
+        let BrokerConnection { state: ConnectionState::Up { channel, .. }, reading, .. } = &mut self.connections[index]
+        else {
+            return Ok(false);
+        };
+        channel.flush()?;
+        let mut moved = false;
+        let in_use = channel.batches_in_use();
+        while reading.len() > in_use
+            && let Some(number) = reading.pop_front()
+        {
+            moved = true;
+            self.in_flight.acknowledge(number, UNKNOWN_OFFSET);
+        }
+        Ok(moved)
+    }
+
+    /// Removes acknowledged batches from the front, and takes their buffers back.
+    fn retire(&mut self) {
+        let connections = &self.connections;
+        let is_read = |number| connections.iter().any(|connection| connection.queue.contains(&number));
+        while let Some(batch) = self.in_flight.retire(is_read) {
+            self.stats.batches_acknowledged += 1;
+            self.buffers.put(batch);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::sender::SenderOptions;
+    use super::super::session::Session;
+    use super::*;
+    use crate::error::{ClientError, ControlCode};
+    use crate::views::{BrokerView, TopicView};
+    use embarcadero_control::v1::OpenSessionResponse;
+    use embarcadero_transport::tcp::SocketOptions;
+    use embarcadero_transport::{LinkOptions, Sockets, Transport};
+    use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, PublishReady, TopicId};
+    use std::io::Write;
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+    use std::time::Duration;
+
+    const SILENCE: Duration = Duration::from_secs(8);
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn sender(broker: SocketAddr) -> Sender {
+        let topic = TopicView {
+            id: TopicId(0),
+            incarnation: Incarnation(1),
+            name: "t".to_owned(),
+            order: Order::Strong,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+        };
+        let opened = OpenSessionResponse { epoch: 1, window_batches: 64, ..OpenSessionResponse::default() };
+        let session = Session::new(&opened, &topic, ClientId(1), 1);
+        let broker = BrokerView {
+            id: BrokerId(0),
+            incarnation: Incarnation(1),
+            data: broker,
+            control: String::new(),
+            leader: true,
+        };
+        let options = SenderOptions { buffers: 4, buffer_bytes: 16 << 10, checksum: false, silence: SILENCE };
+        Sender::new(session, vec![broker], &options, Instant::now())
+    }
+
+    /// Sender with one batch on its connection, and the socket of the broker.
+    fn sender_with_a_batch() -> (Sender, TcpStream) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let mut sender = sender(listener.local_addr().unwrap());
+        let options = LinkOptions {
+            timeout: Duration::from_secs(60),
+            sockets: SocketOptions::default(),
+            batch_bytes: 4096,
+            acknowledged: true,
+            ring_bytes: 0,
+            device: None,
+        };
+        let attempts = sender.begin_attempts(Instant::now());
+        let channel = Sockets.publish(attempts[0].broker.data, &options, &sender.opening()).unwrap();
+        sender.end_attempt(&attempts[0], Ok(channel));
+        let (mut broker, _) = listener.accept().unwrap();
+        broker.write_all(&PublishReady::blank().encode()).unwrap();
+        let mut batch = sender.buffers.get(4096).unwrap().unwrap();
+        batch.push(b"message");
+        sender.push(batch);
+        while sender.in_flight.queued() > 0 || sender.has_to_write() {
+            sender.drive();
+        }
+        (sender, broker)
+    }
+
+    #[test]
+    fn a_publisher_that_did_not_run_calls_no_broker_silent() {
+        let (mut sender, mut broker) = sender_with_a_batch();
+        let ack = Ack { sequence: 0, first_offset: 7, committed: 1, ..Ack::blank() };
+        broker.write_all(&ack.encode()).unwrap();
+        let later = Instant::now() + HOUR;
+        sender.drive_at(|| later);
+        sender.drop_silent_connections();
+        while !sender.in_flight.is_empty() {
+            sender.drive_at(|| later);
+        }
+        assert_eq!((sender.stats.batches_acknowledged, sender.stats.connections_lost), (1, 0));
+    }
+
+    #[test]
+    fn a_broker_that_says_nothing_while_it_is_listened_to_is_left() {
+        let (mut sender, _broker) = sender_with_a_batch();
+        let begun = Instant::now();
+        for second in 1..=2 * SILENCE.as_secs() as u32 {
+            sender.drive_at(|| begun + Duration::from_secs(1) * second);
+            sender.drop_silent_connections();
+        }
+        assert_eq!((sender.stats.connections_lost, sender.stats.batches_resubmitted), (1, 1));
+        assert_eq!(sender.in_flight.queued(), 1);
+    }
+
+    #[test]
+    fn only_a_permanent_error_of_the_control_plane_ends_a_publisher() {
+        let refused = |code: tonic::Code| ClientError::Control { code: code.into(), message: format!("{code:?}") };
+        let begun = Instant::now();
+        for code in (0..17).map(tonic::Code::from_i32) {
+            let mut sender = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
+            sender.session_ended = true;
+            assert!(sender.is_due_to_reopen(begun + HOUR));
+            sender.reopening_failed(refused(code), begun);
+            let permanent =
+                !matches!(ControlCode::from(code), ControlCode::Unavailable | ControlCode::ResourceExhausted);
+            assert_eq!(sender.fatal.is_some(), permanent, "{code:?}");
+            assert!(!sender.is_due_to_reopen(begun), "{code:?}");
+            assert_eq!(sender.is_due_to_reopen(begun + HOUR), !permanent, "{code:?}");
+        }
+    }
+}

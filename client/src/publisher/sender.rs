@@ -1,0 +1,235 @@
+//! Sending half of a publisher: its session, its connections, and its batches in flight.
+
+use super::buffers::{Batch, Buffers};
+use super::connection::{BrokerConnection, ConnectAttempt, RETRY_MAX, RETRY_MIN};
+use super::in_flight::InFlightBatches;
+use super::message::PublisherStats;
+use super::session::Session;
+use crate::batching::BUFFERED_BATCHES;
+use crate::error::ClientError;
+use crate::silence::Silence;
+use crate::views::BrokerView;
+use embarcadero_transport::{LinkError, PublisherChannel, PublisherLink};
+use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
+use std::os::fd::RawFd;
+use std::time::{Duration, Instant};
+
+/// Settings of a sender.
+pub(super) struct SenderOptions {
+    /// Number of buffers that are expected at most.
+    pub(super) buffers: usize,
+    /// Most bytes of all buffers.
+    pub(super) buffer_bytes: usize,
+    /// True to give each batch a checksum over its body.
+    pub(super) checksum: bool,
+    /// Time without an acknowledgement after which brokers count as silent.
+    pub(super) silence: Duration,
+}
+
+/// Sending half of a publisher. `drive.rs` has the part that moves bytes.
+pub(super) struct Sender {
+    pub(super) session: Session,
+    pub(super) connections: Vec<BrokerConnection>,
+    /// Index of the connection that is offered the next batch.
+    pub(super) next_connection: usize,
+    pub(super) in_flight: InFlightBatches,
+    pub(super) buffers: Buffers,
+    checksum: bool,
+    /// True once the session's epoch has ended: another is to be opened.
+    pub(super) session_ended: bool,
+    /// Time of the next attempt to reopen the session.
+    reopen_at: Instant,
+    /// Wait before that attempt.
+    reopen_wait: Duration,
+    /// Error that ended the publisher: nothing can be published any more.
+    pub(super) fatal: Option<ClientError>,
+    /// Error of the last attempt to connect or to reopen the session that failed, until one succeeds.
+    pub(super) trouble: Option<ClientError>,
+    pub(super) stats: PublisherStats,
+    /// Time of the last [`Sender::drive`].
+    pub(super) driven_at: Instant,
+    /// Time at which the list of brokers was last asked for.
+    pub(super) refreshed_at: Instant,
+    /// Silence of the brokers since the first batch in flight was given to a connection.
+    pub(super) silence: Silence,
+    /// Memory for received frames, kept between polls.
+    pub(super) frames: Vec<Frame>,
+}
+
+impl Sender {
+    /// Sender before the first message, with `brokers` to connect to.
+    pub(super) fn new(session: Session, brokers: Vec<BrokerView>, options: &SenderOptions, now: Instant) -> Self {
+        Self {
+            next_connection: session.origin.client_id.0 as usize,
+            session,
+            connections: brokers.into_iter().map(|broker| BrokerConnection::new(broker, now)).collect(),
+            in_flight: InFlightBatches::new(options.buffers),
+            buffers: Buffers::new(options.buffers, options.buffer_bytes),
+            checksum: options.checksum,
+            session_ended: false,
+            reopen_at: now,
+            reopen_wait: Duration::ZERO,
+            fatal: None,
+            trouble: None,
+            stats: PublisherStats::default(),
+            driven_at: now,
+            refreshed_at: now,
+            silence: Silence::new(options.silence, now),
+            frames: Vec::with_capacity(64),
+        }
+    }
+
+    /// Opening frame of a connection that is made now.
+    pub(super) fn opening(&self) -> OpenPublish {
+        self.session.opening(self.in_flight.first())
+    }
+
+    /// Seals a batch and queues it.
+    pub(super) fn push(&mut self, mut batch: Batch) {
+        let sequence = self.session.sequence(self.in_flight.next_number());
+        let header = batch.seal(&self.session.origin, sequence, self.checksum);
+        self.in_flight.push(batch, header);
+    }
+
+    /// Begins the session's next epoch: drops every connection, and queues again the batches that are not committed.
+    pub(super) fn resubmit(&mut self) {
+        self.stats.sessions_reopened += 1;
+        self.session_ended = false;
+        self.reopen_wait = Duration::ZERO;
+        self.trouble = None;
+        for connection in &mut self.connections {
+            connection.drop_channel(Duration::ZERO);
+        }
+        // Each new connection begins with the acks of what is committed: only the rest is sent again.
+        self.requeue(|_| true, self.session.committed);
+    }
+
+    /// Returns true when an attempt to reopen the session is due.
+    pub(super) fn is_due_to_reopen(&self, now: Instant) -> bool {
+        self.session_ended && self.fatal.is_none() && now >= self.reopen_at
+    }
+
+    /// Takes the error of an attempt to reopen the session. A permanent one ends the publisher. After any other, another
+    /// attempt is due later: calls that wait for acknowledgements have time-outs of their own.
+    pub(super) fn reopening_failed(&mut self, error: ClientError, now: Instant) {
+        if error.is_permanent() {
+            self.fatal = Some(error);
+            return;
+        }
+        self.trouble = Some(error);
+        self.reopen_wait = (self.reopen_wait * 2).clamp(RETRY_MIN, RETRY_MAX);
+        self.reopen_at = now + self.reopen_wait;
+    }
+
+    /// Begins the attempts to connect that are due.
+    pub(super) fn begin_attempts(&mut self, now: Instant) -> Vec<ConnectAttempt> {
+        if self.session_ended || self.fatal.is_some() {
+            return Vec::new();
+        }
+        let connections = self.connections.iter_mut().enumerate();
+        connections.filter_map(|(index, connection)| connection.begin_attempt(index, now)).collect()
+    }
+
+    /// Takes the result of an attempt to connect.
+    pub(super) fn end_attempt(&mut self, attempt: &ConnectAttempt, result: Result<PublisherChannel, ClientError>) {
+        if let Some(connection) = self.connections.get_mut(attempt.index)
+            && let Some(error) = connection.end_attempt(attempt, result)
+        {
+            self.trouble = Some(error);
+        }
+    }
+
+    /// Takes the current list of brokers: new addresses of known ones, and new brokers up to `limit` in all (0: no limit).
+    pub(super) fn update_brokers(&mut self, brokers: Vec<BrokerView>, limit: usize) {
+        for broker in brokers {
+            let room = limit == 0 || self.connections.len() < limit;
+            match self.connections.iter_mut().find(|connection| connection.broker.id == broker.id) {
+                Some(connection) => connection.broker = broker,
+                None if room => self.connections.push(BrokerConnection::new(broker, Instant::now())),
+                None => {}
+            }
+        }
+    }
+
+    /// Queues again the batches on connections for which `lost` holds, except those below `committed`.
+    fn requeue(&mut self, lost: impl Fn(usize) -> bool, committed: u64) {
+        if self.session.ack_level == 0 {
+            self.in_flight.give_up(&lost);
+        }
+        self.stats.batches_resubmitted += self.in_flight.requeue(lost, committed);
+    }
+
+    /// Drops a connection, and queues the batches on it again. The next attempt is due after `wait`.
+    pub(super) fn drop_connection(&mut self, index: usize, wait: Duration) {
+        self.stats.connections_lost += 1;
+        self.connections[index].drop_channel(wait);
+        // Also what is committed: its ack was lost with the connection, and a duplicate is acknowledged again.
+        self.requeue(|lost| lost == index, 0);
+    }
+
+    /// Decides, after a connection has ended, whether to reconnect, to reopen the session, or to end the publisher.
+    pub(super) fn connection_ended(&mut self, index: usize, error: LinkError) {
+        let LinkError::Refused { code: Some(code), text, .. } = error else {
+            return self.drop_connection(index, RETRY_MIN);
+        };
+        match code {
+            ErrorCode::UnknownSession => {
+                self.session_ended = true;
+                self.drop_connection(index, RETRY_MIN);
+            }
+            ErrorCode::BadFrame | ErrorCode::Unavailable => self.drop_connection(index, RETRY_MIN),
+            _ => {
+                self.fatal = Some(ClientError::refused(code, text, 0));
+                self.drop_connection(index, RETRY_MAX);
+            }
+        }
+    }
+
+    /// Drops the connections with batches on them when the brokers have been silent for too long. Other connections, and
+    /// new ones, get the batches.
+    ///
+    /// A broker that is cut off keeps its connections open and says nothing.
+    pub(super) fn drop_silent_connections(&mut self) {
+        if !self.silence.is_too_long() {
+            return;
+        }
+        self.silence.restart(Instant::now());
+        for index in 0..self.connections.len() {
+            if self.connections[index].is_ready() && self.in_flight.are_on(index) {
+                self.drop_connection(index, RETRY_MIN);
+            }
+        }
+    }
+
+    /// Returns true while connections are ready and more batches wait for them than keep them busy. While none is ready,
+    /// the whole buffer may be filled.
+    pub(super) fn has_backlog(&self) -> bool {
+        self.in_flight.queued() >= BUFFERED_BATCHES && self.connections.iter().any(BrokerConnection::is_ready)
+    }
+
+    /// Returns true while a connection has batches to write.
+    pub(super) fn has_to_write(&self) -> bool {
+        self.connections.iter().any(|connection| !connection.queue.is_empty())
+    }
+
+    /// Makes the descriptors of all connections ready when something comes from now on.
+    pub(super) fn arm(&mut self) {
+        for index in 0..self.connections.len() {
+            if self.connections[index].channel_mut().is_some_and(|channel| channel.arm().is_err()) {
+                self.drop_connection(index, RETRY_MIN);
+            }
+        }
+    }
+
+    /// Descriptors to wait for, each with a flag that asks for room to write too.
+    pub(super) fn descriptors(&mut self) -> Vec<(RawFd, bool)> {
+        let mut descriptors = Vec::with_capacity(self.connections.len());
+        for connection in &mut self.connections {
+            let writable = !connection.queue.is_empty();
+            if let Some(channel) = connection.channel_mut() {
+                descriptors.extend(channel.descriptors(writable));
+            }
+        }
+        descriptors
+    }
+}

@@ -1,0 +1,303 @@
+//! Streams that a subscriber reads side by side.
+
+use super::brokers::BrokerWatch;
+use super::message::Start;
+use super::stream::Stream;
+use crate::context::Context;
+use crate::error::ClientError;
+use crate::views::{BrokerView, TopicView};
+use embarcadero_os::poller::wait_any;
+use embarcadero_os::{Clock, SystemClock};
+use embarcadero_transport::{Item, LinkError, SubscriberLink};
+use embarcadero_wire::{self as wire, BatchHeader, Deliver, ErrorCode, Frame, WireError};
+use std::ops::{Index, Range};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Wait before a stream is connected again whose connection broke.
+const RECONNECT: Duration = Duration::from_millis(10);
+/// Wait before a stream is connected again whose last attempt failed.
+const RETRY: Duration = Duration::from_millis(50);
+/// Longest wait without a look at every stream.
+const LOOK_PERIOD: Duration = Duration::from_millis(100);
+/// Longest wait while a stream is not connected.
+const MISSING_PERIOD: Duration = Duration::from_millis(5);
+
+/// Batch that came on a stream.
+pub(super) struct Delivery {
+    /// Index of the stream.
+    pub(super) stream: usize,
+    pub(super) deliver: Deliver,
+    pub(super) header: BatchHeader,
+    /// Range of the body in the connection's bytes.
+    pub(super) body: Range<usize>,
+}
+
+/// Streams of a topic: the global one, or one per broker.
+pub(super) struct Streams {
+    context: Arc<Context>,
+    topic: TopicView,
+    streams: Vec<Stream>,
+    /// Index of the stream to look at first.
+    next: usize,
+    /// Position that was asked for.
+    start: Start,
+    /// Time at which it was asked for, microseconds since 1970.
+    asked_us: u64,
+    /// Source of new brokers; `None` for the global stream, which any broker serves.
+    watch: Option<Arc<BrokerWatch>>,
+    /// Error of the last attempt to connect that failed, until a broker answers.
+    trouble: Option<ClientError>,
+}
+
+impl Index<usize> for Streams {
+    type Output = Stream;
+
+    fn index(&self, index: usize) -> &Stream {
+        &self.streams[index]
+    }
+}
+
+impl Streams {
+    /// Streams of a topic at `brokers`, not connected yet. `watch` is given where each broker has a stream of its own.
+    pub(super) fn new(
+        context: Arc<Context>,
+        topic: TopicView,
+        mut brokers: Vec<BrokerView>,
+        start: Start,
+        watch: Option<Arc<BrokerWatch>>,
+    ) -> Result<Self, ClientError> {
+        if brokers.is_empty() {
+            return Err(ClientError::Unreachable("the cluster has no live broker".to_owned()));
+        }
+        let streams = if topic.order.is_global() {
+            // Spread subscribers over brokers.
+            let pick = rand::random::<u32>() as usize % brokers.len();
+            vec![Stream::new(wire::Stream::GLOBAL, brokers.swap_remove(pick), start)]
+        } else {
+            brokers.into_iter().map(|broker| Stream::new(wire::Stream::of(broker.id), broker, start)).collect()
+        };
+        Ok(Self { context, topic, streams, next: 0, start, asked_us: SystemClock.now().wall_us, watch, trouble: None })
+    }
+
+    /// Topic of the streams.
+    pub(super) fn topic(&self) -> &TopicView {
+        &self.topic
+    }
+
+    /// Moves every stream to another position.
+    pub(super) fn seek(&mut self, to: Start) {
+        (self.start, self.asked_us) = (to, SystemClock.now().wall_us);
+        self.streams.iter_mut().for_each(|stream| stream.seek(to));
+    }
+
+    /// Forgets the ends of all streams, so that [`Streams::ask_ends`] asks for them again.
+    pub(super) fn forget_ends(&mut self) {
+        self.streams.iter_mut().for_each(Stream::forget_end);
+    }
+
+    /// Asks for the ends of all streams that are connected.
+    pub(super) fn ask_ends(&mut self) {
+        self.streams.iter_mut().for_each(Stream::ask_end);
+    }
+
+    /// Returns true once every stream was read up to the end that its broker has answered.
+    pub(super) fn are_read_to_end(&self) -> bool {
+        self.streams.iter().all(Stream::is_read_to_end)
+    }
+
+    /// Adds the streams of brokers that have appeared since.
+    ///
+    /// An offset that was asked for may lie beyond the end of such a stream. Its latest message may be newer than the
+    /// subscription. In both cases it starts with what was ordered since the subscription.
+    fn add_streams(&mut self, brokers: Vec<BrokerView>) {
+        let start = match self.start {
+            Start::Earliest | Start::Timestamp(_) => self.start,
+            Start::Latest | Start::Offset(_) => Start::Timestamp(self.asked_us),
+        };
+        for broker in brokers {
+            let id = wire::Stream::of(broker.id);
+            if !self.streams.iter().any(|stream| stream.id == id) {
+                self.streams.push(Stream::new(id, broker, start));
+            }
+        }
+    }
+
+    /// Connects the streams that are down and due.
+    fn connect_due(&mut self) {
+        if let Some(brokers) = self.watch.as_ref().and_then(|watch| watch.take_news()) {
+            self.add_streams(brokers);
+        }
+        let now = Instant::now();
+        for index in 0..self.streams.len() {
+            let stream = &mut self.streams[index];
+            if stream.is_due_to_connect(now)
+                && let Err(error) = stream.connect(&self.context, &self.topic)
+            {
+                self.trouble = Some(error);
+                stream.drop_connection(RETRY);
+                self.find_broker(index);
+            }
+        }
+    }
+
+    /// Chooses the broker to connect to after a stream's connection failed. Any other broker serves the global stream; a
+    /// broker's own stream is served by that broker alone, maybe at a new address.
+    fn find_broker(&mut self, index: usize) {
+        let Ok(cluster) = self.context.cluster() else { return };
+        let stream = &mut self.streams[index];
+        let mut others = cluster.brokers;
+        others.retain(|broker| match stream.id.broker() {
+            None => broker.data != stream.broker.data,
+            Some(own) => broker.id == own,
+        });
+        if !others.is_empty() {
+            let pick = rand::random::<u32>() as usize % others.len();
+            stream.broker = others.swap_remove(pick);
+        }
+    }
+
+    /// Looks once at every stream. Returns the first batch that came. What the last batch lay in is given back.
+    pub(super) fn look(&mut self) -> Result<Option<Delivery>, ClientError> {
+        self.connect_due();
+        let count = self.streams.len();
+        for step in 0..count {
+            let index = (self.next + step) % count;
+            if let Some(delivery) = self.poll_stream(index)? {
+                self.next = index + 1;
+                return Ok(Some(delivery));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes the next batch of a stream. A lost connection is not an error.
+    fn poll_stream(&mut self, index: usize) -> Result<Option<Delivery>, ClientError> {
+        let stream = &mut self.streams[index];
+        let Some(channel) = &mut stream.channel else { return Ok(None) };
+        loop {
+            match channel.take() {
+                Ok(Item::Nothing) => return Ok(None),
+                Ok(Item::Batch(deliver, header, body)) => {
+                    return Ok(Some(Delivery { stream: index, deliver, header, body }));
+                }
+                Ok(Item::Frame(Frame::SubscribeReady(ready))) => {
+                    stream.due.get_or_insert(ready.start_offset);
+                    self.trouble = None;
+                }
+                Ok(Item::Frame(Frame::Position(position))) => stream.end = Some(position.next_offset),
+                Ok(Item::Frame(other)) => return Err(WireError::Kind { found: other.kind() }.into()),
+                Err(LinkError::Wire(error)) => return Err(error.into()),
+                Err(LinkError::Refused { code: Some(code), text, detail })
+                    // Slow once is not the end: the stream is read on from where it stopped.
+                    if !matches!(code, ErrorCode::Unavailable | ErrorCode::TooSlow) =>
+                {
+                    return Err(ClientError::refused(code, text, detail));
+                }
+                Err(LinkError::Refused { .. } | LinkError::Lost(_)) => {
+                    stream.drop_connection(RECONNECT);
+                    self.find_broker(index);
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// Looks at every stream, and waits for something to come if no batch has, for at most `timeout`.
+    pub(super) fn look_or_wait(&mut self, timeout: Duration) -> Result<Option<Delivery>, ClientError> {
+        if let found @ Some(_) = self.look()? {
+            return Ok(found);
+        }
+        for stream in &mut self.streams {
+            if stream.channel.as_mut().is_some_and(|channel| channel.arm().is_err()) {
+                stream.drop_connection(RECONNECT);
+            }
+        }
+        // What came before the connections were armed shows on no descriptor.
+        if let found @ Some(_) = self.look()? {
+            return Ok(found);
+        }
+        let channels = self.streams.iter().filter_map(|stream| stream.channel.as_ref());
+        let watched: Vec<_> =
+            channels.flat_map(SubscriberLink::descriptors).map(|descriptor| (descriptor, false)).collect();
+        if self.streams.iter().any(|stream| stream.channel.is_none()) {
+            std::thread::sleep(timeout.min(MISSING_PERIOD));
+        }
+        if !watched.is_empty() {
+            wait_any(&watched, timeout.min(LOOK_PERIOD)).map_err(ClientError::io("wait for brokers"))?;
+        }
+        Ok(None)
+    }
+
+    /// Error of the last attempt to connect that failed, until a broker answers.
+    pub(super) fn trouble(&self) -> Option<&ClientError> {
+        self.trouble.as_ref()
+    }
+
+    /// Checks that a batch is the one that is due on its stream. Returns the number of messages in it that come before the
+    /// due offset.
+    pub(super) fn accept(&mut self, delivery: &Delivery) -> Result<usize, ClientError> {
+        self.streams[delivery.stream].accept(&delivery.deliver, &delivery.header)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::ClientConfig;
+    use embarcadero_wire::{BrokerId, Incarnation, Order, StartKind, TopicId};
+    use std::net::{Ipv4Addr, SocketAddr};
+
+    fn broker(id: u32) -> BrokerView {
+        let data = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
+        BrokerView { id: BrokerId(id), incarnation: Incarnation(1), data, control: String::new(), leader: id == 0 }
+    }
+
+    fn streams(order: Order, start: Start) -> Streams {
+        let context = Arc::new(Context::new(ClientConfig::default()).unwrap());
+        let topic = TopicView {
+            id: TopicId(0),
+            incarnation: Incarnation(1),
+            name: "t".to_owned(),
+            order,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+        };
+        Streams::new(context, topic, vec![broker(0), broker(1)], start, None).unwrap()
+    }
+
+    /// Broker, start kind and start of each stream.
+    fn requests(streams: &Streams) -> Vec<(Option<u32>, u32, u64)> {
+        let request = |stream: &Stream| {
+            let request = stream.request(&streams.topic);
+            (stream.id.broker().map(|broker| broker.0), request.start_kind, request.start)
+        };
+        streams.streams.iter().map(request).collect()
+    }
+
+    #[test]
+    fn a_broker_that_appears_later_has_a_stream() {
+        let earliest = StartKind::Earliest.code();
+        let mut streams = streams(Order::Broker, Start::Earliest);
+        streams.add_streams(vec![broker(1), broker(2)]);
+        streams.add_streams(vec![broker(2), broker(0)]);
+        let expected = [0, 1, 2].map(|id| (Some(id), earliest, 0));
+        assert_eq!(requests(&streams), expected);
+    }
+
+    #[test]
+    fn a_stream_that_appears_later_begins_at_the_subscription() {
+        let timestamp = StartKind::Timestamp.code();
+        for start in [Start::Latest, Start::Offset(7)] {
+            let mut streams = streams(Order::None, start);
+            streams.add_streams(vec![broker(2)]);
+            assert_eq!(requests(&streams)[2], (Some(2), timestamp, streams.asked_us), "{start:?}");
+        }
+        let mut streams = streams(Order::None, Start::Latest);
+        streams.seek(Start::Timestamp(7));
+        streams.add_streams(vec![broker(2)]);
+        assert_eq!(requests(&streams), [0, 1, 2].map(|id| (Some(id), timestamp, 7)));
+    }
+}
