@@ -39,7 +39,7 @@ use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::segment::{PartitionAllocator, free_segments};
 use embarcadero_cxl::session_table::{Commit, Session, read_commit, read_progress, read_session};
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic};
-use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Row, Site, Versioned};
+use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_os::buffer::Buffer;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World, on_all_cores};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
@@ -477,6 +477,14 @@ impl Host {
 /// Stages that a leader runs.
 type Stages = (Sequencer<Simulated>, CompletionStage<Simulated>);
 
+/// Brings the first leader's area into a host's cache, as prefetchers may. A takeover that believes it is stale.
+fn prefetch_leader_area(region: &Region<Simulated>) {
+    let (area, layout) = (region.layout().leader_area(LEADER), &region.layout().leader);
+    for at in (0..layout.directories + LINE_BYTES).step_by(LINE_BYTES as usize) {
+        region.fabric().load(area.add(at));
+    }
+}
+
 /// Runs the leader's count of the disks that have each batch.
 fn count(completion: &mut CompletionStage<Simulated>, awaited: u32, round: usize) {
     completion.maintain(awaited);
@@ -647,6 +655,9 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
                     if event_at <= round
                         && let Some(queue) = &take_over
                     {
+                        if round == event_at {
+                            prefetch_leader_area(&host.region);
+                        }
                         let impatient = event_at + PATIENCE <= round || round + 1 == ROUNDS;
                         if CHANGE_OF_LEADER.get() != ChangeOfLeader::Due && !impatient {
                             CHANGE_OF_LEADER.set(ChangeOfLeader::Awaited);
@@ -929,19 +940,19 @@ const fn recorded(site: Site) -> u64 {
         Site::PayloadFlush => 1,
         Site::PayloadRead => 1,
         Site::BatchEntryFlush => 1,
-        Site::BatchEntryFence => 1,
-        Site::BatchEntryRead => 1,
+        Site::BatchEntryFence => 572,
+        Site::BatchEntryRead => 8,
         Site::BatchlogHeadFlush => 1,
         Site::BatchlogHeadRead => 1,
         Site::IndexEntryFlush => 1,
-        Site::IndexEntryFence => 1,
-        Site::IndexEntryRead => 1,
+        Site::IndexEntryFence => 1232,
+        Site::IndexEntryRead => 4,
         Site::DirectoryFlush => 1,
         Site::DirectoryRead => 1,
         Site::TailFlush => 1,
         Site::TailRead => 1,
         Site::TrimFlush => 1,
-        Site::TrimRead => 1,
+        Site::TrimRead => 20,
         Site::SessionFlush => 1,
         Site::SessionRead => 1,
         Site::RecordFlush => 1,
@@ -949,11 +960,11 @@ const fn recorded(site: Site) -> u64 {
         Site::ConsumedFlush => 1,
         Site::ConsumedRead => 1,
         Site::PinFlush => 1,
-        Site::PinRead => 1,
-        Site::ReplicationFlush => 1,
-        Site::ReplicationRead => 1,
-        Site::CompletionFlush => 1,
-        Site::CompletionRead => 1,
+        Site::PinRead => 28,
+        Site::ReplicationFlush => 3,
+        Site::ReplicationRead => 3,
+        Site::CompletionFlush => 2,
+        Site::CompletionRead => 3,
         Site::OwnerFlush => 1,
         Site::OwnerRead => 1,
         Site::BitmapFlush => 1,
@@ -964,18 +975,18 @@ const fn recorded(site: Site) -> u64 {
 /// Returns a seed under which some schedule fails without `guard`.
 const fn recorded_guard(guard: Guard) -> u64 {
     match guard {
-        Guard::TermAfterRead => 1,
-        Guard::ClaimBeforeCopy => 1,
-        Guard::OwnSegment => 1,
+        Guard::TermAfterRead => 82,
+        Guard::ClaimBeforeCopy => 863,
+        Guard::OwnSegment => 67,
         Guard::SegmentOfLeader => 1,
-        Guard::RecoverBeforeAccept => 1,
-        Guard::RetakeUndecided => 1,
+        Guard::RecoverBeforeAccept => 120,
+        Guard::RetakeUndecided => 20,
         Guard::DedupCompare => 1,
-        Guard::SlotReuse => 1,
+        Guard::SlotReuse => 58,
         Guard::DecidedBeforeReuse => 1,
-        Guard::PinBeforeReuse => 1,
-        Guard::DiskBeforeAck => 1,
-        Guard::TrimAfterCopy => 1,
+        Guard::PinBeforeReuse => 220,
+        Guard::DiskBeforeAck => 3,
+        Guard::TrimAfterCopy => 633,
     }
 }
 

@@ -23,7 +23,7 @@ fn fill(client: &Client, topic: &str, bytes: u64) -> Result<u64, ClientError> {
 
 #[test]
 fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
-    let environment = [("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "300"), ("EMBARCADERO_BROKER_GAP_LEASE_MS", "200")];
+    let environment = [("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "2000"), ("EMBARCADERO_BROKER_GAP_LEASE_MS", "200")];
     let cluster =
         Cluster::start(2, &["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "4"], &environment);
     let client = small(&cluster);

@@ -1,7 +1,7 @@
 //! Full fences: two hosts each store a word and then load the other's, and at least one of them sees the other.
 //!
-//! Without a full fence both stores can wait in their hosts' buffers while both loads run (Intel SDM, volume 3A,
-//! "Loads May Be Reordered with Earlier Stores to Different Locations"). Two pairs of the protocol depend on that:
+//! Without a full fence both stores can wait in their hosts' buffers while both loads run. Source: Intel SDM, volume 3A,
+//! "Loads May Be Reordered with Earlier Stores to Different Locations". Two pairs of the protocol depend on full fences:
 //!
 //! - A reader pins a position and then reads the trim point; the index's writer trims and then reads the pins.
 //! - A leader publishes and then reads the terms; its successor claims a term and then reads what the leader published.

@@ -311,12 +311,12 @@ fn a_seed_replays() {
 /// stop between two words, and clients that do not resend.
 const NOTICED: [(Guard, u64); 7] = [
     (Guard::ClaimBeforeCopy, 1),
-    (Guard::OwnSegment, 1),
+    (Guard::OwnSegment, 34),
     (Guard::SegmentOfLeader, 1),
-    (Guard::RecoverBeforeAccept, 1),
+    (Guard::RecoverBeforeAccept, 74),
     (Guard::DedupCompare, 1),
     (Guard::DecidedBeforeReuse, 1),
-    (Guard::DiskBeforeAck, 1),
+    (Guard::DiskBeforeAck, 2),
 ];
 
 /// Without one of the checks, some seed fails. Prints the seeds to record.
