@@ -82,7 +82,7 @@ fn brokers_join_and_leave_under_load() {
 /// that was published before it subscribed.
 #[test]
 fn a_subscriber_reads_the_streams_of_brokers_that_join() {
-    let mut cluster = Cluster::start(1, &["--size", "64MiB", "--segment-size", "1MiB"], &[]);
+    let mut cluster = Cluster::start(1, &["--size", "128MiB", "--segment-size", "1MiB"], &[]);
     let client = cluster.client_of_all();
     for order in [Order::Broker, Order::None] {
         client.create_topic(&order.to_string(), TopicOptions { order, ..TopicOptions::default() }).unwrap();
