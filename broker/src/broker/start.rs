@@ -214,7 +214,7 @@ impl CandidateParts {
             leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
             broker_lease: Duration::from_millis(config.broker_lease_ms),
             leader_lease: Duration::from_millis(config.leader_lease_ms),
-            reach: match config.cxl.coherence {
+            scope: match config.cxl.coherence {
                 Coherence::Host => CoherenceScope::Host,
                 Coherence::Fabric => CoherenceScope::Fabric,
                 Coherence::None => CoherenceScope::None,

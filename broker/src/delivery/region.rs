@@ -132,11 +132,7 @@ impl SubscriberSession {
     /// Drops the batches of which nothing was sent, and moves the cursor back to the first of them.
     fn drop_unsent(&mut self, outbox: &mut Outbox) {
         let oldest = outbox.lowest_position();
-        outbox.drop_unsent_batches();
-        let due = match outbox.lowest_position() {
-            u64::MAX => oldest,
-            half_sent => half_sent + 1,
-        };
+        let due = outbox.drop_unsent_batches().map_or(oldest, |being_sent| being_sent + 1);
         if due < self.cursor {
             self.cursor = due;
             let known = self.queued.iter().find(|(position, _)| *position == due);

@@ -1,4 +1,4 @@
-//! Follower: looks at the leader, and takes over from one that is gone or silent.
+//! Follower: watches the leader, and takes over when the leader is gone or silent.
 
 use super::{Candidate, Leadership, PERIOD};
 use embarcadero_cxl::broker_table::read_pulse;
@@ -46,7 +46,7 @@ impl Candidate {
         if self.eligible && self.leader_is_gone() { self.take_over(before).await } else { None }
     }
 
-    /// Looks at the leader, and takes over from one that is gone or silent.
+    /// Looks at the leader, and takes over when the leader is gone or silent.
     pub(super) async fn follow(&self, watch: &mut Watch) -> Option<Leadership> {
         let before = highest_candidacy(self.region());
         watch.look(self.region(), before);
@@ -82,7 +82,7 @@ impl Candidate {
     /// Checks that somebody can take over from a leader that is `gone`, or else may go on. Returns the reason if nobody
     /// can.
     fn can_take_over(&self, gone: bool) -> Result<(), String> {
-        self.election.can_elect(self.reach)?;
+        self.election.can_elect(self.scope)?;
         // With the leader allocator a leader also gives out segments. Two might give out the same.
         if !gone && self.region().geometry().allocator == AllocatorKind::Leader {
             return Err("the leader allocator's own leader may go on".to_owned());
@@ -102,7 +102,7 @@ impl Candidate {
         if Arc::strong_count(&self.in_use) > 1 {
             return None;
         }
-        let term = self.election.elect(self.region(), self.reach, before).await?;
+        let term = self.election.elect(self.region(), self.scope, before).await?;
         let leadership = self.lead(term);
         self.election.set_leads(leadership.is_some()).await;
         leadership

@@ -36,7 +36,7 @@ pub(crate) fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoL
 }
 
 /// Withdraws what an earlier process of this broker published about its disk, which may be another disk now. A replica
-/// that runs publishes its progress anew once it has read the disk.
+/// that runs publishes its progress again once it has read the disk.
 pub fn disclaim<F: Fabric>(region: &Region<F>, broker: BrokerId) {
     publish_replica_state(region, broker, ReplicaState::None);
     for topic in region.geometry().topics() {

@@ -10,7 +10,7 @@
 //! Either a reader sees the claim, and drops what it read. Or its read happened before the claim, and then the
 //! successor has copied the same.
 
-// [[DEVIATION_011]]
+// [[DEVIATION_011]] In the paper every sequencer writes the same control block, sequencer halves and session table.
 
 use crate::fabric::{CoherentFabric, Fabric, LINE_BYTES};
 use crate::layout::{ControlLine, LeaderArea, TermLine};

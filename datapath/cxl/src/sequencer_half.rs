@@ -19,7 +19,7 @@ const DECIDED: u64 = offset_of!(SequencerHalf, decided_through) as u64;
 pub struct Consumed {
     /// Batches of the broker that are ordered.
     pub ordered: u64,
-    /// Message offset after the newest of them.
+    /// Message offset after the newest ordered batch.
     pub ordered_offset: u64,
     /// Batchlog slots of entries below this index may be reused.
     pub consumed_through: u64,

@@ -140,14 +140,17 @@ impl Outbox {
         self.begun() > 0
     }
 
-    /// Drops the batches of which nothing was sent. Frames stay, and so does a batch that is half sent.
-    pub fn drop_unsent_batches(&mut self) {
+    /// Drops the batches of which nothing was sent. Frames stay, and so do batches that are being sent.
+    ///
+    /// Returns the highest position of a batch that stays.
+    pub fn drop_unsent_batches(&mut self) -> Option<u64> {
         let mut begun = self.begun();
         self.queue.retain(|outgoing| {
             let keep = begun > 0;
             begun = begun.saturating_sub(1);
             keep || outgoing.batch.is_none()
         });
+        self.queue.iter().filter(|outgoing| outgoing.batch.is_some()).map(|outgoing| outgoing.position).max()
     }
 
     /// Drops every batch, so that the region need not be read any more. Frames stay.
@@ -183,5 +186,25 @@ impl Outbox {
             self.sent = 0;
             self.queue.pop_front();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_that_are_being_sent_stay_and_the_last_one_is_known() {
+        let frame = [0; FRAME_BYTES];
+        let mut outbox = Outbox::default();
+        for position in 4..9 {
+            outbox.push(Outgoing::batch(frame, RegionOffset(position * 4096), 64, position));
+        }
+        outbox.push(Outgoing::frame(frame));
+        // A NIC may send several batches at a time.
+        outbox.posted = 3;
+        assert_eq!((outbox.drop_unsent_batches(), outbox.len()), (Some(6), 4));
+        (0..3).for_each(|_| outbox.pop_posted());
+        assert_eq!((outbox.drop_unsent_batches(), outbox.len()), (None, 1), "the frame stays");
     }
 }

@@ -134,9 +134,12 @@ impl Tcp {
     }
 }
 
-/// RDMA, by devices that `open` opens: the broker's and the client's.
+/// Devices of the broker and of the client, each with its port.
+type Devices = [(Arc<Context>, LocalPort); 2];
+
+/// RDMA, by devices that `open` opens.
 pub struct Rdma {
-    open: fn() -> Option<[(Arc<Context>, LocalPort); 2]>,
+    open: fn() -> Option<Devices>,
     alone: bool,
 }
 

@@ -143,9 +143,9 @@ impl Client {
         EtcdError::Silent { endpoints: self.endpoints.join(", ") }
     }
 
-    /// Calls the endpoint that answered last, and those after it until one answers. If one was silent, it may be slow, and
-    /// all are called again with more time. A call that nobody answered may still have happened, so every call must be
-    /// harmless when it is made twice.
+    /// Calls the endpoint that answered last, and those after it until one answers. If one was silent, it may be slow,
+    /// and all are called again with more time. A call that nobody answered may still have happened, so every call must
+    /// be harmless when it is made twice.
     async fn call<Q: Clone, R, F>(&self, request: Q, call: impl Fn(Channel, Q) -> F) -> Result<R, EtcdError>
     where
         F: Future<Output = Result<Response<R>, Status>>,

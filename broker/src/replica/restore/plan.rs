@@ -160,8 +160,8 @@ impl TopicPlan {
         pieces
     }
 
-    /// Plans a stream that is in the mirror. It gets every batch of the mirror, from a disk if one has it. Batches on disks
-    /// that lead up to the mirror's first come before those.
+    /// Plans a stream that is in the mirror. It gets every batch of the mirror, from a disk if one has it. Batches on
+    /// disks that lead up to the mirror's first come before those.
     fn compare(&mut self, mirror: &MirroredTopic, known: BTreeMap<u64, StoredBatch>) -> Vec<Piece> {
         let mut known: BTreeMap<u64, StoredBatch> =
             known.into_values().map(|batch| (batch.record().first_offset, batch)).collect();

@@ -131,7 +131,7 @@ impl Layout {
         RegionOffset(self.control + offset_of!(ControlBlock, election) as u64)
     }
 
-    /// Position of a leader area's [`super::TermLine`]. Those of all areas lie one after another.
+    /// Position of a leader area's [`super::TermLine`]. The lines of all areas lie one after another.
     #[must_use]
     pub const fn terms(&self, area: LeaderArea) -> RegionOffset {
         RegionOffset(self.control + offset_of!(ControlBlock, terms) as u64 + area.0.0 as u64 * LINE_BYTES)

@@ -102,8 +102,8 @@ const fn areas(hash: u64, geometry: &Geometry) -> u64 {
 mod tests {
     use super::*;
 
-    /// A region of this hash is what this build writes and reads. Whoever changes the layout changes this number and
-    /// [`LAYOUT_VERSION`]'s line in CHANGELOG.md.
+    /// Checks that the layout did not change by accident. A change of the layout changes this number, and the line of
+    /// [`LAYOUT_VERSION`] in CHANGELOG.md.
     #[test]
     fn the_layout_is_the_one_that_is_documented() {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);

@@ -271,11 +271,11 @@ structures! {
     line SequencerHalf: 64 {
         /// Batches of this broker that are ordered (the paper's ordered_seq).
         ordered: u64 = 0,
-        /// Message offset after the newest of them (the paper's ordered_ptr).
+        /// Message offset after the newest ordered batch (the paper's ordered_ptr).
         ordered_offset: u64 = 8,
         /// Batchlog slots of entries below this index may be reused.
         consumed_through: u64 = 16,
-        /// Batchlog entries below this index are committed or dropped: none of them is held back.
+        /// Batchlog entries below this index are committed or dropped; none is held back.
         decided_through: u64 = 24,
         reserved: [u64; 4] = 32,
     }
@@ -390,7 +390,7 @@ structures! {
 }
 
 // [[DEVIATION_004]] The TInode stands in for a separate broker metadata region.
-// [[DEVIATION_011]] Each leader writes what it says of topics to an area of its own.
+// [[DEVIATION_011]] Each leader writes topics, sessions and sequencer halves to an area of its own.
 
 const _: () = {
     // CPUs prefetch lines in pairs, and the pair of one writer must not hold a line of another.

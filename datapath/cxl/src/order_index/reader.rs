@@ -125,8 +125,8 @@ impl<F: Fabric> OrderIndexReader<F> {
     }
 
     /// Returns true when no other leader was seen since the segment was found.
-    // SYNC: a leader that took over may have put another segment in this one's place. Whoever pinned what it reads, or
-    // polled, saw that leader. Pairs with `OrphanedSegments::poll` of the broker.
+    // SYNC: a leader that took over may have put another segment in this one's place. A reader that has set its pin, or
+    // has polled, has seen that leader. Pairs with `OrphanedSegments::poll` of the broker.
     #[inline]
     fn is_current(&self, found: Found) -> bool {
         found.version == leader_version(&self.region) || !self.region.fabric().keeps(Guard::SegmentOfLeader)

@@ -103,8 +103,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
         Ok(writer)
     }
 
-    /// Reads all entries that are kept, which another broker may have written. The first of them, or the next entry if
-    /// there is none, has the offset `trimmed_offset`.
+    /// Reads every entry that is kept, counts the bytes, and corrects the next offset. Another broker may have written
+    /// the entries. `trimmed_offset` is the offset of the first one, or of the next entry if none is kept.
     fn take_stock(&mut self, trimmed_offset: u64) -> Result<(), Damage> {
         let per_segment = self.region.layout().entries_per_segment();
         for foreign in self.segments.iter().filter(|segment| !segment.own) {

@@ -51,7 +51,7 @@ pub(crate) struct Candidate {
     /// Silence after which the leader is replaced.
     pub(crate) leader_lease: Duration,
     /// Brokers whose stores this one sees.
-    pub(crate) reach: CoherenceScope,
+    pub(crate) scope: CoherenceScope,
     /// Authority that elects the leader.
     pub(crate) election: Election,
     /// True if this broker may be the leader.
@@ -87,7 +87,7 @@ impl Candidate {
             // This process holds the id's claim, so only its own stages could still lead.
             return Arc::strong_count(&self.in_use) == 1;
         }
-        if self.reach != CoherenceScope::Host {
+        if self.scope != CoherenceScope::Host {
             return false;
         }
         let claimed = self.file.is_claimed(broker).unwrap_or_else(|error| {
@@ -157,14 +157,14 @@ impl Candidate {
         self.region()
             .geometry()
             .brokers()
-            .filter(|id| live & 1 << id.0 == 0 && self.reach == CoherenceScope::Host)
+            .filter(|id| live & 1 << id.0 == 0 && self.scope == CoherenceScope::Host)
             .filter_map(|id| read_broker(self.region(), id).used())
             .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
             .fold(0, |mask, info| mask | 1 << info.id.0)
     }
 
-    /// Brokers of the mask `live` whose process has ended. On one host the kernel tells at once, and their leases need not
-    /// expire.
+    /// Returns the brokers of the mask `live` whose process has ended, one bit each. On one host the kernel tells at
+    /// once, and their leases need not end.
     fn ended_brokers(&self, live: u64) -> u64 {
         let others = self.region().geometry().brokers().filter(|id| *id != self.info.id && live & 1 << id.0 != 0);
         others.filter(|id| self.is_gone(*id, None)).fold(0, |mask, id| mask | 1 << id.0)
@@ -208,7 +208,7 @@ impl Candidate {
             leadership.shown = self.publish(leadership.term, live);
         }
         leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
-        if leadership.reap_in == 0 && self.reach == CoherenceScope::Host {
+        if leadership.reap_in == 0 && self.scope == CoherenceScope::Host {
             self.reap(live);
         }
     }
