@@ -930,7 +930,7 @@ const fn recorded(site: Site) -> u64 {
         Site::TermFlush => 1,
         Site::TermRead => 1,
         Site::TakeoverFlush => 1,
-        Site::TakeoverRead => 1,
+        Site::TakeoverRead => 5,
         Site::BrokerSlotFlush => 1,
         Site::BrokerSlotRead => 1,
         Site::PulseFlush => 1,
@@ -976,7 +976,7 @@ const fn recorded(site: Site) -> u64 {
 const fn recorded_guard(guard: Guard) -> u64 {
     match guard {
         Guard::TermAfterRead => 82,
-        Guard::ClaimBeforeCopy => 863,
+        Guard::ClaimBeforeCopy => 1356,
         Guard::OwnSegment => 67,
         Guard::SegmentOfLeader => 1,
         Guard::RecoverBeforeAccept => 120,
@@ -984,7 +984,7 @@ const fn recorded_guard(guard: Guard) -> u64 {
         Guard::DedupCompare => 1,
         Guard::SlotReuse => 58,
         Guard::DecidedBeforeReuse => 1,
-        Guard::PinBeforeReuse => 220,
+        Guard::PinBeforeReuse => 279,
         Guard::DiskBeforeAck => 3,
         Guard::TrimAfterCopy => 633,
     }

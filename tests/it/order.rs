@@ -94,17 +94,17 @@ fn strong_order_keeps_every_line_of_200_mb_in_its_publishers_order() {
 
 #[test]
 fn total_order_is_one_for_all_and_loses_nothing() {
-    publish_and_consume("total", 200 << 20, false);
+    publish_and_consume("total", 50 << 20, false);
 }
 
 #[test]
 fn broker_order_loses_nothing() {
-    publish_and_consume("broker", 200 << 20, false);
+    publish_and_consume("broker", 50 << 20, false);
 }
 
 #[test]
 fn no_order_loses_nothing() {
-    publish_and_consume("none", 200 << 20, true);
+    publish_and_consume("none", 50 << 20, true);
 }
 
 /// A message can be polled at once, whichever thread seals its batch, and whenever.
