@@ -78,17 +78,55 @@ pub fn read_owner<F: Fabric>(region: &Region<F>, segment: u32) -> Row<SegmentUse
     region.fabric().observe_versioned::<OwnerLine, ()>(at, Site::OwnerRead, |_| ()).decode(|(line, ())| {
         let damage = |what, value: u32| Damage { structure: "OwnerLine", at, what, value: value.into() };
         let OwnerLine { kind, topic, topic_incarnation: incarnation, broker, ordinal, holder, .. } = line;
-        let max_brokers = region.geometry().max_brokers;
-        match SegmentKind::from_code(kind).ok_or_else(|| damage("kind", kind))? {
-            SegmentKind::Free => Ok(SegmentUse::Free),
-            SegmentKind::Blog if broker < max_brokers => {
-                Ok(SegmentUse::Blog { topic, incarnation, broker: BrokerId(broker), ordinal })
-            }
-            SegmentKind::Index if broker <= max_brokers => {
-                let stream = if broker == max_brokers { Stream::GLOBAL } else { Stream::of(BrokerId(broker)) };
-                Ok(SegmentUse::Index { topic, incarnation, stream, ordinal, holder })
-            }
-            SegmentKind::Blog | SegmentKind::Index => Err(damage("broker", broker)),
+        let kind = SegmentKind::from_code(kind).ok_or_else(|| damage("kind", kind))?;
+        if kind == SegmentKind::Free {
+            return Ok(SegmentUse::Free);
         }
+        let geometry = region.geometry();
+        if topic.0 >= geometry.max_topics {
+            return Err(damage("topic", topic.0));
+        }
+        if holder.0 >= geometry.max_brokers {
+            return Err(damage("holder", holder.0));
+        }
+        if kind == SegmentKind::Index && broker == geometry.max_brokers {
+            return Ok(SegmentUse::Index { topic, incarnation, stream: Stream::GLOBAL, ordinal, holder });
+        }
+        if broker >= geometry.max_brokers {
+            return Err(damage("broker", broker));
+        }
+        let broker = BrokerId(broker);
+        Ok(if kind == SegmentKind::Blog {
+            SegmentUse::Blog { topic, incarnation, broker, ordinal }
+        } else {
+            SegmentUse::Index { topic, incarnation, stream: Stream::of(broker), ordinal, holder }
+        })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::AllocatorKind;
+    use crate::segment::tests::region;
+
+    #[test]
+    fn numbers_that_the_region_does_not_have_are_damage() {
+        let region = region(1, AllocatorKind::Bitmap);
+        let (topic, incarnation, holder) = (TopicId(0), Incarnation(1), BrokerId(3));
+        let owner = SegmentUse::Index { topic, incarnation, stream: Stream::GLOBAL, ordinal: 0, holder };
+        publish_owner(&region, 0, owner);
+        assert_eq!(read_owner(&region, 0), Row::Used(owner));
+        let whole: OwnerLine = region.fabric().load_line(region.layout().owner(0)).unwrap();
+        for (what, line) in [
+            ("kind", OwnerLine { kind: 9, ..whole }),
+            ("topic", OwnerLine { topic: TopicId(1), ..whole }),
+            ("holder", OwnerLine { holder: BrokerId(4), ..whole }),
+            ("broker", OwnerLine { broker: 5, ..whole }),
+            ("broker", OwnerLine { kind: SegmentKind::Blog.code(), ..whole }),
+        ] {
+            region.fabric().publish_versioned(region.layout().owner(0), &line, Site::OwnerFlush);
+            assert!(matches!(read_owner(&region, 0), Row::Damaged(damage) if damage.what == what), "{what}");
+        }
+    }
 }

@@ -86,7 +86,7 @@ pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::cache::FlushMethod;
     use crate::layout::{Geometry, Layout, RegionRole};
@@ -94,7 +94,7 @@ mod tests {
     use std::collections::BTreeSet;
     use uuid::Uuid;
 
-    fn region(segments: u32, allocator: AllocatorKind) -> Region<Native> {
+    pub(crate) fn region(segments: u32, allocator: AllocatorKind) -> Region<Native> {
         let geometry = Geometry {
             max_brokers: 4,
             max_leaders: 1,
