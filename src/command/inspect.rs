@@ -12,8 +12,8 @@ use embarcadero_cxl::replication::{Completion, Replication, read_completion_at, 
 use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::sequencer_half::{Consumed, read_consumed_at};
 use embarcadero_cxl::session_table::{Session, read_progress_at, read_session_at};
-use embarcadero_cxl::topic_table::{TopicConfig, read_topic_at};
-use embarcadero_cxl::{Fabric, Native, Region, Row, Site};
+use embarcadero_cxl::topic_table::{TopicConfig, read_released, read_topic_at};
+use embarcadero_cxl::{Damage, Fabric, Native, Region, Row, Site};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Stream, TopicId};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -176,6 +176,10 @@ impl Reader<'_> {
         row.used()
     }
 
+    fn intact<T>(&mut self, read: Result<T, Damage>) -> Option<T> {
+        read.map_err(|damage| self.damage.push(damage.to_string())).ok()
+    }
+
     fn broker(&mut self, broker: BrokerId) -> Option<BrokerReport> {
         let info = self.used(read_broker(self.region, broker))?;
         let (heartbeat, batches_published) = read_pulse(self.region, broker);
@@ -265,6 +269,7 @@ impl Reader<'_> {
             })
         });
         let pinned = pinned_position(pins.delivering_from);
+        let released_incarnation = self.intact(read_released(region, topic, broker))?;
         Some(OffsetEntryReport {
             broker,
             log_offset: half.log_offset,
@@ -273,7 +278,7 @@ impl Reader<'_> {
             written_addr: half.written_addr,
             consumed: read_consumed_at(region, area, topic, broker),
             delivering_from: (pinned < u64::MAX).then_some(pinned),
-            released_incarnation: Incarnation::from_word(pins.released),
+            released_incarnation,
             durable_through,
             lost_through,
             replicated: region.geometry().brokers().filter_map(progress).collect(),

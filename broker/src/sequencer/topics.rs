@@ -16,6 +16,8 @@ pub(super) struct Closing<F: Fabric> {
     config: TopicConfig,
     order: Option<TopicOrder<F>>,
     reply: Sender<()>,
+    /// Damage for which a broker's release of the topic cannot be read, as it was logged.
+    damage: Option<Damage>,
 }
 
 impl<F: Fabric> Sequencer<F> {
@@ -74,7 +76,7 @@ impl<F: Fabric> Sequencer<F> {
             }
         }
         let order = self.topics[id.index()].take();
-        self.closing.push(Closing { config, order, reply });
+        self.closing.push(Closing { config, order, reply, damage: None });
     }
 
     /// Continues the deletions that an earlier leader began.
@@ -85,15 +87,24 @@ impl<F: Fabric> Sequencer<F> {
             let order = if config.order.is_global() { self.open_order(config.clone()).ok() } else { None };
             // The client that asked for it asked an earlier leader: nobody waits for this answer.
             let (reply, _) = bounded(1);
-            self.closing.push(Closing { config, order, reply });
+            self.closing.push(Closing { config, order, reply, damage: None });
         }
     }
 
     /// Frees the slots of deleted topics whose memory no live broker holds any more.
     pub(super) fn finish_closing(&mut self, brokers: &[BrokerId]) {
         let Self { region, area, term, mirror, closing, .. } = self;
-        closing.retain_mut(|Closing { config, order, reply }| {
-            if brokers.iter().any(|broker| read_released(region, config.id, *broker) < config.incarnation) {
+        closing.retain_mut(|Closing { config, order, reply, damage }| {
+            let holds = |broker: &BrokerId| match read_released(region, config.id, *broker) {
+                Ok(released) => released < config.incarnation,
+                Err(found) => {
+                    if damage.replace(found) != Some(found) {
+                        tracing::error!(topic = config.name, %broker, damage = %found, "the topic's slot stays taken");
+                    }
+                    true
+                }
+            };
+            if brokers.iter().any(holds) {
                 return true;
             }
             if let Some(order) = order {

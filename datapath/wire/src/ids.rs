@@ -71,11 +71,11 @@ impl Incarnation {
         Self(self.0.saturating_add(1))
     }
 
-    /// Reads an incarnation from a word of the region. A word that is too large gives the largest incarnation.
+    /// Reads an incarnation from a word of the region; `None` when the word is too large.
     #[inline]
     #[must_use]
-    pub fn from_word(word: u64) -> Self {
-        Self(u32::try_from(word).unwrap_or(u32::MAX))
+    pub fn from_word(word: u64) -> Option<Self> {
+        u32::try_from(word).ok().map(Self)
     }
 
     /// Returns the word of the region that holds it.
@@ -171,8 +171,8 @@ mod tests {
     #[test]
     fn a_number_that_does_not_fit_names_nobody() {
         assert_eq!((BrokerId(31).byte(), BrokerId(256).byte()), (31, u8::MAX));
-        assert_eq!(Incarnation::from_word(Incarnation(7).word()), Incarnation(7));
-        assert_eq!(Incarnation::from_word(1 << 32), Incarnation(u32::MAX));
+        assert_eq!(Incarnation::from_word(Incarnation(7).word()), Some(Incarnation(7)));
+        assert_eq!(Incarnation::from_word(1 << 32), None);
         assert_eq!(Term(u64::MAX).next(), Term(u64::MAX));
     }
 }

@@ -71,6 +71,9 @@ const TERM: u64 = offset_of!(TailLine, term) as u64;
 const BYTES: u64 = offset_of!(TailLine, bytes) as u64;
 const INCARNATION: u64 = offset_of!(TailLine, incarnation) as u64;
 
+/// Incarnation in the extent of a tail whose incarnation is damaged. No topic has it.
+const DAMAGED: Incarnation = Incarnation(u32::MAX);
+
 /// Extent of a stream, as its tail shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Extent {
@@ -109,7 +112,7 @@ pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent
 pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: StreamId) -> Extent {
     let tail: TailLine = region.fabric().observe_words(id.tail(region, area), Site::TailRead);
     Extent {
-        incarnation: Incarnation::from_word(tail.incarnation),
+        incarnation: Incarnation::from_word(tail.incarnation).unwrap_or(DAMAGED),
         base: tail.base,
         trimmed: tail.trimmed,
         committed: tail.committed,
