@@ -14,7 +14,7 @@ use embarcadero_cxl::leadership::{NoLeader, read_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, check_topic_name, live_topics, read_topic};
-use embarcadero_cxl::{Native, Region, Row};
+use embarcadero_cxl::{Damage, Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, TopicId};
 use std::sync::{Arc, PoisonError, RwLock};
@@ -272,13 +272,16 @@ impl Control for ControlService {
         let streams = streams
             .into_iter()
             .filter(|(_, extent)| extent.incarnation == topic.incarnation)
-            .map(|(stream, extent)| proto::Stream {
-                broker: stream.0,
-                earliest_offset: extent.earliest_offset,
-                next_offset: extent.next_offset,
-                batches: extent.committed - extent.trimmed,
+            .map(|(stream, extent)| {
+                Ok(proto::Stream {
+                    broker: stream.0,
+                    earliest_offset: extent.earliest_offset,
+                    next_offset: extent.next_offset,
+                    batches: extent.batches(&self.region)?,
+                })
             })
-            .collect();
+            .collect::<Result<_, Damage>>()
+            .map_err(|damage| Status::data_loss(damage.to_string()))?;
         Ok(Response::new(proto::TopicDescription { topic: Some(topic_to_proto(&topic)), streams }))
     }
 

@@ -34,7 +34,10 @@ pub(crate) fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dy
             .map(|stream| read_extent(region, StreamId { topic, stream }))
             .into_iter()
             .flatten()
-            .map(|extent| extent.committed.saturating_sub(extent.trimmed))
+            .filter_map(|extent| {
+                let damaged = |damage| tracing::error!(%broker, %damage, "an order of a dead broker is not trimmed");
+                extent.batches(region).map_err(damaged).ok()
+            })
             .max()
     };
     let entries = region.geometry().topics().filter_map(kept).max().unwrap_or(0);

@@ -193,14 +193,18 @@ impl Reader<'_> {
     fn topic(&mut self, id: TopicId) -> Option<TopicReport> {
         let config = self.used(read_topic_at(self.region, self.area, id))?;
         let (region, area) = (self.region, self.area);
-        let extent = |stream| {
+        let extent = |reader: &mut Self, stream| {
             let extent = read_extent_at(region, area, StreamId { topic: id, stream });
+            reader.intact(extent.batches(region))?;
             (extent.incarnation == config.incarnation).then_some(extent)
         };
         let brokers = region.geometry().brokers().filter(|broker| read_broker(region, *broker).used().is_some());
-        let offset_entries =
-            brokers.filter_map(|broker| self.offset_entry(id, broker, extent(Stream::of(broker)))).collect();
-        let global_index = extent(Stream::GLOBAL);
+        let offset_entries = brokers.filter_map(|broker| {
+            let own_index = extent(self, Stream::of(broker));
+            self.offset_entry(id, broker, own_index)
+        });
+        let offset_entries = offset_entries.collect();
+        let global_index = extent(self, Stream::GLOBAL);
         let global_index_entries = global_index.map_or_else(Vec::new, |extent| self.newest_entries(id, &extent));
         Some(TopicReport { global_index, global_index_entries, offset_entries, config })
     }

@@ -159,11 +159,7 @@ pub fn publish_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: B
 ///
 /// # Errors
 /// [`Damage`] when the word is no incarnation, or a reserved byte of its line is set.
-pub fn read_released<F: Fabric>(
-    region: &Region<F>,
-    topic: TopicId,
-    broker: BrokerId,
-) -> Result<Incarnation, Damage> {
+pub fn read_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Result<Incarnation, Damage> {
     let at = region.layout().pin(topic, broker);
     let value = region.fabric().observe_line::<PinLine>(at, Site::PinRead)?.released;
     Incarnation::from_word(value).ok_or(Damage { structure: "PinLine", at, what: "released", value })

@@ -24,6 +24,7 @@ use crate::site::Site;
 use embarcadero_wire::{Incarnation, Stream, TopicId};
 use serde::Serialize;
 use std::mem::offset_of;
+use std::ops::Range;
 
 /// Stream of a topic, which has an order index of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,13 +92,42 @@ pub struct Extent {
     pub next_offset: u64,
     /// Bytes of all batches that were ever indexed.
     pub bytes: u64,
+    /// Position of the tail in the region.
+    #[serde(skip)]
+    at: RegionOffset,
 }
 
 impl Extent {
+    /// Returns the number of batches that are kept.
+    ///
+    /// # Errors
+    /// [`Damage`] when the tail contradicts itself. While its writer begins a new incarnation, it may do so too.
+    pub fn batches<F: Fabric>(&self, region: &Region<F>) -> Result<u64, Damage> {
+        if self.incarnation == DAMAGED {
+            return Err(Damage { structure: "TailLine", at: self.at, what: "incarnation", value: u64::MAX });
+        }
+        kept(region, self.at, self.base, self.trimmed..self.committed)
+    }
+
     /// Returns true when everything in segment `ordinal` of the index is trimmed.
     pub fn is_past<F: Fabric>(&self, region: &Region<F>, ordinal: u64) -> bool {
         self.trimmed >= (ordinal + 1) * region.layout().entries_per_segment()
     }
+}
+
+/// Returns the number of positions that the tail at `at` keeps.
+///
+/// # Errors
+/// [`Damage`] when they begin below `base`, end before they begin, or are more than the whole pool has room for.
+fn kept<F: Fabric>(region: &Region<F>, at: RegionOffset, base: u64, positions: Range<u64>) -> Result<u64, Damage> {
+    let room = u64::from(region.geometry().segment_count) * region.layout().entries_per_segment();
+    let damage = |what, value| Damage { structure: "TailLine", at, what, value };
+    if positions.start < base {
+        return Err(damage("trimmed", positions.start));
+    }
+    let kept = positions.end.checked_sub(positions.start).filter(|kept| *kept <= room);
+    // The positions that follow must be numbers too.
+    kept.filter(|_| positions.end < u64::MAX / 2).ok_or_else(|| damage("committed", positions.end))
 }
 
 /// Reads the extent of a stream.
@@ -110,7 +140,8 @@ pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent
 
 /// Reads the extent of a stream from one leader's area.
 pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: StreamId) -> Extent {
-    let tail: TailLine = region.fabric().observe_words(id.tail(region, area), Site::TailRead);
+    let at = id.tail(region, area);
+    let tail: TailLine = region.fabric().observe_words(at, Site::TailRead);
     Extent {
         incarnation: Incarnation::from_word(tail.incarnation).unwrap_or(DAMAGED),
         base: tail.base,
@@ -119,6 +150,7 @@ pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: Strea
         earliest_offset: tail.trimmed_offset,
         next_offset: tail.next_offset,
         bytes: tail.bytes,
+        at,
     }
 }
 
@@ -148,4 +180,39 @@ pub fn read_directory<F: Fabric>(
 pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea) -> bool {
     let extent = read_extent_at(region, area, id);
     extent.committed > extent.base && !extent.committed.is_multiple_of(region.layout().entries_per_segment())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::AllocatorKind;
+    use crate::segment::PartitionAllocator;
+    use crate::segment::tests::region;
+    use bytemuck::Zeroable;
+    use embarcadero_wire::{BrokerId, Term};
+    use std::sync::Arc;
+
+    #[test]
+    fn a_tail_that_contradicts_itself_is_damage() {
+        let region = region(2, AllocatorKind::Partitioned);
+        let (id, area) = (StreamId { topic: TopicId(0), stream: Stream::of(BrokerId(0)) }, LeaderArea(BrokerId(0)));
+        let at = id.tail(&region, area);
+        let whole = TailLine { committed: 30, base: 10, trimmed: 20, incarnation: 1, ..TailLine::zeroed() };
+        region.fabric().store_line(at, &whole);
+        assert_eq!(read_extent_at(&region, area, id).batches(&region), Ok(10));
+        for (what, line) in [
+            ("committed", TailLine { committed: 1 << 50, ..whole }),
+            ("committed", TailLine { committed: 15, ..whole }),
+            ("trimmed", TailLine { base: 25, ..whole }),
+            ("incarnation", TailLine { incarnation: 1 << 32, ..whole }),
+        ] {
+            region.fabric().store_line(at, &line);
+            let batches = read_extent_at(&region, area, id).batches(&region);
+            assert_eq!(batches.map_err(|damage| damage.what), Err(what));
+            let options = IndexOptions { id, incarnation: Incarnation(1), writer: area, term: Term::NONE };
+            let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+            let opened = OrderIndexWriter::open(region.clone(), options, pool);
+            assert_eq!(opened.err().map(|damage| damage.what), Some(what));
+        }
+    }
 }

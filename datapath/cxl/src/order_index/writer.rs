@@ -1,7 +1,7 @@
 //! Writer of an order index: appending entries and publishing them.
 
 use super::{
-    BASE, BYTES, COMMITTED, INCARNATION, NEXT_OFFSET, StreamId, TERM, TRIMMED, TRIMMED_OFFSET, read_directory,
+    BASE, BYTES, COMMITTED, INCARNATION, NEXT_OFFSET, StreamId, TERM, TRIMMED, TRIMMED_OFFSET, kept, read_directory,
 };
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
 use crate::layout::{IndexEntry, LeaderArea, TailLine, commit_word, directory_word};
@@ -59,15 +59,21 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// begin at 0; positions go on growing.
     ///
     /// # Errors
-    /// [`Damage`] when the directory or the last entry is not what a writer made.
+    /// [`Damage`] when the tail, the directory or the last entry is not what a writer made.
     pub fn open(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Result<Self, Damage> {
         let IndexOptions { id, incarnation, writer, term } = options;
         let tail_at = id.tail(&region, writer);
         let mut tail: TailLine = region.fabric().observe_words(tail_at, Site::TailRead);
         let mut segments = VecDeque::new();
+        if tail.incarnation > u64::from(u32::MAX) {
+            return Err(Damage { structure: "TailLine", at: tail_at, what: "incarnation", value: tail.incarnation });
+        }
         if tail.incarnation == incarnation.word() {
+            kept(&region, tail_at, tail.base, tail.trimmed..tail.committed)?;
             segments = segments_of(&region, id, writer, &tail)?;
         } else {
+            // An earlier writer may have died as it began another incarnation: the words belong to different ones.
+            kept(&region, tail_at, 0, tail.trimmed.min(tail.committed)..tail.committed)?;
             let base = tail.committed.next_multiple_of(region.layout().entries_per_segment());
             tail = begin(
                 &region,
