@@ -157,6 +157,7 @@ impl<F: Fabric> Testbed<F> {
     /// it appended.
     pub fn append(&mut self) -> u64 {
         let mut appended = 0;
+        let location = self.region.layout().segments;
         for (session, next) in self.sessions.iter().zip(&mut self.sequences) {
             for _ in 0..(SESSION_WINDOW - 1).min(64) {
                 let broker = (*next % self.logs.len() as u64) as usize;
@@ -165,6 +166,7 @@ impl<F: Fabric> Testbed<F> {
                     break;
                 }
                 let index = log.append(BatchEntry {
+                    location,
                     client_id: session.client_id,
                     sequence: *next,
                     session_epoch: session.epoch,

@@ -2,11 +2,12 @@
 
 use super::{COMMITTED, Extent, StreamId, read_directory};
 use crate::fabric::{Fabric, LINE_BYTES};
-use crate::layout::{IndexEntry, commit_word};
+use crate::layout::{IndexEntry, MAX_BROKERS, RegionRole, commit_word};
 use crate::leadership::{NoLeader, leader_version};
 use crate::region::Region;
 use crate::row::Damage;
 use crate::site::{Guard, Site};
+use std::ops::Range;
 
 /// Entries that are dropped from this host's cache at once.
 const INVALIDATED_ENTRIES: u64 = 64;
@@ -52,12 +53,22 @@ pub struct OrderIndexReader<F> {
     fresh_from: u64,
     fresh_to: u64,
     found: Option<Found>,
+    /// Brokers that an entry may name: ids below this.
+    brokers: u32,
+    /// Bounds of the memory that batches may lie in.
+    batches: Range<u64>,
 }
 
 impl<F: Fabric> OrderIndexReader<F> {
     /// Returns a reader that has seen no entry yet.
     pub fn new(region: Region<F>, id: StreamId) -> Self {
-        Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, found: None }
+        let (geometry, layout) = (region.geometry(), region.layout());
+        let (brokers, batches) = match geometry.role {
+            // The entries speak of brokers and of memory of the region that is mirrored.
+            RegionRole::Mirror => (MAX_BROKERS, 0..u64::MAX),
+            RegionRole::Single | RegionRole::Mirrored => (geometry.max_brokers, layout.segments..layout.region_bytes),
+        };
+        Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, found: None, brokers, batches }
     }
 
     /// Reads how far the index reaches, which must be at least as far as an extent that was read before.
@@ -86,7 +97,7 @@ impl<F: Fabric> OrderIndexReader<F> {
         self.committed
     }
 
-    /// Reads an entry.
+    /// Reads an entry. Its broker is one of the region, and its batch lies in the pool.
     ///
     /// # Errors
     /// [`ReadError`].
@@ -112,6 +123,13 @@ impl<F: Fabric> OrderIndexReader<F> {
             self.region.fabric().load_line(at).map_err(|damage| ReadError::Corrupt { position, damage })?;
         if entry.commit != commit_word(position) {
             return Err(self.corrupt(position, "commit", entry.commit.into()));
+        }
+        if u32::from(entry.broker) >= self.brokers {
+            return Err(self.corrupt(position, "broker", entry.broker.into()));
+        }
+        let end = entry.location.saturating_add(entry.bytes.into());
+        if entry.location < self.batches.start || end > self.batches.end {
+            return Err(self.corrupt(position, "location", entry.location));
         }
         Ok(entry)
     }
