@@ -260,7 +260,7 @@ impl Reader<'_> {
         };
         let newest = half.batchlog_head.saturating_sub(NEWEST)..half.batchlog_head;
         let batchlog = newest.filter_map(|index| {
-            let entry = peek_entry(region, topic, broker, index)?;
+            let entry = self.intact(peek_entry(region, topic, broker, index))??;
             Some(BatchReport {
                 index,
                 location: entry.location,

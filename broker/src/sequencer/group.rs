@@ -79,8 +79,8 @@ impl Group {
         available
     }
 
-    /// Stops ordering a broker's Batchlog of a topic: its memory is damaged.
-    fn set_damaged<F: Fabric>(&mut self, topic: &mut TopicOrder<F>, broker: BrokerId, damage: Damage) {
+    /// Reports that a broker's Batchlog of a topic is damaged, and that batches in it cannot be ordered.
+    pub(super) fn set_damaged<F: Fabric>(&mut self, topic: &mut TopicOrder<F>, broker: BrokerId, damage: Damage) {
         let state = &mut topic.brokers[broker.index()];
         if state.damage.replace(damage) != Some(damage) {
             tracing::error!(topic = topic.config.name, %broker, %damage, "batches of this broker are not ordered");

@@ -220,7 +220,15 @@ impl<F: Fabric> Sequencer<F> {
             let consumed = topic.brokers[broker.index()].consumed.consumed;
             let taken = consumed.consumed_through;
             for index in consumed.decided_through.max(taken.saturating_sub(slots))..taken {
-                let Some(entry) = peek_entry(region, topic.config.id, broker, index) else { continue };
+                let entry = match peek_entry(region, topic.config.id, broker, index) {
+                    Ok(Some(entry)) => entry,
+                    // Its slot was reused, so it was decided.
+                    Ok(None) => continue,
+                    Err(damage) => {
+                        group.set_damaged(topic, broker, damage);
+                        continue;
+                    }
+                };
                 if entry.session_slot.0 >= region.geometry().max_sessions
                     || read_commit_at(region, *area, entry.session_slot, entry.sequence) != Commit::Unknown
                     || topic.make_room().is_err()

@@ -163,11 +163,23 @@ impl<F: Fabric> BatchlogWriter<F> {
     }
 }
 
-/// Reads entry `index` of a Batchlog from memory; `None` when its slot holds another entry, or a damaged one.
-pub fn peek_entry<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId, index: u64) -> Option<BatchEntry> {
+/// Reads entry `index` of a Batchlog from memory; `None` when its slot holds a later entry.
+///
+/// # Errors
+/// [`Damage`] when the slot holds neither. The entry must have been published, so its slot never holds an earlier one.
+pub fn peek_entry<F: Fabric>(
+    region: &Region<F>,
+    topic: TopicId,
+    broker: BrokerId,
+    index: u64,
+) -> Result<Option<BatchEntry>, Damage> {
     let ring = Ring::new(region, topic, broker);
-    let entry: BatchEntry = region.fabric().observe_line(ring.slot(index), Site::BatchEntryRead).ok()?;
-    (entry.lap == lap_of(index, ring.slots)).then_some(entry)
+    let (at, lap) = (ring.slot(index), lap_of(index, ring.slots));
+    let entry: BatchEntry = region.fabric().observe_line(at, Site::BatchEntryRead)?;
+    if entry.lap < lap {
+        return Err(Damage { structure: "BatchEntry", at, what: "lap", value: entry.lap });
+    }
+    Ok((entry.lap == lap).then_some(entry))
 }
 
 /// Sequencer's side of a Batchlog.
