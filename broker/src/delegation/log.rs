@@ -54,7 +54,11 @@ impl<F: Fabric> LocalLog<F> {
                 writer: LeaderArea(broker),
                 term: Term::NONE,
             };
-            Log::Own(OrderIndexWriter::open(region.clone(), own, Arc::clone(topics.pool()))?)
+            let index = OrderIndexWriter::open(region.clone(), own, Arc::clone(topics.pool()))?;
+            if let Some(damage) = index.damage() {
+                tracing::error!(topic = config.name, %damage, "a batch in the order cannot be read");
+            }
+            Log::Own(index)
         };
         Ok(Self {
             reclaimer: Reclaimer::new(region.clone(), topic, broker),

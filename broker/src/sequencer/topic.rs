@@ -49,6 +49,9 @@ impl<F: Fabric> TopicOrder<F> {
             term,
         };
         let index = OrderIndexWriter::open(region.clone(), options, pool)?;
+        if let Some(damage) = index.damage() {
+            tracing::error!(topic = config.name, %damage, "a batch in the order cannot be read");
+        }
         let broker = |broker: BrokerId| {
             let consumed = ConsumedWriter::recover(region.clone(), area, config.id, broker);
             let from = consumed.consumed.consumed_through;

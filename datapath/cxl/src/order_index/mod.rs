@@ -185,12 +185,49 @@ pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::AllocatorKind;
+    use crate::Native;
+    use crate::layout::{AllocatorKind, IndexEntry};
     use crate::segment::PartitionAllocator;
     use crate::segment::tests::region;
     use bytemuck::Zeroable;
     use embarcadero_wire::{BrokerId, Term};
     use std::sync::Arc;
+
+    fn open(region: &Region<Native>, id: StreamId) -> Result<OrderIndexWriter<Native>, Damage> {
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+        let writer = LeaderArea(BrokerId(0));
+        let options = IndexOptions { id, incarnation: Incarnation(1), writer, term: Term::NONE };
+        OrderIndexWriter::open(region.clone(), options, pool)
+    }
+
+    #[test]
+    fn an_entry_that_points_outside_the_region_is_corrupt() {
+        let region = region(2, AllocatorKind::Partitioned);
+        let (location, end) = (region.layout().segments, region.layout().region_bytes);
+        let id = StreamId { topic: TopicId(0), stream: Stream::of(BrokerId(0)) };
+        let mut index = open(&region, id).unwrap();
+        let whole = IndexEntry { location, bytes: 64, message_count: 1, broker: 3, ..IndexEntry::zeroed() };
+        let below = location - 1;
+        for entry in [
+            whole,
+            IndexEntry { broker: 4, ..whole },
+            IndexEntry { location: below, ..whole },
+            IndexEntry { location: end - 63, ..whole },
+        ] {
+            index.make_room().unwrap();
+            index.append(entry);
+        }
+        index.write_back_entries();
+        index.publish_tail(Term::NONE);
+        index.fence();
+        let mut reader = OrderIndexReader::new(region, id);
+        assert_eq!(reader.poll(), 4);
+        assert!(reader.read(0).is_ok());
+        for (position, what) in [(1, "broker"), (2, "location"), (3, "location")] {
+            let read = reader.read(position);
+            assert!(matches!(read, Err(ReadError::Corrupt { damage, .. }) if damage.what == what), "{read:?}");
+        }
+    }
 
     #[test]
     fn a_tail_that_contradicts_itself_is_damage() {
@@ -209,10 +246,7 @@ mod tests {
             region.fabric().store_line(at, &line);
             let batches = read_extent_at(&region, area, id).batches(&region);
             assert_eq!(batches.map_err(|damage| damage.what), Err(what));
-            let options = IndexOptions { id, incarnation: Incarnation(1), writer: area, term: Term::NONE };
-            let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
-            let opened = OrderIndexWriter::open(region.clone(), options, pool);
-            assert_eq!(opened.err().map(|damage| damage.what), Some(what));
+            assert_eq!(open(&region, id).err().map(|damage| damage.what), Some(what));
         }
     }
 }

@@ -48,6 +48,8 @@ pub struct OrderIndexWriter<F> {
     pub(super) published: u64,
     pub(super) next_offset: u64,
     bytes: u64,
+    /// First damaged entry among those that were kept when this writer opened the index.
+    damage: Option<Damage>,
     pub(super) kept_bytes: u64,
     pub(super) trimmed: u64,
     /// Segments in use, oldest first.
@@ -101,6 +103,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
             published: tail.committed,
             next_offset: tail.next_offset,
             bytes: tail.bytes,
+            damage: None,
             kept_bytes: 0,
             trimmed: tail.trimmed,
             segments,
@@ -118,9 +121,13 @@ impl<F: Fabric> OrderIndexWriter<F> {
             let base = self.region.layout().segment(foreign.segment);
             self.region.fabric().invalidate(base, used * LINE_BYTES, Site::IndexEntryRead);
         }
-        // An entry that is damaged counts for nothing: retention passes over it.
-        let entries = (self.trimmed..self.next).filter_map(|position| self.read_entry(position).ok());
-        self.kept_bytes = entries.map(|entry| u64::from(entry.bytes)).sum();
+        for position in self.trimmed..self.next {
+            match self.read_entry(position) {
+                Ok(entry) => self.kept_bytes += u64::from(entry.bytes),
+                // It counts for nothing: retention passes over it.
+                Err(damage) => self.damage = self.damage.or(Some(damage)),
+            }
+        }
         let last = if self.next > self.trimmed { Some(self.read_entry(self.next - 1)?) } else { None };
         // The word in the tail may be ahead of the tail: its writer died, or was read, between the two stores.
         let next_offset = last.map_or(trimmed_offset, |last| last.first_offset + u64::from(last.message_count));
@@ -135,13 +142,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     fn read_entry(&self, position: u64) -> Result<IndexEntry, Damage> {
         let tail =
             Damage { structure: "TailLine", at: self.tail_at, what: "a position without a segment", value: position };
-        let at = self.entry_at(position).ok_or(tail)?;
-        let entry: IndexEntry = self.region.fabric().load_line(at)?;
-        if entry.commit == commit_word(position) {
-            Ok(entry)
-        } else {
-            Err(Damage { structure: "IndexEntry", at, what: "commit", value: entry.commit.into() })
-        }
+        load_entry(&self.region, self.entry_at(position).ok_or(tail)?, position)
     }
 
     /// Writes words of the tail; they are in memory when this returns.
@@ -194,6 +195,11 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// Bytes of all batches that were ever indexed in this incarnation.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Damage of the first entry that nobody can read, among those that were kept when this writer opened the index.
+    pub fn damage(&self) -> Option<Damage> {
+        self.damage
     }
 
     /// Offset of the first message that is kept and readable, or of the next message if there is none.
@@ -277,9 +283,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let mut from = self.published;
         while from < self.next {
             let end = self.next.min((from / per_segment + 1) * per_segment);
-            if let Some(at) = self.entry_at(from) {
-                self.region.fabric().flush(at, (end - from) * LINE_BYTES, Site::IndexEntryFlush);
-            }
+            let Some(at) = self.entry_at(from) else { unreachable!("entry {from} is to be published, not given back") };
+            self.region.fabric().flush(at, (end - from) * LINE_BYTES, Site::IndexEntryFlush);
             from = end;
         }
         // SYNC: entries reach memory before the tail; pairs with `OrderIndexReader::poll`.
@@ -326,7 +331,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// any other.
     ///
     /// # Errors
-    /// [`Damage`] when something else is at the place of a kept entry.
+    /// [`Damage`] when something else is at the place of an entry whose segment is still the index's.
     pub fn entry_or_trimmed(&self, position: u64) -> Result<Option<IndexEntry>, Damage> {
         if position >= self.trimmed {
             return self.entry(position);
@@ -335,13 +340,32 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let at_ordinal = position / layout.entries_per_segment();
         let Some(segment) = read_directory(&self.region, self.id, self.writer, at_ordinal)? else { return Ok(None) };
         // It may have another use by now.
-        match read_owner(&self.region, segment) {
-            Row::Used(SegmentUse::Index { topic, incarnation, stream, ordinal, .. })
-                if (StreamId { topic, stream }, incarnation, ordinal) == (self.id, self.incarnation, at_ordinal) => {}
-            _ => return Ok(None),
+        let has_it = || match read_owner(&self.region, segment) {
+            Row::Used(SegmentUse::Index { topic, incarnation, stream, ordinal, .. }) => {
+                (StreamId { topic, stream }, incarnation, ordinal) == (self.id, self.incarnation, at_ordinal)
+            }
+            _ => false,
+        };
+        if !has_it() {
+            return Ok(None);
         }
-        let entry = self.region.fabric().observe_line(layout.index_entry(segment, position), Site::IndexEntryRead);
-        Ok(entry.ok().filter(|entry: &IndexEntry| entry.commit == commit_word(position)))
+        let at = layout.index_entry(segment, position);
+        self.region.fabric().invalidate(at, LINE_BYTES, Site::IndexEntryRead);
+        match load_entry(&self.region, at, position) {
+            Ok(entry) => Ok(Some(entry)),
+            Err(damage) if has_it() => Err(damage),
+            Err(_) => Ok(None),
+        }
+    }
+}
+
+/// Reads the entry of a position.
+fn load_entry<F: Fabric>(region: &Region<F>, at: RegionOffset, position: u64) -> Result<IndexEntry, Damage> {
+    let entry: IndexEntry = region.fabric().load_line(at)?;
+    if entry.commit == commit_word(position) {
+        Ok(entry)
+    } else {
+        Err(Damage { structure: "IndexEntry", at, what: "commit", value: entry.commit.into() })
     }
 }
 
