@@ -272,6 +272,7 @@ impl Reader<'_> {
                 lap: entry.lap,
             })
         });
+        let batchlog = batchlog.collect();
         let pinned = pinned_position(pins.delivering_from);
         let released_incarnation = self.intact(read_released(region, topic, broker))?;
         Some(OffsetEntryReport {
@@ -287,7 +288,7 @@ impl Reader<'_> {
             lost_through,
             replicated: region.geometry().brokers().filter_map(progress).collect(),
             own_index,
-            batchlog: batchlog.collect(),
+            batchlog,
         })
     }
 
