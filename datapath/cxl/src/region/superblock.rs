@@ -1,7 +1,7 @@
 //! Superblock: the two lines that say what a region is.
 
 use super::RegionError;
-use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
+use crate::fabric::{Fabric, LINE_BYTES, Line, RegionOffset};
 use crate::layout::{
     AllocatorKind, Geometry, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, RegionRole, Superblock, SuperblockGeometry,
     SuperblockHead,
@@ -86,15 +86,18 @@ pub(super) fn read<F: Fabric>(fabric: &F) -> Result<Identity, RegionError> {
     if found != MAGIC {
         return Err(RegionError::NotARegion { found });
     }
-    let head: SuperblockHead = fabric.observe_line(HEAD, Site::SuperblockRead)?;
+    // Another version may give a meaning to bytes that are reserved in this one: they come after the version.
+    let head: SuperblockHead = observe_unchecked(fabric, HEAD);
     if head.layout_version != LAYOUT_VERSION {
         return Err(RegionError::Version { found: head.layout_version });
     }
-    let body: SuperblockGeometry = fabric.observe_line(GEOMETRY, Site::SuperblockRead)?;
+    let body: SuperblockGeometry = observe_unchecked(fabric, GEOMETRY);
     let expected = checksum(&head, &body);
     if body.checksum != expected {
         return Err(RegionError::CorruptSuperblock { found: body.checksum, expected });
     }
+    fabric.load_line::<SuperblockHead>(HEAD)?;
+    fabric.load_line::<SuperblockGeometry>(GEOMETRY)?;
     if head.layout_hash != LAYOUT_HASH {
         return Err(RegionError::LayoutHash { found: head.layout_hash });
     }
@@ -122,6 +125,12 @@ pub(super) fn read<F: Fabric>(fabric: &F) -> Result<Identity, RegionError> {
         });
     }
     Ok(Identity { geometry, uuid: Uuid::from_bytes(head.uuid), created_ms: head.created_ms })
+}
+
+/// Reads a line from memory, and leaves the check of its reserved bytes to the caller.
+fn observe_unchecked<F: Fabric, T: Line>(fabric: &F, at: RegionOffset) -> T {
+    fabric.invalidate(at, LINE_BYTES, Site::SuperblockRead);
+    bytemuck::cast(fabric.load_words(at))
 }
 
 fn checksum(head: &SuperblockHead, body: &SuperblockGeometry) -> u32 {
