@@ -58,7 +58,11 @@ impl<F: Fabric> Mirror<F> {
         claim_term(&region, area, term);
         let own = copy_predecessor(&region, area).from.is_none_or(|(from, _)| from == area);
         let mirror = Self { region, area, term, pool };
-        for config in live_topics_at(&mirror.region, area) {
+        let live = live_topics_at(&mirror.region, area);
+        for (topic, damage) in live.damaged {
+            tracing::error!(%topic, %damage, "the mirror has lost a topic, and gets it anew");
+        }
+        for config in live.topics {
             if config.order.is_global() && !own {
                 mirror.open(&config)?.replace_last(&mut spares)?;
             }
@@ -170,7 +174,11 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadErr
         .filter_map(|slot| Some((read_session_at(mirror, area, slot).used()?, read_progress_at(mirror, area, slot))))
         .collect();
     let mut topics = Vec::new();
-    for config in live_topics_at(mirror, area).into_iter().filter(|config| config.order.is_global()) {
+    let live = live_topics_at(mirror, area);
+    if let Some((_, damage)) = live.damaged.first() {
+        return Err((*damage).into());
+    }
+    for config in live.topics.into_iter().filter(|config| config.order.is_global()) {
         let id = StreamId { topic: config.id, stream: Stream::GLOBAL };
         let extent = read_extent_at(mirror, area, id);
         let mut reader = OrderIndexReader::new(mirror.clone(), id);

@@ -18,7 +18,7 @@ pub(crate) fn spare_segments<F: Fabric>(
 ) -> Result<Vec<u32>, PoolError> {
     let Some((area, _)) = last_active(region) else { return Ok(Vec::new()) };
     let mut spares = Vec::new();
-    for topic in live_topics_at(region, area) {
+    for topic in live_topics_at(region, area).topics {
         let id = StreamId { topic: topic.id, stream: Stream::GLOBAL };
         if !topic.order.is_global() || !is_open(region, id, area) {
             continue;

@@ -45,7 +45,7 @@ impl<F: Fabric> CompletionStage<F> {
     /// each. Call it every few milliseconds.
     pub fn maintain(&mut self, awaited: u32) {
         self.awaited = awaited;
-        self.topics = live_topics_at(&self.region, self.area);
+        self.topics = live_topics_at(&self.region, self.area).topics;
         self.topics.retain(|topic| topic.replication_factor > 1);
     }
 

@@ -105,9 +105,9 @@ impl<F: Fabric> Sequencer<F> {
             stalls: geometry.brokers().map(|_| 0).collect(),
             first: area.0.index(),
         };
-        for config in live_topics_at(&sequencer.region, area) {
-            sequencer.open_topic(config);
-        }
+        let live = live_topics_at(&sequencer.region, area);
+        live.topics.into_iter().for_each(|config| sequencer.open_topic(config));
+        live.damaged.into_iter().for_each(|(topic, damage)| sequencer.set_damaged(topic.index(), damage));
         // Another broker may have led after the caller looked and before the claim, or may be about to lead.
         if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {
             for topic in sequencer.topics.iter_mut().flatten() {

@@ -130,18 +130,34 @@ pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: Top
     })
 }
 
-/// Reads the topics that are in use.
+/// Topics of a leader's area.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LiveTopics {
+    /// Topics that are in use.
+    pub topics: Vec<TopicConfig>,
+    /// Slots whose row is damaged. Each may be that of a topic in use.
+    pub damaged: Vec<(TopicId, Damage)>,
+}
+
+/// Reads the topics that are in use. The leader has reported the damaged rows when it took over.
 ///
 /// # Errors
 /// [`NoLeader`].
 pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoLeader> {
-    with_leader(region, |area| live_topics_at(region, area))
+    with_leader(region, |area| live_topics_at(region, area).topics)
 }
 
 /// Reads the topics that are in use from one leader's area.
-pub fn live_topics_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Vec<TopicConfig> {
-    let topics = region.geometry().topics().filter_map(|topic| read_topic_at(region, area, topic).used());
-    topics.filter(|topic| topic.state == TopicState::Live).collect()
+pub fn live_topics_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> LiveTopics {
+    let mut live = LiveTopics::default();
+    for topic in region.geometry().topics() {
+        match read_topic_at(region, area, topic) {
+            Row::Used(config) if config.state == TopicState::Live => live.topics.push(config),
+            Row::Damaged(damage) => live.damaged.push((topic, damage)),
+            Row::Used(_) | Row::Unused | Row::Unsettled => {}
+        }
+    }
+    live
 }
 
 const RELEASED: u64 = offset_of!(PinLine, released) as u64;
