@@ -13,7 +13,7 @@ use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::sequencer_half::{Consumed, read_consumed_at};
 use embarcadero_cxl::session_table::{Session, read_progress_at, read_session_at};
 use embarcadero_cxl::topic_table::{TopicConfig, read_released, read_topic_at};
-use embarcadero_cxl::{Damage, Fabric, Native, Region, Row, Site};
+use embarcadero_cxl::{Damage, Fabric, Native, Region, Row, Site, damaged_lines};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Stream, TopicId};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -142,6 +142,7 @@ impl Report {
         let mut reader = Reader { region, area, damage: Vec::new() };
         let geometry = *region.geometry();
         let leader = read_leader_at(region, area);
+        let lines = damaged_lines(region);
         Self {
             superblock: Superblock {
                 uuid: region.uuid().to_string(),
@@ -156,7 +157,7 @@ impl Report {
             topics: geometry.topics().filter_map(|topic| reader.topic(topic)).collect(),
             sessions: reader.sessions(),
             segments: reader.segments(),
-            damage: reader.damage,
+            damage: reader.with_lines(&lines),
         }
     }
 }
@@ -174,6 +175,16 @@ impl Reader<'_> {
             self.damage.push(damage.to_string());
         }
         row.used()
+    }
+
+    /// Returns everything that is damaged, with `lines`, which may have been found before.
+    fn with_lines(mut self, lines: &[Damage]) -> Vec<String> {
+        for damage in lines.iter().map(Damage::to_string) {
+            if !self.damage.contains(&damage) {
+                self.damage.push(damage);
+            }
+        }
+        self.damage
     }
 
     fn intact<T>(&mut self, read: Result<T, Damage>) -> Option<T> {
@@ -228,7 +239,9 @@ impl Reader<'_> {
                     term: entry.term,
                     ordered_us: entry.ordered_us,
                 }),
-                Err(ReadError::Corrupt { damage, .. } | ReadError::Damage(damage)) => self.damage.push(damage.to_string()),
+                Err(ReadError::Corrupt { damage, .. } | ReadError::Damage(damage)) => {
+                    self.damage.push(damage.to_string())
+                }
                 // The leader of a live region may trim the entry meanwhile.
                 Err(ReadError::Trimmed { .. } | ReadError::NoLeader(_)) => {}
             }

@@ -20,7 +20,7 @@ use embarcadero_cxl::layout::RegionRole;
 use embarcadero_cxl::leadership::latest_claim;
 use embarcadero_cxl::region::{BrokerLock, RegionFile};
 use embarcadero_cxl::segment::SegmentAllocator;
-use embarcadero_cxl::{Native, Region};
+use embarcadero_cxl::{Native, Region, damaged_lines};
 use embarcadero_transport::rdma::RdmaDevice;
 use embarcadero_transport::tcp::listen;
 use embarcadero_wire::OutOfBounds;
@@ -97,6 +97,9 @@ impl Prepared {
         // Only now, as registration pins pages, and the kernel may move them for that.
         if let Some(node) = config.cxl.numa_node {
             region.require_node(node)?;
+        }
+        for damage in damaged_lines(&region) {
+            tracing::error!(%damage, "look at the region with `embarcadero region inspect`");
         }
         let (id, id_lock) = identity::claim_id(&file, config.id)?;
         let term_lines = region.geometry().max_leaders;

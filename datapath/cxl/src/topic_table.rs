@@ -88,7 +88,12 @@ pub fn repair_torn_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, topic:
         let live = line.state == TopicState::Live.code();
         let state = if live { TopicState::Deleting.code() } else { line.state };
         // The name may be half of one and half of another.
-        fabric.publish_versioned(at, &TopicLine { state, name_bytes: 0, ..line }, Site::TopicFlush);
+        let name_at = region.layout().topic_name(area, topic);
+        let nameless = TopicLine { state, name_bytes: 0, ..line };
+        fabric.publish_versioned_with(at, &nameless, Site::TopicFlush, || {
+            fabric.store_line(name_at, &NameLine::zeroed());
+            fabric.flush(name_at, LINE_BYTES, Site::TopicFlush);
+        });
     }
 }
 
@@ -111,8 +116,13 @@ pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: Top
     let at = layout.topic(area, topic);
     fabric.observe_versioned(at, Site::TopicRead, name).decode(|(line, name)| {
         let damage = |what, value| Damage { structure: "TopicLine", at, what, value };
-        let bytes = name.name.get(..line.name_bytes as usize);
-        let bytes = bytes.ok_or_else(|| damage("name_bytes", line.name_bytes.into()))?;
+        let (bytes, padding) = name
+            .name
+            .split_at_checked(line.name_bytes as usize)
+            .ok_or_else(|| damage("name_bytes", line.name_bytes.into()))?;
+        if let Some(byte) = padding.iter().find(|byte| **byte != 0) {
+            return Err(damage("byte behind the name", (*byte).into()));
+        }
         let text =
             std::str::from_utf8(bytes).map_err(|error| damage("byte of the name", error.valid_up_to() as u64))?;
         Ok(TopicConfig {

@@ -296,6 +296,18 @@ impl Layout {
         self.segment(segment).add(position % self.entries_per_segment() * bytes_of::<IndexEntry>())
     }
 
+    /// Position of the reserved line of a broker's [`OffsetEntry`] in a topic.
+    #[must_use]
+    pub(crate) const fn offset_entry_reserved(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
+        self.offset_entry(topic, broker).add(offset_of!(OffsetEntry, reserved) as u64)
+    }
+
+    /// Position of the reserved line of a [`LeaderTopic`] in a leader's area.
+    #[must_use]
+    pub(crate) const fn leader_topic_reserved(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
+        self.leader_topic(area, topic).add(offset_of!(LeaderTopic, reserved) as u64)
+    }
+
     const fn offset_entry(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
         let tinode = self.tinodes + topic.0 as u64 * bytes_of::<Tinode>();
         RegionOffset(tinode + broker.0 as u64 * bytes_of::<OffsetEntry>())

@@ -2,7 +2,7 @@
 //!
 //! A *line* is written by one host at a time, word by word. A *versioned* line is read whole: its last word is odd
 //! while its writer changes it. A *block* is a row of lines, a *record* a part of a line. Fields whose names begin with
-//! `reserved` are zero, and readers check that.
+//! `reserved` are zero, and readers check that. Where they look at single words only, [`crate::damaged_lines`] does.
 
 use super::{MAX_BROKERS, SESSION_WINDOW, TOPIC_NAME_BYTES};
 use crate::fabric::{LINE_BYTES, Line, Versioned};
@@ -321,7 +321,7 @@ structures! {
         durable_through: u64 = 0,
         /// Entries below this position that were not durable by then are on no disk: retention took them.
         lost_through: u64 = 8,
-        /// 1 while sessions wait for batches to be durable; retention waits too then.
+        /// 1 while sessions wait for batches to be durable; retention waits too then, and where it is damaged.
         awaited: u64 = 16,
         reserved: [u64; 5] = 24,
     }
