@@ -1,5 +1,6 @@
 //! Access to shared memory: loads, stores and cache control.
 
+pub use crate::offset::RegionOffset;
 use crate::row::{Damage, Row};
 use crate::site::{Guard, Site};
 use bytemuck::Pod;
@@ -10,21 +11,9 @@ use std::sync::atomic::{Ordering, fence};
 pub const LINE_BYTES: u64 = 64;
 const _: () = assert!(LINE_BYTES == embarcadero_wire::batch::ALIGN_BYTES, "batches begin at lines");
 
-const WORD_BYTES: u64 = 8;
+/// Bytes of a word, the unit in which memory is loaded and stored.
+pub(crate) const WORD_BYTES: u64 = size_of::<u64>() as u64;
 const WORDS: usize = (LINE_BYTES / WORD_BYTES) as usize;
-
-/// Position in the region, in bytes. Shared memory holds offsets, never pointers: each process maps it elsewhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct RegionOffset(pub u64);
-
-impl RegionOffset {
-    /// Returns the position `bytes` bytes further on.
-    #[inline]
-    #[must_use]
-    pub const fn add(self, bytes: u64) -> Self {
-        Self(self.0 + bytes)
-    }
-}
 
 /// Structure of exactly one cache line. `Pod` proves at compile time that it has no padding and no pointers.
 pub trait Line: Pod {

@@ -18,6 +18,7 @@ mod leader_cache;
 pub mod leadership;
 mod native;
 mod numa;
+mod offset;
 pub mod order_index;
 pub mod owner;
 pub mod region;

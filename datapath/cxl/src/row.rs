@@ -1,6 +1,6 @@
 //! Rows of the region's tables as one read found them, and damage.
 
-use crate::fabric::RegionOffset;
+use crate::offset::RegionOffset;
 
 /// Contents of the region that no writer of this layout makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
