@@ -41,11 +41,6 @@ pub enum SegmentUse {
     },
 }
 
-/// Number of a stream in an owner line: a broker's id, or one past the last broker's for the global order.
-fn stream_number<F: Fabric>(region: &Region<F>, stream: Stream) -> u32 {
-    stream.broker().map_or(region.geometry().max_brokers, |broker| broker.0)
-}
-
 /// Records the holder of a segment, for inspection and for the holder's next incarnation. Only the holder may.
 pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: SegmentUse) {
     let line = match owner {
@@ -62,7 +57,7 @@ pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: Segment
         SegmentUse::Index { topic, incarnation, stream, ordinal, holder } => OwnerLine {
             kind: SegmentKind::Index.code(),
             topic,
-            broker: stream_number(region, stream),
+            broker: region.geometry().stream_number(stream),
             topic_incarnation: incarnation,
             ordinal,
             holder,
@@ -89,7 +84,7 @@ pub fn read_owner<F: Fabric>(region: &Region<F>, segment: u32) -> Row<SegmentUse
         if holder.0 >= geometry.max_brokers {
             return Err(damage("holder", holder.0));
         }
-        if kind == SegmentKind::Index && broker == geometry.max_brokers {
+        if kind == SegmentKind::Index && broker == geometry.stream_number(Stream::GLOBAL) {
             return Ok(SegmentUse::Index { topic, incarnation, stream: Stream::GLOBAL, ordinal, holder });
         }
         if broker >= geometry.max_brokers {

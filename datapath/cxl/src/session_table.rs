@@ -1,6 +1,6 @@
 //! Session table: the owner of every session slot, and the place of each committed batch, in each leader's area.
 
-use crate::fabric::{Fabric, LINE_BYTES};
+use crate::fabric::{Fabric, LINE_BYTES, WORD_BYTES};
 use crate::layout::{CommitRecord, LeaderArea, SessionLine, SessionState};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
@@ -129,7 +129,7 @@ pub fn publish_commits<F: Fabric>(region: &Region<F>, area: LeaderArea, batches:
         // SYNC: the tag is stored last; pairs with `read_commit_at`, which loads it first. On memory that is not
         // coherent the record lies within one line and travels whole.
         for (index, word) in words.iter().enumerate() {
-            fabric.store(at.add(index as u64 * 8), *word);
+            fabric.store(at.add(index as u64 * WORD_BYTES), *word);
         }
         fabric.store(layout.session_progress(area, *slot), *expected);
     }
@@ -174,7 +174,8 @@ pub fn read_commit_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Ses
     if tag > sequence + 1 {
         return Commit::Forgotten;
     }
-    let words = [fabric.load(at), fabric.load(at.add(8)), fabric.load(at.add(16)), tag];
+    let word = |index: u64| fabric.load(at.add(index * WORD_BYTES));
+    let words = [word(0), word(1), word(2), tag];
     fence(Ordering::Acquire);
     if fabric.load(at.add(TAG)) != tag {
         return Commit::Forgotten;

@@ -4,13 +4,12 @@ use super::{
     AREA_ALIGN, BatchEntry, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, Geometry, IndexEntry, LeaderTopic,
     OffsetEntry, OwnerLine, SESSION_WINDOW, SequencerHalf, SessionRow, Tinode,
 };
-use crate::fabric::{LINE_BYTES, RegionOffset};
+use crate::fabric::{LINE_BYTES, RegionOffset, WORD_BYTES};
 use crate::replication::Replication;
 use embarcadero_wire::{BrokerId, SessionSlot, TopicId};
 use serde::Serialize;
 use std::mem::{offset_of, size_of};
 
-const WORD_BYTES: u64 = size_of::<u64>() as u64;
 /// Segments of one line of a bitmap.
 const SEGMENTS_PER_LINE: u64 = LINE_BYTES * 8;
 /// Alignment of the pool, bytes: a huge page, so that a mapping of the segments can use them.

@@ -4,8 +4,9 @@ use super::{
     AllocatorKind, DEFAULT_LEADERS, Layout, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, RegionRole,
     SEGMENT_BYTES,
 };
-use embarcadero_wire::{BrokerId, OutOfBounds, SessionSlot, TopicId, within};
+use embarcadero_wire::{BrokerId, OutOfBounds, SessionSlot, Stream, TopicId, within};
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 
 /// Numbers from which every position of a region follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +146,26 @@ impl Geometry {
     #[must_use]
     pub(crate) const fn partition_segments(&self) -> u32 {
         self.segment_count.div_ceil(self.max_brokers)
+    }
+
+    /// Segments of a broker's partition of the bitmap, by number. The last partitions may be shorter, or empty.
+    #[must_use]
+    pub(crate) const fn partition(&self, broker: BrokerId) -> Range<u32> {
+        const fn at_most(number: u32, most: u32) -> u32 {
+            if number < most { number } else { most }
+        }
+        let first = broker.0 * self.partition_segments();
+        let end = at_most(first + self.partition_segments(), self.segment_count);
+        at_most(first, self.segment_count)..end
+    }
+
+    /// Number of a stream in an [`super::OwnerLine`]: a broker's id, or one past the last broker's for the global order.
+    #[must_use]
+    pub(crate) const fn stream_number(&self, stream: Stream) -> u32 {
+        match stream.broker() {
+            None => self.max_brokers,
+            Some(broker) => broker.0,
+        }
     }
 }
 

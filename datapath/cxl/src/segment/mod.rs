@@ -77,11 +77,8 @@ pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
     if geometry.allocator != AllocatorKind::Partitioned {
         return free(geometry.segment_count, &|word| layout.bitmap_word(word));
     }
-    let size = geometry.partition_segments();
-    let partition = |broker: BrokerId| {
-        let first = (broker.0 * size).min(geometry.segment_count);
-        free(size.min(geometry.segment_count - first), &|word| layout.partition_word(broker, word))
-    };
+    let partition =
+        |broker: BrokerId| free(geometry.partition(broker).len() as u32, &|word| layout.partition_word(broker, word));
     geometry.brokers().map(partition).sum()
 }
 

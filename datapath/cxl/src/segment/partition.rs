@@ -1,7 +1,7 @@
 //! One bitmap per writer, for memory without coherence.
 
 use super::{PoolError, SEGMENTS_PER_WORD, SegmentAllocator, valid_bits};
-use crate::fabric::{Fabric, RegionOffset};
+use crate::fabric::{Fabric, RegionOffset, WORD_BYTES};
 use crate::region::Region;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;
@@ -20,11 +20,8 @@ pub struct PartitionAllocator<F> {
 impl<F: Fabric> PartitionAllocator<F> {
     /// Returns the allocator over a broker's partition.
     pub fn of_broker(region: Region<F>, broker: BrokerId) -> Self {
-        let geometry = *region.geometry();
-        let size = geometry.partition_segments();
-        let first = (broker.0 * size).min(geometry.segment_count);
-        let at = region.layout().partition_word(broker, 0);
-        Self::new(region, first..(first + size).min(geometry.segment_count), at)
+        let (at, segments) = (region.layout().partition_word(broker, 0), region.geometry().partition(broker));
+        Self::new(region, segments, at)
     }
 
     /// Returns the allocator over all segments: the leader's side of the leader allocator.
@@ -37,15 +34,15 @@ impl<F: Fabric> PartitionAllocator<F> {
     fn new(region: Region<F>, segments: Range<u32>, at: RegionOffset) -> Self {
         let words = (segments.end - segments.start).div_ceil(SEGMENTS_PER_WORD);
         // SYNC: an earlier process under this broker id flushed what it had allocated.
-        let word = |word| region.fabric().observe(at.add(u64::from(word) * 8), Site::BitmapRead);
+        let word = |word| region.fabric().observe(at.add(u64::from(word) * WORD_BYTES), Site::BitmapRead);
         let bits = (0..words).map(word).collect();
         Self { region, segments, at, bits: Mutex::new(bits) }
     }
 
     fn write(&self, word: usize, bits: u64) {
-        let at = self.at.add(word as u64 * 8);
+        let at = self.at.add(word as u64 * WORD_BYTES);
         self.region.fabric().store(at, bits);
-        self.region.fabric().flush(at, 8, Site::BitmapFlush);
+        self.region.fabric().flush(at, WORD_BYTES, Site::BitmapFlush);
         self.region.fabric().fence(Site::BitmapFlush);
     }
 }
