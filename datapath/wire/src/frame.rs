@@ -1,7 +1,7 @@
 //! Frames: their layout, their checksum, and what a receiver refuses.
 
 use crate::batch::BODY_CHECKSUM;
-use crate::digest::{first_set, is_reserved, with_bytes};
+use crate::digest::{DIGEST_SEED, digest, first_set, is_reserved, with_bytes};
 use crate::ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, TopicId};
 use crate::{codes, crc32c};
 use bytemuck::{Pod, Zeroable};
@@ -106,6 +106,16 @@ macro_rules! frames {
                 assert!(offset_of!($name, checksum) == 60);
             };
             impl $name {
+                /// Digest of the frame: its kind, and the names, types, sizes and offsets of its fields.
+                pub const DIGEST: u64 = {
+                    let mut all = digest(DIGEST_SEED, stringify!($name), $kind);
+                    $(
+                        all = digest(all, stringify!($field), $offset);
+                        all = digest(all, stringify!($ty), size_of::<$ty>() as u64);
+                    )*
+                    all
+                };
+
                 /// Bits that are zero in every frame of this kind.
                 const RESERVED: [u64; 8] = {
                     let mut mask = [0; 8];

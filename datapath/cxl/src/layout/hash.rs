@@ -1,18 +1,22 @@
 //! Digest of everything that shapes memory, so that two builds which disagree refuse each other's regions.
 
-use super::areas::Layout;
+use super::areas::{Layout, LeaderArea};
 use super::codes::{AllocatorKind, RegionRole, ReplicaState, SegmentKind, SessionState, TopicState};
 use super::geometry::Geometry;
 use super::structures::STRUCTURES_DIGEST;
 use super::{
-    AREA_ALIGN, LAYOUT_VERSION, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, SESSION_WINDOW, commit_word,
-    directory_word, lap_of, pin_word,
+    AREA_ALIGN, LAYOUT_VERSION, MAGIC, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, SESSION_WINDOW,
+    commit_word, directory_word, lap_of, pin_word,
 };
-use crate::fabric::{LINE_BYTES, Versioned};
+use crate::fabric::{LINE_BYTES, RegionOffset, Versioned};
+use crate::replication::Replication;
 use embarcadero_wire::batch::ALIGN_BYTES;
-use embarcadero_wire::{DIGEST_SEED, FRAME_BYTES, Order, WIRE_VERSION, digest};
+use embarcadero_wire::{
+    BatchHeader, BrokerId, DIGEST_SEED, FRAME_BYTES, FRAME_MAGIC, Order, SessionSlot, Stream, TopicId, WIRE_VERSION,
+    digest,
+};
 
-/// Digest of the structures, of the codes and words in them, of every constant, and of where the areas lie.
+/// Digest of the structures, of the codes and words in them, of every constant, and of where everything lies.
 pub const LAYOUT_HASH: u64 = {
     let mut hash = digest(DIGEST_SEED, "structures", STRUCTURES_DIGEST);
     hash = each(
@@ -32,6 +36,7 @@ pub const LAYOUT_HASH: u64 = {
         hash,
         "constants",
         &[
+            MAGIC,
             LAYOUT_VERSION as u64,
             LINE_BYTES,
             <super::TopicLine as Versioned>::VERSION_AT,
@@ -44,7 +49,8 @@ pub const LAYOUT_HASH: u64 = {
         ],
     );
     // Batches lie in segments as they travel.
-    hash = each(hash, "batches", &[WIRE_VERSION as u64, FRAME_BYTES as u64, ALIGN_BYTES]);
+    let batches = [WIRE_VERSION as u64, FRAME_MAGIC as u64, FRAME_BYTES as u64, ALIGN_BYTES, BatchHeader::DIGEST];
+    hash = each(hash, "batches", &batches);
     hash = each(hash, "words", &[lap_of(1000, 16), commit_word(1000) as u64, directory_word(1000, 7), pin_word(1000)]);
     // Two geometries whose numbers all differ: one of whole gigabytes, one of odd counts.
     hash = areas(hash, &Geometry::with_segments_of(1 << 30, AllocatorKind::Bitmap));
@@ -95,7 +101,59 @@ const fn areas(hash: u64, geometry: &Geometry) -> u64 {
     );
     let parts = &[leader.halves, leader.completion, leader.sessions, leader.directories, leader.bytes];
     let sizes = &[Layout::partition_bytes(geometry), Layout::directory_bytes(geometry)];
-    each(each(hash, "leader area", parts), "sizes", sizes)
+    places(each(each(hash, "leader area", parts), "sizes", sizes), geometry)
+}
+
+/// Adds the place of one thing of each kind, whose indexes all differ.
+const fn places(hash: u64, geometry: &Geometry) -> u64 {
+    let layout = Layout::new(geometry);
+    let (topic, broker, area, slot) = (TopicId(3), BrokerId(2), LeaderArea(BrokerId(1)), SessionSlot(5));
+    let of_broker = [
+        layout.broker(broker),
+        layout.pulse(broker),
+        layout.broker_half(topic, broker),
+        layout.pin(topic, broker),
+        layout.broker_tail(topic, broker),
+        layout.replicated(Replication { topic, replica: broker, source: BrokerId(1) }),
+        layout.batchlog(topic, broker),
+        layout.broker_directory(topic, broker),
+    ];
+    let of_leader = [
+        layout.election(),
+        layout.terms(area),
+        layout.control_line(area),
+        layout.topic(area, topic),
+        layout.topic_name(area, topic),
+        layout.global_tail(area, topic),
+        layout.global_directory(area, topic),
+        layout.sequencer_half(area, topic, broker),
+        layout.completion(area, topic, broker),
+        layout.session(area, slot),
+        layout.session_progress(area, slot),
+        layout.commit_record(area, slot, 1000),
+    ];
+    let of_pool = [
+        layout.bitmap_word(9),
+        layout.partition_word(broker, 1),
+        layout.owner(17),
+        layout.segment(17),
+        layout.index_entry(17, 100_000),
+    ];
+    let mut hash = offsets(hash, "broker", &of_broker);
+    hash = offsets(hash, "leader", &of_leader);
+    hash = offsets(hash, "pool", &of_pool);
+    let partition = geometry.partition(broker);
+    let (own, global) = (geometry.stream_number(Stream::of(broker)), geometry.stream_number(Stream::GLOBAL));
+    each(hash, "numbers", &[partition.start as u64, partition.end as u64, own as u64, global as u64])
+}
+
+const fn offsets(mut hash: u64, name: &str, offsets: &[RegionOffset]) -> u64 {
+    let mut index = 0;
+    while index < offsets.len() {
+        hash = digest(hash, name, offsets[index].0);
+        index += 1;
+    }
+    hash
 }
 
 #[cfg(test)]
@@ -109,5 +167,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0xecd8f47ff43d1a16";
+    const EXPECTED: &str = "0x876a03a244ad2f3e";
 }
