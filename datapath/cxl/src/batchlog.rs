@@ -245,3 +245,29 @@ impl<F: Fabric> BatchlogReader<F> {
         Ok(entry)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::AllocatorKind;
+    use crate::segment::tests::region;
+    use bytemuck::Zeroable;
+
+    #[test]
+    fn a_damaged_entry_is_not_an_absent_one() {
+        let (region, topic, broker) = (region(1, AllocatorKind::Bitmap), TopicId(0), BrokerId(1));
+        let mut writer = BatchlogWriter::new(region.clone(), topic, broker);
+        for sequence in 0..16 {
+            writer.append(BatchEntry { sequence, ..BatchEntry::zeroed() });
+        }
+        writer.publish(Written::default());
+        let peek = |index| peek_entry(&region, topic, broker, index).map(|entry| entry.map(|entry| entry.sequence));
+        assert_eq!(peek(3), Ok(Some(3)));
+        assert_eq!(peek(19).map_err(|damage| damage.what), Err("lap"), "the entry was never written");
+        let slot = |index| Ring::new(&region, topic, broker).slot(index);
+        region.fabric().store(slot(3).add(offset_of!(BatchEntry, lap) as u64), 2);
+        assert_eq!(peek(3), Ok(None), "the slot holds a later entry");
+        region.fabric().store(slot(5).add(offset_of!(BatchEntry, reserved) as u64), 1);
+        assert_eq!(peek(5).map_err(|damage| damage.what), Err("a reserved byte"));
+    }
+}

@@ -13,8 +13,8 @@ use crate::row::Damage;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;
 
-/// Reads every line whose readers look at single words, and returns what is damaged: reserved bytes that are not zero,
-/// and flags that are neither 0 nor 1.
+/// Reads every line whose readers look at single words, and returns what is damaged. Reserved bytes must be zero, and
+/// flags 0 or 1.
 pub fn damaged_lines<F: Fabric>(region: &Region<F>) -> Vec<Damage> {
     let (layout, geometry) = (region.layout(), region.geometry());
     let mut check = Check { region, damage: Vec::new() };

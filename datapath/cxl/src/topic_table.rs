@@ -207,4 +207,26 @@ mod tests {
         let damage = Damage { structure: "PinLine", at, what: "released", value: 1 << 40 };
         assert_eq!(read_released(&region, topic, broker), Err(damage));
     }
+
+    #[test]
+    fn a_damaged_row_is_not_an_unused_one() {
+        let (region, area, id) = (region(1, AllocatorKind::Bitmap), LeaderArea(BrokerId(0)), TopicId(0));
+        let config = TopicConfig {
+            id,
+            incarnation: Incarnation(1),
+            state: TopicState::Live,
+            name: "t".to_owned(),
+            order: Order::Strong,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+            created_ms: 0,
+        };
+        publish_topic(&region, area, &config);
+        assert_eq!(live_topics_at(&region, area), LiveTopics { topics: vec![config], damaged: vec![] });
+        region.fabric().store(region.layout().topic_name(area, id).add(8), 5);
+        let LiveTopics { topics, damaged } = live_topics_at(&region, area);
+        assert!(topics.is_empty() && damaged[0].0 == id && damaged[0].1.what == "byte behind the name", "{damaged:?}");
+    }
 }

@@ -324,7 +324,7 @@ fn page_bytes(file: &File) -> io::Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{RegionRole, SuperblockGeometry};
+    use crate::layout::{RegionRole, SuperblockGeometry, SuperblockHead};
     use std::io::{Seek, SeekFrom, Write};
     use std::mem::offset_of;
 
@@ -386,6 +386,8 @@ mod tests {
 
         let path = make(&dir);
         patch(&path, 8, &99u32.to_le_bytes());
+        // The other version uses a byte that is reserved in this one.
+        patch(&path, offset_of!(SuperblockHead, reserved) as u64, &[1]);
         assert!(matches!(open(&path), RegionError::Version { found: 99 }));
         std::fs::remove_file(&path).unwrap();
 
