@@ -106,14 +106,9 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// [`Damage`] when a reserved byte is not zero.
     #[inline]
     fn load_line<T: Line>(&self, at: RegionOffset) -> Result<T, Damage> {
-        let words = self.load_words(at);
-        match first_set(&words, &T::RESERVED) {
-            None => Ok(bytemuck::cast(words)),
-            Some(byte) => {
-                let value = u64::from(bytemuck::bytes_of(&words)[byte]);
-                Err(Damage { structure: T::NAME, at: at.add(byte as u64), what: "a reserved byte", value })
-            }
-        }
+        let line = bytemuck::cast(self.load_words(at));
+        check_reserved(at, &line)?;
+        Ok(line)
     }
 
     /// Reads a line from memory.
@@ -195,6 +190,19 @@ pub trait Fabric: Clone + Send + Sync + 'static {
             (_, Err(damage)) => Row::Damaged(*damage),
         }
     }
+}
+
+/// Checks the reserved bytes of a line that was read at `at`.
+///
+/// # Errors
+/// [`Damage`] when one is not zero.
+#[inline]
+pub(crate) fn check_reserved<T: Line>(at: RegionOffset, line: &T) -> Result<(), Damage> {
+    let words: [u64; WORDS] = bytemuck::cast(*line);
+    first_set(&words, &T::RESERVED).map_or(Ok(()), |byte| {
+        let value = u64::from(bytemuck::bytes_of(&words)[byte]);
+        Err(Damage { structure: T::NAME, at: at.add(byte as u64), what: "a reserved byte", value })
+    })
 }
 
 const fn none(mask: &[u64; WORDS]) -> bool {

@@ -184,10 +184,10 @@ pub fn publish_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: B
 /// Reads the highest incarnation of a topic of which a broker holds nothing any more.
 ///
 /// # Errors
-/// [`Damage`] when the word is no incarnation, or a reserved byte of its line is set.
+/// [`Damage`] when the word is no incarnation.
 pub fn read_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Result<Incarnation, Damage> {
-    let at = region.layout().pin(topic, broker);
-    let value = region.fabric().observe_line::<PinLine>(at, Site::PinRead)?.released;
+    let at = region.layout().pin(topic, broker).add(RELEASED);
+    let value = region.fabric().observe(at, Site::PinRead);
     Incarnation::from_word(value).ok_or(Damage { structure: "PinLine", at, what: "released", value })
 }
 
@@ -202,8 +202,8 @@ mod tests {
         let (region, topic, broker) = (region(1, AllocatorKind::Bitmap), TopicId(0), BrokerId(1));
         publish_released(&region, topic, broker, Incarnation(2));
         assert_eq!(read_released(&region, topic, broker), Ok(Incarnation(2)));
-        let at = region.layout().pin(topic, broker);
-        region.fabric().store(at.add(RELEASED), 1 << 40);
+        let at = region.layout().pin(topic, broker).add(RELEASED);
+        region.fabric().store(at, 1 << 40);
         let damage = Damage { structure: "PinLine", at, what: "released", value: 1 << 40 };
         assert_eq!(read_released(&region, topic, broker), Err(damage));
     }

@@ -1,7 +1,7 @@
 //! Superblock: the two lines that say what a region is.
 
 use super::RegionError;
-use crate::fabric::{Fabric, LINE_BYTES, Line, RegionOffset};
+use crate::fabric::{Fabric, LINE_BYTES, Line, RegionOffset, check_reserved};
 use crate::layout::{
     AllocatorKind, Geometry, LAYOUT_HASH, LAYOUT_VERSION, Layout, MAGIC, RegionRole, Superblock, SuperblockGeometry,
     SuperblockHead,
@@ -96,8 +96,8 @@ pub(super) fn read<F: Fabric>(fabric: &F) -> Result<Identity, RegionError> {
     if body.checksum != expected {
         return Err(RegionError::CorruptSuperblock { found: body.checksum, expected });
     }
-    fabric.load_line::<SuperblockHead>(HEAD)?;
-    fabric.load_line::<SuperblockGeometry>(GEOMETRY)?;
+    check_reserved(HEAD, &head)?;
+    check_reserved(GEOMETRY, &body)?;
     if head.layout_hash != LAYOUT_HASH {
         return Err(RegionError::LayoutHash { found: head.layout_hash });
     }
