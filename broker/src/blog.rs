@@ -234,6 +234,13 @@ impl<F: Fabric> Blog<F> {
         ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
     }
 
+    /// Returns the number of the segment that a position lies in, or `None` for one outside the pool. For positions that
+    /// were read from memory.
+    pub(crate) fn segment_at(&self, at: RegionOffset) -> Option<u32> {
+        let inside = at.0.checked_sub(self.region.layout().segments)? / self.region.geometry().segment_bytes;
+        u32::try_from(inside).ok().filter(|segment| *segment < self.region.geometry().segment_count)
+    }
+
     /// Returns true for a position in the segment that gives reservations now.
     pub(crate) fn is_current(&self, at: RegionOffset) -> bool {
         unpack(self.cursor.load(Ordering::Acquire)).0 == self.segment_of(at)
