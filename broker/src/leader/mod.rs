@@ -25,6 +25,7 @@ use embarcadero_cxl::{Native, Region};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use follower::Watch;
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
@@ -73,6 +74,8 @@ pub(crate) struct Leadership {
     shown: (u64, u64),
     /// Looks until the next round of reaping.
     reap_in: u32,
+    /// Segments with a damaged owner entry that the log has named.
+    reported: BTreeSet<u32>,
 }
 
 impl Candidate {
@@ -139,6 +142,7 @@ impl Candidate {
             liveness: Liveness::new(region, self.broker_lease, live, Instant::now()),
             shown,
             reap_in: REAP_EVERY,
+            reported: BTreeSet::new(),
         })
     }
 
@@ -209,14 +213,15 @@ impl Candidate {
         }
         leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
         if leadership.reap_in == 0 && self.scope == CoherenceScope::Host {
-            self.reap(live);
+            self.reap(live, &mut leadership.reported);
         }
     }
 
-    /// Gives back memory of dead brokers. Holds their ids meanwhile, so that none of them starts.
-    fn reap(&self, live: u64) {
+    /// Gives back memory of dead brokers. Holds their ids meanwhile, so that none of them starts. `reported` has the
+    /// segments with a damaged owner entry that the log has named.
+    fn reap(&self, live: u64, reported: &mut BTreeSet<u32>) {
         let region = self.region();
-        let dead = dead_broker::holders(region) & !live;
+        let dead = dead_broker::holders(region, reported) & !live;
         for broker in region.geometry().brokers().filter(|broker| dead & 1 << broker.0 != 0) {
             // Without a claim, a process with this id stands still or starts now.
             let Ok(_claim) = self.file.claim_broker(broker) else { continue };
