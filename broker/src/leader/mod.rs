@@ -21,7 +21,7 @@ use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{LeaderInfo, last_active, publish_leader, read_leader_at, still_leads};
 use embarcadero_cxl::region::RegionFile;
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
-use embarcadero_cxl::{Native, Region};
+use embarcadero_cxl::{Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use follower::Watch;
@@ -107,7 +107,11 @@ impl Candidate {
     fn lead(&self, term: Term) -> Option<Leadership> {
         let region = self.region();
         let led = last_active(region);
-        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
+        let statement = led.map(|(area, _)| read_leader_at(region, area));
+        if let Some(Row::Damaged(damage)) = &statement {
+            tracing::error!(%damage, "the predecessor's list of live brokers is lost: all count as alive for a lease");
+        }
+        let before = statement.and_then(Row::used);
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
         // A leader whose statement cannot be read is changing it, or died in the middle of that.
         let predecessor = match led {
@@ -116,7 +120,16 @@ impl Candidate {
             Some(_) => Predecessor::MayGoOn,
         };
         let gone = gone.map_or(0, |gone| 1 << gone.broker.0);
-        let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id.0;
+        let live = match (before, led) {
+            (Some(before), _) => before.broker_mask & !gone,
+            (None, None) => 0,
+            // Any broker may be alive and pin what it reads, until its lease shows otherwise.
+            (None, Some(_)) => {
+                let all = region.geometry().brokers().fold(0, |mask, id| mask | 1 << id.0);
+                all & !self.ended_brokers(all)
+            }
+        };
+        let live = live | 1 << self.info.id.0;
         let shown = self.publish(term, live);
         let (commands, queue) = unbounded();
         let area = LeaderArea(self.info.id);
