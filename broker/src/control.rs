@@ -5,12 +5,13 @@ use crate::membership::etcd::Etcd;
 use crate::membership::live_brokers;
 use crate::replica::replicator::running_replicas;
 use crate::sequencer::{Command, SessionError};
+use crate::topics::TopicRows;
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
 use embarcadero_cxl::broker_table::read_broker;
 use embarcadero_cxl::layout::{SESSION_WINDOW, TopicState};
-use embarcadero_cxl::leadership::{NoLeader, read_leader};
+use embarcadero_cxl::leadership::{NoLeader, read_leader, with_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, check_topic_name, live_topics, read_topic};
@@ -97,13 +98,21 @@ impl ControlService {
         }
     }
 
+    /// Reads the topic table.
+    async fn topic_rows(&self) -> Result<TopicRows, Status> {
+        self.with_leader(|region| with_leader(region, |area| TopicRows::read(region, area))).await
+    }
+
     /// Returns the configuration of the topic `name`.
     async fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
-        self.with_leader(live_topics)
-            .await?
-            .into_iter()
-            .find(|topic| topic.name == name)
-            .ok_or_else(|| Status::not_found(format!("topic {name:?} does not exist")))
+        let TopicRows { live, damaged } = self.topic_rows().await?;
+        match (live.into_iter().find(|topic| topic.name == name), damaged.first()) {
+            (Some(topic), _) => Ok(topic),
+            (None, None) => Err(Status::not_found(format!("topic {name:?} does not exist"))),
+            (None, Some((slot, damage))) => Err(Status::data_loss(format!(
+                "topic {name:?} is not among the topics that can be read; slot {slot} cannot: {damage}"
+            ))),
+        }
     }
 
     /// Sends a command to the sequencer, and waits for the answer.

@@ -5,6 +5,7 @@ use super::session::{Arrival, SessionOrder};
 use super::{Command, GROUP_BATCHES, Leases, Sequencer};
 use crate::mirror::Mirror;
 use crate::spares::spare_segments;
+use crate::topics::TopicRows;
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::batchlog::peek_entry;
 use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
@@ -15,7 +16,7 @@ use embarcadero_cxl::session_table::{
     Commit, SessionCommit, read_commit_at, read_progress_at, read_session_at, repair_torn_session,
 };
 use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
-use embarcadero_cxl::topic_table::{live_topics_at, repair_torn_topic};
+use embarcadero_cxl::topic_table::repair_torn_topic;
 use embarcadero_cxl::{Damage, Fabric, Guard, Site};
 use embarcadero_wire::Term;
 use std::sync::Arc;
@@ -105,8 +106,10 @@ impl<F: Fabric> Sequencer<F> {
             stalls: geometry.brokers().map(|_| 0).collect(),
             first: area.0.index(),
         };
-        for config in live_topics_at(&sequencer.region, area) {
-            sequencer.open_topic(config);
+        let TopicRows { live, damaged } = TopicRows::read(&sequencer.region, area);
+        live.into_iter().for_each(|config| sequencer.open_topic(config));
+        for (slot, damage) in damaged {
+            sequencer.set_damaged(slot.index(), damage);
         }
         // Another broker may have led after the caller looked and before the claim, or may be about to lead.
         if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {

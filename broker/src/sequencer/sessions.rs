@@ -33,10 +33,11 @@ impl<F: Fabric> Sequencer<F> {
         ack_level: u8,
         now_us: u64,
     ) -> Result<Session, SessionError> {
-        let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
-        if let Some(damage) = self.damaged[topic.index()] {
+        // A client names the slot: it may not exist. One whose row is damaged has no configuration.
+        if let Some(damage) = self.damaged.get(topic.index()).copied().flatten() {
             return Err(SessionError::Damaged(topic, damage));
         }
+        let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let (slot, before) = self.slot_for(&config, client_id, now_us)?;
         self.end_session(slot, SessionState::Fenced);
         let committed = read_progress_at(&self.region, self.area, slot);
