@@ -6,8 +6,8 @@
 //! The mirror has the tables of a region and is written by the same code, each leader in its own area. What the mirror
 //! shows, the region shows too, or is about to. Whatever is acknowledged is in both.
 
-use crate::sequencer::TakeoverError;
 use crate::spares::spare_segments;
+use crate::takeover::TakeoverError;
 use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW};
 use embarcadero_cxl::leadership::{activate_term, claim_term, last_active};
 use embarcadero_cxl::order_index::{

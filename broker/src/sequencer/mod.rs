@@ -17,7 +17,8 @@ mod sessions;
 mod topic;
 mod topics;
 
-pub use recover::{Memory, Predecessor, Takeover, TakeoverError};
+pub use crate::takeover::TakeoverError;
+pub use recover::{Memory, Predecessor, Takeover};
 pub use sessions::SessionError;
 
 use crate::mirror::Mirror;

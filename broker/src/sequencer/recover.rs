@@ -5,13 +5,14 @@ use super::session::{Arrival, SessionOrder};
 use super::{Command, GROUP_BATCHES, Leases, Sequencer};
 use crate::mirror::Mirror;
 use crate::spares::spare_segments;
+use crate::takeover::TakeoverError;
 use crate::topics::TopicRows;
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::batchlog::peek_entry;
 use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::{activate_term, claim_term};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::session_table::{
     Commit, SessionCommit, read_commit_at, read_progress_at, read_session_at, repair_torn_session,
 };
@@ -54,17 +55,6 @@ pub struct Takeover<F: Fabric> {
     pub leases: Leases,
     /// Requests of the control plane.
     pub commands: Receiver<Command>,
-}
-
-/// Reason why a broker cannot take over.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TakeoverError {
-    /// The predecessor may go on, and fills a segment of an order index. There is no other segment to continue in.
-    #[error("the order index has no room to go on in: {0}")]
-    Pool(#[from] PoolError),
-    /// The mirror is damaged.
-    #[error("{0}; recreate the mirror")]
-    Mirror(#[from] Damage),
 }
 
 impl<F: Fabric> Sequencer<F> {
