@@ -247,7 +247,9 @@ impl Control for ControlService {
         };
         (config.id, config.incarnation) = (id, incarnation);
         let answer = topic_to_proto(&config);
-        self.ask(|reply| Command::OpenTopic(config, reply)).await?;
+        self.ask(|reply| Command::OpenTopic(config, reply))
+            .await?
+            .map_err(|damage| Status::data_loss(format!("topic {:?} cannot be created: {damage}", answer.name)))?;
         Ok(Response::new(answer))
     }
 
@@ -258,7 +260,10 @@ impl Control for ControlService {
         let leader = self.leader()?;
         let _one_at_a_time = leader.topics.lock().await;
         let topic = self.topic(&request.get_ref().name).await?;
-        self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?;
+        self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?.map_err(|damage| {
+            let TopicConfig { name, id, .. } = &topic;
+            Status::data_loss(format!("topic {name:?} is gone, but its slot {id} cannot be freed: {damage}"))
+        })?;
         Ok(Response::new(proto::DeleteTopicResponse {}))
     }
 

@@ -18,8 +18,9 @@ use embarcadero_cxl::session_table::{
 };
 use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
 use embarcadero_cxl::topic_table::repair_torn_topic;
-use embarcadero_cxl::{Damage, Fabric, Guard, Site};
+use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
 use embarcadero_wire::Term;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// State of the predecessor, as far as the new leader knows.
@@ -90,6 +91,7 @@ impl<F: Fabric> Sequencer<F> {
             topics: geometry.topics().map(|_| None).collect(),
             configs: geometry.topics().map(|_| None).collect(),
             damaged: geometry.topics().map(|_| None).collect(),
+            damaged_sessions: BTreeSet::new(),
             closing: Vec::new(),
             group: Group::new(geometry.max_sessions),
             pulses: geometry.brokers().map(|_| 0).collect(),
@@ -144,7 +146,14 @@ impl<F: Fabric> Sequencer<F> {
     fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
         for slot in self.region.geometry().sessions() {
             let progress = read_progress_at(&self.region, self.area, slot);
-            let Some(session) = read_session_at(&self.region, self.area, slot).used() else { continue };
+            let session = match read_session_at(&self.region, self.area, slot) {
+                Row::Used(session) => session,
+                Row::Unused | Row::Unsettled => continue,
+                Row::Damaged(damage) => {
+                    self.report_session(slot, damage);
+                    continue;
+                }
+            };
             let config = self.configs.get(session.topic.index()).and_then(Option::as_ref);
             let Some(config) = config.filter(|config| config.incarnation == session.topic_incarnation) else {
                 continue;
