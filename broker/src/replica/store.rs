@@ -37,7 +37,7 @@ pub enum StoreError {
     },
     /// The region holds something other than the batch that should be copied.
     #[error("the region cannot be copied: {0}")]
-    Memory(String),
+    Memory(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The replica failed before. What its disk holds is not known any more.
     #[error("the replica in {medium} failed before and takes no more")]
     Failed {
@@ -54,6 +54,13 @@ pub enum StoreError {
         /// Fault of the bytes.
         source: FormatError,
     },
+}
+
+impl StoreError {
+    /// Returns the error of a region whose contents are `damage`.
+    pub(super) fn memory(damage: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Memory(Box::new(damage))
+    }
 }
 
 /// Bytes of a replica file that are not what was written.
