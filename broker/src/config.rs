@@ -163,8 +163,8 @@ pub struct RdmaConfig {
     pub device: Option<String>,
     /// Mechanism that keeps a session inside its landing windows.
     pub isolation: Isolation,
-    /// Bytes of a landing window, a multiple of 64, 4096 to 1 GiB. An active publisher holds two windows. A window takes at
-    /// most a quarter of a segment, and is larger where a publisher's batches need it.
+    /// Bytes of a landing window, a multiple of 64, 4096 to 1 GiB. An active publisher holds two windows. A window takes
+    /// at most a quarter of a segment, and is larger where a publisher's batches need it.
     pub window_bytes: u64,
     /// Silence of a publisher after which its landing windows are taken back if they keep memory from being reused,
     /// milliseconds, 10 to 3,600,000.
@@ -230,8 +230,8 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// Prefix of all keys.
     pub prefix: String,
-    /// Silence after which etcd takes a broker for gone, seconds, 2 to 3600. A leader that is silent in the region is replaced
-    /// sooner, after `leader_lease_ms`.
+    /// Silence after which etcd takes a broker for gone, seconds, 2 to 3600. A leader that is silent in the region is
+    /// replaced sooner, after `leader_lease_ms`.
     pub lease_s: u32,
 }
 
@@ -291,16 +291,16 @@ pub struct BrokerConfig {
     pub heartbeat_ms: u64,
     /// Silence after which the leader takes a broker for dead, milliseconds, five heartbeats to 600,000.
     pub broker_lease_ms: u64,
-    /// Silence after which the leader is replaced, milliseconds, five heartbeats to 600,000. A leader whose process is gone
-    /// is replaced at once.
+    /// Silence after which the leader is replaced, milliseconds, five heartbeats to 600,000. A leader whose process is
+    /// gone is replaced at once.
     pub leader_lease_ms: u64,
     /// Longest time that a subscriber may hold what retention wants to trim, milliseconds, 1 to 3,600,000.
     pub delivery_patience_ms: u64,
     /// Longest time that a broker which is told to stop (SIGTERM) waits for its clients to be served and gone,
     /// milliseconds, 0 to 3,600,000.
     pub drain_ms: u64,
-    /// Bytes of SO_SNDBUF and of SO_RCVBUF of data sockets, 4096 to 1 GiB. Unset takes 512 KiB on loopback, and leaves the choice to
-    /// the kernel elsewhere.
+    /// Bytes of SO_SNDBUF and of SO_RCVBUF of data sockets, 4096 to 1 GiB. Unset takes 512 KiB on loopback, and leaves
+    /// the choice to the kernel elsewhere.
     pub socket_buffer_bytes: Option<usize>,
 }
 
