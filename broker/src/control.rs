@@ -130,6 +130,18 @@ impl ControlService {
     }
 }
 
+/// Returns the answer to a caller for whom the pool gives no segment, or takes none back.
+fn pool_status(error: &PoolError) -> Status {
+    let text = error.to_string();
+    match error {
+        PoolError::Exhausted { .. } => Status::resource_exhausted(text),
+        PoolError::NotAllocated { .. } => Status::invalid_argument(text),
+        PoolError::Damaged(_) => Status::data_loss(text),
+        PoolError::NoLeader(_) | PoolError::UnknownLeader | PoolError::Unreachable(_) => Status::unavailable(text),
+        PoolError::Refused(_) | PoolError::NoSuchSegment { .. } => Status::unavailable(text),
+    }
+}
+
 fn order_to_proto(order: Order) -> proto::Order {
     match order {
         Order::None => proto::Order::None,
@@ -355,11 +367,8 @@ impl Control for ControlService {
         _: Request<proto::AllocateSegmentRequest>,
     ) -> Result<Response<proto::AllocateSegmentResponse>, Status> {
         self.leader()?;
-        match self.pool.allocate() {
-            Ok(segment) => Ok(Response::new(proto::AllocateSegmentResponse { segment })),
-            Err(error @ PoolError::Exhausted { .. }) => Err(Status::resource_exhausted(error.to_string())),
-            Err(error) => Err(Status::unavailable(error.to_string())),
-        }
+        let segment = self.pool.allocate().map_err(|error| pool_status(&error))?;
+        Ok(Response::new(proto::AllocateSegmentResponse { segment }))
     }
 
     async fn release_segment(
@@ -370,6 +379,6 @@ impl Control for ControlService {
         self.pool
             .release(request.get_ref().segment)
             .map(|()| Response::new(proto::ReleaseSegmentResponse {}))
-            .map_err(|error| Status::invalid_argument(error.to_string()))
+            .map_err(|error| pool_status(&error))
     }
 }
