@@ -15,7 +15,7 @@ use crate::membership::Liveness;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
 use crate::worker::LeaderStages;
-use crossbeam_channel::{Sender, unbounded};
+use crossbeam_channel::{Sender, TrySendError, unbounded};
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{LeaderInfo, last_active, publish_leader, read_leader_at, still_leads};
@@ -144,8 +144,13 @@ impl Candidate {
             }
         };
         let completion = CompletionStage::new(region.clone(), area);
-        // The channel has room: earlier stages of this broker have ended.
-        let _ = self.stages.try_send(LeaderStages { sequencer, completion, in_use: Arc::clone(&self.in_use) });
+        let stages = LeaderStages { sequencer, completion, in_use: Arc::clone(&self.in_use) };
+        let sent = self.stages.try_send(stages);
+        assert!(!matches!(sent, Err(TrySendError::Full(_))), "term {term} begins before this broker's last one ended");
+        if sent.is_err() {
+            tracing::error!(%term, "cannot lead: the worker that runs the leader's stages has ended");
+            return None;
+        }
         let topics = tokio::sync::Mutex::new(());
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
             Some(Arc::new(LeaderControl { commands, topics }));

@@ -198,7 +198,7 @@ impl<F: Fabric> Sequencer<F> {
     /// Publishes a topic's group: first its index entries and the tail, then the sessions, then what brokers may reuse.
     /// An acknowledgement is therefore never seen before its batch.
     fn publish(&mut self, slot: usize, before: u64) {
-        let Some(topic) = &mut self.topics[slot] else { return };
+        let Some(topic) = &mut self.topics[slot] else { unreachable!("topic slot {slot} was ordered, so it is open") };
         if topic.index.next() > before {
             topic.publish(self.term);
         }
