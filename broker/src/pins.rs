@@ -46,7 +46,7 @@ impl<F: Fabric> PinBoard<F> {
     }
 
     /// Adds a reader, which pins nothing yet. Returns the reader's number, which is valid until
-    /// [`PinBoard::unregister`].
+    /// `PinBoard::unregister`.
     pub fn register(&self) -> usize {
         let mut pins = self.pins();
         let readers = &mut pins.readers;

@@ -3,11 +3,11 @@
 //! Only the leader runs one. It writes the leader's area and nothing else: the order indexes, the session table, the
 //! topic table, and the progress in each Batchlog.
 //!
-//! - [`recover`]: a new leader goes on where its predecessor stopped.
-//! - [`group`]: batches are judged and get their places, a group at a time.
-//! - [`topic`]: one topic's order, and its copy in the mirror.
-//! - [`sessions`], [`topics`]: what the control plane asks for.
-//! - [`maintenance`]: leases, retention, reclaiming, deletion.
+//! - `recover`: a new leader goes on where its predecessor stopped.
+//! - `group`: batches are judged and get their places, a group at a time.
+//! - `topic`: one topic's order, and its copy in the mirror.
+//! - `sessions`, `topics`: what the control plane asks for.
+//! - `maintenance`: leases, retention, reclaiming, deletion.
 
 mod group;
 mod maintenance;

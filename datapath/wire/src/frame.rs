@@ -194,7 +194,7 @@ frames! {
         /// Bytes of the messages, without padding and length table.
         payload_bytes: u32 = 28,
         message_count: u32 = 32,
-        /// CRC32C of the body, if flag [`batch::BODY_CHECKSUM`] is set.
+        /// CRC32C of the body, if flag [`crate::batch::BODY_CHECKSUM`] is set.
         body_checksum: u32 = 36,
         topic: TopicId = 40,
         topic_incarnation: Incarnation = 44,
@@ -282,7 +282,7 @@ frames! {
     }
     /// Broker to client: reason why the connection closes. `text_bytes` of UTF-8 follow.
     9 ErrorFrame with 0 {
-        /// An [`ErrorCode`].
+        /// An [`crate::ErrorCode`].
         code: u32 = 8,
         text_bytes: u32 = 12,
         /// For `OffsetOutOfRange`: the earliest offset.
