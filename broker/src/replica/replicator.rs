@@ -212,7 +212,8 @@ impl<F: Fabric> Replicator<F> {
         if self.catalog.knows(key) {
             return false;
         }
-        let found = (self.open)(&self.identity(topic, stream)).list().is_ok_and(|files| !files.is_empty());
+        // A directory that cannot be listed may have files: whoever opens it gets the error.
+        let found = !(self.open)(&self.identity(topic, stream)).list().is_ok_and(|files| files.is_empty());
         if !found {
             self.catalog.set(key, None);
         }
