@@ -4,14 +4,14 @@
 //! A replica has the batches of some brokers only, so that no disk need have all of a stream. The answers of all disks
 //! are joined by offset.
 
-use crate::replica::store::{Archived, StreamFiles};
+use crate::replica::store::{Archived, StoreError, StreamFiles};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_replica_state};
 use embarcadero_cxl::layout::ReplicaState;
 use embarcadero_cxl::leadership::{NoLeader, read_leader};
-use embarcadero_cxl::{Native, Region};
+use embarcadero_cxl::{Damage, Native, Region, Row};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -19,9 +19,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tokio::task::JoinSet;
-use tonic::Status;
+use tokio::task::{JoinError, JoinSet};
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 /// Number of bytes that a replica is asked for at a time. One batch may be larger and is then answered alone.
 const READ_BYTES: u64 = 2 << 20;
@@ -103,8 +103,8 @@ impl Catalog {
     /// May wait for the disk.
     ///
     /// # Errors
-    /// Text of the disk's error, or that the disk has not been looked at yet.
-    pub(crate) fn read(&self, key: ArchiveKey, from: ReadFrom, max_bytes: u64) -> Result<Vec<Archived>, String> {
+    /// [`DiskError::Store`], or [`DiskError::NotScanned`].
+    pub(crate) fn read(&self, key: ArchiveKey, from: ReadFrom, max_bytes: u64) -> Result<Vec<Archived>, DiskError> {
         let files = self.streams().get(&key).cloned();
         match files {
             Some(Some(files)) => match from {
@@ -115,23 +115,86 @@ impl Catalog {
                     Ok(batches)
                 }),
             }
-            .map_err(|error| error.to_string()),
-            None if self.replicates.load(Ordering::Relaxed) => {
-                Err("this broker has yet to look at its disk".to_owned())
-            }
+            .map_err(DiskError::Store),
+            None if self.replicates.load(Ordering::Relaxed) => Err(DiskError::NotScanned),
             Some(None) | None => Ok(Vec::new()),
         }
     }
 }
 
+/// Reason why one disk gave no batches, although it may have them.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DiskError {
+    /// This broker's own disk failed, or its files are damaged.
+    #[error(transparent)]
+    Store(StoreError),
+    /// The replica has not listed its files yet.
+    #[error("this broker has yet to look at its disk")]
+    NotScanned,
+    /// Without a leader nobody knows which brokers are alive.
+    #[error(transparent)]
+    NoLeader(#[from] NoLeader),
+    /// A broker that replicates is not alive.
+    #[error("broker {0} replicates, and is not there")]
+    Gone(BrokerId),
+    /// The region does not tell where a broker is, or whether it replicates.
+    #[error("broker {broker} cannot be asked: {damage}")]
+    Region {
+        /// Broker.
+        broker: BrokerId,
+        /// Damage of the broker's row or of its counters.
+        #[source]
+        damage: Damage,
+    },
+    /// There is no connection to a broker.
+    #[error("broker {broker} cannot be reached: {source}")]
+    Connect {
+        /// Broker.
+        broker: BrokerId,
+        /// Error of the transport.
+        source: tonic::transport::Error,
+    },
+    /// A broker answered with an error.
+    #[error("broker {broker} cannot read its disk: {}", source.message())]
+    Answer {
+        /// Broker.
+        broker: BrokerId,
+        /// Answer of the broker.
+        source: Box<Status>,
+    },
+    /// The task that asked the disk ended without an answer.
+    #[error("a read from disk was broken off: {0}")]
+    Task(#[from] JoinError),
+    /// This broker stops.
+    #[error("the broker stops")]
+    Stops,
+}
+
+impl DiskError {
+    /// Returns true when what is on the disk, or what the region says of it, is damaged. Asking again does not help.
+    pub(crate) fn is_damage(&self) -> bool {
+        match self {
+            Self::Store(StoreError::Damaged { .. } | StoreError::Foreign { .. }) | Self::Region { .. } => true,
+            Self::Answer { source, .. } => source.code() == Code::DataLoss,
+            Self::Store(_) | Self::NotScanned | Self::NoLeader(_) | Self::Gone(_) => false,
+            Self::Connect { .. } | Self::Task(_) | Self::Stops => false,
+        }
+    }
+}
+
 /// Reason why a read from disks has no batches.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum ArchiveError {
     /// No disk has the place that was asked for. Holds the lowest later offset that a disk has, if any.
     Missing(Option<u64>),
-    /// A disk that may have the place did not answer. Holds the reason.
-    Unreachable(String),
+    /// A disk that may have the place did not answer. It may later.
+    Unreachable(DiskError),
+    /// All disks answered, and one that may have the place is damaged.
+    Damaged(DiskError),
 }
+
+/// Answer of one disk: batches in the order of their offsets.
+type DiskAnswer = Result<Vec<Archived>, DiskError>;
 
 /// One or more batches that follow each other without a gap, beginning with the one that was asked for.
 pub(crate) type ArchiveAnswer = Result<Vec<Archived>, ArchiveError>;
@@ -188,7 +251,13 @@ impl ArchiveReader {
                 let mut answers = answers;
                 let mut all = Vec::new();
                 while let Some(answer) = answers.join_next().await {
-                    all.push(answer.unwrap_or_else(|error| Err(error.to_string())));
+                    let answer = answer.unwrap_or_else(|error| Err(error.into()));
+                    if let Err(error) = &answer
+                        && error.is_damage()
+                    {
+                        tracing::error!(%error, %from, "batches on a disk cannot be read");
+                    }
+                    all.push(answer);
                 }
                 let _ = reply.send(join(from, all));
             });
@@ -196,39 +265,55 @@ impl ArchiveReader {
     }
 
     /// Asks every broker whose disk may have the batches.
-    fn ask_all(&self, key: ArchiveKey, from: ReadFrom) -> JoinSet<Result<Vec<Archived>, String>> {
+    fn ask_all(&self, key: ArchiveKey, from: ReadFrom) -> JoinSet<DiskAnswer> {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
         answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
         let Some(leader) = read_leader(&self.region) else {
-            answers.spawn(async { Err(NoLeader.to_string()) });
+            answers.spawn(async { Err(NoLeader.into()) });
             return answers;
         };
         for id in self.region.geometry().brokers().filter(|id| *id != self.broker) {
-            let Some(info) = read_broker(&self.region, id).used() else { continue };
-            if leader.broker_mask & 1 << id.0 != 0 {
-                answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
-            } else if info.running && read_replica_state(&self.region, id) == Ok(ReplicaState::Running) {
-                answers.spawn(async move { Err(format!("broker {id} is not there")) });
+            let is_live = leader.broker_mask & 1 << id.0 != 0;
+            let error = match read_broker(&self.region, id) {
+                Row::Used(info) if is_live => {
+                    answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
+                    continue;
+                }
+                Row::Used(BrokerInfo { running: false, .. }) | Row::Unused => continue,
+                Row::Used(_) | Row::Unsettled => self.absent(id, DiskError::Gone(id)),
+                Row::Damaged(damage) => self.absent(id, DiskError::Region { broker: id, damage }),
+            };
+            if let Some(error) = error {
+                answers.spawn(async move { Err(error) });
             }
         }
         answers
+    }
+
+    /// Returns `error`, for a broker that cannot be asked, unless the broker has no disk with batches.
+    fn absent(&self, broker: BrokerId, error: DiskError) -> Option<DiskError> {
+        match read_replica_state(&self.region, broker) {
+            Ok(ReplicaState::Running) => Some(error),
+            Ok(_) => None,
+            Err(damage) => Some(DiskError::Region { broker, damage }),
+        }
     }
 }
 
 /// Asks one broker for batches on its disk.
 ///
 /// # Errors
-/// Text that names the broker and what failed.
-async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom) -> Result<Vec<Archived>, String> {
-    let failed = |what: String| format!("broker {}: {what}", info.id);
+/// [`DiskError::Connect`] or [`DiskError::Answer`].
+async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom) -> DiskAnswer {
+    let unconnected = |source| DiskError::Connect { broker: info.id, source };
     let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
     let mut client = match known {
         Some((incarnation, client)) if incarnation == info.incarnation => client,
         _ => {
-            let endpoint = Endpoint::try_from(format!("http://{}", info.control)).map_err(|e| failed(e.to_string()))?;
+            let endpoint = Endpoint::try_from(format!("http://{}", info.control)).map_err(unconnected)?;
             let connected = endpoint.connect_timeout(CALL_LIMIT).timeout(CALL_LIMIT).connect().await;
-            ControlClient::new(connected.map_err(|e| failed(e.to_string()))?).max_decoding_message_size(ANSWER_BYTES)
+            ControlClient::new(connected.map_err(unconnected)?).max_decoding_message_size(ANSWER_BYTES)
         }
     };
     let ArchiveKey { topic, incarnation, stream } = key;
@@ -254,7 +339,7 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom
         }
         Err(error) => {
             clients.remove(&info.id);
-            Err(failed(error.message().to_owned()))
+            Err(DiskError::Answer { broker: info.id, source: Box::new(error) })
         }
     }
 }
@@ -267,7 +352,7 @@ fn from_proto(batch: proto::ArchivedBatch) -> Archived {
 /// Answers another broker that asks for batches on this broker's disk.
 ///
 /// # Errors
-/// Data loss, with the text of the disk's error.
+/// Data loss when the disk is damaged, else unavailable; with the text of the disk's error.
 #[allow(clippy::result_large_err)] // tonic's own error type
 pub(crate) fn read_replica(
     catalog: &Catalog,
@@ -276,7 +361,10 @@ pub(crate) fn read_replica(
     let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us } = request;
     let key = ArchiveKey { topic: TopicId(topic), incarnation: Incarnation(incarnation), stream: Stream(stream) };
     let from = since_us.map_or(ReadFrom::Offset(from_offset), ReadFrom::Time);
-    let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(Status::data_loss)?;
+    let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(|error| {
+        let text = error.to_string();
+        if error.is_damage() { Status::data_loss(text) } else { Status::unavailable(text) }
+    })?;
     let batches = found.into_iter().map(|batch| {
         let Archived { first_offset, message_count, source, ordered_us, bytes } = batch;
         proto::ArchivedBatch { first_offset, message_count, source: source.0, ordered_us, bytes }
@@ -285,26 +373,32 @@ pub(crate) fn read_replica(
 }
 
 /// Joins the answers of all disks: the batches that follow each other without a gap from the place that was asked for.
-fn join(from: ReadFrom, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveAnswer {
-    let mut unreachable = None;
+///
+/// # Errors
+/// [`ArchiveError`]. A disk that did not answer counts before a damaged one: it may have the same batches whole.
+fn join(from: ReadFrom, answers: Vec<DiskAnswer>) -> ArchiveAnswer {
+    let (mut unreachable, mut damaged) = (None, None);
     let mut batches: BTreeMap<u64, Archived> = BTreeMap::new();
     for answer in answers {
         match answer {
             Ok(found) => batches.extend(found.into_iter().map(|batch| (batch.first_offset, batch))),
+            Err(error) if error.is_damage() => damaged = Some(error),
             Err(error) => unreachable = Some(error),
         }
     }
+    let silent = unreachable.map(ArchiveError::Unreachable).or(damaged.map(ArchiveError::Damaged));
     let Some(lowest) = batches.keys().next().copied() else {
-        return Err(unreachable.map_or(ArchiveError::Missing(None), ArchiveError::Unreachable));
+        return Err(silent.unwrap_or(ArchiveError::Missing(None)));
     };
     let mut due = match from {
         ReadFrom::Offset(offset) => offset,
         ReadFrom::Time(_) => lowest,
     };
-    // A disk that does not answer may have an earlier batch that qualifies.
-    if let (ReadFrom::Time(_), Some(error)) = (from, &unreachable) {
-        return Err(ArchiveError::Unreachable(error.clone()));
-    }
+    // A disk that gave no batches may have an earlier one that qualifies.
+    let silent = match (from, silent) {
+        (ReadFrom::Time(_), Some(error)) => return Err(error),
+        (_, silent) => silent,
+    };
     let mut joined = Vec::new();
     for (first, batch) in batches {
         let end = batch.end_offset();
@@ -318,11 +412,7 @@ fn join(from: ReadFrom, answers: Vec<Result<Vec<Archived>, String>>) -> ArchiveA
         due = end;
         joined.push(batch);
     }
-    match (joined.is_empty(), unreachable) {
-        (false, _) => Ok(joined),
-        (true, Some(error)) => Err(ArchiveError::Unreachable(error)),
-        (true, None) => Err(ArchiveError::Missing(Some(lowest))),
-    }
+    if joined.is_empty() { Err(silent.unwrap_or(ArchiveError::Missing(Some(lowest)))) } else { Ok(joined) }
 }
 
 #[cfg(test)]
@@ -338,10 +428,38 @@ mod tests {
     fn an_offset_that_is_on_no_disk_is_missing_unless_a_disk_did_not_answer() {
         let one = || Ok(vec![batch(10, 5), batch(20, 5)]);
         let join = |from, answers| join(ReadFrom::Offset(from), answers);
-        assert_eq!(join(7, vec![one()]), Err(ArchiveError::Missing(Some(10))));
-        assert_eq!(join(30, vec![Ok(vec![])]), Err(ArchiveError::Missing(None)));
-        assert_eq!(join(7, vec![one(), Err("no".to_owned())]), Err(ArchiveError::Unreachable("no".to_owned())));
-        assert_eq!(join(12, vec![one(), Err("no".to_owned())]), Ok(vec![batch(10, 5)]));
+        let gone = || Err(DiskError::Gone(BrokerId(1)));
+        assert!(matches!(join(7, vec![one()]), Err(ArchiveError::Missing(Some(10)))));
+        assert!(matches!(join(30, vec![Ok(vec![])]), Err(ArchiveError::Missing(None))));
+        assert!(matches!(join(7, vec![one(), gone()]), Err(ArchiveError::Unreachable(DiskError::Gone(BrokerId(1))))));
+        assert_eq!(join(12, vec![one(), gone()]).unwrap(), vec![batch(10, 5)]);
+    }
+
+    #[test]
+    fn a_damaged_disk_is_an_error_unless_another_has_the_batches_or_may_have_them() {
+        let lost = || {
+            let source = Box::new(Status::data_loss("file 0: a group's checksum"));
+            Err(DiskError::Answer { broker: BrokerId(1), source })
+        };
+        let busy = || {
+            let source = Box::new(Status::unavailable("this broker has yet to look at its disk"));
+            Err(DiskError::Answer { broker: BrokerId(2), source })
+        };
+        let one = || Ok(vec![batch(10, 5)]);
+        let offset = |from, answers| join(ReadFrom::Offset(from), answers);
+        assert!(matches!(offset(7, vec![one(), lost()]), Err(ArchiveError::Damaged(_))));
+        assert!(matches!(offset(7, vec![lost()]), Err(ArchiveError::Damaged(_))));
+        assert!(matches!(offset(7, vec![lost(), busy()]), Err(ArchiveError::Unreachable(_))));
+        assert_eq!(offset(12, vec![lost(), one()]).unwrap(), vec![batch(10, 5)]);
+        assert!(matches!(join(ReadFrom::Time(0), vec![one(), lost()]), Err(ArchiveError::Damaged(_))));
+    }
+
+    #[test]
+    fn a_disk_that_was_not_looked_at_is_unavailable_and_not_lost() {
+        let request = proto::ReadReplicaRequest { since_us: None, ..Default::default() };
+        let refused = read_replica(&Catalog::new(true), request.clone()).map(|found| found.batches.len());
+        assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
+        assert!(read_replica(&Catalog::new(false), request).unwrap().batches.is_empty());
     }
 
     proptest! {
@@ -365,7 +483,7 @@ mod tests {
                     prop_assert!(joined[0].first_offset <= from && joined[0].end_offset() > from);
                     prop_assert!(joined.windows(2).all(|pair| pair[0].end_offset() == pair[1].first_offset));
                 }
-                missing => prop_assert!(from >= end && missing == Err(ArchiveError::Missing(None))),
+                missing => prop_assert!(from >= end && matches!(missing, Err(ArchiveError::Missing(None)))),
             }
         }
     }

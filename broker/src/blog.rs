@@ -73,10 +73,12 @@ pub struct Blog<F> {
 
 impl<F: Fabric> Blog<F> {
     /// Returns the log of a broker for a topic. It keeps the segments that an earlier process of the broker left. Their
-    /// batches are all below `batches`, the present head of the Batchlog.
+    /// batches are all below `batches`, the present head of the Batchlog. A segment whose owner entry is damaged is left
+    /// alone: it stays in use, and the log names the first.
     pub fn new(region: Region<F>, id: BlogId, batches: u64, pool: Arc<dyn SegmentAllocator>) -> Self {
         let mut ordinal = 0;
         let mut retired = Vec::new();
+        let mut damaged = Vec::new();
         for segment in 0..region.geometry().segment_count {
             match read_owner(&region, segment) {
                 Row::Used(SegmentUse::Blog { topic, incarnation, broker, ordinal: place })
@@ -85,8 +87,13 @@ impl<F: Fabric> Blog<F> {
                     retired.push(Retired { segment, batches_below: batches });
                     ordinal = ordinal.max(place + 1);
                 }
-                _ => {}
+                Row::Damaged(damage) => damaged.push((segment, damage)),
+                Row::Used(_) | Row::Unused | Row::Unsettled => {}
             }
+        }
+        if let Some((segment, damage)) = damaged.first() {
+            let (topic, count) = (id.topic, damaged.len());
+            tracing::error!(%topic, count, segment, %damage, "segments stay in use: nobody knows whether they are this log's");
         }
         let in_flight = (0..region.geometry().segment_count).map(|_| AtomicU32::new(0)).collect();
         let batches_below = (0..region.geometry().segment_count).map(|_| AtomicU64::new(0)).collect();
@@ -232,6 +239,13 @@ impl<F: Fabric> Blog<F> {
     #[inline]
     pub fn segment_of(&self, at: RegionOffset) -> u32 {
         ((at.0 - self.region.layout().segments) / self.region.geometry().segment_bytes) as u32
+    }
+
+    /// Returns the number of the segment that a position lies in, or `None` for one outside the pool. For positions that
+    /// were read from memory.
+    pub(crate) fn segment_at(&self, at: RegionOffset) -> Option<u32> {
+        let inside = at.0.checked_sub(self.region.layout().segments)? / self.region.geometry().segment_bytes;
+        u32::try_from(inside).ok().filter(|segment| *segment < self.region.geometry().segment_count)
     }
 
     /// Returns true for a position in the segment that gives reservations now.

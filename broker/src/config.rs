@@ -3,6 +3,7 @@
 use crate::delegation::FlushGroup;
 use crate::ingest::MAX_WORKERS;
 use crate::membership::Membership;
+use crate::replica::format::GROUP_BYTES;
 use embarcadero_cxl::LINE_BYTES;
 use embarcadero_cxl::cache::{FlushMethod, FlushSupport};
 use embarcadero_cxl::layout::MAX_BROKERS;
@@ -162,11 +163,11 @@ pub struct RdmaConfig {
     pub device: Option<String>,
     /// Mechanism that keeps a session inside its landing windows.
     pub isolation: Isolation,
-    /// Bytes of a landing window, a multiple of 64. An active publisher holds two windows. A window takes at most a
-    /// quarter of a segment, and is larger where a publisher's batches need it.
+    /// Bytes of a landing window, a multiple of 64, 4096 to 1 GiB. An active publisher holds two windows. A window takes
+    /// at most a quarter of a segment, and is larger where a publisher's batches need it.
     pub window_bytes: u64,
     /// Silence of a publisher after which its landing windows are taken back if they keep memory from being reused,
-    /// milliseconds.
+    /// milliseconds, 10 to 3,600,000.
     pub window_idle_ms: u64,
 }
 
@@ -197,13 +198,13 @@ pub struct ReplicaConfig {
     pub direct: bool,
     /// System calls to write with.
     pub io: ReplicaIo,
-    /// Most bytes that one `fdatasync` makes durable.
+    /// Most bytes that one `fdatasync` makes durable, 4096 to 128 MiB. A batch that is larger is written alone.
     pub group_bytes: u64,
-    /// Bytes of a file after which the next file begins.
+    /// Bytes of a file after which the next file begins, 1 MiB to 1 TiB.
     pub file_bytes: u64,
     /// Bytes that are kept of each stream of a topic; 0 keeps everything until the topic is deleted.
     pub retention_bytes: u64,
-    /// Time without progress after which another broker takes over from a replica, milliseconds.
+    /// Time without progress after which another broker takes over from a replica, milliseconds, 100 to 3,600,000.
     pub patience_ms: u64,
 }
 
@@ -229,8 +230,8 @@ pub struct EtcdConfig {
     pub endpoints: Vec<String>,
     /// Prefix of all keys.
     pub prefix: String,
-    /// Silence after which etcd takes a broker for gone, seconds. A leader that is silent in the region is replaced
-    /// sooner, after `leader_lease_ms`.
+    /// Silence after which etcd takes a broker for gone, seconds, 2 to 3600. A leader that is silent in the region is
+    /// replaced sooner, after `leader_lease_ms`.
     pub lease_s: u32,
 }
 
@@ -262,7 +263,7 @@ pub struct BrokerConfig {
     pub roce: RoceConfig,
     /// DPDK, where `transport` is `dpdk`.
     pub dpdk: DpdkConfig,
-    /// Replication.
+    /// Replication of batches to this broker's disk.
     pub replica: ReplicaConfig,
     /// Address that publishers and subscribers connect to; port 0 takes a free one.
     pub data_listen: SocketAddr,
@@ -272,34 +273,34 @@ pub struct BrokerConfig {
     pub data_advertise: Option<SocketAddr>,
     /// Control address that clients and brokers are told, if another than the one listened on.
     pub control_advertise: Option<SocketAddr>,
-    /// Threads.
+    /// Threads that serve connections, and what they do when there is nothing to do.
     pub threads: ThreadConfig,
-    /// Bytes of the largest batch, header and body.
+    /// Bytes of the largest batch, header and body, 4096 to 64 MiB. A segment may allow less.
     pub max_batch_bytes: u64,
-    /// Time that a publisher waits for memory before it gets an error, milliseconds.
+    /// Time that a publisher waits for memory before it gets an error, milliseconds, 0 to 3,600,000.
     pub exhausted_wait_ms: u64,
     /// True checks the checksums of bodies on arrival.
     pub verify_body: bool,
     /// Batches and bytes after which received batches are written back to the region.
     pub flush_group: FlushGroup,
-    /// Longest time that a gap in a session may last before the session is fenced, milliseconds.
+    /// Longest time that a gap in a session may last before the session is fenced, milliseconds, 10 to 3,600,000.
     pub gap_lease_ms: u64,
-    /// Time without batches after which a session's slot may go to another client, milliseconds.
+    /// Time without batches after which a session's slot may go to another client, milliseconds, 100 to 86,400,000.
     pub session_idle_ms: u64,
-    /// Time between heartbeats, milliseconds. Retention, reclaim and topic discovery run as often.
+    /// Time between heartbeats, milliseconds, 1 to 1000. Retention, reclaim and topic discovery run as often.
     pub heartbeat_ms: u64,
-    /// Silence after which the leader takes a broker for dead, milliseconds; at least five heartbeats.
+    /// Silence after which the leader takes a broker for dead, milliseconds, five heartbeats to 600,000.
     pub broker_lease_ms: u64,
-    /// Silence after which the leader is replaced, milliseconds; at least five heartbeats. A leader whose process is
+    /// Silence after which the leader is replaced, milliseconds, five heartbeats to 600,000. A leader whose process is
     /// gone is replaced at once.
     pub leader_lease_ms: u64,
-    /// Longest time that a subscriber may hold what retention wants to trim, milliseconds.
+    /// Longest time that a subscriber may hold what retention wants to trim, milliseconds, 1 to 3,600,000.
     pub delivery_patience_ms: u64,
     /// Longest time that a broker which is told to stop (SIGTERM) waits for its clients to be served and gone,
-    /// milliseconds.
+    /// milliseconds, 0 to 3,600,000.
     pub drain_ms: u64,
-    /// Bytes of SO_SNDBUF and of SO_RCVBUF of data sockets. Unset takes 512 KiB on loopback, and leaves the choice to
-    /// the kernel elsewhere.
+    /// Bytes of SO_SNDBUF and of SO_RCVBUF of data sockets, 4096 to 1 GiB. Unset takes 512 KiB on loopback, and leaves
+    /// the choice to the kernel elsewhere.
     pub socket_buffer_bytes: Option<usize>,
 }
 
@@ -374,7 +375,7 @@ impl BrokerConfig {
             ("leader_lease_ms", self.leader_lease_ms, lease_ms),
             ("delivery_patience_ms", self.delivery_patience_ms, 1..=3_600_000),
             ("drain_ms", self.drain_ms, 0..=3_600_000),
-            ("replica.group_bytes", replica.group_bytes, 4096..=1 << 30),
+            ("replica.group_bytes", replica.group_bytes, 4096..=GROUP_BYTES),
             ("replica.file_bytes", replica.file_bytes, 1 << 20..=1 << 40),
             ("replica.patience_ms", replica.patience_ms, 100..=3_600_000),
             ("rdma.window_bytes", rdma.window_bytes, 4096..=1 << 30),

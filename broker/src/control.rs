@@ -10,10 +10,10 @@ use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
 use embarcadero_cxl::broker_table::read_broker;
 use embarcadero_cxl::layout::{SESSION_WINDOW, TopicState};
-use embarcadero_cxl::leadership::{NoLeader, read_leader};
+use embarcadero_cxl::leadership::{NoLeader, read_leader, with_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
-use embarcadero_cxl::topic_table::{TopicConfig, check_topic_name, live_topics, read_topic};
+use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, live_topics, read_topic};
 use embarcadero_cxl::{Damage, Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, TopicId};
@@ -97,13 +97,21 @@ impl ControlService {
         }
     }
 
+    /// Reads the topic table.
+    async fn topic_rows(&self) -> Result<TopicRows, Status> {
+        self.with_leader(|region| with_leader(region, |area| TopicRows::read(region, area))).await
+    }
+
     /// Returns the configuration of the topic `name`.
     async fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
-        self.with_leader(live_topics)
-            .await?
-            .into_iter()
-            .find(|topic| topic.name == name)
-            .ok_or_else(|| Status::not_found(format!("topic {name:?} does not exist")))
+        let TopicRows { live, damaged } = self.topic_rows().await?;
+        match (live.into_iter().find(|topic| topic.name == name), damaged.first()) {
+            (Some(topic), _) => Ok(topic),
+            (None, None) => Err(Status::not_found(format!("topic {name:?} does not exist"))),
+            (None, Some((slot, damage))) => Err(Status::data_loss(format!(
+                "topic {name:?} is not among the topics that can be read; slot {slot} cannot: {damage}"
+            ))),
+        }
     }
 
     /// Sends a command to the sequencer, and waits for the answer.
@@ -118,6 +126,18 @@ impl ControlService {
                 RecvTimeoutError::Timeout => Status::deadline_exceeded("the sequencer did not answer in time"),
                 RecvTimeoutError::Disconnected => Status::unavailable("this broker leads no more"),
             })
+    }
+}
+
+/// Returns the answer to a caller for whom the pool gives no segment, or takes none back.
+fn pool_status(error: &PoolError) -> Status {
+    let text = error.to_string();
+    match error {
+        PoolError::Exhausted { .. } => Status::resource_exhausted(text),
+        PoolError::NotAllocated { .. } => Status::invalid_argument(text),
+        PoolError::Damaged(_) => Status::data_loss(text),
+        PoolError::NoLeader(_) | PoolError::UnknownLeader | PoolError::Unreachable(_) => Status::unavailable(text),
+        PoolError::Refused(_) | PoolError::NoSuchSegment { .. } => Status::unavailable(text),
     }
 }
 
@@ -238,7 +258,9 @@ impl Control for ControlService {
         };
         (config.id, config.incarnation) = (id, incarnation);
         let answer = topic_to_proto(&config);
-        self.ask(|reply| Command::OpenTopic(config, reply)).await?;
+        self.ask(|reply| Command::OpenTopic(config, reply))
+            .await?
+            .map_err(|damage| Status::data_loss(format!("topic {:?} cannot be created: {damage}", answer.name)))?;
         Ok(Response::new(answer))
     }
 
@@ -249,7 +271,10 @@ impl Control for ControlService {
         let leader = self.leader()?;
         let _one_at_a_time = leader.topics.lock().await;
         let topic = self.topic(&request.get_ref().name).await?;
-        self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?;
+        self.ask(|reply| Command::CloseTopic(topic.id, reply)).await?.map_err(|damage| {
+            let TopicConfig { name, id, .. } = &topic;
+            Status::data_loss(format!("topic {name:?} is gone, but its slot {id} cannot be freed: {damage}"))
+        })?;
         Ok(Response::new(proto::DeleteTopicResponse {}))
     }
 
@@ -344,11 +369,8 @@ impl Control for ControlService {
         _: Request<proto::AllocateSegmentRequest>,
     ) -> Result<Response<proto::AllocateSegmentResponse>, Status> {
         self.leader()?;
-        match self.pool.allocate() {
-            Ok(segment) => Ok(Response::new(proto::AllocateSegmentResponse { segment })),
-            Err(error @ PoolError::Exhausted { .. }) => Err(Status::resource_exhausted(error.to_string())),
-            Err(error) => Err(Status::unavailable(error.to_string())),
-        }
+        let segment = self.pool.allocate().map_err(|error| pool_status(&error))?;
+        Ok(Response::new(proto::AllocateSegmentResponse { segment }))
     }
 
     async fn release_segment(
@@ -359,6 +381,6 @@ impl Control for ControlService {
         self.pool
             .release(request.get_ref().segment)
             .map(|()| Response::new(proto::ReleaseSegmentResponse {}))
-            .map_err(|error| Status::invalid_argument(error.to_string()))
+            .map_err(|error| pool_status(&error))
     }
 }

@@ -6,21 +6,49 @@
 use crate::delegation::{Delegation, FlushGroup};
 use crate::topics::TopicTable;
 use crossbeam_channel::bounded;
+use embarcadero_cxl::broker_table::last_incarnation;
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::owner::{SegmentUse, read_owner};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
-use embarcadero_cxl::{Fabric, Row};
-use embarcadero_wire::{BrokerId, Stream};
+use embarcadero_cxl::{Damage, Fabric, Row};
+use embarcadero_wire::{BrokerId, Incarnation, Stream};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// Returns the brokers that hold segments, one bit each.
-pub(crate) fn holders<F: Fabric>(region: &Region<F>) -> u64 {
-    let holder = |segment| match read_owner(region, segment) {
-        Row::Used(SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. }) => 1 << broker.0,
-        _ => 0,
+/// Returns the brokers that hold segments, one bit each. A segment whose owner entry is damaged may be held by any broker
+/// that ever ran. The log names such a segment once; `reported` has those that it named.
+pub(crate) fn holders<F: Fabric>(region: &Region<F>, reported: &mut BTreeSet<u32>) -> u64 {
+    let geometry = region.geometry();
+    let ever_ran = || {
+        let ran = geometry.brokers().filter(|broker| last_incarnation(region, *broker) > Incarnation::NONE);
+        ran.fold(0, |mask, broker| mask | 1 << broker.0)
     };
-    (0..region.geometry().segment_count).fold(0, |mask, segment| mask | holder(segment))
+    let mut mask = 0;
+    for segment in 0..geometry.segment_count {
+        let damage = match read_owner(region, segment) {
+            // A torn row is being changed by its holder, or was when the holder died: it names nobody.
+            Row::Unused | Row::Unsettled | Row::Used(SegmentUse::Free) => continue,
+            Row::Used(SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. })
+                if broker.0 < geometry.max_brokers =>
+            {
+                mask |= 1 << broker.0;
+                continue;
+            }
+            Row::Used(SegmentUse::Blog { broker, .. } | SegmentUse::Index { holder: broker, .. }) => Damage {
+                structure: "OwnerLine",
+                at: region.layout().owner(segment),
+                what: "holder",
+                value: broker.0.into(),
+            },
+            Row::Damaged(damage) => damage,
+        };
+        if reported.insert(segment) {
+            tracing::error!(segment, %damage, "the segment stays in use: nobody knows who holds it");
+        }
+        mask |= ever_ran();
+    }
+    mask
 }
 
 /// Fewest index entries that one round of maintenance looks at.

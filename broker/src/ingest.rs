@@ -61,7 +61,7 @@ impl PublisherSession {
     ) -> Result<(Self, PublishReady), TransportError> {
         let refuse = |code, text: String| Err(TransportError::refused(code, text));
         let nobody = |error: NoLeader| TransportError::refused(ErrorCode::Unavailable, error.to_string());
-        let Some(topic) = topics.get(open.topic, open.topic_incarnation).map_err(nobody)? else {
+        let Some(topic) = topics.get(open.topic, open.topic_incarnation)? else {
             let text = format!("topic slot {} incarnation {} is not live", open.topic, open.topic_incarnation);
             return refuse(ErrorCode::UnknownTopic, text);
         };

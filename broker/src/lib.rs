@@ -32,6 +32,7 @@ mod reclaim;
 pub mod replica;
 pub mod sequencer;
 mod spares;
+mod takeover;
 pub mod topics;
 mod worker;
 

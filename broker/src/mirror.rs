@@ -6,8 +6,8 @@
 //! The mirror has the tables of a region and is written by the same code, each leader in its own area. What the mirror
 //! shows, the region shows too, or is about to. Whatever is acknowledged is in both.
 
-use crate::sequencer::TakeoverError;
 use crate::spares::spare_segments;
+use crate::takeover::TakeoverError;
 use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW};
 use embarcadero_cxl::leadership::{activate_term, claim_term, last_active};
 use embarcadero_cxl::order_index::{
@@ -19,8 +19,8 @@ use embarcadero_cxl::session_table::{
     Commit, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at, read_session_at,
 };
 use embarcadero_cxl::takeover::copy_predecessor;
-use embarcadero_cxl::topic_table::{TopicConfig, live_topics_at, publish_topic};
-use embarcadero_cxl::{Damage, Fabric, Site};
+use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, publish_topic};
+use embarcadero_cxl::{Damage, Fabric, Row, Site};
 use embarcadero_wire::{Stream, Term};
 use std::sync::Arc;
 
@@ -58,11 +58,7 @@ impl<F: Fabric> Mirror<F> {
         claim_term(&region, area, term);
         let own = copy_predecessor(&region, area).from.is_none_or(|(from, _)| from == area);
         let mirror = Self { region, area, term, pool };
-        let live = live_topics_at(&mirror.region, area);
-        for (topic, damage) in live.damaged {
-            tracing::error!(%topic, %damage, "the mirror has lost a topic, and gets it anew");
-        }
-        for config in live.topics {
+        for config in live_topics(&mirror.region, area)? {
             if config.order.is_global() && !own {
                 mirror.open(&config)?.replace_last(&mut spares)?;
             }
@@ -117,10 +113,18 @@ impl<F: Fabric> Mirror<F> {
         Ok(copy)
     }
 
-    /// Copies every session of this leader's area in the region `from`, with its commit records.
+    /// Copies every session of this leader's area in the region `from`, with its commit records. A session whose row in
+    /// the region is damaged cannot go on there, and is not copied; the log names it.
     pub(crate) fn follow_sessions(&self, from: &Region<F>) {
         for slot in from.geometry().sessions() {
-            let Some(session) = read_session_at(from, self.area, slot).used() else { continue };
+            let session = match read_session_at(from, self.area, slot) {
+                Row::Used(session) => session,
+                Row::Unused | Row::Unsettled => continue,
+                Row::Damaged(damage) => {
+                    tracing::error!(%slot, %damage, "the session is not copied to the mirror");
+                    continue;
+                }
+            };
             let expected = read_progress_at(from, self.area, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
                 if let Commit::At(record) = read_commit_at(from, self.area, slot, sequence) {
@@ -148,6 +152,26 @@ impl<F: Fabric> Mirror<F> {
     }
 }
 
+/// Reason why a mirror cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MirrorError {
+    /// The row of a topic or of a session is damaged.
+    #[error(transparent)]
+    Row(#[from] Damage),
+    /// An order index cannot be read.
+    #[error(transparent)]
+    Index(#[from] ReadError),
+}
+
+/// Reads the topics of a leader's area in a mirror that are live.
+///
+/// # Errors
+/// [`Damage`] of the first row that has some.
+fn live_topics<F: Fabric>(mirror: &Region<F>, area: LeaderArea) -> Result<Vec<TopicConfig>, Damage> {
+    let TopicRows { live, damaged } = TopicRows::read(mirror, area);
+    damaged.first().map_or(Ok(live), |(_, damage)| Err(*damage))
+}
+
 /// Topic, as a mirror has it.
 #[derive(Clone, Debug)]
 pub struct MirroredTopic {
@@ -165,20 +189,20 @@ pub struct MirroredTopic {
 /// Reads the topics with a global order from a mirror.
 ///
 /// # Errors
-/// [`ReadError`] when the mirror's memory is damaged.
-pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, ReadError> {
+/// [`MirrorError`] when the mirror's memory is damaged.
+pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, MirrorError> {
     let Some((area, _)) = last_active(mirror) else { return Ok(Vec::new()) };
-    let sessions: Vec<(Session, u64)> = mirror
-        .geometry()
-        .sessions()
-        .filter_map(|slot| Some((read_session_at(mirror, area, slot).used()?, read_progress_at(mirror, area, slot))))
-        .collect();
-    let mut topics = Vec::new();
-    let live = live_topics_at(mirror, area);
-    if let Some((_, damage)) = live.damaged.first() {
-        return Err((*damage).into());
+    let mut sessions = Vec::new();
+    for slot in mirror.geometry().sessions() {
+        match read_session_at(mirror, area, slot) {
+            Row::Used(session) => sessions.push((session, read_progress_at(mirror, area, slot))),
+            // A torn row is that of a session which was about to change, and of which no client was told.
+            Row::Unused | Row::Unsettled => {}
+            Row::Damaged(damage) => return Err(damage.into()),
+        }
     }
-    for config in live.topics.into_iter().filter(|config| config.order.is_global()) {
+    let mut topics = Vec::new();
+    for config in live_topics(mirror, area)?.into_iter().filter(|config| config.order.is_global()) {
         let id = StreamId { topic: config.id, stream: Stream::GLOBAL };
         let extent = read_extent_at(mirror, area, id);
         let mut reader = OrderIndexReader::new(mirror.clone(), id);

@@ -4,10 +4,10 @@ use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{AllocateSegmentRequest, ReleaseSegmentRequest};
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
-use embarcadero_cxl::leadership::{latest_claimant, read_leader, read_leader_at};
+use embarcadero_cxl::leadership::{latest_claimant, read_leader_at, with_leader};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
-use embarcadero_cxl::{Fabric, Native};
+use embarcadero_cxl::{Fabric, Native, Row};
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -70,9 +70,8 @@ impl<F: Fabric> LeaderAllocator<F> {
         request: impl AsyncFnOnce(&mut ControlClient<Channel>) -> Result<R, tonic::Status>,
     ) -> Result<R, PoolError> {
         let unreachable = |error: &dyn std::fmt::Display| PoolError::Unreachable(error.to_string());
-        let leader = read_leader(&self.region).ok_or_else(|| unreachable(&"the region has no leader"))?;
-        let info =
-            read_broker(&self.region, leader.broker).used().ok_or_else(|| unreachable(&"the leader has no address"))?;
+        let leader = settled(with_leader(&self.region, |area| read_leader_at(&self.region, area))?)?;
+        let info = settled(read_broker(&self.region, leader.broker))?;
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         let (runtime, client) = &mut *calls;
         runtime.block_on(async {
@@ -92,9 +91,20 @@ impl<F: Fabric> LeaderAllocator<F> {
             }
             result.map_err(|status| match status.code() {
                 Code::ResourceExhausted => PoolError::Exhausted { segments: self.region.geometry().segment_count },
-                _ => unreachable(&status),
+                // The transport's own errors are of unknown code.
+                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => unreachable(&status),
+                _ => PoolError::Refused(status.to_string()),
             })
         })
+    }
+}
+
+/// Returns the contents of a row that tells who the leader is, or where.
+fn settled<T>(row: Row<T>) -> Result<T, PoolError> {
+    match row {
+        Row::Used(contents) => Ok(contents),
+        Row::Unused | Row::Unsettled => Err(PoolError::UnknownLeader),
+        Row::Damaged(damage) => Err(damage.into()),
     }
 }
 
@@ -107,9 +117,7 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
         let segment = self.call(async |client| Ok(client.allocate_segment(request).await?.into_inner().segment))?;
         let segments = self.region.geometry().segment_count;
         if segment >= segments {
-            return Err(PoolError::Unreachable(format!(
-                "its answer is segment {segment}, and the region has {segments}"
-            )));
+            return Err(PoolError::NoSuchSegment { segment, segments });
         }
         Ok(segment)
     }

@@ -4,7 +4,7 @@ use crate::topics::Topic;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::{NoLeader, leader_version, with_leader};
 use embarcadero_cxl::order_index::{
-    OrderIndexReader, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
+    OrderIndexReader, ReadError, StreamId, lowest_pin, read_directory, read_extent, read_extent_at,
 };
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
@@ -42,6 +42,8 @@ pub(crate) struct Reclaimer<F: Fabric> {
     skipped: u64,
     /// Highest position in the order among the batches of each segment.
     highest: BTreeMap<u32, u64>,
+    /// Position of the damaged entry at which the scan stands, once the log names it.
+    stopped_at: Option<u64>,
 }
 
 impl<F: Fabric> Reclaimer<F> {
@@ -58,6 +60,7 @@ impl<F: Fabric> Reclaimer<F> {
             scanned: 0,
             skipped: 0,
             highest: BTreeMap::new(),
+            stopped_at: None,
         }
     }
 
@@ -114,6 +117,7 @@ impl<F: Fabric> Reclaimer<F> {
     }
 
     /// Scans the entries from where the last round ended, or from the trim point if that is higher, up to `committed`.
+    /// Stops at a damaged entry until retention has trimmed it: its batch may be in any segment.
     fn scan(&mut self, topic: &Topic<F>, trimmed: u64, committed: u64) {
         let from = self.scanned.max(trimmed);
         if from > self.scanned {
@@ -128,15 +132,35 @@ impl<F: Fabric> Reclaimer<F> {
         self.scanned = from;
         if kept.is_ok_and(|kept| kept <= from) {
             while self.scanned < to {
-                let Ok(entry) = self.reader.read(self.scanned) else { break };
-                if BrokerId::from(entry.broker) == self.broker {
-                    let segment = topic.blog.segment_of(RegionOffset(entry.location));
-                    self.highest.insert(segment, self.scanned);
+                match self.segment_of_own(topic, self.scanned) {
+                    Ok(Some(segment)) => drop(self.highest.insert(segment, self.scanned)),
+                    Ok(None) => {}
+                    Err(error @ ReadError::Corrupt { position, .. }) => {
+                        if self.stopped_at.replace(position) != Some(position) {
+                            let topic = &topic.config.name;
+                            tracing::error!(topic, %error, "no segment is given back until retention trims the entry");
+                        }
+                        break;
+                    }
+                    Err(ReadError::NoLeader(_) | ReadError::Trimmed { .. }) => break,
                 }
                 self.scanned += 1;
             }
         }
         topic.pins.clear(self.pin);
+    }
+
+    /// Reads an entry, and returns the segment of its batch if this broker received the batch.
+    fn segment_of_own(&mut self, topic: &Topic<F>, position: u64) -> Result<Option<u32>, ReadError> {
+        let entry = self.reader.read(position)?;
+        if u32::from(entry.broker) >= self.region.geometry().max_brokers {
+            return Err(self.reader.corrupt(position, "broker", entry.broker.into()));
+        }
+        if BrokerId::from(entry.broker) != self.broker {
+            return Ok(None);
+        }
+        let segment = topic.blog.segment_at(RegionOffset(entry.location));
+        segment.map(Some).ok_or_else(|| self.reader.corrupt(position, "location", entry.location))
     }
 }
 
@@ -151,6 +175,8 @@ struct OrphanedSegment {
     ordinal: u64,
     /// End of the order, as a position, when the leader's index was first seen to use another segment at this place.
     replaced_at: Option<u64>,
+    /// True once the log says that the directory of the index is damaged.
+    is_reported: bool,
 }
 
 /// Index segments that this broker took as the leader in an earlier term, or in an earlier incarnation.
@@ -205,7 +231,15 @@ impl<F: Fabric> OrphanedSegments<F> {
                 && (stream, holder) == (Stream::GLOBAL, self.broker)
             {
                 let id = StreamId { topic, stream };
-                self.found.push(OrphanedSegment { segment, owner, id, incarnation, ordinal, replaced_at: None });
+                self.found.push(OrphanedSegment {
+                    segment,
+                    owner,
+                    id,
+                    incarnation,
+                    ordinal,
+                    replaced_at: None,
+                    is_reported: false,
+                });
             }
         }
     }
@@ -219,13 +253,22 @@ impl<F: Fabric> OrphanedSegments<F> {
     ) -> Result<bool, NoLeader> {
         let OrphanedSegment { segment, id, incarnation, ordinal, .. } = *left;
         let (own, config, extent, current) = with_leader(region, |area| {
-            let current = read_directory(region, id, area, ordinal) == Ok(Some(segment));
+            let current = read_directory(region, id, area, ordinal);
             (area.0 == broker, read_topic_at(region, area, id.topic), read_extent_at(region, area, id), current)
         })?;
         let Row::Used(config) = config else { return Ok(true) };
         if config.incarnation != incarnation || config.state == TopicState::Free {
             return Ok(config.incarnation < incarnation);
         }
+        let current = match current {
+            Ok(current) => current == Some(segment),
+            Err(damage) => {
+                if !std::mem::replace(&mut left.is_reported, true) {
+                    tracing::error!(segment, %damage, "a segment of an order index is kept: it may be in use");
+                }
+                return Ok(true);
+            }
+        };
         if current && own {
             // This broker leads, and its sequencer fills the segment.
             return Ok(true);

@@ -5,7 +5,7 @@ use embarcadero_cxl::leadership::last_active;
 use embarcadero_cxl::order_index::{StreamId, is_open};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
-use embarcadero_cxl::topic_table::live_topics_at;
+use embarcadero_cxl::topic_table::TopicRows;
 use embarcadero_wire::Stream;
 
 /// Takes one segment from `pool` for each global order index that the predecessor was filling.
@@ -18,7 +18,8 @@ pub(crate) fn spare_segments<F: Fabric>(
 ) -> Result<Vec<u32>, PoolError> {
     let Some((area, _)) = last_active(region) else { return Ok(Vec::new()) };
     let mut spares = Vec::new();
-    for topic in live_topics_at(region, area).topics {
+    // A topic whose row is damaged is not continued, and needs no spare.
+    for topic in TopicRows::read(region, area).live {
         let id = StreamId { topic: topic.id, stream: Stream::GLOBAL };
         if !topic.order.is_global() || !is_open(region, id, area) {
             continue;

@@ -9,7 +9,7 @@ use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::topic_table::{TopicConfig, read_topic};
-use embarcadero_cxl::{Damage, Fabric};
+use embarcadero_cxl::{Damage, Fabric, Row};
 use embarcadero_transport::TransportError;
 use embarcadero_wire::{BrokerId, ErrorCode, Incarnation, Stream, TopicId};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +69,33 @@ impl<F: Fabric> Topic<F> {
     }
 }
 
+/// Reason why a topic cannot be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TopicError {
+    /// There is no leader to say what the topic is.
+    #[error(transparent)]
+    NoLeader(#[from] NoLeader),
+    /// The topic's row is damaged: nobody knows which topic is in the slot.
+    #[error("topic slot {slot} cannot be read: {damage}")]
+    Damaged {
+        /// Topic slot.
+        slot: TopicId,
+        /// Damage of the row.
+        #[source]
+        damage: Damage,
+    },
+}
+
+impl From<TopicError> for TransportError {
+    fn from(error: TopicError) -> Self {
+        let code = match error {
+            TopicError::NoLeader(_) => ErrorCode::Unavailable,
+            TopicError::Damaged { .. } => ErrorCode::Corrupt,
+        };
+        Self::refused(code, error.to_string())
+    }
+}
+
 /// Topics that a broker has open, by topic slot.
 pub struct TopicTable<F: Fabric> {
     region: Region<F>,
@@ -106,8 +133,8 @@ impl<F: Fabric> TopicTable<F> {
     /// Returns the topic in slot `id` if it is live and of this incarnation. Opens it first if need be.
     ///
     /// # Errors
-    /// [`NoLeader`] when the topic is not open yet and no leader can say what it is.
-    pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, NoLeader> {
+    /// [`TopicError`] when the topic is not open yet and nobody can say what it is.
+    pub fn get(&self, id: TopicId, incarnation: Incarnation) -> Result<Option<Arc<Topic<F>>>, TopicError> {
         let mut open = self.slots();
         // A client may ask for any number.
         let Some(slot) = open.get_mut(id.index()) else { return Ok(None) };
@@ -115,9 +142,11 @@ impl<F: Fabric> TopicTable<F> {
             let same = topic.config.incarnation == incarnation && !topic.is_deleted();
             return Ok(same.then(|| Arc::clone(topic)));
         }
-        let config = read_topic(&self.region, id)?;
-        let live = |config: &TopicConfig| config.state == TopicState::Live && config.incarnation == incarnation;
-        let Some(config) = config.used().filter(live) else { return Ok(None) };
+        let config = match read_topic(&self.region, id)? {
+            Row::Used(config) if config.state == TopicState::Live && config.incarnation == incarnation => config,
+            Row::Damaged(damage) => return Err(TopicError::Damaged { slot: id, damage }),
+            Row::Used(_) | Row::Unused | Row::Unsettled => return Ok(None),
+        };
         let batches = if config.order.is_global() {
             BatchlogWriter::new(self.region.clone(), id, self.broker).head()
         } else {
@@ -150,5 +179,87 @@ impl<F: Fabric> TopicTable<F> {
     /// Removes a deleted topic from the table, so that its slot can serve the next incarnation.
     pub(crate) fn forget(&self, id: TopicId) {
         self.slots()[id.index()] = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use embarcadero_cxl::cache::FlushMethod;
+    use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, RegionRole};
+    use embarcadero_cxl::leadership::{activate_term, claim_term};
+    use embarcadero_cxl::segment::PartitionAllocator;
+    use embarcadero_cxl::topic_table::{TopicRows, publish_topic};
+    use embarcadero_cxl::{Mapping, Native, RegionOffset};
+    use embarcadero_wire::{Order, Term};
+    use uuid::Uuid;
+
+    const LEADER: LeaderArea = LeaderArea(BrokerId(0));
+
+    fn region() -> Region<Native> {
+        let geometry = Geometry {
+            max_brokers: 2,
+            max_leaders: 1,
+            max_topics: 2,
+            max_sessions: 1,
+            batchlog_slots: 16,
+            segment_bytes: 1 << 20,
+            segment_count: 2,
+            allocator: AllocatorKind::Partitioned,
+            role: RegionRole::Single,
+        };
+        let bytes = Layout::new(&geometry).region_bytes;
+        let native = Native::new(Mapping::anonymous(bytes).unwrap(), FlushMethod::None).unwrap();
+        Region::format(native, &geometry, Uuid::new_v4(), 0).unwrap()
+    }
+
+    fn topic(id: u32) -> TopicConfig {
+        TopicConfig {
+            id: TopicId(id),
+            incarnation: Incarnation(1),
+            state: TopicState::Live,
+            name: format!("topic-{id}"),
+            order: Order::Strong,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+            created_ms: 0,
+        }
+    }
+
+    #[test]
+    fn a_damaged_row_is_refused_as_corrupt_and_others_are_served() {
+        let region = region();
+        claim_term(&region, LEADER, Term(1));
+        for id in 0..2 {
+            publish_topic(&region, LEADER, &topic(id));
+        }
+        activate_term(&region, LEADER, Term(1));
+        // No name is that long.
+        region.fabric().store(region.layout().topic(LEADER, TopicId(0)).add(32), u32::MAX.into());
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+        let topics = TopicTable::new(region.clone(), BrokerId(0), pool);
+        let Err(error) = topics.get(TopicId(0), Incarnation(1)) else { panic!("a damaged row was read") };
+        assert!(matches!(error, TopicError::Damaged { slot: TopicId(0), .. }), "{error}");
+        let refusal = TransportError::from(error);
+        assert!(matches!(refusal, TransportError::Refused { code: ErrorCode::Corrupt, .. }), "{refusal}");
+        assert!(topics.get(TopicId(1), Incarnation(1)).is_ok_and(|topic| topic.is_some()));
+        let TopicRows { live, damaged } = TopicRows::read(&region, LEADER);
+        assert_eq!((live.len(), damaged.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_position_outside_the_pool_is_in_no_segment() {
+        let region = region();
+        let id = BlogId { topic: TopicId(0), incarnation: Incarnation(1), broker: BrokerId(0) };
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+        let blog = Blog::new(region.clone(), id, 0, pool);
+        let first = region.layout().segment(0);
+        assert_eq!(blog.segment_at(first.add((1 << 20) - 1)), Some(0));
+        assert_eq!(blog.segment_at(first.add(1 << 20)), Some(1));
+        assert_eq!(blog.segment_at(first.add(2 << 20)), None);
+        assert_eq!(blog.segment_at(RegionOffset(first.0 - 1)), None);
+        assert_eq!(blog.segment_at(RegionOffset(u64::MAX)), None);
     }
 }

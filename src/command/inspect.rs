@@ -239,9 +239,7 @@ impl Reader<'_> {
                     term: entry.term,
                     ordered_us: entry.ordered_us,
                 }),
-                Err(ReadError::Corrupt { damage, .. } | ReadError::Damage(damage)) => {
-                    self.damage.push(damage.to_string())
-                }
+                Err(ReadError::Corrupt { damage, .. }) => self.damage.push(damage.to_string()),
                 // The leader of a live region may trim the entry meanwhile.
                 Err(ReadError::Trimmed { .. } | ReadError::NoLeader(_)) => {}
             }

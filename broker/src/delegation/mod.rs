@@ -69,9 +69,9 @@ pub struct OrderedLocally {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct FlushGroup {
-    /// Number of batches that complete a group, at least 1.
+    /// Number of batches that complete a group, 1 to 1024.
     pub batches: u64,
-    /// Number of bytes that complete a group, headers included, at least 1.
+    /// Number of bytes that complete a group, headers included, 1 to 1 GiB.
     pub bytes: u64,
 }
 

@@ -2,7 +2,7 @@
 
 use super::start::announce;
 use super::{QUEUED_BATCHES, SubscriberSession, end_of, refuse, unreadable};
-use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, ReadFrom};
+use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, DiskError, ReadFrom};
 use crate::replica::store::Archived;
 use crossbeam_channel::{Receiver, TryRecvError};
 use embarcadero_cxl::layout::IndexEntry;
@@ -43,7 +43,7 @@ impl DiskRead {
         let answer = match answer.try_recv() {
             Ok(answer) => answer,
             Err(TryRecvError::Empty) => return None,
-            Err(TryRecvError::Disconnected) => Err(ArchiveError::Unreachable("the broker stops".to_owned())),
+            Err(TryRecvError::Disconnected) => Err(ArchiveError::Unreachable(DiskError::Stops)),
         };
         self.answer = None;
         Some(answer)
@@ -80,7 +80,7 @@ impl SubscriberSession {
     /// Asks for batches on disks, and queues those that come. Returns the number of batches queued.
     ///
     /// # Errors
-    /// A refusal when no disk has the next batch, or one that may have it does not answer.
+    /// A refusal when no disk has the next batch, or one that may have it does not answer or is damaged.
     pub(super) fn poll_disks(
         &mut self,
         read: &mut DiskRead,
@@ -112,6 +112,9 @@ impl SubscriberSession {
             Err(ArchiveError::Missing(later)) => self.missing(read, outbox, later).map(|()| 0),
             Err(ArchiveError::Unreachable(error)) => {
                 refuse(ErrorCode::Unavailable, format!("what is due may be on a disk that does not answer: {error}"), 0)
+            }
+            Err(ArchiveError::Damaged(error)) => {
+                refuse(ErrorCode::Corrupt, format!("what is due may be on a disk that is damaged: {error}"), 0)
             }
         }
     }

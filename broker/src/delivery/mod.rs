@@ -50,9 +50,7 @@ impl SubscriberSession {
     /// # Errors
     /// A refusal that says what is wrong.
     pub(crate) fn open(topics: &TopicTable<Native>, request: Subscribe) -> Result<Self, TransportError> {
-        let topic =
-            topics.get(request.topic, request.topic_incarnation).map_err(ReadError::from).map_err(unreadable)?;
-        let Some(topic) = topic else {
+        let Some(topic) = topics.get(request.topic, request.topic_incarnation)? else {
             let text = format!("topic slot {} incarnation {} is not live", request.topic, request.topic_incarnation);
             return refuse(ErrorCode::UnknownTopic, text, 0);
         };

@@ -15,16 +15,17 @@ use crate::membership::Liveness;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
 use crate::worker::LeaderStages;
-use crossbeam_channel::{Sender, unbounded};
+use crossbeam_channel::{Sender, TrySendError, unbounded};
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{LeaderInfo, last_active, publish_leader, read_leader_at, still_leads};
 use embarcadero_cxl::region::RegionFile;
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
-use embarcadero_cxl::{Native, Region};
+use embarcadero_cxl::{Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{BrokerId, Incarnation, Term};
 use follower::Watch;
+use std::collections::BTreeSet;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::time::MissedTickBehavior;
@@ -73,6 +74,8 @@ pub(crate) struct Leadership {
     shown: (u64, u64),
     /// Looks until the next round of reaping.
     reap_in: u32,
+    /// Segments with a damaged owner entry that the log has named.
+    reported: BTreeSet<u32>,
 }
 
 impl Candidate {
@@ -104,7 +107,11 @@ impl Candidate {
     fn lead(&self, term: Term) -> Option<Leadership> {
         let region = self.region();
         let led = last_active(region);
-        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
+        let statement = led.map(|(area, _)| read_leader_at(region, area));
+        if let Some(Row::Damaged(damage)) = &statement {
+            tracing::error!(%damage, "the predecessor's list of live brokers is lost: all count as alive for a lease");
+        }
+        let before = statement.and_then(Row::used);
         let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
         // A leader whose statement cannot be read is changing it, or died in the middle of that.
         let predecessor = match led {
@@ -113,7 +120,16 @@ impl Candidate {
             Some(_) => Predecessor::MayGoOn,
         };
         let gone = gone.map_or(0, |gone| 1 << gone.broker.0);
-        let live = before.map_or(0, |before| before.broker_mask & !gone) | 1 << self.info.id.0;
+        let live = match (before, led) {
+            (Some(before), _) => before.broker_mask & !gone,
+            (None, None) => 0,
+            // Any broker may be alive and pin what it reads, until its lease shows otherwise.
+            (None, Some(_)) => {
+                let all = region.geometry().brokers().fold(0, |mask, id| mask | 1 << id.0);
+                all & !self.ended_brokers(all)
+            }
+        };
+        let live = live | 1 << self.info.id.0;
         let shown = self.publish(term, live);
         let (commands, queue) = unbounded();
         let area = LeaderArea(self.info.id);
@@ -128,8 +144,13 @@ impl Candidate {
             }
         };
         let completion = CompletionStage::new(region.clone(), area);
-        // The channel has room: earlier stages of this broker have ended.
-        let _ = self.stages.try_send(LeaderStages { sequencer, completion, in_use: Arc::clone(&self.in_use) });
+        let stages = LeaderStages { sequencer, completion, in_use: Arc::clone(&self.in_use) };
+        let sent = self.stages.try_send(stages);
+        assert!(!matches!(sent, Err(TrySendError::Full(_))), "term {term} begins before this broker's last one ended");
+        if sent.is_err() {
+            tracing::error!(%term, "cannot lead: the worker that runs the leader's stages has ended");
+            return None;
+        }
         let topics = tokio::sync::Mutex::new(());
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
             Some(Arc::new(LeaderControl { commands, topics }));
@@ -139,6 +160,7 @@ impl Candidate {
             liveness: Liveness::new(region, self.broker_lease, live, Instant::now()),
             shown,
             reap_in: REAP_EVERY,
+            reported: BTreeSet::new(),
         })
     }
 
@@ -209,14 +231,15 @@ impl Candidate {
         }
         leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
         if leadership.reap_in == 0 && self.scope == CoherenceScope::Host {
-            self.reap(live);
+            self.reap(live, &mut leadership.reported);
         }
     }
 
-    /// Gives back memory of dead brokers. Holds their ids meanwhile, so that none of them starts.
-    fn reap(&self, live: u64) {
+    /// Gives back memory of dead brokers. Holds their ids meanwhile, so that none of them starts. `reported` has the
+    /// segments with a damaged owner entry that the log has named.
+    fn reap(&self, live: u64, reported: &mut BTreeSet<u32>) {
         let region = self.region();
-        let dead = dead_broker::holders(region) & !live;
+        let dead = dead_broker::holders(region, reported) & !live;
         for broker in region.geometry().brokers().filter(|broker| dead & 1 << broker.0 != 0) {
             // Without a claim, a process with this id stands still or starts now.
             let Ok(_claim) = self.file.claim_broker(broker) else { continue };

@@ -5,10 +5,10 @@
 
 pub mod etcd;
 
-use embarcadero_cxl::Fabric;
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_pulse};
 use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::region::Region;
+use embarcadero_cxl::{Fabric, Row};
 use embarcadero_wire::BrokerId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,13 @@ impl Liveness {
                 *moved = Some(now);
             }
             let fresh = moved.is_some_and(|moved| now.duration_since(moved) < self.lease);
-            if fresh && read_broker(region, broker).used().is_some_and(|info| info.running) {
+            let runs = || match read_broker(region, broker) {
+                Row::Used(info) => info.running,
+                Row::Unused => false,
+                // Its heartbeat moves: it reads, and its pins count.
+                Row::Unsettled | Row::Damaged(_) => true,
+            };
+            if fresh && runs() {
                 mask |= 1 << broker.0;
             }
         }

@@ -7,7 +7,7 @@ use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{StreamId, read_extent_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_completion, read_completion_at, read_replicated};
-use embarcadero_cxl::topic_table::{TopicConfig, live_topics_at};
+use embarcadero_cxl::topic_table::{TopicConfig, TopicRows};
 use embarcadero_cxl::{Fabric, Guard};
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
 
@@ -33,19 +33,28 @@ pub struct CompletionStage<F: Fabric> {
     counted_us: u64,
     /// Topics with sessions that wait for durable batches, one bit each.
     awaited: u32,
+    /// Topic slots with a damaged row that the log has named, one bit each.
+    reported: u32,
 }
 
 impl<F: Fabric> CompletionStage<F> {
     /// Continues from the vector in the leader's area.
     pub fn new(region: Region<F>, area: LeaderArea) -> Self {
-        Self { region, area, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0 }
+        Self { region, area, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0, reported: 0 }
     }
 
     /// Looks which topics are replicated. `awaited` has the topics with sessions that wait for durable batches, one bit
     /// each. Call it every few milliseconds.
     pub fn maintain(&mut self, awaited: u32) {
         self.awaited = awaited;
-        self.topics = live_topics_at(&self.region, self.area).topics;
+        let TopicRows { live, damaged } = TopicRows::read(&self.region, self.area);
+        for (slot, damage) in damaged {
+            if self.reported & 1 << slot.0 == 0 {
+                self.reported |= 1 << slot.0;
+                tracing::error!(%slot, %damage, "no batch of the topic is counted as durable");
+            }
+        }
+        self.topics = live;
         self.topics.retain(|topic| topic.replication_factor > 1);
     }
 

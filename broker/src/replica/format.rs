@@ -24,8 +24,12 @@ pub const BLOCK: usize = 4096;
 const FILE_MAGIC: u64 = u64::from_le_bytes(*b"EMBREPLI");
 /// First four bytes of a group.
 const GROUP_MAGIC: u32 = u32::from_le_bytes(*b"EMBG");
+/// Alignment of batches in a group, in bytes.
+const ALIGNMENT: u64 = 64;
 /// Version of the format.
 const VERSION: u32 = 1;
+/// Highest acknowledgement level of a topic: batches are durable.
+const MAX_ACK_LEVEL: u8 = 2;
 /// Most batches of a group.
 pub(crate) const GROUP_RECORDS: usize = 4096;
 /// Most bytes of a group: room for one batch of any size, or for many small ones.
@@ -128,7 +132,12 @@ pub struct GroupHeader {
     pub lost_through: u64,
     reserved: u64,
 }
-const _: () = assert!(size_of::<GroupHeader>() == 64);
+/// Start of the bytes of a group header that its checksum covers.
+const COVERED: usize = offset_of!(GroupHeader, from);
+const _: () = {
+    assert!(size_of::<GroupHeader>() == 64);
+    assert!(offset_of!(GroupHeader, checksum) + size_of::<u32>() == COVERED);
+};
 
 /// Header of a batch in a group.
 #[repr(C)]
@@ -220,6 +229,19 @@ impl Identity {
             return Err(field("header_bytes", header.header_bytes.into()));
         }
         let order = Order::from_code(header.order).ok_or(field("order", header.order.into()))?;
+        if !(1..=MAX_BROKERS).contains(&u32::from(header.replication_factor)) {
+            return Err(field("replication_factor", header.replication_factor.into()));
+        }
+        if header.ack_level > MAX_ACK_LEVEL {
+            return Err(field("ack_level", header.ack_level.into()));
+        }
+        if header.reserved != 0 {
+            return Err(field("reserved", header.reserved.into()));
+        }
+        let padding = header.name.get(header.name_bytes.into()..).unwrap_or_default();
+        if let Some(byte) = padding.iter().find(|byte| **byte != 0) {
+            return Err(field("padding of the name", (*byte).into()));
+        }
         let name = header.name.get(..header.name_bytes.into()).and_then(|name| std::str::from_utf8(name).ok());
         let name = name.filter(|name| check_topic_name(name).is_ok()).ok_or(field("name", header.name_bytes.into()))?;
         let topic = TopicConfig {
@@ -253,13 +275,18 @@ const fn headers(records: usize) -> usize {
     size_of::<GroupHeader>() + records * size_of::<Record>()
 }
 
+/// Returns the most bytes that the headers of a group of `bytes` can have.
+pub(super) fn most_headers(bytes: u64) -> usize {
+    bytes.min(headers(GROUP_RECORDS) as u64) as usize
+}
+
 /// Batch that goes into a group: its position in the order index, and its entry there.
 pub type Indexed = (u64, IndexEntry);
 
 /// Returns the bytes of a group with these batches.
 #[must_use]
 pub fn group_bytes(batches: &[Indexed]) -> u64 {
-    let payload: u64 = batches.iter().map(|(_, entry)| u64::from(entry.bytes).next_multiple_of(64)).sum();
+    let payload: u64 = batches.iter().map(|(_, entry)| u64::from(entry.bytes).next_multiple_of(ALIGNMENT)).sum();
     (headers(batches.len()) as u64 + payload).next_multiple_of(BLOCK as u64)
 }
 
@@ -300,7 +327,7 @@ pub fn write_group(into: &mut [u8], group: &Group<'_>, mut copy: impl FnMut(&Ind
             ..Record::zeroed()
         };
         into[headers(index)..headers(index + 1)].copy_from_slice(bytemuck::bytes_of(&record));
-        at = end.next_multiple_of(64);
+        at = end.next_multiple_of(ALIGNMENT as usize);
         into[end..at].fill(0);
     }
     let bytes = into.len() as u64;
@@ -317,8 +344,8 @@ pub fn write_group(into: &mut [u8], group: &Group<'_>, mut copy: impl FnMut(&Ind
         ..GroupHeader::zeroed()
     };
     into[..size_of::<GroupHeader>()].copy_from_slice(bytemuck::bytes_of(&header));
-    let checksum = crc32c(&into[8..table]);
-    into[4..8].copy_from_slice(&checksum.to_le_bytes());
+    let checksum = crc32c(&into[COVERED..table]);
+    into[offset_of!(GroupHeader, checksum)..COVERED].copy_from_slice(&checksum.to_le_bytes());
 }
 
 /// Decodes the header of a group from its first block without checking its checksum: enough to know how much to read.
@@ -352,12 +379,15 @@ pub fn peek_group(block: &[u8]) -> Result<GroupHeader, FormatError> {
 pub fn parse_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatError> {
     let header = peek_group(bytes)?;
     let table = headers(header.records as usize);
-    let Some(covered) = bytes.get(8..table) else {
+    let Some(covered) = bytes.get(COVERED..table) else {
         let (found, expected) = (bytes.len() as u64, table as u64);
         return Err(FormatError::Short { what: "the record headers", found, expected });
     };
     check("the group's headers", header.checksum, crc32c(covered))?;
     let field = |field, value| Err(FormatError::Field { field, value });
+    if header.reserved != 0 {
+        return field("reserved", header.reserved);
+    }
     let mut records = Vec::with_capacity(header.records as usize);
     let (mut due, mut end) = (header.from, table as u64);
     for index in 0..header.records as usize {
@@ -365,11 +395,14 @@ pub fn parse_group(bytes: &[u8]) -> Result<(GroupHeader, Vec<Record>), FormatErr
         if record.position < due || record.position >= header.through {
             return field("position", record.position);
         }
-        if record.at < end || !record.at.is_multiple_of(64) || u64::from(record.bytes) > MAX_BATCH_BYTES {
+        if record.at < end || !record.at.is_multiple_of(ALIGNMENT) || u64::from(record.bytes) > MAX_BATCH_BYTES {
             return field("at", record.at);
         }
         if record.source.0 >= MAX_BROKERS || header.sources & (1 << record.source.0) == 0 {
             return field("source", record.source.0.into());
+        }
+        if let Some(word) = record.reserved.into_iter().find(|word| *word != 0) {
+            return field("reserved", word.into());
         }
         end = match record.at.checked_add(record.bytes.into()) {
             Some(end) if end <= header.bytes && record.bytes > 0 => end,
@@ -487,6 +520,38 @@ mod tests {
                 bytes[..4].copy_from_slice(&GROUP_MAGIC.to_le_bytes());
             }
             let _ = (Identity::parse(&bytes), check_group(&bytes));
+        }
+    }
+
+    /// Puts `bytes` at `at` into the first block of a file, with a checksum that matches.
+    fn forged(at: usize, bytes: &[u8]) -> Result<(Identity, u64), FormatError> {
+        let mut block = identity().encode(12);
+        block[at..at + bytes.len()].copy_from_slice(bytes);
+        let checksum = offset_of!(FileHeader, checksum);
+        let crc = crc32c(&block[..checksum]);
+        block[checksum..size_of::<FileHeader>()].copy_from_slice(&crc.to_le_bytes());
+        Identity::parse(&block)
+    }
+
+    #[test]
+    fn fields_of_a_file_that_no_writer_makes_are_named() {
+        let refused = |field, value| Err(FormatError::Field { field, value });
+        assert_eq!(forged(offset_of!(FileHeader, reserved), &[1]), refused("reserved", 1));
+        assert_eq!(forged(offset_of!(FileHeader, name) + 63, b"x"), refused("padding of the name", b'x'.into()));
+        assert_eq!(forged(offset_of!(FileHeader, ack_level), &[3]), refused("ack_level", 3));
+        assert_eq!(forged(offset_of!(FileHeader, replication_factor), &[0]), refused("replication_factor", 0));
+        assert_eq!(forged(offset_of!(FileHeader, replication_factor), &[33]), refused("replication_factor", 33));
+        assert_eq!(forged(offset_of!(FileHeader, reserved), &[0]), Ok((identity(), 12)));
+    }
+
+    #[test]
+    fn fields_of_a_group_that_no_writer_makes_are_named() {
+        for at in [offset_of!(GroupHeader, reserved), headers(1) + offset_of!(Record, reserved)] {
+            let mut bytes = group(&[64, 64]);
+            bytes[at] = 7;
+            let crc = crc32c(&bytes[COVERED..headers(2)]);
+            bytes[offset_of!(GroupHeader, checksum)..COVERED].copy_from_slice(&crc.to_le_bytes());
+            assert_eq!(check_group(&bytes).map(drop), Err(FormatError::Field { field: "reserved", value: 7 }));
         }
     }
 

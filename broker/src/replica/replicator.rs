@@ -212,7 +212,8 @@ impl<F: Fabric> Replicator<F> {
         if self.catalog.knows(key) {
             return false;
         }
-        let found = (self.open)(&self.identity(topic, stream)).list().is_ok_and(|files| !files.is_empty());
+        // A directory that cannot be listed may have files: whoever opens it gets the error.
+        let found = !(self.open)(&self.identity(topic, stream)).list().is_ok_and(|files| files.is_empty());
         if !found {
             self.catalog.set(key, None);
         }
@@ -404,7 +405,7 @@ impl<F: Fabric> Task<F> {
             self.forward = self.forward.max(through);
             return Ok(moved);
         }
-        let header = peek_group(&scratch.buffer).map_err(|error| StoreError::Memory(error.to_string()))?;
+        let header = peek_group(&scratch.buffer).map_err(StoreError::memory)?;
         self.log.append(&header, &scratch.buffer)?;
         self.forward = self.forward.max(header.through);
         Ok(true)
@@ -464,17 +465,23 @@ impl<F: Fabric> Task<F> {
                 // The group ends with what was read so far.
                 Err(ReadError::NoLeader(_)) => break,
                 Err(_) if !self.was_kept(replica.region, positions.start) => return Ok(None),
-                Err(error) => return Err(StoreError::Memory(error.to_string())),
+                Err(error) => return Err(StoreError::memory(error)),
             };
+            if u32::from(entry.broker) >= replica.region.geometry().max_brokers {
+                if !self.was_kept(replica.region, positions.start) {
+                    return Ok(None);
+                }
+                return Err(StoreError::memory(self.reader.corrupt(through, "broker", entry.broker.into())));
+            }
             // An entry without bytes stands for messages that an earlier region lost.
-            if entry.bytes > 0 && sources & (1u32.wrapping_shl(entry.broker.into())) != 0 {
+            if entry.bytes > 0 && sources & 1 << entry.broker != 0 {
                 let inside = entry.location >= layout.segments
                     && entry.location.saturating_add(entry.bytes.into()) <= layout.region_bytes;
                 if !inside && !self.was_kept(replica.region, positions.start) {
                     return Ok(None);
                 }
                 if !inside {
-                    return Err(StoreError::Memory(format!("index entry {through} points outside the pool")));
+                    return Err(StoreError::memory(self.reader.corrupt(through, "location", entry.location)));
                 }
                 batches.push((through, entry));
                 if batches.len() > 1 && group_bytes(batches) > replica.options.group_bytes {

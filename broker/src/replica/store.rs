@@ -1,7 +1,7 @@
 //! Store of a replica: the files of one stream, which consist of groups and are verified when they are opened.
 
 use super::format::{
-    BLOCK, FormatError, GROUP_RECORDS, GroupHeader, Identity, Record, check_batch, check_group, parse_group, peek_group,
+    BLOCK, FormatError, GroupHeader, Identity, Record, check_batch, check_group, most_headers, parse_group, peek_group,
 };
 use super::medium::{Medium, MediumFile};
 use embarcadero_os::buffer::Buffer;
@@ -37,7 +37,7 @@ pub enum StoreError {
     },
     /// The region holds something other than the batch that should be copied.
     #[error("the region cannot be copied: {0}")]
-    Memory(String),
+    Memory(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The replica failed before. What its disk holds is not known any more.
     #[error("the replica in {medium} failed before and takes no more")]
     Failed {
@@ -54,6 +54,13 @@ pub enum StoreError {
         /// Fault of the bytes.
         source: FormatError,
     },
+}
+
+impl StoreError {
+    /// Returns the error of a region whose contents are `damage`.
+    pub(super) fn memory(damage: impl std::error::Error + Send + Sync + 'static) -> Self {
+        Self::Memory(Box::new(damage))
+    }
 }
 
 /// Bytes of a replica file that are not what was written.
@@ -523,7 +530,7 @@ impl StreamFiles {
     }
 
     fn records_of(&self, name: &str, file: &dyn MediumFile, place: &Place) -> Result<Vec<Record>, StoreError> {
-        let mut head = vec![0; place.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize];
+        let mut head = vec![0; most_headers(place.bytes)];
         file.read(place.at, &mut head).map_err(io_error(&*self.medium, "read", name))?;
         let damaged = |source| StoreError::Damaged { file: name.to_owned(), medium: self.medium.name(), source };
         Ok(parse_group(&head).map_err(damaged)?.1)
@@ -563,7 +570,7 @@ impl Scan {
             let failed = |action| io_error(medium, action, &name);
             let file = medium.open(&name).map_err(failed("open"))?;
             for group in &filed.groups {
-                bytes.resize(group.bytes.min((GROUP_RECORDS as u64 + 1) * 64) as usize, 0);
+                bytes.resize(most_headers(group.bytes), 0);
                 file.read(group.at, &mut bytes).map_err(failed("read"))?;
                 let damaged = |source| StoreError::Damaged { file: name.clone(), medium: medium.name(), source };
                 let (_, records) = parse_group(&bytes).map_err(damaged)?;

@@ -17,7 +17,8 @@ mod sessions;
 mod topic;
 mod topics;
 
-pub use recover::{Memory, Predecessor, Takeover, TakeoverError};
+pub use crate::takeover::TakeoverError;
+pub use recover::{Memory, Predecessor, Takeover};
 pub use sessions::SessionError;
 
 use crate::mirror::Mirror;
@@ -32,6 +33,7 @@ use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Site};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Term, TopicId};
 use group::{Group, Stamp};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use topic::TopicOrder;
 use topics::Closing;
@@ -42,10 +44,11 @@ pub const GROUP_BATCHES: u64 = 1024;
 /// Request of the control plane. The sequencer answers it between groups, so that nothing commits under an epoch after
 /// its end was reported.
 pub enum Command {
-    /// Creates a topic.
-    OpenTopic(TopicConfig, Sender<()>),
-    /// Deletes a topic. The answer comes once no broker holds its memory.
-    CloseTopic(TopicId, Sender<()>),
+    /// Creates a topic. The answer is the damage of its memory, if it cannot be ordered.
+    OpenTopic(TopicConfig, Sender<Result<(), Damage>>),
+    /// Deletes a topic. The answer comes once no broker holds its memory. It is the damage of the topic's order if the
+    /// deletion cannot end.
+    CloseTopic(TopicId, Sender<Result<(), Damage>>),
     /// Opens the next epoch of a client's session on a topic.
     OpenSession {
         /// Topic slot.
@@ -109,6 +112,8 @@ pub struct Sequencer<F: Fabric> {
     configs: Vec<Option<TopicConfig>>,
     /// Topics that cannot be ordered, by slot: their memory is damaged.
     damaged: Vec<Option<Damage>>,
+    /// Session slots with a damaged row that the log has named.
+    damaged_sessions: BTreeSet<SessionSlot>,
     /// Deleted topics whose memory brokers still hold.
     closing: Vec<Closing<F>>,
     group: Group,
@@ -193,7 +198,7 @@ impl<F: Fabric> Sequencer<F> {
     /// Publishes a topic's group: first its index entries and the tail, then the sessions, then what brokers may reuse.
     /// An acknowledgement is therefore never seen before its batch.
     fn publish(&mut self, slot: usize, before: u64) {
-        let Some(topic) = &mut self.topics[slot] else { return };
+        let Some(topic) = &mut self.topics[slot] else { unreachable!("topic slot {slot} was ordered, so it is open") };
         if topic.index.next() > before {
             topic.publish(self.term);
         }
@@ -220,9 +225,9 @@ impl<F: Fabric> Sequencer<F> {
     fn execute(&mut self, command: Command, now_us: u64) {
         match command {
             Command::OpenTopic(config, reply) => {
-                self.create_topic(config);
+                let created = self.create_topic(config);
                 if self.leads() {
-                    let _ = reply.send(());
+                    let _ = reply.send(created);
                 }
             }
             Command::CloseTopic(id, reply) => self.close_topic(id, reply),

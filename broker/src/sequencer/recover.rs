@@ -5,19 +5,21 @@ use super::session::{Arrival, SessionOrder};
 use super::{Command, GROUP_BATCHES, Leases, Sequencer};
 use crate::mirror::Mirror;
 use crate::spares::spare_segments;
+use crate::takeover::TakeoverError;
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::batchlog::peek_entry;
 use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::{activate_term, claim_term};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::session_table::{
     Commit, SessionCommit, read_commit_at, read_progress_at, read_session_at, repair_torn_session,
 };
 use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
-use embarcadero_cxl::topic_table::{live_topics_at, repair_torn_topic};
-use embarcadero_cxl::{Damage, Fabric, Guard, Site};
+use embarcadero_cxl::topic_table::{TopicRows, repair_torn_topic};
+use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
 use embarcadero_wire::Term;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// State of the predecessor, as far as the new leader knows.
@@ -55,17 +57,6 @@ pub struct Takeover<F: Fabric> {
     pub commands: Receiver<Command>,
 }
 
-/// Reason why a broker cannot take over.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TakeoverError {
-    /// The predecessor may go on, and fills a segment of an order index. There is no other segment to continue in.
-    #[error("the order index has no room to go on in: {0}")]
-    Pool(#[from] PoolError),
-    /// The mirror is damaged.
-    #[error("{0}; recreate the mirror")]
-    Mirror(#[from] Damage),
-}
-
 impl<F: Fabric> Sequencer<F> {
     /// Takes over the region's order, with everything that is committed. The new leader leads when this returns.
     ///
@@ -99,15 +90,18 @@ impl<F: Fabric> Sequencer<F> {
             topics: geometry.topics().map(|_| None).collect(),
             configs: geometry.topics().map(|_| None).collect(),
             damaged: geometry.topics().map(|_| None).collect(),
+            damaged_sessions: BTreeSet::new(),
             closing: Vec::new(),
             group: Group::new(geometry.max_sessions),
             pulses: geometry.brokers().map(|_| 0).collect(),
             stalls: geometry.brokers().map(|_| 0).collect(),
             first: area.0.index(),
         };
-        let live = live_topics_at(&sequencer.region, area);
-        live.topics.into_iter().for_each(|config| sequencer.open_topic(config));
-        live.damaged.into_iter().for_each(|(topic, damage)| sequencer.set_damaged(topic.index(), damage));
+        let TopicRows { live, damaged } = TopicRows::read(&sequencer.region, area);
+        live.into_iter().for_each(|config| sequencer.open_topic(config));
+        for (slot, damage) in damaged {
+            sequencer.set_damaged(slot.index(), damage);
+        }
         // Another broker may have led after the caller looked and before the claim, or may be about to lead.
         if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {
             for topic in sequencer.topics.iter_mut().flatten() {
@@ -151,7 +145,14 @@ impl<F: Fabric> Sequencer<F> {
     fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
         for slot in self.region.geometry().sessions() {
             let progress = read_progress_at(&self.region, self.area, slot);
-            let Some(session) = read_session_at(&self.region, self.area, slot).used() else { continue };
+            let session = match read_session_at(&self.region, self.area, slot) {
+                Row::Used(session) => session,
+                Row::Unused | Row::Unsettled => continue,
+                Row::Damaged(damage) => {
+                    self.report_session(slot, damage);
+                    continue;
+                }
+            };
             let config = self.configs.get(session.topic.index()).and_then(Option::as_ref);
             let Some(config) = config.filter(|config| config.incarnation == session.topic_incarnation) else {
                 continue;

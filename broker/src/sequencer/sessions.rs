@@ -33,10 +33,11 @@ impl<F: Fabric> Sequencer<F> {
         ack_level: u8,
         now_us: u64,
     ) -> Result<Session, SessionError> {
-        let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
-        if let Some(damage) = self.damaged[topic.index()] {
+        // A client names the slot: it may not exist. One whose row is damaged has no configuration.
+        if let Some(damage) = self.damaged.get(topic.index()).copied().flatten() {
             return Err(SessionError::Damaged(topic, damage));
         }
+        let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let (slot, before) = self.slot_for(&config, client_id, now_us)?;
         self.end_session(slot, SessionState::Fenced);
         let committed = read_progress_at(&self.region, self.area, slot);
@@ -58,7 +59,7 @@ impl<F: Fabric> Sequencer<F> {
     /// Finds the slot that this client had, else a free one, else that of the session which has been idle longest.
     /// Returns it with the last epoch in it.
     fn slot_for(
-        &self,
+        &mut self,
         topic: &TopicConfig,
         client_id: ClientId,
         now_us: u64,
@@ -73,7 +74,11 @@ impl<F: Fabric> Sequencer<F> {
                     continue;
                 }
                 // Its last epoch is not known, and must not come again.
-                Row::Unsettled | Row::Damaged(_) => continue,
+                Row::Unsettled => continue,
+                Row::Damaged(damage) => {
+                    self.report_session(slot, damage);
+                    continue;
+                }
             };
             let found = (slot, session.epoch);
             if (session.topic, session.topic_incarnation, session.client_id) == (topic.id, topic.incarnation, client_id)
@@ -94,6 +99,13 @@ impl<F: Fabric> Sequencer<F> {
             }
         }
         free.or(idle.map(|(_, slot)| slot)).ok_or(SessionError::TableFull(self.region.geometry().max_sessions))
+    }
+
+    /// Names a session slot whose row is damaged in the log, once.
+    pub(super) fn report_session(&mut self, slot: SessionSlot, damage: Damage) {
+        if self.damaged_sessions.insert(slot) {
+            tracing::error!(%slot, %damage, "the session slot stays unused");
+        }
     }
 
     /// Ends a session in order, if it is the one that is open.

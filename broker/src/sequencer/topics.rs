@@ -7,7 +7,7 @@ use embarcadero_cxl::layout::{SessionState, TopicState};
 use embarcadero_cxl::leadership::still_leads;
 use embarcadero_cxl::order_index::OrderIndexWriter;
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_released, read_topic_at};
-use embarcadero_cxl::{Damage, Fabric};
+use embarcadero_cxl::{Damage, Fabric, Row};
 use embarcadero_wire::{BrokerId, TopicId};
 use std::sync::Arc;
 
@@ -15,8 +15,8 @@ use std::sync::Arc;
 pub(super) struct Closing<F: Fabric> {
     config: TopicConfig,
     order: Option<TopicOrder<F>>,
-    reply: Sender<()>,
-    /// Damage for which a broker's release of the topic cannot be read, as it was logged.
+    reply: Sender<Result<(), Damage>>,
+    /// Damage for which a broker\'s release of the topic cannot be read, as it was logged.
     damage: Option<Damage>,
 }
 
@@ -43,14 +43,25 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Creates a topic. Its index is there before anyone can see it.
-    pub(super) fn create_topic(&mut self, config: TopicConfig) {
+    ///
+    /// # Errors
+    /// [`Damage`] of the index in the region, or in the mirror. The slot shows a topic that is being deleted, so that no
+    /// other topic gets it.
+    pub(super) fn create_topic(&mut self, config: TopicConfig) -> Result<(), Damage> {
+        let slot = config.id.index();
         self.open_topic(config.clone());
-        if let (Some(mirror), Some(topic)) = (&self.mirror, &mut self.topics[config.id.index()])
+        if let (Some(mirror), Some(topic)) = (&self.mirror, &mut self.topics[slot])
             && let Err(damage) = topic.open_mirror(mirror)
         {
-            self.set_damaged(config.id.index(), damage);
+            self.set_damaged(slot, damage);
+        }
+        if let Some(damage) = self.damaged[slot] {
+            self.configs[slot] = None;
+            self.show_topic(&TopicConfig { state: TopicState::Deleting, ..config });
+            return Err(damage);
         }
         self.show_topic(&config);
+        Ok(())
     }
 
     /// Writes a topic's row, in the mirror first.
@@ -61,11 +72,12 @@ impl<F: Fabric> Sequencer<F> {
         publish_topic(&self.region, self.area, config);
     }
 
-    /// Deletes a topic. [`Sequencer::finish_closing`] answers once no broker holds its memory.
-    pub(super) fn close_topic(&mut self, id: TopicId, reply: Sender<()>) {
+    /// Deletes a topic. [`Sequencer::finish_closing`] answers once no broker holds its memory. A topic whose order is
+    /// damaged stays in deletion: the segments of its index cannot be found.
+    pub(super) fn close_topic(&mut self, id: TopicId, reply: Sender<Result<(), Damage>>) {
         // The control plane asks for any slot that a client names.
         let Some(config) = self.configs.get_mut(id.index()).and_then(Option::take) else {
-            let _ = reply.send(());
+            let _ = reply.send(Ok(()));
             return;
         };
         self.show_topic(&TopicConfig { state: TopicState::Deleting, ..config.clone() });
@@ -75,16 +87,34 @@ impl<F: Fabric> Sequencer<F> {
                 self.end_session(slot, SessionState::Closed);
             }
         }
+        if let Some(damage) = self.damaged[id.index()] {
+            tracing::error!(topic = config.name, slot = %id, %damage, "the deletion cannot end: the slot is not freed");
+            let _ = reply.send(Err(damage));
+            return;
+        }
         let order = self.topics[id.index()].take();
         self.closing.push(Closing { config, order, reply, damage: None });
     }
 
-    /// Continues the deletions that an earlier leader began.
+    /// Continues the deletions that an earlier leader began. A topic whose order is damaged stays in deletion, and the
+    /// log names it.
     pub(super) fn resume_closing(&mut self) {
         for id in self.region.geometry().topics() {
-            let topic = read_topic_at(&self.region, self.area, id).used();
-            let Some(config) = topic.filter(|topic| topic.state == TopicState::Deleting) else { continue };
-            let order = if config.order.is_global() { self.open_order(config.clone()).ok() } else { None };
+            let config = match read_topic_at(&self.region, self.area, id) {
+                Row::Used(config) if config.state == TopicState::Deleting => config,
+                // The takeover has named a damaged row.
+                Row::Used(_) | Row::Unused | Row::Unsettled | Row::Damaged(_) => continue,
+            };
+            let order = if config.order.is_global() { self.open_order(config.clone()).map(Some) } else { Ok(None) };
+            let order = match order {
+                Ok(order) => order,
+                Err(damage) => {
+                    tracing::error!(topic = config.name, slot = %id, %damage, "the deletion cannot end: the slot is not freed");
+                    self.damaged[id.index()] = Some(damage);
+                    self.group.stats.damaged += 1;
+                    continue;
+                }
+            };
             // The client that asked for it asked an earlier leader: nobody waits for this answer.
             let (reply, _) = bounded(1);
             self.closing.push(Closing { config, order, reply, damage: None });
@@ -115,7 +145,7 @@ impl<F: Fabric> Sequencer<F> {
             mirror.iter().for_each(|mirror| mirror.topic(&gone));
             publish_topic(region, *area, &gone);
             if still_leads(region, *term) {
-                let _ = reply.send(());
+                let _ = reply.send(Ok(()));
             }
             false
         });

@@ -140,34 +140,36 @@ pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: Top
     })
 }
 
-/// Topics of a leader's area.
+/// Topic slots of one leader's area, as one reading of the table found them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LiveTopics {
-    /// Topics that are in use.
-    pub topics: Vec<TopicConfig>,
-    /// Slots whose row is damaged. Each may be that of a topic in use.
+pub struct TopicRows {
+    /// Topics that are live.
+    pub live: Vec<TopicConfig>,
+    /// Slots whose row is damaged. Each may be that of a live topic.
     pub damaged: Vec<(TopicId, Damage)>,
 }
 
-/// Reads the topics that are in use. The leader has reported the damaged rows when it took over.
+impl TopicRows {
+    /// Reads the topic table of a leader's area.
+    pub fn read<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Self {
+        let mut rows = Self::default();
+        for slot in region.geometry().topics() {
+            match read_topic_at(region, area, slot) {
+                Row::Used(config) if config.state == TopicState::Live => rows.live.push(config),
+                Row::Damaged(damage) => rows.damaged.push((slot, damage)),
+                Row::Used(_) | Row::Unused | Row::Unsettled => {}
+            }
+        }
+        rows
+    }
+}
+
+/// Reads the topics that are live. Rows that are damaged are left out: [`TopicRows::read`] has them.
 ///
 /// # Errors
 /// [`NoLeader`].
 pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoLeader> {
-    with_leader(region, |area| live_topics_at(region, area).topics)
-}
-
-/// Reads the topics that are in use from one leader's area.
-pub fn live_topics_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> LiveTopics {
-    let mut live = LiveTopics::default();
-    for topic in region.geometry().topics() {
-        match read_topic_at(region, area, topic) {
-            Row::Used(config) if config.state == TopicState::Live => live.topics.push(config),
-            Row::Damaged(damage) => live.damaged.push((topic, damage)),
-            Row::Used(_) | Row::Unused | Row::Unsettled => {}
-        }
-    }
-    live
+    with_leader(region, |area| TopicRows::read(region, area).live)
 }
 
 const RELEASED: u64 = offset_of!(PinLine, released) as u64;
@@ -224,9 +226,9 @@ mod tests {
             created_ms: 0,
         };
         publish_topic(&region, area, &config);
-        assert_eq!(live_topics_at(&region, area), LiveTopics { topics: vec![config], damaged: vec![] });
+        assert_eq!(TopicRows::read(&region, area), TopicRows { live: vec![config], damaged: vec![] });
         region.fabric().store(region.layout().topic_name(area, id).add(8), 5);
-        let LiveTopics { topics, damaged } = live_topics_at(&region, area);
-        assert!(topics.is_empty() && damaged[0].0 == id && damaged[0].1.what == "byte behind the name", "{damaged:?}");
+        let TopicRows { live, damaged } = TopicRows::read(&region, area);
+        assert!(live.is_empty() && damaged[0].0 == id && damaged[0].1.what == "byte behind the name", "{damaged:?}");
     }
 }

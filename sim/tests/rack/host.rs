@@ -507,7 +507,10 @@ impl Process {
             Some((area, led)) if area.0 == self.info.id => Predecessor::Gone(led),
             Some(_) => Predecessor::MayGoOn,
         };
-        let live = before.map_or(0, |before| before.broker_mask) | 1 << self.info.id.0;
+        // After a predecessor whose statement cannot be read, any broker may be alive and pin what it reads.
+        let all = region.geometry().brokers().fold(0, |mask, id| mask | 1 << id.0);
+        let unknown = if led.is_some() { all } else { 0 };
+        let live = before.map_or(unknown, |before| before.broker_mask) | 1 << self.info.id.0;
         let BrokerInfo { id: broker, incarnation, .. } = self.info;
         let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
         publish_leader(region, &line);

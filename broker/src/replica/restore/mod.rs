@@ -8,10 +8,9 @@ pub use plan::TopicPlan;
 use super::format::Identity;
 use super::medium::{Directory, Medium};
 use super::store::{Scan, StoreError, scan};
-use crate::mirror::{self, MirroredTopic};
+use crate::mirror::{self, MirrorError, MirroredTopic};
 use embarcadero_cxl::layout::{LeaderArea, RegionRole};
 use embarcadero_cxl::leadership::{activate_term, claim_term, latest_claim};
-use embarcadero_cxl::order_index::ReadError;
 use embarcadero_cxl::region::{Region, RegionError};
 use embarcadero_cxl::segment::PoolError;
 use embarcadero_cxl::{CoherentFabric, Damage, Fabric};
@@ -71,7 +70,7 @@ pub enum RestoreError {
     Damage(#[from] Damage),
     /// The mirror's memory is damaged.
     #[error("the mirror: {0}")]
-    Mirror(#[from] ReadError),
+    Mirror(#[from] MirrorError),
     /// The mirror is another region's, or no mirror.
     #[error("the mirror: {0}")]
     OtherMirror(#[from] RegionError),

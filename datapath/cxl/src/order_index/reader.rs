@@ -29,9 +29,6 @@ pub enum ReadError {
         /// Contents that were found.
         damage: Damage,
     },
-    /// The memory that says what there is to read is damaged.
-    #[error(transparent)]
-    Damage(#[from] Damage),
     /// There is no leader at the moment.
     #[error(transparent)]
     NoLeader(#[from] NoLeader),

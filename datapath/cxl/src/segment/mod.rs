@@ -16,7 +16,9 @@ pub use partition::PartitionAllocator;
 
 use crate::fabric::{Fabric, RegionOffset};
 use crate::layout::AllocatorKind;
+use crate::leadership::NoLeader;
 use crate::region::Region;
+use crate::row::Damage;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;
 
@@ -39,9 +41,29 @@ pub enum PoolError {
         /// Number of the segment.
         segment: u32,
     },
+    /// Nobody leads, so nobody gives out segments.
+    #[error("the leader allocator cannot be asked: {0}")]
+    NoLeader(#[from] NoLeader),
+    /// The region does not tell yet who the leader is, or where.
+    #[error("the leader allocator cannot be asked: the leader has not written its address yet")]
+    UnknownLeader,
+    /// The row that tells who the leader is, or where, is damaged.
+    #[error("the leader allocator cannot be asked: {0}")]
+    Damaged(#[from] Damage),
     /// The leader did not answer.
     #[error("the leader allocator did not answer: {0}")]
     Unreachable(String),
+    /// The leader answered with an error.
+    #[error("the leader allocator refused: {0}")]
+    Refused(String),
+    /// The leader answered with a segment that the region does not have.
+    #[error("the leader allocator gave segment {segment}, and the region has {segments}")]
+    NoSuchSegment {
+        /// Number in the answer.
+        segment: u32,
+        /// Segments of the region.
+        segments: u32,
+    },
 }
 
 /// Allocator of a region's segments. It is called once per segment, not per batch.
@@ -49,14 +71,15 @@ pub trait SegmentAllocator: Send + Sync {
     /// Takes a free segment.
     ///
     /// # Errors
-    /// [`PoolError::Exhausted`] when there is none, [`PoolError::Unreachable`] when the leader does not answer.
+    /// [`PoolError::Exhausted`] when there is none. Other errors when the leader gives out segments, and cannot be asked or
+    /// does not answer.
     fn allocate(&self) -> Result<u32, PoolError>;
 
     /// Gives a segment back.
     ///
     /// # Errors
-    /// [`PoolError::NotAllocated`] when it was not taken from this allocator, [`PoolError::Unreachable`] when the
-    /// leader does not answer.
+    /// [`PoolError::NotAllocated`] when it was not taken from this allocator. Other errors when the leader gives out
+    /// segments, and cannot be asked or does not answer.
     fn release(&self, segment: u32) -> Result<(), PoolError>;
 }
 
