@@ -457,7 +457,7 @@ mod tests {
     #[test]
     fn a_disk_that_was_not_looked_at_is_unavailable_and_not_lost() {
         let request = proto::ReadReplicaRequest { since_us: None, ..Default::default() };
-        let refused = read_replica(&Catalog::new(true), request.clone()).map(|found| found.batches.len());
+        let refused = read_replica(&Catalog::new(true), request).map(|found| found.batches.len());
         assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
         assert!(read_replica(&Catalog::new(false), request).unwrap().batches.is_empty());
     }
