@@ -1,5 +1,6 @@
 //! Errors of the client library.
 
+use embarcadero_transport::LinkError;
 use embarcadero_verbs::VerbsError;
 use embarcadero_wire::batch::BodyError;
 use embarcadero_wire::{ErrorCode, OutOfBounds, WireError};
@@ -173,6 +174,19 @@ impl From<tonic::Code> for ControlCode {
     }
 }
 
+impl From<LinkError> for ClientError {
+    fn from(error: LinkError) -> Self {
+        match error {
+            LinkError::Lost(error) => Self::io("keep a connection to a broker")(error),
+            LinkError::Wire(error) => error.into(),
+            LinkError::Refused { code: Some(code), text, detail } => Self::refused(code, text, detail),
+            LinkError::Refused { code: None, text, .. } => {
+                Self::Incompatible(format!("a broker refuses for a reason that this client does not know: {text}"))
+            }
+        }
+    }
+}
+
 impl ClientError {
     /// Returns true for a refusal of the control service that a repetition of the call cannot change.
     pub(crate) fn is_permanent(&self) -> bool {
@@ -192,6 +206,7 @@ impl ClientError {
         }
     }
 
+    /// Converts an error of the operating system. `action` is a verb, for example `connect to a broker`.
     pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| Self::Io { action, source: Arc::new(error) }
     }
