@@ -306,7 +306,8 @@ mod tests {
 
     #[test]
     fn only_a_permanent_error_of_the_control_plane_ends_a_publisher() {
-        let refused = |code: tonic::Code| ClientError::Control { code: code.into(), message: format!("{code:?}") };
+        let refused =
+            |code: tonic::Code| ClientError::Control { code: code.into(), message: format!("{code:?}"), source: None };
         let begun = Instant::now();
         for code in (0..17).map(tonic::Code::from_i32) {
             let mut sender = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));

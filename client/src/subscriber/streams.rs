@@ -68,7 +68,7 @@ impl Streams {
         watch: Option<Arc<BrokerWatch>>,
     ) -> Result<Self, ClientError> {
         if brokers.is_empty() {
-            return Err(ClientError::Unreachable("the cluster has no live broker".to_owned()));
+            return Err(ClientError::unreachable("the cluster has no live broker"));
         }
         let streams = if topic.order.is_global() {
             // Spread subscribers over brokers.
