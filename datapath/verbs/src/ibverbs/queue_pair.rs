@@ -131,7 +131,7 @@ impl QueuePair {
             pair,
             port: *port,
             first_psn: rand::random::<u32>() & LOW_24_BITS,
-            retries: RETRIES,
+            retries: port.retries.min(RETRIES),
             _domain: Arc::clone(domain),
             _queue: Arc::clone(queue.handle()),
             _shared: shared.map(Arc::clone),
