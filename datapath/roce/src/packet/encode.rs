@@ -70,7 +70,7 @@ impl Packet<'_> {
         Ok(())
     }
 
-    /// Whether the opcode goes with the headers, and the payload fits into an IP packet.
+    /// Returns true when the opcode goes with the headers, and the payload fits into an IP packet.
     fn is_sound(&self) -> bool {
         self.reth.is_some() == self.opcode.has_reth()
             && self.aeth.is_some() == self.opcode.has_aeth()

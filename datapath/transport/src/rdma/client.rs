@@ -28,7 +28,7 @@ impl RdmaClient {
     /// Uses a port of an opened device.
     ///
     /// # Errors
-    /// What `ibv_alloc_pd` reports.
+    /// The error of `ibv_alloc_pd`.
     pub fn new((context, port): (Arc<Context>, LocalPort)) -> io::Result<Arc<Self>> {
         let domain = ProtectionDomain::new(&context)?;
         Ok(Arc::new(Self { port, domain }))

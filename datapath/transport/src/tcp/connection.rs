@@ -28,7 +28,7 @@ fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {
 /// received; 0 means that the peer closed.
 ///
 /// # Errors
-/// What the kernel reports; [`io::ErrorKind::WouldBlock`] when nothing has come.
+/// The error of the system call; [`io::ErrorKind::WouldBlock`] when nothing has come.
 pub fn receive_into(
     stream: &TcpStream,
     memory: &Native,
@@ -66,7 +66,7 @@ impl TcpConnection {
     /// Takes over an accepted socket.
     ///
     /// # Errors
-    /// What the kernel reports.
+    /// The error of the system call.
     pub fn new(stream: TcpStream, options: SocketOptions) -> io::Result<Self> {
         prepare(&stream, options)?;
         stream.set_nonblocking(true)?;
