@@ -79,24 +79,6 @@ impl TcpConnection {
         self.stream.as_raw_fd()
     }
 
-    /// Shuts the sending direction down. The peer can still read what was sent before.
-    pub fn finish(&self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
-    }
-
-    /// Reads and forgets what the peer still sends. Returns true once the peer has closed.
-    pub fn discard(&mut self) -> bool {
-        let mut scratch = [0u8; 4096];
-        for _ in 0..256 {
-            match self.stream.read(&mut scratch) {
-                Ok(0) => return true,
-                Ok(_) => {}
-                Err(error) => return !is_again(&error),
-            }
-        }
-        false
-    }
-
     /// Receives more of the body that is under way.
     fn receive_body(&mut self, memory: &Native, body: &mut Body) -> Result<Progress, TransportError> {
         let missing = body.bytes - body.received;
@@ -234,5 +216,34 @@ impl Connection<Native> for TcpConnection {
             }
         }
         Ok(total)
+    }
+
+    fn has_work(&self) -> bool {
+        false
+    }
+
+    fn has_to_send(&self) -> bool {
+        false
+    }
+
+    fn waits_for_socket(&self, outbox: &Outbox) -> bool {
+        !outbox.is_empty()
+    }
+
+    fn finish(&mut self) {
+        // Fails only if the peer has closed already.
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    fn discard(&mut self) -> bool {
+        let mut scratch = [0u8; 4096];
+        for _ in 0..256 {
+            match self.stream.read(&mut scratch) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return !is_again(&error),
+            }
+        }
+        false
     }
 }
