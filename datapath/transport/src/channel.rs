@@ -139,7 +139,7 @@ impl PublisherLink for PublisherChannel {
         let over_rdma = self.rdma.as_mut().map_or(Ok(()), |rdma| rdma.poll(frames));
         // The socket may know why a queue pair broke.
         self.socket.poll(frames)?;
-        Ok(over_rdma?)
+        over_rdma
     }
 
     fn batches_in_use(&mut self) -> usize {
