@@ -3,7 +3,7 @@
 use crate::range::{LocalRange, RemoteRange};
 use std::io;
 
-/// Most work requests that one call posts, with one write to the NIC's doorbell register. 16 amortise that write well.
+/// Largest number of work requests that one call posts. They share one write to the NIC's doorbell register.
 pub const DOORBELL: usize = 16;
 
 /// Operation of a work request. `W` is a memory window.

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Refusal of a packet that contradicts itself.
 ///
-/// Its addresses are of two families, its opcode does not go with its headers, or its payload does not fit.
+/// The addresses are of two families, the opcode does not go with the headers, or the payload does not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the packet contradicts itself: addresses of two families, headers that do not go with its opcode, or too long"
