@@ -1,6 +1,6 @@
 //! Ceilings: the figures that the machine reaches without Embarcadero.
 //!
-//! They are raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory, and the disk.
+//! The ceilings are raw TCP into the same kind of region, raw verbs, a ping-pong of each, memory, and the disk.
 
 mod verbs;
 

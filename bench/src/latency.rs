@@ -366,7 +366,7 @@ pub fn versus_load(args: &LoadArgs) -> Result<()> {
             for (load, loaded) in args.loads.iter().zip(&mut by_load) {
                 let rate = most * load / bench.message_bytes as f64;
                 let outcome = open_loop(bench, &client, Pace::Rate(rate), delivered)
-                    .with_context(|| format!("at load {load}, {rate:.0} messages a second"))?;
+                    .with_context(|| format!("at load {load}, {rate:.0} messages per second"))?;
                 loaded.quantiles.add(if delivered { &outcome.to_delivery } else { &outcome.to_ack })?;
                 loaded.offered.push(most * load);
                 loaded.goodput.push(outcome.goodput);

@@ -63,7 +63,7 @@ impl Row {
 /// Format of printed rows.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// For people.
+    /// Text in columns, for people.
     Text,
     /// One object per line.
     Json,

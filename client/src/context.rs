@@ -64,6 +64,7 @@ impl Context {
         let topic = topic.ok_or_else(|| ClientError::Control {
             code: ControlCode::NotFound,
             message: format!("topic {name:?} does not exist"),
+            source: None,
         })?;
         Ok((topic, cluster))
     }

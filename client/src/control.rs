@@ -1,10 +1,11 @@
 //! Blocking calls to the control plane.
 
 use crate::config::ClientConfig;
-use crate::error::ClientError;
+use crate::error::{Cause, ClientError};
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{self as proto};
 use std::error::Error;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
@@ -25,7 +26,9 @@ pub(crate) struct Control {
 /// Error for a refusal of the control service.
 fn refused(error: &Status) -> ClientError {
     let cause = error.source().map_or(String::new(), |source| format!(": {source}"));
-    ClientError::Control { code: error.code().into(), message: format!("{}{cause}", error.message()) }
+    let message = format!("{}{cause}", error.message());
+    let source = error.source().map(|_| Arc::new(error.clone()) as Cause);
+    ClientError::Control { code: error.code().into(), message, source }
 }
 
 impl Control {
@@ -43,22 +46,23 @@ impl Control {
     }
 
     async fn connect(endpoint: &str, timeout: Duration) -> Result<ControlClient<Channel>, ClientError> {
-        let unreachable = |error: &dyn Error| {
+        let unreachable = |error: tonic::transport::Error| {
             let cause = error.source().map_or(String::new(), |source| format!(": {source}"));
-            ClientError::Unreachable(format!("{endpoint}: {error}{cause}"))
+            let reason = format!("no broker answers: {endpoint}: {error}{cause}");
+            ClientError::Unreachable { reason, source: Some(Arc::new(error)) }
         };
         let endpoint = Endpoint::try_from(format!("http://{endpoint}"))
-            .map_err(|error| unreachable(&error))?
+            .map_err(unreachable)?
             .connect_timeout(timeout)
             .timeout(CALL);
-        Ok(ControlClient::new(endpoint.connect().await.map_err(|error| unreachable(&error))?))
+        Ok(ControlClient::new(endpoint.connect().await.map_err(unreachable)?))
     }
 
     /// Asks brokers in turn for the state of the cluster, until one answers. Remembers the endpoints that it names.
     pub(crate) fn metadata(&mut self) -> Result<proto::MetadataResponse, ClientError> {
         let (endpoints, timeout) = (&self.endpoints, self.connect_timeout);
         let found = self.runtime.block_on(async {
-            let mut last = ClientError::Unreachable("no endpoint is configured".to_owned());
+            let mut last = ClientError::unreachable("no endpoint is configured");
             for endpoint in endpoints {
                 let answer = match Self::connect(endpoint, timeout).await {
                     Ok(mut client) => client.metadata(proto::MetadataRequest {}).await.map_err(|error| refused(&error)),
@@ -118,8 +122,7 @@ impl Control {
             None => {
                 let metadata = self.metadata()?;
                 let leader = metadata.brokers.iter().find(|broker| broker.leader);
-                let leader =
-                    leader.ok_or_else(|| ClientError::Unreachable("the cluster has no live leader".to_owned()))?;
+                let leader = leader.ok_or_else(|| ClientError::unreachable("the cluster has no live leader"))?;
                 self.runtime.block_on(Self::connect(&leader.control_endpoint, self.connect_timeout))?
             }
         };

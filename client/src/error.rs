@@ -1,11 +1,16 @@
 //! Errors of the client library.
 
+use embarcadero_transport::LinkError;
 use embarcadero_verbs::VerbsError;
 use embarcadero_wire::batch::BodyError;
 use embarcadero_wire::{ErrorCode, OutOfBounds, WireError};
+use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// Error below an error of the client library, of a type that is no part of its interface.
+pub type Cause = Arc<dyn Error + Send + Sync>;
 
 /// Error of the client library.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -25,9 +30,14 @@ pub enum ClientError {
     /// A broker's answer has no meaning for this client: the two are of different versions.
     #[error("the brokers are of another version: {0}")]
     Incompatible(String),
-    /// No broker's control service answers.
-    #[error("no broker answers: {0}")]
-    Unreachable(String),
+    /// No broker can be reached that could do what was asked for.
+    #[error("{reason}")]
+    Unreachable {
+        /// Broker that was tried last, and what went wrong there.
+        reason: String,
+        /// Error of the last attempt; `None` when there was no broker to try.
+        source: Option<Cause>,
+    },
     /// The control service refuses.
     #[error("{message}")]
     Control {
@@ -35,6 +45,8 @@ pub enum ClientError {
         code: ControlCode,
         /// Text of the control service.
         message: String,
+        /// Error of the connection below the call; `None` when the service itself refuses.
+        source: Option<Cause>,
     },
     /// A broker refuses on the data connection.
     #[error("{text}")]
@@ -173,10 +185,28 @@ impl From<tonic::Code> for ControlCode {
     }
 }
 
+impl From<LinkError> for ClientError {
+    fn from(error: LinkError) -> Self {
+        match error {
+            LinkError::Lost(error) => Self::io("keep a connection to a broker")(error),
+            LinkError::Wire(error) => error.into(),
+            LinkError::Refused { code: Some(code), text, detail } => Self::refused(code, text, detail),
+            LinkError::Refused { code: None, text, .. } => {
+                Self::Incompatible(format!("a broker refuses for a reason that this client does not know: {text}"))
+            }
+        }
+    }
+}
+
 impl ClientError {
     /// Returns true for a refusal of the control service that a repetition of the call cannot change.
     pub(crate) fn is_permanent(&self) -> bool {
         matches!(self, Self::Control { code, .. } if code.is_permanent())
+    }
+
+    /// Error for a call that no broker can answer. It has no cause: no broker was tried.
+    pub(crate) fn unreachable(reason: impl Into<String>) -> Self {
+        Self::Unreachable { reason: reason.into(), source: None }
     }
 
     /// Error of a wait without progress. `cause` is the error of the last attempt to reach a broker, if it failed.
@@ -192,6 +222,7 @@ impl ClientError {
         }
     }
 
+    /// Converts an error of the operating system. `action` is a verb, for example `connect to a broker`.
     pub(crate) fn io(action: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |error| Self::Io { action, source: Arc::new(error) }
     }

@@ -25,7 +25,7 @@ struct Pipe {
     under_way: VecDeque<Message>,
     /// Most messages that may be under way.
     room: usize,
-    /// True once one of the ends is gone.
+    /// True once one of the ends is gone, or sends no more.
     closed: bool,
 }
 
@@ -68,6 +68,19 @@ impl End {
             None if pipe.closed => Err(io::ErrorKind::UnexpectedEof.into()),
             message => Ok(message),
         }
+    }
+}
+
+impl End {
+    /// Returns true when [`End::receive`] would return a message or an error.
+    fn has_news(&self) -> bool {
+        let pipe = lock(&self.incoming);
+        pipe.closed || !pipe.under_way.is_empty()
+    }
+
+    /// Ends the outgoing direction. What is under way still arrives.
+    fn finish(&self) {
+        lock(&self.outgoing).closed = true;
     }
 }
 
@@ -184,6 +197,33 @@ impl<F: Fabric> Connection<F> for SimulatedConnection {
             sent += 1;
         }
         Ok(sent)
+    }
+
+    fn has_work(&self) -> bool {
+        self.waiting.is_some() || self.end.has_news()
+    }
+
+    fn has_to_send(&self) -> bool {
+        false
+    }
+
+    fn waits_for_socket(&self, _: &Outbox) -> bool {
+        false
+    }
+
+    fn finish(&mut self) {
+        self.end.finish();
+    }
+
+    fn discard(&mut self) -> bool {
+        self.waiting = None;
+        loop {
+            match self.end.receive() {
+                Ok(Some(_)) => {}
+                Ok(None) => return false,
+                Err(_) => return true,
+            }
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! `embarcadero produce`.
 
 use crate::settings::Connect;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
-use embarcadero_client::{Client, ClientError, Publisher};
+use embarcadero_client::{Client, Publisher};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use std::fs::File;
@@ -155,7 +155,7 @@ pub fn run(args: &ProduceArgs) -> Result<()> {
             .collect();
         let mut sum = Totals::default();
         for part in work {
-            let part = part.join().map_err(|_| ClientError::Unreachable("a publisher thread died".to_owned()))??;
+            let part = part.join().map_err(|_| anyhow!("a publisher's thread panicked; its message is above"))??;
             sum.messages += part.messages;
             sum.bytes += part.bytes;
         }

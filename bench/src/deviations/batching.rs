@@ -48,7 +48,7 @@ pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let mut steps =
         Comparison::new("DEV-001", "the same with steps between 10 and 60 % load", "s", (Better::Less, 2.0));
     let mut heavy = Comparison::new("DEV-001", "goodput at most", "B/s", (Better::More, 1.0));
-    let mut cpu = Comparison::new("DEV-001", "processor time a GB", "s", (Better::Less, 1.05));
+    let mut cpu = Comparison::new("DEV-001", "processor time per GB", "s", (Better::Less, 1.05));
     for _ in 0..bench.runs {
         let cluster = bench.cluster()?;
         let side = |batch_size| -> Result<Side> {

@@ -113,11 +113,11 @@ fn through_log(after_every_write: bool, line: Duration, seconds: f64) -> Result<
 
 pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let seconds = args.bench.seconds;
-    let what = "batches a second through Batchlog and sequencer";
+    let what = "batches per second through Batchlog and sequencer";
     let mut plain = Comparison::new("DEV-002", what, "1/s", (Better::More, 1.05));
-    let slow = format!("the same, a device that takes {} ns a line", args.line_ns);
+    let slow = format!("the same, a device that takes {} ns per line", args.line_ns);
     let mut slow = Comparison::new("DEV-002", slow, "1/s", (Better::More, 4.0));
-    let mut lines = Comparison::new("DEV-002", "lines written back a batch", "", (Better::Less, 0.95));
+    let mut lines = Comparison::new("DEV-002", "lines written back per batch", "", (Better::Less, 0.95));
     for _ in 0..args.bench.runs {
         let (paper, ours) = (through_log(true, Duration::ZERO, seconds)?, through_log(false, Duration::ZERO, seconds)?);
         plain.add(paper.0, ours.0);
@@ -190,7 +190,7 @@ fn order_headers(seconds: f64) -> Result<f64> {
 }
 
 pub fn compare_headers(args: &DeviationArgs) -> Result<Vec<Comparison>> {
-    let what = "messages a second that get their place, in batches of 512";
+    let what = "messages per second that get their place, in batches of 512";
     let mut messages = Comparison::new("DEV-007", what, "1/s", (Better::More, 1.05));
     for _ in 0..args.bench.runs {
         let seconds = args.bench.seconds / 2.0;

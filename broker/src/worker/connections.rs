@@ -3,7 +3,7 @@
 use crate::delivery::SubscriberSession;
 use crate::ingest::PublisherSession;
 use embarcadero_os::{Poller, Ready};
-use embarcadero_transport::{Channel, Outbox};
+use embarcadero_transport::{Channel, Connection, Outbox};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -1,6 +1,6 @@
 //! Movement of a publisher's bytes: gives batches to connections in turn, and takes acknowledgements.
 
-use super::connection::{BrokerConnection, ConnectionState, RETRY_MIN};
+use super::connection::{BrokerConnection, ConnectionState};
 use super::in_flight::BatchState;
 use super::sender::Sender;
 use embarcadero_transport::PublisherLink;
@@ -109,8 +109,8 @@ impl Sender {
 
     fn write(&mut self, index: usize) -> bool {
         let written = self.write_queue(index).and_then(|moved| Ok(moved | self.flush(index)?));
-        written.unwrap_or_else(|_| {
-            self.drop_connection(index, RETRY_MIN);
+        written.unwrap_or_else(|error| {
+            self.connection_failed(index, error);
             true
         })
     }
@@ -185,7 +185,7 @@ mod tests {
     use crate::views::{BrokerView, TopicView};
     use embarcadero_control::v1::OpenSessionResponse;
     use embarcadero_transport::tcp::SocketOptions;
-    use embarcadero_transport::{LinkOptions, Sockets, Transport};
+    use embarcadero_transport::{LinkError, LinkOptions, Sockets, Transport};
     use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, PublishReady, TopicId};
     use std::io::Write;
     use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -270,9 +270,44 @@ mod tests {
         assert_eq!(sender.in_flight.queued(), 1);
     }
 
+    /// Drives a sender until it has left its broker.
+    fn drive_until_left(sender: &mut Sender) {
+        while sender.stats.connections_lost == 0 {
+            sender.drive();
+        }
+    }
+
+    #[test]
+    fn a_lost_connection_is_the_cause_of_the_silence_after_it() {
+        let (mut sender, broker) = sender_with_a_batch();
+        drop(broker);
+        drive_until_left(&mut sender);
+        assert!(sender.fatal.is_none());
+        assert!(matches!(sender.trouble, Some(ClientError::Io { .. })), "{:?}", sender.trouble);
+    }
+
+    #[test]
+    fn a_broker_that_does_not_speak_the_protocol_ends_the_publisher() {
+        let (mut sender, mut broker) = sender_with_a_batch();
+        broker.write_all(&[0x5a; 64]).unwrap();
+        drive_until_left(&mut sender);
+        assert!(matches!(sender.fatal, Some(ClientError::Wire(_))), "{:?}", sender.fatal);
+    }
+
+    #[test]
+    fn a_refusal_for_an_unknown_reason_is_the_cause_of_the_silence_after_it() {
+        let (mut sender, _broker) = sender_with_a_batch();
+        let unknown = LinkError::Refused { code: None, text: "moon phase".to_owned(), detail: 0 };
+        sender.connection_ended(0, unknown);
+        assert!(sender.fatal.is_none());
+        let trouble = sender.trouble.map(|error| error.to_string());
+        assert!(trouble.as_ref().is_some_and(|text| text.contains("moon phase")), "{trouble:?}");
+    }
+
     #[test]
     fn only_a_permanent_error_of_the_control_plane_ends_a_publisher() {
-        let refused = |code: tonic::Code| ClientError::Control { code: code.into(), message: format!("{code:?}") };
+        let refused =
+            |code: tonic::Code| ClientError::Control { code: code.into(), message: format!("{code:?}"), source: None };
         let begun = Instant::now();
         for code in (0..17).map(tonic::Code::from_i32) {
             let mut sender = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));

@@ -11,6 +11,7 @@ use crate::silence::Silence;
 use crate::views::BrokerView;
 use embarcadero_transport::{LinkError, PublisherChannel, PublisherLink};
 use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
+use std::io;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
@@ -43,7 +44,8 @@ pub(super) struct Sender {
     reopen_wait: Duration,
     /// Error that ended the publisher: nothing can be published any more.
     pub(super) fatal: Option<ClientError>,
-    /// Error of the last attempt to connect or to reopen the session that failed, until one succeeds.
+    /// Last error of a connection, of an attempt to connect, or of reopening the session. Cleared once a broker takes
+    /// batches again.
     pub(super) trouble: Option<ClientError>,
     pub(super) stats: PublisherStats,
     /// Time of the last [`Sender::drive`].
@@ -169,20 +171,30 @@ impl Sender {
 
     /// Decides, after a connection has ended, whether to reconnect, to reopen the session, or to end the publisher.
     pub(super) fn connection_ended(&mut self, index: usize, error: LinkError) {
-        let LinkError::Refused { code: Some(code), text, .. } = error else {
-            return self.drop_connection(index, RETRY_MIN);
+        let code = match &error {
+            LinkError::Refused { code, .. } => *code,
+            LinkError::Lost(_) | LinkError::Wire(_) => None,
         };
-        match code {
-            ErrorCode::UnknownSession => {
-                self.session_ended = true;
-                self.drop_connection(index, RETRY_MIN);
-            }
-            ErrorCode::BadFrame | ErrorCode::Unavailable => self.drop_connection(index, RETRY_MIN),
-            _ => {
-                self.fatal = Some(ClientError::refused(code, text, 0));
-                self.drop_connection(index, RETRY_MAX);
-            }
+        let is_fatal = match (&error, code) {
+            // A broker that speaks another protocol will speak it on the next connection too.
+            (LinkError::Wire(_), _) => true,
+            (_, None | Some(ErrorCode::UnknownSession | ErrorCode::BadFrame | ErrorCode::Unavailable)) => false,
+            (_, Some(_)) => true,
+        };
+        self.session_ended |= code == Some(ErrorCode::UnknownSession);
+        let error = Some(ClientError::from(error));
+        if is_fatal {
+            self.fatal = error;
+            self.drop_connection(index, RETRY_MAX);
+        } else {
+            self.trouble = error;
+            self.drop_connection(index, RETRY_MIN);
         }
+    }
+
+    /// Drops a connection on which the system reported an error.
+    pub(super) fn connection_failed(&mut self, index: usize, error: io::Error) {
+        self.connection_ended(index, LinkError::Lost(error));
     }
 
     /// Drops the connections with batches on them when the brokers have been silent for too long. Other connections, and
@@ -215,8 +227,9 @@ impl Sender {
     /// Makes the descriptors of all connections ready when something comes from now on.
     pub(super) fn arm(&mut self) {
         for index in 0..self.connections.len() {
-            if self.connections[index].channel_mut().is_some_and(|channel| channel.arm().is_err()) {
-                self.drop_connection(index, RETRY_MIN);
+            let armed = self.connections[index].channel_mut().map_or(Ok(()), PublisherLink::arm);
+            if let Err(error) = armed {
+                self.connection_failed(index, error);
             }
         }
     }

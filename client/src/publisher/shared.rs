@@ -117,8 +117,15 @@ impl SharedPublisher {
         if sender.connections.iter().any(|connection| connection.is_up()) {
             return Ok(());
         }
-        let why = sender.trouble.as_ref().map_or(String::new(), |error| format!(": {error}"));
-        Err(ClientError::Unreachable(format!("no broker accepts data connections{why}")))
+        match sender.trouble.clone() {
+            // This host's fault, not the brokers'.
+            Some(error @ ClientError::Device { .. }) => Err(error),
+            Some(error) => Err(ClientError::Unreachable {
+                reason: format!("no broker accepts data connections: {error}"),
+                source: Some(Arc::new(error)),
+            }),
+            None => Err(ClientError::unreachable("the topic has no live broker")),
+        }
     }
 
     /// Locks the sending half.

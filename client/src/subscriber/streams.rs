@@ -46,7 +46,7 @@ pub(super) struct Streams {
     asked_us: u64,
     /// Source of new brokers; `None` for the global stream, which any broker serves.
     watch: Option<Arc<BrokerWatch>>,
-    /// Error of the last attempt to connect that failed, until a broker answers.
+    /// Last error of a connection or of an attempt to connect. Cleared once a broker answers.
     trouble: Option<ClientError>,
 }
 
@@ -68,7 +68,7 @@ impl Streams {
         watch: Option<Arc<BrokerWatch>>,
     ) -> Result<Self, ClientError> {
         if brokers.is_empty() {
-            return Err(ClientError::Unreachable("the cluster has no live broker".to_owned()));
+            return Err(ClientError::unreachable("the cluster has no live broker"));
         }
         let streams = if topic.order.is_global() {
             // Spread subscribers over brokers.
@@ -187,14 +187,18 @@ impl Streams {
                 }
                 Ok(Item::Frame(Frame::Position(position))) => stream.end = Some(position.next_offset),
                 Ok(Item::Frame(other)) => return Err(WireError::Kind { found: other.kind() }.into()),
-                Err(LinkError::Wire(error)) => return Err(error.into()),
-                Err(LinkError::Refused { code: Some(code), text, detail })
+                Err(error) => {
                     // Slow once is not the end: the stream is read on from where it stopped.
-                    if !matches!(code, ErrorCode::Unavailable | ErrorCode::TooSlow) =>
-                {
-                    return Err(ClientError::refused(code, text, detail));
-                }
-                Err(LinkError::Refused { .. } | LinkError::Lost(_)) => {
+                    let is_passing = matches!(
+                        error,
+                        LinkError::Lost(_)
+                            | LinkError::Refused { code: None | Some(ErrorCode::Unavailable | ErrorCode::TooSlow), .. }
+                    );
+                    let error = ClientError::from(error);
+                    if !is_passing {
+                        return Err(error);
+                    }
+                    self.trouble = Some(error);
                     stream.drop_connection(RECONNECT);
                     self.find_broker(index);
                     return Ok(None);
@@ -209,7 +213,8 @@ impl Streams {
             return Ok(found);
         }
         for stream in &mut self.streams {
-            if stream.channel.as_mut().is_some_and(|channel| channel.arm().is_err()) {
+            if let Err(error) = stream.channel.as_mut().map_or(Ok(()), SubscriberLink::arm) {
+                self.trouble = Some(LinkError::Lost(error).into());
                 stream.drop_connection(RECONNECT);
             }
         }
@@ -229,7 +234,7 @@ impl Streams {
         Ok(None)
     }
 
-    /// Error of the last attempt to connect that failed, until a broker answers.
+    /// Last error of a connection or of an attempt to connect. Cleared once a broker answers.
     pub(super) fn trouble(&self) -> Option<&ClientError> {
         self.trouble.as_ref()
     }

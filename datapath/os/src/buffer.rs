@@ -18,7 +18,7 @@ impl Buffer {
     /// An empty buffer for up to `capacity` bytes (at least 1).
     ///
     /// # Errors
-    /// What `mmap` reports.
+    /// The error of `mmap`.
     pub fn new(capacity: usize) -> io::Result<Self> {
         let pages = memmap2::MmapOptions::new().len(capacity.max(1)).map_anon()?.into();
         Ok(Self { pages: Arc::new(pages), len: 0 })
@@ -27,7 +27,7 @@ impl Buffer {
     /// A buffer of `len` zero bytes.
     ///
     /// # Errors
-    /// What `mmap` reports.
+    /// The error of `mmap`.
     pub fn zeroed(len: usize) -> io::Result<Self> {
         let mut buffer = Self::new(len)?;
         buffer.len = len;

@@ -26,10 +26,10 @@ fn check(result: libc::c_int) -> io::Result<libc::c_int> {
 }
 
 impl Poller {
-    /// An instance that reports at most 64 sockets a call.
+    /// Instance that reports at most 64 sockets per call.
     ///
     /// # Errors
-    /// What `epoll_create1` reports.
+    /// The error of `epoll_create1`.
     pub fn new() -> io::Result<Self> {
         // SAFETY: no pointers are passed.
         let raw = check(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
@@ -57,7 +57,7 @@ impl Poller {
     /// Watches a socket for input, and for room if `writable`.
     ///
     /// # Errors
-    /// What `epoll_ctl` reports.
+    /// The error of `epoll_ctl`.
     pub fn add(&self, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
         self.control(libc::EPOLL_CTL_ADD, socket, token, writable)
     }
@@ -65,7 +65,7 @@ impl Poller {
     /// Changes whether a socket is also watched for room to write.
     ///
     /// # Errors
-    /// What `epoll_ctl` reports.
+    /// The error of `epoll_ctl`.
     pub fn modify(&self, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
         self.control(libc::EPOLL_CTL_MOD, socket, token, writable)
     }
@@ -73,7 +73,7 @@ impl Poller {
     /// Stops watching a socket.
     ///
     /// # Errors
-    /// What `epoll_ctl` reports.
+    /// The error of `epoll_ctl`.
     pub fn remove(&self, socket: RawFd) -> io::Result<()> {
         self.control(libc::EPOLL_CTL_DEL, socket, 0, false)
     }
@@ -81,7 +81,7 @@ impl Poller {
     /// Waits for ready sockets; `Duration::ZERO` only looks.
     ///
     /// # Errors
-    /// What the kernel reports, other than an interruption.
+    /// The error of `epoll_wait`, other than an interruption.
     pub fn wait(&mut self, timeout: Duration, ready: &mut Vec<Ready>) -> io::Result<()> {
         ready.clear();
         let count = if timeout.is_zero() {
@@ -126,7 +126,7 @@ impl Poller {
 /// Waits until one of the sockets can be read, or the time is over. The flag beside a socket asks for room to write too.
 ///
 /// # Errors
-/// What `poll` reports.
+/// The error of `poll`.
 pub fn wait_any(sockets: &[(RawFd, bool)], timeout: Duration) -> io::Result<()> {
     let mut watched: Vec<libc::pollfd> = sockets
         .iter()

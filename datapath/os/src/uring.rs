@@ -17,7 +17,7 @@ impl Uring {
     /// Sets up a ring, where the kernel has io_uring and allows it.
     ///
     /// # Errors
-    /// What the kernel reports: `ENOSYS`, or `EPERM` where it is turned off.
+    /// The error of `io_uring_setup`: `ENOSYS`, or `EPERM` where it is turned off.
     pub fn new() -> io::Result<Self> {
         let ring = IoUring::new(2)?;
         let mut known = io_uring::Probe::new();
@@ -34,7 +34,7 @@ impl Uring {
     /// `durable` is the descriptor that is synchronised: the same file, which may be opened with other flags.
     ///
     /// # Errors
-    /// What the kernel reports. Part of the bytes may have been written.
+    /// The error of the system call. Part of the bytes may have been written.
     pub fn write_durable(&mut self, to: BorrowedFd, durable: BorrowedFd, at: u64, bytes: &[u8]) -> io::Result<()> {
         let mut written = 0;
         loop {

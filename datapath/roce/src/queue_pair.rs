@@ -24,7 +24,7 @@ pub struct QueuePair<B> {
     responder: Responder,
     completions: VecDeque<Completion>,
     failure: Option<Failure>,
-    /// Whether a marked packet came that the peer was not told of.
+    /// True when a marked packet came that the peer was not told about.
     notify: bool,
     /// Time of the last congestion notification sent.
     notified_at: Option<Nanos>,
@@ -78,7 +78,7 @@ impl<B: AsRef<[u8]>> QueuePair<B> {
         }
     }
 
-    /// Whether a posted receive is unused.
+    /// Returns true when a posted receive is unused.
     #[must_use]
     pub fn has_receive(&self) -> bool {
         self.responder.has_receive()
@@ -89,7 +89,7 @@ impl<B: AsRef<[u8]>> QueuePair<B> {
         self.completions.pop_front()
     }
 
-    /// Whether every posted request is done.
+    /// Returns true when every posted request is done.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.requester.is_idle()

@@ -31,11 +31,11 @@ struct Reading {
 
 /// Outcome of a request packet.
 enum Outcome {
-    /// It was executed; the last packet of a message may complete a receive.
+    /// The packet was executed. The last packet of a message may complete a receive.
     Done(Option<Completion>),
-    /// It needs a receive, and none is posted.
+    /// The packet needs a receive, and none is posted.
     NotReady,
-    /// It was refused, which ends the queue pair.
+    /// The packet was refused, which ends the queue pair.
     Refused(Syndrome, Failure),
 }
 
@@ -59,7 +59,7 @@ pub(super) struct Responder {
     current: Option<Current>,
     receives: VecDeque<Receive>,
     reads: VecDeque<Reading>,
-    /// Whether the present gap was reported: one gap gets one NAK (IBTA 9.7.5.2.2).
+    /// True once the present gap was reported: one gap gets one NAK (IBTA 9.7.5.2.2).
     gap_told: bool,
     /// Answer to be sent. A newer one replaces it, because it also acknowledges everything before.
     answer: Option<(Psn, Syndrome)>,
@@ -303,8 +303,8 @@ impl Responder {
     }
 }
 
-/// Whether a packet's payload is as long as its opcode allows (IBTA 9.7.4.1, length validation): a packet that others of its
-/// message follow is full.
+/// Returns true when a packet's payload is as long as its opcode allows (IBTA 9.7.4.1, length validation). A packet is
+/// full unless it is the last of its message.
 fn has_sound_length(attributes: &Attributes, packet: &Packet<'_>) -> bool {
     let (opcode, len, mtu) = (packet.opcode, packet.payload.len(), attributes.path_mtu.bytes());
     if opcode.is_followed() {

@@ -19,7 +19,7 @@ pub(super) struct RoundTrip {
     sample: Option<(Psn, Nanos)>,
     /// Doublings of the wait: one for each missed answer since the last sample, less those that answers took back.
     doublings: u32,
-    /// Whether an answer was missed since the last one that came.
+    /// True when an answer was missed since the last one that came.
     missed: bool,
 }
 

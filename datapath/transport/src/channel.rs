@@ -14,7 +14,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 
-/// Broker's end of a connection.
+/// Broker's end of a connection. Its own methods are those that only a socket or a queue pair can answer.
 pub struct Channel {
     // First, so that it is dropped first: the NIC lets go of memory before anybody else does.
     rdma: Option<Box<RdmaConnection>>,
@@ -43,46 +43,6 @@ impl Channel {
     pub fn descriptor(&self) -> RawFd {
         self.socket.descriptor()
     }
-
-    /// Shuts the sending direction down. The peer can still read what was sent before.
-    pub fn finish(&self) {
-        self.socket.finish();
-    }
-
-    /// Reads and forgets what the peer still sends. Returns true once the peer has closed.
-    pub fn discard(&mut self) -> bool {
-        self.socket.discard()
-    }
-
-    /// Closes the peer's landing windows. When this returns, the peer can write nothing more into the region.
-    pub fn close_windows(&mut self) {
-        if let Some(rdma) = &mut self.rdma {
-            rdma.close_windows();
-        }
-    }
-
-    /// Offsets in the region of the landing windows that the peer may write.
-    pub fn windows(&self) -> impl Iterator<Item = RegionOffset> + '_ {
-        self.rdma.iter().flat_map(|rdma| rdma.windows())
-    }
-
-    /// Returns true when [`Connection::receive`] has something to take that the socket does not show.
-    #[must_use]
-    pub fn has_work(&self) -> bool {
-        self.rdma.as_ref().is_some_and(|rdma| rdma.has_work())
-    }
-
-    /// Returns true when [`Connection::send`] has something to do even if the outbox is empty.
-    #[must_use]
-    pub fn has_to_send(&self) -> bool {
-        self.rdma.as_ref().is_some_and(|rdma| rdma.has_to_send())
-    }
-
-    /// Returns true when sending goes on only once the socket has room.
-    #[must_use]
-    pub fn waits_for_socket(&self, outbox: &Outbox) -> bool {
-        self.rdma.as_ref().map_or(!outbox.is_empty(), |rdma| rdma.waits_for_socket())
-    }
 }
 
 impl Connection<Native> for Channel {
@@ -105,6 +65,39 @@ impl Connection<Native> for Channel {
         match &mut self.rdma {
             Some(rdma) => rdma.send(&mut self.socket, memory, outbox),
             None => self.socket.send(memory, outbox),
+        }
+    }
+
+    fn has_work(&self) -> bool {
+        self.rdma.as_ref().is_some_and(|rdma| rdma.has_work())
+    }
+
+    fn has_to_send(&self) -> bool {
+        self.rdma.as_ref().is_some_and(|rdma| rdma.has_to_send())
+    }
+
+    fn waits_for_socket(&self, outbox: &Outbox) -> bool {
+        match &self.rdma {
+            Some(rdma) => rdma.waits_for_socket(),
+            None => self.socket.waits_for_socket(outbox),
+        }
+    }
+
+    fn finish(&mut self) {
+        self.socket.finish();
+    }
+
+    fn discard(&mut self) -> bool {
+        self.socket.discard()
+    }
+
+    fn windows(&self) -> impl Iterator<Item = RegionOffset> {
+        self.rdma.iter().flat_map(|rdma| rdma.windows())
+    }
+
+    fn close_windows(&mut self) {
+        if let Some(rdma) = &mut self.rdma {
+            rdma.close_windows();
         }
     }
 }
@@ -146,7 +139,7 @@ impl PublisherLink for PublisherChannel {
         let over_rdma = self.rdma.as_mut().map_or(Ok(()), |rdma| rdma.poll(frames));
         // The socket may know why a queue pair broke.
         self.socket.poll(frames)?;
-        Ok(over_rdma?)
+        over_rdma
     }
 
     fn batches_in_use(&mut self) -> usize {

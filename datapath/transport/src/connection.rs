@@ -125,4 +125,30 @@ pub trait Connection<F: Fabric>: Send {
     /// [`TransportError::Io`] or [`TransportError::Closed`]; [`TransportError::Refused`] when the outbox holds something
     /// that this peer cannot be sent.
     fn send(&mut self, memory: &F, outbox: &mut Outbox) -> Result<u64, TransportError>;
+
+    /// Returns true when [`Connection::receive`] has something to do that no descriptor shows.
+    #[must_use]
+    fn has_work(&self) -> bool;
+
+    /// Returns true when [`Connection::send`] has something to do even if the outbox is empty.
+    #[must_use]
+    fn has_to_send(&self) -> bool;
+
+    /// Returns true when the rest of `outbox` is sent only once the connection's socket has room.
+    #[must_use]
+    fn waits_for_socket(&self, outbox: &Outbox) -> bool;
+
+    /// Ends the sending direction. The peer can still read what was sent before, and still send.
+    fn finish(&mut self);
+
+    /// Takes and forgets what the peer still sends. Returns true once the peer has closed.
+    fn discard(&mut self) -> bool;
+
+    /// Offsets in the region of the landing windows that the peer may write. Empty for transports that have no windows.
+    fn windows(&self) -> impl Iterator<Item = RegionOffset> {
+        std::iter::empty()
+    }
+
+    /// Closes the peer's landing windows. When this returns, the peer can write nothing more into the region.
+    fn close_windows(&mut self) {}
 }

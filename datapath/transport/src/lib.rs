@@ -1,9 +1,14 @@
 //! Transports: both ends of the connections between clients and brokers.
 //!
 //! A transport implements [`Transport`] with three ends: the broker's ([`Connection`]), a publisher's
-//! ([`PublisherLink`]) and a subscriber's ([`SubscriberLink`]). Every end is polled. One call moves as many batches and
-//! frames as there are, and returns at once. A publisher's batches are placed whole where the broker's [`Landing`] says.
-//! `sim/tests/transport.rs` is the conformance suite that every transport passes.
+//! ([`PublisherLink`]) and a subscriber's ([`SubscriberLink`]). Every end is polled, and every call returns at once.
+//!
+//! - A broker's and a publisher's call moves as many batches and frames as there are.
+//! - A subscriber's call hands out one item, because a batch is read in place and its room is given back by the next call.
+//!   See [`SubscriberLink::take`].
+//! - A publisher's batches are placed whole where the broker's [`Landing`] says.
+//!
+//! `sim/tests/transport/main.rs` is the conformance suite that every transport passes.
 
 mod channel;
 mod config;

@@ -83,6 +83,10 @@ pub enum Item {
 pub trait SubscriberLink {
     /// Takes the next item, and gives back the room of the one before.
     ///
+    /// What has come is taken in bulk below this call, and later calls find it in memory. TCP reads up to 64 KiB ahead, and
+    /// a queue pair collects all completions that are there. A call that handed out a list of items would have to keep the
+    /// room of all of them until the last is read.
+    ///
     /// # Errors
     /// [`LinkError`].
     fn take(&mut self) -> Result<Item, LinkError>;

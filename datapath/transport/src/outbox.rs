@@ -23,6 +23,16 @@ pub(crate) enum Head {
     Copied(Buffer),
 }
 
+/// Bytes that follow the frame of an entry.
+pub(crate) enum Payload<'a> {
+    /// There are none.
+    None,
+    /// Batch behind the frame in the same buffer.
+    Copied(&'a Buffer),
+    /// Batch in the region: its place and its length in bytes.
+    InRegion(RegionOffset, u64),
+}
+
 impl Outgoing {
     /// Control frame.
     #[must_use]
@@ -56,6 +66,15 @@ impl Outgoing {
     /// Returns true for an error, which only the socket carries.
     pub(crate) fn is_for_socket(&self) -> bool {
         matches!(self.head, Head::Bytes(_))
+    }
+
+    /// Bytes that follow the frame. Only for entries that are not [`Outgoing::is_for_socket`].
+    pub(crate) fn payload(&self) -> Payload<'_> {
+        match (&self.head, self.batch) {
+            (Head::Copied(bytes), _) => Payload::Copied(bytes),
+            (_, Some((at, len))) => Payload::InRegion(at, len),
+            (_, None) => Payload::None,
+        }
     }
 
     pub(crate) fn head(&self) -> &[u8] {

@@ -86,7 +86,7 @@ impl Context {
         }
     }
 
-    /// Whether the device works. Once it has announced its breakdown or removal, nothing completes any more.
+    /// Returns true while the device works. Once it has announced its breakdown or removal, nothing completes any more.
     #[must_use]
     pub fn is_present(&self) -> bool {
         match &self.device {
@@ -96,7 +96,7 @@ impl Context {
         }
     }
 
-    /// Whether the device works and its port `port` is up.
+    /// Returns true when the device works and its port `port` is up.
     #[must_use]
     #[cfg_attr(not(rdma), allow(unused_variables))]
     pub fn is_active(&self, port: u8) -> bool {
@@ -107,8 +107,8 @@ impl Context {
         }
     }
 
-    /// Whether peers' writes are in memory once they complete. Hardware may leave them in this host's caches (Intel,
-    /// "Data Direct I/O Technology").
+    /// Returns true when peers' writes are in memory once they complete. Hardware may leave them in this host's caches
+    /// (Intel, "Data Direct I/O Technology").
     pub fn writes_past_caches(&self) -> bool {
         match &self.device {
             #[cfg(rdma)]
@@ -117,7 +117,7 @@ impl Context {
         }
     }
 
-    /// Whether the device has type-2 memory windows.
+    /// Returns true when the device has type-2 memory windows.
     ///
     /// # Errors
     /// The error that the library reports.

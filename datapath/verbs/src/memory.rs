@@ -108,7 +108,7 @@ impl MemoryRegion {
         either!(&self.kind, Region, region => region.len())
     }
 
-    /// Whether it has no bytes, which no registration allows.
+    /// Returns true when the registration has no bytes, which no device allows.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0

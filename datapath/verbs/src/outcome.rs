@@ -70,7 +70,7 @@ pub enum HardwareFailure {
 }
 
 impl WorkError {
-    /// Whether the request only failed because the queue pair had failed before.
+    /// Returns true when the request only failed because the queue pair had failed before.
     #[must_use]
     pub fn is_flush(&self) -> bool {
         match self {
@@ -80,7 +80,7 @@ impl WorkError {
         }
     }
 
-    /// Whether the peer's memory is not open for the request.
+    /// Returns true when the peer's memory is not open for the request.
     #[must_use]
     pub fn is_remote_access(&self) -> bool {
         match self {
@@ -90,7 +90,7 @@ impl WorkError {
         }
     }
 
-    /// Whether the peer does not answer: it, or the path to it, is gone.
+    /// Returns true when the peer does not answer: the peer, or the path to it, is gone.
     #[must_use]
     pub(crate) fn is_no_answer(&self) -> bool {
         match self {

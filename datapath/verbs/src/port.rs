@@ -13,8 +13,12 @@ pub struct LocalPort {
     pub lid: u16,
     /// Path MTU in force, bytes.
     pub mtu: u32,
-    /// Whether the link is Ethernet (RoCE) rather than InfiniBand.
+    /// True when the link is Ethernet (RoCE), false when it is InfiniBand.
     pub ethernet: bool,
     /// Bytes of the longest message.
     pub max_message_bytes: u32,
+    /// Times that the port's queue pairs send an unanswered packet again before they fail; 7 if nobody changes it.
+    ///
+    /// Devices of the host take at most 7. A NIC in software takes up to 255, which is minutes of silence.
+    pub retries: u8,
 }

@@ -15,15 +15,16 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(60);
 const PAGE: usize = 4096;
 
-/// Tries whether the device keeps a peer inside a memory window.
+/// Returns true when the device keeps a peer inside a memory window, which is found out by a trial.
 ///
-/// It opens a window over the first of two pages, and writes to the second from another queue pair of this process.
+/// The trial opens a window over the first of two pages, and writes to the second from another queue pair of this process.
 ///
 /// Soft-RoCE fails this, up to Linux 6.1 at least. Its responder checks the bounds of the region under the window, not
 /// those of the window (`check_rkey` in drivers/infiniband/sw/rxe/rxe_resp.c).
 ///
 /// # Errors
-/// The error that the library reports; `TimedOut` if the device does not complete a request within 60 s, or its own packets get lost.
+/// The error that the library reports; `TimedOut` if the device does not complete a request within 60 s, or its own
+/// packets get lost.
 pub fn windows_are_enforced(context: &Arc<Context>, port: &LocalPort) -> io::Result<bool> {
     if !context.has_memory_windows()? {
         return Ok(false);

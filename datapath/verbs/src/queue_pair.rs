@@ -130,12 +130,13 @@ impl QueuePair<Initial> {
 
     /// Numbers packets from the low 24 bits of `psn` on, instead of from a random number.
     ///
-    /// It changes [`QueuePair::address`], which the peer must get afterwards.
+    /// [`QueuePair::address`] changes with it: the peer must get the address afterwards.
     pub fn number_packets_from(&mut self, psn: u32) {
         either!(&mut self.kind, Pair, pair => pair.number_packets_from(psn & LOW_24_BITS));
     }
 
-    /// Sends an unanswered packet again `times` times before the queue pair fails, instead of 7 times.
+    /// Sends an unanswered packet again `times` times before the queue pair fails, instead of
+    /// [`LocalPort::retries`] times.
     ///
     /// Devices of the host take at most 7.
     pub fn send_again(&mut self, times: u8) {

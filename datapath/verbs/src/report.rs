@@ -12,7 +12,7 @@ pub struct DeviceReport {
     pub firmware: String,
     /// NUMA node of the device; `None` where the kernel does not know.
     pub numa_node: Option<u32>,
-    /// Whether the device has type-2 memory windows, which open memory to one queue pair and can be closed again.
+    /// True when the device has type-2 memory windows, which open memory to one queue pair and can be closed again.
     pub memory_windows: bool,
     /// Ports of the device.
     pub ports: Vec<PortReport>,

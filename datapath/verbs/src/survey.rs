@@ -22,7 +22,7 @@ pub fn rdma_missing() -> Option<&'static str> {
     if cfg!(rdma) { None } else { Some(env!("EMBARCADERO_NO_RDMA")) }
 }
 
-/// Whether this build has DPDK.
+/// Returns true when this build has DPDK.
 #[must_use]
 pub fn has_dpdk() -> bool {
     cfg!(feature = "dpdk")

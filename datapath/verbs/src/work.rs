@@ -3,7 +3,7 @@
 use crate::range::{LocalRange, RemoteRange};
 use std::io;
 
-/// Most work requests that one call posts.
+/// Largest number of work requests that one call posts. They share one write to the NIC's doorbell register.
 pub const DOORBELL: usize = 16;
 
 /// Operation of a work request. `W` is a memory window.
@@ -22,7 +22,7 @@ pub enum Work<'a, W> {
 pub struct Request<'a, W> {
     /// Number of the caller's choice, below 2^63; the completion has it. Ids of a queue pair's requests never fall.
     pub id: u64,
-    /// Whether success has a completion. Failure always has.
+    /// True when success has a completion too. Failure always has one.
     pub signaled: bool,
     /// Operation to carry out.
     pub work: Work<'a, W>,

@@ -63,6 +63,7 @@ fn suite<E: Ends>(ends: &mut E) {
     deliveries_arrive_whole_and_in_order(ends);
     what_is_not_taken_stays(ends);
     an_end_that_is_gone_is_noticed(ends);
+    a_connection_ends_in_order(ends);
 }
 
 type PublisherOf<E> = <<E as Ends>::Transport as Transport>::Publisher;
@@ -370,4 +371,26 @@ fn an_end_that_is_gone_is_noticed<E: Ends>(ends: &mut E) {
     let (connection, mut subscriber) = ends.subscriber();
     drop(connection);
     until("the subscriber notices", || subscriber.take().is_err());
+}
+
+/// A broker that ends a connection takes the peer's windows back, sends no more, and waits for the peer to close.
+fn a_connection_ends_in_order<E: Ends>(ends: &mut E) {
+    let mut link = ends.publisher();
+    publish_and_receive(ends, &mut link, &mut TestLanding::default(), 0..4);
+    let (mut connection, mut publisher) = link;
+    connection.close_windows();
+    assert_eq!(connection.windows().count(), 0);
+    let (mut outbox, mut heard) = (Outbox::default(), Vec::new());
+    outbox.push(Outgoing::frame(Ack { sequence: 7, ..Ack::blank() }.encode()));
+    until("the last frame comes", || {
+        ends.drive(&mut connection);
+        connection.send(ends.memory(), &mut outbox).unwrap();
+        publisher.poll(&mut heard).unwrap();
+        heard.len() == 1 && outbox.is_empty() && !connection.has_to_send()
+    });
+    connection.finish();
+    until("the publisher notices", || publisher.poll(&mut heard).is_err());
+    assert!(!connection.discard(), "the publisher has not closed yet");
+    drop(publisher);
+    until("the broker notices", || connection.discard());
 }

@@ -15,7 +15,7 @@ const REPLY: [u8; 2] = [0, 2];
 /// Question for the owner of an IPv4 address, or the answer to one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Arp {
-    /// Whether it is an answer.
+    /// True for an answer, false for a question.
     pub answers: bool,
     /// Addresses of the sender.
     pub from: (Mac, Ipv4Addr),

@@ -45,7 +45,7 @@ pub(super) fn group(address: Ipv6Addr) -> Mac {
 /// Neighbour solicitation, or the advertisement that answers one (4.3, 4.4).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Discovery {
-    /// Whether it is an advertisement.
+    /// True for an advertisement, false for a solicitation.
     pub answers: bool,
     /// IP address of the sender.
     pub from: Ipv6Addr,

@@ -51,7 +51,7 @@ impl Neighbours {
         }
     }
 
-    /// Whether a question for `address` is due at time `now`; then it counts as asked.
+    /// Returns true when a question for `address` is due at time `now`, and then counts the question as asked.
     pub(super) fn asks(&self, address: IpAddr, now: Nanos) -> bool {
         let mut table = self.lock();
         let asks = table.asked.get(&address).is_none_or(|last| now >= last + ASK_EVERY);

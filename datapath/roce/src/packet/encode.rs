@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Refusal of a packet that contradicts itself.
 ///
-/// Its addresses are of two families, its opcode does not go with its headers, or its payload does not fit.
+/// The addresses are of two families, the opcode does not go with the headers, or the payload does not fit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the packet contradicts itself: addresses of two families, headers that do not go with its opcode, or too long"
@@ -70,7 +70,7 @@ impl Packet<'_> {
         Ok(())
     }
 
-    /// Whether the opcode goes with the headers, and the payload fits into an IP packet.
+    /// Returns true when the opcode goes with the headers, and the payload fits into an IP packet.
     fn is_sound(&self) -> bool {
         self.reth.is_some() == self.opcode.has_reth()
             && self.aeth.is_some() == self.opcode.has_aeth()

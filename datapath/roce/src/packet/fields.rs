@@ -147,9 +147,9 @@ pub struct Packet<'a> {
     pub ecn: Ecn,
     /// Kind of the packet.
     pub opcode: Opcode,
-    /// Whether the receiver is to notify its consumer.
+    /// True when the receiver is to notify its consumer.
     pub solicited: bool,
-    /// Whether the sender wants an acknowledgement.
+    /// True when the sender wants an acknowledgement.
     pub wants_ack: bool,
     /// Queue pair of the receiver, 24 bits.
     pub queue_pair: u32,

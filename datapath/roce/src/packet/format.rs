@@ -11,8 +11,7 @@ pub const MAX_TRAILER_BYTES: usize = MAX_PAD_BYTES + ICRC_BYTES;
 
 /// Bytes before a packet that [`crate::packet::decode`] overwrites.
 ///
-/// They are as many as InfiniBand's local route header has (IBTA 7.7), which the invariant checksum counts as ones
-/// (A17.3.3).
+/// InfiniBand's local route header has as many (IBTA 7.7). The invariant checksum counts them as ones (A17.3.3).
 pub const SCRATCH_BYTES: usize = 8;
 
 /// Bytes of an IPv4 header without options (RFC 791, 3.1).

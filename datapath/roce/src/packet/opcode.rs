@@ -121,37 +121,38 @@ impl Opcode {
         self as u8
     }
 
-    /// Whether the packet has a [`Reth`], behind the base header.
+    /// Returns true when the packet has a [`Reth`], behind the base header.
     #[must_use]
     pub const fn has_reth(self) -> bool {
         matches!(self, WriteFirst | WriteOnly | WriteOnlyImmediate | ReadRequest)
     }
 
-    /// Whether the packet has an [`Aeth`], behind the base header.
+    /// Returns true when the packet has an [`Aeth`], behind the base header.
     #[must_use]
     pub const fn has_aeth(self) -> bool {
         matches!(self, Acknowledge | ReadResponseFirst | ReadResponseLast | ReadResponseOnly)
     }
 
-    /// Whether the packet has immediate data, behind the [`Reth`] if there is one.
+    /// Returns true when the packet has immediate data, behind the [`Reth`] if there is one.
     #[must_use]
     pub const fn has_immediate(self) -> bool {
         matches!(self, SendLastImmediate | SendOnlyImmediate | WriteLastImmediate | WriteOnlyImmediate)
     }
 
-    /// Whether more packets of the message follow. Such a packet is as long as the path takes (IBTA 9.7.4.1, length validation).
+    /// Returns true when more packets of the message follow. Such a packet is as long as the path takes (IBTA 9.7.4.1,
+    /// length validation).
     #[must_use]
     pub(crate) const fn is_followed(self) -> bool {
         matches!(self, SendFirst | SendMiddle | WriteFirst | WriteMiddle | ReadResponseFirst | ReadResponseMiddle)
     }
 
-    /// Whether the packet is a part of a send.
+    /// Returns true when the packet is a part of a send.
     #[must_use]
     pub(crate) const fn is_send(self) -> bool {
         matches!(self, SendFirst | SendMiddle | SendLast | SendLastImmediate | SendOnly | SendOnlyImmediate)
     }
 
-    /// Whether the packet begins a message.
+    /// Returns true when the packet begins a message.
     #[must_use]
     pub(crate) const fn begins(self) -> bool {
         matches!(

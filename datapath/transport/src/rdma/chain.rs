@@ -60,7 +60,7 @@ impl SendQueue {
     /// Posts a chain with one call. Returns the number of its requests.
     ///
     /// # Errors
-    /// What the device reports.
+    /// The error of the device.
     pub fn post(&mut self, pair: &mut QueuePair<Sending>, chain: &Chain<'_>) -> io::Result<usize> {
         if chain.count == 0 {
             return Ok(0);

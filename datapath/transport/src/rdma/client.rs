@@ -2,6 +2,7 @@
 
 use super::chain::SendQueue;
 use super::{SEND_DEPTH, accepting_peer};
+use crate::link::LinkError;
 use embarcadero_os::Buffer;
 use embarcadero_verbs::{
     CompletionQueue, Context, LocalPort, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair,
@@ -28,7 +29,7 @@ impl RdmaClient {
     /// Uses a port of an opened device.
     ///
     /// # Errors
-    /// What `ibv_alloc_pd` reports.
+    /// The error of `ibv_alloc_pd`.
     pub fn new((context, port): (Arc<Context>, LocalPort)) -> io::Result<Arc<Self>> {
         let domain = ProtectionDomain::new(&context)?;
         Ok(Arc::new(Self { port, domain }))
@@ -130,7 +131,7 @@ impl ClientPair {
     }
 
     /// Takes completions, and queues what arrived for [`ClientPair::next`].
-    pub fn poll(&mut self) -> io::Result<()> {
+    pub fn poll(&mut self) -> Result<(), LinkError> {
         let Self { queue, pair, frames, frame_ranges, arrived, sends, failure, .. } = self;
         let mut trouble = Ok(());
         loop {
@@ -143,8 +144,8 @@ impl ClientPair {
                     }
                     Outcome::Written { bytes, immediate } => Ok(Arrival::Written(immediate, bytes)),
                     Outcome::Message { .. } => match frames.as_chunks().0.get(completion.id as usize) {
-                        Some(frame) => Frame::decode(frame).map(Arrival::Frame).map_err(io::Error::other),
-                        None => Err(violation("the device completes a receive that was not posted")),
+                        Some(frame) => Frame::decode(frame).map(Arrival::Frame).map_err(LinkError::from),
+                        None => Err(violation("the device completes a receive that was not posted").into()),
                     },
                 };
                 match arrival {
@@ -154,7 +155,7 @@ impl ClientPair {
                 if let Some(range) = frame_ranges.get(completion.id as usize)
                     && let Err(error) = pair.post_receive(completion.id, *range)
                 {
-                    trouble = Err(error);
+                    trouble = Err(error.into());
                 }
             })?;
             if count == 0 {
@@ -163,7 +164,7 @@ impl ClientPair {
         }
         trouble?;
         match self.failure {
-            Some(error) => Err(io::Error::other(error)),
+            Some(error) => Err(io::Error::other(error).into()),
             None => Ok(()),
         }
     }

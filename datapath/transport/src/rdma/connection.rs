@@ -6,7 +6,7 @@ use super::ring::{LEAST_BYTES, RingWriter};
 use super::windows::LandingWindows;
 use super::{SEND_DEPTH, WANTS_WINDOW, WINDOWS_PER_PUBLISHER, connecting_peer};
 use crate::connection::{Connection, Landing, Placement, Received, TransportError};
-use crate::outbox::{Head, Outbox, Outgoing};
+use crate::outbox::{Outbox, Outgoing, Payload};
 use crate::tcp::TcpConnection;
 use embarcadero_cxl::{Native, RegionOffset};
 use embarcadero_verbs::{
@@ -265,10 +265,11 @@ impl RdmaConnection {
                 break;
             }
             let frame = &outgoing.head()[..FRAME_BYTES];
-            let bytes = match (&outgoing.head, outgoing.batch) {
-                (Head::Copied(copied), _) => (copied.len() - FRAME_BYTES) as u64,
-                (_, Some((_, bytes))) => bytes,
-                (_, None) => {
+            let payload = outgoing.payload();
+            let bytes = match payload {
+                Payload::Copied(copied) => (copied.len() - FRAME_BYTES) as u64,
+                Payload::InRegion(_, bytes) => bytes,
+                Payload::None => {
                     chain.push(Work::Send(frame), false);
                     self.posted_outgoing.push_back(0);
                     continue;
@@ -284,16 +285,17 @@ impl RdmaConnection {
             }
             let Some((line, to)) = ring.place(whole) else { break };
             chain.push(Work::WriteInline(frame, to, None), false);
-            let from = match (&outgoing.head, outgoing.batch) {
-                (Head::Copied(copied), _) => {
+            let from = match payload {
+                Payload::Copied(copied) => {
                     let copy = MemoryRegion::local(&self.domain, copied)?;
                     let from = copy.range(FRAME_BYTES as u64, bytes as u32);
                     self.copies.push_back((chain.next_number(), copy));
-                    from
+                    Some(from)
                 }
-                (_, batch) => self.device.region.range(batch.map_or(0, |(at, _)| at.0), bytes as u32),
+                Payload::InRegion(at, bytes) => Some(self.device.region.range(at.0, bytes as u32)),
+                Payload::None => None,
             };
-            let number = chain.push(Work::Write(Some(from), to.offset(FRAME_BYTES as u64), Some(line)), true);
+            let number = chain.push(Work::Write(from, to.offset(FRAME_BYTES as u64), Some(line)), true);
             self.posted_outgoing.push_back(number);
         }
         let posted = self.sends.post(&mut self.pair, &chain)?;

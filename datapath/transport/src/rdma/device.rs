@@ -136,7 +136,7 @@ impl RdmaQueue {
     /// Makes [`RdmaQueue::descriptor`] readable when something completes from now on.
     ///
     /// # Errors
-    /// What `ibv_req_notify_cq` reports.
+    /// The error of `ibv_req_notify_cq`.
     pub fn arm(&mut self) -> io::Result<()> {
         self.queue.arm()
     }

@@ -2,6 +2,7 @@
 
 use super::client::{Arrival, ClientPair, RdmaClient, violation};
 use super::{WANTS_WINDOW, WINDOWS_PER_PUBLISHER};
+use crate::link::LinkError;
 use crate::options::LinkOptions;
 use crate::send_buffer::SendBuffer;
 use crate::window::RemoteWindow;
@@ -49,7 +50,7 @@ impl RdmaPublisher {
     }
 
     /// Appends the frames that have come, and keeps the window grants among them.
-    pub fn poll(&mut self, frames: &mut Vec<Frame>) -> io::Result<()> {
+    pub fn poll(&mut self, frames: &mut Vec<Frame>) -> Result<(), LinkError> {
         self.pair.poll()?;
         while let Some(arrival) = self.pair.next() {
             match arrival {
@@ -60,7 +61,7 @@ impl RdmaPublisher {
                     self.windows.push_back(RemoteWindow::new(grant.number, to, grant.bytes.into()));
                 }
                 Arrival::Frame(frame) => frames.push(frame),
-                Arrival::Written(..) => return Err(violation("the broker writes to a publisher")),
+                Arrival::Written(..) => return Err(violation("the broker writes to a publisher").into()),
             }
         }
         Ok(())

@@ -111,10 +111,12 @@ impl LandingWindows {
     }
 
     /// Takes the batch of `bytes` that [`LandingWindows::next_batch`] found.
+    ///
+    /// # Panics
+    /// When no window is open: a batch was found in none.
     pub fn take(&mut self, bytes: u64) {
-        if let Some(open) = self.windows.front_mut() {
-            open.window.take(bytes);
-        }
+        assert!(!self.windows.is_empty(), "a batch of {bytes} bytes is taken from no landing window");
+        self.windows[0].window.take(bytes);
     }
 
     /// Grants the windows that the publisher is due, as far as the landing has room.

@@ -28,7 +28,7 @@ fn message(ranges: &mut [libc::iovec]) -> libc::msghdr {
 /// received; 0 means that the peer closed.
 ///
 /// # Errors
-/// What the kernel reports; [`io::ErrorKind::WouldBlock`] when nothing has come.
+/// The error of the system call; [`io::ErrorKind::WouldBlock`] when nothing has come.
 pub fn receive_into(
     stream: &TcpStream,
     memory: &Native,
@@ -66,7 +66,7 @@ impl TcpConnection {
     /// Takes over an accepted socket.
     ///
     /// # Errors
-    /// What the kernel reports.
+    /// The error of the system call.
     pub fn new(stream: TcpStream, options: SocketOptions) -> io::Result<Self> {
         prepare(&stream, options)?;
         stream.set_nonblocking(true)?;
@@ -77,24 +77,6 @@ impl TcpConnection {
     #[must_use]
     pub fn descriptor(&self) -> RawFd {
         self.stream.as_raw_fd()
-    }
-
-    /// Shuts the sending direction down. The peer can still read what was sent before.
-    pub fn finish(&self) {
-        let _ = self.stream.shutdown(Shutdown::Write);
-    }
-
-    /// Reads and forgets what the peer still sends. Returns true once the peer has closed.
-    pub fn discard(&mut self) -> bool {
-        let mut scratch = [0u8; 4096];
-        for _ in 0..256 {
-            match self.stream.read(&mut scratch) {
-                Ok(0) => return true,
-                Ok(_) => {}
-                Err(error) => return !is_again(&error),
-            }
-        }
-        false
     }
 
     /// Receives more of the body that is under way.
@@ -234,5 +216,34 @@ impl Connection<Native> for TcpConnection {
             }
         }
         Ok(total)
+    }
+
+    fn has_work(&self) -> bool {
+        false
+    }
+
+    fn has_to_send(&self) -> bool {
+        false
+    }
+
+    fn waits_for_socket(&self, outbox: &Outbox) -> bool {
+        !outbox.is_empty()
+    }
+
+    fn finish(&mut self) {
+        // Fails only if the peer has closed already.
+        let _ = self.stream.shutdown(Shutdown::Write);
+    }
+
+    fn discard(&mut self) -> bool {
+        let mut scratch = [0u8; 4096];
+        for _ in 0..256 {
+            match self.stream.read(&mut scratch) {
+                Ok(0) => return true,
+                Ok(_) => {}
+                Err(error) => return !is_again(&error),
+            }
+        }
+        false
     }
 }

@@ -18,13 +18,12 @@ use std::time::Duration;
 /// Size of a data socket's kernel buffers on loopback, bytes: bytes under way should stay in the cache.
 const LOOPBACK_BUFFER_BYTES: usize = 512 << 10;
 
-/// Sizes of a data socket's kernel buffers, bytes. `None` leaves them to the kernel's tuning, on loopback to
-/// 512 KiB.
+/// Sizes of a data socket's kernel buffers.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SocketOptions {
-    /// SO_SNDBUF.
+    /// Bytes of the send buffer (`SO_SNDBUF`). `None` leaves the size to the kernel; on loopback it is 512 KiB.
     pub send_buffer_bytes: Option<usize>,
-    /// SO_RCVBUF.
+    /// Bytes of the receive buffer (`SO_RCVBUF`). `None` leaves the size to the kernel; on loopback it is 512 KiB.
     pub receive_buffer_bytes: Option<usize>,
 }
 
@@ -34,7 +33,7 @@ pub struct SocketOptions {
 /// does, with a timer per segment), and on loopback there is no network to protect.
 ///
 /// # Errors
-/// What the kernel reports.
+/// The error of the system call.
 pub fn prepare(stream: &TcpStream, options: SocketOptions) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
@@ -55,7 +54,7 @@ pub fn prepare(stream: &TcpStream, options: SocketOptions) -> io::Result<()> {
 /// Listens for data connections.
 ///
 /// # Errors
-/// What the kernel reports.
+/// The error of the system call.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
@@ -67,7 +66,7 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
 /// Connects to a broker's data port.
 ///
 /// # Errors
-/// What the kernel reports, or a time-out.
+/// The error of the system call, or [`io::ErrorKind::TimedOut`].
 pub fn connect(address: SocketAddr, timeout: Duration, options: SocketOptions) -> io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, timeout)?;
     prepare(&stream, options)?;

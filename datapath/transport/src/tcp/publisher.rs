@@ -24,7 +24,7 @@ impl TcpPublisher {
     /// Takes over a connected socket that has sent its opening frame.
     ///
     /// # Errors
-    /// What the kernel reports.
+    /// The error of the system call.
     pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream, buffer: vec![0; READ_BYTES].into_boxed_slice(), start: 0, end: 0 })

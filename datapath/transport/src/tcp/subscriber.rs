@@ -33,7 +33,7 @@ impl TcpSubscriber {
     /// Takes over a connected socket that has sent its request.
     ///
     /// # Errors
-    /// What the kernel reports.
+    /// The error of the system call.
     pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self { stream, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 })

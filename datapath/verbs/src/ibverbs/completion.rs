@@ -61,7 +61,7 @@ pub(crate) struct CompletionQueue {
     raw: Arc<RawQueue>,
     /// Scratch memory for one call.
     polled: Box<[ffi::ibv_wc; POLLED]>,
-    /// Whether an event may wait in the channel.
+    /// True while an event may wait in the channel.
     armed: bool,
 }
 

@@ -2,6 +2,7 @@
 
 use super::call::{check, set_nonblocking};
 use crate::error::VerbsError;
+use crate::peer::RETRIES;
 use crate::port::LocalPort;
 use crate::report::{DeviceReport, Gid, PortReport};
 use rdma_sys as ffi;
@@ -32,7 +33,7 @@ pub(super) struct Device<'a> {
 pub(crate) struct Context {
     context: NonNull<ffi::ibv_context>,
     name: String,
-    /// Whether the device has announced its breakdown or removal.
+    /// True once the device has announced its breakdown or removal.
     gone: AtomicBool,
 }
 
@@ -194,14 +195,14 @@ impl Context {
         Some(text.to_string_lossy().into_owned())
     }
 
-    /// Whether the device works: it has not announced its breakdown or removal.
+    /// Returns true while the device works: it has not announced its breakdown or removal.
     #[must_use]
     pub(crate) fn is_present(&self) -> bool {
         while self.take_event().is_some() {}
         !self.gone.load(Ordering::Relaxed)
     }
 
-    /// Whether the device works and its port `port` is up.
+    /// Returns true when the device works and its port `port` is up.
     #[must_use]
     pub(crate) fn is_active(&self, port: u8) -> bool {
         self.is_present() && self.port_attributes(port).is_ok_and(|port| port.state == ffi::IBV_PORT_ACTIVE)
@@ -230,13 +231,14 @@ impl Context {
                     mtu: port.mtu,
                     ethernet,
                     max_message_bytes: attributes.max_msg_sz,
+                    retries: RETRIES,
                 }));
             }
         }
         Ok(None)
     }
 
-    /// Whether the device has type-2 memory windows.
+    /// Returns true when the device has type-2 memory windows.
     ///
     /// # Errors
     /// The error that the library reports.

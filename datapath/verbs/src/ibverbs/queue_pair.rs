@@ -131,7 +131,7 @@ impl QueuePair {
             pair,
             port: *port,
             first_psn: rand::random::<u32>() & LOW_24_BITS,
-            retries: RETRIES,
+            retries: port.retries.min(RETRIES),
             _domain: Arc::clone(domain),
             _queue: Arc::clone(queue.handle()),
             _shared: shared.map(Arc::clone),
@@ -242,7 +242,7 @@ impl QueuePair {
     /// Posts the first requests, at most [`DOORBELL`], in order with one call. Returns the number taken. Does not allocate.
     ///
     /// # Errors
-    /// The error of `ibv_post_send`, if no request was taken.
+    /// The error of `ibv_post_send`, if no request was taken or the library does not say how many were.
     pub(crate) fn post<'a>(
         &mut self,
         requests: impl Iterator<Item = io::Result<Request<'a, MemoryWindow>>>,
@@ -266,10 +266,12 @@ impl QueuePair {
         let result = check(unsafe { ffi::ibv_post_send(self.pair.as_ptr(), first, &raw mut failed) });
         match result {
             Ok(()) => Ok(count),
-            Err(error) => {
-                let taken = (0..count).find(|index| std::ptr::eq(&raw const works[*index], failed)).unwrap_or(0);
-                if taken > 0 { Ok(taken) } else { Err(error) }
-            }
+            Err(error) => match (0..count).find(|index| std::ptr::eq(&raw const works[*index], failed)) {
+                Some(taken @ 1..) => Ok(taken),
+                Some(0) => Err(error),
+                // How many requests the device has taken is then unknown.
+                None => Err(io::Error::new(error.kind(), format!("{error}, and the library names no failed request"))),
+            },
         }
     }
 }

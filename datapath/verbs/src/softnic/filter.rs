@@ -37,7 +37,7 @@ impl Rule {
 
 /// Makes a filter that keeps packets of RoCEv2 to `address` for the [`PAIRS`] queue pairs from `first` on.
 ///
-/// It sees packets from their IP header on (Linux, Documentation/networking/filter.rst).
+/// The filter sees packets from their IP header on (Linux, Documentation/networking/filter.rst).
 pub(super) fn only_for(address: IpAddr, first: u32) -> Vec<SockFilter> {
     let mut rules = Vec::new();
     let (protocol_at, to_at, to, udp_at) = match address {

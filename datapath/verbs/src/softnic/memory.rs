@@ -25,7 +25,7 @@ unsafe impl Send for Pages {}
 unsafe impl Sync for Pages {}
 
 impl Pages {
-    /// Whether `len` bytes at offset `at` are inside.
+    /// Returns true when the `len` bytes at offset `at` are inside the memory.
     fn holds(&self, at: usize, len: usize) -> bool {
         at <= self.len && len <= self.len - at
     }
@@ -153,7 +153,7 @@ pub(super) struct Reach<'a> {
     entries: RwLockReadGuard<'a, HashMap<u32, Entry>>,
     /// Domain of the queue pair whose packets are taken.
     pub domain: u32,
-    /// Whether a peer wrote.
+    /// True once a peer has written.
     wrote: bool,
 }
 

@@ -10,6 +10,7 @@ use super::ports::Ports;
 use super::socket::{self, Sockets};
 use super::wire::Wire;
 use crate::error::VerbsError;
+use crate::peer::RETRIES;
 use crate::port::LocalPort;
 use embarcadero_roce::PathMtu;
 use nix::ifaddrs::{InterfaceAddress, getifaddrs};
@@ -159,6 +160,7 @@ impl Nic {
             mtu: mtu.bytes() as u32,
             ethernet: true,
             max_message_bytes: MAX_MESSAGE_BYTES,
+            retries: RETRIES,
         };
         (Arc::new(Self { identity: Arc::new(Identity::new(name, address, line_rate)), link }), local)
     }
@@ -167,7 +169,7 @@ impl Nic {
         &self.identity.name
     }
 
-    /// Whether the interface is up and still has the address.
+    /// Returns true when the interface is up and still has the address.
     pub(crate) fn is_active(&self) -> bool {
         let name = match &self.link {
             Link::Kernel { interface, .. } => interface,

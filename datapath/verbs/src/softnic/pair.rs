@@ -4,7 +4,7 @@ use super::memory::{Domain, Window};
 use super::ports::PortHandle;
 use super::receives::Receives;
 use super::side::Side;
-use crate::peer::{PeerAddress, RETRIES, RNR_RETRIES, RNR_TIMER};
+use crate::peer::{PeerAddress, RNR_RETRIES, RNR_TIMER};
 use crate::port::LocalPort;
 use crate::range::LocalRange;
 use crate::work::{DOORBELL, Request};
@@ -19,7 +19,8 @@ use std::sync::Arc;
 const WINDOW: u32 = 128;
 /// Shortest wait for an answer, nanoseconds: longer than most paths and polling threads take.
 ///
-/// After [`RETRIES`] doublings a peer is given up, in about a second, or later if its answers took longer.
+/// After 7 doublings, the usual [`LocalPort::retries`], a peer is given up. That takes about a second, or longer if its
+/// answers took longer before.
 const TIMEOUT: Nanos = 4_000_000;
 /// First UDP port of flows: the dynamic ports, which no service has (RFC 6335, 6).
 const FIRST_FLOW_PORT: u16 = 0xc000;
@@ -51,7 +52,7 @@ impl Pair {
         let number = port.add(|number| Side::new(number, queue, domain.number, shared.cloned()))?;
         let first_psn = rand::random::<u32>() & LOW_24_BITS;
         let address = PeerAddress { gid: local.gid, lid: 0, queue_pair: number, first_psn, mtu: local.mtu };
-        Ok(Self { port: port.clone(), domain: domain.clone(), address, retries: RETRIES })
+        Ok(Self { port: port.clone(), domain: domain.clone(), address, retries: local.retries })
     }
 
     /// Connects both halves.

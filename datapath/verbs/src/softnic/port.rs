@@ -39,9 +39,9 @@ pub(super) struct Port {
     state: Mutex<State>,
     /// Number of times that an owner of a completion queue drove the port.
     pub polled: AtomicU64,
-    /// Whether only polling finds packets, so that an owner that goes to sleep has to call the keeper.
+    /// True when only polling finds packets, so that an owner that goes to sleep has to call the keeper.
     blind: bool,
-    /// Whether packets came or went since an owner last went to sleep. Only then is the keeper called.
+    /// True when packets came or went since an owner last went to sleep. Only then is the keeper called.
     active: AtomicBool,
     /// Other end of [`Kept::ends`]. The keeper ends when this is dropped.
     keeper: UnixStream,

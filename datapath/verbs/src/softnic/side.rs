@@ -63,9 +63,9 @@ pub(super) struct Side {
     posted: u64,
     /// Id of the last request done.
     done: u64,
-    /// Whether a completion has reported the failure.
+    /// True once a completion has reported the failure.
     told: bool,
-    /// Whether the queue pair is in the port's list of those that have something to send.
+    /// True while the queue pair is in the port's list of those that have something to send.
     pub busy: bool,
 }
 
@@ -245,7 +245,7 @@ fn not_connected() -> io::Error {
     io::Error::new(io::ErrorKind::NotConnected, "the queue pair is not connected: receive_from comes first")
 }
 
-/// Whether a request of this opcode may need a receive.
+/// Returns true when a request of this opcode may need a receive.
 fn takes_receive(opcode: Opcode) -> bool {
     opcode.has_immediate()
         || matches!(opcode, Opcode::SendFirst | Opcode::SendMiddle | Opcode::SendLast | Opcode::SendOnly)

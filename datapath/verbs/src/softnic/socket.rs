@@ -172,7 +172,7 @@ impl Sockets {
         BURST - self.staged.len()
     }
 
-    /// Whether no packet is staged.
+    /// Returns true when no packet is staged.
     pub(super) fn is_flushed(&self) -> bool {
         self.staged.is_empty()
     }

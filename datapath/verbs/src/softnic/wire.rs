@@ -73,7 +73,7 @@ impl Wire {
 
     /// Looks for the next hop to a new peer, so that the first packet to it is not lost.
     ///
-    /// That packet may be a refusal, which ends the queue pair and is not sent again.
+    /// The packet may be a refusal, which ends the queue pair and is not sent again.
     #[cfg_attr(not(feature = "dpdk"), allow(unused_variables))]
     pub(super) fn seek(&mut self, to: IpAddr, now: Nanos) {
         match self {
@@ -89,7 +89,7 @@ impl Wire {
         on!(self, wire => wire.room())
     }
 
-    /// Whether a packet can be staged now.
+    /// Returns true when a packet can be staged now.
     pub(super) fn has_room(&self) -> bool {
         self.room() > 0
     }
@@ -99,7 +99,7 @@ impl Wire {
         on!(self, wire => wire.stage(packet));
     }
 
-    /// Whether no packet is staged.
+    /// Returns true when no packet is staged.
     pub(super) fn is_flushed(&self) -> bool {
         on!(self, wire => wire.is_flushed())
     }

@@ -128,7 +128,7 @@ impl Ethernet {
         }
     }
 
-    /// Whether no frame is staged.
+    /// Returns true when no frame is staged.
     pub(crate) fn is_flushed(&self) -> bool {
         self.outgoing.is_empty()
     }

@@ -50,7 +50,7 @@ pub(crate) struct EthPort {
 /// State of a queue.
 struct QueueState {
     pool: Pool,
-    /// Whether the queue is in use.
+    /// True while the queue is in use.
     taken: AtomicBool,
 }
 
@@ -120,7 +120,7 @@ impl EthPort {
         }
     }
 
-    /// Whether the link of the port is up.
+    /// Returns true when the link of the port is up.
     pub(crate) fn is_up(&self) -> bool {
         // SAFETY: the port is started.
         unsafe { ffi::embarcadero_link_is_up(self.id) != 0 }
