@@ -57,6 +57,7 @@ fn run(task: &Task) -> Result<()> {
         }
         Task::All { no_lab } => {
             steps::check(&mut stages)?;
+            steps::before_tests(&mut stages)?;
             steps::test(&mut stages)?;
             steps::everything_else(&mut stages)?;
             if *no_lab {

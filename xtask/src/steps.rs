@@ -88,8 +88,8 @@ pub fn test(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// Runs the other stages of `cargo xtask all`, except the lab.
-pub fn everything_else(stages: &mut Stages) -> Result<()> {
+/// Runs the stages of `cargo xtask all` that are cheaper than the tests, and so come before them.
+pub fn before_tests(stages: &mut Stages) -> Result<()> {
     stages.run("the set-up scripts", |_| {
         needs("bats", || execute(Command::new("bats").args(["--print-output-on-failure", "tests/hw-setup/flags.bats"])))
     })?;
@@ -104,7 +104,11 @@ pub fn everything_else(stages: &mut Stages) -> Result<()> {
         clippy.args(["clippy", "--locked", "--release", "--workspace", "--all-targets", "--no-default-features"]);
         ran(execute(clippy.args(["--quiet", "--", "-D", "warnings"])))
     })?;
-    stages.run("a host without rdma-core, and one without libclang", bare_host)?;
+    stages.run("a host without rdma-core, and one without libclang", bare_host)
+}
+
+/// Runs the stages of `cargo xtask all` that follow the tests, except the lab.
+pub fn everything_else(stages: &mut Stages) -> Result<()> {
     stages.run("instructions of the hot functions", |stages| {
         needs("gungraun-runner", || {
             execute(stages.cargo_workspace("bench").args(["--quiet", "--bench", "instructions"]))
