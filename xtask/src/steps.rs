@@ -202,6 +202,7 @@ pub fn lab(stages: &mut Stages) -> Result<()> {
     let programs = lab_programs(stages)?;
     let [verbs, transport, it] = &programs[..] else { bail!("the lab runs three programs") };
     let ignored = "--ignored --test-threads 1";
+    // Both boots have CXL memory, so they are emulated in software also where KVM works: scripts/lab says why.
     stages.run("the lab: soft-RoCE and an emulated CXL device", |_| {
         let bench = "target/release/embarcadero bench datapath --transport verbs --seconds 1 --runs 1";
         // The tests of the set-up scripts need a bare guest, and leave it bare. Then the guest is set up as scripts/lab-guest does.
