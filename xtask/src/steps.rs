@@ -7,6 +7,8 @@ use std::process::Command;
 
 /// Test programs that the lab runs in its guests.
 const LAB_TESTS: [&str; 3] = ["verbs", "transport", "it"];
+/// Programs that tests start, and fail without.
+const TEST_PROGRAMS: [&str; 3] = ["etcd", "kcat", "unshare"];
 /// Fuzz targets; `fuzz/Cargo.toml` lists the same ones.
 const FUZZ_TARGETS: [&str; 7] = ["frame", "batch_view", "region", "config", "replica", "roce", "ethernet"];
 
@@ -60,6 +62,29 @@ pub fn check(stages: &mut Stages) -> Result<()> {
     })?;
     stages.run("unit tests", |stages| {
         ran(execute(stages.cargo_workspace("test").args(["--quiet", "--lib", "--bins", "--examples"])))
+    })
+}
+
+/// Checks that this host has what the tests cannot do without, before they take minutes to find out.
+pub fn prerequisites(stages: &mut Stages) -> Result<()> {
+    stages.run("what the tests need", |_| {
+        let mut missing = Vec::new();
+        if !succeeds("sh", ["-c", "[ $(id -u) = 0 ]"]) {
+            missing.push("root (tests make network namespaces and mounts)");
+        }
+        for program in TEST_PROGRAMS {
+            if !succeeds("sh", ["-c", &format!("command -v {program}")]) {
+                missing.push(program);
+            }
+        }
+        if !missing.is_empty() {
+            bail!(
+                "this host lacks {}; `hw-setup/deps apply --purpose test` installs programs, and `cargo xtask check` does \
+                 without",
+                missing.join(", ")
+            );
+        }
+        Ok(Outcome::Ran)
     })
 }
 
