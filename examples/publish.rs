@@ -1,7 +1,9 @@
 //! Publishes lines from standard input in strong order and prints the offset of each.
 //!
 //! ```text
-//! embarcadero cluster &
+//! rm -f /tmp/embarcadero.ready
+//! embarcadero cluster --ready-file /tmp/embarcadero.ready &
+//! while kill -0 $! && [ ! -s /tmp/embarcadero.ready ]; do sleep 0.1; done
 //! embarcadero topic create events
 //! seq 10 | cargo run --release --example publish -- 127.0.0.1:7000 events
 //! ```

@@ -3,7 +3,7 @@
 use crate::settings::parse_bytes;
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use embarcadero_client::{Client, ClientConfig, TransportKind};
+use embarcadero_client::{Client, ClientConfig, ClientError, TransportKind};
 use embarcadero_cxl::RegionError;
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{AllocatorKind, Geometry};
@@ -137,6 +137,15 @@ impl Drop for BrokerProcess {
     }
 }
 
+/// Returns the number of brokers that the one at `control` knows. Connects `client` first, if it is not connected.
+fn joined(client: &mut Option<Client>, control: &str) -> Result<usize, ClientError> {
+    let client = match client {
+        Some(client) => client,
+        None => client.insert(Client::connect(ClientConfig::at(control))?),
+    };
+    Ok(client.cluster()?.brokers.len())
+}
+
 /// Running cluster. When dropped it stops its brokers and destroys the region, if it created that.
 pub struct Cluster {
     /// Processes that run; the first one listens on the configured port.
@@ -145,11 +154,21 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Creates the region if there is none, starts the brokers, and waits until all of them serve.
+    /// Creates the region if there is none, starts the brokers, and waits until all of them serve. The wait has no limit: a
+    /// busy host is slow, and only a broker that ends is a failure.
     ///
     /// # Errors
-    /// The region cannot be created, or a broker does not start or does not join within 10 s. Brokers that did start are stopped.
+    /// The region cannot be created, a broker does not start, or one ends before all have joined. Brokers that did start
+    /// are stopped.
     pub fn start(args: &ClusterArgs) -> Result<Self> {
+        Self::start_unless(args, &mut || false)
+    }
+
+    /// Does what [`Cluster::start`] does, until `stopped` returns true.
+    ///
+    /// # Errors
+    /// Those of [`Cluster::start`], and `stopped` returned true while brokers were joining.
+    pub fn start_unless(args: &ClusterArgs, stopped: &mut dyn FnMut() -> bool) -> Result<Self> {
         let mut cluster = Self { brokers: Vec::new(), region: None };
         // A device always exists. If it was never used, or its region was destroyed, it begins with zeros.
         let opened = || RegionFile::open(&args.region, FlushMethod::None);
@@ -166,15 +185,35 @@ impl Cluster {
         for index in 0..args.brokers {
             cluster.brokers.push(BrokerProcess::start(index, args)?);
         }
-        let client = Client::connect(ClientConfig::at(cluster.control()))?;
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while client.cluster()?.brokers.len() < args.brokers as usize {
-            if Instant::now() > deadline {
-                bail!("not all brokers joined in 10 s");
+        cluster.await_all(stopped)?;
+        Ok(cluster)
+    }
+
+    /// Waits until the first broker knows all brokers of the cluster. Says every 10 s what is still missing.
+    fn await_all(&mut self, stopped: &mut dyn FnMut() -> bool) -> Result<()> {
+        let count = self.brokers.len();
+        let control = self.control();
+        let mut client = None;
+        let mut said = Instant::now();
+        loop {
+            let missing = match joined(&mut client, &control) {
+                Ok(joined) if joined >= count => return Ok(()),
+                Ok(joined) => format!("{joined} of {count} brokers joined"),
+                // A broker on a busy host answers late: asked again.
+                Err(error) => format!("the broker at {control} does not answer: {error}"),
+            };
+            if let Some((pid, status)) = self.take_ended().first() {
+                bail!("the broker with pid {pid} ended ({status}) before all brokers had joined");
+            }
+            if stopped() {
+                bail!("stopped before all brokers had joined");
+            }
+            if said.elapsed() > Duration::from_secs(10) {
+                eprintln!("still waiting: {missing}");
+                said = Instant::now();
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        Ok(cluster)
     }
 
     /// Control endpoint of the first broker, `host:port`; empty if no broker runs.

@@ -7,23 +7,32 @@ use signal_hook::iterator::Signals;
 
 pub fn run(args: &ClusterArgs) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGCHLD]).context("cannot watch for signals")?;
-    let mut cluster = Cluster::start(args)?;
+    let mut stopped = || signals.pending().any(|signal| signal != SIGCHLD);
+    let mut cluster = Cluster::start_unless(args, &mut stopped)?;
     for (index, broker) in cluster.brokers.iter().enumerate() {
         println!("broker {index}: pid {}, control {}", broker.id(), broker.control);
     }
     if let Some(file) = &args.ready_file {
         std::fs::write(file, cluster.control()).with_context(|| format!("cannot write {}", file.display()))?;
     }
+    // A broker may have ended meanwhile, and its signal was taken above.
+    report_ended(&mut cluster)?;
     for signal in signals.forever() {
         if signal != SIGCHLD {
             break;
         }
-        for (pid, status) in cluster.take_ended() {
-            eprintln!("broker with pid {pid} ended: {status}; {} left", cluster.brokers.len());
-        }
-        if cluster.brokers.is_empty() {
-            bail!("all brokers ended");
-        }
+        report_ended(&mut cluster)?;
+    }
+    Ok(())
+}
+
+/// Says which brokers have ended since the last call.
+fn report_ended(cluster: &mut Cluster) -> Result<()> {
+    for (pid, status) in cluster.take_ended() {
+        eprintln!("broker with pid {pid} ended: {status}; {} left", cluster.brokers.len());
+    }
+    if cluster.brokers.is_empty() {
+        bail!("all brokers ended");
     }
     Ok(())
 }

@@ -189,9 +189,9 @@ pub fn run(command: RegionCommand) -> Result<()> {
 }
 
 struct RestoreOptions {
-    /// Whether to restore although messages are lost.
+    /// True to restore although messages are lost.
     accept_loss: bool,
-    /// Whether to only print what would be restored.
+    /// True to print what would be restored, and no more.
     dry_run: bool,
 }
 

@@ -200,16 +200,23 @@ fn the_first_log_works() {
     let directory = tempfile::tempdir().unwrap();
     let (ready, region) = (directory.path().join("ready"), region_path());
     let (ready, region) = (ready.display(), region.display());
-    let first = "embarcadero cluster --brokers 4 &\n";
-    assert!(block.starts_with(first), "{block}");
-    let start = format!(
-        "embarcadero cluster --brokers 4 --port 0 --size 448MiB --region {region} --ready-file {ready} >/dev/null &
-         cluster=$!
-         trap 'kill $cluster; wait $cluster || true' EXIT
-         while [ ! -s {ready} ]; do kill -0 $cluster; sleep 0.1; done
-         export EMBARCADERO_BROKERS=$(cat {ready})\n"
-    );
-    let script = block.replace(first, &start).replace("region inspect", &format!("region inspect --path {region}"));
+    let mut script = block.to_owned();
+    for (written, run) in [
+        (
+            "--ready-file /tmp/embarcadero.ready &\n",
+            format!(
+                "--ready-file /tmp/embarcadero.ready --port 0 --size 448MiB --region {region} >/dev/null &
+                 cluster=$!
+                 trap 'kill $cluster; wait $cluster || true' EXIT\n"
+            ),
+        ),
+        ("embarcadero topic create", format!("export EMBARCADERO_BROKERS=$(cat {ready})\nembarcadero topic create")),
+        ("region inspect", format!("region inspect --path {region}")),
+        ("/tmp/embarcadero.ready", ready.to_string()),
+    ] {
+        assert!(script.contains(written), "{written}: {block}");
+        script = script.replace(written, &run);
+    }
     let programs = PathBuf::from(PROGRAM).parent().unwrap().display().to_string();
     let ran = Command::new("sh")
         .args(["-ec", &script])

@@ -401,7 +401,6 @@ mod two_guests {
             VERBS,
             ("EMBARCADERO_BROKER_CXL__COHERENCE", "none"),
             ("EMBARCADERO_BROKER_ROLE", if guest == 1 { "leader" } else { "follower" }),
-            ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "20000"),
         ];
         let (data, control) = (format!("{address}:7001"), format!("{address}:7000"));
         let arguments = ["--id", if guest == 1 { "0" } else { "1" }, "--data", &data, "--control", &control];
@@ -456,9 +455,7 @@ mod two_guests {
             ("EMBARCADERO_BROKER_MEMBERSHIP", "etcd"),
             ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", &endpoints),
             // Emulated hosts stand still for longer than real ones.
-            ("EMBARCADERO_BROKER_ETCD__LEASE_S", "10"),
-            ("EMBARCADERO_BROKER_LEADER_LEASE_MS", "5000"),
-            ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "20000"),
+            ("EMBARCADERO_BROKER_ETCD__LEASE_S", "30"),
         ];
         let (data, control) = (format!("{address}:7001"), format!("{address}:7000"));
         let arguments = ["--id", if guest == 1 { "0" } else { "1" }, "--data", &data, "--control", &control];

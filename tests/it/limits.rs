@@ -75,15 +75,14 @@ fn publish_wait_stays_close_to_its_connections_while_there_are_any() {
                 published.fetch_add(1, Ordering::Relaxed);
             }
         });
-        let mut last = (0, Instant::now());
-        eventually("publishing stops", || {
+        eventually("publishing starts", || published.load(Ordering::Relaxed) > 0);
+        // The bound holds at every moment, however slow the machine is. On a fast one a publisher without it exceeds it soon.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(2) {
             let count = published.load(Ordering::Relaxed);
-            if count != last.0 {
-                last = (count, Instant::now());
-            }
-            count > 0 && last.1.elapsed() > Duration::from_secs(1)
-        });
-        assert!(last.0 < COUNT / 4, "{} KB ahead of a connection that takes nothing", last.0);
+            assert!(count < COUNT / 4, "{count} KB ahead of a connection that takes nothing");
+            std::thread::sleep(Duration::from_millis(10));
+        }
         drop(cluster.kill(0));
         eventually("the buffer takes the rest", || published.load(Ordering::Relaxed) == COUNT);
     });

@@ -1,5 +1,5 @@
-//! Budgets: how many schedules, seeds, rounds and seconds the open-ended tests run for. The tests read environment variables
-//! and have small defaults.
+//! Budgets: how many schedules, seeds, rounds and seconds the open-ended tests run for. The tests read environment variables.
+//! Their defaults are those of [`Budget::SMALL`]. Tests of mutations, which that budget skips, have those of [`Budget::FULL`].
 
 /// Budgets of all open-ended tests in one run.
 #[derive(Clone, Copy)]

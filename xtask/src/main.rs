@@ -52,11 +52,14 @@ fn run(task: &Task) -> Result<()> {
         Task::Docs => stages.run("generated documents", steps::write_docs)?,
         Task::Check => steps::check(&mut stages)?,
         Task::Test => {
+            steps::prerequisites(&mut stages)?;
             steps::check(&mut stages)?;
             steps::test(&mut stages)?;
         }
         Task::All { no_lab } => {
+            steps::prerequisites(&mut stages)?;
             steps::check(&mut stages)?;
+            steps::before_tests(&mut stages)?;
             steps::test(&mut stages)?;
             steps::everything_else(&mut stages)?;
             if *no_lab {

@@ -7,6 +7,8 @@ use std::process::Command;
 
 /// Test programs that the lab runs in its guests.
 const LAB_TESTS: [&str; 3] = ["verbs", "transport", "it"];
+/// Programs that tests start, and fail without.
+const TEST_PROGRAMS: [&str; 3] = ["etcd", "kcat", "unshare"];
 /// Fuzz targets; `fuzz/Cargo.toml` lists the same ones.
 const FUZZ_TARGETS: [&str; 7] = ["frame", "batch_view", "region", "config", "replica", "roce", "ethernet"];
 
@@ -63,6 +65,29 @@ pub fn check(stages: &mut Stages) -> Result<()> {
     })
 }
 
+/// Checks that this host has what the tests cannot do without, before they take minutes to find out.
+pub fn prerequisites(stages: &mut Stages) -> Result<()> {
+    stages.run("what the tests need", |_| {
+        let mut missing = Vec::new();
+        if !succeeds("sh", ["-c", "[ $(id -u) = 0 ]"]) {
+            missing.push("root (tests make network namespaces and mounts)");
+        }
+        for program in TEST_PROGRAMS {
+            if !succeeds("sh", ["-c", &format!("command -v {program}")]) {
+                missing.push(program);
+            }
+        }
+        if !missing.is_empty() {
+            bail!(
+                "this host lacks {}; `hw-setup/deps apply --purpose test` installs programs, and `cargo xtask check` does \
+                 without",
+                missing.join(", ")
+            );
+        }
+        Ok(Outcome::Ran)
+    })
+}
+
 /// Runs the stages of `cargo xtask test` that follow those of `check`.
 pub fn test(stages: &mut Stages) -> Result<()> {
     stages.run("examples in documents", |stages| {
@@ -88,8 +113,8 @@ pub fn test(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// Runs the other stages of `cargo xtask all`, except the lab.
-pub fn everything_else(stages: &mut Stages) -> Result<()> {
+/// Runs the stages of `cargo xtask all` that are cheaper than the tests, and so come before them.
+pub fn before_tests(stages: &mut Stages) -> Result<()> {
     stages.run("the set-up scripts", |_| {
         needs("bats", || execute(Command::new("bats").args(["--print-output-on-failure", "tests/hw-setup/flags.bats"])))
     })?;
@@ -104,7 +129,11 @@ pub fn everything_else(stages: &mut Stages) -> Result<()> {
         clippy.args(["clippy", "--locked", "--release", "--workspace", "--all-targets", "--no-default-features"]);
         ran(execute(clippy.args(["--quiet", "--", "-D", "warnings"])))
     })?;
-    stages.run("a host without rdma-core, and one without libclang", bare_host)?;
+    stages.run("a host without rdma-core, and one without libclang", bare_host)
+}
+
+/// Runs the stages of `cargo xtask all` that follow the tests, except the lab.
+pub fn everything_else(stages: &mut Stages) -> Result<()> {
     stages.run("instructions of the hot functions", |stages| {
         needs("gungraun-runner", || {
             execute(stages.cargo_workspace("bench").args(["--quiet", "--bench", "instructions"]))
@@ -132,16 +161,38 @@ pub fn everything_else(stages: &mut Stages) -> Result<()> {
     })
 }
 
-/// Checks that the bindings build without rdma-core or libclang, and say what is missing.
+/// Directory for builds as on a host without rdma-core or libclang.
+const BARE: &str = "target/bare";
+/// Shell commands that run a topic over TCP with the program of [`BARE`].
+const BARE_TOPIC: &str = r#"
+program=target/bare/debug/embarcadero work=$(mktemp -d)
+"$program" cluster --brokers 2 --port 0 --size 448MiB --region "/dev/shm/embarcadero-bare-$$" --ready-file "$work/ready" >"$work/log" &
+cluster=$!
+trap 'kill $cluster; wait $cluster || true; rm -rf "$work"' EXIT
+while kill -0 $cluster && [ ! -s "$work/ready" ]; do sleep 0.1; done
+EMBARCADERO_BROKERS=$(cat "$work/ready")
+export EMBARCADERO_BROKERS
+seq 1000 >"$work/in"
+"$program" topic create bare --order strong
+"$program" produce bare --file "$work/in"
+"$program" consume bare >"$work/out"
+"$program" verify bare
+cmp "$work/in" "$work/out"
+"#;
+
+/// Cargo command that finds no rdma-core or no libclang: pkg-config and bindgen search only where `variable` says.
+fn bare_cargo(command: &str, package: &str, target: &str, variable: &str) -> Command {
+    let mut cargo = Command::new("cargo");
+    cargo.args([command, "--locked", "--package", package, "--target-dir", target]);
+    cargo.env(variable, "/nonexistent").env_remove("PKG_CONFIG_PATH").env_remove("EMBARCADERO_REQUIRE_RDMA");
+    cargo
+}
+
+/// Checks that a build without rdma-core or libclang succeeds, says what is missing, and works over TCP.
 fn bare_host(_: &Stages) -> Result<Outcome> {
-    // pkg-config and bindgen search only the directories that these variables name.
     for (variable, missing) in [("PKG_CONFIG_LIBDIR", "libibverbs"), ("LIBCLANG_PATH", "libclang")] {
-        let check = || {
-            let mut check = Command::new("cargo");
-            check.args(["check", "--locked", "--package", "rdma-sys", "--target-dir", "target/bare"]);
-            check.env(variable, "/nonexistent").env_remove("PKG_CONFIG_PATH").env_remove("EMBARCADERO_REQUIRE_RDMA");
-            check
-        };
+        // A folder of their own: the program below is not built again because a variable changed here.
+        let check = || bare_cargo("check", "rdma-sys", "target/bare/bindings", variable);
         let said = check().output().context("cannot run cargo")?;
         let text = String::from_utf8_lossy(&said.stderr).into_owned();
         if !said.status.success() || !text.contains(missing) {
@@ -152,7 +203,18 @@ fn bare_host(_: &Stages) -> Result<Outcome> {
             bail!("EMBARCADERO_REQUIRE_RDMA is set, and a build without {missing} succeeds");
         }
     }
-    Ok(Outcome::Ran)
+    // A debug build takes less time than a release build, and the topic is small.
+    execute(bare_cargo("build", "embarcadero", BARE, "PKG_CONFIG_LIBDIR").arg("--quiet"))?;
+    for arguments in [&["--version", "--verbose"][..], &["doctor"]] {
+        // The exit code of `doctor` says whether the host is ready, which does not matter here.
+        let said = Command::new(format!("{BARE}/debug/embarcadero")).args(arguments).output();
+        let said = said.context("cannot run the program that was built without rdma-core")?;
+        let text = String::from_utf8_lossy(&said.stdout).into_owned();
+        if !text.contains("libibverbs is missing") {
+            bail!("`embarcadero {}` must say that libibverbs is missing; it printed: {text}", arguments.join(" "));
+        }
+    }
+    ran(execute(&mut sh(BARE_TOPIC)))
 }
 
 fn fuzz(stages: &Stages) -> Result<Outcome> {
@@ -198,6 +260,7 @@ pub fn lab(stages: &mut Stages) -> Result<()> {
     let programs = lab_programs(stages)?;
     let [verbs, transport, it] = &programs[..] else { bail!("the lab runs three programs") };
     let ignored = "--ignored --test-threads 1";
+    // Both boots have CXL memory, so they are emulated in software also where KVM works: scripts/lab says why.
     stages.run("the lab: soft-RoCE and an emulated CXL device", |_| {
         let bench = "target/release/embarcadero bench datapath --transport verbs --seconds 1 --runs 1";
         // The tests of the set-up scripts need a bare guest, and leave it bare. Then the guest is set up as scripts/lab-guest does.

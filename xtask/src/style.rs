@@ -4,8 +4,10 @@ use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Words with which no documentation comment begins: such a comment leans on another, or avoids its noun.
-const BANNED_OPENINGS: [&str; 8] = ["What", "The same", "Of", "Its", "As there", "Whether or not", "How to say", "Who"];
+/// Words with which no documentation comment begins, nor the text below one of its headings: it would lean on another text, or
+/// avoid its noun.
+const BANNED_OPENINGS: [&str; 11] =
+    ["What", "The same", "Of", "Its", "Who", "Whether", "As", "It", "For", "How", "There"];
 /// Most words of a sentence.
 const SENTENCE_WORDS: usize = 25;
 
@@ -68,9 +70,11 @@ fn comments(file: &Path, text: &str) -> Vec<Comment> {
 fn faults_of(comment: &Comment) -> Vec<String> {
     let mut faults = Vec::new();
     let prose = prose(&comment.text);
-    for opening in BANNED_OPENINGS {
-        if prose.strip_prefix(opening).is_some_and(|rest| rest.starts_with([' ', ',', ':'])) {
-            faults.push(format!("begins with {opening:?}: begin with a noun phrase or a verb"));
+    for beginning in std::iter::once(prose.as_str()).chain(below_headings(&comment.text)) {
+        for opening in BANNED_OPENINGS {
+            if beginning.strip_prefix(opening).is_some_and(|rest| rest.starts_with([' ', ',', ':'])) {
+                faults.push(format!("begins with {opening:?}: begin with a noun phrase or a verb"));
+            }
         }
     }
     for sentence in sentences(&prose) {
@@ -81,6 +85,16 @@ fn faults_of(comment: &Comment) -> Vec<String> {
         }
     }
     faults
+}
+
+/// Returns the lines that follow headings, such as `# Errors`.
+fn below_headings(text: &str) -> impl Iterator<Item = &str> {
+    let mut after_heading = false;
+    text.lines().filter(move |line| {
+        let first = after_heading && !line.is_empty() && !line.starts_with('#');
+        after_heading = line.starts_with("# ") || line.starts_with("## ") || (after_heading && line.is_empty());
+        first
+    })
 }
 
 /// Returns the text of a comment without code, tables and headings. Paragraphs and list items end with a blank line.
@@ -145,6 +159,9 @@ mod tests {
         assert!(faults("/// Takes a batch.\nfn take() {}\n/// Number of batches.\n").is_empty());
         assert_eq!(faults("/// What a broker is told.\n").len(), 1);
         assert_eq!(faults("/// The same, by anyone.\n").len(), 1);
+        assert_eq!(faults("/// Takes a batch.\n///\n/// # Panics\n/// As there.\n").len(), 1);
+        assert_eq!(faults("/// How many.\n///\n/// # Errors\n///\n/// It fails.\n").len(), 2);
+        assert!(faults("/// Taken.\n///\n/// # Errors\n/// A refusal. It is final.\n").is_empty());
         assert!(faults("/// Offset of the first batch.\n/// Of no use.\n").is_empty(), "in the middle it is fine");
     }
 

@@ -62,8 +62,8 @@ fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
     slots.iter().for_each(|slot| repair_torn_session(&region, area, *slot));
     repair_torn_topic(&region, area, topic.id);
     assert_eq!(read_session_at(&region, area, slots[0]), Row::Used(session(slots[0])), "it was whole");
-    let mended = Session { epoch: Epoch(4), state: SessionState::Fenced, ..session(slots[1]) };
-    assert_eq!(read_session_at(&region, area, slots[1]), Row::Used(mended));
+    let repaired = Session { epoch: Epoch(4), state: SessionState::Fenced, ..session(slots[1]) };
+    assert_eq!(read_session_at(&region, area, slots[1]), Row::Used(repaired));
     let left = read_topic_at(&region, area, topic.id).used().map(|topic| (topic.incarnation, topic.state));
     assert_eq!(left, Some((topic.incarnation, TopicState::Deleting)));
 }

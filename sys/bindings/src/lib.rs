@@ -4,7 +4,7 @@
 
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Header of the library that is bound, beside the build script.
 const HEADER: &str = "wrapper.h";
@@ -32,11 +32,20 @@ impl Library<'_> {
     }
 
     /// Binds the library: writes `bindings.rs` to `OUT_DIR`, and links library and inline functions. `choose` names the
-    /// items to bind.
+    /// items to bind. If something is missing, cargo runs the build script again after packages were installed.
     ///
     /// # Errors
-    /// [`Missing`], if the library, a header of it or libclang is missing. Nothing is linked then.
+    /// [`Missing`], if the library, one of its headers or libclang is missing. Nothing is linked then.
     pub fn bind(&self, choose: impl FnOnce(bindgen::Builder) -> bindgen::Builder) -> Result<(), Missing> {
+        let bound = self.try_bind(choose);
+        if bound.is_err() {
+            watch_packages();
+        }
+        bound
+    }
+
+    /// Does the work of [`Library::bind`].
+    fn try_bind(&self, choose: impl FnOnce(bindgen::Builder) -> bindgen::Builder) -> Result<(), Missing> {
         println!("cargo::rerun-if-changed={HEADER}");
         for variable in ["PKG_CONFIG_PATH", "PKG_CONFIG_LIBDIR", "LIBCLANG_PATH", "BINDGEN_EXTRA_CLANG_ARGS"] {
             println!("cargo::rerun-if-env-changed={variable}");
@@ -92,6 +101,26 @@ impl Library<'_> {
         }
         Ok(())
     }
+}
+
+/// Databases of the package managers, and directories of pkg-config. The root's `build.rs` has the same list.
+const PACKAGES: [&str; 7] = [
+    "/var/lib/dpkg/status",
+    "/var/lib/rpm",
+    "/usr/lib/sysimage/rpm",
+    "/usr/lib/pkgconfig",
+    "/usr/lib64/pkgconfig",
+    "/usr/local/lib/pkgconfig",
+    "/usr/local/lib/x86_64-linux-gnu/pkgconfig",
+];
+
+/// Makes cargo run this build script again once a package was installed or removed.
+fn watch_packages() {
+    // A path that does not exist would do it too, but then each build compiles this crate and its dependents again. That is
+    // most of the workspace, so it is left for hosts that have none of these paths.
+    let there: Vec<&str> = PACKAGES.into_iter().filter(|path| Path::new(path).exists()).collect();
+    let watched = if there.is_empty() { &PACKAGES[..1] } else { &there[..] };
+    watched.iter().for_each(|path| println!("cargo::rerun-if-changed={path}"));
 }
 
 /// Path in an environment variable that cargo sets for build scripts.

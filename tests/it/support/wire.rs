@@ -153,7 +153,7 @@ fn port(interface: &str) -> Socket {
 /// Bytes of an Ethernet header without a tag.
 const ETHERNET_BYTES: usize = 14;
 
-/// Whether a frame has a packet of RoCEv2 over IPv4.
+/// Returns true for a frame with a packet of RoCEv2 over IPv4.
 fn is_roce(frame: &[u8]) -> bool {
     let Some((ethernet, packet)) = frame.split_first_chunk::<ETHERNET_BYTES>() else { return false };
     ethernet[12..] == (libc::ETH_P_IP as u16).to_be_bytes()
@@ -196,7 +196,7 @@ impl Relay {
         }
     }
 
-    /// Whether something happens that happens to so many frames of a thousand.
+    /// Decides whether this frame is among the `of_a_thousand` that are harmed, and counts it in `harmed`.
     fn happens(&mut self, of_a_thousand: u32, harmed: &AtomicU64) -> bool {
         let happens = self.rng.random_range(0..1000) < of_a_thousand;
         harmed.fetch_add(happens.into(), Ordering::Relaxed);
