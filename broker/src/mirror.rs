@@ -44,7 +44,7 @@ pub(crate) struct Mirror<F: Fabric> {
 
 impl<F: Fabric> Mirror<F> {
     /// Takes over the mirror from the leader that wrote it last, as in the region itself. That may not be the region's
-    /// last leader: a leader that died early never wrote to the mirror.
+    /// last leader: a leader that died early never wrote to the mirror. [`Mirror::activate`] completes it.
     ///
     /// # Errors
     /// [`TakeoverError`].
@@ -59,15 +59,23 @@ impl<F: Fabric> Mirror<F> {
         let own = copy_predecessor(&region, area).from.is_none_or(|(from, _)| from == area);
         let mirror = Self { region, area, term, pool };
         for config in live_topics(&mirror.region, area)? {
-            if config.order.is_global() && !own {
-                mirror.open(&config)?.replace_last(&mut spares)?;
+            if !config.order.is_global() || own {
+                continue;
+            }
+            // What is not whole is written again by `follow`.
+            if let Ok(mut copy) = mirror.open(&config) {
+                copy.replace_last(&mut spares)?;
             }
         }
         for spare in spares {
             let _ = mirror.pool.release(spare);
         }
-        activate_term(&mirror.region, area, term);
         Ok(mirror)
+    }
+
+    /// Completes the takeover: who reads the mirror follows this leader. The mirror must have all that the region has.
+    pub(crate) fn activate(&self) {
+        activate_term(&self.region, self.area, self.term);
     }
 
     /// Opens the copy of a topic's order.
@@ -75,13 +83,16 @@ impl<F: Fabric> Mirror<F> {
     /// # Errors
     /// [`Damage`] in the mirror.
     pub(crate) fn open(&self, config: &TopicConfig) -> Result<OrderIndexWriter<F>, Damage> {
-        let copy = IndexOptions {
+        OrderIndexWriter::open(self.region.clone(), self.copy_of(config), Arc::clone(&self.pool))
+    }
+
+    fn copy_of(&self, config: &TopicConfig) -> IndexOptions {
+        IndexOptions {
             id: StreamId { topic: config.id, stream: Stream::GLOBAL },
             incarnation: config.incarnation,
             writer: self.area,
             term: self.term,
-        };
-        OrderIndexWriter::open(self.region.clone(), copy, Arc::clone(&self.pool))
+        }
     }
 
     /// Opens the copy of a topic's order, and brings it up to everything that `index` has.
@@ -93,7 +104,11 @@ impl<F: Fabric> Mirror<F> {
         config: &TopicConfig,
         index: &OrderIndexWriter<F>,
     ) -> Result<OrderIndexWriter<F>, TakeoverError> {
-        let mut copy = self.open(config)?;
+        let mut copy = self.open(config).unwrap_or_else(|damage| {
+            // A predecessor that goes on may write its copy anew while this leader copies its tail and directory.
+            tracing::warn!(topic = config.name, %damage, "the mirror's copy of the order is written again");
+            OrderIndexWriter::open_anew(self.region.clone(), self.copy_of(config), Arc::clone(&self.pool))
+        });
         let follows = (index.earliest_offset()..=index.next_offset()).contains(&copy.next_offset());
         if !follows {
             // The copy is new, or the mirror missed part of the order.

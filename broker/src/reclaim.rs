@@ -11,7 +11,7 @@ use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::sequencer_half::read_consumed;
 use embarcadero_cxl::topic_table::read_topic_at;
-use embarcadero_cxl::{Fabric, Guard, RegionOffset, Row};
+use embarcadero_cxl::{Fabric, Guard, RegionOffset, Row, Site};
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -202,6 +202,10 @@ impl<F: Fabric> OrphanedSegments<F> {
     /// Call it on the thread that runs the sequencer, if this broker leads: the two must not give back the same
     /// segment.
     pub(crate) fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
+        // SYNC: a directory that this broker changed as the leader is in memory before the terms are read. So a successor
+        // whose claim is not seen here copies the change, and goes on in no segment that is given back here. Pairs with
+        // `claim_term`.
+        self.region.fabric().full_fence(Site::TermRead);
         let version = leader_version(&self.region);
         if self.searched_at != Some(version) {
             self.searched_at = Some(version);

@@ -126,7 +126,7 @@ impl<F: Fabric> Sequencer<F> {
         Ok(sequencer)
     }
 
-    /// Brings the mirror up to the region.
+    /// Brings the mirror up to the region, and completes its takeover.
     fn follow_mirror(&mut self) -> Result<(), TakeoverError> {
         let Some(mirror) = &mut self.mirror else { return Ok(()) };
         for config in self.configs.iter().flatten() {
@@ -136,6 +136,7 @@ impl<F: Fabric> Sequencer<F> {
             topic.mirror = Some(mirror.follow(&topic.config, &topic.index)?);
         }
         mirror.follow_sessions(&self.region);
+        mirror.activate();
         Ok(())
     }
 

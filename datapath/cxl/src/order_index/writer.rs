@@ -63,7 +63,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// # Errors
     /// [`Damage`] when the tail, the directory or the last entry is not what a writer made.
     pub fn open(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Result<Self, Damage> {
-        let IndexOptions { id, incarnation, writer, term } = options;
+        let IndexOptions { id, incarnation, writer, .. } = options;
         let tail_at = id.tail(&region, writer);
         let mut tail: TailLine = region.fabric().observe_words(tail_at, Site::TailRead);
         let mut segments = VecDeque::new();
@@ -77,28 +77,55 @@ impl<F: Fabric> OrderIndexWriter<F> {
             // An earlier writer may have died as it began another incarnation: the words belong to different ones.
             kept(&region, tail_at, 0, tail.trimmed.min(tail.committed)..tail.committed)?;
             let base = tail.committed.next_multiple_of(region.layout().entries_per_segment());
-            tail = begin(
-                &region,
-                tail_at,
-                TailLine {
-                    committed: base,
-                    next_offset: 0,
-                    base,
-                    trimmed: base,
-                    trimmed_offset: 0,
-                    term,
-                    bytes: 0,
-                    incarnation: incarnation.word(),
-                },
-            );
+            tail = begin(&region, tail_at, &options, base);
         }
-        let mut writer = Self {
+        let mut writer = Self::at(region, options, pool, &tail, segments);
+        writer.take_stock(tail.trimmed_offset)?;
+        Ok(writer)
+    }
+
+    /// Begins the index without entries, whatever its tail and directory say. Offsets begin at 0; positions go on
+    /// growing. The segments that this broker holds for the stream go back to the pool.
+    ///
+    /// For a copy of an order that is written again from its source.
+    pub fn open_anew(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Self {
+        let tail_at = options.id.tail(&region, options.writer);
+        let found: TailLine = region.fabric().observe_words(tail_at, Site::TailRead);
+        // A damaged tail says nothing about positions.
+        let is_sound = kept(&region, tail_at, 0, found.committed..found.committed).is_ok();
+        let committed = if is_sound { found.committed } else { 0 };
+        let base = committed.next_multiple_of(region.layout().entries_per_segment());
+        let tail = begin(&region, tail_at, &options, base);
+        let writer = Self::at(region, options, pool, &tail, VecDeque::new());
+        for segment in 0..writer.region.geometry().segment_count {
+            let Row::Used(SegmentUse::Index { topic, stream, holder, ordinal, .. }) =
+                read_owner(&writer.region, segment)
+            else {
+                continue;
+            };
+            if (StreamId { topic, stream }, holder) == (writer.id, writer.writer.0) {
+                writer.release(IndexSegment { ordinal, segment, own: true });
+            }
+        }
+        writer
+    }
+
+    /// Returns the writer of an index with this tail and these segments.
+    fn at(
+        region: Region<F>,
+        options: IndexOptions,
+        pool: Arc<dyn SegmentAllocator>,
+        tail: &TailLine,
+        segments: VecDeque<IndexSegment>,
+    ) -> Self {
+        let IndexOptions { id, incarnation, writer, .. } = options;
+        Self {
+            tail_at: id.tail(&region, writer),
             region,
             id,
             writer,
             pool,
             incarnation,
-            tail_at,
             next: tail.committed,
             published: tail.committed,
             next_offset: tail.next_offset,
@@ -107,9 +134,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
             kept_bytes: 0,
             trimmed: tail.trimmed,
             segments,
-        };
-        writer.take_stock(tail.trimmed_offset)?;
-        Ok(writer)
+        }
     }
 
     /// Reads every entry that is kept, counts the bytes, and corrects the next offset. Another broker may have written
@@ -391,9 +416,19 @@ fn segments_of<F: Fabric>(
     Ok(segments)
 }
 
-/// Writes the tail of a new incarnation.
-fn begin<F: Fabric>(region: &Region<F>, at: RegionOffset, tail: TailLine) -> TailLine {
+/// Writes the tail of an index without entries, whose first position is `base`.
+fn begin<F: Fabric>(region: &Region<F>, at: RegionOffset, options: &IndexOptions, base: u64) -> TailLine {
     let fabric = region.fabric();
+    let tail = TailLine {
+        committed: base,
+        next_offset: 0,
+        base,
+        trimmed: base,
+        trimmed_offset: 0,
+        term: options.term,
+        bytes: 0,
+        incarnation: options.incarnation.word(),
+    };
     // SYNC: the incarnation is stored last; pairs with `read_extent_at`.
     for (word, value) in [
         (BASE, tail.base),
