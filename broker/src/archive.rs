@@ -146,7 +146,7 @@ pub(crate) enum DiskError {
         #[source]
         damage: Damage,
     },
-    /// There is no connection to a broker.
+    /// A broker cannot be connected to.
     #[error("broker {broker} cannot be reached: {source}")]
     Connect {
         /// Broker.

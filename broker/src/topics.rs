@@ -72,7 +72,7 @@ impl<F: Fabric> Topic<F> {
 /// Reason why a topic cannot be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TopicError {
-    /// There is no leader to say what the topic is.
+    /// No broker leads, so nobody can say what the topic is.
     #[error(transparent)]
     NoLeader(#[from] NoLeader),
     /// The topic's row is damaged: nobody knows which topic is in the slot.

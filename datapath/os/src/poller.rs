@@ -9,9 +9,9 @@ use std::time::Duration;
 pub struct Ready {
     /// Token that was given to [`Poller::add`].
     pub token: u64,
-    /// There is something to read, or the peer is gone.
+    /// True when the socket has something to read, or its peer is gone.
     pub readable: bool,
-    /// There is room to write.
+    /// True when the socket has room to write.
     pub writable: bool,
 }
 

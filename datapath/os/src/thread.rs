@@ -5,7 +5,7 @@ use std::io;
 /// Prepares the calling thread for polling: exact timers (prctl(2), PR_SET_TIMERSLACK), and the core that `core` names.
 ///
 /// # Errors
-/// What `sched_setaffinity` reports for a core that the thread may not use.
+/// Error of `sched_setaffinity` for a core that the thread may not use.
 pub fn prepare_polling_thread(core: Option<usize>) -> io::Result<()> {
     // SAFETY: takes numbers only; a failure leaves the default slack of 50 us, which is harmless.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1 as libc::c_ulong, 0, 0, 0) };

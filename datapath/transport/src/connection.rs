@@ -59,7 +59,7 @@ impl TransportError {
 pub enum Placement {
     /// Header and body go to this offset of the region.
     At(RegionOffset),
-    /// There is no room now: read no further.
+    /// No room is free for the batch now: the connection reads no further.
     Wait,
     /// The connection closes, and the peer is told why.
     Refuse(TransportError),
@@ -69,7 +69,7 @@ pub enum Placement {
 pub enum WindowPlacement {
     /// The publisher may fill this window.
     Granted(Window),
-    /// There is no room now.
+    /// No room is free for a landing window now.
     Wait,
     /// The connection closes, and the peer is told why.
     Refuse(TransportError),
@@ -100,7 +100,7 @@ pub trait Landing {
 /// Reason for which [`Connection::receive`] returned.
 #[derive(Debug)]
 pub enum Received {
-    /// There is nothing more to take now.
+    /// Nothing more can be taken from the connection now.
     Nothing,
     /// The landing said [`Placement::Wait`]: call again later.
     Waiting,

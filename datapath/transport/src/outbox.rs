@@ -25,7 +25,7 @@ pub(crate) enum Head {
 
 /// Bytes that follow the frame of an entry.
 pub(crate) enum Payload<'a> {
-    /// There are none.
+    /// No bytes follow the frame.
     None,
     /// Batch behind the frame in the same buffer.
     Copied(&'a Buffer),
@@ -55,7 +55,7 @@ impl Outgoing {
     /// Delivery frame and a copy of a batch that does not lie in the region.
     ///
     /// # Errors
-    /// There is no memory.
+    /// Error of the system when memory for the copy runs out.
     pub fn copied(frame: &[u8; FRAME_BYTES], batch: &[u8]) -> io::Result<Self> {
         let mut bytes = Buffer::new(FRAME_BYTES + batch.len())?;
         bytes.extend_from_slice(frame);

@@ -18,7 +18,7 @@ impl SendBuffer {
     /// Buffer for batches of up to `capacity` bytes, header and length table included.
     ///
     /// # Errors
-    /// There is no memory.
+    /// Error of the system when memory for the buffer runs out.
     pub fn new(capacity: usize) -> io::Result<Self> {
         Ok(Self { registrations: Vec::new(), bytes: Buffer::new(capacity.max(embarcadero_wire::FRAME_BYTES))? })
     }

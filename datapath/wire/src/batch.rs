@@ -103,7 +103,7 @@ pub enum BodyError {
     Lengths {
         /// Sum of the table.
         found: u64,
-        /// As the header says.
+        /// Bytes of payload that the header announces.
         expected: u64,
     },
     /// A byte between the messages and the length table is not zero.
@@ -112,9 +112,9 @@ pub enum BodyError {
     /// The body is damaged.
     #[error("the body's checksum is {found:#010x}, the header says {expected:#010x}")]
     Checksum {
-        /// As computed.
+        /// CRC32C that the bytes of the body give.
         found: u32,
-        /// As the header says.
+        /// CRC32C that the header announces.
         expected: u32,
     },
 }

@@ -23,27 +23,27 @@ pub enum WireError {
     /// The bytes are of another protocol.
     #[error("frame magic is {found:#010x}, expected {FRAME_MAGIC:#010x}")]
     Magic {
-        /// As received.
+        /// Magic that was received.
         found: u32,
     },
     /// The peer speaks another version.
     #[error("protocol version is {found}, this build speaks {WIRE_VERSION}")]
     Version {
-        /// As received.
+        /// Protocol version that was received.
         found: u8,
     },
     /// The frame is damaged.
     #[error("frame checksum is {found:#010x}, its bytes give {expected:#010x}")]
     Checksum {
-        /// As received.
+        /// CRC32C that was received.
         found: u32,
-        /// As computed.
+        /// CRC32C that the bytes of the frame give.
         expected: u32,
     },
     /// The kind does not exist.
     #[error("frame kind {found} is unknown")]
     Kind {
-        /// As received.
+        /// Kind that was received.
         found: u8,
     },
     /// A flag is set that this version does not know.
@@ -51,7 +51,7 @@ pub enum WireError {
     Flags {
         /// Kind of the frame.
         kind: u8,
-        /// As received.
+        /// Flags that were received.
         found: u16,
         /// Flags that the kind has.
         known: u16,
@@ -295,7 +295,7 @@ frames! {
         /// An [`crate::ErrorCode`].
         code: u32 = 8,
         text_bytes: u32 = 12,
-        /// For `OffsetOutOfRange`: the earliest offset.
+        /// Offset from which the subscriber can read on, for `OffsetOutOfRange` and `TooSlow`. Zero for other codes.
         detail: u64 = 16,
         reserved: [u64; 4] = 24,
         reserved_low: u32 = 56,

@@ -40,7 +40,7 @@ pub enum RestoreError {
         /// Error of the system.
         source: std::io::Error,
     },
-    /// There are no files.
+    /// No replica files were found of the region that was asked for, or of any region.
     #[error("there are no replica files in {0}")]
     Nothing(String),
     /// The files are of several regions.

@@ -29,7 +29,7 @@ pub enum ReadError {
         /// Contents that were found.
         damage: Damage,
     },
-    /// There is no leader at the moment.
+    /// No broker leads at the moment.
     #[error(transparent)]
     NoLeader(#[from] NoLeader),
 }

@@ -32,7 +32,7 @@ pub enum RegionError {
     /// Creation would overwrite something.
     #[error("{} exists already; destroy it first or choose another path", .0.display())]
     AlreadyExists(PathBuf),
-    /// There is too little space for the region's pages.
+    /// The memory or the mount has too little space for the region's pages.
     #[error("cannot reserve {bytes} bytes for {}: {source}; free memory, enlarge the mount, or create a smaller region", path.display())]
     NoSpace {
         /// File.
@@ -42,7 +42,7 @@ pub enum RegionError {
         /// Error of the system.
         source: io::Error,
     },
-    /// There is no region, or its creation was cut short.
+    /// The file or device holds no region, or its creation was cut short.
     #[error("no region here: the magic is {found:#018x}, expected {MAGIC:#018x}")]
     NotARegion {
         /// First eight bytes.
