@@ -32,6 +32,8 @@ enum Task {
         #[arg(long)]
         no_lab: bool,
     },
+    /// Run the tests that need RDMA and CXL, in QEMU guests. `scripts/lab prepare` comes first.
+    Lab,
     /// Run for hours: chaos, 100,000 seeds and schedules, fuzzing.
     Long,
     /// Check the rules of docs/style.md that a program can check.
@@ -43,7 +45,7 @@ enum Task {
 fn run(task: &Task) -> Result<()> {
     let budget = match task {
         Task::Check | Task::Style | Task::Docs | Task::Test => Budget::SMALL,
-        Task::All { .. } => Budget::FULL,
+        Task::All { .. } | Task::Lab => Budget::FULL,
         Task::Long => Budget::LONG,
     };
     let mut stages = Stages::new(budget)?;
@@ -68,6 +70,7 @@ fn run(task: &Task) -> Result<()> {
                 steps::lab(&mut stages)?;
             }
         }
+        Task::Lab => steps::lab(&mut stages)?,
         Task::Long => steps::long(&mut stages)?,
     }
     stages.summary();
