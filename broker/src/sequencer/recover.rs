@@ -9,7 +9,7 @@ use crate::takeover::TakeoverError;
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::batchlog::peek_entry;
 use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
-use embarcadero_cxl::leadership::{activate_term, claim_term};
+use embarcadero_cxl::leadership::{activate_term, claim_term, latest_claim};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::session_table::{
@@ -111,7 +111,10 @@ impl<F: Fabric> Sequencer<F> {
         for spare in spares {
             let _ = sequencer.pool.release(spare);
         }
-        sequencer.follow_mirror()?;
+        if let Err(error) = sequencer.follow_mirror() {
+            let superseded = latest_claim(&sequencer.region) > term;
+            return Err(if superseded { TakeoverError::Superseded } else { error });
+        }
         sequencer.recover_sessions(&begun, now_us);
         if sequencer.region.fabric().keeps(Guard::RetakeUndecided) {
             for slot in 0..sequencer.topics.len() {

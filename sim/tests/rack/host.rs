@@ -521,8 +521,8 @@ impl Process {
         let takeover = Takeover { memory, area, term, before: predecessor, leases, commands: queue };
         let sequencer = match Sequencer::recover(takeover, now_us) {
             Ok(sequencer) => sequencer,
-            Err(TakeoverError::Mirror(damage)) => panic!("{damage}"),
-            Err(TakeoverError::Pool(_)) => return,
+            Err(TakeoverError::Damaged(damage)) => panic!("{damage}"),
+            Err(TakeoverError::Pool(_) | TakeoverError::Superseded) => return,
         };
         if read_topic_at(region, area, TOPIC.0).used().is_none() {
             // The first leader, or one whose predecessor did not come to it.

@@ -77,7 +77,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         }
     }
 
-    pub(super) fn release(&self, IndexSegment { segment, own, .. }: IndexSegment) {
+    fn release(&self, IndexSegment { segment, own, .. }: IndexSegment) {
         if own {
             publish_owner(&self.region, segment, SegmentUse::Free);
             // The leader's allocator may be out of reach: then the segment is orphaned, and found again by its broker.

@@ -85,7 +85,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     }
 
     /// Begins the index without entries, whatever its tail and directory say. Offsets begin at 0; positions go on
-    /// growing. The segments that this broker holds for the stream go back to the pool.
+    /// growing. The segments that it had are orphaned.
     ///
     /// For a copy of an order that is written again from its source.
     pub fn open_anew(region: Region<F>, options: IndexOptions, pool: Arc<dyn SegmentAllocator>) -> Self {
@@ -96,18 +96,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let committed = if is_sound { found.committed } else { 0 };
         let base = committed.next_multiple_of(region.layout().entries_per_segment());
         let tail = begin(&region, tail_at, &options, base);
-        let writer = Self::at(region, options, pool, &tail, VecDeque::new());
-        for segment in 0..writer.region.geometry().segment_count {
-            let Row::Used(SegmentUse::Index { topic, stream, holder, ordinal, .. }) =
-                read_owner(&writer.region, segment)
-            else {
-                continue;
-            };
-            if (StreamId { topic, stream }, holder) == (writer.id, writer.writer.0) {
-                writer.release(IndexSegment { ordinal, segment, own: true });
-            }
-        }
-        writer
+        Self::at(region, options, pool, &tail, VecDeque::new())
     }
 
     /// Returns the writer of an index with this tail and these segments.
