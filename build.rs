@@ -1,18 +1,10 @@
 //! Records commit, target and native libraries of this build, for `embarcadero --version --verbose` and `doctor`.
 
-use std::path::Path;
-use std::process::Command;
+#[path = "sys/bindings/src/packages.rs"]
+mod packages;
 
-/// Databases of the package managers, and directories of pkg-config; as in `sys/bindings`, which says why.
-const PACKAGES: [&str; 7] = [
-    "/var/lib/dpkg/status",
-    "/var/lib/rpm",
-    "/usr/lib/sysimage/rpm",
-    "/usr/lib/pkgconfig",
-    "/usr/lib64/pkgconfig",
-    "/usr/local/lib/pkgconfig",
-    "/usr/local/lib/x86_64-linux-gnu/pkgconfig",
-];
+use packages::watch_packages;
+use std::process::Command;
 
 /// Standard output of a program; none if it cannot be run or fails.
 fn output(program: &str, arguments: &[&str]) -> Option<String> {
@@ -26,9 +18,7 @@ fn library(name: &str) -> String {
     if let Some(version) = output("pkg-config", &["--modversion", name]) {
         return format!("{name} {version}");
     }
-    let there: Vec<&str> = PACKAGES.into_iter().filter(|path| Path::new(path).exists()).collect();
-    let watched = if there.is_empty() { &PACKAGES[..1] } else { &there[..] };
-    watched.iter().for_each(|path| println!("cargo:rerun-if-changed={path}"));
+    watch_packages();
     format!("{name} not found")
 }
 

@@ -2,6 +2,9 @@
 //! functions.
 #![forbid(unsafe_code)]
 
+mod packages;
+
+use packages::watch_packages;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -101,26 +104,6 @@ impl Library<'_> {
         }
         Ok(())
     }
-}
-
-/// Databases of the package managers, and directories of pkg-config. The root's `build.rs` has the same list.
-const PACKAGES: [&str; 7] = [
-    "/var/lib/dpkg/status",
-    "/var/lib/rpm",
-    "/usr/lib/sysimage/rpm",
-    "/usr/lib/pkgconfig",
-    "/usr/lib64/pkgconfig",
-    "/usr/local/lib/pkgconfig",
-    "/usr/local/lib/x86_64-linux-gnu/pkgconfig",
-];
-
-/// Makes cargo run this build script again once a package was installed or removed.
-fn watch_packages() {
-    // A path that does not exist would do it too, but then each build compiles this crate and its dependents again. That is
-    // most of the workspace, so it is left for hosts that have none of these paths.
-    let there: Vec<&str> = PACKAGES.into_iter().filter(|path| Path::new(path).exists()).collect();
-    let watched = if there.is_empty() { &PACKAGES[..1] } else { &there[..] };
-    watched.iter().for_each(|path| println!("cargo::rerun-if-changed={path}"));
 }
 
 /// Path in an environment variable that cargo sets for build scripts.
