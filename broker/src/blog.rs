@@ -138,30 +138,44 @@ impl<F: Fabric> Blog<F> {
     pub fn reserve(&self, bytes: u64) -> Result<RegionOffset, PoolError> {
         let lines = bytes.div_ceil(LINE_BYTES);
         assert!(lines <= self.lines_per_segment(), "a batch of {bytes} bytes exceeds a segment");
+        match self.try_reserve(lines) {
+            Some(at) => Ok(at),
+            None => self.reserve_in_next(lines),
+        }
+    }
+
+    /// Reserves in the current segment; `None` if there is none, or it has no room.
+    #[inline]
+    fn try_reserve(&self, lines: u64) -> Option<RegionOffset> {
+        // SYNC: pairs with the swap of the cursor in `Blog::extend`, which comes after the segment's owner entry.
+        let (segment, _) = unpack(self.cursor.load(Ordering::Acquire));
+        if segment == u32::MAX {
+            return None;
+        }
+        let count = &self.in_flight[segment as usize];
+        // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also sees the
+        // count; pairs with the swap in `Blog::extend`, then `Blog::retired`.
+        count.fetch_add(1, Ordering::AcqRel);
+        let (current, position) = unpack(self.cursor.fetch_add(lines, Ordering::AcqRel));
+        if current == segment && position + lines <= self.lines_per_segment() {
+            self.reserved_bytes.fetch_add(lines * LINE_BYTES, Ordering::Relaxed);
+            return Some(self.region.layout().segment(segment).add(position * LINE_BYTES));
+        }
+        count.fetch_sub(1, Ordering::AcqRel);
+        None
+    }
+
+    #[cold]
+    fn reserve_in_next(&self, lines: u64) -> Result<RegionOffset, PoolError> {
         loop {
-            // SYNC: pairs with the swap of the cursor in `Blog::extend`, which comes after the segment's owner entry.
-            let (segment, _) = unpack(self.cursor.load(Ordering::Acquire));
-            if segment == u32::MAX {
-                self.extend(lines)?;
-                continue;
-            }
-            let count = &self.in_flight[segment as usize];
-            // SYNC: counted before the addition that may succeed, so that whoever sees this segment replaced also
-            // sees the count; pairs with the swap in `Blog::extend`, then `Blog::retired`.
-            count.fetch_add(1, Ordering::AcqRel);
-            let (current, position) = unpack(self.cursor.fetch_add(lines, Ordering::AcqRel));
-            if current == segment && position + lines <= self.lines_per_segment() {
-                self.reserved_bytes.fetch_add(lines * LINE_BYTES, Ordering::Relaxed);
-                let base = self.region.layout().segment(segment);
-                return Ok(base.add(position * LINE_BYTES));
-            }
-            count.fetch_sub(1, Ordering::AcqRel);
             self.extend(lines)?;
+            if let Some(at) = self.try_reserve(lines) {
+                return Ok(at);
+            }
         }
     }
 
     /// Starts the next segment, unless another thread did so meanwhile.
-    #[cold]
     fn extend(&self, lines: u64) -> Result<(), PoolError> {
         let mut chain = self.chain();
         let (segment, position) = unpack(self.cursor.load(Ordering::Acquire));

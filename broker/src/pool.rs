@@ -104,7 +104,7 @@ fn settled<T>(row: Row<T>) -> Result<T, PoolError> {
     match row {
         Row::Used(contents) => Ok(contents),
         Row::Unused | Row::Unsettled => Err(PoolError::UnknownLeader),
-        Row::Damaged(damage) => Err(damage.into()),
+        Row::Damaged(damage) => Err(PoolError::Damaged(Box::new(damage))),
     }
 }
 

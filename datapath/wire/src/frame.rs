@@ -176,18 +176,17 @@ macro_rules! frames {
                     return Err(WireError::Checksum { found: prefix.checksum, expected });
                 }
                 let (kind, found) = (prefix.kind, prefix.flags);
-                let (known, reserved) = match kind {
-                    $($kind => ($flags, &$name::RESERVED),)*
-                    found => return Err(WireError::Kind { found }),
-                };
-                if found & !known != 0 {
-                    return Err(WireError::Flags { kind, found, known });
-                }
-                if let Some(at) = first_set(&bytemuck::pod_read_unaligned(bytes), reserved) {
-                    return Err(WireError::Reserved { kind, at });
-                }
                 match kind {
-                    $($kind => Ok(Self::$name(bytemuck::pod_read_unaligned(bytes))),)*
+                    $($kind => {
+                        if found & !$flags != 0 {
+                            return Err(WireError::Flags { kind, found, known: $flags });
+                        }
+                        // The mask is constant here, so that words without reserved bytes cost nothing.
+                        if let Some(at) = first_set(&bytemuck::pod_read_unaligned(bytes), &$name::RESERVED) {
+                            return Err(WireError::Reserved { kind, at });
+                        }
+                        Ok(Self::$name(bytemuck::pod_read_unaligned(bytes)))
+                    })*
                     found => Err(WireError::Kind { found }),
                 }
             }

@@ -7,7 +7,7 @@ mod packages;
 use packages::watch_packages;
 use std::env;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Header of the library that is bound, beside the build script.
 const HEADER: &str = "wrapper.h";

@@ -49,7 +49,7 @@ pub enum PoolError {
     UnknownLeader,
     /// The row that tells who the leader is, or where, is damaged.
     #[error("the leader allocator cannot be asked: {0}")]
-    Damaged(#[from] Damage),
+    Damaged(Box<Damage>),
     /// The leader did not answer.
     #[error("the leader allocator did not answer: {0}")]
     Unreachable(String),
