@@ -13,13 +13,13 @@ use embarcadero_cxl::layout::{SESSION_WINDOW, TopicState};
 use embarcadero_cxl::leadership::{NoLeader, read_leader, with_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
-use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, live_topics, read_topic};
+use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, read_topic};
 use embarcadero_cxl::{Damage, Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_wire::{ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, TopicId};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 /// Longest time that the sequencer may take to answer, and brokers to let go of a topic.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -202,7 +202,7 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
 impl Control for ControlService {
     async fn metadata(&self, _: Request<proto::MetadataRequest>) -> Result<Response<proto::MetadataResponse>, Status> {
         let region = &self.region;
-        let topics = self.with_leader(live_topics).await?;
+        let TopicRows { live, damaged } = self.topic_rows().await?;
         let (brokers, leader) = live_brokers(region);
         Ok(Response::new(proto::MetadataResponse {
             region_uuid: region.uuid().to_string(),
@@ -216,7 +216,8 @@ impl Control for ControlService {
                     leader: Some(broker.id) == leader,
                 })
                 .collect(),
-            topics: topics.iter().map(topic_to_proto).collect(),
+            topics: live.iter().map(topic_to_proto).collect(),
+            damaged_topics: damaged.iter().map(|(slot, damage)| format!("topic slot {slot}: {damage}")).collect(),
             segment_bytes: region.geometry().segment_bytes,
             segments_total: region.geometry().segment_count.into(),
             segments_free: free_segments(region).into(),
@@ -239,8 +240,10 @@ impl Control for ControlService {
         }
         let leader = self.leader()?;
         let _one_at_a_time = leader.topics.lock().await;
-        if self.with_leader(live_topics).await?.iter().any(|topic| topic.name == config.name) {
-            return Err(Status::already_exists(format!("topic {:?} exists already", config.name)));
+        match self.topic(&config.name).await {
+            Ok(_) => return Err(Status::already_exists(format!("topic {:?} exists already", config.name))),
+            Err(status) if status.code() == Code::NotFound => {}
+            Err(status) => return Err(status),
         }
         let slots = self.region.geometry().max_topics;
         let mut free = None;

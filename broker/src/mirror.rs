@@ -104,17 +104,22 @@ impl<F: Fabric> Mirror<F> {
         config: &TopicConfig,
         index: &OrderIndexWriter<F>,
     ) -> Result<OrderIndexWriter<F>, TakeoverError> {
-        let mut copy = self.open(config).unwrap_or_else(|damage| {
-            // A predecessor that goes on may write its copy anew while this leader copies its tail and directory.
-            tracing::warn!(topic = config.name, %damage, "the mirror's copy of the order is written again");
-            OrderIndexWriter::open_anew(self.region.clone(), self.copy_of(config), Arc::clone(&self.pool))
+        let whole = match self.open(config) {
+            // Another copy is new, or missed part of the order.
+            Ok(copy) => (index.earliest_offset()..=index.next_offset()).contains(&copy.next_offset()).then_some(copy),
+            Err(damage) => {
+                // A predecessor that goes on may write its copy anew while this leader copies its tail and directory.
+                tracing::warn!(topic = config.name, %damage, "the mirror's copy of the order is written again");
+                None
+            }
+        };
+        let mut copy = whole.unwrap_or_else(|| {
+            // The segments that the copy had are orphaned: a later term may have taken them over already.
+            let mut anew =
+                OrderIndexWriter::open_anew(self.region.clone(), self.copy_of(config), Arc::clone(&self.pool));
+            anew.begin_at(index.earliest_offset());
+            anew
         });
-        let follows = (index.earliest_offset()..=index.next_offset()).contains(&copy.next_offset());
-        if !follows {
-            // The copy is new, or the mirror missed part of the order.
-            copy.abandon();
-            copy.begin_at(index.earliest_offset());
-        }
         for position in index.trimmed()..index.next() {
             let Some(entry) = index.entry(position)? else { continue };
             if entry.first_offset >= copy.next_offset() {

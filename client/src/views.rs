@@ -97,6 +97,8 @@ pub struct ClusterView {
     pub segments_free: u64,
     /// Means by which the leader is elected, and whether it works now, in words.
     pub membership: String,
+    /// Rows of the topic table that cannot be read, in words. Each may be that of a topic.
+    pub damaged_topics: Vec<String>,
 }
 
 impl TopicView {
@@ -143,6 +145,7 @@ impl ClusterView {
             segments_total: answer.segments_total,
             segments_free: answer.segments_free,
             membership: answer.membership,
+            damaged_topics: answer.damaged_topics,
         })
     }
 }

@@ -20,4 +20,4 @@ pub use disk::{Fault, SimulatedMedium};
 pub use fabric::{Mutation, Simulated, Turbulence, World};
 pub use local::LocalBroker;
 pub use parallel::on_all_cores;
-pub use transport::SimulatedTransport;
+pub use transport::{SimulatedEndpoint, SimulatedTransport};

@@ -2,8 +2,8 @@
 
 use embarcadero_cxl::Fabric;
 use embarcadero_transport::{
-    Connection, Item, Landing, LinkError, LinkOptions, Outbox, Placement, PublisherLink, Received, SendBuffer,
-    SubscriberLink, Transport, TransportError,
+    Connection, Endpoint, Item, Landing, LinkError, LinkOptions, Outbox, Placement, PublisherLink, Received,
+    SendBuffer, SubscriberLink, Transport, TransportError,
 };
 use embarcadero_wire::batch::BatchBuilder;
 use embarcadero_wire::{BatchHeader, ErrorCode, ErrorFrame, FRAME_BYTES, Frame, OpenPublish, Subscribe, WireError};
@@ -115,15 +115,10 @@ impl<F> SimulatedTransport<F> {
     }
 
     /// Begins to listen at an address.
-    pub fn listen(&self, at: SocketAddr) {
-        lock(&self.listening).entry(at).or_default();
-    }
-
-    /// Takes the next connection that was made to an address.
     #[must_use]
-    pub fn accept(&self, at: SocketAddr) -> Option<SimulatedConnection> {
-        let end = lock(&self.listening).get_mut(&at)?.pop_front()?;
-        Some(SimulatedConnection { end, waiting: None })
+    pub fn listen(&self, at: SocketAddr) -> SimulatedEndpoint<F> {
+        lock(&self.listening).entry(at).or_default();
+        SimulatedEndpoint { network: self.clone(), at }
     }
 
     fn connect(&self, to: SocketAddr, opening: [u8; FRAME_BYTES]) -> io::Result<End> {
@@ -137,6 +132,7 @@ impl<F> SimulatedTransport<F> {
 impl<F: Fabric> Transport for SimulatedTransport<F> {
     type Memory = F;
     type Connection = SimulatedConnection;
+    type Endpoint = SimulatedEndpoint<F>;
     type Publisher = SimulatedPublisher;
     type Subscriber = SimulatedSubscriber;
 
@@ -146,6 +142,21 @@ impl<F: Fabric> Transport for SimulatedTransport<F> {
 
     fn subscribe(&self, broker: SocketAddr, _: &LinkOptions, request: &Subscribe) -> io::Result<SimulatedSubscriber> {
         Ok(SimulatedSubscriber { end: self.connect(broker, request.encode())?, batch: Vec::new() })
+    }
+}
+
+/// Address where a broker listens.
+pub struct SimulatedEndpoint<F> {
+    network: SimulatedTransport<F>,
+    at: SocketAddr,
+}
+
+impl<F: Fabric> Endpoint<F> for SimulatedEndpoint<F> {
+    type Connection = SimulatedConnection;
+
+    fn accept(&mut self) -> Option<io::Result<SimulatedConnection>> {
+        let end = lock(&self.network.listening).get_mut(&self.at)?.pop_front()?;
+        Some(Ok(SimulatedConnection { end, waiting: None }))
     }
 }
 

@@ -1,9 +1,9 @@
 //! `embarcadero topic`.
 
 use crate::settings::{Connect, parse_bytes};
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::{Args, Subcommand};
-use embarcadero_client::{Order, TopicOptions};
+use embarcadero_client::{ClusterView, Order, TopicOptions};
 use serde_json::json;
 
 #[derive(Args)]
@@ -65,14 +65,15 @@ pub fn run(command: TopicCommand) -> Result<()> {
             }
         }
         TopicCommand::List { connect, json } => {
-            let cluster = connect.client()?.cluster()?;
+            let ClusterView { topics, damaged_topics, .. } = connect.client()?.cluster()?;
             if json {
-                println!("{}", serde_json::to_string(&cluster.topics)?);
+                println!("{}", serde_json::to_string(&topics)?);
             } else {
-                for topic in cluster.topics {
+                for topic in topics {
                     println!("{}\torder {}\tack {}", topic.name, topic.order, topic.ack_level);
                 }
             }
+            ensure!(damaged_topics.is_empty(), "the list may lack topics: {}", damaged_topics.join("; "));
         }
         TopicCommand::Describe(name) => {
             let (topic, streams) = name.connect.client()?.describe_topic(&name.name)?;

@@ -9,8 +9,10 @@ use embarcadero_wire::{
 };
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
+use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::FileExt;
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
@@ -243,4 +245,23 @@ fn regions_and_configurations_that_do_not_fit_are_refused() {
     assert!(!std::path::Path::new("/dev/shm/none").exists());
     let client = cluster.client();
     client.create_topic("alive", TopicOptions { order: Order::Total, ..TopicOptions::default() }).unwrap();
+}
+
+#[test]
+fn a_damaged_row_of_a_topic_is_named_and_its_name_is_not_given_again() {
+    let cluster = Cluster::start(1, REGION, &[]);
+    let client = cluster.client();
+    let name = "the-row-of-this-topic-is-damaged";
+    client.create_topic(name, TopicOptions::default()).unwrap();
+    // A byte behind the name must be 0.
+    let region = OpenOptions::new().write(true).open(&cluster.region).unwrap();
+    let bytes = fs::read(&cluster.region).unwrap();
+    let at = bytes.windows(name.len()).position(|window| window == name.as_bytes()).unwrap();
+    region.write_all_at(b"x", (at + name.len()) as u64).unwrap();
+
+    let damaged = client.cluster().unwrap().damaged_topics;
+    assert!(damaged.len() == 1 && damaged[0].contains("byte behind the name"), "{damaged:?}");
+    let error = client.create_topic(name, TopicOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("byte behind the name"), "{error}");
+    refused(&["topic", "list"], &[("EMBARCADERO_BROKERS", cluster.control())], "byte behind the name");
 }

@@ -21,6 +21,7 @@ use embarcadero_cxl::layout::SESSION_WINDOW;
 use embarcadero_os::idle::{Idle, PollBounds, Step};
 use embarcadero_os::uring::Uring;
 use embarcadero_os::{Clock, Poller, SystemClock};
+use embarcadero_transport::SocketEndpoint;
 use embarcadero_transport::tcp::SocketOptions;
 use embarcadero_wire::BrokerId;
 use std::io;
@@ -94,14 +95,21 @@ impl Serving<'_> {
             delegation.reclaim_mirror(mirror.region().clone());
         }
         let mut stages = Some(Stages::new(delegation, promoted));
+        let sockets = SocketOptions {
+            send_buffer_bytes: config.socket_buffer_bytes,
+            receive_buffer_bytes: config.socket_buffer_bytes,
+        };
+        let device = self.start.device.as_ref();
         let shared = self.shared(landed);
         let mut accepted = Vec::new();
         for (index, ordered) in ordered.into_iter().enumerate() {
             let (sender, receiver) = unbounded();
             accepted.push(sender);
+            let endpoint = SocketEndpoint::new(move || receiver.try_recv().ok(), sockets, device)
+                .map_err(io_error("make a completion queue"))?;
             let setup = WorkerSetup {
                 index,
-                accepted: receiver,
+                endpoint,
                 ordered,
                 idle: Idle::new(config.threads.poll, bounds),
                 core: config.threads.cores.iter().cycle().nth(index).copied(),
@@ -127,11 +135,6 @@ impl Serving<'_> {
             delivery_patience: Duration::from_millis(config.delivery_patience_ms),
             window_idle: Duration::from_millis(config.rdma.window_idle_ms),
             archive: self.archive,
-            sockets: SocketOptions {
-                send_buffer_bytes: config.socket_buffer_bytes,
-                receive_buffer_bytes: config.socket_buffer_bytes,
-            },
-            device: self.start.device.clone(),
             draining: Arc::clone(&exit.draining),
             connections: Arc::clone(&exit.connections),
             stop: Arc::clone(&exit.stop),

@@ -2,9 +2,11 @@
 
 use crate::delivery::SubscriberSession;
 use crate::ingest::PublisherSession;
+use embarcadero_cxl::Native;
 use embarcadero_os::{Poller, Ready};
-use embarcadero_transport::{Channel, Connection, Outbox};
+use embarcadero_transport::{Connection, Outbox, Slots};
 use std::io;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -22,9 +24,9 @@ pub(super) enum Role {
 }
 
 /// Connection, and what this broker does for its peer.
-pub(super) struct Client {
+pub(super) struct Client<L> {
     // The first field is dropped first. After that nothing reads or writes the memory that the role lets go.
-    pub(super) link: Channel,
+    pub(super) link: L,
     pub(super) role: Role,
     pub(super) outbox: Outbox,
     /// True while a batch waits for room; the socket is not watched then.
@@ -35,7 +37,7 @@ pub(super) struct Client {
     token: u64,
 }
 
-impl Client {
+impl<L: Connection<Native>> Client<L> {
     /// Name of the connection among all that its thread ever has.
     pub(super) fn token(&self) -> u64 {
         self.token
@@ -56,9 +58,9 @@ impl Client {
 /// Connections of one polling thread by slot, and the readiness of their sockets.
 ///
 /// Slots are reused. A token names one connection only.
-pub(super) struct Connections {
+pub(super) struct Connections<L> {
     poller: Poller,
-    clients: Vec<Option<Client>>,
+    clients: Vec<Option<Client<L>>>,
     free: Vec<usize>,
     /// Number of the last connection; it wraps.
     last_number: u32,
@@ -71,14 +73,14 @@ const fn token(slot: usize, number: u32) -> u64 {
     (slot as u64) << 32 | number as u64
 }
 
-impl Connections {
+impl<L: Connection<Native> + AsRawFd> Connections<L> {
     /// Returns an empty set. `count` is shared by all threads of the broker and counts their connections.
     pub(super) fn new(count: Arc<AtomicUsize>) -> io::Result<Self> {
         Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), last_number: 0, count })
     }
 
     /// Watches another descriptor beside the sockets.
-    pub(super) fn watch_other(&self, descriptor: std::os::fd::RawFd, token: u64) -> io::Result<()> {
+    pub(super) fn watch_other(&self, descriptor: RawFd, token: u64) -> io::Result<()> {
         self.poller.add(descriptor, token, false)
     }
 
@@ -88,14 +90,14 @@ impl Connections {
     }
 
     /// Adds a connection.
-    pub(super) fn insert(&mut self, link: Channel) -> io::Result<()> {
+    pub(super) fn insert(&mut self, link: L) -> io::Result<()> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.clients.push(None);
             self.clients.len() - 1
         });
         self.last_number = self.last_number.wrapping_add(1);
         let token = token(slot, self.last_number);
-        if let Err(error) = self.poller.add(link.descriptor(), token, false) {
+        if let Err(error) = self.poller.add(link.as_raw_fd(), token, false) {
             self.free.push(slot);
             return Err(error);
         }
@@ -111,7 +113,7 @@ impl Connections {
     }
 
     /// Returns the connection in a slot.
-    pub(super) fn get(&mut self, slot: usize) -> Option<&mut Client> {
+    pub(super) fn get(&mut self, slot: usize) -> Option<&mut Client<L>> {
         self.clients.get_mut(slot)?.as_mut()
     }
 
@@ -123,7 +125,7 @@ impl Connections {
     }
 
     /// Returns all connections.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Client> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Client<L>> {
         self.clients.iter().flatten()
     }
 
@@ -135,9 +137,9 @@ impl Connections {
         }
         client.waiting = waiting;
         let result = if waiting {
-            self.poller.remove(client.link.descriptor())
+            self.poller.remove(client.link.as_raw_fd())
         } else {
-            self.poller.add(client.link.descriptor(), client.token, client.watches_room)
+            self.poller.add(client.link.as_raw_fd(), client.token, client.watches_room)
         };
         if let Err(error) = result {
             tracing::error!(%error, "a socket cannot be watched");
@@ -151,21 +153,27 @@ impl Connections {
         if watch != client.watches_room {
             client.watches_room = watch;
             if !client.waiting {
-                self.poller.modify(client.link.descriptor(), client.token, watch)?;
+                self.poller.modify(client.link.as_raw_fd(), client.token, watch)?;
             }
         }
         Ok(())
     }
 
     /// Removes and returns a connection. Drop it to free what it holds.
-    pub(super) fn remove(&mut self, slot: usize) -> Option<Client> {
+    pub(super) fn remove(&mut self, slot: usize) -> Option<Client<L>> {
         let client = self.clients.get_mut(slot)?.take()?;
         if !client.waiting {
             // The caller closes the socket next, which ends the watch, too.
-            let _ = self.poller.remove(client.link.descriptor());
+            let _ = self.poller.remove(client.link.as_raw_fd());
         }
         self.count.fetch_sub(1, Ordering::Relaxed);
         self.free.push(slot);
         Some(client)
+    }
+}
+
+impl<L: Connection<Native> + AsRawFd> Slots<L> for Connections<L> {
+    fn connection(&mut self, slot: usize) -> Option<&mut L> {
+        self.get(slot).map(|client| &mut client.link)
     }
 }

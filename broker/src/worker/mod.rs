@@ -1,7 +1,6 @@
 //! Polling thread, which moves bytes for its connections and runs the ordering stages that it was given.
 
 mod connections;
-mod device;
 mod stages;
 mod turn;
 
@@ -14,17 +13,14 @@ use crate::ingest::{IngestLimits, PublisherLanding, PublisherSession};
 use crate::topics::TopicTable;
 use connections::{Connections, Role};
 use crossbeam_channel::{Receiver, Sender};
-use device::{DeviceQueue, no_device};
 use embarcadero_cxl::Native;
 use embarcadero_os::idle::{Idle, Step};
 use embarcadero_os::thread::prepare_polling_thread;
 use embarcadero_os::{Clock, Now, Ready};
-use embarcadero_transport::rdma::RdmaDevice;
-use embarcadero_transport::tcp::{SocketOptions, TcpConnection};
-use embarcadero_transport::{Channel, Connection, Outgoing, Received, TransportError};
+use embarcadero_transport::{Connection, Endpoint, Outgoing, Received, TransportError};
 use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
 use std::io;
-use std::net::TcpStream;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -35,6 +31,8 @@ const RECEIVE_BATCHES: usize = 8;
 const CLOSE_LINGER: Duration = Duration::from_secs(10);
 /// Time between two looks at what rarely changes: sessions, topics and the RDMA device.
 const IDLE_CHECK: Duration = Duration::from_millis(10);
+/// Token of the endpoint's descriptor.
+const COMPLETIONS: u64 = u64::MAX;
 
 /// Data that all workers of a broker share.
 #[derive(Clone)]
@@ -51,10 +49,6 @@ pub(crate) struct Shared {
     pub(crate) window_idle: Duration,
     /// Archive to ask for batches that the region no longer holds.
     pub(crate) archive: Archive,
-    /// Sizes of the sockets' kernel buffers.
-    pub(crate) sockets: SocketOptions,
-    /// RDMA device, if the broker offers one.
-    pub(crate) device: Option<Arc<RdmaDevice>>,
     /// Set when the broker is about to stop: clients are sent to other brokers.
     pub(crate) draining: Arc<AtomicBool>,
     /// Number of connections of all workers.
@@ -70,11 +64,11 @@ pub(crate) struct Shared {
 }
 
 /// Settings of a single worker.
-pub(crate) struct WorkerSetup {
+pub(crate) struct WorkerSetup<E> {
     /// Index among the broker's workers.
     pub(crate) index: usize,
-    /// Channel of the connections to serve.
-    pub(crate) accepted: Receiver<TcpStream>,
+    /// Source of the connections to serve.
+    pub(crate) endpoint: E,
     /// Channel of the batches that the delegation ordered, for their acks.
     pub(crate) ordered: Receiver<OrderedLocally>,
     /// Way to wait when there is nothing to do.
@@ -86,15 +80,14 @@ pub(crate) struct WorkerSetup {
 }
 
 /// Polling thread of a broker.
-pub(crate) struct Worker<C> {
+pub(crate) struct Worker<E: Endpoint<Native>, C> {
     index: usize,
     shared: Shared,
     memory: Native,
     clock: C,
-    connections: Connections,
-    device: Option<DeviceQueue>,
+    connections: Connections<E::Connection>,
+    endpoint: E,
     ready: Vec<Ready>,
-    accepted: Receiver<TcpStream>,
     ordered: Receiver<OrderedLocally>,
     idle: Idle,
     core: Option<usize>,
@@ -105,15 +98,17 @@ pub(crate) struct Worker<C> {
     checked: Instant,
 }
 
-impl<C: Clock> Worker<C> {
+impl<E: Endpoint<Native, Connection: AsRawFd>, C: Clock> Worker<E, C> {
     /// Returns a worker that has no connections yet.
     ///
     /// # Errors
-    /// [`io::Error`] when sockets cannot be polled, or the device gives no completion queue.
-    pub(crate) fn new(shared: Shared, setup: WorkerSetup, clock: C) -> io::Result<Self> {
-        let WorkerSetup { index, accepted, ordered, idle, core, stages } = setup;
+    /// [`io::Error`] when sockets cannot be polled.
+    pub(crate) fn new(shared: Shared, setup: WorkerSetup<E>, clock: C) -> io::Result<Self> {
+        let WorkerSetup { index, endpoint, ordered, idle, core, stages } = setup;
         let connections = Connections::new(Arc::clone(&shared.connections))?;
-        let device = shared.device.as_ref().map(|device| DeviceQueue::new(device, &connections)).transpose()?;
+        if let Some(descriptor) = endpoint.descriptor() {
+            connections.watch_other(descriptor, COMPLETIONS)?;
+        }
         let now = clock.now().instant;
         Ok(Self {
             index,
@@ -121,9 +116,8 @@ impl<C: Clock> Worker<C> {
             shared,
             clock,
             connections,
-            device,
+            endpoint,
             ready: Vec::with_capacity(64),
-            accepted,
             ordered,
             idle,
             core,
@@ -162,8 +156,7 @@ impl<C: Clock> Worker<C> {
     /// Makes the device wake the thread, which is about to sleep, and looks a last time. Returns true when there is
     /// something to do.
     fn has_completions(&mut self) -> bool {
-        let Some(device) = &mut self.device else { return false };
-        if let Err(error) = device.arm() {
+        if let Err(error) = self.endpoint.arm() {
             tracing::error!(worker = self.index, %error, "the RDMA device cannot be waited for");
         }
         let now = self.clock.now();
@@ -228,8 +221,7 @@ impl<C: Clock> Worker<C> {
 
     /// Hands completions to their connections. Returns true when there were any.
     fn complete(&mut self, now: Now) -> bool {
-        let Some(device) = &mut self.device else { return false };
-        match device.poll(&mut self.connections) {
+        match self.endpoint.complete(&mut self.connections) {
             Ok(count) => count > 0,
             Err(error) => {
                 self.on_device_error(&error, now);
@@ -240,16 +232,16 @@ impl<C: Clock> Worker<C> {
 
     /// Ends the connections of a device that can no longer be used.
     fn on_device_error(&mut self, error: &io::Error, now: Now) {
-        let Some(device) = self.device.take() else { return };
         tracing::error!(worker = self.index, %error, "the RDMA device is lost; its connections close");
-        for slot in device.slots() {
+        for slot in self.endpoint.lose_device() {
             self.disconnect(slot, &TransportError::Closed, now);
         }
     }
 
     /// Looks whether the device is still there.
     fn check_device(&mut self, now: Now) {
-        if let Some(Err(error)) = self.device.as_ref().map(DeviceQueue::take_events) {
+        let announce = |device: &str, event: String| tracing::warn!(device, event, "the RDMA device announces");
+        if let Err(error) = self.endpoint.take_events(announce) {
             self.on_device_error(&error, now);
         }
     }
@@ -257,14 +249,12 @@ impl<C: Clock> Worker<C> {
     /// Takes in new connections. Returns true when there were any.
     fn accept(&mut self) -> bool {
         let mut any = false;
-        while let Ok(stream) = self.accepted.try_recv() {
+        while let Some(accepted) = self.endpoint.accept() {
             any = true;
             if self.shared.draining.load(Ordering::Relaxed) {
                 continue;
             }
-            let inserted = TcpConnection::new(stream, self.shared.sockets)
-                .and_then(|socket| self.connections.insert(Channel::new(socket)));
-            if let Err(error) = inserted {
+            if let Err(error) = accepted.and_then(|link| self.connections.insert(link)) {
                 tracing::warn!(%error, "a connection cannot be served");
             }
         }
@@ -311,10 +301,7 @@ impl<C: Clock> Worker<C> {
     fn take_frame(&mut self, slot: usize, frame: Frame, now: Now) -> Result<(), TransportError> {
         let Some(client) = self.connections.get(slot) else { return Ok(()) };
         match (&mut client.role, frame) {
-            (Role::New, Frame::RdmaConnect(request)) => match &mut self.device {
-                Some(device) => device.upgrade(slot, &mut self.connections, &request),
-                None => Err(no_device()),
-            },
+            (Role::New, Frame::RdmaConnect(request)) => self.endpoint.upgrade(slot, &mut client.link, &request),
             (Role::New, Frame::OpenPublish(open)) => self.open_publisher(slot, open, now),
             (Role::New, Frame::Subscribe(request)) => {
                 client.role = Role::Subscriber(Box::new(SubscriberSession::open(&self.shared.topics, request)?));

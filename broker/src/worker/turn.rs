@@ -4,14 +4,15 @@ use super::connections::{Client, Role};
 use super::{CLOSE_LINGER, Shared, Worker};
 use crate::ack::SessionStatus;
 use crate::ingest::PublisherSession;
-use embarcadero_cxl::RegionOffset;
+use embarcadero_cxl::{Native, RegionOffset};
 use embarcadero_os::{Clock, Now};
-use embarcadero_transport::{Connection, Outbox, Outgoing, TransportError};
+use embarcadero_transport::{Connection, Endpoint, Outbox, Outgoing, TransportError};
 use embarcadero_wire::ErrorCode;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-impl<C: Clock> Worker<C> {
+impl<E: Endpoint<Native, Connection: AsRawFd>, C: Clock> Worker<E, C> {
     /// Acknowledges batches that the delegation put into the broker's own order. Returns true when there were any.
     pub(super) fn local_acks(&mut self) -> bool {
         let mut any = false;
@@ -95,22 +96,21 @@ impl<C: Clock> Worker<C> {
 
     /// Closes the connection in a slot at once, and frees what it holds.
     pub(super) fn free(&mut self, slot: usize, now: Now) {
-        let Some(mut client) = self.connections.remove(slot) else { return };
-        let number = client.link.rdma().map(|rdma| rdma.number());
+        let Some(client) = self.connections.remove(slot) else { return };
         drop(client);
-        if let Some(number) = number {
-            // The queue pair is gone, so that no completion is added under its number, which another queue pair may
-            // get.
-            while self.complete(now) {}
-            if let Some(device) = &mut self.device {
-                device.forget(number);
-            }
-        }
+        // Its queue pair is gone, so that no completion is added under its number, which another queue pair may get.
+        while self.complete(now) {}
+        self.endpoint.forget(slot);
     }
 }
 
 /// Acknowledges or delivers, as the role of the peer asks for. Returns true when anything moved.
-fn serve(shared: &Shared, client: &mut Client, check: bool, now: Now) -> Result<bool, TransportError> {
+fn serve<L: Connection<Native>>(
+    shared: &Shared,
+    client: &mut Client<L>,
+    check: bool,
+    now: Now,
+) -> Result<bool, TransportError> {
     let Client { link, role, outbox, .. } = client;
     match role {
         Role::New => Ok(false),

@@ -164,14 +164,6 @@ impl TopicRows {
     }
 }
 
-/// Reads the topics that are live. Rows that are damaged are left out: [`TopicRows::read`] has them.
-///
-/// # Errors
-/// [`NoLeader`].
-pub fn live_topics<F: Fabric>(region: &Region<F>) -> Result<Vec<TopicConfig>, NoLeader> {
-    with_leader(region, |area| TopicRows::read(region, area).live)
-}
-
 const RELEASED: u64 = offset_of!(PinLine, released) as u64;
 
 /// Records that this broker holds nothing of the topic's incarnations up to `incarnation`.

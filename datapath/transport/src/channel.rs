@@ -12,9 +12,9 @@ use embarcadero_wire::batch::BatchBuilder;
 use embarcadero_wire::{FRAME_BYTES, Frame, OpenPublish, Subscribe};
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
-/// Broker's end of a connection. Its own methods are those that only a socket or a queue pair can answer.
+/// Broker's end of a connection. Its descriptor is that of the socket.
 pub struct Channel {
     // First, so that it is dropped first: the NIC lets go of memory before anybody else does.
     rdma: Option<Box<RdmaConnection>>,
@@ -23,24 +23,23 @@ pub struct Channel {
 
 impl Channel {
     /// Connection over TCP alone.
-    #[must_use]
-    pub fn new(socket: TcpConnection) -> Self {
+    pub(crate) fn new(socket: TcpConnection) -> Self {
         Self { rdma: None, socket }
     }
 
     /// Moves batches and frames over to a queue pair.
-    pub fn upgrade(&mut self, rdma: RdmaConnection) {
+    pub(crate) fn upgrade(&mut self, rdma: RdmaConnection) {
         self.rdma = Some(Box::new(rdma));
     }
 
     /// Queue pair of the connection, if the client asked for one.
-    pub fn rdma(&mut self) -> Option<&mut RdmaConnection> {
+    pub(crate) fn rdma(&mut self) -> Option<&mut RdmaConnection> {
         self.rdma.as_deref_mut()
     }
+}
 
-    /// Descriptor of the socket, for an [`embarcadero_os::Poller`].
-    #[must_use]
-    pub fn descriptor(&self) -> RawFd {
+impl AsRawFd for Channel {
+    fn as_raw_fd(&self) -> RawFd {
         self.socket.descriptor()
     }
 }

@@ -13,6 +13,7 @@
 mod channel;
 mod config;
 mod connection;
+mod endpoint;
 mod link;
 mod options;
 mod outbox;
@@ -24,6 +25,7 @@ mod window;
 pub use channel::{Channel, PublisherChannel, SubscriberChannel};
 pub use config::{Isolation, TransportKind};
 pub use connection::{Connection, Landing, Placement, Received, TransportError, WindowPlacement};
+pub use endpoint::{Endpoint, Slots, SocketEndpoint};
 pub use link::{Item, LinkError, PublisherLink, SubscriberLink};
 pub use options::LinkOptions;
 pub use outbox::{Outbox, Outgoing};
@@ -41,6 +43,8 @@ pub trait Transport {
     type Memory: Fabric;
     /// Broker's end of a connection.
     type Connection: Connection<Self::Memory>;
+    /// Broker's half, one per polling thread.
+    type Endpoint: Endpoint<Self::Memory, Connection = Self::Connection>;
     /// Publisher's end of a connection.
     type Publisher: PublisherLink;
     /// Subscriber's end of a connection.
@@ -68,6 +72,7 @@ pub struct Sockets;
 impl Transport for Sockets {
     type Memory = Native;
     type Connection = Channel;
+    type Endpoint = SocketEndpoint;
     type Publisher = PublisherChannel;
     type Subscriber = SubscriberChannel;
 

@@ -4,14 +4,16 @@ use super::landing::TestLanding;
 use super::{BATCH_BYTES, until};
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::{Mapping, Native, RegionOffset};
-use embarcadero_sim::{Simulated, SimulatedTransport, Turbulence, World};
-use embarcadero_transport::rdma::{RdmaClient, RdmaConnection, RdmaDevice, RdmaQueue};
-use embarcadero_transport::tcp::{SocketOptions, TcpConnection, listen};
-use embarcadero_transport::{Channel, Connection, Isolation, LinkOptions, Outbox, Received, Sockets, Transport};
+use embarcadero_sim::{Simulated, SimulatedEndpoint, SimulatedTransport, Turbulence, World};
+use embarcadero_transport::rdma::{RdmaClient, RdmaDevice};
+use embarcadero_transport::tcp::{SocketOptions, listen};
+use embarcadero_transport::{
+    Channel, Connection, Endpoint, Isolation, LinkOptions, Outbox, Received, Slots, SocketEndpoint, Sockets, Transport,
+};
 use embarcadero_verbs::{Context, DpdkConfig, LocalPort};
 use embarcadero_wire::{Frame, OpenPublish, Subscribe};
 use nix::sched::{CloneFlags, unshare};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -38,8 +40,26 @@ pub trait Ends {
     /// Connects a subscriber, which has sent its request.
     fn subscriber(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Subscriber>;
 
-    /// Hands the completions of its device to a connection.
-    fn drive(&mut self, _: &mut <Self::Transport as Transport>::Connection) {}
+    /// Returns the broker's endpoint, and the slot of the connection that was made last.
+    fn endpoint(&mut self) -> (&mut <Self::Transport as Transport>::Endpoint, usize);
+
+    /// Hands completions to the connection that was made last.
+    fn drive(&mut self, connection: &mut <Self::Transport as Transport>::Connection) {
+        let (endpoint, slot) = self.endpoint();
+        endpoint.complete(&mut Last { slot, connection }).unwrap();
+    }
+}
+
+/// The connection that was made last. Completions of those before are of no interest.
+struct Last<'a, C> {
+    slot: usize,
+    connection: &'a mut C,
+}
+
+impl<C> Slots<C> for Last<'_, C> {
+    fn connection(&mut self, slot: usize) -> Option<&mut C> {
+        (slot == self.slot).then_some(&mut *self.connection)
+    }
 }
 
 fn options(device: Option<Arc<RdmaClient>>) -> LinkOptions {
@@ -60,36 +80,40 @@ fn native() -> Native {
 /// Sockets, with queue pairs beside them if there is a device.
 pub struct SocketEnds {
     memory: Native,
-    listener: TcpListener,
-    device: Option<(Arc<RdmaDevice>, RdmaQueue, Arc<RdmaClient>)>,
+    address: SocketAddr,
+    endpoint: SocketEndpoint,
+    device: Option<Arc<RdmaClient>>,
+    connections: usize,
 }
 
 impl SocketEnds {
     fn new(device: Option<[(Arc<Context>, LocalPort); 2]>) -> Self {
         let memory = native();
-        let device = device.map(|devices| {
+        let devices = device.map(|devices| {
             // Both ends are in this process, however slow it is: silence is no reason to give up.
             let [broker, client] = devices.map(|(context, port)| (context, LocalPort { retries: u8::MAX, ..port }));
-            let device = RdmaDevice::open(&memory, broker, Isolation::Auto, 256 << 10).unwrap();
-            let queue = RdmaQueue::new(&device).unwrap();
-            (device, queue, RdmaClient::new(client).unwrap())
+            let broker = RdmaDevice::open(&memory, broker, Isolation::Auto, 256 << 10).unwrap();
+            (broker, RdmaClient::new(client).unwrap())
         });
-        Self { memory, listener: listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap(), device }
+        let (broker, client) = devices.unzip();
+        let listener = listen(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).unwrap();
+        let address = listener.local_addr().unwrap();
+        let accept = move || listener.accept().ok().map(|(stream, _)| stream);
+        let endpoint = SocketEndpoint::new(accept, SocketOptions::default(), broker.as_ref()).unwrap();
+        Self { memory, address, endpoint, device: client, connections: 0 }
     }
 
     /// Connects a client in a thread of its own, as that may block until the broker has answered.
     fn connect<L: Send>(&mut self, connect: impl FnOnce(SocketAddr, &LinkOptions) -> L + Send) -> (Channel, L) {
-        let address = self.listener.local_addr().unwrap();
-        let options = options(self.device.as_ref().map(|(.., client)| Arc::clone(client)));
+        let (address, options) = (self.address, options(self.device.clone()));
+        self.connections += 1;
         std::thread::scope(|scope| {
             let client = scope.spawn(|| connect(address, &options));
-            let (stream, _) = self.listener.accept().unwrap();
-            let mut channel = Channel::new(TcpConnection::new(stream, SocketOptions::default()).unwrap());
+            let mut channel = self.endpoint.accept().expect("the client connects").unwrap();
             until("the opening frame comes", || {
                 let received = channel.receive(&self.memory, &mut TestLanding::default(), 1).unwrap();
                 if let Received::Frame(Frame::RdmaConnect(request)) = received {
-                    let (device, queue, _) = self.device.as_ref().expect("there is a device");
-                    channel.upgrade(RdmaConnection::accept(device, queue, &request).unwrap());
+                    self.endpoint.upgrade(self.connections, &mut channel, &request).unwrap();
                 }
                 channel.send(&self.memory, &mut Outbox::default()).unwrap();
                 matches!(received, Received::Frame(Frame::OpenPublish(_) | Frame::Subscribe(_)))
@@ -114,16 +138,8 @@ impl Ends for SocketEnds {
         self.connect(|address, options| Sockets.subscribe(address, options, &Subscribe::blank()).unwrap())
     }
 
-    fn drive(&mut self, connection: &mut Channel) {
-        let (Some((_, queue, _)), Some(rdma)) = (&mut self.device, connection.rdma()) else { return };
-        queue
-            .poll(|completion| {
-                // Those of connections before are of no interest.
-                if completion.queue_pair == rdma.number() {
-                    rdma.completed(completion);
-                }
-            })
-            .unwrap();
+    fn endpoint(&mut self) -> (&mut SocketEndpoint, usize) {
+        (&mut self.endpoint, self.connections)
     }
 }
 
@@ -198,8 +214,8 @@ impl InMemory {
     pub fn run(self, suite: fn(&mut MemoryEnds)) {
         let memory = Simulated::join(&World::new(REGION_BYTES, 1, Turbulence::CALM, None), || {});
         let (network, address) = (SimulatedTransport::new(16), SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
-        network.listen(address);
-        suite(&mut MemoryEnds { memory, network, address });
+        let endpoint = network.listen(address);
+        suite(&mut MemoryEnds { memory, network, address, endpoint });
     }
 }
 
@@ -207,11 +223,12 @@ pub struct MemoryEnds {
     memory: Simulated,
     network: SimulatedTransport<Simulated>,
     address: SocketAddr,
+    endpoint: SimulatedEndpoint<Simulated>,
 }
 
 impl MemoryEnds {
-    fn accept(&self) -> <SimulatedTransport<Simulated> as Transport>::Connection {
-        let mut connection = self.network.accept(self.address).expect("a connection was made");
+    fn accept(&mut self) -> <SimulatedTransport<Simulated> as Transport>::Connection {
+        let mut connection = self.endpoint.accept().expect("a connection was made").unwrap();
         let opening = connection.receive(&self.memory, &mut TestLanding::default(), 1).unwrap();
         assert!(matches!(opening, Received::Frame(_)));
         connection
@@ -233,5 +250,9 @@ impl Ends for MemoryEnds {
     fn subscriber(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Subscriber> {
         let subscriber = self.network.subscribe(self.address, &options(None), &Subscribe::blank()).unwrap();
         (self.accept(), subscriber)
+    }
+
+    fn endpoint(&mut self) -> (&mut SimulatedEndpoint<Simulated>, usize) {
+        (&mut self.endpoint, 0)
     }
 }

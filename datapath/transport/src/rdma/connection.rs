@@ -26,7 +26,7 @@ enum Peer {
 }
 
 /// Queue pair of a connection, with the landing windows or the ring that belong to it.
-pub struct RdmaConnection {
+pub(crate) struct RdmaConnection {
     // The order of the drops matters: windows close before their queue pair is destroyed. In Soft-RoCE an open window
     // keeps its queue pair in use (`rxe_do_bind_mw` in drivers/infiniband/sw/rxe/rxe_mw.c). Destroying the queue pair
     // first would block until the kernel gives up, close to a minute.

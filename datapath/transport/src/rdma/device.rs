@@ -99,7 +99,7 @@ impl RdmaDevice {
 }
 
 /// Completion queue of a polling thread.
-pub struct RdmaQueue {
+pub(crate) struct RdmaQueue {
     pub(super) queue: CompletionQueue,
     pub(super) receives: Arc<SharedReceiveQueue>,
     pub(super) connections: Arc<()>,

@@ -19,8 +19,9 @@ mod subscriber;
 mod windows;
 
 pub use client::RdmaClient;
-pub use connection::RdmaConnection;
-pub use device::{RdmaDevice, RdmaQueue};
+pub(crate) use connection::RdmaConnection;
+pub use device::RdmaDevice;
+pub(crate) use device::RdmaQueue;
 pub(crate) use publisher::RdmaPublisher;
 pub(crate) use subscriber::RdmaSubscriber;
 

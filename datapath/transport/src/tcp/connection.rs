@@ -55,7 +55,7 @@ struct Body {
 }
 
 /// Broker's end of a TCP connection.
-pub struct TcpConnection {
+pub(crate) struct TcpConnection {
     stream: TcpStream,
     header: [u8; FRAME_BYTES],
     filled: usize,

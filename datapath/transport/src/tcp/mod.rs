@@ -4,7 +4,8 @@ mod connection;
 mod publisher;
 mod subscriber;
 
-pub use connection::{TcpConnection, receive_into};
+pub(crate) use connection::TcpConnection;
+pub use connection::receive_into;
 pub(crate) use publisher::TcpPublisher;
 pub(crate) use subscriber::{TcpSubscriber, decode_header};
 
