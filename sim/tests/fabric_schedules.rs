@@ -540,42 +540,245 @@ fn pause() {
     interleave();
 }
 
+/// What a schedule does, as its first random number chooses it.
+#[derive(Clone, Copy)]
+struct Case {
+    choice: u64,
+    /// Broker 1 crashes.
+    crash: bool,
+    /// Broker 1 takes over from a leader that goes on.
+    superseded: bool,
+    replication: Replication,
+}
+
+impl Case {
+    fn draw() -> Self {
+        let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
+        let (crash, superseded) = (choice.is_multiple_of(3), choice % 3 == 1);
+        Self { choice, crash, superseded, replication: Replication::of(choice) }
+    }
+
+    /// Round of the crash or the takeover.
+    fn event_at(self) -> usize {
+        (self.choice >> 8) as usize % ROUNDS
+    }
+
+    /// Hook of a host's fabric, which lets others run.
+    fn hook(self, host: u32) -> fn() {
+        match (host, self.replication) {
+            (0, _) => pause,
+            (2, Replication::Unpinned) => doze,
+            _ => interleave,
+        }
+    }
+
+    /// Puts batches before the brokers that receive. Clients stripe them over both; some they send twice, some clients
+    /// old ones again and again.
+    fn send(self, hosts: &mut [Host]) {
+        let flood = !self.crash && !self.superseded && self.choice % 7 == 3;
+        for sequence in 0..BATCHES {
+            for session in 0..2 {
+                let to = (sequence as usize + session) % 2;
+                hosts[to].inbox.push((session, sequence));
+                if (self.choice >> (sequence % 64)) & 7 == 0 {
+                    hosts[1 - to].inbox.push((session, sequence));
+                }
+                if flood && sequence >= CLIENT_WINDOW + 4 {
+                    hosts[1].inbox.extend([(session, (sequence - CLIENT_WINDOW) & !3); 4]);
+                }
+            }
+        }
+    }
+}
+
+/// Loads the metadata into a host's cache, before anyone has written there.
+fn cache_metadata(fabric: &Simulated, geometry: &Geometry) {
+    let layout = Layout::new(geometry);
+    let lines = [
+        0,
+        64,
+        layout.terms(LEADER).0,
+        layout.control_line(LEADER).0,
+        layout.broker(BrokerId(0)).0,
+        layout.broker(BrokerId(1)).0,
+        layout.topic(LEADER, TOPIC).0,
+        layout.topic_name(LEADER, TOPIC).0,
+        layout.leader_area(LEADER).0 + layout.leader.directories,
+    ];
+    let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
+    let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
+    let sessions = geometry.sessions().map(|slot| layout.session(LEADER, slot).0);
+    for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
+        fabric.load(RegionOffset(at));
+    }
+}
+
+/// Makes the leader open the topic and a session per client.
+fn open_sessions(
+    sequencer: &mut Sequencer<Simulated>,
+    commands: &Sender<Command>,
+    replication: Replication,
+) -> Vec<Session> {
+    let (reply, _opened) = bounded(1);
+    commands.send(Command::OpenTopic(config(replication), reply)).unwrap();
+    let answers = [ClientId(11), ClientId(22)].map(|client_id| {
+        let (reply, answer) = bounded(1);
+        commands
+            .send(Command::OpenSession { topic: TOPIC, client_id, ack_level: config(replication).ack_level, reply })
+            .unwrap();
+        answer
+    });
+    sequencer.poll(1, 1);
+    answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect()
+}
+
+/// Announces the brokers that receive, and the one that replicates.
+fn announce_brokers(regions: &[Region<Simulated>], replication: Replication) {
+    let running = if replication == Replication::None { 2 } else { 3 };
+    for (id, region) in (0..running).map(BrokerId).zip(regions) {
+        let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+        let incarnation = Incarnation(7);
+        publish_broker(
+            region,
+            &BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true },
+        );
+    }
+}
+
+/// Thread of a host in rough weather.
+struct HostThread {
+    case: Case,
+    host: Host,
+    fabric: Simulated,
+    sessions: Arc<Vec<Session>>,
+    /// The leader's stages, at the host that leads.
+    stages: Option<Stages>,
+    /// Commands for the leader that this host is to become.
+    take_over: Option<Receiver<Command>>,
+}
+
+impl HostThread {
+    fn run(mut self) -> (Host, Option<Stages>) {
+        let (is_second, event_at) = (self.host.id == BrokerId(1), self.case.event_at());
+        for round in 0..ROUNDS {
+            if self.case.crash && is_second && event_at == round {
+                self.fabric.crash();
+                break;
+            }
+            self.host.round(round as u64, &self.sessions);
+            if event_at <= round {
+                self.try_take_over(round);
+            }
+            if let Some((sequencer, completion)) = &mut self.stages {
+                ORDERING.set(self.host.id == LEADER.0);
+                // Two leaders need not come to the same order.
+                let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
+                sequencer.poll(round as u64, budget);
+                assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
+                ORDERING.set(false);
+                sequencer.maintain(round as u64);
+                count(completion, sequencer.awaited_topics(), round);
+            }
+            if self.stages.as_ref().is_some_and(|(sequencer, _)| !sequencer.leads()) {
+                self.stages = None;
+            }
+        }
+        if is_second {
+            CHANGE_OF_LEADER.set(ChangeOfLeader::None);
+        }
+        (self.host, self.stages)
+    }
+
+    fn try_take_over(&mut self, round: usize) {
+        let Some(queue) = &self.take_over else { return };
+        let event_at = self.case.event_at();
+        if round == event_at {
+            prefetch_leader_area(&self.host.region);
+        }
+        let impatient = event_at + PATIENCE <= round || round + 1 == ROUNDS;
+        if CHANGE_OF_LEADER.get() != ChangeOfLeader::Due && !impatient {
+            CHANGE_OF_LEADER.set(ChangeOfLeader::Awaited);
+        } else {
+            self.stages = self.host.take_over(Predecessor::MayGoOn, queue.clone(), round as u64);
+        }
+        if self.stages.is_some() {
+            CHANGE_OF_LEADER.set(ChangeOfLeader::None);
+            self.take_over = None;
+        }
+    }
+}
+
+/// Takes broker 1 out after its crash. Its clients go to the leader.
+fn lose_second(hosts: &mut Vec<Host>, replication: Replication) {
+    let pinning_mask = 0b101 & replication.pinning_mask();
+    let incarnation = Incarnation(1);
+    let line = LeaderInfo { term: Term(1), broker: LEADER.0, incarnation, broker_mask: 0b101, pinning_mask };
+    publish_leader(&hosts[0].region, &line);
+    let lost = hosts.remove(1);
+    // Clients resend to the leader whatever they have no ack for: all of it, here.
+    hosts[0].inbox.extend(lost.inbox);
+    hosts[0].inbox.extend(lost.unacknowledged);
+    hosts[0].inbox.sort_by_key(|(session, sequence)| (*sequence, *session));
+}
+
+/// Runs the hosts in turn, in calm weather, until everything has come to its end.
+fn come_to_the_end(
+    case: Case,
+    hosts: &mut [Host],
+    sessions: &[Session],
+    leading: &Region<Simulated>,
+    (sequencer, completion): &mut Stages,
+) {
+    let total = 2 * BATCHES;
+    for rounds in 0..CALM_ROUNDS {
+        let now = (ROUNDS + rounds) as u64;
+        for host in &mut *hosts {
+            host.round(now, sessions);
+        }
+        sequencer.poll(now, 64);
+        assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
+        sequencer.maintain(now);
+        count(completion, sequencer.awaited_topics(), now as usize);
+        let ordered = read_extent(leading, GLOBAL).unwrap().next_offset;
+        assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
+        let reads = |host: &Host| host.id != FAR || case.replication != Replication::Unpinned;
+        let reached = |host: &Host| !reads(host) || host.reader.cursor == host.reader.index.committed();
+        let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
+        if ordered == total && hosts.iter().all(|host| reached(host) && idle(host)) {
+            return;
+        }
+    }
+    for Host { id, inbox, unacknowledged, landed, reader, .. } in hosts {
+        println!(
+            "host {id}: {} to receive from {:?}, without ack {:?}, {} landed, read {} of {}",
+            inbox.len(),
+            inbox.first(),
+            unacknowledged.first(),
+            landed.len(),
+            reader.cursor,
+            reader.index.committed()
+        );
+    }
+    let Case { crash, superseded, .. } = case;
+    let (extent, free) = (read_extent(leading, GLOBAL), free_segments(leading));
+    panic!(
+        "stuck (crash {crash}, superseded {superseded}): {extent:?} of {total}; {free} segments free; {:?}",
+        sequencer.stats()
+    );
+}
+
 /// Runs one schedule. Panics when a promise breaks.
 fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
-    let choice: u64 = shuttle::rand::Rng::r#gen(&mut shuttle::rand::thread_rng());
-    let (crash, superseded) = (choice.is_multiple_of(3), choice % 3 == 1);
+    let case = Case::draw();
+    let Case { choice, crash, superseded, replication } = case;
     CHANGE_OF_LEADER.set(ChangeOfLeader::None);
     let geometry = geometry(superseded);
-    let layout = Layout::new(&geometry);
-    let bytes = layout.region_bytes;
-    let world = World::new(bytes, choice, Turbulence::ROUGH, removed);
-    let replication = Replication::of(choice);
-    let hook = |host| match (host, replication) {
-        (0, _) => pause,
-        (2, Replication::Unpinned) => doze,
-        _ => interleave,
-    };
-    let fabrics: Vec<Simulated> = (0..HOSTS).map(|host| Simulated::join(&world, hook(host))).collect();
+    let world = World::new(Layout::new(&geometry).region_bytes, choice, Turbulence::ROUGH, removed);
+    let fabrics: Vec<Simulated> = (0..HOSTS).map(|host| Simulated::join(&world, case.hook(host))).collect();
     // Everyone has looked at everything before: what lies in caches is stale.
     for fabric in &fabrics[1..] {
         assert!(Region::open(fabric.clone()).is_err());
-        let lines = [
-            0,
-            64,
-            layout.terms(LEADER).0,
-            layout.control_line(LEADER).0,
-            layout.broker(BrokerId(0)).0,
-            layout.broker(BrokerId(1)).0,
-            layout.topic(LEADER, TOPIC).0,
-            layout.topic_name(LEADER, TOPIC).0,
-            layout.leader_area(LEADER).0 + layout.leader.directories,
-        ];
-        let owners = (0..SEGMENTS).map(|segment| layout.owner(segment).0);
-        let bitmaps = (0..HOSTS).map(|broker| layout.bitmap + u64::from(broker) * 64);
-        let sessions = geometry.sessions().map(|slot| layout.session(LEADER, slot).0);
-        for at in lines.into_iter().chain(owners).chain(bitmaps).chain(sessions) {
-            fabric.load(RegionOffset(at));
-        }
+        cache_metadata(fabric, &geometry);
     }
     let leader_region = Region::format(fabrics[0].clone(), &geometry, Uuid::nil(), 0).unwrap();
     let others = fabrics[1..].iter().map(|fabric| Region::open(fabric.clone()).expect("the superblock is visible"));
@@ -589,115 +792,33 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
         .map(|(id, region)| Host::new(id, region.clone(), &log, (replication, durable.as_ref()), &acknowledged))
         .collect();
 
-    // The leader opens topic and sessions.
     let (mut commands, queue) = unbounded();
-    let (mut sequencer, completion) =
-        hosts[0].take_over(Predecessor::Gone(Term::NONE), queue, 0).expect("there is room");
-    let (reply, _opened) = bounded(1);
-    commands.send(Command::OpenTopic(config(replication), reply)).unwrap();
-    let answers: Vec<_> = [ClientId(11), ClientId(22)]
-        .map(|client_id| {
-            let (reply, answer) = bounded(1);
-            commands
-                .send(Command::OpenSession { topic: TOPIC, client_id, ack_level: config(replication).ack_level, reply })
-                .unwrap();
-            answer
-        })
-        .into();
-    sequencer.poll(1, 1);
-    let sessions: Arc<Vec<Session>> = Arc::new(answers.iter().map(|answer| answer.recv().unwrap().unwrap()).collect());
-    let slot_info = |id: BrokerId| {
-        let address = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
-        let incarnation = Incarnation(7);
-        BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true }
-    };
-    publish_broker(&regions[0], &slot_info(BrokerId(0)));
-    publish_broker(&regions[1], &slot_info(BrokerId(1)));
-    if replication != Replication::None {
-        publish_broker(&regions[2], &slot_info(FAR));
-    }
-
-    // Clients stripe their batches over both receiving brokers; some they send twice, some clients old ones again and
-    // again.
-    let flood = !crash && !superseded && choice % 7 == 3;
-    for sequence in 0..BATCHES {
-        for session in 0..2 {
-            let to = (sequence as usize + session) % 2;
-            hosts[to].inbox.push((session, sequence));
-            if (choice >> (sequence % 64)) & 7 == 0 {
-                hosts[1 - to].inbox.push((session, sequence));
-            }
-            if flood && sequence >= CLIENT_WINDOW + 4 {
-                hosts[1].inbox.extend([(session, (sequence - CLIENT_WINDOW) & !3); 4]);
-            }
-        }
-    }
+    let mut stages = hosts[0].take_over(Predecessor::Gone(Term::NONE), queue, 0);
+    let (sequencer, _) = stages.as_mut().expect("there is room");
+    let sessions = Arc::new(open_sessions(sequencer, &commands, replication));
+    announce_brokers(&regions, replication);
+    case.send(&mut hosts);
 
     // Rough weather: hosts run interleaved.
     world.lock().unwrap().set_turbulence(Turbulence::ROUGHEST);
-    let mut leader_stages = Some((sequencer, completion));
     let (next_commands, next_queue) = unbounded();
     let threads: Vec<_> = hosts
         .into_iter()
-        .map(|mut host| {
-            let mut stages = if host.id == LEADER.0 { leader_stages.take() } else { None };
-            let (sessions, fabric) = (Arc::clone(&sessions), fabrics[host.id.index()].clone());
-            let event_at = (choice >> 8) as usize % ROUNDS;
-            let crash_at = (crash && host.id == BrokerId(1)).then_some(event_at);
-            let mut take_over = (superseded && host.id == BrokerId(1)).then(|| next_queue.clone());
-            shuttle::thread::spawn(move || {
-                for round in 0..ROUNDS {
-                    if crash_at == Some(round) {
-                        fabric.crash();
-                        break;
-                    }
-                    host.round(round as u64, &sessions);
-                    if event_at <= round
-                        && let Some(queue) = &take_over
-                    {
-                        if round == event_at {
-                            prefetch_leader_area(&host.region);
-                        }
-                        let impatient = event_at + PATIENCE <= round || round + 1 == ROUNDS;
-                        if CHANGE_OF_LEADER.get() != ChangeOfLeader::Due && !impatient {
-                            CHANGE_OF_LEADER.set(ChangeOfLeader::Awaited);
-                        } else {
-                            stages = host.take_over(Predecessor::MayGoOn, queue.clone(), round as u64);
-                        }
-                        if stages.is_some() {
-                            CHANGE_OF_LEADER.set(ChangeOfLeader::None);
-                            take_over = None;
-                        }
-                    }
-                    if let Some((sequencer, completion)) = &mut stages {
-                        ORDERING.set(host.id == LEADER.0);
-                        // Two leaders need not come to the same order.
-                        let budget = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 1..=5);
-                        sequencer.poll(round as u64, budget);
-                        assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
-                        ORDERING.set(false);
-                        sequencer.maintain(round as u64);
-                        count(completion, sequencer.awaited_topics(), round);
-                    }
-                    if stages.as_ref().is_some_and(|(sequencer, _)| !sequencer.leads()) {
-                        stages = None;
-                    }
-                }
-                if host.id == BrokerId(1) {
-                    CHANGE_OF_LEADER.set(ChangeOfLeader::None);
-                }
-                (host, stages)
-            })
+        .map(|host| {
+            let take_over = (superseded && host.id == BrokerId(1)).then(|| next_queue.clone());
+            let stages = if host.id == LEADER.0 { stages.take() } else { None };
+            let (fabric, sessions) = (fabrics[host.id.index()].clone(), Arc::clone(&sessions));
+            let thread = HostThread { case, host, fabric, sessions, stages, take_over };
+            shuttle::thread::spawn(move || thread.run())
         })
         .collect();
     let mut hosts = Vec::new();
-    let mut stages = None;
     for thread in threads {
         let (host, with) = thread.join().unwrap();
         hosts.push(host);
         stages = with.or(stages);
     }
-    let (mut sequencer, mut completion) = stages.filter(|(sequencer, _)| sequencer.leads()).expect("someone leads");
+    let mut stages = stages.filter(|(sequencer, _)| sequencer.leads()).expect("someone leads");
     let leader = latest_claimant(&regions[2]).unwrap().0.index();
     if leader == 1 {
         commands = next_commands;
@@ -707,78 +828,33 @@ fn schedule(removed: Option<Mutation>, visits: &Mutex<BTreeMap<u8, u64>>) {
     world.lock().unwrap().set_turbulence(Turbulence::CALM);
     hosts.iter_mut().for_each(|host| host.reader.naps = false);
     if crash {
-        let pinning_mask = 0b101 & replication.pinning_mask();
-        let incarnation = Incarnation(1);
-        let line = LeaderInfo { term: Term(1), broker: LEADER.0, incarnation, broker_mask: 0b101, pinning_mask };
-        publish_leader(&regions[0], &line);
-        let lost = hosts.remove(1);
-        // Clients resend to the leader whatever they have no ack for: all of it, here.
-        hosts[0].inbox.extend(lost.inbox);
-        hosts[0].inbox.extend(lost.unacknowledged);
-        hosts[0].inbox.sort_by_key(|(session, sequence)| (*sequence, *session));
+        lose_second(&mut hosts, replication);
     }
-    let total = 2 * BATCHES;
-    let mut rounds = 0;
-    loop {
-        let now = (ROUNDS + rounds) as u64;
-        for host in &mut hosts {
-            host.round(now, &sessions);
-        }
-        sequencer.poll(now, 64);
-        assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
-        sequencer.maintain(now);
-        count(&mut completion, sequencer.awaited_topics(), now as usize);
-        let ordered = read_extent(&regions[leader], GLOBAL).unwrap().next_offset;
-        assert!(ordered <= total, "{ordered} batches ordered of {total}: something was ordered twice");
-        let reads = |host: &Host| host.id != FAR || replication != Replication::Unpinned;
-        let reached = |host: &Host| !reads(host) || host.reader.cursor == host.reader.index.committed();
-        let idle = |host: &Host| host.inbox.is_empty() && host.unacknowledged.is_empty() && host.landed.is_empty();
-        if ordered == total && hosts.iter().all(|host| reached(host) && idle(host)) {
-            break;
-        }
-        rounds += 1;
-        if rounds >= CALM_ROUNDS {
-            let state: Vec<_> = hosts
-                .iter()
-                .map(|host| {
-                    let reader = (host.reader.cursor, host.reader.index.committed());
-                    (
-                        host.id,
-                        host.inbox.first(),
-                        host.inbox.len(),
-                        host.unacknowledged.first(),
-                        host.landed.len(),
-                        reader,
-                    )
-                })
-                .collect();
-            let extent = read_extent(&regions[leader], GLOBAL);
-            let free = free_segments(&regions[0]);
-            panic!(
-                "stuck: {ordered} of {total} ordered (crash {crash}, superseded {superseded}); {free} segments free; {extent:?}; hosts {state:?}; {:?}",
-                sequencer.stats()
-            );
-        }
-    }
+    come_to_the_end(case, &mut hosts, &sessions, &regions[leader], &mut stages);
     // What an earlier leader left is given back.
     hosts.iter_mut().for_each(|host| host.round(u64::MAX >> 1, &sessions));
     let index = |owner: &Row<SegmentUse>| matches!(owner, Row::Used(SegmentUse::Index { .. }));
     let indexes = (0..SEGMENTS).map(|segment| read_owner(&regions[2], segment)).filter(index).count();
     assert_eq!(indexes, 1, "index segments");
-    check_tables(&regions, leader, &mut sequencer, &commands, &sessions);
+    check_tables(&regions, leader, &mut stages.0, &commands, &sessions);
     check_pool(&regions, &hosts[0]);
     check_end(&regions, &hosts, &log, durable.as_ref());
+    check_acks(&acknowledged, &log);
+    let world = world.lock().unwrap();
+    let mut visits = visits.lock().unwrap();
+    for site in Site::ALL {
+        *visits.entry(*site as u8).or_default() += world.visits(*site);
+    }
+}
+
+/// Checks that each position was acknowledged to the client whose batch was read there.
+fn check_acks(acknowledged: &Acknowledged, log: &Log) {
     for (position, batch) in acknowledged.lock().unwrap().iter() {
         let read = log.lock().unwrap().get(position).map(|(client, sequence, _)| (*client, *sequence));
         assert!(
             read.is_none_or(|read| read == *batch),
             "position {position} was acknowledged as {batch:?} and read as {read:?}"
         );
-    }
-    let world = world.lock().unwrap();
-    let mut visits = visits.lock().unwrap();
-    for site in Site::ALL {
-        *visits.entry(*site as u8).or_default() += world.visits(*site);
     }
 }
 

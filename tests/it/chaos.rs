@@ -9,6 +9,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::ops::Range;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -75,11 +76,67 @@ fn publish(publisher: &Publisher, number: u32, rounds: u64, round: &AtomicU64) -
     ids
 }
 
+/// What does harm: it kills and pauses brokers, cuts connections, and kills publishers that nobody waits for.
+struct Chaos<'a> {
+    random: StdRng,
+    cluster: &'a mut Cluster,
+    proxies: &'a [Proxy],
+    reading: &'a Client,
+    /// Publisher that is killed next.
+    victim: Option<Child>,
+    /// Number of the publishers so far that were to be killed.
+    victims: u32,
+}
+
+impl Chaos<'_> {
+    fn strike(&mut self) {
+        std::thread::sleep(Duration::from_millis(self.random.random_range(5..100)));
+        let brokers = self.reading.cluster().map_or(Vec::new(), |view| view.brokers);
+        let leader = brokers.into_iter().find(|broker| broker.leader);
+        let leader = leader.and_then(|leader| self.cluster.brokers.iter().position(|broker| broker.id == leader.id));
+        let any = self.random.random_range(0..self.cluster.brokers.len());
+        match self.random.random_range(0..7) {
+            0 | 1 => self.kill(leader.unwrap_or(any)),
+            2 => self.kill(any),
+            3 => self.pause(any, 10..400),
+            // Long enough for another to take over from it.
+            4 => self.pause(leader.unwrap_or(any), 150..500),
+            // In mid-batch, most likely: towards the broker or from it.
+            5 => {
+                let proxy = &self.proxies[self.random.random_range(0..self.proxies.len())];
+                proxy.cut_after(self.random.random_range(0..200_000));
+            }
+            _ => {
+                self.kill_victim();
+                self.victim = Some(victim(self.cluster, VICTIMS + self.victims));
+                self.victims += 1;
+            }
+        }
+    }
+
+    fn kill(&mut self, broker: usize) {
+        let dead = self.cluster.kill(broker);
+        self.cluster.restart(&dead);
+    }
+
+    fn pause(&mut self, broker: usize, ms: Range<u64>) {
+        self.cluster.brokers[broker].signal("-STOP");
+        std::thread::sleep(Duration::from_millis(self.random.random_range(ms)));
+        self.cluster.brokers[broker].signal("-CONT");
+    }
+
+    fn kill_victim(&mut self) {
+        if let Some(mut child) = self.victim.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+}
+
 #[test]
 fn nothing_acknowledged_is_lost_whatever_dies() {
     let (rounds, seed) = (environment("EMBARCADERO_CHAOS_ROUNDS", 2), environment("EMBARCADERO_CHAOS_SEED", 1));
     println!("EMBARCADERO_CHAOS_SEED={seed}");
-    let mut random = StdRng::seed_from_u64(seed);
     let disk = tempfile::tempdir().unwrap();
     let mut cluster = Cluster::start(
         0,
@@ -97,59 +154,23 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
     reading.create_topic("t", options).unwrap();
     let publishers: Vec<Publisher> = (0..CLIENTS).map(|_| client(&cluster).publisher("t").unwrap()).collect();
     let round = AtomicU64::new(0);
-    let mut victims = 0;
+    let random = StdRng::seed_from_u64(seed);
+    let mut chaos =
+        Chaos { random, cluster: &mut cluster, proxies: &proxies, reading: &reading, victim: None, victims: 0 };
     let ids: BTreeMap<u32, Vec<MessageId>> = std::thread::scope(|scope| {
         let round = &round;
         let threads: Vec<_> = (0..CLIENTS)
             .zip(&publishers)
             .map(|(number, publisher)| (number, scope.spawn(move || publish(publisher, number, rounds, round))))
             .collect();
-        let mut running: Option<Child> = None;
         for number in 0..rounds {
             round.store(number, Ordering::SeqCst);
-            std::thread::sleep(Duration::from_millis(random.random_range(5..100)));
-            let leader = reading.cluster().ok().and_then(|view| view.brokers.into_iter().find(|broker| broker.leader));
-            let leader = leader.and_then(|leader| cluster.brokers.iter().position(|broker| broker.id == leader.id));
-            let any = random.random_range(0..cluster.brokers.len());
-            match random.random_range(0..7) {
-                0 | 1 => {
-                    let dead = cluster.kill(leader.unwrap_or(any));
-                    cluster.restart(&dead);
-                }
-                2 => {
-                    let dead = cluster.kill(any);
-                    cluster.restart(&dead);
-                }
-                3 => {
-                    cluster.brokers[any].signal("-STOP");
-                    std::thread::sleep(Duration::from_millis(random.random_range(10..400)));
-                    cluster.brokers[any].signal("-CONT");
-                }
-                // Long enough for another to take over from it.
-                4 => {
-                    let stopped = leader.unwrap_or(any);
-                    cluster.brokers[stopped].signal("-STOP");
-                    std::thread::sleep(Duration::from_millis(random.random_range(150..500)));
-                    cluster.brokers[stopped].signal("-CONT");
-                }
-                // In mid-batch, most likely: towards the broker or from it.
-                5 => proxies[random.random_range(0..proxies.len())].cut_after(random.random_range(0..200_000)),
-                _ => {
-                    if let Some(mut child) = running.take() {
-                        child.kill().unwrap();
-                        child.wait().unwrap();
-                    }
-                    running = Some(victim(&cluster, VICTIMS + victims));
-                    victims += 1;
-                }
-            }
+            chaos.strike();
         }
-        if let Some(mut child) = running.take() {
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
+        chaos.kill_victim();
         threads.into_iter().map(|(number, thread)| (number, thread.join().unwrap())).collect()
     });
+    let victims = chaos.victims;
     eventually("all brokers are back", || client(&cluster).cluster().unwrap().brokers.len() == 4);
     let seen = history(&client(&cluster), "t");
     for (number, ids) in &ids {
