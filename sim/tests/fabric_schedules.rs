@@ -540,7 +540,7 @@ fn pause() {
     interleave();
 }
 
-/// What a schedule does, as its first random number chooses it.
+/// Course of a schedule, as its first random number chooses it.
 #[derive(Clone, Copy)]
 struct Case {
     choice: u64,

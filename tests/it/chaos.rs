@@ -76,7 +76,7 @@ fn publish(publisher: &Publisher, number: u32, rounds: u64, round: &AtomicU64) -
     ids
 }
 
-/// What does harm: it kills and pauses brokers, cuts connections, and kills publishers that nobody waits for.
+/// Source of harm: it kills and pauses brokers, cuts connections, and kills publishers that nobody waits for.
 struct Chaos<'a> {
     random: StdRng,
     cluster: &'a mut Cluster,
