@@ -168,7 +168,7 @@ impl Cluster {
     ///
     /// # Errors
     /// Those of [`Cluster::start`], and `stopped` returned true while brokers were joining.
-    pub fn start_unless(args: &ClusterArgs, stopped: &mut dyn FnMut() -> bool) -> Result<Self> {
+    pub(crate) fn start_unless(args: &ClusterArgs, stopped: &mut dyn FnMut() -> bool) -> Result<Self> {
         let mut cluster = Self { brokers: Vec::new(), region: None };
         // A device always exists. If it was never used, or its region was destroyed, it begins with zeros.
         let opened = || RegionFile::open(&args.region, FlushMethod::None);
@@ -224,7 +224,7 @@ impl Cluster {
 
 impl Cluster {
     /// Removes the brokers whose processes have ended. Returns their process ids and exit statuses.
-    pub fn take_ended(&mut self) -> Vec<(u32, ExitStatus)> {
+    pub(crate) fn take_ended(&mut self) -> Vec<(u32, ExitStatus)> {
         let mut ended = Vec::new();
         self.brokers.retain_mut(|broker| match broker.child.try_wait() {
             Ok(Some(status)) => {

@@ -56,7 +56,7 @@ pub fn parse<T: DeserializeOwned>(text: &str, overrides: impl Iterator<Item = (S
 }
 
 /// Adds to an error the file and the line that the value comes from, if a file has it.
-pub fn located(file: Option<&Path>, error: OutOfBounds) -> anyhow::Error {
+pub(crate) fn located(file: Option<&Path>, error: OutOfBounds) -> anyhow::Error {
     let text = file.and_then(|file| std::fs::read_to_string(file).ok()).unwrap_or_default();
     let says = |line: &usize| text.lines().nth(line - 1).is_some_and(|line| line.contains(&error.value));
     match (file, line_of(&text, error.key).filter(says)) {

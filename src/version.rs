@@ -3,7 +3,7 @@
 use embarcadero_verbs::{has_dpdk, rdma_missing};
 
 /// Version of the package, as in `0.1.0`.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Commit of the sources, 12 hexadecimal digits; `unknown` if they were no Git checkout.
 pub const COMMIT: &str = env!("EMBARCADERO_COMMIT");
 

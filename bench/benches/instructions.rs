@@ -56,7 +56,7 @@ fn reserve(blog: Blog<Native>) -> Blog<Native> {
 
 fn batchlog() -> BatchlogWriter<Native> {
     let mut log = BatchlogWriter::new(memory(AllocatorKind::Bitmap), TOPIC.0, BrokerId(0));
-    assert!(log.has_room());
+    assert!(log.has_room().unwrap());
     log
 }
 

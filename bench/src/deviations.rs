@@ -52,7 +52,7 @@ struct Entry {
 const MEASURED: [Entry; 8] = [
     Entry { id: "DEV-001", behaviour: 1, measure: batching::compare },
     Entry { id: "DEV-002", behaviour: 1, measure: flushing::compare },
-    Entry { id: "DEV-003", behaviour: 1, measure: receiving::compare },
+    Entry { id: "DEV-003", behaviour: 2, measure: receiving::compare },
     Entry { id: "DEV-004", behaviour: 1, measure: flushing::compare_metadata },
     Entry { id: "DEV-005", behaviour: 1, measure: pool::compare },
     Entry { id: "DEV-006", behaviour: 1, measure: polling::compare },

@@ -103,7 +103,7 @@ impl Printed {
         self.parameters.get(parameter)?.as_f64()
     }
 
-    /// Those of the parameters `names` that the row has, for people.
+    /// Parameters of `names` that the row has, for people.
     fn label(&self, names: &BTreeSet<String>) -> String {
         let text = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         let shown = names.iter().filter_map(|name| Some(format!("{name} {}", text(self.parameters.get(name)?))));

@@ -51,7 +51,7 @@ fn a_grid_of_figures_is_drawn() {
     assert!(!refused.status.success() && error.contains("line 1"), "{error}");
 }
 
-/// Here librdkafka's mock cluster, which kcat starts and reads from.
+/// The other implementation is librdkafka's mock cluster, which kcat starts and reads from.
 #[test]
 fn what_we_publish_as_kafka_clients_do_another_implementation_reads() {
     let directory = tempfile::tempdir().unwrap();

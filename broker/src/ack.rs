@@ -11,7 +11,7 @@ use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::session_table::{Commit, read_commit, read_progress, read_session};
 use embarcadero_cxl::{Damage, Row};
-use embarcadero_wire::{Ack, BrokerId, ClientId, Epoch, Fenced, SessionSlot, Stream, UNKNOWN_OFFSET};
+use embarcadero_wire::{Ack, BrokerId, ClientId, Epoch, ErrorCode, Fenced, SessionSlot, Stream, UNKNOWN_OFFSET};
 use std::collections::VecDeque;
 
 /// State of a connection's session.
@@ -34,12 +34,32 @@ struct Committed {
     position: u64,
 }
 
-/// Error: retention removed batches before enough replicas had them, so that they cannot be acknowledged any more.
+/// Reason why batches cannot be acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("batch {sequence} of the session was removed by retention before it was replicated")]
-pub struct Lost {
-    /// Sequence of the first lost batch in its session.
-    pub sequence: u64,
+pub enum AckError {
+    /// Retention removed a batch before enough replicas had it.
+    #[error("batch {sequence} of the session was removed by retention before it was replicated")]
+    Lost {
+        /// Sequence of the first lost batch in its session.
+        sequence: u64,
+    },
+    /// The record of a commit is damaged.
+    #[error(transparent)]
+    Damaged(#[from] Damage),
+    /// No leader can say what is committed.
+    #[error(transparent)]
+    NoLeader(#[from] NoLeader),
+}
+
+impl AckError {
+    /// Returns the code with which a client is refused.
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            Self::Lost { .. } => ErrorCode::NotReplicated,
+            Self::Damaged(_) => ErrorCode::Corrupt,
+            Self::NoLeader(_) => ErrorCode::Unavailable,
+        }
+    }
 }
 
 /// Session whose batches an [`AckQueue`] acknowledges.
@@ -107,16 +127,16 @@ impl AckQueue {
     /// Those that have to be durable first are queued for [`AckQueue::poll`].
     ///
     /// # Errors
-    /// [`NoLeader`] when no leader can say what is committed.
+    /// [`AckError::NoLeader`] or [`AckError::Damaged`].
     pub fn replay<F: Fabric>(
         &mut self,
         region: &Region<F>,
         from: u64,
         mut send: impl FnMut(Ack),
-    ) -> Result<(), NoLeader> {
+    ) -> Result<(), AckError> {
         let committed = read_progress(region, self.slot)?;
         for sequence in from.max(committed.saturating_sub(SESSION_WINDOW))..committed + SESSION_WINDOW {
-            let commit = read_commit(region, self.slot, sequence);
+            let commit = read_commit(region, self.slot, sequence)?;
             if commit == Commit::Unknown || (commit == Commit::Forgotten && sequence >= committed) {
                 continue;
             }
@@ -152,19 +172,19 @@ impl AckQueue {
     /// number of acks.
     ///
     /// # Errors
-    /// [`Lost`] when retention removed a batch before enough replicas had it.
+    /// [`AckError::Lost`] or [`AckError::Damaged`].
     #[inline]
     pub fn poll<F: Fabric>(
         &mut self,
         region: &Region<F>,
         broker: BrokerId,
         mut send: impl FnMut(Ack),
-    ) -> Result<usize, Lost> {
+    ) -> Result<usize, AckError> {
         let mut sent = 0;
         while let Some(sequence) = self.outstanding.front().copied() {
             // In a broker's own order, `AckQueue::local` learns of the places.
             let commit = match self.stream.stream {
-                Stream::GLOBAL => read_commit(region, self.slot, sequence),
+                Stream::GLOBAL => read_commit(region, self.slot, sequence)?,
                 _ => break,
             };
             if commit == Commit::Unknown {
@@ -195,7 +215,7 @@ impl AckQueue {
         region: &Region<F>,
         broker: BrokerId,
         mut send: impl FnMut(Ack),
-    ) -> Result<usize, Lost> {
+    ) -> Result<usize, AckError> {
         let (Ok(completion), Ok(progress)) =
             (read_completion(region, self.stream.topic, broker), read_progress(region, self.slot))
         else {
@@ -205,7 +225,7 @@ impl AckQueue {
         let mut sent = 0;
         while let Some(batch) = self.committed.front().copied() {
             if batch.position < completion.lost_through {
-                return Err(Lost { sequence: batch.sequence });
+                return Err(AckError::Lost { sequence: batch.sequence });
             }
             if batch.position >= completion.durable_through {
                 break;

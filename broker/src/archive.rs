@@ -131,7 +131,7 @@ pub(crate) enum DiskError {
     /// The replica has not listed its files yet.
     #[error("this broker has yet to look at its disk")]
     NotScanned,
-    /// Without a leader nobody knows which brokers are alive.
+    /// Nobody leads, so that nobody knows which brokers are alive.
     #[error(transparent)]
     NoLeader(#[from] NoLeader),
     /// A broker that replicates is not alive.

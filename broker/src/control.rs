@@ -16,7 +16,7 @@ use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, read_topic};
 use embarcadero_cxl::{Damage, Native, Region, Row};
 use embarcadero_os::{Clock, SystemClock};
-use embarcadero_wire::{ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, TopicId};
+use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, Order, SessionSlot, Stream, TopicId};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, Response, Status};
@@ -178,7 +178,7 @@ fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, S
     if !(1..=32).contains(&replicas) {
         return Err(Status::invalid_argument(format!("replication_factor is {replicas}; it must be 1 to 32")));
     }
-    if request.ack_level > 2 {
+    if request.ack_level > MAX_ACK_LEVEL.into() {
         return Err(Status::invalid_argument(format!("ack_level is {}; it must be 0, 1 or 2", request.ack_level)));
     }
     if request.ack_level == 2 && replicas < 2 {
@@ -299,8 +299,9 @@ impl Control for ControlService {
         let streams = self.with_leader(read).await?;
         let streams = streams
             .into_iter()
-            .filter(|(_, extent)| extent.incarnation == topic.incarnation)
+            .filter_map(|(stream, extent)| Some((stream, extent.of(topic.incarnation).transpose()?)))
             .map(|(stream, extent)| {
+                let extent = extent?;
                 Ok(proto::Stream {
                     broker: stream.0,
                     earliest_offset: extent.earliest_offset,

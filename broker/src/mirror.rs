@@ -147,8 +147,10 @@ impl<F: Fabric> Mirror<F> {
             };
             let expected = read_progress_at(from, self.area, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
-                if let Commit::At(record) = read_commit_at(from, self.area, slot, sequence) {
-                    self.commit(&[SessionCommit { slot, record, expected }]);
+                match read_commit_at(from, self.area, slot, sequence) {
+                    Ok(Commit::At(record)) => self.commit(&[SessionCommit { slot, record, expected }]),
+                    Ok(Commit::Unknown | Commit::Forgotten) => {}
+                    Err(damage) => tracing::error!(%slot, %damage, "a commit record is not copied to the mirror"),
                 }
             }
             self.session(&session);
@@ -225,6 +227,7 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, MirrorE
     for config in live_topics(mirror, area)?.into_iter().filter(|config| config.order.is_global()) {
         let id = StreamId { topic: config.id, stream: Stream::GLOBAL };
         let extent = read_extent_at(mirror, area, id);
+        extent.batches(mirror)?;
         let mut reader = OrderIndexReader::new(mirror.clone(), id);
         let mut batches = Vec::new();
         // The tail's next offset may be ahead of its last entry. The end of the last batch is certain.

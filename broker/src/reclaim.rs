@@ -9,9 +9,9 @@ use embarcadero_cxl::order_index::{
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
-use embarcadero_cxl::sequencer_half::read_consumed;
+use embarcadero_cxl::sequencer_half::read_consumed_at;
 use embarcadero_cxl::topic_table::read_topic_at;
-use embarcadero_cxl::{Fabric, Guard, RegionOffset, Row, Site};
+use embarcadero_cxl::{Damage, Fabric, Guard, RegionOffset, Row, Site};
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -72,8 +72,17 @@ impl<F: Fabric> Reclaimer<F> {
         let retired = topic.blog.retired();
         // The decided position is read before the index, so that the scan sees every commit below that position.
         let decided = if topic.config.order.is_global() {
-            let Ok(half) = read_consumed(&self.region, self.stream.topic, self.broker) else { return 0 };
-            half.decided_through
+            let StreamId { topic: id, .. } = self.stream;
+            let half = with_leader(&self.region, |area| {
+                let at = self.region.layout().sequencer_half(area, id, self.broker);
+                (at, read_consumed_at(&self.region, area, id, self.broker).decided_through)
+            });
+            let Ok((at, decided)) = half else { return 0 };
+            if decided > head {
+                topic.mark_damaged(Damage { structure: "SequencerHalf", at, what: "decided_through", value: decided });
+                return 0;
+            }
+            decided
         } else {
             head
         };

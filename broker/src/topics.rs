@@ -186,12 +186,13 @@ impl<F: Fabric> TopicTable<F> {
 mod tests {
     use super::*;
     use embarcadero_cxl::cache::FlushMethod;
-    use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, RegionRole};
+    use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, RegionRole, TopicLine};
     use embarcadero_cxl::leadership::{activate_term, claim_term};
     use embarcadero_cxl::segment::PartitionAllocator;
     use embarcadero_cxl::topic_table::{TopicRows, publish_topic};
     use embarcadero_cxl::{Mapping, Native, RegionOffset};
     use embarcadero_wire::{Order, Term};
+    use std::mem::offset_of;
     use uuid::Uuid;
 
     const LEADER: LeaderArea = LeaderArea(BrokerId(0));
@@ -237,7 +238,8 @@ mod tests {
         }
         activate_term(&region, LEADER, Term(1));
         // No name is that long.
-        region.fabric().store(region.layout().topic(LEADER, TopicId(0)).add(32), u32::MAX.into());
+        let at = region.layout().topic(LEADER, TopicId(0)).add(offset_of!(TopicLine, name_bytes) as u64);
+        region.fabric().store(at, u32::MAX.into());
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
         let topics = TopicTable::new(region.clone(), BrokerId(0), pool);
         let Err(error) = topics.get(TopicId(0), Incarnation(1)) else { panic!("a damaged row was read") };

@@ -6,11 +6,11 @@ use embarcadero_cxl::batchlog::BatchlogReader;
 use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker, read_broker, read_replica_state};
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, LeaderArea, SessionState, TopicState};
-use embarcadero_cxl::leadership::{LeaderInfo, activate_term, claim_term, publish_leader, read_leader};
+use embarcadero_cxl::leadership::{LeaderInfo, activate_term, claim_term, publish_leader, read_leader, with_leader};
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId};
 use embarcadero_cxl::owner::read_owner;
 use embarcadero_cxl::session_table::{Session, publish_session, read_commit, read_progress, read_session};
-use embarcadero_cxl::topic_table::{TopicConfig, live_topics, publish_topic};
+use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, publish_topic};
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, Term, TopicId};
 use libfuzzer_sys::fuzz_target;
@@ -75,7 +75,7 @@ fn pristine() -> Pristine {
 }
 
 fn read_all(region: &Region<Native>) {
-    let _ = (live_topics(region), read_leader(region));
+    let _ = (with_leader(region, |area| TopicRows::read(region, area)), read_leader(region));
     let _ = mirror::read(region);
     let geometry = *region.geometry();
     for broker in geometry.brokers() {

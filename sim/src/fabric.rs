@@ -235,12 +235,6 @@ impl Simulated {
         }
     }
 
-    /// Returns true after [`Simulated::crash`].
-    #[must_use]
-    pub fn is_crashed(&self) -> bool {
-        lock(&self.world).hosts.get(self.host).is_some_and(|host| host.crashed)
-    }
-
     /// Begins an operation: something may happen by chance, and then other hosts may run.
     fn enter(&self) -> MutexGuard<'_, World> {
         lock(&self.world).weather(self.host);

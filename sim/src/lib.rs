@@ -8,6 +8,7 @@
 //! - [`parallel`]: work on all cores, for searches over seeds.
 //!
 //! No product crate depends on this one.
+#![forbid(unsafe_code)]
 
 pub mod disk;
 pub mod fabric;

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 
 /// Number of brokers in the region that [`region`] makes, each with a Batchlog.
-pub const BROKERS: u32 = 4;
+const BROKERS: u32 = 4;
 /// Topic of the testbed, and its incarnation.
 pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
 /// Area of the leader, which is broker 0.
@@ -162,7 +162,7 @@ impl<F: Fabric> Testbed<F> {
             for _ in 0..(SESSION_WINDOW - 1).min(64) {
                 let broker = (*next % self.logs.len() as u64) as usize;
                 let log = &mut self.logs[broker].0;
-                if !log.has_room() {
+                if log.has_room() != Ok(true) {
                     break;
                 }
                 let index = log.append(BatchEntry {

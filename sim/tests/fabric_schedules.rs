@@ -422,7 +422,7 @@ impl Host {
     fn acknowledge(&mut self, sessions: &[Session]) {
         let Self { region, acknowledged, .. } = self;
         self.unacknowledged.retain(|(session, sequence)| {
-            match read_commit(region, sessions[*session].slot, *sequence) {
+            match read_commit(region, sessions[*session].slot, *sequence).expect("no record is damaged") {
                 Commit::Unknown => true,
                 Commit::Forgotten => false,
                 Commit::At(record) => {
@@ -1094,13 +1094,13 @@ fn must_be_noticed<T: Copy + std::fmt::Debug + Send + Sync>(
     assert!(survivors.is_empty(), "that these are left out is not noticed in {budget} schedules: {survivors:?}");
 }
 
-/// Without one of the flushes, fences or invalidates, some schedule fails.
+/// Some schedule fails when one of the flushes, fences or invalidates is left out.
 #[test]
 fn every_flush_fence_and_invalidate_is_needed() {
     must_be_noticed(Site::ALL, recorded, Mutation::Site);
 }
 
-/// Without one of the checks, some schedule fails. `sim/tests/protocol/full_fences.rs` has the full fences.
+/// Some schedule fails when one of the checks is left out. `sim/tests/protocol/full_fences.rs` has the full fences.
 #[test]
 fn every_guard_is_needed() {
     must_be_noticed(Guard::ALL, recorded_guard, Mutation::Guard);

@@ -13,7 +13,7 @@ pub struct ConsumeArgs {
     topic: String,
     #[command(flatten)]
     connect: Connect,
-    /// Where to start: an offset, earliest, latest, or @ and a time in microseconds since 1970.
+    /// Start of the stream: an offset, earliest, latest, or @ and a time in microseconds since 1970.
     #[arg(long, default_value = "earliest", value_parser = parse_start)]
     from: Start,
     /// Wait for more messages when all have been read.
@@ -30,7 +30,7 @@ pub struct ConsumeArgs {
     offsets: bool,
 }
 
-pub fn parse_start(text: &str) -> Result<Start, String> {
+fn parse_start(text: &str) -> Result<Start, String> {
     let number = |text: &str| text.parse().map_err(|_| format!("{text:?} is not earliest, latest, an offset or @time"));
     match (text, text.strip_prefix('@')) {
         ("earliest", _) => Ok(Start::Earliest),

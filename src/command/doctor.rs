@@ -15,7 +15,7 @@ pub struct DoctorArgs {
     /// Print JSON.
     #[arg(long)]
     json: bool,
-    /// Also measure memory, and the time of a flush, a pause and a reading of the clock.
+    /// Measure memory too, and the time of a flush, a pause and a reading of the clock.
     #[arg(long)]
     measure: bool,
     /// Path of a region to measure as well. It may be in use; it is only read.

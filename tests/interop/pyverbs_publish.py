@@ -22,7 +22,7 @@ from pyverbs.pd import PD
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import RecvWR, SGE, SendWR
 
-PATIENCE = 60
+PATIENCE = 300
 FRAMES = 64
 
 
@@ -175,7 +175,7 @@ def main():
     sock.sendall(frame(11, gid=(8, "16s", gid), queue_pair=(24, "I", qp.qp_num), first_psn=(28, "I", psn),
                        mtu=(32, "I", 4096), batch_bytes=(56, "I", len(batch))))
     answer = read_exactly(sock, 64)
-    assert check(answer) == 12, f"no VerbsAccept but kind {answer[4]}"
+    assert check(answer) == 12, f"no RdmaAccept but kind {answer[4]}"
     peer_gid = answer[8:24]
     peer_qpn, peer_psn, peer_mtu = struct.unpack_from("<III", answer, 24)
 
@@ -185,7 +185,7 @@ def main():
     attr.dest_qp_num, attr.rq_psn, attr.sq_psn = peer_qpn, peer_psn, psn
     attr.path_mtu = min(4096, peer_mtu).bit_length() - 8
     attr.ah_attr = AHAttr(gr=route, is_global=1, port_num=1)
-    attr.min_rnr_timer, attr.timeout, attr.retry_cnt, attr.rnr_retry = 12, 14, 7, 7
+    attr.min_rnr_timer, attr.timeout, attr.retry_cnt, attr.rnr_retry = 12, 20, 7, 7
     qp.to_init(attr)
     for index in range(FRAMES):
         qp.post_recv(RecvWR(wr_id=index, num_sge=1, sg=[SGE(inbox.buf + 64 * index, 64, inbox.lkey)]))
@@ -210,7 +210,7 @@ def main():
                 continue
             data = inbox.read(64, 64 * completion.wr_id)
             kind = check(data)
-            if kind == 13 and not written:  # Lease
+            if kind == 13 and not written:  # WindowGrant
                 address, number, rkey, size = struct.unpack_from("<QIII", data, 8)
                 assert len(batch) <= size
                 write = SendWR(wr_id=1, opcode=e.IBV_WR_RDMA_WRITE_WITH_IMM, num_sge=1, imm_data=socket.htonl(number),

@@ -171,7 +171,7 @@ fn nothing_acknowledged_is_lost_whatever_dies() {
         threads.into_iter().map(|(number, thread)| (number, thread.join().unwrap())).collect()
     });
     let victims = chaos.victims;
-    eventually("all brokers are back", || client(&cluster).cluster().unwrap().brokers.len() == 4);
+    eventually("all brokers are back", || cluster.view().brokers.len() == 4);
     let seen = history(&client(&cluster), "t");
     for (number, ids) in &ids {
         assert_exactly_once(&seen[number], rounds * EACH);

@@ -61,7 +61,7 @@ fn brokers_join_and_leave_under_load() {
             assert!(leaving.child.wait().unwrap().success());
         }
         read_until_all_receive(2..4);
-        eventually("two are left", || cluster.client_of_all().cluster().unwrap().brokers.len() == 2);
+        eventually("two are left", || cluster.view().brokers.len() == 2);
         done.store(true, Ordering::SeqCst);
         let counts: Vec<u64> = publishing.into_iter().map(|thread| thread.join().unwrap()).collect();
         subscriber
@@ -78,7 +78,7 @@ fn brokers_join_and_leave_under_load() {
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
 }
 
-/// Where each broker has a stream of its own, a subscriber reads the streams of brokers that join later. It reads nothing
+/// A subscriber reads the streams of brokers that join later, when each broker has a stream of its own. It reads nothing
 /// that was published before it subscribed.
 #[test]
 fn a_subscriber_reads_the_streams_of_brokers_that_join() {
@@ -100,7 +100,7 @@ fn a_subscriber_reads_the_streams_of_brokers_that_join() {
     }
     cluster.add(&[]);
     cluster.await_brokers(2);
-    let joined = cluster.client_of_all().cluster().unwrap().brokers.iter().map(|broker| broker.id).max();
+    let joined = cluster.view().brokers.iter().map(|broker| broker.id).max();
     for (order, subscriber) in &mut subscribers {
         let publisher = cluster.client_of_all().publisher(&order.to_string()).unwrap();
         let (mut heard, mut number) = (BTreeSet::new(), 0);

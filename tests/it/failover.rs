@@ -141,6 +141,6 @@ fn what_a_dead_leader_held_for_a_gap_needs_no_lease() {
         publisher.flush().unwrap();
         cluster.restart(&dead);
     }
-    eventually("all brokers are back", || cluster.client_of_all().cluster().unwrap().brokers.len() == 3);
+    eventually("all brokers are back", || cluster.view().brokers.len() == 3);
     assert_exactly_once(&history(&cluster.client_of_all(), "t")[&0], 8000);
 }

@@ -496,9 +496,7 @@ mod two_guests {
             signs.say("done", "all");
         } else {
             signs.wait("dead");
-            eventually("guest 2 leads", || {
-                cluster.client_of_all().cluster().unwrap().brokers.iter().any(|b| b.leader && b.id == BrokerId(1))
-            });
+            eventually("guest 2 leads", || cluster.view().brokers.iter().any(|b| b.leader && b.id == BrokerId(1)));
             publish(COUNT);
             let seen = history(&cluster.client_of_all(), "t");
             assert_exactly_once(&seen[&1], COUNT);

@@ -49,8 +49,8 @@ fn an_exhausted_pool_pushes_back_then_says_so_and_keeps_what_it_has() {
     fill(&client, "full", 10 << 20).unwrap();
 }
 
-/// While a connection takes nothing, `publish_wait` runs only a few batches ahead of it, however large the buffer is. Without
-/// any connection it fills the buffer.
+/// `publish_wait` runs only a few batches ahead of a connection that takes nothing, however large the buffer is. It fills
+/// the buffer while there is no connection.
 #[test]
 fn publish_wait_stays_close_to_its_connections_while_there_are_any() {
     const COUNT: u64 = 40_000;

@@ -22,7 +22,7 @@ fn strong() -> TopicOptions {
 }
 
 fn membership(cluster: &Cluster) -> String {
-    cluster.client_of_all().cluster().unwrap().membership
+    cluster.view().membership
 }
 
 /// Publishes `COUNT` messages in each of `total` rounds. `rounds` says how many rounds have ended.

@@ -6,8 +6,10 @@ use std::process::Command;
 
 /// Words with which no documentation comment begins, nor the text below one of its headings: it would lean on another text, or
 /// avoid its noun.
-const BANNED_OPENINGS: [&str; 11] =
-    ["What", "The same", "Of", "Its", "Who", "Whether", "As", "It", "For", "How", "There"];
+const BANNED_OPENINGS: [&str; 16] = [
+    "What", "The same", "Of", "Its", "Who", "Whether", "As", "It", "For", "How", "There", "Where", "While", "Without",
+    "Here", "Also",
+];
 /// Most words of a sentence.
 const SENTENCE_WORDS: usize = 25;
 

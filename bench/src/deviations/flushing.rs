@@ -139,7 +139,7 @@ fn publish_entry(second_line: bool, seconds: f64) -> Result<f64> {
         log = BatchlogWriter::new(region.clone(), TOPIC.0, BrokerId(0));
         let begun = Instant::now();
         let mut of_log = 0;
-        while log.has_room() && of_log < 1024 {
+        while log.has_room() == Ok(true) && of_log < 1024 {
             log.append(BatchEntry { bytes: 1, message_count: 1, ..bytemuck::Zeroable::zeroed() });
             log.publish(Written::default());
             if second_line {

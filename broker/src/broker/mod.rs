@@ -9,17 +9,30 @@ use crate::config::BrokerConfig;
 use crate::control::CurrentLeader;
 use crate::membership::etcd::EtcdError;
 use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker};
-use embarcadero_cxl::region::{BrokerLock, RegionError};
+use embarcadero_cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_transport::TransportKind;
+use embarcadero_transport::rdma::RdmaDevice;
 use embarcadero_verbs::VerbsError;
 use embarcadero_wire::OutOfBounds;
-use start::Prepared;
 use std::io;
+use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// Broker that has everything it needs to run.
+struct Prepared {
+    config: BrokerConfig,
+    file: RegionFile,
+    mirror: Option<RegionFile>,
+    info: BrokerInfo,
+    id_lock: BrokerLock,
+    device: Option<Arc<RdmaDevice>>,
+    data: TcpListener,
+    control: TcpListener,
+}
 
 /// Reason why a broker does not start.
 #[derive(Debug, thiserror::Error)]

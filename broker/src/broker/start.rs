@@ -1,7 +1,7 @@
 //! Start of a broker, step by step.
 
 use super::threads::{self, Serving};
-use super::{Broker, BrokerError, Exit, device, identity, io_error, join};
+use super::{Broker, BrokerError, Exit, Prepared, device, identity, io_error, join};
 use crate::archive::{Archive, Catalog};
 use crate::config::{BrokerConfig, Coherence, Role};
 use crate::control::{ControlService, CurrentLeader};
@@ -18,28 +18,15 @@ use crossbeam_channel::{Sender, bounded};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker};
 use embarcadero_cxl::layout::RegionRole;
 use embarcadero_cxl::leadership::latest_claim;
-use embarcadero_cxl::region::{BrokerLock, RegionFile};
+use embarcadero_cxl::region::RegionFile;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::{Native, Region, damaged_lines};
-use embarcadero_transport::rdma::RdmaDevice;
 use embarcadero_transport::tcp::listen;
 use embarcadero_wire::OutOfBounds;
 use std::net::TcpListener;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
-
-/// Broker that has everything it needs to run.
-pub(super) struct Prepared {
-    pub(super) config: BrokerConfig,
-    pub(super) file: RegionFile,
-    pub(super) mirror: Option<RegionFile>,
-    pub(super) info: BrokerInfo,
-    id_lock: BrokerLock,
-    pub(super) device: Option<Arc<RdmaDevice>>,
-    data: TcpListener,
-    control: TcpListener,
-}
 
 /// Checks that a region is the one that the configuration names.
 fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {

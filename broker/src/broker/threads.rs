@@ -1,7 +1,6 @@
 //! Threads of a broker.
 
-use super::start::Prepared;
-use super::{BrokerError, Exit, io_error};
+use super::{BrokerError, Exit, Prepared, io_error};
 use crate::archive::{Archive, ArchiveReader, Catalog};
 use crate::config::{BrokerConfig, Coherence, ReplicaIo};
 use crate::control::ControlService;

@@ -94,8 +94,13 @@ impl<F: Fabric> LocalLog<F> {
         let bytes = header.batch_bytes();
         let position = match &mut self.log {
             Log::Batchlog(writer) => {
-                if !writer.has_room() {
-                    return false;
+                match writer.has_room() {
+                    Ok(true) => {}
+                    Ok(false) => return false,
+                    Err(damage) => {
+                        self.topic.mark_damaged(damage);
+                        return false;
+                    }
                 }
                 landed.flush(self.region.fabric());
                 writer.append(BatchEntry {

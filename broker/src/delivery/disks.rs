@@ -1,7 +1,6 @@
 //! Delivery of batches that the region no longer holds, from replicas' disks.
 
-use super::start::announce;
-use super::{QUEUED_BATCHES, SubscriberSession, end_of, refuse, unreadable};
+use super::{QUEUED_BATCHES, SubscriberSession, announce, end_of, refuse, unreadable};
 use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, DiskError, ReadFrom};
 use crate::replica::store::Archived;
 use crossbeam_channel::{Receiver, TryRecvError};

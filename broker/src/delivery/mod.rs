@@ -14,7 +14,7 @@ use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_transport::{Outbox, Outgoing, TransportError};
-use embarcadero_wire::{ErrorCode, Position, Subscribe};
+use embarcadero_wire::{ErrorCode, Position, Subscribe, SubscribeReady};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -87,13 +87,13 @@ impl SubscriberSession {
     pub(crate) fn position(&mut self, outbox: &mut Outbox) -> Result<(), TransportError> {
         // Between two leaders nobody can say; the client asks again.
         let extent = read_extent(&self.region, self.stream).map_err(ReadError::from).map_err(unreadable)?;
-        let exists = extent.incarnation == self.topic.config.incarnation;
-        let next_offset = if exists {
+        let next_offset = if let Some(extent) = self.of_this_topic(extent) {
             let pinned = self.topic.pins.set(self.pin, outbox.lowest_position().min(extent.trimmed));
             pinned.map_err(ReadError::from).and_then(|_| self.end_offset(&extent)).map_err(unreadable)?
         } else {
             0
         };
+        self.topic.check()?;
         outbox.push(Outgoing::frame(Position { next_offset, ..Position::blank() }.encode()));
         Ok(())
     }
@@ -125,8 +125,15 @@ impl SubscriberSession {
 
     /// Reads the stream's extent. Returns `None` while the stream of this incarnation does not exist, or nobody leads.
     fn extent(&self) -> Option<Extent> {
-        let extent = read_extent(&self.region, self.stream).ok()?;
-        (extent.incarnation == self.topic.config.incarnation).then_some(extent)
+        self.of_this_topic(read_extent(&self.region, self.stream).ok()?)
+    }
+
+    /// Returns an extent that is of this incarnation. One that is damaged makes the topic unusable.
+    fn of_this_topic(&self, extent: Extent) -> Option<Extent> {
+        extent.of(self.topic.config.incarnation).unwrap_or_else(|damage| {
+            self.topic.mark_damaged(damage);
+            None
+        })
     }
 
     /// Reads the offset after the last committed message.
@@ -158,6 +165,12 @@ fn end_of(entry: &IndexEntry) -> u64 {
 /// Returns a refusal. `detail` is an offset for the client, as the code defines it.
 fn refuse<T>(code: ErrorCode, text: String, detail: u64) -> Result<T, TransportError> {
     Err(TransportError::Refused { code, text, detail })
+}
+
+/// Tells the client where its stream starts, and the offset after the last committed message.
+fn announce(outbox: &mut Outbox, start_offset: u64, next_offset: u64) {
+    let ready = SubscribeReady { start_offset, next_offset, ..SubscribeReady::blank() };
+    outbox.push(Outgoing::frame(ready.encode()));
 }
 
 /// Returns the refusal of a subscriber whose index cannot be read.

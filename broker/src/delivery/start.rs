@@ -1,12 +1,12 @@
 //! Start of a subscriber's stream: the place that the subscription asks for, in the region or on disks.
 
 use super::disks::DiskRead;
-use super::{SubscriberSession, end_of, refuse, unreadable};
+use super::{SubscriberSession, announce, end_of, refuse, unreadable};
 use crate::archive::ReadFrom;
 use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_cxl::order_index::ReadError;
-use embarcadero_transport::{Outbox, Outgoing, TransportError};
-use embarcadero_wire::{ErrorCode, StartKind, SubscribeReady};
+use embarcadero_transport::{Outbox, TransportError};
+use embarcadero_wire::{ErrorCode, StartKind};
 
 /// Part of a stream that the region has.
 struct Held {
@@ -109,10 +109,4 @@ impl SubscriberSession {
         }
         Ok((cursor, self.reader.read(cursor).map_err(unreadable)?.first_offset))
     }
-}
-
-/// Tells the client where its stream starts, and the offset after the last committed message.
-pub(super) fn announce(outbox: &mut Outbox, start_offset: u64, next_offset: u64) {
-    let ready = SubscribeReady { start_offset, next_offset, ..SubscribeReady::blank() };
-    outbox.push(Outgoing::frame(ready.encode()));
 }

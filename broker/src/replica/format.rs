@@ -13,7 +13,7 @@ use embarcadero_cxl::layout::{IndexEntry, MAX_BROKERS, TOPIC_NAME_BYTES, TopicSt
 use embarcadero_cxl::replication::Completion;
 use embarcadero_cxl::topic_table::{TopicConfig, check_topic_name};
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
-use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId, crc32c};
+use embarcadero_wire::{BrokerId, Incarnation, MAX_ACK_LEVEL, Order, Stream, TopicId, crc32c};
 use std::mem::{offset_of, size_of};
 use std::ops::Range;
 
@@ -28,8 +28,6 @@ const GROUP_MAGIC: u32 = u32::from_le_bytes(*b"EMBG");
 const ALIGNMENT: u64 = 64;
 /// Version of the format.
 const VERSION: u32 = 1;
-/// Highest acknowledgement level of a topic: batches are durable.
-const MAX_ACK_LEVEL: u8 = 2;
 /// Most batches of a group.
 pub(crate) const GROUP_RECORDS: usize = 4096;
 /// Most bytes of a group: room for one batch of any size, or for many small ones.

@@ -422,7 +422,7 @@ pub struct Archived {
 impl Archived {
     /// Offset after the last message.
     #[must_use]
-    pub fn end_offset(&self) -> u64 {
+    pub(crate) fn end_offset(&self) -> u64 {
         self.first_offset + u64::from(self.message_count)
     }
 }

@@ -200,7 +200,11 @@ impl<F: Fabric> Sequencer<F> {
         let slot = order.session.slot;
         if entry.sequence >= order.expected() {
             order.committed(entry.sequence, now_us);
-        } else if read_commit_at(&self.region, self.area, slot, entry.sequence) != Commit::Unknown {
+        } else if matches!(
+            read_commit_at(&self.region, self.area, slot, entry.sequence),
+            Ok(Commit::At(_) | Commit::Forgotten)
+        ) {
+            // A damaged record is written again, by this entry or by a later one.
             return;
         }
         let record = CommitRecord {
@@ -235,7 +239,7 @@ impl<F: Fabric> Sequencer<F> {
                     }
                 };
                 if entry.session_slot.0 >= region.geometry().max_sessions
-                    || read_commit_at(region, *area, entry.session_slot, entry.sequence) != Commit::Unknown
+                    || read_commit_at(region, *area, entry.session_slot, entry.sequence) != Ok(Commit::Unknown)
                     || topic.make_room().is_err()
                 {
                     continue;

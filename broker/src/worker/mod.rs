@@ -327,7 +327,7 @@ impl<E: Endpoint<Native, Connection: AsRawFd>, C: Clock> Worker<E, C> {
             let replayed = session.acks.replay(shared.topics.region(), session.resume_from(), |ack| {
                 outbox.push(Outgoing::frame(ack.encode()));
             });
-            replayed.map_err(|error| TransportError::refused(ErrorCode::Unavailable, error.to_string()))?;
+            replayed.map_err(|error| TransportError::refused(error.code(), error.to_string()))?;
         }
         client.role = Role::Publisher(Box::new(session));
         Ok(())

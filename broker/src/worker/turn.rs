@@ -140,7 +140,7 @@ fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Out
     }
     let (region, broker) = (shared.topics.region(), shared.topics.broker());
     let sent = session.acks.poll(region, broker, |ack| outbox.push(Outgoing::frame(ack.encode())));
-    let sent = sent.map_err(|lost| TransportError::refused(ErrorCode::NotReplicated, lost.to_string()))?;
+    let sent = sent.map_err(|error| TransportError::refused(error.code(), error.to_string()))?;
     Ok(sent > 0)
 }
 

@@ -109,23 +109,29 @@ impl<F: Fabric> BatchlogWriter<F> {
     }
 
     /// Returns true when the next slot is free: the sequencer has taken the entry that was in it.
+    ///
+    /// # Errors
+    /// [`Damage`] when the sequencer took entries that this broker never wrote.
     #[inline]
-    pub fn has_room(&mut self) -> bool {
+    pub fn has_room(&mut self) -> Result<bool, Damage> {
         if self.head - self.consumed < self.ring.slots {
-            return true;
+            return Ok(true);
         }
         if !self.region.fabric().keeps(Guard::SlotReuse) {
             self.consumed = self.head;
-            return true;
+            return Ok(true);
         }
         // SYNC: pairs with the flush of the sequencer half; a stale value is only too small.
         let Self { region, topic, broker, .. } = self;
-        let Ok(consumed) = with_leader(region, |area| consumed_through(region, area, *topic, *broker)) else {
-            return false;
-        };
+        let consumed = with_leader(region, |area| {
+            (region.layout().sequencer_half(area, *topic, *broker), consumed_through(region, area, *topic, *broker))
+        });
+        let Ok((at, consumed)) = consumed else { return Ok(false) };
+        if consumed > self.head {
+            return Err(Damage { structure: "SequencerHalf", at, what: "consumed_through", value: consumed });
+        }
         self.consumed = consumed.max(self.consumed);
-        assert!(self.consumed <= self.head, "consumed_through {} passed the head {}", self.consumed, self.head);
-        self.head - self.consumed < self.ring.slots
+        Ok(self.head - self.consumed < self.ring.slots)
     }
 
     /// Writes an entry into the next slot, and returns its index.
@@ -250,8 +256,11 @@ impl<F: Fabric> BatchlogReader<F> {
 mod tests {
     use super::*;
     use crate::layout::AllocatorKind;
+    use crate::leadership::{activate_term, claim_term};
     use crate::segment::tests::region;
+    use crate::sequencer_half::ConsumedWriter;
     use bytemuck::Zeroable;
+    use embarcadero_wire::Term;
 
     #[test]
     fn a_damaged_entry_is_not_an_absent_one() {
@@ -269,5 +278,22 @@ mod tests {
         assert_eq!(peek(3), Ok(None), "the slot holds a later entry");
         region.fabric().store(slot(5).add(offset_of!(BatchEntry, reserved) as u64), 1);
         assert_eq!(peek(5).map_err(|damage| damage.what), Err("a reserved byte"));
+    }
+    #[test]
+    fn entries_that_were_never_written_cannot_be_consumed() {
+        let (region, topic, broker) = (region(1, AllocatorKind::Bitmap), TopicId(0), BrokerId(1));
+        let (area, term) = (LeaderArea(BrokerId(0)), Term(1));
+        claim_term(&region, area, term);
+        activate_term(&region, area, term);
+        let mut writer = BatchlogWriter::new(region.clone(), topic, broker);
+        for _ in 0..16 {
+            writer.append(BatchEntry::zeroed());
+        }
+        let mut leader = ConsumedWriter::recover(region, area, topic, broker);
+        for (consumed_through, has_room) in [(0, Ok(false)), (17, Err("consumed_through")), (16, Ok(true))] {
+            leader.consumed.consumed_through = consumed_through;
+            leader.store();
+            assert_eq!(writer.has_room().map_err(|damage| damage.what), has_room);
+        }
     }
 }

@@ -93,7 +93,7 @@ impl Native {
 
     /// Flush method in use.
     #[must_use]
-    pub fn method(&self) -> FlushMethod {
+    pub(crate) fn method(&self) -> FlushMethod {
         self.method
     }
 

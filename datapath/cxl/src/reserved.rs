@@ -72,12 +72,13 @@ impl<F: Fabric> Check<'_, F> {
 mod tests {
     use super::*;
     use crate::broker_table::{Pulse, publish_replica_state};
-    use crate::layout::{AllocatorKind, ReplicaState};
+    use crate::layout::{AllocatorKind, LeaderTopic, OffsetEntry, ReplicaState};
     use crate::leadership::claim_term;
     use crate::order_index::{Pin, StreamId};
     use crate::replication::{Completion, publish_completion};
     use crate::segment::tests::region;
     use embarcadero_wire::{SessionSlot, Stream, Term, TopicId};
+    use std::mem::offset_of;
 
     #[test]
     fn damage_beside_the_words_that_are_polled_is_found() {
@@ -92,16 +93,22 @@ mod tests {
         assert_eq!(damaged_lines(&region), []);
         let layout = region.layout();
         let places = [
-            (layout.election().add(8), "ElectionLine"),
-            (layout.pulse(broker).add(32), "PulseLine"),
-            (layout.broker_half(topic, broker).add(56), "BrokerHalf"),
-            (layout.pin(topic, broker).add(16), "PinLine"),
-            (layout.broker_half(topic, broker).add(448), "OffsetEntry"),
-            (layout.terms(area).add(40), "TermLine"),
-            (layout.topic(area, topic).add(192), "LeaderTopic"),
-            (layout.sequencer_half(area, topic, broker).add(32), "SequencerHalf"),
-            (layout.completion(area, topic, broker).add(16), "CompletionLine"),
-            (layout.session_progress(area, SessionSlot(0)).add(8), "SessionProgressLine"),
+            (layout.election().add(offset_of!(ElectionLine, reserved) as u64), "ElectionLine"),
+            (layout.pulse(broker).add(offset_of!(PulseLine, reserved) as u64), "PulseLine"),
+            (layout.broker_half(topic, broker).add(offset_of!(BrokerHalf, reserved) as u64), "BrokerHalf"),
+            (layout.pin(topic, broker).add(offset_of!(PinLine, reserved) as u64), "PinLine"),
+            (layout.broker_half(topic, broker).add(offset_of!(OffsetEntry, reserved) as u64), "OffsetEntry"),
+            (layout.terms(area).add(offset_of!(TermLine, reserved) as u64), "TermLine"),
+            (layout.topic(area, topic).add(offset_of!(LeaderTopic, reserved) as u64), "LeaderTopic"),
+            (
+                layout.sequencer_half(area, topic, broker).add(offset_of!(SequencerHalf, reserved) as u64),
+                "SequencerHalf",
+            ),
+            (layout.completion(area, topic, broker).add(offset_of!(CompletionLine, reserved) as u64), "CompletionLine"),
+            (
+                layout.session_progress(area, SessionSlot(0)).add(offset_of!(SessionProgressLine, reserved) as u64),
+                "SessionProgressLine",
+            ),
         ];
         places.iter().for_each(|(at, _)| region.fabric().store(*at, 2));
         let found: Vec<_> = damaged_lines(&region).iter().map(|damage| damage.structure).collect();

@@ -2,7 +2,6 @@
 
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
 use crate::layout::{LeaderArea, SequencerHalf};
-use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use crate::site::Site;
 use embarcadero_wire::{BrokerId, TopicId};
@@ -53,14 +52,6 @@ impl<F: Fabric> ConsumedWriter<F> {
         fabric.store(self.at.add(CONSUMED), self.consumed.consumed_through);
         fabric.flush(self.at, LINE_BYTES, Site::ConsumedFlush);
     }
-}
-
-/// Reads the leader's progress in a broker's Batchlog.
-///
-/// # Errors
-/// [`NoLeader`].
-pub fn read_consumed<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Result<Consumed, NoLeader> {
-    with_leader(region, |area| read_consumed_at(region, area, topic, broker))
 }
 
 /// Reads a leader's progress in a broker's Batchlog from its area.

@@ -1,13 +1,13 @@
 //! Session table: the owner of every session slot, and the place of each committed batch, in each leader's area.
 
 use crate::fabric::{Fabric, LINE_BYTES, WORD_BYTES};
-use crate::layout::{CommitRecord, LeaderArea, SessionLine, SessionState};
+use crate::layout::{CommitRecord, LeaderArea, SESSION_WINDOW, SessionLine, SessionState};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use crate::row::{Damage, Row};
 use crate::site::Site;
 use bytemuck::Zeroable;
-use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
+use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, SessionSlot, TopicId};
 use serde::Serialize;
 use std::mem::{offset_of, size_of};
 use std::sync::atomic::{Ordering, fence};
@@ -92,6 +92,9 @@ pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Se
     let at = region.layout().session(area, slot);
     region.fabric().observe_versioned::<SessionLine, ()>(at, Site::SessionRead, |_| ()).decode(|(line, ())| {
         let damage = |what, value: u32| Damage { structure: "SessionLine", at, what, value: value.into() };
+        if line.topic.0 >= region.geometry().max_topics {
+            return Err(damage("topic", line.topic.0));
+        }
         Ok(Session {
             slot,
             client_id: line.client_id,
@@ -100,7 +103,10 @@ pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Se
             topic: line.topic,
             topic_incarnation: line.topic_incarnation,
             committed: line.committed,
-            ack_level: u8::try_from(line.ack_level).map_err(|_| damage("ack_level", line.ack_level))?,
+            ack_level: u8::try_from(line.ack_level)
+                .ok()
+                .filter(|level| *level <= MAX_ACK_LEVEL)
+                .ok_or_else(|| damage("ack_level", line.ack_level))?,
         })
     })
 }
@@ -156,31 +162,46 @@ pub fn store_progress<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Ses
 
 /// Reads the fate of a batch; [`Commit::Unknown`] while there is no leader. Sequences never repeat within a slot, so an
 /// old record is never taken for a new one.
+///
+/// # Errors
+/// [`Damage`] of the record.
 #[inline]
-pub fn read_commit<F: Fabric>(region: &Region<F>, slot: SessionSlot, sequence: u64) -> Commit {
-    with_leader(region, |area| read_commit_at(region, area, slot, sequence)).unwrap_or(Commit::Unknown)
+pub fn read_commit<F: Fabric>(region: &Region<F>, slot: SessionSlot, sequence: u64) -> Result<Commit, Damage> {
+    with_leader(region, |area| read_commit_at(region, area, slot, sequence)).unwrap_or(Ok(Commit::Unknown))
 }
 
 /// Reads the fate of a batch from one leader's area.
+///
+/// # Errors
+/// [`Damage`] of a record whose tag is not one of its place, or whose broker the region does not have.
 #[inline]
-pub fn read_commit_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, sequence: u64) -> Commit {
+pub fn read_commit_at<F: Fabric>(
+    region: &Region<F>,
+    area: LeaderArea,
+    slot: SessionSlot,
+    sequence: u64,
+) -> Result<Commit, Damage> {
     let at = region.layout().commit_record(area, slot, sequence);
     let fabric = region.fabric();
     fabric.invalidate(at, RECORD_BYTES, Site::RecordRead);
     let tag = fabric.load(at.add(TAG));
-    if tag < sequence + 1 {
-        return Commit::Unknown;
-    }
-    if tag > sequence + 1 {
-        return Commit::Forgotten;
+    if tag != sequence + 1 {
+        if tag != 0 && !tag.abs_diff(sequence + 1).is_multiple_of(SESSION_WINDOW) {
+            return Err(Damage { structure: "CommitRecord", at, what: "tag", value: tag });
+        }
+        return Ok(if tag < sequence + 1 { Commit::Unknown } else { Commit::Forgotten });
     }
     let word = |index: u64| fabric.load(at.add(index * WORD_BYTES));
     let words = [word(0), word(1), word(2), tag];
     fence(Ordering::Acquire);
     if fabric.load(at.add(TAG)) != tag {
-        return Commit::Forgotten;
+        return Ok(Commit::Forgotten);
     }
-    Commit::At(bytemuck::cast(words))
+    let record: CommitRecord = bytemuck::cast(words);
+    if record.broker.0 >= region.geometry().max_brokers {
+        return Err(Damage { structure: "CommitRecord", at, what: "broker", value: record.broker.0.into() });
+    }
+    Ok(Commit::At(record))
 }
 
 /// Reads the sequence below which every batch of a session is committed.
@@ -196,4 +217,32 @@ pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result
 #[inline]
 pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> u64 {
     region.fabric().observe(region.layout().session_progress(area, slot), Site::RecordRead)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::AllocatorKind;
+    use crate::segment::tests::region;
+    use embarcadero_wire::BrokerId;
+
+    #[test]
+    fn a_damaged_commit_record_says_nothing_about_a_batch() {
+        let (region, area, slot) = (region(1, AllocatorKind::Bitmap), LeaderArea(BrokerId(0)), SessionSlot(0));
+        let read = |sequence| read_commit_at(&region, area, slot, sequence).map_err(|damage| damage.what);
+        assert_eq!(read(5), Ok(Commit::Unknown));
+        let record = CommitRecord { tag: 6, broker: BrokerId(3), ..CommitRecord::zeroed() };
+        let publish = |record| publish_commits(&region, area, &[SessionCommit { slot, record, expected: 6 }]);
+        publish(record);
+        assert_eq!(read(5), Ok(Commit::At(record)));
+        assert_eq!(read(5 + SESSION_WINDOW), Ok(Commit::Unknown));
+        // The region has four brokers.
+        publish(CommitRecord { broker: BrokerId(4), ..record });
+        assert_eq!(read(5), Err("broker"));
+        publish(CommitRecord { tag: 6 + SESSION_WINDOW, ..record });
+        assert_eq!(read(5), Ok(Commit::Forgotten));
+        // A tag of the place beside it.
+        region.fabric().store(region.layout().commit_record(area, slot, 5).add(TAG), 7 + SESSION_WINDOW);
+        assert_eq!(read(5), Err("tag"));
+    }
 }

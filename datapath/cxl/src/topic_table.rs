@@ -1,13 +1,13 @@
 //! Topic table: the configuration of every topic, in each leader's area.
 
 use crate::fabric::{Fabric, LINE_BYTES};
-use crate::layout::{LeaderArea, NameLine, PinLine, TOPIC_NAME_BYTES, TopicLine, TopicState};
+use crate::layout::{LeaderArea, MAX_BROKERS, NameLine, PinLine, TOPIC_NAME_BYTES, TopicLine, TopicState};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use crate::row::{Damage, Row};
 use crate::site::Site;
 use bytemuck::Zeroable;
-use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
+use embarcadero_wire::{BrokerId, Incarnation, MAX_ACK_LEVEL, Order, TopicId};
 use serde::Serialize;
 use std::mem::offset_of;
 
@@ -123,6 +123,12 @@ pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: Top
         if let Some(byte) = padding.iter().find(|byte| **byte != 0) {
             return Err(damage("byte behind the name", (*byte).into()));
         }
+        if line.ack_level > MAX_ACK_LEVEL {
+            return Err(damage("ack_level", line.ack_level.into()));
+        }
+        if !(1..=MAX_BROKERS).contains(&line.replication_factor.into()) {
+            return Err(damage("replication_factor", line.replication_factor.into()));
+        }
         let text =
             std::str::from_utf8(bytes).map_err(|error| damage("byte of the name", error.valid_up_to() as u64))?;
         Ok(TopicConfig {
@@ -188,6 +194,7 @@ pub fn read_released<F: Fabric>(region: &Region<F>, topic: TopicId, broker: Brok
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fabric::WORD_BYTES;
     use crate::layout::AllocatorKind;
     use crate::segment::tests::region;
 
@@ -219,7 +226,8 @@ mod tests {
         };
         publish_topic(&region, area, &config);
         assert_eq!(TopicRows::read(&region, area), TopicRows { live: vec![config], damaged: vec![] });
-        region.fabric().store(region.layout().topic_name(area, id).add(8), 5);
+        let behind_the_name = region.layout().topic_name(area, id).add(WORD_BYTES);
+        region.fabric().store(behind_the_name, 5);
         let TopicRows { live, damaged } = TopicRows::read(&region, area);
         assert!(live.is_empty() && damaged[0].0 == id && damaged[0].1.what == "byte behind the name", "{damaged:?}");
     }

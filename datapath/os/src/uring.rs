@@ -38,7 +38,7 @@ impl Uring {
     pub fn write_durable(&mut self, to: BorrowedFd, durable: BorrowedFd, at: u64, bytes: &[u8]) -> io::Result<()> {
         let mut written = 0;
         loop {
-            let rest = bytes.get(written..).unwrap_or(&[]);
+            let rest = &bytes[written..];
             let (wrote, synced) = self.step(to, durable, at + written as u64, rest)?;
             // The kernel ends a chain behind a write that was short, and cancels what follows.
             written += wrote;

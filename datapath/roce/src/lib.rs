@@ -10,6 +10,7 @@
 //! - InfiniBand Architecture Specification, volume 1, chapter 9, transport layer ("IBTA" in this crate).
 //! - Its annexes A16 (RoCE) and A17 (RoCEv2).
 //! - Linux, drivers/infiniband/sw/rxe ("rxe"), where the specification leaves a choice.
+#![forbid(unsafe_code)]
 
 mod attributes;
 mod congestion;

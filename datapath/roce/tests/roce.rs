@@ -35,7 +35,7 @@ impl Window {
         Self { bytes: vec![0xee; MEMORY_BYTES], queue_pair, open: true }
     }
 
-    /// Where in `bytes` the memory lies, if it is inside the window and this queue pair's.
+    /// Returns the range of `bytes` of the memory, if it is inside the window and this queue pair's.
     fn place(&self, queue_pair: u32, remote: Reth) -> Result<std::ops::Range<usize>, NoAccess> {
         let Reth { address, rkey, bytes } = remote;
         let start = address.checked_sub(BASE).and_then(|start| usize::try_from(start).ok()).ok_or(NoAccess)?;

@@ -15,6 +15,8 @@ pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"EMBF");
 pub const WIRE_VERSION: u8 = 1;
 /// Offset that is not known any more.
 pub const UNKNOWN_OFFSET: u64 = u64::MAX;
+/// Highest acknowledgement level: batches are durable.
+pub const MAX_ACK_LEVEL: u8 = 2;
 
 /// Reason why bytes are not a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

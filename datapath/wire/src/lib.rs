@@ -19,9 +19,9 @@ pub use bounds::{OutOfBounds, within};
 pub use digest::{DIGEST_SEED, digest, first_set, is_reserved, with_bytes};
 pub use error_code::{ERROR_TEXT_BYTES, ErrorCode, encode_error};
 pub use frame::{
-    Ack, BatchHeader, Deliver, ErrorFrame, FRAME_BYTES, FRAME_MAGIC, FRAMES, Fenced, Frame, OpenPublish, Position,
-    PublishReady, RdmaAccept, RdmaConnect, StartKind, Subscribe, SubscribeReady, UNKNOWN_OFFSET, WIRE_VERSION,
-    WindowGrant, WireError,
+    Ack, BatchHeader, Deliver, ErrorFrame, FRAME_BYTES, FRAME_MAGIC, FRAMES, Fenced, Frame, MAX_ACK_LEVEL, OpenPublish,
+    Position, PublishReady, RdmaAccept, RdmaConnect, StartKind, Subscribe, SubscribeReady, UNKNOWN_OFFSET,
+    WIRE_VERSION, WindowGrant, WireError,
 };
 pub use ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, Term, TopicId};
 pub use order::Order;

@@ -38,7 +38,7 @@ fn entries_arrive_once_in_order_and_a_full_ring_waits() {
     let consumed_at = half.add(offset_of!(SequencerHalf, consumed_through) as u64);
     let mut next = 0;
     for round in 0..100u64 {
-        while writer.has_room() && writer.unpublished() < round % 23 {
+        while writer.has_room().unwrap() && writer.unpublished() < round % 23 {
             writer.append(BatchEntry { sequence: writer.head(), ..BatchEntry::zeroed() });
         }
         writer.publish(Written::default());

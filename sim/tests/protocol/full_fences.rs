@@ -194,7 +194,7 @@ fn a_successor_sees_what_counted_before_its_claim() {
     assert!(holds(publish_and_claim, 1, SCHEDULES, None));
 }
 
-/// Where a full fence is an ordinary one, some schedule breaks its promise.
+/// Some schedule breaks its promise when a full fence is an ordinary one.
 #[test]
 fn every_full_fence_is_needed() {
     for (site, schedule, recorded) in FULL_FENCES {

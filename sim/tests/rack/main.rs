@@ -319,7 +319,7 @@ const NOTICED: [(Guard, u64); 7] = [
     (Guard::DiskBeforeAck, 2),
 ];
 
-/// Without one of the checks, some seed fails. Prints the seeds to record.
+/// Some seed fails when one of the checks is left out. Prints the seeds to record.
 #[test]
 fn missing_guards_are_noticed() {
     let budget = environment("EMBARCADERO_RACK_MUTATION_BUDGET", 10_000);

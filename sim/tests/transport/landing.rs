@@ -6,7 +6,7 @@ use embarcadero_wire::{BatchHeader, ErrorCode};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Where batches begin, so that deliveries have room before.
+/// Place of the first batch. Deliveries have the room before it.
 pub const LOG_AT: u64 = 8 << 20;
 
 #[derive(Default)]

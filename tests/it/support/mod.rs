@@ -4,7 +4,7 @@ pub mod etcd;
 pub mod verbs;
 pub mod wire;
 
-use embarcadero_client::{Client, ClientConfig, Publisher, Start, TopicView};
+use embarcadero_client::{Client, ClientConfig, ClusterView, Publisher, Start, TopicView};
 use embarcadero_wire::batch::BatchOrigin;
 use embarcadero_wire::{BrokerId, Epoch, OpenPublish, SessionSlot};
 use std::collections::BTreeMap;
@@ -172,12 +172,7 @@ impl Cluster {
     }
 
     pub fn await_brokers(&self, count: usize) {
-        let client = self.client();
-        let begun = Instant::now();
-        while client.cluster().unwrap().brokers.len() != count {
-            assert!(begun.elapsed() < PATIENCE, "the leader does not see {count} brokers");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        eventually(&format!("the leader sees {count} brokers"), || self.view().brokers.len() == count);
     }
 
     /// Returns the report of `region inspect`.
@@ -202,25 +197,37 @@ impl Cluster {
         Client::connect(self.config()).unwrap()
     }
 
-    /// Connects a client that knows every broker, as the first may die. Its buffers are of a modest size.
-    pub fn client_of_all(&self) -> Client {
+    /// Configuration of a client that knows every broker, as the first may die.
+    fn config_of_all(&self) -> ClientConfig {
         let bootstrap = self.brokers.iter().map(|broker| broker.control.clone()).collect();
-        let config = ClientConfig { bootstrap, batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..self.config() };
+        ClientConfig { bootstrap, ..self.config() }
+    }
+
+    /// Connects a client that knows every broker. Its buffers are of a modest size.
+    pub fn client_of_all(&self) -> Client {
+        let config = ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..self.config_of_all() };
         Client::connect(config).unwrap()
+    }
+
+    /// Asks for the state of the cluster until it is told. Between two leaders nobody tells it.
+    pub fn view(&self) -> ClusterView {
+        let mut view = None;
+        eventually("a leader that answers", || {
+            view = Client::connect(self.config_of_all()).and_then(|client| client.cluster()).ok();
+            view.is_some()
+        });
+        view.unwrap()
     }
 
     /// Waits for a leader that lives. Returns its index among the brokers.
     pub fn leader(&self) -> usize {
-        let (client, begun) = (self.client_of_all(), Instant::now());
-        loop {
-            let found = client.cluster().unwrap().brokers.into_iter().find(|broker| broker.leader);
-            let index = found.and_then(|leader| self.brokers.iter().position(|broker| broker.id == leader.id));
-            if let Some(index) = index {
-                return index;
-            }
-            assert!(begun.elapsed() < PATIENCE, "no broker became the leader");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let mut index = None;
+        eventually("a broker becomes the leader", || {
+            let found = self.view().brokers.into_iter().find(|broker| broker.leader);
+            index = found.and_then(|leader| self.brokers.iter().position(|broker| broker.id == leader.id));
+            index.is_some()
+        });
+        index.unwrap()
     }
 
     /// Returns the broker that leads, or led last, and its term, as the region has them.
@@ -293,6 +300,9 @@ impl Cluster {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(PROGRAM);
         command.args(arguments).env("EMBARCADERO_BROKERS", self.control()).stdin(Stdio::null());
+        let ClientConfig { connect_timeout_ms, progress_timeout_ms, .. } = self.config();
+        command.env("EMBARCADERO_CLIENT_CONNECT_TIMEOUT_MS", connect_timeout_ms.to_string());
+        command.env("EMBARCADERO_CLIENT_PROGRESS_TIMEOUT_MS", progress_timeout_ms.to_string());
         command
     }
 

@@ -98,14 +98,23 @@ pub struct Extent {
 }
 
 impl Extent {
+    /// Returns the extent if it is that of a topic's incarnation; `None` if the stream of the incarnation is not there.
+    ///
+    /// # Errors
+    /// [`Damage`] of the tail's incarnation.
+    pub fn of(self, incarnation: Incarnation) -> Result<Option<Self>, Damage> {
+        if self.incarnation == DAMAGED {
+            return Err(Damage { structure: "TailLine", at: self.at, what: "incarnation", value: u64::MAX });
+        }
+        Ok((self.incarnation == incarnation).then_some(self))
+    }
+
     /// Returns the number of batches that are kept.
     ///
     /// # Errors
     /// [`Damage`] when the tail contradicts itself. While its writer begins a new incarnation, it may do so too.
     pub fn batches<F: Fabric>(&self, region: &Region<F>) -> Result<u64, Damage> {
-        if self.incarnation == DAMAGED {
-            return Err(Damage { structure: "TailLine", at: self.at, what: "incarnation", value: u64::MAX });
-        }
+        self.of(self.incarnation)?;
         kept(region, self.at, self.base, self.trimmed..self.committed)
     }
 
@@ -236,7 +245,9 @@ mod tests {
         let at = id.tail(&region, area);
         let whole = TailLine { committed: 30, base: 10, trimmed: 20, incarnation: 1, ..TailLine::zeroed() };
         region.fabric().store_line(at, &whole);
-        assert_eq!(read_extent_at(&region, area, id).batches(&region), Ok(10));
+        let extent = read_extent_at(&region, area, id);
+        assert_eq!(extent.batches(&region), Ok(10));
+        assert_eq!([1, 2].map(|incarnation| extent.of(Incarnation(incarnation))), [Ok(Some(extent)), Ok(None)]);
         for (what, line) in [
             ("committed", TailLine { committed: 1 << 50, ..whole }),
             ("committed", TailLine { committed: 15, ..whole }),

@@ -62,13 +62,13 @@ impl RdmaDevice {
 
     /// Takes an asynchronous event of the device, in words, as [`Context::take_event`] does.
     #[must_use]
-    pub fn take_event(&self) -> Option<String> {
+    pub(crate) fn take_event(&self) -> Option<String> {
         self.context.take_event()
     }
 
     /// Returns false once the device has announced that it breaks down or is removed.
     #[must_use]
-    pub fn is_present(&self) -> bool {
+    pub(crate) fn is_present(&self) -> bool {
         self.context.is_present()
     }
 
