@@ -52,7 +52,7 @@ pub enum TestbedError {
     Silent(#[from] RecvError),
 }
 
-/// Makes a region for one topic and [`BROKERS`] brokers, with 64 segments of 16 MiB. `wrap` makes the fabric from its memory.
+/// Makes a region for one topic and four brokers, with 64 segments of 16 MiB. `wrap` makes the fabric from its memory.
 ///
 /// # Errors
 /// [`TestbedError`].
