@@ -337,9 +337,11 @@ mod cxl {
         let devices: serde_json::Value = serde_json::from_str(&shell("daxctl list")).unwrap();
         let node = devices[0]["target_node"].as_u64().unwrap().to_string();
         let path = "/dev/shm/system-ram";
-        let create = ["--size", "192MiB", "--segment-size", "4MiB", "--numa-node", &node];
+        // Small: the kernel clears each page of it through the emulated device.
+        let small = ["--size", "32MiB", "--segment-size", "1MiB", "--max-brokers", "2", "--max-topics", "1"];
+        let create = [&small[..], &["--numa-node", &node]].concat();
         let environment = [VERBS, ("EMBARCADERO_BROKER_CXL__NUMA_NODE", &node)];
-        let made = crate::support::run(&[&["region", "create", "--path", path][..], &create].concat());
+        let made = crate::support::run(&[&["region", "create", "--path", path][..], &create[..]].concat());
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         // In the movable zone the pages cannot be pinned; the kernel moves them to do that.
         refused(&["broker", "--region", path], &environment, &format!("are not on NUMA node {node}"));
