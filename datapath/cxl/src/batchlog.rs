@@ -1,7 +1,7 @@
 //! Batchlog: a broker's ring of batch entries of one topic, which the sequencer polls.
 
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
-use crate::layout::{BatchEntry, BrokerHalf, LeaderArea, SequencerHalf, lap_of};
+use crate::layout::{BatchEntry, BatchlogRing, BrokerHalf, LeaderArea, SequencerHalf, lap_of};
 use crate::leadership::with_leader;
 use crate::region::Region;
 use crate::row::Damage;
@@ -21,39 +21,20 @@ fn consumed_through<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: Topi
     region.fabric().observe(half.add(CONSUMED), Site::ConsumedRead)
 }
 
-/// Ring of entries: where it lies, and how many slots it has.
-#[derive(Clone, Copy)]
-struct Ring {
-    at: RegionOffset,
-    slots: u64,
-}
-
-impl Ring {
-    fn new<F: Fabric>(region: &Region<F>, topic: TopicId, broker: BrokerId) -> Self {
-        Self { at: region.layout().batchlog(topic, broker), slots: region.geometry().batchlog_slots.into() }
+/// Calls `each` with the position and the bytes of the slots of entries `from..to`, at most one whole ring. Slots that
+/// wrap around the end of the ring make two calls, others one.
+#[inline]
+fn runs(ring: &BatchlogRing, from: u64, to: u64, mut each: impl FnMut(RegionOffset, u64)) {
+    if from == to {
+        return;
     }
-
-    /// Position of the slot of entry `index`.
-    #[inline]
-    const fn slot(&self, index: u64) -> RegionOffset {
-        self.at.add(index % self.slots * LINE_BYTES)
-    }
-
-    /// Calls `each` with the position and the bytes of the slots of entries `from..to`, at most one whole ring. Slots
-    /// that wrap around the end of the ring make two calls, others one.
-    #[inline]
-    fn runs(&self, from: u64, to: u64, mut each: impl FnMut(RegionOffset, u64)) {
-        if from == to {
-            return;
-        }
-        let (start, end) = (from % self.slots, to % self.slots);
-        if start < end {
-            each(self.slot(from), (end - start) * LINE_BYTES);
-        } else {
-            each(self.slot(from), (self.slots - start) * LINE_BYTES);
-            if end > 0 {
-                each(self.at, end * LINE_BYTES);
-            }
+    let (start, end) = (from % ring.slots, to % ring.slots);
+    if start < end {
+        each(ring.slot(from), (end - start) * LINE_BYTES);
+    } else {
+        each(ring.slot(from), (ring.slots - start) * LINE_BYTES);
+        if end > 0 {
+            each(ring.slot(0), end * LINE_BYTES);
         }
     }
 }
@@ -75,7 +56,7 @@ pub struct Written {
 /// once.
 pub struct BatchlogWriter<F> {
     region: Region<F>,
-    ring: Ring,
+    ring: BatchlogRing,
     half: RegionOffset,
     topic: TopicId,
     broker: BrokerId,
@@ -90,7 +71,7 @@ impl<F: Fabric> BatchlogWriter<F> {
     pub fn new(region: Region<F>, topic: TopicId, broker: BrokerId) -> Self {
         let half = region.layout().broker_half(topic, broker);
         let head = region.fabric().observe(half.add(HEAD), Site::BatchlogHeadRead);
-        let ring = Ring::new(&region, topic, broker);
+        let ring = region.layout().batchlog(topic, broker);
         // As if the ring was full: the first append looks.
         let consumed = head.saturating_sub(ring.slots);
         Self { region, ring, half, topic, broker, head, published: head, consumed }
@@ -155,7 +136,7 @@ impl<F: Fabric> BatchlogWriter<F> {
             return;
         }
         let fabric = self.region.fabric();
-        self.ring.runs(self.published, self.head, |at, bytes| fabric.flush(at, bytes, Site::BatchEntryFlush));
+        runs(&self.ring, self.published, self.head, |at, bytes| fabric.flush(at, bytes, Site::BatchEntryFlush));
         // SYNC: entries and payload reach memory before the head that covers them; pairs with
         // `BatchlogReader::available`.
         fabric.fence(Site::BatchEntryFence);
@@ -179,7 +160,7 @@ pub fn peek_entry<F: Fabric>(
     broker: BrokerId,
     index: u64,
 ) -> Result<Option<BatchEntry>, Damage> {
-    let ring = Ring::new(region, topic, broker);
+    let ring = region.layout().batchlog(topic, broker);
     let (at, lap) = (ring.slot(index), lap_of(index, ring.slots));
     let entry: BatchEntry = region.fabric().observe_line(at, Site::BatchEntryRead)?;
     if entry.lap < lap {
@@ -191,7 +172,7 @@ pub fn peek_entry<F: Fabric>(
 /// Sequencer's side of a Batchlog.
 pub struct BatchlogReader<F> {
     region: Region<F>,
-    ring: Ring,
+    ring: BatchlogRing,
     half: RegionOffset,
     next: u64,
     head: u64,
@@ -201,7 +182,7 @@ impl<F: Fabric> BatchlogReader<F> {
     /// Reads on from entry `next`, which is the `consumed_through` of the sequencer half.
     pub fn new(region: Region<F>, topic: TopicId, broker: BrokerId, next: u64) -> Self {
         let half = region.layout().broker_half(topic, broker);
-        let ring = Ring::new(&region, topic, broker);
+        let ring = region.layout().batchlog(topic, broker);
         Self { region, ring, half, next, head: next }
     }
 
@@ -227,7 +208,7 @@ impl<F: Fabric> BatchlogReader<F> {
             }
             self.head = head;
             // This host may have cached lines of the ring from an earlier lap.
-            self.ring.runs(self.next, head, |at, bytes| fabric.invalidate(at, bytes, Site::BatchEntryRead));
+            runs(&self.ring, self.next, head, |at, bytes| fabric.invalidate(at, bytes, Site::BatchEntryRead));
         }
         Ok((self.head - self.next).min(limit))
     }
@@ -273,7 +254,7 @@ mod tests {
         let peek = |index| peek_entry(&region, topic, broker, index).map(|entry| entry.map(|entry| entry.sequence));
         assert_eq!(peek(3), Ok(Some(3)));
         assert_eq!(peek(19).map_err(|damage| damage.what), Err("lap"), "the entry was never written");
-        let slot = |index| Ring::new(&region, topic, broker).slot(index);
+        let slot = |index| region.layout().batchlog(topic, broker).slot(index);
         region.fabric().store(slot(3).add(offset_of!(BatchEntry, lap) as u64), 2);
         assert_eq!(peek(3), Ok(None), "the slot holds a later entry");
         region.fabric().store(slot(5).add(offset_of!(BatchEntry, reserved) as u64), 1);

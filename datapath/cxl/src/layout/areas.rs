@@ -68,6 +68,23 @@ pub struct LeaderAreaLayout {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LeaderArea(pub BrokerId);
 
+/// Place of a Batchlog: a ring of [`BatchEntry`]s.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BatchlogRing {
+    /// Position of the first slot.
+    at: RegionOffset,
+    /// Number of slots.
+    pub(crate) slots: u64,
+}
+
+impl BatchlogRing {
+    /// Position of the slot of entry `index`.
+    #[inline]
+    pub(crate) const fn slot(&self, index: u64) -> RegionOffset {
+        self.at.add(index % self.slots * bytes_of::<BatchEntry>())
+    }
+}
+
 impl Layout {
     /// Lays the areas out one after another.
     #[must_use]
@@ -179,17 +196,19 @@ impl Layout {
         words.add(of.source.0 as u64 * WORD_BYTES)
     }
 
-    /// Position of the ring of [`BatchEntry`]s of a broker in a topic.
+    /// Batchlog of a broker in a topic.
     #[must_use]
-    pub const fn batchlog(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
-        let bytes = self.geometry.batchlog_slots as u64 * bytes_of::<BatchEntry>();
-        RegionOffset(self.batchlogs + self.pair(topic, broker) * bytes)
+    pub(crate) const fn batchlog(&self, topic: TopicId, broker: BrokerId) -> BatchlogRing {
+        let slots = self.geometry.batchlog_slots as u64;
+        let at = RegionOffset(self.batchlogs + self.pair(topic, broker) * slots * bytes_of::<BatchEntry>());
+        BatchlogRing { at, slots }
     }
 
-    /// Position of the directory of a broker's own order index.
+    /// Position of the directory word of segment `ordinal` of a broker's own order index.
     #[must_use]
-    pub(crate) const fn broker_directory(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {
-        RegionOffset(self.directories + self.pair(topic, broker) * Self::directory_bytes(&self.geometry))
+    pub(crate) const fn broker_directory(&self, topic: TopicId, broker: BrokerId, ordinal: u64) -> RegionOffset {
+        let directory = self.directories + self.pair(topic, broker) * Self::directory_bytes(&self.geometry);
+        RegionOffset(directory).add(self.directory_slot(ordinal))
     }
 
     /// Position of a leader's area.
@@ -216,11 +235,11 @@ impl Layout {
         self.leader_topic(area, topic).add(offset_of!(LeaderTopic, tail) as u64)
     }
 
-    /// Position of the directory of a topic's global order index in a leader's area.
+    /// Position of the directory word of segment `ordinal` of a topic's global order index in a leader's area.
     #[must_use]
-    pub(crate) const fn global_directory(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
-        let at = self.leader.directories + topic.0 as u64 * Self::directory_bytes(&self.geometry);
-        self.leader_area(area).add(at)
+    pub(crate) const fn global_directory(&self, area: LeaderArea, topic: TopicId, ordinal: u64) -> RegionOffset {
+        let directory = self.leader.directories + topic.0 as u64 * Self::directory_bytes(&self.geometry);
+        self.leader_area(area).add(directory).add(self.directory_slot(ordinal))
     }
 
     /// Position of a leader's [`SequencerHalf`] of a broker in a topic.
@@ -305,6 +324,11 @@ impl Layout {
     #[must_use]
     pub(crate) const fn leader_topic_reserved(&self, area: LeaderArea, topic: TopicId) -> RegionOffset {
         self.leader_topic(area, topic).add(offset_of!(LeaderTopic, reserved) as u64)
+    }
+
+    /// Distance of the word of segment `ordinal` from the start of its directory.
+    const fn directory_slot(&self, ordinal: u64) -> u64 {
+        ordinal % self.geometry.directory_slots() * WORD_BYTES
     }
 
     const fn offset_entry(&self, topic: TopicId, broker: BrokerId) -> RegionOffset {

@@ -115,8 +115,8 @@ const fn places(hash: u64, geometry: &Geometry) -> u64 {
         layout.pin(topic, broker),
         layout.broker_tail(topic, broker),
         layout.replicated(Replication { topic, replica: broker, source: BrokerId(1) }),
-        layout.batchlog(topic, broker),
-        layout.broker_directory(topic, broker),
+        layout.batchlog(topic, broker).slot(1000),
+        layout.broker_directory(topic, broker, 1000),
     ];
     let of_leader = [
         layout.election(),
@@ -125,7 +125,7 @@ const fn places(hash: u64, geometry: &Geometry) -> u64 {
         layout.topic(area, topic),
         layout.topic_name(area, topic),
         layout.global_tail(area, topic),
-        layout.global_directory(area, topic),
+        layout.global_directory(area, topic, 1000),
         layout.sequencer_half(area, topic, broker),
         layout.completion(area, topic, broker),
         layout.session(area, slot),
@@ -167,5 +167,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0x876a03a244ad2f3e";
+    const EXPECTED: &str = "0xe826d4087cc78a6f";
 }

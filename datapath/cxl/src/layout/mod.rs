@@ -15,6 +15,7 @@ mod geometry;
 mod hash;
 mod structures;
 
+pub(crate) use areas::BatchlogRing;
 pub use areas::{Layout, LeaderArea, LeaderAreaLayout};
 pub use codes::{AllocatorKind, RegionRole, ReplicaState, SegmentKind, SessionState, TopicState};
 pub use geometry::Geometry;

@@ -46,11 +46,10 @@ impl StreamId {
 
     /// Position of the directory word of segment `ordinal` of the index.
     fn directory_word<F: Fabric>(self, region: &Region<F>, area: LeaderArea, ordinal: u64) -> RegionOffset {
-        let directory = match self.stream.broker() {
-            None => region.layout().global_directory(area, self.topic),
-            Some(broker) => region.layout().broker_directory(self.topic, broker),
-        };
-        directory.add(ordinal % region.geometry().directory_slots() * size_of::<u64>() as u64)
+        match self.stream.broker() {
+            None => region.layout().global_directory(area, self.topic, ordinal),
+            Some(broker) => region.layout().broker_directory(self.topic, broker, ordinal),
+        }
     }
 
     /// Reads from the stream: through the leader for a global order, directly for a broker's own.
