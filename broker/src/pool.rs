@@ -69,7 +69,6 @@ impl<F: Fabric> LeaderAllocator<F> {
         &self,
         request: impl AsyncFnOnce(&mut ControlClient<Channel>) -> Result<R, tonic::Status>,
     ) -> Result<R, PoolError> {
-        let unreachable = |error: &dyn std::fmt::Display| PoolError::Unreachable(error.to_string());
         let leader = settled(with_leader(&self.region, |area| read_leader_at(&self.region, area))?)?;
         let info = settled(read_broker(&self.region, leader.broker))?;
         let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
@@ -79,10 +78,11 @@ impl<F: Fabric> LeaderAllocator<F> {
                 Some((term, connected)) if term == leader.term => connected,
                 _ => {
                     let endpoint = tonic::transport::Endpoint::try_from(format!("http://{}", info.control))
-                        .map_err(|error| unreachable(&error))?
+                        .map_err(|error| PoolError::Unreachable(error.into()))?
                         .connect_timeout(CALL_LIMIT)
                         .timeout(CALL_LIMIT);
-                    ControlClient::new(endpoint.connect().await.map_err(|error| unreachable(&error))?)
+                    let channel = endpoint.connect().await.map_err(|error| PoolError::Unreachable(error.into()))?;
+                    ControlClient::new(channel)
                 }
             };
             let result = request(&mut connected).await;
@@ -92,8 +92,10 @@ impl<F: Fabric> LeaderAllocator<F> {
             result.map_err(|status| match status.code() {
                 Code::ResourceExhausted => PoolError::Exhausted { segments: self.region.geometry().segment_count },
                 // The transport's own errors are of unknown code.
-                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => unreachable(&status),
-                _ => PoolError::Refused(status.to_string()),
+                Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unknown => {
+                    PoolError::Unreachable(status.into())
+                }
+                _ => PoolError::Refused(status.into()),
             })
         })
     }

@@ -4,7 +4,7 @@ use embarcadero_cxl::Damage;
 use embarcadero_cxl::segment::PoolError;
 
 /// Reason why a broker cannot take over.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum TakeoverError {
     /// The predecessor may go on, and fills a segment of an order index. There is no other segment to continue in.
     #[error("the order index has no room to go on in: {0}")]

@@ -64,6 +64,8 @@ pub enum EtcdError {
         key: String,
         /// First characters of the value.
         value: String,
+        /// Reason why it cannot be decoded.
+        source: serde_json::Error,
     },
 }
 
@@ -78,7 +80,7 @@ pub enum CallError {
     Scheme(String),
     /// etcd refuses, or cannot be reached; the text has the cause.
     #[error("grpc request error: {0}")]
-    Status(Status),
+    Status(#[source] Status),
 }
 
 /// Both ends of a stream that keeps a lease alive: where requests go, and where answers come from.
@@ -216,9 +218,10 @@ impl Client {
 
     /// Decodes the value of an entry.
     pub(super) fn decode<T: for<'a> Deserialize<'a>>(&self, entry: &KeyValue) -> Result<T, EtcdError> {
-        serde_json::from_slice(&entry.value).map_err(|_| EtcdError::Foreign {
+        serde_json::from_slice(&entry.value).map_err(|source| EtcdError::Foreign {
             key: String::from_utf8_lossy(&entry.key).into_owned(),
             value: String::from_utf8_lossy(&entry.value).chars().take(80).collect(),
+            source,
         })
     }
 
