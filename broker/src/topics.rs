@@ -183,7 +183,7 @@ impl<F: Fabric> TopicTable<F> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use embarcadero_cxl::cache::FlushMethod;
     use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, RegionRole, TopicLine};
@@ -197,7 +197,8 @@ mod tests {
 
     const LEADER: LeaderArea = LeaderArea(BrokerId(0));
 
-    fn region() -> Region<Native> {
+    /// Region for two brokers and two topics.
+    pub(crate) fn region() -> Region<Native> {
         let geometry = Geometry {
             max_brokers: 2,
             max_leaders: 1,
@@ -214,7 +215,8 @@ mod tests {
         Region::format(native, &geometry, Uuid::new_v4(), 0).unwrap()
     }
 
-    fn topic(id: u32) -> TopicConfig {
+    /// Live topic of strong order.
+    pub(crate) fn topic(id: u32) -> TopicConfig {
         TopicConfig {
             id: TopicId(id),
             incarnation: Incarnation(1),

@@ -4,7 +4,7 @@ use super::replicator::running_replicas;
 use embarcadero_cxl::broker_table::last_incarnation;
 use embarcadero_cxl::layout::LeaderArea;
 use embarcadero_cxl::leadership::NoLeader;
-use embarcadero_cxl::order_index::{StreamId, read_extent_at};
+use embarcadero_cxl::order_index::{Extent, StreamId, read_extent_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_completion, read_completion_at, read_replicated};
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows};
@@ -15,7 +15,7 @@ use embarcadero_wire::{BrokerId, Incarnation, Stream};
 const PERIOD_US: u64 = 50;
 
 /// Returns the position below which at least `copies` of the replicas have the batches of a source. `progress` has the
-/// position of each replica.
+/// positions of the replicas.
 fn copied(progress: &mut [u64], copies: usize) -> u64 {
     progress.sort_unstable_by(|a, b| b.cmp(a));
     copies.checked_sub(1).and_then(|last| progress.get(last)).copied().unwrap_or(0)
@@ -35,12 +35,14 @@ pub struct CompletionStage<F: Fabric> {
     awaited: u32,
     /// Topic slots with a damaged row that the log has named, one bit each.
     reported: u32,
+    /// Topic slots with a replica beyond the tail that the log has named, one bit each.
+    beyond: u32,
 }
 
 impl<F: Fabric> CompletionStage<F> {
     /// Continues from the vector in the leader's area.
     pub fn new(region: Region<F>, area: LeaderArea) -> Self {
-        Self { region, area, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0, reported: 0 }
+        Self { region, area, topics: Vec::new(), known: 0, counted_us: 0, awaited: 0, reported: 0, beyond: 0 }
     }
 
     /// Looks which topics are replicated. `awaited` has the topics with sessions that wait for durable batches, one bit
@@ -102,17 +104,28 @@ impl<F: Fabric> CompletionStage<F> {
             .fold(0, |mask, broker| mask | 1 << broker.0);
         let known = |broker: &BrokerId| self.known & 1 << broker.0 != 0;
         let sources = brokers().filter(known).filter(|source| stream.broker().is_none_or(|own| own == *source));
-        let through = sources
-            .map(|source| {
-                let of = |replica| Replication { topic, replica, source };
-                let mut progress: Vec<u64> =
-                    brokers().filter(known).map(|replica| read_replicated(region, of(replica))).collect();
-                copied(&mut progress, copies)
+        let read = |source| {
+            let of = |replica| Replication { topic, replica, source };
+            brokers().filter(known).map(|replica| read_replicated(region, of(replica))).collect()
+        };
+        let progress: Vec<Vec<u64>> = sources.map(read).collect();
+        // SYNC: read after the replicas' words, so that what a replica skipped as trimmed is seen as trimmed here too, and
+        // no replica that follows this leader is beyond the tail.
+        let Extent { committed, trimmed, .. } = read_extent_at(region, area, id);
+        if let Some(position) = progress.iter().flatten().find(|position| **position > committed)
+            && self.beyond & 1 << topic.0 == 0
+        {
+            self.beyond |= 1 << topic.0;
+            tracing::error!(slot = %topic, position, committed, "a replica beyond the tail counts for no batch");
+        }
+        let through = progress
+            .into_iter()
+            .map(|mut positions| {
+                positions.retain(|position| *position <= committed);
+                copied(&mut positions, copies)
             })
             .min()
             .unwrap_or(0);
-        // SYNC: read after the replicas' words, so that what a replica skipped as trimmed is seen as trimmed here too.
-        let trimmed = read_extent_at(region, area, id).trimmed;
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown.durable_through),
@@ -150,6 +163,17 @@ pub(crate) fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, comp
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topics::tests::{region, topic};
+    use bytemuck::Zeroable;
+    use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker};
+    use embarcadero_cxl::layout::IndexEntry;
+    use embarcadero_cxl::leadership::{activate_term, claim_term};
+    use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter};
+    use embarcadero_cxl::replication::publish_replicated;
+    use embarcadero_cxl::segment::PartitionAllocator;
+    use embarcadero_cxl::topic_table::publish_topic;
+    use embarcadero_wire::{Term, TopicId};
+    use std::sync::Arc;
 
     #[test]
     fn as_many_replicas_as_asked_for_must_have_it() {
@@ -157,5 +181,36 @@ mod tests {
         assert_eq!(copied(&mut [5, 9, 0, 7], 2), 7);
         assert_eq!(copied(&mut [5, 9, 0, 7], 3), 5);
         assert_eq!(copied(&mut [5, 9], 3), 0);
+    }
+
+    #[test]
+    fn a_replica_beyond_the_tail_counts_for_no_batch() {
+        let (region, area) = (region(), LeaderArea(BrokerId(0)));
+        let id = StreamId { topic: TopicId(0), stream: Stream::GLOBAL };
+        let (term, incarnation) = (Term(1), Incarnation(1));
+        claim_term(&region, area, term);
+        publish_topic(&region, area, &TopicConfig { replication_factor: 2, ..topic(0) });
+        activate_term(&region, area, term);
+        let address = "127.0.0.1:1".parse().unwrap();
+        let own =
+            BrokerInfo { id: BrokerId(0), incarnation, data: address, control: address, process_id: 1, running: true };
+        publish_broker(&region, &own);
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+        let options = IndexOptions { id, incarnation, writer: area, term };
+        let mut index = OrderIndexWriter::open(region.clone(), options, pool).unwrap();
+        for _ in 0..3 {
+            index.make_room().unwrap();
+            index.append(IndexEntry { message_count: 1, ..IndexEntry::zeroed() });
+        }
+        index.write_back_entries();
+        index.publish_tail(term);
+        let mut stage = CompletionStage::new(region.clone(), area);
+        stage.maintain(1);
+        let of = Replication { topic: id.topic, replica: BrokerId(0), source: BrokerId(0) };
+        for (round, (position, durable)) in [(4, 0), (u64::MAX, 0), (2, 2), (3, 3)].into_iter().enumerate() {
+            publish_replicated(&region, of, position);
+            stage.poll((round as u64 + 1) * PERIOD_US);
+            assert_eq!(read_completion_at(&region, area, id.topic, BrokerId(0)).durable_through, durable);
+        }
     }
 }

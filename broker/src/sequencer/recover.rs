@@ -238,10 +238,15 @@ impl<F: Fabric> Sequencer<F> {
                         continue;
                     }
                 };
-                if entry.session_slot.0 >= region.geometry().max_sessions
-                    || read_commit_at(region, *area, entry.session_slot, entry.sequence) != Ok(Commit::Unknown)
-                    || topic.make_room().is_err()
-                {
+                if entry.session_slot.0 >= region.geometry().max_sessions {
+                    continue;
+                }
+                match read_commit_at(region, *area, entry.session_slot, entry.sequence) {
+                    Ok(Commit::Unknown) => {}
+                    Ok(Commit::At(_) | Commit::Forgotten) => continue,
+                    Err(damage) => tracing::error!(%damage, "the window of the session decides instead"),
+                }
+                if topic.make_room().is_err() {
                     continue;
                 }
                 group.order(region.fabric(), topic, Arrival { entry, broker, index }, stamp);
