@@ -7,8 +7,15 @@ use crate::nic;
 use crate::views::{ClusterView, TopicView};
 use embarcadero_transport::rdma::RdmaClient;
 use embarcadero_transport::tcp::SocketOptions;
-use embarcadero_transport::{LinkOptions, TransportKind};
+use embarcadero_transport::{LinkOptions, Sockets, Transport, TransportKind};
+use embarcadero_wire::{OpenPublish, Subscribe};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Publisher's end of a connection, of the transport that [`Context::publish`] names.
+pub(crate) type PublisherEnd = <Sockets as Transport>::Publisher;
+/// Subscriber's end of a connection, of the transport that [`Context::subscribe`] names.
+pub(crate) type SubscriberEnd = <Sockets as Transport>::Subscriber;
 
 /// Configuration, control plane and RDMA device of a client.
 pub(crate) struct Context {
@@ -26,6 +33,18 @@ impl Context {
     fn sockets(&self) -> SocketOptions {
         let bytes = self.config.socket_buffer_bytes;
         SocketOptions { send_buffer_bytes: bytes, receive_buffer_bytes: bytes }
+    }
+
+    /// Connects a publisher to a broker. Blocks for as long as connecting does.
+    pub(crate) fn publish(&self, broker: SocketAddr, open: &OpenPublish) -> Result<PublisherEnd, ClientError> {
+        let publisher = Sockets.publish(broker, &self.link_options()?, open);
+        publisher.map_err(ClientError::io("connect to a broker"))
+    }
+
+    /// Connects a subscriber to a broker. Blocks for as long as connecting does.
+    pub(crate) fn subscribe(&self, broker: SocketAddr, request: &Subscribe) -> Result<SubscriberEnd, ClientError> {
+        let subscriber = Sockets.subscribe(broker, &self.link_options()?, request);
+        subscriber.map_err(ClientError::io("connect to a broker"))
     }
 
     /// Options of data connections.

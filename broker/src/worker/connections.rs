@@ -6,7 +6,7 @@ use embarcadero_cxl::Native;
 use embarcadero_os::{Poller, Ready};
 use embarcadero_transport::{Connection, Outbox, Slots};
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ const fn token(slot: usize, number: u32) -> u64 {
     (slot as u64) << 32 | number as u64
 }
 
-impl<L: Connection<Native> + AsRawFd> Connections<L> {
+impl<L: Connection<Native>> Connections<L> {
     /// Returns an empty set. `count` is shared by all threads of the broker and counts their connections.
     pub(super) fn new(count: Arc<AtomicUsize>) -> io::Result<Self> {
         Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), last_number: 0, count })
@@ -97,7 +97,8 @@ impl<L: Connection<Native> + AsRawFd> Connections<L> {
         });
         self.last_number = self.last_number.wrapping_add(1);
         let token = token(slot, self.last_number);
-        if let Err(error) = self.poller.add(link.as_raw_fd(), token, false) {
+        let watched = link.descriptor().map(|descriptor| self.poller.add(descriptor, token, false));
+        if let Some(Err(error)) = watched {
             self.free.push(slot);
             return Err(error);
         }
@@ -136,10 +137,11 @@ impl<L: Connection<Native> + AsRawFd> Connections<L> {
             return;
         }
         client.waiting = waiting;
+        let Some(descriptor) = client.link.descriptor() else { return };
         let result = if waiting {
-            self.poller.remove(client.link.as_raw_fd())
+            self.poller.remove(descriptor)
         } else {
-            self.poller.add(client.link.as_raw_fd(), client.token, client.watches_room)
+            self.poller.add(descriptor, client.token, client.watches_room)
         };
         if let Err(error) = result {
             tracing::error!(%error, "a socket cannot be watched");
@@ -152,8 +154,10 @@ impl<L: Connection<Native> + AsRawFd> Connections<L> {
         let watch = client.link.waits_for_socket(&client.outbox);
         if watch != client.watches_room {
             client.watches_room = watch;
-            if !client.waiting {
-                self.poller.modify(client.link.as_raw_fd(), client.token, watch)?;
+            if !client.waiting
+                && let Some(descriptor) = client.link.descriptor()
+            {
+                self.poller.modify(descriptor, client.token, watch)?;
             }
         }
         Ok(())
@@ -162,9 +166,11 @@ impl<L: Connection<Native> + AsRawFd> Connections<L> {
     /// Removes and returns a connection. Drop it to free what it holds.
     pub(super) fn remove(&mut self, slot: usize) -> Option<Client<L>> {
         let client = self.clients.get_mut(slot)?.take()?;
-        if !client.waiting {
+        if !client.waiting
+            && let Some(descriptor) = client.link.descriptor()
+        {
             // The caller closes the socket next, which ends the watch, too.
-            let _ = self.poller.remove(client.link.as_raw_fd());
+            let _ = self.poller.remove(descriptor);
         }
         self.count.fetch_sub(1, Ordering::Relaxed);
         self.free.push(slot);
@@ -172,7 +178,7 @@ impl<L: Connection<Native> + AsRawFd> Connections<L> {
     }
 }
 
-impl<L: Connection<Native> + AsRawFd> Slots<L> for Connections<L> {
+impl<L: Connection<Native>> Slots<L> for Connections<L> {
     fn connection(&mut self, slot: usize) -> Option<&mut L> {
         self.get(slot).map(|client| &mut client.link)
     }

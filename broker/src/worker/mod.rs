@@ -20,7 +20,6 @@ use embarcadero_os::{Clock, Now, Ready};
 use embarcadero_transport::{Connection, Endpoint, Outgoing, Received, TransportError};
 use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -98,7 +97,7 @@ pub(crate) struct Worker<E: Endpoint<Native>, C> {
     checked: Instant,
 }
 
-impl<E: Endpoint<Native, Connection: AsRawFd>, C: Clock> Worker<E, C> {
+impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     /// Returns a worker that has no connections yet.
     ///
     /// # Errors

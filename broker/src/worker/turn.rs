@@ -8,11 +8,10 @@ use embarcadero_cxl::{Native, RegionOffset};
 use embarcadero_os::{Clock, Now};
 use embarcadero_transport::{Connection, Endpoint, Outbox, Outgoing, TransportError};
 use embarcadero_wire::ErrorCode;
-use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-impl<E: Endpoint<Native, Connection: AsRawFd>, C: Clock> Worker<E, C> {
+impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     /// Acknowledges batches that the delegation put into the broker's own order. Returns true when there were any.
     pub(super) fn local_acks(&mut self) -> bool {
         let mut any = false;

@@ -1,8 +1,8 @@
 //! Publisher's connection to one broker.
 
+use crate::context::PublisherEnd;
 use crate::error::ClientError;
 use crate::views::BrokerView;
-use embarcadero_transport::PublisherChannel;
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ pub(super) enum ConnectionState {
     /// The background thread is connecting.
     Connecting,
     Up {
-        channel: PublisherChannel,
+        channel: PublisherEnd,
         /// True once the broker takes batches.
         ready: bool,
     },
@@ -73,7 +73,7 @@ impl BrokerConnection {
     pub(super) fn end_attempt(
         &mut self,
         attempt: &ConnectAttempt,
-        result: Result<PublisherChannel, ClientError>,
+        result: Result<PublisherEnd, ClientError>,
     ) -> Option<ClientError> {
         if self.attempt != attempt.number {
             return None;
@@ -100,7 +100,7 @@ impl BrokerConnection {
     }
 
     /// Open channel to the broker, if there is one.
-    pub(super) fn channel_mut(&mut self) -> Option<&mut PublisherChannel> {
+    pub(super) fn channel_mut(&mut self) -> Option<&mut PublisherEnd> {
         match &mut self.state {
             ConnectionState::Up { channel, .. } => Some(channel),
             ConnectionState::Down { .. } | ConnectionState::Connecting => None,

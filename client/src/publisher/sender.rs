@@ -6,10 +6,11 @@ use super::in_flight::InFlightBatches;
 use super::message::PublisherStats;
 use super::session::Session;
 use crate::batching::BUFFERED_BATCHES;
+use crate::context::PublisherEnd;
 use crate::error::ClientError;
 use crate::silence::Silence;
 use crate::views::BrokerView;
-use embarcadero_transport::{LinkError, PublisherChannel, PublisherLink};
+use embarcadero_transport::{LinkError, PublisherLink};
 use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
 use std::io;
 use std::os::fd::RawFd;
@@ -133,7 +134,7 @@ impl Sender {
     }
 
     /// Takes the result of an attempt to connect.
-    pub(super) fn end_attempt(&mut self, attempt: &ConnectAttempt, result: Result<PublisherChannel, ClientError>) {
+    pub(super) fn end_attempt(&mut self, attempt: &ConnectAttempt, result: Result<PublisherEnd, ClientError>) {
         if let Some(connection) = self.connections.get_mut(attempt.index)
             && let Some(error) = connection.end_attempt(attempt, result)
         {

@@ -10,7 +10,6 @@ use crate::context::Context;
 use crate::error::ClientError;
 use crate::nic::loaded_batch_bytes;
 use crate::views::TopicView;
-use embarcadero_transport::{Sockets, Transport};
 use embarcadero_wire::batch::largest_message;
 use embarcadero_wire::{ClientId, OutOfBounds};
 use spin::mutex::SpinMutex;
@@ -157,15 +156,9 @@ impl SharedPublisher {
         if attempts.is_empty() {
             return;
         }
-        let options = self.context.link_options();
         let mut failed = false;
         for attempt in attempts {
-            let result = match &options {
-                Ok(options) => Sockets
-                    .publish(attempt.broker.data, options, &opening)
-                    .map_err(ClientError::io("connect to a broker")),
-                Err(error) => Err(error.clone()),
-            };
+            let result = self.context.publish(attempt.broker.data, &opening);
             failed |= result.is_err();
             self.sender().end_attempt(&attempt, result);
         }

@@ -1,10 +1,10 @@
 //! Stream of a topic, at the broker that serves it.
 
 use super::message::Start;
-use crate::context::Context;
+use crate::context::{Context, SubscriberEnd};
 use crate::error::ClientError;
 use crate::views::{BrokerView, TopicView};
-use embarcadero_transport::{Sockets, SubscriberChannel, SubscriberLink, Transport};
+use embarcadero_transport::SubscriberLink;
 use embarcadero_wire::{self as wire, BatchHeader, Deliver, Position, StartKind, Subscribe};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ pub(super) struct Stream {
     pub(super) id: wire::Stream,
     /// Broker that serves the stream.
     pub(super) broker: BrokerView,
-    pub(super) channel: Option<SubscriberChannel>,
+    pub(super) channel: Option<SubscriberEnd>,
     /// Offset that is due next; `None` until the broker has told where the stream starts.
     pub(super) due: Option<u64>,
     /// Position that was asked for.
@@ -60,9 +60,7 @@ impl Stream {
 
     /// Connects and subscribes.
     pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> Result<(), ClientError> {
-        let options = context.link_options()?;
-        let channel = Sockets.subscribe(self.broker.data, &options, &self.request(topic));
-        self.channel = Some(channel.map_err(ClientError::io("connect to a broker"))?);
+        self.channel = Some(context.subscribe(self.broker.data, &self.request(topic))?);
         self.connections += 1;
         Ok(())
     }

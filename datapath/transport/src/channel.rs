@@ -12,7 +12,7 @@ use embarcadero_wire::batch::BatchBuilder;
 use embarcadero_wire::{FRAME_BYTES, Frame, OpenPublish, Subscribe};
 use std::io::{self, Write};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 
 /// Broker's end of a connection. Its descriptor is that of the socket.
 pub struct Channel {
@@ -38,12 +38,6 @@ impl Channel {
     }
 }
 
-impl AsRawFd for Channel {
-    fn as_raw_fd(&self) -> RawFd {
-        self.socket.descriptor()
-    }
-}
-
 impl Connection<Native> for Channel {
     fn receive<L: Landing>(
         &mut self,
@@ -65,6 +59,10 @@ impl Connection<Native> for Channel {
             Some(rdma) => rdma.send(&mut self.socket, memory, outbox),
             None => self.socket.send(memory, outbox),
         }
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        self.socket.descriptor()
     }
 
     fn has_work(&self) -> bool {

@@ -6,6 +6,7 @@ use embarcadero_cxl::{Fabric, RegionOffset};
 use embarcadero_wire::batch::BodyError;
 use embarcadero_wire::{BatchHeader, ErrorCode, Frame, WireError, encode_error};
 use std::io;
+use std::os::fd::RawFd;
 
 /// Reason for which a broker's connection ends.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +126,12 @@ pub trait Connection<F: Fabric>: Send {
     /// [`TransportError::Io`] or [`TransportError::Closed`]; [`TransportError::Refused`] when the outbox holds something
     /// that this peer cannot be sent.
     fn send(&mut self, memory: &F, outbox: &mut Outbox) -> Result<u64, TransportError>;
+
+    /// Descriptor that becomes readable when the peer sends or closes, and writable when the rest of an outbox has room.
+    /// `None` for transports without sockets.
+    fn descriptor(&self) -> Option<RawFd> {
+        None
+    }
 
     /// Returns true when [`Connection::receive`] has something to do that no descriptor shows.
     #[must_use]

@@ -35,10 +35,21 @@ pub trait Ends {
     }
 
     /// Connects a publisher, which has sent its opening frame.
-    fn publisher(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Publisher>;
+    fn publisher(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Publisher> {
+        self.publisher_with(true)
+    }
+
+    /// Connects a publisher, which has sent its opening frame and is sent acknowledgements, or is not.
+    fn publisher_with(
+        &mut self,
+        acknowledged: bool,
+    ) -> Pair<Self::Transport, <Self::Transport as Transport>::Publisher>;
 
     /// Connects a subscriber, which has sent its request.
     fn subscriber(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Subscriber>;
+
+    /// Returns true when completions of a device come to the broker's endpoint.
+    fn has_device(&self) -> bool;
 
     /// Returns the broker's endpoint, and the slot of the connection that was made last.
     fn endpoint(&mut self) -> (&mut <Self::Transport as Transport>::Endpoint, usize);
@@ -62,12 +73,12 @@ impl<C> Slots<C> for Last<'_, C> {
     }
 }
 
-fn options(device: Option<Arc<RdmaClient>>) -> LinkOptions {
+fn options(device: Option<Arc<RdmaClient>>, acknowledged: bool) -> LinkOptions {
     LinkOptions {
         timeout: super::PATIENCE,
         sockets: SocketOptions::default(),
         batch_bytes: BATCH_BYTES,
-        acknowledged: true,
+        acknowledged,
         ring_bytes: 1 << 20,
         device,
     }
@@ -104,8 +115,12 @@ impl SocketEnds {
     }
 
     /// Connects a client in a thread of its own, as that may block until the broker has answered.
-    fn connect<L: Send>(&mut self, connect: impl FnOnce(SocketAddr, &LinkOptions) -> L + Send) -> (Channel, L) {
-        let (address, options) = (self.address, options(self.device.clone()));
+    fn connect<L: Send>(
+        &mut self,
+        acknowledged: bool,
+        connect: impl FnOnce(SocketAddr, &LinkOptions) -> L + Send,
+    ) -> (Channel, L) {
+        let (address, options) = (self.address, options(self.device.clone(), acknowledged));
         self.connections += 1;
         std::thread::scope(|scope| {
             let client = scope.spawn(|| connect(address, &options));
@@ -130,12 +145,16 @@ impl Ends for SocketEnds {
         &self.memory
     }
 
-    fn publisher(&mut self) -> Pair<Sockets, <Sockets as Transport>::Publisher> {
-        self.connect(|address, options| Sockets.publish(address, options, &OpenPublish::blank()).unwrap())
+    fn publisher_with(&mut self, acknowledged: bool) -> Pair<Sockets, <Sockets as Transport>::Publisher> {
+        self.connect(acknowledged, |address, options| Sockets.publish(address, options, &OpenPublish::blank()).unwrap())
     }
 
     fn subscriber(&mut self) -> Pair<Sockets, <Sockets as Transport>::Subscriber> {
-        self.connect(|address, options| Sockets.subscribe(address, options, &Subscribe::blank()).unwrap())
+        self.connect(true, |address, options| Sockets.subscribe(address, options, &Subscribe::blank()).unwrap())
+    }
+
+    fn has_device(&self) -> bool {
+        self.device.is_some()
     }
 
     fn endpoint(&mut self) -> (&mut SocketEndpoint, usize) {
@@ -242,14 +261,22 @@ impl Ends for MemoryEnds {
         &self.memory
     }
 
-    fn publisher(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Publisher> {
-        let publisher = self.network.publish(self.address, &options(None), &OpenPublish::blank()).unwrap();
+    fn publisher_with(
+        &mut self,
+        acknowledged: bool,
+    ) -> Pair<Self::Transport, <Self::Transport as Transport>::Publisher> {
+        let options = options(None, acknowledged);
+        let publisher = self.network.publish(self.address, &options, &OpenPublish::blank()).unwrap();
         (self.accept(), publisher)
     }
 
     fn subscriber(&mut self) -> Pair<Self::Transport, <Self::Transport as Transport>::Subscriber> {
-        let subscriber = self.network.subscribe(self.address, &options(None), &Subscribe::blank()).unwrap();
+        let subscriber = self.network.subscribe(self.address, &options(None, true), &Subscribe::blank()).unwrap();
         (self.accept(), subscriber)
+    }
+
+    fn has_device(&self) -> bool {
+        false
     }
 
     fn endpoint(&mut self) -> (&mut SimulatedEndpoint<Simulated>, usize) {

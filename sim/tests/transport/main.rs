@@ -12,17 +12,19 @@ mod ends;
 mod landing;
 
 use embarcadero_cxl::{Fabric, RegionOffset};
+use embarcadero_os::Poller;
 use embarcadero_transport::{
-    Connection, Item, LinkError, Outbox, Outgoing, PublisherLink, Received, SendBuffer, SubscriberLink, Transport,
-    TransportError,
+    Connection, Endpoint, Item, LinkError, Outbox, Outgoing, PublisherLink, Received, SendBuffer, Slots,
+    SubscriberLink, Transport, TransportError,
 };
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
-    Ack, BatchHeader, ClientId, Deliver, Epoch, ErrorCode, FRAME_BYTES, Frame, Incarnation, Position, SessionSlot,
-    TopicId,
+    Ack, BatchHeader, ClientId, Deliver, Epoch, ErrorCode, FRAME_BYTES, Frame, Incarnation, Position, RdmaConnect,
+    SessionSlot, TopicId,
 };
 use ends::Ends;
 use landing::TestLanding;
+use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
 /// Longest wait for what must happen. Only a broken transport reaches it, however busy the machine is.
@@ -64,6 +66,19 @@ fn suite<E: Ends>(ends: &mut E) {
     what_is_not_taken_stays(ends);
     an_end_that_is_gone_is_noticed(ends);
     a_connection_ends_in_order(ends);
+    an_end_that_waits_is_woken(ends);
+    a_batch_is_given_back_once_it_has_left(ends);
+    a_slot_is_used_again(ends);
+    a_lost_device_is_let_go(ends);
+}
+
+/// A thread without connections.
+struct NoConnections;
+
+impl<C> Slots<C> for NoConnections {
+    fn connection(&mut self, _: usize) -> Option<&mut C> {
+        None
+    }
 }
 
 type PublisherOf<E> = <<E as Ends>::Transport as Transport>::Publisher;
@@ -393,4 +408,116 @@ fn a_connection_ends_in_order<E: Ends>(ends: &mut E) {
     assert!(!connection.discard(), "the publisher has not closed yet");
     drop(publisher);
     until("the broker notices", || connection.discard());
+}
+
+/// Waits until one of the descriptors is readable, if there are any.
+fn wait(descriptors: impl Iterator<Item = RawFd>) {
+    let (mut poller, mut ready) = (Poller::new().unwrap(), Vec::new());
+    let added = descriptors.map(|descriptor| poller.add(descriptor, 0, false).unwrap()).count();
+    until("a descriptor is readable", || {
+        added == 0 || poller.wait(PATIENCE, &mut ready).is_ok_and(|()| ready.iter().any(|ready| ready.readable))
+    });
+}
+
+/// An end that armed its descriptors and found nothing sleeps on them until something comes.
+fn an_end_that_waits_is_woken<E: Ends>(ends: &mut E) {
+    let (mut connection, mut publisher) = ends.publisher();
+    let (mut outbox, mut heard) = (Outbox::default(), Vec::new());
+    publisher.arm().unwrap();
+    publisher.poll(&mut heard).unwrap();
+    assert_eq!(heard.len(), 0);
+    outbox.push(Outgoing::frame(Ack { sequence: 7, ..Ack::blank() }.encode()));
+    until("the frame leaves", || {
+        ends.drive(&mut connection);
+        connection.send(ends.memory(), &mut outbox).unwrap();
+        outbox.is_empty()
+    });
+    wait(publisher.descriptors(false).map(|(descriptor, _)| descriptor));
+    until("the frame comes", || {
+        publisher.poll(&mut heard).unwrap();
+        heard.len() == 1
+    });
+
+    let (mut connection, mut subscriber) = ends.subscriber();
+    subscriber.arm().unwrap();
+    assert!(matches!(subscriber.take().unwrap(), Item::Nothing));
+    deliver(ends, &mut outbox, 0);
+    until("the delivery leaves", || {
+        ends.drive(&mut connection);
+        connection.send(ends.memory(), &mut outbox).unwrap();
+        outbox.is_empty()
+    });
+    wait(subscriber.descriptors());
+    until("the delivery comes", || take::<E>(&mut subscriber, 0));
+
+    let mut link = ends.publisher();
+    let mut landing = TestLanding::default();
+    // The first brings a window, where one is needed.
+    publish_and_receive(ends, &mut link, &mut landing, 0..1);
+    let (connection, publisher) = &mut link;
+    ends.endpoint().0.arm().unwrap();
+    until("nothing is left", || {
+        ends.drive(connection);
+        connection.send(ends.memory(), &mut Outbox::default()).unwrap();
+        let received = connection.receive(ends.memory(), &mut landing, 8).unwrap();
+        matches!(received, Received::Nothing) && !connection.has_work()
+    });
+    ends.endpoint().0.arm().unwrap();
+    ends.drive(connection);
+    let (mut sent, mut written) = (batch(1, 5000), 0);
+    until("the batch leaves", || write(publisher, &mut sent, &mut written));
+    wait(ends.endpoint().0.descriptor().into_iter());
+    until("the batch comes", || {
+        ends.drive(connection);
+        connection.receive(ends.memory(), &mut landing, 8).unwrap();
+        landing.taken.len() == 2
+    });
+}
+
+/// A publisher without acknowledgements asks which batches are still read in place.
+fn a_batch_is_given_back_once_it_has_left<E: Ends>(ends: &mut E) {
+    let mut link = ends.publisher_with(false);
+    let mut landing = TestLanding::default();
+    publish_and_receive(ends, &mut link, &mut landing, 0..20);
+    let (connection, publisher) = &mut link;
+    until("no batch is in use", || {
+        ends.drive(connection);
+        connection.receive(ends.memory(), &mut landing, 8).unwrap();
+        publisher.poll(&mut Vec::new()).unwrap();
+        let in_use = publisher.batches_in_use();
+        assert!(in_use <= 20, "{in_use} of 20 batches are in use");
+        in_use == 0
+    });
+}
+
+/// Completions that come late for a connection that is gone do not reach the next one in its slot.
+fn a_slot_is_used_again<E: Ends>(ends: &mut E) {
+    for _ in 0..3 {
+        let mut link = ends.publisher();
+        publish_and_receive(ends, &mut link, &mut TestLanding::default(), 0..8);
+        let (connection, publisher) = link;
+        drop(connection);
+        let (endpoint, slot) = ends.endpoint();
+        while endpoint.complete(&mut NoConnections).unwrap() > 0 {}
+        endpoint.forget(slot);
+        drop(publisher);
+    }
+}
+
+/// An endpoint without its device says whose connections end, and refuses and completes nothing more.
+fn a_lost_device_is_let_go<E: Ends>(ends: &mut E) {
+    let (gone, _) = ends.publisher();
+    let forgotten = ends.endpoint().1;
+    drop(gone);
+    ends.endpoint().0.forget(forgotten);
+    let (mut connection, _publisher) = ends.publisher();
+    let has_device = ends.has_device();
+    let (endpoint, slot) = ends.endpoint();
+    let lost = endpoint.lose_device();
+    assert_eq!(lost.contains(&slot), has_device, "{lost:?}");
+    assert!(slot == forgotten || !lost.contains(&forgotten), "{lost:?}");
+    assert!(endpoint.descriptor().is_none());
+    assert_eq!(endpoint.complete(&mut NoConnections).unwrap(), 0);
+    let refusal = endpoint.upgrade(slot, &mut connection, &RdmaConnect::blank());
+    assert!(matches!(refusal, Err(TransportError::Refused { code: ErrorCode::NoTransport, .. })), "{refusal:?}");
 }

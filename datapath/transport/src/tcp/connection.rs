@@ -73,12 +73,6 @@ impl TcpConnection {
         Ok(Self { stream, header: [0; FRAME_BYTES], filled: 0, body: None })
     }
 
-    /// Descriptor of the socket, for an [`embarcadero_os::Poller`].
-    #[must_use]
-    pub fn descriptor(&self) -> RawFd {
-        self.stream.as_raw_fd()
-    }
-
     /// Receives more of the body that is under way.
     fn receive_body(&mut self, memory: &Native, body: &mut Body) -> Result<Progress, TransportError> {
         let missing = body.bytes - body.received;
@@ -216,6 +210,10 @@ impl Connection<Native> for TcpConnection {
             }
         }
         Ok(total)
+    }
+
+    fn descriptor(&self) -> Option<RawFd> {
+        Some(self.stream.as_raw_fd())
     }
 
     fn has_work(&self) -> bool {
