@@ -1,7 +1,7 @@
 //! Fuzzes the Ethernet station: no sequence of frames makes it panic, or accept or answer a frame of another VLAN.
 #![no_main]
 
-use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
+use embarcadero_roce::ethernet::{NextHop, Neighbours, Place, Station, Taken};
 use libfuzzer_sys::fuzz_target;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
@@ -42,9 +42,9 @@ fuzz_target!(|bytes: &[u8]| {
                 }
             };
             match station.hop(to, now) {
-                Hop::Known(header) => assert_eq!(header.as_ref()[6..12], MAC),
-                Hop::Unknown(question) => assert!(question.is_none_or(|frame| frame[6..12] == MAC)),
-                Hop::Nowhere => panic!("a neighbour has a way"),
+                NextHop::Known(header) => assert_eq!(header.as_ref()[6..12], MAC),
+                NextHop::Unresolved(question) => assert!(question.is_none_or(|frame| frame[6..12] == MAC)),
+                NextHop::Unreachable => panic!("a neighbour has a way"),
             }
         }
     }

@@ -85,7 +85,7 @@ mod packet {
     pub fn of<'a>(bytes: &[u8; 24], payload: &'a [u8]) -> Option<Packet<'a>> {
         let opcode = Opcode::from_code(bytes[0])?;
         let syndromes =
-            [Syndrome::Done(31), Syndrome::NotReady(1), Syndrome::Sequence, Syndrome::Access, Syndrome::InvalidRequest];
+            [Syndrome::Ack(31), Syndrome::RnrNak(1), Syndrome::PsnSequenceError, Syndrome::RemoteAccessError, Syndrome::InvalidRequest];
         let word = |at: usize| u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         Some(Packet {
             from: NOBODY,

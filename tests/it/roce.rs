@@ -91,12 +91,12 @@ fn send_anything(stop: &AtomicBool, sent: &AtomicU64) {
         let opcode = Opcode::ALL[rng.random_range(0..Opcode::ALL.len())];
         let payload = vec![0xee; [0, 1, 64, 1024, 4096][rng.random_range(0..5)]];
         let syndromes = [
-            Syndrome::Done(31),
-            Syndrome::NotReady(1),
-            Syndrome::Sequence,
+            Syndrome::Ack(31),
+            Syndrome::RnrNak(1),
+            Syndrome::PsnSequenceError,
             Syndrome::InvalidRequest,
-            Syndrome::Access,
-            Syndrome::Operation,
+            Syndrome::RemoteAccessError,
+            Syndrome::RemoteOperationalError,
         ];
         let packet = Packet {
             // Address of the host that publishes, or of another.

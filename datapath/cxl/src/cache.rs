@@ -213,7 +213,7 @@ pub(super) unsafe fn direct_store(to: *mut u8, from: &[u64; 8]) {
 }
 
 /// Copies whole lines past the caches by `movntdq`; other processors than x86-64 copy through the cache. Later stores
-/// may overtake the lines until [`lines_stored`].
+/// may overtake the lines until [`fence_lines`].
 ///
 /// # Safety
 /// `to` is mapped for as many lines, 64-byte aligned if there is one, and overlaps no line of `lines`.
@@ -236,7 +236,7 @@ pub(super) unsafe fn store_lines(to: *mut u8, lines: &[[u8; 64]]) {
 }
 
 /// Orders lines that were stored past the caches before every later store.
-pub fn lines_stored() {
+pub fn fence_lines() {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: SSE is part of x86_64.
     unsafe {

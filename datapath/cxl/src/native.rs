@@ -130,10 +130,10 @@ impl Native {
     /// Writes bytes past the caches. They are in the region's memory when this returns, without a flush.
     pub fn write_past_caches(&self, at: RegionOffset, from: &[u8]) {
         self.stream(at, from);
-        cache::lines_stored();
+        cache::fence_lines();
     }
 
-    /// Writes bytes past the caches. They are in the region's memory only after [`cache::lines_stored`].
+    /// Writes bytes past the caches. They are in the region's memory only after [`cache::fence_lines`].
     pub fn stream(&self, at: RegionOffset, from: &[u8]) {
         let before = at.0.next_multiple_of(LINE_BYTES) - at.0;
         let (start, rest) = from.split_at(from.len().min(before as usize));

@@ -244,28 +244,28 @@ impl<B: AsRef<[u8]>> Requester<B> {
             return Ok(());
         }
         match aeth.syndrome {
-            Syndrome::Done(_) => self.done_before(attributes, psn.plus(1), now, completed),
-            Syndrome::NotReady(timer) => {
+            Syndrome::Ack(_) => self.done_before(attributes, psn.plus(1), now, completed),
+            Syndrome::RnrNak(timer) => {
                 self.done_before(attributes, psn, now, completed);
                 if attributes.not_ready_retries != FOR_EVER {
                     if self.not_ready >= attributes.not_ready_retries {
-                        return Err(Failure::NotReady);
+                        return Err(Failure::RnrRetryExceeded);
                     }
                     self.not_ready += 1;
                 }
                 self.wait_until = now + rnr_nanos(timer);
                 self.go_back();
             }
-            Syndrome::Sequence => {
+            Syndrome::PsnSequenceError => {
                 self.done_before(attributes, psn, now, completed);
                 self.congestion.lost();
                 self.go_back();
             }
-            Syndrome::InvalidRequest | Syndrome::Access | Syndrome::Operation => {
+            Syndrome::InvalidRequest | Syndrome::RemoteAccessError | Syndrome::RemoteOperationalError => {
                 self.done_before(attributes, psn, now, completed);
                 return Err(match aeth.syndrome {
                     Syndrome::InvalidRequest => Failure::RemoteInvalidRequest,
-                    Syndrome::Access => Failure::RemoteAccess,
+                    Syndrome::RemoteAccessError => Failure::RemoteAccess,
                     _ => Failure::RemoteOperation,
                 });
             }

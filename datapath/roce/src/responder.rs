@@ -42,7 +42,7 @@ enum Outcome {
 /// Answer to a malformed request.
 const INVALID: Outcome = Outcome::Refused(Syndrome::InvalidRequest, Failure::InvalidRequest);
 /// Answer to a request for memory to which the peer has no right.
-const FORBIDDEN: Outcome = Outcome::Refused(Syndrome::Access, Failure::Access);
+const FORBIDDEN: Outcome = Outcome::Refused(Syndrome::RemoteAccessError, Failure::Access);
 
 /// Most reads that wait for their responses. More are dropped, and the peer sends them again.
 const MAX_READS: usize = 128;
@@ -110,7 +110,7 @@ impl Responder {
             1.. => {
                 if !self.gap_told {
                     self.gap_told = true;
-                    self.answer = Some((self.expected, Syndrome::Sequence));
+                    self.answer = Some((self.expected, Syndrome::PsnSequenceError));
                 }
                 return Ok(None);
             }
@@ -127,13 +127,13 @@ impl Responder {
                     self.expected = self.expected.plus(1);
                     self.messages = (self.messages + u32::from(ends)) & LOW_24_BITS;
                     if packet.wants_ack {
-                        self.answer = Some((packet.psn, Syndrome::Done(UNCOUNTED)));
+                        self.answer = Some((packet.psn, Syndrome::Ack(UNCOUNTED)));
                     }
                 }
                 Ok(completion)
             }
             Outcome::NotReady => {
-                self.answer = Some((self.expected, Syndrome::NotReady(attributes.rnr_timer)));
+                self.answer = Some((self.expected, Syndrome::RnrNak(attributes.rnr_timer)));
                 // Packets under way behind it come again; they are no gap to report.
                 self.gap_told = true;
                 Ok(None)
@@ -150,7 +150,7 @@ impl Responder {
     fn duplicate(&mut self, attributes: &Attributes, packet: &Packet<'_>, memory: &impl Memory) {
         let Some(remote) = packet.reth.filter(|_| packet.opcode == Opcode::ReadRequest) else {
             if self.answer.is_none() {
-                self.answer = Some((self.expected.plus(u32::MAX), Syndrome::Done(UNCOUNTED)));
+                self.answer = Some((self.expected.plus(u32::MAX), Syndrome::Ack(UNCOUNTED)));
             }
             return;
         };
@@ -287,13 +287,13 @@ impl Responder {
         if piece.bytes > 0 && memory.read(attributes.number, piece, &mut self.scratch).is_err() {
             // The right was taken away after the request came.
             self.reads.pop_front();
-            self.answer = Some((self.expected, Syndrome::Access));
+            self.answer = Some((self.expected, Syndrome::RemoteAccessError));
             return;
         }
         let ends = piece.bytes == rest.bytes;
         let opcode = Opcode::read_response(Part::of(reading.done == 0, ends));
         let psn = reading.first.plus(reading.done / mtu);
-        let aeth = Aeth { syndrome: Syndrome::Done(UNCOUNTED), messages: reading.messages };
+        let aeth = Aeth { syndrome: Syndrome::Ack(UNCOUNTED), messages: reading.messages };
         let aeth = opcode.has_aeth().then_some(aeth);
         send(&Packet { aeth, payload: &self.scratch, ..attributes.packet(opcode, psn) });
         reading.done += piece.bytes;

@@ -109,7 +109,7 @@ pub enum Failure {
     NoAnswer,
     /// The peer had no receive posted at any of [`Attributes::not_ready_retries`] sendings.
     #[error("the peer posts no receive for a request that needs one")]
-    NotReady,
+    RnrRetryExceeded,
     /// The peer takes a request of this side for malformed.
     #[error("the peer refuses a request as invalid")]
     RemoteInvalidRequest,

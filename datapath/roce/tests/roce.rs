@@ -341,7 +341,7 @@ prop_compose! {
             psn: Psn::new(psn),
             reth: opcode.has_reth().then_some(Reth { address, rkey, bytes }),
             aeth: opcode.has_aeth().then_some(Aeth {
-                syndrome: Syndrome::Sequence,
+                syndrome: Syndrome::PsnSequenceError,
                 messages: psn,
             }),
             immediate: opcode.has_immediate().then_some(psn),
@@ -482,22 +482,22 @@ fn answers_are_those_of_the_specification() {
     use Opcode::{SendOnly, WriteFirst, WriteLast, WriteMiddle, WriteOnly};
     let (full, rest) = ([1; 256], [1; 88]);
     let write = [request(WriteFirst, 1, &full), request(WriteMiddle, 2, &full), request(WriteLast, 3, &rest)];
-    let done = |psn| (psn, Syndrome::Done(31));
+    let done = |psn| (psn, Syndrome::Ack(31));
     let [first, middle, last] = write;
     assert_eq!(answers(&write), (vec![done(1), done(2), done(3)], None));
     // One NAK for a gap until it closes; then one for the next.
-    let gap = (2, Syndrome::Sequence);
+    let gap = (2, Syndrome::PsnSequenceError);
     assert_eq!(answers(&[first, last, last, middle, last]), (vec![done(1), gap, done(2), done(3)], None));
     assert_eq!(
         answers(&[first, last, middle, request(SendOnly, 5, &[])]).0,
-        [done(1), gap, done(2), (3, Syndrome::Sequence)]
+        [done(1), gap, done(2), (3, Syndrome::PsnSequenceError)]
     );
     // A write that comes again is acknowledged again, and is not executed again.
     assert_eq!(answers(&[first, middle, first]), (vec![done(1), done(2), done(2)], None));
-    assert_eq!(answers(&[request(SendOnly, 1, &[])]), (vec![(1, Syndrome::NotReady(1))], None));
+    assert_eq!(answers(&[request(SendOnly, 1, &[])]), (vec![(1, Syndrome::RnrNak(1))], None));
     // Packets that were under way behind it are dropped without a NAK.
     let [early, behind] = [request(SendOnly, 1, &[]), request(SendOnly, 2, &[])];
-    assert_eq!(answers(&[early, behind]), (vec![(1, Syndrome::NotReady(1))], None));
+    assert_eq!(answers(&[early, behind]), (vec![(1, Syndrome::RnrNak(1))], None));
     // A repeated read gets no more than the first one asked for.
     assert_eq!(answers(&[first, request(Opcode::ReadRequest, 1, &[])]), (vec![done(1)], None));
     let malformed = |packets: &[Packet<'_>], psn| {
@@ -527,7 +527,7 @@ fn a_stranger_is_not_heard() {
     // Nor an acknowledgement of what was never sent.
     let mut side = Side::new(1, 2, PathMtu::Mtu256, (1, 1));
     side.post(7, Operation::Send { immediate: None }, b"not sent yet");
-    let aeth = Some(Aeth { syndrome: Syndrome::Done(31), messages: 1 });
+    let aeth = Some(Aeth { syndrome: Syndrome::Ack(31), messages: 1 });
     let (from, to) = (IpAddr::from([10, 0, 0, 2]), IpAddr::from([10, 0, 0, 1]));
     let ack = Packet { from, to, aeth, queue_pair: 1, ..request(Opcode::Acknowledge, 1, &[]) };
     side.pair.receive(&ack, 1, &mut side.memory);
@@ -584,7 +584,7 @@ fn a_late_acknowledgement_spares_what_would_be_sent_again() {
     let late = 1 + side.pair.attributes().timeout;
     assert_eq!(side.pair.wake_at(), Some(late));
     side.pair.transmit(late, &side.memory, 0, |_| ());
-    let aeth = Some(Aeth { syndrome: Syndrome::Done(31), messages: 2 });
+    let aeth = Some(Aeth { syndrome: Syndrome::Ack(31), messages: 2 });
     let (from, to) = (IpAddr::from([10, 0, 0, 2]), IpAddr::from([10, 0, 0, 1]));
     let ack = Packet { from, to, aeth, queue_pair: 1, ..request(Opcode::Acknowledge, 2, &[]) };
     side.pair.receive(&ack, late, &mut side.memory);
@@ -611,7 +611,7 @@ fn one_of_each() -> Vec<(Vec<u8>, String)> {
         let packet = Packet {
             from,
             to,
-            aeth: opcode.has_aeth().then_some(Aeth { syndrome: Syndrome::Done(31), messages: 0x12_3456 }),
+            aeth: opcode.has_aeth().then_some(Aeth { syndrome: Syndrome::Ack(31), messages: 0x12_3456 }),
             immediate: opcode.has_immediate().then_some(0xcafe_f00d),
             ..request(opcode, 0x65_4321, &payload)
         };

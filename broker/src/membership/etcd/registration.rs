@@ -102,7 +102,7 @@ impl Etcd {
     /// Keeps the lease alive and watches, for as long as the broker runs.
     pub(crate) async fn run(self) {
         loop {
-            let Err(error) = self.attend().await;
+            let Err(error) = self.stay_registered().await;
             let first = {
                 let mut state = self.state();
                 let first = state.lost.is_none();
@@ -118,7 +118,7 @@ impl Etcd {
     }
 
     /// Registers, keeps the lease alive and watches until that fails.
-    async fn attend(&self) -> Result<Infallible, EtcdError> {
+    async fn stay_registered(&self) -> Result<Infallible, EtcdError> {
         let client = &self.client;
         let mut watch = client.watch().await?;
         let request = LeaseKeepAliveRequest { id: self.register().await? };

@@ -10,7 +10,7 @@ mod station;
 
 pub use frame::{Header, MAX_HEADER_BYTES, Mac, Place};
 pub use neighbours::Neighbours;
-pub use station::{Hop, Station, Taken};
+pub use station::{NextHop, Station, Taken};
 
 #[cfg(test)]
 mod tests {

@@ -43,7 +43,7 @@ impl Neighbours {
     }
 
     /// Notes that `address` stated its Ethernet address. It counts only as the answer to a question, or with one (`asks`).
-    pub(super) fn heard(&self, address: IpAddr, mac: Mac, asks: bool) {
+    pub(super) fn learn(&self, address: IpAddr, mac: Mac, asks: bool) {
         let mut table = self.lock();
         if (table.asked.remove(&address).is_some() || asks) && remember(&mut table.known, address, mac) != Some(mac) {
             // SYNC: pairs with the acquire in `changes`; the lock orders the table itself.
@@ -63,7 +63,7 @@ impl Neighbours {
 
     /// Number of changes so far of what is known.
     pub(super) fn changes(&self) -> u64 {
-        // SYNC: pairs with the release in `heard`.
+        // SYNC: pairs with the release in `learn`.
         self.changes.load(Ordering::Acquire)
     }
 

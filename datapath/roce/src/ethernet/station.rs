@@ -22,13 +22,13 @@ pub enum Taken<'a> {
 
 /// Next hop of a packet.
 #[derive(Debug)]
-pub enum Hop {
+pub enum NextHop {
     /// A known neighbour: this header goes before the packet.
     Known(Header),
     /// A neighbour whose Ethernet address is unknown. A frame, if there is one, asks for it and is to be sent.
-    Unknown(Option<Vec<u8>>),
+    Unresolved(Option<Vec<u8>>),
     /// No neighbour: the address is in another network, and there is no gateway.
-    Nowhere,
+    Unreachable,
 }
 
 /// Host's end of an Ethernet, as one queue of its port sees it.
@@ -83,7 +83,7 @@ impl<N: AsRef<Neighbours>> Station<N> {
     /// Takes an ARP message.
     fn arp(&self, own: Ipv4Addr, packet: &[u8]) -> Taken<'static> {
         let Some(arp) = Arp::decode(packet).filter(|arp| arp.to.1 == own) else { return Taken::Nothing };
-        self.neighbours.as_ref().heard(arp.from.1.into(), arp.from.0, !arp.answers);
+        self.neighbours.as_ref().learn(arp.from.1.into(), arp.from.0, !arp.answers);
         if arp.answers {
             return Taken::Nothing;
         }
@@ -96,7 +96,7 @@ impl<N: AsRef<Neighbours>> Station<N> {
         let Some(said) = Discovery::decode(packet) else { return Taken::Nothing };
         if said.answers {
             if let Some(mac) = said.mac {
-                self.neighbours.as_ref().heard(said.target.into(), mac, false);
+                self.neighbours.as_ref().learn(said.target.into(), mac, false);
             }
             return Taken::Nothing;
         }
@@ -105,20 +105,20 @@ impl<N: AsRef<Neighbours>> Station<N> {
         // A host that checks whether an address is free has none yet: all are told (RFC 4861, 7.2.4).
         let (to, mac) = if said.from.is_unspecified() { (ALL_NODES, group(ALL_NODES)) } else { (said.from, sender) };
         if to == said.from {
-            self.neighbours.as_ref().heard(said.from.into(), sender, true);
+            self.neighbours.as_ref().learn(said.from.into(), sender, true);
         }
         let answer = Discovery { answers: true, from: own, to, target: own, mac: Some(self.place.mac) };
         Taken::Answer(self.place.frame(mac, kind::IPV6, &answer.encode()))
     }
 
     /// Finds the next hop of a packet to `to`.
-    pub fn hop(&mut self, to: IpAddr, now: Nanos) -> Hop {
+    pub fn hop(&mut self, to: IpAddr, now: Nanos) -> NextHop {
         let kind = if to.is_ipv4() { kind::IPV4 } else { kind::IPV6 };
         // Packets to this station leave by no port and come in by none.
         if to == self.place.address {
-            return Hop::Known(self.place.header(self.place.mac, kind));
+            return NextHop::Known(self.place.header(self.place.mac, kind));
         }
-        let Some(next) = self.place.next(to) else { return Hop::Nowhere };
+        let Some(next) = self.place.next(to) else { return NextHop::Unreachable };
         let neighbours = self.neighbours.as_ref();
         let changes = neighbours.changes();
         if changes != self.changes {
@@ -126,8 +126,8 @@ impl<N: AsRef<Neighbours>> Station<N> {
             neighbours.copy_to(&mut self.known);
         }
         match self.known.get(&next) {
-            Some(mac) => Hop::Known(self.place.header(*mac, kind)),
-            None => Hop::Unknown(self.ask(next, now)),
+            Some(mac) => NextHop::Known(self.place.header(*mac, kind)),
+            None => NextHop::Unresolved(self.ask(next, now)),
         }
     }
 
@@ -174,12 +174,12 @@ mod tests {
         for place in [place, over_ipv6] {
             for vlan in [None, Some(7)] {
                 let (mut near, far) = (station(place(1, vlan)), station(place(2, vlan)));
-                let Hop::Unknown(Some(question)) = near.hop(far.address(), 5) else { panic!("known") };
-                assert!(matches!(near.hop(far.address(), 6), Hop::Unknown(None)), "asked twice at once");
+                let NextHop::Unresolved(Some(question)) = near.hop(far.address(), 5) else { panic!("known") };
+                assert!(matches!(near.hop(far.address(), 6), NextHop::Unresolved(None)), "asked twice at once");
                 assert_eq!(near.take(&question, None), Taken::Nothing, "it is not asked for");
                 let Taken::Answer(answer) = far.take(&question, None) else { panic!("no answer") };
                 assert_eq!(near.take(&answer, None), Taken::Nothing);
-                let Hop::Known(header) = near.hop(far.address(), 7) else { panic!("unknown") };
+                let NextHop::Known(header) = near.hop(far.address(), 7) else { panic!("unknown") };
                 let frame = [header.as_ref(), &[1, 2, 3]].concat();
                 assert_eq!(frame[..6], far.place.mac);
                 assert_eq!(far.take(&frame, None), Taken::Packet(&[1, 2, 3]));
@@ -188,11 +188,11 @@ mod tests {
                 let question = near.ask(far.address(), ASK_EVERY + 5).expect("it may be asked for again");
                 let Taken::Answer(answer) = moved.take(&question, None) else { panic!("no answer") };
                 assert_eq!(near.take(&answer, None), Taken::Nothing);
-                let Hop::Known(header) = near.hop(far.address(), ASK_EVERY + 6) else { panic!("unknown") };
+                let NextHop::Known(header) = near.hop(far.address(), ASK_EVERY + 6) else { panic!("unknown") };
                 assert_eq!(header.as_ref()[..6], moved.place.mac);
                 // A neighbour that was asked has learnt of the asker.
                 let mut far = far;
-                assert!(matches!(far.hop(near.address(), 8), Hop::Known(_)));
+                assert!(matches!(far.hop(near.address(), 8), NextHop::Known(_)));
                 // Others are in another network.
                 let other = if vlan.is_none() { Some(8) } else { None };
                 assert_eq!(station(place(2, other)).take(&question, None), Taken::Nothing);
@@ -221,8 +221,8 @@ mod tests {
             let Taken::Answer(answer) = near.take(&question, None) else { panic!("no answer") };
             let mut third = station(place(3, None));
             assert_eq!(third.take(&answer, None), Taken::Nothing);
-            assert!(matches!(third.hop(near.address(), 0), Hop::Unknown(Some(_))));
-            assert!(matches!(near.hop(third.address(), 0), Hop::Unknown(Some(_))));
+            assert!(matches!(third.hop(near.address(), 0), NextHop::Unresolved(Some(_))));
+            assert!(matches!(near.hop(third.address(), 0), NextHop::Unresolved(Some(_))));
         }
     }
 

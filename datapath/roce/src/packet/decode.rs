@@ -245,11 +245,11 @@ mod tests {
         assert_eq!((packet.payload.len(), &packet.payload[..4]), (64, &[0, 3, 7, 11][..]));
         let mut ack = bytes(ACK);
         let ack = decode(&mut ack).unwrap();
-        assert_eq!(ack.aeth, Some(Aeth { syndrome: Syndrome::Done(31), messages: 1 }));
+        assert_eq!(ack.aeth, Some(Aeth { syndrome: Syndrome::Ack(31), messages: 1 }));
         assert_eq!((ack.opcode, ack.psn), (Opcode::Acknowledge, Psn::new(0xaaaa)));
         let mut nak = bytes(NAK);
         let nak = decode(&mut nak).unwrap();
-        assert_eq!(nak.aeth, Some(Aeth { syndrome: Syndrome::Sequence, messages: 2 }));
+        assert_eq!(nak.aeth, Some(Aeth { syndrome: Syndrome::PsnSequenceError, messages: 2 }));
     }
 
     #[test]

@@ -27,17 +27,17 @@ impl Reth {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Syndrome {
     /// All packets up to this one are done. 0 to 31: credits, encoded; 31 says that they are not counted.
-    Done(u8),
+    Ack(u8),
     /// No receive was posted. 0 to 31: code of the time to wait, see [`rnr_nanos`].
-    NotReady(u8),
+    RnrNak(u8),
     /// A packet before this one is missing.
-    Sequence,
+    PsnSequenceError,
     /// The request is malformed, or of a kind that the responder does not execute.
     InvalidRequest,
     /// The key gives no right to the memory.
-    Access,
+    RemoteAccessError,
     /// The responder could not carry the request out.
-    Operation,
+    RemoteOperationalError,
 }
 
 impl Syndrome {
@@ -64,12 +64,12 @@ impl Syndrome {
     pub(super) const fn from_code(byte: u8) -> Option<Self> {
         let value = byte & Self::VALUE_MASK;
         Some(match (byte >> Self::VALUE_BITS, value) {
-            (Self::ACK, _) => Self::Done(value),
-            (Self::RNR_NAK, _) => Self::NotReady(value),
-            (Self::NAK, Self::NAK_SEQUENCE) => Self::Sequence,
+            (Self::ACK, _) => Self::Ack(value),
+            (Self::RNR_NAK, _) => Self::RnrNak(value),
+            (Self::NAK, Self::NAK_SEQUENCE) => Self::PsnSequenceError,
             (Self::NAK, Self::NAK_INVALID_REQUEST) => Self::InvalidRequest,
-            (Self::NAK, Self::NAK_ACCESS) => Self::Access,
-            (Self::NAK, Self::NAK_OPERATION) => Self::Operation,
+            (Self::NAK, Self::NAK_ACCESS) => Self::RemoteAccessError,
+            (Self::NAK, Self::NAK_OPERATION) => Self::RemoteOperationalError,
             _ => return None,
         })
     }
@@ -77,12 +77,12 @@ impl Syndrome {
     /// Byte on the wire.
     pub(super) const fn code(self) -> u8 {
         let (kind, value) = match self {
-            Self::Done(credits) => (Self::ACK, credits & Self::VALUE_MASK),
-            Self::NotReady(timer) => (Self::RNR_NAK, timer & Self::VALUE_MASK),
-            Self::Sequence => (Self::NAK, Self::NAK_SEQUENCE),
+            Self::Ack(credits) => (Self::ACK, credits & Self::VALUE_MASK),
+            Self::RnrNak(timer) => (Self::RNR_NAK, timer & Self::VALUE_MASK),
+            Self::PsnSequenceError => (Self::NAK, Self::NAK_SEQUENCE),
             Self::InvalidRequest => (Self::NAK, Self::NAK_INVALID_REQUEST),
-            Self::Access => (Self::NAK, Self::NAK_ACCESS),
-            Self::Operation => (Self::NAK, Self::NAK_OPERATION),
+            Self::RemoteAccessError => (Self::NAK, Self::NAK_ACCESS),
+            Self::RemoteOperationalError => (Self::NAK, Self::NAK_OPERATION),
         };
         kind << Self::VALUE_BITS | value
     }

@@ -37,7 +37,7 @@ impl Pages {
         unsafe { std::slice::from_raw_parts(self.start.add(at), len) }
     }
 
-    /// Writes bytes at offset `at`. In a CXL region they are in memory, past the caches, after [`cache::lines_stored`].
+    /// Writes bytes at offset `at`. In a CXL region they are in memory, past the caches, after [`cache::fence_lines`].
     fn write(&self, at: usize, bytes: &[u8]) {
         assert!(self.holds(at, bytes.len()));
         if let Some((region, start)) = &self.region {
@@ -162,7 +162,7 @@ impl Drop for Reach<'_> {
         if self.wrote {
             // SYNC: the peers' bytes, stored past the caches, are in memory before their completions are handed over. It
             // pairs with the brokers' flush of lines before they read the region.
-            cache::lines_stored();
+            cache::fence_lines();
         }
     }
 }

@@ -53,7 +53,7 @@ impl Ports {
                 // the port then, and reports what the kernel says.
                 let _ = match packets {
                     Some(packets) => keep(&ports, index, &packets, &ends),
-                    None => keep_looking(&ports, index, ends),
+                    None => keep_polling(&ports, index, ends),
                 };
             })?;
         }
@@ -115,7 +115,7 @@ fn keep(ports: &Weak<Ports>, index: usize, packets: &Socket, ends: &UnixStream) 
 }
 
 /// Runs the keeper of a port whose packets wake nobody: it polls for them while all owners sleep.
-fn keep_looking(ports: &Weak<Ports>, index: usize, mut calls: UnixStream) -> io::Result<()> {
+fn keep_polling(ports: &Weak<Ports>, index: usize, mut calls: UnixStream) -> io::Result<()> {
     let (mut polled, mut polled_at) = (0, Instant::now());
     let mut rest = PATIENCE;
     let mut said = [0; 64];

@@ -5,7 +5,7 @@ use super::super::numbers::PAIRS;
 use super::buffers::{BURST, Frame, Frames, Received};
 use super::port::{EthPort, Queues};
 use embarcadero_roce::Nanos;
-use embarcadero_roce::ethernet::{Hop, Neighbours, Place, Station, Taken};
+use embarcadero_roce::ethernet::{Neighbours, NextHop, Place, Station, Taken};
 use embarcadero_roce::packet::{self, MAX_HEADER_BYTES, MAX_TRAILER_BYTES, Packet, Put, SCRATCH_BYTES};
 use std::collections::VecDeque;
 use std::net::IpAddr;
@@ -106,12 +106,12 @@ impl Ethernet {
     /// Adds a packet to those that the next flush sends. A packet to an unknown neighbour is lost, and asks for it.
     pub(crate) fn stage(&mut self, packet: &Packet<'_>) {
         let header = match self.station.hop(packet.to, self.now) {
-            Hop::Known(header) => header,
-            Hop::Unknown(question) => {
+            NextHop::Known(header) => header,
+            NextHop::Unresolved(question) => {
                 self.outgoing.extend(question.and_then(|question| frame_of(&mut self.frames, &question)));
                 return;
             }
-            Hop::Nowhere => return,
+            NextHop::Unreachable => return,
         };
         // Without a buffer it is lost.
         let Some(mut frame) = frame_of(&mut self.frames, header.as_ref()) else { return };
