@@ -1,7 +1,7 @@
 //! Stages of a run: each has a name, is timed, and is reported as run or skipped.
 
 use crate::budget::Budget;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -115,6 +115,20 @@ pub fn execute(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs two commands at once, to the end of both. What the second prints comes at the end.
+///
+/// # Errors
+/// One of them cannot be run, or fails.
+pub fn execute_both(first: &mut Command, second: &mut Command) -> Result<()> {
+    let (first, second) = std::thread::scope(|scope| {
+        let second = scope.spawn(|| output(second));
+        (execute(first), second.join())
+    });
+    let second = second.map_err(|_| anyhow!("a thread of this program panicked"))?;
+    print!("{}", second.as_deref().unwrap_or_default());
+    first.and(second.map(drop))
+}
+
 /// Runs a command to its end and returns its standard output.
 ///
 /// # Errors
@@ -123,7 +137,7 @@ pub fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("cannot run {}", program(command)))?;
     if !output.status.success() {
-        bail!("`{}` ended with {}", line(command), output.status);
+        bail!("`{}` ended with {}:\n{}", line(command), output.status, String::from_utf8_lossy(&output.stdout));
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

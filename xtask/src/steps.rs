@@ -1,6 +1,6 @@
 //! The stages of each task: those that are cheap and likely to fail come first.
 
-use crate::stages::{Outcome, Stages, execute, output, succeeds};
+use crate::stages::{Outcome, Stages, execute, execute_both, output, succeeds};
 use crate::style::check_style;
 use anyhow::{Context, Result, bail};
 use std::process::Command;
@@ -251,7 +251,7 @@ fn lab_programs(stages: &Stages) -> Result<Vec<String>> {
         .collect()
 }
 
-/// Runs the tests that need soft-RoCE, device-dax or two hosts, in QEMU guests that boot twice.
+/// Runs the tests that need soft-RoCE, device-dax or two hosts, in QEMU guests.
 pub fn lab(stages: &mut Stages) -> Result<()> {
     if !succeeds("sh", ["-c", "command -v apt-get && [ $(id -u) = 0 ]"]) {
         stages.skip("the lab", "needs root, and apt for its kernel");
@@ -260,17 +260,17 @@ pub fn lab(stages: &mut Stages) -> Result<()> {
     let programs = lab_programs(stages)?;
     let [verbs, transport, it] = &programs[..] else { bail!("the lab runs three programs") };
     let ignored = "--ignored --test-threads 1";
-    // Both boots have CXL memory, so they are emulated in software also where KVM works: scripts/lab says why.
-    stages.run("the lab: soft-RoCE and an emulated CXL device", |_| {
+    let guests = |options: &[&str], commands: &str| {
+        let mut lab = Command::new("scripts/lab");
+        lab.arg("run").args(options).args(["--", "sh", "-exc", commands]);
+        lab
+    };
+    // All guests have CXL memory, so they are emulated in software also where KVM works: scripts/lab says why.
+    stages.run("the lab: set-up scripts, soft-RoCE and an emulated CXL device", |_| {
         let bench = "target/release/embarcadero bench datapath --transport verbs --seconds 1 --runs 1";
-        // The tests of the set-up scripts need a bare guest, and leave it bare. Then the guest is set up as scripts/lab-guest does.
         // The tests with CXL come last: they leave the device as system-ram.
         let commands = format!(
-            "bats --print-output-on-failure tests/hw-setup/lab.bats
-             modprobe rdma_ucm
-             hw-setup/soft-roce apply --interface d0 --mtu 4500
-             hw-setup/cxl apply
-             target/release/embarcadero doctor
+            "target/release/embarcadero doctor
              {transport} {ignored}
              {verbs} {ignored}
              {it} {ignored} verbs:: lab::one_guest:: lab::rxe_and_nics_in_software:: dpdk::
@@ -278,13 +278,16 @@ pub fn lab(stages: &mut Stages) -> Result<()> {
              {bench} --perftest rxe0
              {it} {ignored} lab::cxl::"
         );
-        let mut lab = Command::new("scripts/lab");
-        ran(execute(lab.args(["run", "--bare", "--cxl", "512M", "--", "sh", "-exc", &commands])))
+        // The scripts need a bare guest. It keeps one core busy, and the other guest seldom uses both.
+        let scripts = "bats --print-output-on-failure tests/hw-setup/lab.bats";
+        execute(Command::new("scripts/lab").arg("prepare"))?;
+        ran(execute_both(
+            &mut guests(&["--cxl", "512M"], &commands),
+            &mut guests(&["--bare", "--cxl", "512M", "--cpus", "1"], scripts),
+        ))
     })?;
     stages.run("the lab: two hosts that share CXL memory without coherence", |_| {
-        let commands = format!("{it} {ignored} lab::two_guests::");
-        let mut lab = Command::new("scripts/lab");
-        ran(execute(lab.args(["run", "--guests", "2", "--cxl", "256M", "--", "sh", "-ec", &commands])))
+        ran(execute(&mut guests(&["--guests", "2", "--cxl", "256M"], &format!("{it} {ignored} lab::two_guests::"))))
     })
 }
 
