@@ -222,6 +222,11 @@ impl AckQueue {
             return Ok(0);
         };
         let progress = if self.stream.stream == Stream::GLOBAL { progress } else { 0 };
+        let waiting = self.committed.front().is_some_and(|batch| batch.position < completion.durable_through);
+        // A line that shows more than there is acknowledges nothing: the leader counts anew.
+        if waiting && read_extent(region, self.stream).is_ok_and(|tail| completion.durable_through > tail.committed) {
+            return Ok(0);
+        }
         let mut sent = 0;
         while let Some(batch) = self.committed.front().copied() {
             if batch.position < completion.lost_through {

@@ -4,7 +4,7 @@
 /// Budgets of all open-ended tests in one run.
 #[derive(Clone, Copy)]
 pub struct Budget {
-    /// Number of schedules in `sim/tests/fabric_schedules.rs`.
+    /// Number of schedules in `sim/tests/fabric_schedules/main.rs`.
     pub schedules: u32,
     /// Number of schedules or seeds within which a test must notice a mutation, such as a flush left out. 0 skips these tests.
     pub mutation: u32,

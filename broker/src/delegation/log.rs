@@ -1,6 +1,6 @@
 //! Log of a topic in this broker's order: the Batchlog, or the broker's own order index.
 
-use super::{FlushGroup, Landed, OrderedLocally, since};
+use super::{FlushGroup, Landed, OrderedLocally, report_trimmed, since};
 use crate::reclaim::Reclaimer;
 use crate::replica::completion::trimmable;
 use crate::topics::{Topic, TopicTable};
@@ -178,11 +178,12 @@ impl<F: Fabric> LocalLog<F> {
             Log::Batchlog(writer) => writer.head(),
             Log::Own(index) => {
                 if let Ok(completion) = read_completion(&self.region, config.id, self.broker) {
-                    index.enforce_retention(Retention {
+                    let damage = index.enforce_retention(Retention {
                         bytes: config.retention_bytes,
                         since_us: since(config.retention_ms, now_us),
                         limit: trimmable(&self.region, config, completion),
                     });
+                    report_trimmed(&config.name, damage);
                 }
                 index.reclaim(lowest_pin(&self.region, config.id, std::iter::once(self.broker)));
                 index.next()

@@ -12,7 +12,7 @@ use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::topic_table::{publish_released, read_topic};
-use embarcadero_cxl::{Fabric, Region, RegionOffset, Row, Site};
+use embarcadero_cxl::{Damage, Fabric, Region, RegionOffset, Row, Site};
 use embarcadero_wire::{BatchHeader, Incarnation};
 use log::LocalLog;
 use serde::{Deserialize, Serialize};
@@ -278,6 +278,13 @@ impl<F: Fabric> Delegation<F> {
         self.logs[slot] = None;
         self.topics.forget(id);
         publish_released(self.topics.region(), id, self.topics.broker(), incarnation);
+    }
+}
+
+/// Names the damage of an entry that retention trimmed from the order of a topic.
+pub(crate) fn report_trimmed(topic: &str, damage: Option<Damage>) {
+    if let Some(damage) = damage {
+        tracing::error!(topic, %damage, "a batch was trimmed that nobody could read");
     }
 }
 

@@ -180,9 +180,13 @@ impl Candidate {
             .geometry()
             .brokers()
             .filter(|id| live & 1 << id.0 == 0 && self.scope == CoherenceScope::Host)
-            .filter_map(|id| read_broker(self.region(), id).used())
-            .filter(|info| info.running && !self.is_gone(info.id, Some(info.incarnation)))
-            .fold(0, |mask, info| mask | 1 << info.id.0)
+            .filter(|id| match read_broker(self.region(), *id) {
+                Row::Used(info) => info.running && !self.is_gone(*id, Some(info.incarnation)),
+                Row::Unused => false,
+                // Whoever has the row may go on.
+                Row::Unsettled | Row::Damaged(_) => !self.is_gone(*id, None),
+            })
+            .fold(0, |mask, id| mask | 1 << id.0)
     }
 
     /// Returns the brokers of the mask `live` whose process has ended, one bit each. On one host the kernel tells at

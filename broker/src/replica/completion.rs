@@ -94,7 +94,14 @@ impl<F: Fabric> CompletionStage<F> {
         let brokers = || region.geometry().brokers();
         let shown = read_completion_at(region, area, topic, stream.broker().unwrap_or(BrokerId(0)));
         let awaited = self.awaited & 1 << topic.0 != 0;
-        if shown.durable_through >= extent.committed && shown.awaited == awaited {
+        // No count shows more than there is. A damaged line is written anew.
+        let shown_through = if shown.durable_through > extent.committed {
+            tracing::error!(slot = %topic, durable_through = shown.durable_through, "a damaged completion is counted anew");
+            0
+        } else {
+            shown.durable_through
+        };
+        if shown_through >= extent.committed && shown.awaited == awaited {
             return false;
         }
         // SYNC: read after the tail, so that every broker that received a batch below it is known: its row came first.
@@ -128,8 +135,8 @@ impl<F: Fabric> CompletionStage<F> {
             .unwrap_or(0);
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
-            durable_through: through.min(extent.committed).max(shown.durable_through),
-            lost_through: if trimmed > shown.durable_through { trimmed } else { shown.lost_through },
+            durable_through: through.min(extent.committed).max(shown_through),
+            lost_through: if trimmed > shown_through { trimmed } else { shown.lost_through },
             awaited,
         };
         if now == shown {

@@ -175,6 +175,12 @@ pub struct Identity {
 }
 
 impl Identity {
+    /// Returns true when both are of the same stream of the same topic.
+    pub(super) fn is_of_the_stream_of(&self, other: &Self) -> bool {
+        let key = |of: &Self| (of.region, of.topic.id, of.topic.incarnation, of.stream);
+        key(self) == key(other)
+    }
+
     /// Encodes the first block of file `number`.
     ///
     /// # Panics

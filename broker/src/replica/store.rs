@@ -70,8 +70,8 @@ pub struct Damage {
     pub file: String,
     /// Damaged bytes of the file.
     pub bytes: Range<u64>,
-    /// Positions that the bytes may have covered. Empty for a write that was cut short: nothing was promised about such
-    /// a write.
+    /// Positions that the bytes may have covered. Empty for a file header, and for a write that was cut short: nothing was
+    /// promised about such a write.
     pub positions: Range<u64>,
 }
 
@@ -79,7 +79,9 @@ impl std::fmt::Display for Damage {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { file, bytes, positions } = self;
         write!(formatter, "{file}, bytes {} to {}: ", bytes.start, bytes.end)?;
-        if positions.is_empty() {
+        if bytes.start == 0 {
+            write!(formatter, "the file header is damaged, or of another version")
+        } else if positions.is_empty() {
             write!(formatter, "a write that was cut short")
         } else {
             write!(formatter, "damaged; it held positions within {} to {}", positions.start, positions.end)
@@ -146,7 +148,8 @@ fn io_error(medium: &dyn Medium, action: &'static str, file: &str) -> impl Fn(io
 /// Reads and verifies every file of a stream, and changes none.
 ///
 /// # Errors
-/// [`StoreError::Io`]. Damage is no error: the result reports it.
+/// [`StoreError::Io`]; [`StoreError::Foreign`] when the files are of several streams. Damage is no error: the result
+/// reports it.
 pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
     let names = medium.list().map_err(io_error(medium, "list", "files"))?;
     let mut numbers: Vec<u64> = names.iter().filter_map(|name| file_number(name)).collect();
@@ -161,12 +164,17 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
         let mut filed = Filed { number, bytes: len, groups: Vec::new() };
         bytes.resize(BLOCK.min(len as usize), 0);
         file.read(0, &mut bytes).map_err(failed("read"))?;
-        // A damaged file header loses nothing: the directory's other files say the same.
-        if let Ok((identity, _)) = Identity::parse(&bytes) {
-            scan.identity.get_or_insert(identity);
-        } else {
-            let cut = 0..(BLOCK as u64).min(len);
-            scan.damage.push(Damage { file: name.clone(), bytes: cut, positions: 0..0 });
+        match Identity::parse(&bytes) {
+            Ok((identity, _)) => {
+                if !scan.identity.get_or_insert_with(|| identity.clone()).is_of_the_stream_of(&identity) {
+                    return Err(StoreError::Foreign { file: name, medium: medium.name() });
+                }
+            }
+            // A damaged file header loses nothing while another file of the directory says the same.
+            Err(_) => {
+                let cut = 0..(BLOCK as u64).min(len);
+                scan.damage.push(Damage { file: name.clone(), bytes: cut, positions: 0..0 });
+            }
         }
         let mut at = BLOCK as u64;
         // Start of damage that no whole group has followed yet.
@@ -265,12 +273,8 @@ impl StreamLog {
             settled.map_err(io_error(&*medium, "make durable", &name))?;
         }
         let Scan { identity: found, files, damage, .. } = scan(&*medium)?;
-        let same = |found: &Identity| {
-            let key = |of: &Identity| (of.region, of.topic.id, of.topic.incarnation, of.stream);
-            key(found) == key(&identity)
-        };
         if let (Some(found), Some(first)) = (&found, files.first())
-            && !same(found)
+            && !found.is_of_the_stream_of(&identity)
         {
             return Err(StoreError::Foreign { file: file_name(first.number), medium: medium.name() });
         }
@@ -558,6 +562,11 @@ pub struct Located {
 }
 
 impl Scan {
+    /// Returns true when there is a group of batches.
+    pub(super) fn holds_batches(&self) -> bool {
+        self.files.iter().any(|filed| !filed.groups.is_empty())
+    }
+
     /// Returns every batch, in the order in which they were written.
     ///
     /// # Errors

@@ -60,7 +60,7 @@ impl Group {
         });
         for taken in 0..available {
             // One entry can release a whole window of held ones, for which `order` makes room itself.
-            if topic.make_room().is_err() {
+            if !topic.make_room() {
                 self.backlog = true;
                 return taken;
             }
@@ -138,7 +138,7 @@ impl Group {
             return;
         }
         while let Some(held) = order.next_held() {
-            if topic.make_room().is_err() {
+            if !topic.make_room() {
                 order.hold_again(held);
                 self.starved = true;
                 self.backlog = true;

@@ -1,7 +1,7 @@
 //! Maintenance: leases, retention, reclaiming and deletion.
 
 use super::Sequencer;
-use crate::delegation::since;
+use crate::delegation::{report_trimmed, since};
 use crate::replica::completion::trimmable;
 use embarcadero_cxl::leadership::{read_leader_at, still_leads};
 use embarcadero_cxl::order_index::{Retention, lowest_pin};
@@ -21,11 +21,12 @@ impl<F: Fabric> Sequencer<F> {
             // All brokers' lines say the same of the global stream. Sessions that wait are known here first.
             let shown = read_completion_at(&self.region, self.area, config.id, BrokerId(0));
             let completion = Completion { awaited: awaited & 1 << config.id.0 != 0, ..shown };
-            topic.index.enforce_retention(Retention {
+            let damage = topic.index.enforce_retention(Retention {
                 bytes: config.retention_bytes,
                 since_us: since(config.retention_ms, now_us),
                 limit: trimmable(&self.region, config, completion),
             });
+            report_trimmed(&config.name, damage);
             // A segment that a successor still gives to readers is not given back.
             if !still_leads(&self.region, self.term) {
                 return;

@@ -246,7 +246,7 @@ impl<F: Fabric> Sequencer<F> {
                     Ok(Commit::At(_) | Commit::Forgotten) => continue,
                     Err(damage) => tracing::error!(%damage, "the window of the session decides instead"),
                 }
-                if topic.make_room().is_err() {
+                if !topic.make_room() {
                     continue;
                 }
                 group.order(region.fabric(), topic, Arrival { entry, broker, index }, stamp);

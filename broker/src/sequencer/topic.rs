@@ -5,7 +5,7 @@ use embarcadero_cxl::batchlog::BatchlogReader;
 use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, StreamId};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::sequencer_half::ConsumedWriter;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric};
@@ -32,6 +32,8 @@ pub(super) struct TopicOrder<F: Fabric> {
     pub(super) brokers: Vec<BrokerOrder<F>>,
     /// Time of the newest entry, microseconds since 1970. It never goes back.
     pub(super) last_ordered_us: u64,
+    /// True while the order has no room.
+    starved: bool,
 }
 
 impl<F: Fabric> TopicOrder<F> {
@@ -60,7 +62,8 @@ impl<F: Fabric> TopicOrder<F> {
         };
         let brokers = region.geometry().brokers().map(broker).collect();
         let last = index.next().checked_sub(1).map_or(Ok(None), |last| index.entry(last))?;
-        Ok(Self { last_ordered_us: last.map_or(0, |last| last.ordered_us), config, index, mirror: None, brokers })
+        let last_ordered_us = last.map_or(0, |last| last.ordered_us);
+        Ok(Self { config, index, mirror: None, brokers, last_ordered_us, starved: false })
     }
 
     /// Opens the copy of a new topic in the mirror.
@@ -69,11 +72,24 @@ impl<F: Fabric> TopicOrder<F> {
         Ok(())
     }
 
-    /// Makes sure that one more entry fits, in both regions.
+    /// Makes sure that one more entry fits, in both regions. Returns false, and logs why, when a pool gives no segment.
     #[inline]
-    pub(super) fn make_room(&mut self) -> Result<(), PoolError> {
-        self.index.make_room()?;
-        self.mirror.as_mut().map_or(Ok(()), OrderIndexWriter::make_room)
+    pub(super) fn make_room(&mut self) -> bool {
+        let has_room = self.index.has_room() && self.mirror.as_ref().is_none_or(OrderIndexWriter::has_room);
+        has_room || self.extend()
+    }
+
+    #[cold]
+    fn extend(&mut self) -> bool {
+        let mirror = self.mirror.as_mut().map_or(Ok(()), OrderIndexWriter::make_room);
+        let made = mirror.and_then(|()| self.index.make_room());
+        if let Err(error) = &made
+            && !self.starved
+        {
+            tracing::warn!(topic = self.config.name, %error, "batches wait: the order has no room");
+        }
+        self.starved = made.is_err();
+        made.is_ok()
     }
 
     /// Appends an entry, in both regions, and returns the offset of its first message.

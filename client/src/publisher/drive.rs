@@ -3,8 +3,8 @@
 use super::connection::{BrokerConnection, ConnectionState};
 use super::in_flight::BatchState;
 use super::sender::Sender;
-use embarcadero_transport::PublisherLink;
-use embarcadero_wire::{Ack, Frame, UNKNOWN_OFFSET};
+use embarcadero_transport::{LinkError, PublisherLink};
+use embarcadero_wire::{Ack, Frame, UNKNOWN_OFFSET, WireError};
 use std::io;
 use std::time::Instant;
 
@@ -44,17 +44,15 @@ impl Sender {
         let mut frames = std::mem::take(&mut self.frames);
         let polled = channel.poll(&mut frames);
         let moved = !frames.is_empty() || polled.is_err();
-        for frame in frames.drain(..) {
-            self.take_frame(index, &frame);
-        }
+        let taken = frames.drain(..).try_for_each(|frame| self.take_frame(index, &frame));
         self.frames = frames;
-        if let Err(error) = polled {
+        if let Err(error) = taken.and(polled) {
             self.connection_ended(index, error);
         }
         moved
     }
 
-    fn take_frame(&mut self, index: usize, frame: &Frame) {
+    fn take_frame(&mut self, index: usize, frame: &Frame) -> Result<(), LinkError> {
         match frame {
             Frame::PublishReady(_) => {
                 self.connections[index].set_ready();
@@ -64,8 +62,11 @@ impl Sender {
             Frame::Fenced(fenced) if fenced.session_epoch == self.session.origin.session_epoch => {
                 self.session_ended = true;
             }
-            _ => {}
+            // Of an epoch that this publisher has left.
+            Frame::Fenced(_) => {}
+            other => return Err(WireError::Kind { found: other.kind() }.into()),
         }
+        Ok(())
     }
 
     fn acknowledge(&mut self, ack: &Ack) {
@@ -185,7 +186,7 @@ mod tests {
     use crate::views::{BrokerView, TopicView};
     use embarcadero_control::v1::OpenSessionResponse;
     use embarcadero_transport::tcp::SocketOptions;
-    use embarcadero_transport::{LinkError, LinkOptions, Sockets, Transport};
+    use embarcadero_transport::{LinkOptions, Sockets, Transport};
     use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, PublishReady, TopicId};
     use std::io::Write;
     use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};

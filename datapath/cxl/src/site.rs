@@ -17,7 +17,7 @@ labels! {
     /// Place where protocol code writes back or drops cache lines, or fences.
     ///
     /// A label and nothing more: [`crate::Native`] ignores it. The simulated fabric can skip one, and the tests show
-    /// that each is needed (`sim/tests/fabric_schedules.rs`).
+    /// that each is needed (`sim/tests/fabric_schedules/main.rs`).
     pub enum Site {
         /// Superblock, at creation.
         SuperblockFlush,

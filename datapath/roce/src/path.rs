@@ -26,7 +26,7 @@ impl PathMtu {
 
     /// Number of packets that carry a message of `bytes` bytes. An empty message takes one packet.
     #[must_use]
-    pub const fn packets(self, bytes: u32) -> u32 {
+    pub(crate) const fn packets(self, bytes: u32) -> u32 {
         if bytes == 0 { 1 } else { bytes.div_ceil(self as u32) }
     }
 

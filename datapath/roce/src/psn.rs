@@ -33,7 +33,7 @@ impl Psn {
     /// The result is between -2^23 and 2^23 - 1. Half of all numbers lie ahead of any number, the other half behind it
     /// (IBTA 9.7.1, figure of the valid and the duplicate region).
     #[must_use]
-    pub const fn since(self, other: Self) -> i32 {
+    pub(crate) const fn since(self, other: Self) -> i32 {
         let unused = 32 - BITS;
         (self.0.wrapping_sub(other.0) << unused).cast_signed() >> unused
     }

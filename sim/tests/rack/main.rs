@@ -15,7 +15,7 @@
 //! - At level 2, each is on as many disks as were promised, and everything can be rebuilt from the disks.
 //! - Everything comes to its end once faults stop.
 //!
-//! `sim/tests/fabric_schedules.rs` has fewer hosts, and more that happens to memory.
+//! `sim/tests/fabric_schedules/main.rs` has fewer hosts, and more that happens to memory.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)] // a test fails by panicking
 
 mod client;

@@ -64,7 +64,8 @@ impl Member {
     /// Returns true when `other` can only be an earlier process of this broker. On one host, the locks of the region's
     /// file admit one process for each id.
     fn replaces(&self, other: &Self) -> bool {
-        self == other || self.boot == other.boot
+        // A host that cannot tell its boot id is no known host.
+        self == other || (self.boot == other.boot && !self.boot.is_empty())
     }
 }
 

@@ -91,7 +91,7 @@ impl Etcd {
     /// Writes this broker into an entry, if the entry is still at `revision`; 0 stands for an entry that does not
     /// exist. Returns the new revision, or `None` if the entry has changed.
     pub(super) async fn put_if(&self, name: &str, revision: i64, lease: i64) -> Result<Option<i64>, EtcdError> {
-        let value = serde_json::to_vec(&self.member).unwrap_or_default();
+        let Ok(value) = serde_json::to_vec(&self.member) else { unreachable!("a member is text and numbers") };
         let same = self.client.equal(name, TargetUnion::ModRevision(revision));
         // Terms count from the base: it must be the one that was seen.
         let base = self.state().view.base.unwrap_or(Term::NONE).to_string();

@@ -140,6 +140,8 @@ pub struct Plan {
     pub topics: Vec<TopicPlan>,
     /// Damage in the files, one line for each place.
     pub damage: Vec<String>,
+    /// Directories whose batches are of no known topic, one line each.
+    unnamed: Vec<String>,
 }
 
 impl Plan {
@@ -167,12 +169,14 @@ impl Plan {
             mirrored = mirror::read(mirror)?;
         }
         let mut files = Vec::new();
-        let mut damage = Vec::new();
+        let (mut damage, mut unnamed) = (Vec::new(), Vec::new());
         for (index, medium) in media.iter().enumerate() {
             let mut scan = scan(&**medium)?;
             damage.extend(scan.damage.iter().map(|damage| format!("{}: {damage}", medium.name())));
             if let Some(identity) = scan.identity.take() {
                 files.push(Files { medium: index, identity, scan });
+            } else if scan.holds_batches() {
+                unnamed.push(format!("{}: no whole file header says of which topic its batches are", medium.name()));
             }
         }
         let region = match mirror {
@@ -181,13 +185,14 @@ impl Plan {
         };
         files.retain(|files| files.region() == region);
         let topics = plan_topics(&media, &files, &mirrored)?;
-        Ok(Self { media, region, topics, damage })
+        Ok(Self { media, region, topics, damage, unnamed })
     }
 
-    /// Describes the offsets that are lost; `None` when none are.
+    /// Describes the offsets and the files that are lost; `None` when none are.
     #[must_use]
     pub fn losses(&self) -> Option<String> {
-        let lines: Vec<String> = self.topics.iter().flat_map(TopicPlan::losses).collect();
+        let offsets = self.topics.iter().flat_map(TopicPlan::losses);
+        let lines: Vec<String> = offsets.chain(self.unnamed.iter().cloned()).collect();
         (!lines.is_empty()).then(|| lines.join("\n"))
     }
 

@@ -143,7 +143,7 @@ impl Layout {
 
     /// Position of the [`super::ElectionLine`].
     #[must_use]
-    pub const fn election(&self) -> RegionOffset {
+    pub(crate) const fn election(&self) -> RegionOffset {
         RegionOffset(self.control + offset_of!(ControlBlock, election) as u64)
     }
 
@@ -167,7 +167,7 @@ impl Layout {
 
     /// Position of a broker's [`super::PulseLine`].
     #[must_use]
-    pub const fn pulse(&self, broker: BrokerId) -> RegionOffset {
+    pub(crate) const fn pulse(&self, broker: BrokerId) -> RegionOffset {
         self.broker(broker).add(offset_of!(BrokerSlot, pulse) as u64)
     }
 
@@ -191,7 +191,7 @@ impl Layout {
 
     /// Position of the word in which a replica says how far it has the batches of a source.
     #[must_use]
-    pub const fn replicated(&self, of: Replication) -> RegionOffset {
+    pub(crate) const fn replicated(&self, of: Replication) -> RegionOffset {
         let words = self.offset_entry(of.topic, of.replica).add(offset_of!(OffsetEntry, replicated) as u64);
         words.add(of.source.0 as u64 * WORD_BYTES)
     }
@@ -250,7 +250,7 @@ impl Layout {
 
     /// Position of a leader's [`CompletionLine`] by which `broker` acknowledges.
     #[must_use]
-    pub const fn completion(&self, area: LeaderArea, topic: TopicId, broker: BrokerId) -> RegionOffset {
+    pub(crate) const fn completion(&self, area: LeaderArea, topic: TopicId, broker: BrokerId) -> RegionOffset {
         self.leader_area(area).add(self.leader.completion + self.pair(topic, broker) * LINE_BYTES)
     }
 

@@ -5,8 +5,8 @@ use super::codes::{AllocatorKind, RegionRole, ReplicaState, SegmentKind, Session
 use super::geometry::Geometry;
 use super::structures::STRUCTURES_DIGEST;
 use super::{
-    AREA_ALIGN, LAYOUT_VERSION, MAGIC, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, SESSION_WINDOW,
-    commit_word, directory_word, lap_of, pin_word,
+    AREA_ALIGN, LAYOUT_VERSION, MAGIC, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, SEGMENTS_PER_WORD,
+    SESSION_WINDOW, commit_word, directory_word, lap_of, pin_word,
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, Versioned};
 use crate::replication::Replication;
@@ -46,6 +46,7 @@ pub const LAYOUT_HASH: u64 = {
             MAX_SESSIONS as u64,
             MAX_SEGMENTS as u64,
             SESSION_WINDOW,
+            SEGMENTS_PER_WORD as u64,
         ],
     );
     // Batches lie in segments as they travel.
@@ -167,5 +168,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0xe826d4087cc78a6f";
+    const EXPECTED: &str = "0x0bfe474c384bec55";
 }

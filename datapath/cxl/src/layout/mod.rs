@@ -41,6 +41,8 @@ pub(crate) const MAX_TOPICS: u32 = 32;
 pub(crate) const MAX_SESSIONS: u32 = 4096;
 /// Most segments of a region.
 pub(crate) const MAX_SEGMENTS: u32 = 16384;
+/// Segments of one word of a bitmap: segment `n` is bit `n % 64` of word `n / 64`.
+pub(crate) const SEGMENTS_PER_WORD: u32 = u64::BITS;
 /// Batches of one session that may be in flight, and commit records that a session keeps.
 pub const SESSION_WINDOW: u64 = 128;
 /// Bytes of the smallest and of the largest segment.

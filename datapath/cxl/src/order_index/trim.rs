@@ -5,6 +5,7 @@ use super::{TRIMMED, TRIMMED_OFFSET};
 use crate::fabric::{Fabric, LINE_BYTES};
 use crate::layout::IndexEntry;
 use crate::owner::{SegmentUse, publish_owner};
+use crate::row::Damage;
 use crate::site::Site;
 
 /// Bounds of what an order index keeps.
@@ -19,11 +20,11 @@ pub struct Retention {
 }
 
 impl<F: Fabric> OrderIndexWriter<F> {
-    /// Trims what the topic's retention does not keep.
-    pub fn enforce_retention(&mut self, retention: Retention) {
+    /// Trims what the topic's retention does not keep. Returns the damage of an entry that was trimmed, if there was any.
+    pub fn enforce_retention(&mut self, retention: Retention) -> Option<Damage> {
         let Retention { bytes, since_us, limit } = retention;
         let until = self.published.min(limit);
-        self.trim_while(until, |entry, kept| (bytes > 0 && kept > bytes) || entry.ordered_us < since_us);
+        self.trim_while(until, |entry, kept| (bytes > 0 && kept > bytes) || entry.ordered_us < since_us)
     }
 
     /// Trims the entries whose messages are all below `offset`.
@@ -32,18 +33,24 @@ impl<F: Fabric> OrderIndexWriter<F> {
     }
 
     /// Trims entries below position `until` while they are `past`, which gets the entry and the bytes that are kept.
-    fn trim_while(&mut self, until: u64, past: impl Fn(&IndexEntry, u64) -> bool) {
-        let mut position = self.trimmed;
-        while position < until {
+    ///
+    /// A damaged entry goes with the next one that can be read. Returns the first damage among the trimmed entries.
+    fn trim_while(&mut self, until: u64, past: impl Fn(&IndexEntry, u64) -> bool) -> Option<Damage> {
+        let (mut through, mut trimmed_damage, mut damaged) = (self.trimmed, None, None);
+        for position in self.trimmed..until {
             match self.entry(position) {
-                Ok(Some(entry)) if past(&entry, self.kept_bytes) => self.kept_bytes -= u64::from(entry.bytes),
+                Ok(Some(entry)) if past(&entry, self.kept_bytes) => {
+                    // A damaged entry can claim more than there is.
+                    self.kept_bytes = self.kept_bytes.saturating_sub(entry.bytes.into());
+                    through = position + 1;
+                    trimmed_damage = trimmed_damage.or(damaged);
+                }
                 Ok(_) => break,
-                // Nobody can read a damaged entry.
-                Err(_) => {}
+                Err(damage) => damaged = damaged.or(Some(damage)),
             }
-            position += 1;
         }
-        self.trim(position);
+        self.trim(through);
+        trimmed_damage
     }
 
     /// Trims the entries below `position`. Readers that come later are refused. Segments return to the pool by

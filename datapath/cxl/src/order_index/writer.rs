@@ -243,17 +243,20 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// [`PoolError`] when another segment is needed and there is none.
     #[inline]
     pub fn make_room(&mut self) -> Result<(), PoolError> {
+        if self.has_room() { Ok(()) } else { self.extend() }
+    }
+
+    /// Returns true when one more entry fits.
+    #[inline]
+    pub fn has_room(&self) -> bool {
         let ordinal = self.next / self.region.layout().entries_per_segment();
-        match self.segments.back() {
-            Some(newest) if newest.ordinal == ordinal => Ok(()),
-            _ => self.extend(ordinal),
-        }
+        self.segments.back().is_some_and(|newest| newest.ordinal == ordinal)
     }
 
     #[cold]
-    fn extend(&mut self, ordinal: u64) -> Result<(), PoolError> {
+    fn extend(&mut self) -> Result<(), PoolError> {
         let segment = self.pool.allocate()?;
-        self.add_segment(ordinal, segment);
+        self.add_segment(self.next / self.region.layout().entries_per_segment(), segment);
         Ok(())
     }
 

@@ -1,7 +1,8 @@
 //! One bitmap for all brokers, on a coherent fabric.
 
-use super::{PoolError, SEGMENTS_PER_WORD, SegmentAllocator, valid_bits};
+use super::{PoolError, SegmentAllocator, valid_bits};
 use crate::fabric::CoherentFabric;
+use crate::layout::SEGMENTS_PER_WORD;
 use crate::region::Region;
 use std::cell::Cell;
 

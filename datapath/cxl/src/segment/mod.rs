@@ -15,15 +15,13 @@ pub use bitmap::BitmapAllocator;
 pub use partition::PartitionAllocator;
 
 use crate::fabric::{Fabric, RegionOffset};
-use crate::layout::AllocatorKind;
+use crate::layout::{AllocatorKind, SEGMENTS_PER_WORD};
 use crate::leadership::NoLeader;
 use crate::region::Region;
 use crate::row::Damage;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;
 use std::error::Error;
-
-const SEGMENTS_PER_WORD: u32 = u64::BITS;
 
 /// Reason why an allocator gave no segment, or took none back.
 #[derive(Debug, thiserror::Error)]

@@ -1,7 +1,8 @@
 //! One bitmap per writer, for memory without coherence.
 
-use super::{PoolError, SEGMENTS_PER_WORD, SegmentAllocator, valid_bits};
+use super::{PoolError, SegmentAllocator, valid_bits};
 use crate::fabric::{Fabric, RegionOffset, WORD_BYTES};
+use crate::layout::SEGMENTS_PER_WORD;
 use crate::region::Region;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;

@@ -55,8 +55,11 @@ impl RdmaPublisher {
         while let Some(arrival) = self.pair.next() {
             match arrival {
                 Arrival::Frame(Frame::WindowGrant(grant)) => {
+                    if grant.number & WANTS_WINDOW != 0 {
+                        return Err(violation("the broker numbers a window beyond the last number").into());
+                    }
                     self.asked = false;
-                    self.next_window = grant.number + 1;
+                    self.next_window = (grant.number + 1) & !WANTS_WINDOW;
                     let to = RemoteRange { address: grant.address, key: grant.rkey };
                     self.windows.push_back(RemoteWindow::new(grant.number, to, grant.bytes.into()));
                 }
