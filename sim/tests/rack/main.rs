@@ -311,9 +311,9 @@ fn a_seed_replays() {
 /// stop between two words, and clients that do not resend.
 const NOTICED: [(Guard, u64); 7] = [
     (Guard::ClaimBeforeCopy, 1),
-    (Guard::OwnSegment, 34),
+    (Guard::OwnSegment, 2544),
     (Guard::SegmentOfLeader, 1),
-    (Guard::RecoverBeforeAccept, 74),
+    (Guard::RecoverBeforeAccept, 25),
     (Guard::DedupCompare, 1),
     (Guard::DecidedBeforeReuse, 1),
     (Guard::DiskBeforeAck, 2),
