@@ -7,8 +7,9 @@ use crate::nic;
 use crate::views::{ClusterView, TopicView};
 use embarcadero_transport::rdma::RdmaClient;
 use embarcadero_transport::tcp::SocketOptions;
-use embarcadero_transport::{LinkOptions, Sockets, Transport, TransportKind};
+use embarcadero_transport::{LinkError, LinkOptions, Sockets, Transport, TransportKind};
 use embarcadero_wire::{OpenPublish, Subscribe};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,6 +17,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 pub(crate) type PublisherEnd = <Sockets as Transport>::Publisher;
 /// Subscriber's end of a connection, of the transport that [`Context::subscribe`] names.
 pub(crate) type SubscriberEnd = <Sockets as Transport>::Subscriber;
+
+/// Returns the error of a data connection that was not made.
+fn not_connected(error: io::Error) -> ClientError {
+    error.downcast::<LinkError>().map_or_else(ClientError::io("connect to a broker"), ClientError::from)
+}
 
 /// Configuration, control plane and RDMA device of a client.
 pub(crate) struct Context {
@@ -38,13 +44,13 @@ impl Context {
     /// Connects a publisher to a broker. Blocks for as long as connecting does.
     pub(crate) fn publish(&self, broker: SocketAddr, open: &OpenPublish) -> Result<PublisherEnd, ClientError> {
         let publisher = Sockets.publish(broker, &self.link_options()?, open);
-        publisher.map_err(ClientError::io("connect to a broker"))
+        publisher.map_err(not_connected)
     }
 
     /// Connects a subscriber to a broker. Blocks for as long as connecting does.
     pub(crate) fn subscribe(&self, broker: SocketAddr, request: &Subscribe) -> Result<SubscriberEnd, ClientError> {
         let subscriber = Sockets.subscribe(broker, &self.link_options()?, request);
-        subscriber.map_err(ClientError::io("connect to a broker"))
+        subscriber.map_err(not_connected)
     }
 
     /// Options of data connections.

@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replica_beyond_the_tail_counts_for_no_batch() {
+    fn what_is_beyond_the_tail_counts_for_no_batch() {
         let (region, area) = (region(), LeaderArea(BrokerId(0)));
         let id = StreamId { topic: TopicId(0), stream: Stream::GLOBAL };
         let (term, incarnation) = (Term(1), Incarnation(1));
@@ -219,5 +219,10 @@ mod tests {
             stage.poll((round as u64 + 1) * PERIOD_US);
             assert_eq!(read_completion_at(&region, area, id.topic, BrokerId(0)).durable_through, durable);
         }
+        // A damaged line is counted anew.
+        let damaged = Completion { durable_through: u64::MAX, lost_through: 0, awaited: false };
+        publish_completion(&region, area, id.topic, BrokerId(0), damaged);
+        stage.poll(9 * PERIOD_US);
+        assert_eq!(read_completion_at(&region, area, id.topic, BrokerId(0)).durable_through, 3);
     }
 }

@@ -32,7 +32,8 @@ pub struct Attributes {
     pub retries: u8,
     /// Times that a packet is sent again while the peer has no receive posted; 7 means without end.
     pub not_ready_retries: u8,
-    /// Time for which a peer waits for a receive of this side, in the code of [`crate::packet::rnr_nanos`], 0 to 31.
+    /// Time for which a peer waits for a receive of this side, in the code of IBTA 9.7.5.2.8 (table of timer
+    /// values), 0 to 31.
     pub rnr_timer: u8,
     /// Most packets under way; rxe has 128 (rxe_param.h, RXE_MAX_UNACKED_PSNS).
     pub window: u32,

@@ -101,11 +101,6 @@ impl<B: AsRef<[u8]>> QueuePair<B> {
         self.failure.map_or_else(|| self.requester.wake_at(), |_| None)
     }
 
-    /// Ends the queue pair. The peer is not told; it finds out when no answer comes, as with NICs.
-    pub fn close(&mut self) {
-        self.fail(Failure::Closed);
-    }
-
     /// Ends the queue pair once, and hands back all that was posted.
     fn fail(&mut self, failure: Failure) {
         if self.failure.is_none() {

@@ -128,7 +128,4 @@ pub enum Failure {
     /// The peer requested memory to which it has no right.
     #[error("the peer requested memory to which it has no right")]
     Access,
-    /// This side closed the queue pair.
-    #[error("the queue pair was closed on this side")]
-    Closed,
 }

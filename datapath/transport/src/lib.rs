@@ -54,14 +54,14 @@ pub trait Transport {
     /// [`LinkOptions::timeout`].
     ///
     /// # Errors
-    /// The broker cannot be reached, or refuses the transport.
+    /// The broker cannot be reached, or refuses the transport: then the error's inner error is a [`LinkError`].
     fn publish(&self, broker: SocketAddr, options: &LinkOptions, open: &OpenPublish) -> io::Result<Self::Publisher>;
 
     /// Connects a subscriber and sends its request. The answer comes through [`SubscriberLink::take`]. May block for
     /// [`LinkOptions::timeout`].
     ///
     /// # Errors
-    /// The broker cannot be reached, or refuses the transport.
+    /// The broker cannot be reached, or refuses the transport: then the error's inner error is a [`LinkError`].
     fn subscribe(&self, broker: SocketAddr, options: &LinkOptions, request: &Subscribe)
     -> io::Result<Self::Subscriber>;
 }

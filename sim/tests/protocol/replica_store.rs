@@ -3,10 +3,12 @@
 use bytemuck::Zeroable;
 use embarcadero_broker::replica::format::{BLOCK, Group, Identity, Indexed, group_bytes, peek_group, write_group};
 use embarcadero_broker::replica::medium::Medium;
+use embarcadero_broker::replica::restore::Plan;
 use embarcadero_broker::replica::store::{Damage, StoreError, StoreOptions, StreamLog, read_batch, scan};
 use embarcadero_cxl::layout::{IndexEntry, TopicState};
 use embarcadero_cxl::replication::Completion;
 use embarcadero_cxl::topic_table::TopicConfig;
+use embarcadero_cxl::{Native, Region};
 use embarcadero_os::Buffer;
 use embarcadero_sim::{Fault, SimulatedMedium};
 use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
@@ -130,6 +132,37 @@ fn another_topics_files_are_refused() {
     other.topic.incarnation = Incarnation(3);
     let refused = StreamLog::open(Box::new(medium), other, 2, OPTIONS);
     assert!(matches!(refused, Err(StoreError::Foreign { .. })));
+}
+
+#[test]
+fn a_directory_of_which_no_header_is_whole_is_a_loss() {
+    let medium = SimulatedMedium::default();
+    let (mut log, _) = open(&medium);
+    append(&mut log, 0, 5000).unwrap();
+    drop(log);
+    let whole = SimulatedMedium::default();
+    let other = Identity { stream: Stream::of(BrokerId(1)), ..identity() };
+    let (mut log, _) = StreamLog::open(Box::new(whole.clone()), other, 2, OPTIONS).unwrap();
+    append(&mut log, 0, 5000).unwrap();
+    let plan =
+        || Plan::read(vec![Box::new(medium.clone()), Box::new(whole.clone())], None::<&Region<Native>>, None).unwrap();
+    assert_eq!(plan().losses(), None);
+    medium.damage("0000000000.replica", |bytes| bytes[20] ^= 1);
+    let losses = plan().losses();
+    assert!(losses.as_ref().is_some_and(|losses| losses.contains("no whole file header")), "{losses:?}");
+}
+
+#[test]
+fn files_of_several_streams_in_one_directory_are_refused() {
+    let medium = SimulatedMedium::default();
+    let (mut log, _) = open(&medium);
+    for position in 0..9 {
+        append(&mut log, position, 9000).unwrap();
+    }
+    drop(log);
+    let other = Identity { stream: Stream::of(BrokerId(1)), ..identity() }.encode(1);
+    medium.damage("0000000001.replica", |bytes| bytes[..other.len()].copy_from_slice(&other));
+    assert!(matches!(scan(&medium), Err(StoreError::Foreign { file, .. }) if file == "0000000001.replica"));
 }
 
 #[test]

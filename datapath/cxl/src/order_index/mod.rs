@@ -238,6 +238,34 @@ mod tests {
     }
 
     #[test]
+    fn a_damaged_entry_is_trimmed_with_a_later_one_and_named() {
+        let region = region(2, AllocatorKind::Partitioned);
+        let location = region.layout().segments;
+        let id = StreamId { topic: TopicId(0), stream: Stream::of(BrokerId(0)) };
+        let mut index = open(&region, id).unwrap();
+        for (reserved, ordered_us) in [(1, 10), (0, 20), (1, 30)] {
+            index.make_room().unwrap();
+            index.append(IndexEntry {
+                location,
+                bytes: 64,
+                message_count: 1,
+                reserved,
+                ordered_us,
+                ..IndexEntry::zeroed()
+            });
+        }
+        index.write_back_entries();
+        index.publish_tail(Term::NONE);
+        let mut trim = |since_us| {
+            let damage = index.enforce_retention(Retention { bytes: 0, since_us, limit: u64::MAX });
+            (index.trimmed(), damage.map(|damage| damage.what))
+        };
+        assert_eq!(trim(0), (0, None), "everything is kept");
+        assert_eq!(trim(21), (2, Some("a reserved byte")));
+        assert_eq!(trim(u64::MAX), (2, None), "nobody knows how old the last one is");
+    }
+
+    #[test]
     fn a_tail_that_contradicts_itself_is_damage() {
         let region = region(2, AllocatorKind::Partitioned);
         let (id, area) = (StreamId { topic: TopicId(0), stream: Stream::of(BrokerId(0)) }, LeaderArea(BrokerId(0)));

@@ -28,7 +28,7 @@ impl Reth {
 pub enum Syndrome {
     /// All packets up to this one are done. 0 to 31: credits, encoded; 31 says that they are not counted.
     Ack(u8),
-    /// No receive was posted. 0 to 31: code of the time to wait, see [`rnr_nanos`].
+    /// No receive was posted. 0 to 31: code of the time to wait (IBTA 9.7.5.2.8, table of timer values).
     RnrNak(u8),
     /// A packet before this one is missing.
     PsnSequenceError,
@@ -90,7 +90,7 @@ impl Syndrome {
 
 /// Nanoseconds to wait for a receiver that was not ready, by their code, 0 to 31 (IBTA 9.7.5.2.8, table of timer values).
 #[must_use]
-pub const fn rnr_nanos(timer: u8) -> u64 {
+pub(crate) const fn rnr_nanos(timer: u8) -> u64 {
     // In units of 10 us.
     const TENS: [u32; 32] = [
         65536, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072,

@@ -11,7 +11,8 @@ mod opcode;
 
 pub use decode::{NotAPacket, decode, queue_pair};
 pub use encode::{Put, Unsound};
-pub use fields::{Aeth, Ecn, Packet, Reth, Syndrome, rnr_nanos};
+pub(crate) use fields::rnr_nanos;
+pub use fields::{Aeth, Ecn, Packet, Reth, Syndrome};
 pub(crate) use format::internet_checksum;
 pub use format::{
     DESTINATION_AT, FRAGMENT_MASK, IPV4_BYTES, IPV4_FIRST, IPV4_FRAGMENT_AT, IPV4_PROTOCOL_AT, IPV4_TO_AT, IPV6_BYTES,

@@ -8,7 +8,7 @@ use embarcadero_verbs::{
     CompletionQueue, Context, LocalPort, LocalRange, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair,
     QueuePairOptions, Sending, Work, WorkError,
 };
-use embarcadero_wire::{ERROR_TEXT_BYTES, FRAME_BYTES, Frame, RdmaConnect};
+use embarcadero_wire::{ERROR_TEXT_BYTES, ErrorCode, FRAME_BYTES, Frame, RdmaConnect};
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -69,11 +69,18 @@ fn handshake(socket: &mut TcpStream, request: &RdmaConnect, timeout: Duration) -
     let mut frame = [0; FRAME_BYTES];
     socket.read_exact(&mut frame).map_err(unanswered)?;
     match Frame::decode(&frame).map_err(io::Error::other)? {
-        Frame::RdmaAccept(accept) => Ok(accepting_peer(&accept)),
+        Frame::RdmaAccept(accept) => {
+            accepting_peer(&accept).ok_or_else(|| violation("the broker's LID has more than 16 bits"))
+        }
         Frame::ErrorFrame(error) => {
             let mut text = vec![0; (error.text_bytes as usize).min(ERROR_TEXT_BYTES)];
             socket.read_exact(&mut text).map_err(unanswered)?;
-            Err(io::Error::other(String::from_utf8_lossy(&text).into_owned()))
+            let text = String::from_utf8_lossy(&text).into_owned();
+            Err(io::Error::other(LinkError::Refused {
+                code: ErrorCode::from_code(error.code),
+                text,
+                detail: error.detail,
+            }))
         }
         other => Err(violation(format!("the broker answers a queue pair with a frame of kind {}", other.kind()))),
     }

@@ -84,7 +84,10 @@ impl RdmaConnection {
             shared: Some(&queue.receives),
         };
         let pair = QueuePair::new(&domain, &queue.queue, &device.port, &options).map_err(failed)?;
-        let pair = pair.receive_from(&connecting_peer(request)).and_then(QueuePair::send).map_err(failed)?;
+        let Some(peer) = connecting_peer(request) else {
+            return Err(TransportError::refused(ErrorCode::BadFrame, "a LID has at most 16 bits"));
+        };
+        let pair = pair.receive_from(&peer).and_then(QueuePair::send).map_err(failed)?;
         let PeerAddress { gid, lid, queue_pair, first_psn, mtu } = pair.address();
         let accept = RdmaAccept { gid, queue_pair, first_psn, mtu, lid: lid.into(), ..RdmaAccept::blank() };
         let mut side = Outbox::default();

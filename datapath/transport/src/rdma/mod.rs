@@ -38,14 +38,14 @@ const SEND_DEPTH: u64 = 128;
 /// Number of work requests of which one asks for a completion.
 const SIGNAL_EVERY: u64 = 16;
 
-/// Address of the peer, from its request.
-fn connecting_peer(request: &RdmaConnect) -> PeerAddress {
+/// Address of the peer, from its request; `None` when its LID has more than 16 bits.
+fn connecting_peer(request: &RdmaConnect) -> Option<PeerAddress> {
     let RdmaConnect { gid, lid, queue_pair, first_psn, mtu, .. } = *request;
-    PeerAddress { gid, lid: lid as u16, queue_pair, first_psn, mtu }
+    Some(PeerAddress { gid, lid: lid.try_into().ok()?, queue_pair, first_psn, mtu })
 }
 
-/// Address of the broker, from its answer.
-fn accepting_peer(accept: &RdmaAccept) -> PeerAddress {
+/// Address of the broker, from its answer; `None` when its LID has more than 16 bits.
+fn accepting_peer(accept: &RdmaAccept) -> Option<PeerAddress> {
     let RdmaAccept { gid, lid, queue_pair, first_psn, mtu, .. } = *accept;
-    PeerAddress { gid, lid: lid as u16, queue_pair, first_psn, mtu }
+    Some(PeerAddress { gid, lid: lid.try_into().ok()?, queue_pair, first_psn, mtu })
 }
