@@ -124,9 +124,16 @@ pub fn execute_both(first: &mut Command, second: &mut Command) -> Result<()> {
         let second = scope.spawn(|| output(second));
         (execute(first), second.join())
     });
-    let second = second.map_err(|_| anyhow!("a thread of this program panicked"))?;
-    print!("{}", second.as_deref().unwrap_or_default());
-    first.and(second.map(drop))
+    match second.map_err(|_| anyhow!("a thread of this program panicked"))? {
+        Ok(text) => {
+            print!("{text}");
+            first
+        }
+        Err(error) => match first {
+            Ok(()) => Err(error),
+            Err(other) => bail!("{other:#}; and {error:#}"),
+        },
+    }
 }
 
 /// Runs a command to its end and returns its standard output.
