@@ -222,9 +222,10 @@ impl AckQueue {
             return Ok(0);
         };
         let progress = if self.stream.stream == Stream::GLOBAL { progress } else { 0 };
-        let waiting = self.committed.front().is_some_and(|batch| batch.position < completion.durable_through);
-        // A line that shows more than there is acknowledges nothing: the leader counts anew.
-        if waiting && read_extent(region, self.stream).is_ok_and(|tail| completion.durable_through > tail.committed) {
+        let shown_through = completion.durable_through.max(completion.lost_through);
+        let waiting = self.committed.front().is_some_and(|batch| batch.position < shown_through);
+        // A line that shows more than there is decides nothing: the leader counts anew.
+        if waiting && read_extent(region, self.stream).is_ok_and(|tail| shown_through > tail.committed) {
             return Ok(0);
         }
         let mut sent = 0;

@@ -10,7 +10,7 @@ use embarcadero_control::v1 as proto;
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_replica_state};
 use embarcadero_cxl::layout::ReplicaState;
-use embarcadero_cxl::leadership::{NoLeader, read_leader};
+use embarcadero_cxl::leadership::{UnknownLeader, read_leader};
 use embarcadero_cxl::{Damage, Native, Region, Row};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
@@ -131,9 +131,9 @@ pub(crate) enum DiskError {
     /// The replica has not listed its files yet.
     #[error("this broker has yet to look at its disk")]
     NotScanned,
-    /// Nobody leads, so that nobody knows which brokers are alive.
+    /// It is not known which brokers are alive.
     #[error(transparent)]
-    NoLeader(#[from] NoLeader),
+    Leader(#[from] UnknownLeader),
     /// A broker that replicates is not alive.
     #[error("broker {0} replicates, and is not there")]
     Gone(BrokerId),
@@ -175,8 +175,9 @@ impl DiskError {
     pub(crate) fn is_damage(&self) -> bool {
         match self {
             Self::Store(StoreError::Damaged { .. } | StoreError::Foreign { .. }) | Self::Region { .. } => true,
+            Self::Leader(error) => matches!(error, UnknownLeader::Damaged(_)),
             Self::Answer { source, .. } => source.code() == Code::DataLoss,
-            Self::Store(_) | Self::NotScanned | Self::NoLeader(_) | Self::Gone(_) => false,
+            Self::Store(_) | Self::NotScanned | Self::Gone(_) => false,
             Self::Connect { .. } | Self::Task(_) | Self::Stops => false,
         }
     }
@@ -269,9 +270,12 @@ impl ArchiveReader {
         let mut answers = JoinSet::new();
         let catalog = Arc::clone(&self.catalog);
         answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
-        let Some(leader) = read_leader(&self.region) else {
-            answers.spawn(async { Err(NoLeader.into()) });
-            return answers;
+        let leader = match read_leader(&self.region) {
+            Ok(leader) => leader,
+            Err(error) => {
+                answers.spawn(async move { Err(error.into()) });
+                return answers;
+            }
         };
         for id in self.region.geometry().brokers().filter(|id| *id != self.broker) {
             let is_live = leader.broker_mask & 1 << id.0 != 0;

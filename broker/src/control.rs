@@ -1,8 +1,8 @@
 //! Control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
 use crate::archive::{self, Catalog};
+use crate::membership::LiveBrokers;
 use crate::membership::etcd::Etcd;
-use crate::membership::live_brokers;
 use crate::replica::replicator::running_replicas;
 use crate::sequencer::{Command, SessionError};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -10,7 +10,7 @@ use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
 use embarcadero_cxl::broker_table::read_broker;
 use embarcadero_cxl::layout::{SESSION_WINDOW, TopicState};
-use embarcadero_cxl::leadership::{NoLeader, read_leader, with_leader};
+use embarcadero_cxl::leadership::{LeaderInfo, NoLeader, UnknownLeader, read_leader, with_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, read_topic};
@@ -75,24 +75,32 @@ impl ControlService {
     fn leader(&self) -> Result<Arc<LeaderControl>, Status> {
         let leader = self.leader.read().unwrap_or_else(PoisonError::into_inner).clone();
         leader.ok_or_else(|| {
-            let leader = read_leader(&self.region).and_then(|leader| read_broker(&self.region, leader.broker).used());
-            Status::failed_precondition(match leader {
-                Some(leader) => format!("this broker is not the leader; the leader is at {}", leader.control),
-                None => "this broker is not the leader, and the region has none".to_owned(),
-            })
+            let address = |leader: LeaderInfo| match read_broker(&self.region, leader.broker) {
+                Row::Used(info) => format!("the leader is at {}", info.control),
+                Row::Unused | Row::Unsettled => "the leader has not written its address yet".to_owned(),
+                Row::Damaged(damage) => format!("the leader's address cannot be read: {damage}"),
+            };
+            let known = read_leader(&self.region).map_or_else(|error| error.to_string(), address);
+            Status::failed_precondition(format!("this broker is not the leader; {known}"))
         })
     }
 
     /// Reads from the leader's area. Waits for a leader if there is none.
-    async fn with_leader<R>(&self, read: impl Fn(&Region<Native>) -> Result<R, NoLeader>) -> Result<R, Status> {
+    async fn with_leader<R, E: Into<UnknownLeader>>(
+        &self,
+        read: impl Fn(&Region<Native>) -> Result<R, E>,
+    ) -> Result<R, Status> {
         let deadline = Instant::now() + LEADER_WAIT;
         loop {
-            match read(&self.region) {
+            match read(&self.region).map_err(E::into) {
                 Ok(result) => return Ok(result),
+                Err(error @ UnknownLeader::Damaged(_)) => return Err(Status::data_loss(error.to_string())),
                 Err(error) if Instant::now() >= deadline => {
                     return Err(Status::unavailable(format!("{error} (membership: {})", self.membership())));
                 }
-                Err(NoLeader) => tokio::time::sleep(LEADER_POLL).await,
+                Err(UnknownLeader::NoLeader(NoLeader) | UnknownLeader::Unsettled) => {
+                    tokio::time::sleep(LEADER_POLL).await;
+                }
             }
         }
     }
@@ -203,7 +211,7 @@ impl Control for ControlService {
     async fn metadata(&self, _: Request<proto::MetadataRequest>) -> Result<Response<proto::MetadataResponse>, Status> {
         let region = &self.region;
         let TopicRows { live, damaged } = self.topic_rows().await?;
-        let (brokers, leader) = live_brokers(region);
+        let LiveBrokers { brokers, leader, damaged: damaged_brokers } = LiveBrokers::read(region);
         Ok(Response::new(proto::MetadataResponse {
             region_uuid: region.uuid().to_string(),
             brokers: brokers
@@ -218,6 +226,7 @@ impl Control for ControlService {
                 .collect(),
             topics: live.iter().map(topic_to_proto).collect(),
             damaged_topics: damaged.iter().map(|(slot, damage)| format!("topic slot {slot}: {damage}")).collect(),
+            damaged_brokers: damaged_brokers.iter().map(Damage::to_string).collect(),
             segment_bytes: region.geometry().segment_bytes,
             segments_total: region.geometry().segment_count.into(),
             segments_free: free_segments(region).into(),
@@ -336,7 +345,7 @@ impl Control for ControlService {
             .await?
             .map_err(|error| match error {
                 SessionError::UnknownTopic(_) => Status::not_found(error.to_string()),
-                SessionError::Damaged(..) => Status::data_loss(error.to_string()),
+                SessionError::Damaged(..) | SessionError::DamagedSession(..) => Status::data_loss(error.to_string()),
                 SessionError::TableFull(_) => Status::resource_exhausted(error.to_string()),
             })?;
         Ok(Response::new(proto::OpenSessionResponse {

@@ -6,11 +6,13 @@ use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
 use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::NoLeader;
+use embarcadero_cxl::segment::PoolError;
 use embarcadero_cxl::session_table::{read_progress, read_session};
 use embarcadero_cxl::{Native, RegionOffset, Row};
 use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
 use embarcadero_wire::batch::{BodyError, check_body, check_lengths};
 use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -165,13 +167,32 @@ impl PublisherSession {
     }
 
     /// Lets the publisher wait for memory, and refuses it once it has waited for `exhausted_wait`.
-    fn wait_for_room(&mut self, reason: &str, now: Instant) -> Result<(), TransportError> {
+    fn wait_for_room(
+        &mut self,
+        code: ErrorCode,
+        reason: &dyn fmt::Display,
+        now: Instant,
+    ) -> Result<(), TransportError> {
         let since = *self.waiting_since.get_or_insert(now);
         if now.saturating_duration_since(since) < self.limits.exhausted_wait {
             return Ok(());
         }
         let text = format!("{reason} (waited {} ms)", self.limits.exhausted_wait.as_millis());
-        Err(TransportError::refused(ErrorCode::PoolExhausted, text))
+        Err(TransportError::refused(code, text))
+    }
+
+    /// Lets the publisher wait until the pool gives a segment.
+    fn wait_for_segment(&mut self, error: &PoolError, now: Instant) -> Result<(), TransportError> {
+        let code = match error {
+            PoolError::Exhausted { .. } => ErrorCode::PoolExhausted,
+            PoolError::NoLeader(_) | PoolError::UnknownLeader | PoolError::Unreachable(_) | PoolError::Refused(_) => {
+                ErrorCode::Unavailable
+            }
+            PoolError::Damaged(_) | PoolError::NoSuchSegment { .. } | PoolError::NotAllocated { .. } => {
+                ErrorCode::Corrupt
+            }
+        };
+        self.wait_for_room(code, error, now)
     }
 
     /// Returns true when the publisher was silent for `idle` and one of its landing `windows` keeps a full segment from
@@ -217,7 +238,7 @@ impl PublisherSession {
         }
         if !self.can_hand_over() {
             let reason = "batches that are here cannot be ordered: the Batchlog or the order index has no room";
-            return Some(waiting(self.wait_for_room(reason, now)));
+            return Some(waiting(self.wait_for_room(ErrorCode::PoolExhausted, &reason, now)));
         }
         None
     }
@@ -275,7 +296,7 @@ impl Landing for PublisherLanding<'_> {
                 session.waiting_since = None;
                 Placement::At(at)
             }
-            Err(error) => waiting(session.wait_for_room(&error.to_string(), self.now)),
+            Err(error) => waiting(session.wait_for_segment(&error, self.now)),
         }
     }
 
@@ -295,7 +316,7 @@ impl Landing for PublisherLanding<'_> {
                     topic.blog.settle(at);
                 }))
             }
-            Err(error) if starved => match session.wait_for_room(&error.to_string(), self.now) {
+            Err(error) if starved => match session.wait_for_segment(&error, self.now) {
                 Ok(()) => WindowPlacement::Wait,
                 Err(refused) => WindowPlacement::Refuse(refused),
             },

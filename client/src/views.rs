@@ -99,6 +99,8 @@ pub struct ClusterView {
     pub membership: String,
     /// Rows of the topic table that cannot be read, in words. Each may be that of a topic.
     pub damaged_topics: Vec<String>,
+    /// Rows that tell which brokers are alive, and where, and cannot be read, in words.
+    pub damaged_brokers: Vec<String>,
 }
 
 impl TopicView {
@@ -146,6 +148,7 @@ impl ClusterView {
             segments_free: answer.segments_free,
             membership: answer.membership,
             damaged_topics: answer.damaged_topics,
+            damaged_brokers: answer.damaged_brokers,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! `embarcadero brokers`.
 
 use crate::settings::Connect;
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
 
@@ -19,12 +19,14 @@ pub fn run(args: &BrokersArgs) -> Result<()> {
     let cluster = args.connect.client()?.cluster()?;
     if args.json {
         println!("{}", json!({ "brokers": cluster.brokers, "membership": cluster.membership }));
-        return Ok(());
+    } else {
+        for broker in cluster.brokers {
+            let leader = if broker.leader { "\tleader" } else { "" };
+            println!("{}\tdata {}\tcontrol {}{leader}", broker.id, broker.data, broker.control);
+        }
+        println!("membership: {}", cluster.membership);
     }
-    for broker in cluster.brokers {
-        let leader = if broker.leader { "\tleader" } else { "" };
-        println!("{}\tdata {}\tcontrol {}{leader}", broker.id, broker.data, broker.control);
-    }
-    println!("membership: {}", cluster.membership);
+    let damaged = cluster.damaged_brokers;
+    ensure!(damaged.is_empty(), "the list may lack brokers: {}", damaged.join("; "));
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Log of a topic in this broker's order: the Batchlog, or the broker's own order index.
 
-use super::{FlushGroup, Landed, OrderedLocally, report_trimmed, since};
+use super::{FlushGroup, Landed, OrderedLocally, report_starved, report_trimmed, since};
 use crate::reclaim::Reclaimer;
 use crate::replica::completion::trimmable;
 use crate::topics::{Topic, TopicTable};
@@ -35,6 +35,8 @@ pub(super) struct LocalLog<F: Fabric> {
     unpublished_bytes: u64,
     /// Worker and ack of each batch of a broker's own order that is appended but not yet published.
     held_acks: Vec<(usize, OrderedLocally)>,
+    /// The last batch found no room in the order index, and the log says so.
+    starved: bool,
     reclaimer: Reclaimer<F>,
 }
 
@@ -70,6 +72,7 @@ impl<F: Fabric> LocalLog<F> {
             unpublished: 0,
             unpublished_bytes: 0,
             held_acks: Vec::with_capacity(64),
+            starved: false,
         })
     }
 
@@ -116,7 +119,9 @@ impl<F: Fabric> LocalLog<F> {
                 })
             }
             Log::Own(index) => {
-                if index.make_room().is_err() {
+                let made = index.make_room();
+                report_starved(&self.topic.config.name, &made, &mut self.starved);
+                if made.is_err() {
                     return false;
                 }
                 landed.flush(self.region.fabric());

@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender};
 use embarcadero_cxl::broker_table::{Pulse, last_incarnation};
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::read_leader;
-use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_cxl::segment::{PartitionAllocator, PoolError};
 use embarcadero_cxl::topic_table::{publish_released, read_topic};
 use embarcadero_cxl::{Damage, Fabric, Region, RegionOffset, Row, Site};
 use embarcadero_wire::{BatchHeader, Incarnation};
@@ -279,6 +279,17 @@ impl<F: Fabric> Delegation<F> {
         self.topics.forget(id);
         publish_released(self.topics.region(), id, self.topics.broker(), incarnation);
     }
+}
+
+/// Names the reason for which the order of a topic has no room, once until it has.
+#[inline]
+pub(crate) fn report_starved(topic: &str, made: &Result<(), PoolError>, starved: &mut bool) {
+    if let Err(error) = made
+        && !*starved
+    {
+        tracing::warn!(topic, %error, "batches wait: the order has no room");
+    }
+    *starved = made.is_err();
 }
 
 /// Names the damage of an entry that retention trimmed from the order of a topic.

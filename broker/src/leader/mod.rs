@@ -125,7 +125,7 @@ impl Candidate {
             (None, None) => 0,
             // Any broker may be alive and pin what it reads, until its lease shows otherwise.
             (None, Some(_)) => {
-                let all = region.geometry().brokers().fold(0, |mask, id| mask | 1 << id.0);
+                let all = region.geometry().broker_mask();
                 all & !self.ended_brokers(all)
             }
         };
@@ -229,7 +229,10 @@ impl Candidate {
         let beating = leadership.liveness.poll(self.region(), Instant::now()) | 1 << self.info.id.0;
         let live = beating & !self.ended_brokers(beating);
         let now = (live, live | self.stopped_brokers(live));
-        if now != leadership.shown {
+        if let Row::Damaged(damage) = read_leader_at(self.region(), LeaderArea(self.info.id)) {
+            tracing::error!(%damage, "the list of live brokers is written again");
+            leadership.shown = self.publish(leadership.term, live);
+        } else if now != leadership.shown {
             tracing::info!(mask = format!("{live:#b}"), "membership changed");
             leadership.shown = self.publish(leadership.term, live);
         }

@@ -6,9 +6,9 @@
 pub mod etcd;
 
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_pulse};
-use embarcadero_cxl::leadership::read_leader;
+use embarcadero_cxl::leadership::{NoLeader, UnknownLeader, read_leader};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::{Fabric, Row};
+use embarcadero_cxl::{Damage, Fabric, Row};
 use embarcadero_wire::BrokerId;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -68,14 +68,40 @@ impl Liveness {
     }
 }
 
-/// Reads the brokers that the leader takes for alive, and the leader's id.
-pub(crate) fn live_brokers<F: Fabric>(region: &Region<F>) -> (Vec<BrokerInfo>, Option<BrokerId>) {
-    let Some(leader) = read_leader(region) else { return (Vec::new(), None) };
-    let brokers = region
-        .geometry()
-        .brokers()
-        .filter(|broker| leader.broker_mask & (1 << broker.0) != 0)
-        .filter_map(|broker| read_broker(region, broker).used())
-        .collect();
-    (brokers, Some(leader.broker))
+/// Brokers that the leader takes for alive.
+#[derive(Debug, Default)]
+pub(crate) struct LiveBrokers {
+    /// Brokers whose row is whole.
+    pub(crate) brokers: Vec<BrokerInfo>,
+    /// Leader, if one is known.
+    pub(crate) leader: Option<BrokerId>,
+    /// Damage of the leader's statement and of brokers' rows.
+    pub(crate) damaged: Vec<Damage>,
+}
+
+impl LiveBrokers {
+    /// Reads the leader's statement, and the rows of the brokers that it names. Where the statement is damaged, every
+    /// broker that says that it runs counts.
+    pub(crate) fn read<F: Fabric>(region: &Region<F>) -> Self {
+        let mut live = Self::default();
+        let mask = match read_leader(region) {
+            Ok(leader) => {
+                live.leader = Some(leader.broker);
+                leader.broker_mask
+            }
+            Err(UnknownLeader::Damaged(damage)) => {
+                live.damaged.push(damage);
+                region.geometry().broker_mask()
+            }
+            Err(UnknownLeader::NoLeader(NoLeader) | UnknownLeader::Unsettled) => 0,
+        };
+        for broker in region.geometry().brokers().filter(|broker| mask & (1 << broker.0) != 0) {
+            match read_broker(region, broker) {
+                Row::Used(info) if info.running || live.damaged.is_empty() => live.brokers.push(info),
+                Row::Damaged(damage) => live.damaged.push(damage),
+                Row::Used(_) | Row::Unused | Row::Unsettled => {}
+            }
+        }
+        live
+    }
 }

@@ -1,9 +1,8 @@
 //! Completion vector: the leader counts the disks that have each batch, and shows which batches are durable.
 
-use super::replicator::running_replicas;
+use super::replicator::possible_replicas;
 use embarcadero_cxl::broker_table::last_incarnation;
 use embarcadero_cxl::layout::LeaderArea;
-use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::order_index::{Extent, StreamId, read_extent_at};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_completion, read_completion_at, read_replicated};
@@ -95,11 +94,12 @@ impl<F: Fabric> CompletionStage<F> {
         let shown = read_completion_at(region, area, topic, stream.broker().unwrap_or(BrokerId(0)));
         let awaited = self.awaited & 1 << topic.0 != 0;
         // No count shows more than there is. A damaged line is written anew.
-        let shown_through = if shown.durable_through > extent.committed {
-            tracing::error!(slot = %topic, durable_through = shown.durable_through, "a damaged completion is counted anew");
-            0
+        let Completion { durable_through, lost_through, .. } = shown;
+        let (shown_through, lost_through) = if durable_through.max(lost_through) > extent.committed {
+            tracing::error!(slot = %topic, durable_through, lost_through, "a damaged completion is counted anew");
+            (0, 0)
         } else {
-            shown.durable_through
+            (durable_through, lost_through)
         };
         if shown_through >= extent.committed && shown.awaited == awaited {
             return false;
@@ -136,7 +136,7 @@ impl<F: Fabric> CompletionStage<F> {
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
         let now = Completion {
             durable_through: through.min(extent.committed).max(shown_through),
-            lost_through: if trimmed > shown_through { trimmed } else { shown.lost_through },
+            lost_through: if trimmed > shown_through { trimmed } else { lost_through },
             awaited,
         };
         if now == shown {
@@ -160,10 +160,10 @@ pub(crate) fn trimmable<F: Fabric>(region: &Region<F>, topic: &TopicConfig, comp
     if copies == 0 || !completion.awaited {
         return u64::MAX;
     }
-    match running_replicas(region) {
-        Ok(running) if running.count_ones() < copies => u64::MAX,
-        // Without a leader nobody knows which replicas run.
-        Ok(_) | Err(NoLeader) => completion.durable_through,
+    match possible_replicas(region) {
+        Ok(possible) if possible.count_ones() < copies => u64::MAX,
+        // Nobody knows which replicas run.
+        Ok(_) | Err(_) => completion.durable_through,
     }
 }
 
@@ -220,9 +220,13 @@ mod tests {
             assert_eq!(read_completion_at(&region, area, id.topic, BrokerId(0)).durable_through, durable);
         }
         // A damaged line is counted anew.
-        let damaged = Completion { durable_through: u64::MAX, lost_through: 0, awaited: false };
-        publish_completion(&region, area, id.topic, BrokerId(0), damaged);
-        stage.poll(9 * PERIOD_US);
-        assert_eq!(read_completion_at(&region, area, id.topic, BrokerId(0)).durable_through, 3);
+        let shown = |completion: Completion| (completion.durable_through, completion.lost_through);
+        for (round, damaged) in [(u64::MAX, 0), (3, u64::MAX)].into_iter().enumerate() {
+            let (durable_through, lost_through) = damaged;
+            let damaged = Completion { durable_through, lost_through, awaited: false };
+            publish_completion(&region, area, id.topic, BrokerId(0), damaged);
+            stage.poll((round as u64 + 9) * PERIOD_US);
+            assert_eq!(shown(read_completion_at(&region, area, id.topic, BrokerId(0))), (3, 0));
+        }
     }
 }

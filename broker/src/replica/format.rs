@@ -223,11 +223,11 @@ impl Identity {
         if header.magic != FILE_MAGIC {
             return Err(FormatError::Magic { what: "the file header" });
         }
+        let expected = crc32c(&block[..offset_of!(FileHeader, checksum)]);
+        check("the file header", header.checksum, expected)?;
         if header.version != VERSION {
             return Err(FormatError::Version { found: header.version });
         }
-        let expected = crc32c(&block[..offset_of!(FileHeader, checksum)]);
-        check("the file header", header.checksum, expected)?;
         let field = |field, value| FormatError::Field { field, value };
         if header.header_bytes as usize != BLOCK {
             return Err(field("header_bytes", header.header_bytes.into()));
@@ -563,12 +563,13 @@ mod tests {
     fn a_file_names_what_it_belongs_to() {
         let block = identity().encode(12);
         assert_eq!(Identity::parse(&block), Ok((identity(), 12)));
-        let mut other = block.clone();
-        other[8] = 99;
-        assert_eq!(Identity::parse(&other), Err(FormatError::Version { found: 99 }));
-        let mut damaged = block;
-        damaged[100] ^= 1;
-        assert!(matches!(Identity::parse(&damaged), Err(FormatError::Checksum { .. })));
+        let version = offset_of!(FileHeader, version);
+        assert_eq!(forged(version, &[99]), Err(FormatError::Version { found: 99 }));
+        for at in [version, 100] {
+            let mut damaged = block.clone();
+            damaged[at] ^= 1;
+            assert!(matches!(Identity::parse(&damaged), Err(FormatError::Checksum { .. })));
+        }
         assert!(matches!(Identity::parse(&[0; 8]), Err(FormatError::Short { .. })));
     }
 }

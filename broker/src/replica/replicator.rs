@@ -8,11 +8,11 @@ use crate::archive::{ArchiveKey, Catalog};
 use crate::topics::{Topic, TopicTable};
 use embarcadero_cxl::broker_table::{last_incarnation, publish_replica_state, read_replica_state};
 use embarcadero_cxl::layout::ReplicaState;
-use embarcadero_cxl::leadership::{NoLeader, read_leader};
+use embarcadero_cxl::leadership::{UnknownLeader, read_leader};
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::replication::{Completion, Replication, publish_replicated, read_completion, read_replicated};
-use embarcadero_cxl::{Fabric, Guard, RegionOffset, Site};
+use embarcadero_cxl::{Damage, Fabric, Guard, RegionOffset, Site};
 use embarcadero_os::buffer::Buffer;
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeMap;
@@ -26,13 +26,27 @@ const SCAN_ENTRIES: u64 = 64 << 10;
 /// Returns the brokers whose replica runs, among those that the leader takes for alive, one bit each.
 ///
 /// # Errors
-/// [`NoLeader`].
-pub(crate) fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, NoLeader> {
-    let live = read_leader(region).ok_or(NoLeader)?.broker_mask;
+/// [`UnknownLeader`].
+pub(crate) fn running_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, UnknownLeader> {
+    live_replicas(region, |state| state == Ok(ReplicaState::Running))
+}
+
+/// Returns the brokers whose replica may run: its state is damaged, or says so.
+///
+/// # Errors
+/// [`UnknownLeader`].
+pub(crate) fn possible_replicas<F: Fabric>(region: &Region<F>) -> Result<u64, UnknownLeader> {
+    live_replicas(region, |state| state.is_err() || state == Ok(ReplicaState::Running))
+}
+
+fn live_replicas<F: Fabric>(
+    region: &Region<F>,
+    counts: impl Fn(Result<ReplicaState, Damage>) -> bool,
+) -> Result<u64, UnknownLeader> {
+    let live = read_leader(region)?.broker_mask;
     let brokers = region.geometry().brokers().filter(|broker| live & (1 << broker.0) != 0);
-    Ok(brokers
-        .filter(|broker| read_replica_state(region, *broker) == Ok(ReplicaState::Running))
-        .fold(0, |mask, broker| mask | 1 << broker.0))
+    let replicas = brokers.filter(|broker| counts(read_replica_state(region, *broker)));
+    Ok(replicas.fold(0, |mask, broker| mask | 1 << broker.0))
 }
 
 /// Withdraws what an earlier process of this broker published about its disk, which may be another disk now. A replica

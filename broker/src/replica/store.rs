@@ -148,8 +148,8 @@ fn io_error(medium: &dyn Medium, action: &'static str, file: &str) -> impl Fn(io
 /// Reads and verifies every file of a stream, and changes none.
 ///
 /// # Errors
-/// [`StoreError::Io`]; [`StoreError::Foreign`] when the files are of several streams. Damage is no error: the result
-/// reports it.
+/// [`StoreError::Io`]; [`StoreError::Foreign`] when the files are of several streams; [`StoreError::Damaged`] when a file
+/// has another version. Other damage is no error: the result reports it.
 pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
     let names = medium.list().map_err(io_error(medium, "list", "files"))?;
     let mut numbers: Vec<u64> = names.iter().filter_map(|name| file_number(name)).collect();
@@ -169,6 +169,9 @@ pub fn scan(medium: &dyn Medium) -> Result<Scan, StoreError> {
                 if !scan.identity.get_or_insert_with(|| identity.clone()).is_of_the_stream_of(&identity) {
                     return Err(StoreError::Foreign { file: name, medium: medium.name() });
                 }
+            }
+            Err(source @ FormatError::Version { .. }) => {
+                return Err(StoreError::Damaged { file: name, medium: medium.name(), source });
             }
             // A damaged file header loses nothing while another file of the directory says the same.
             Err(_) => {

@@ -33,7 +33,7 @@ use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Site};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Term, TopicId};
 use group::{Group, Stamp};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use topic::TopicOrder;
 use topics::Closing;
@@ -112,8 +112,8 @@ pub struct Sequencer<F: Fabric> {
     configs: Vec<Option<TopicConfig>>,
     /// Topics that cannot be ordered, by slot: their memory is damaged.
     damaged: Vec<Option<Damage>>,
-    /// Session slots with a damaged row that the log has named.
-    damaged_sessions: BTreeSet<SessionSlot>,
+    /// Session slots with a damaged row or progress that the log has named.
+    damaged_sessions: BTreeMap<SessionSlot, Damage>,
     /// Deleted topics whose memory brokers still hold.
     closing: Vec<Closing<F>>,
     group: Group,

@@ -13,13 +13,14 @@ use embarcadero_cxl::leadership::{activate_term, claim_term, latest_claim};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::session_table::{
-    Commit, SessionCommit, read_commit_at, read_progress_at, read_session_at, repair_torn_session,
+    Commit, Session, SessionCommit, read_commit_at, read_progress_at, read_session_at, repair_torn_session,
+    verified_progress_at,
 };
 use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
 use embarcadero_cxl::topic_table::{TopicRows, repair_torn_topic};
 use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
 use embarcadero_wire::Term;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// State of the predecessor, as far as the new leader knows.
@@ -90,7 +91,7 @@ impl<F: Fabric> Sequencer<F> {
             topics: geometry.topics().map(|_| None).collect(),
             configs: geometry.topics().map(|_| None).collect(),
             damaged: geometry.topics().map(|_| None).collect(),
-            damaged_sessions: BTreeSet::new(),
+            damaged_sessions: BTreeMap::new(),
             closing: Vec::new(),
             group: Group::new(geometry.max_sessions),
             pulses: geometry.brokers().map(|_| 0).collect(),
@@ -177,6 +178,22 @@ impl<F: Fabric> Sequencer<F> {
         }
         self.publish_commits();
         self.region.fabric().fence(Site::RecordFlush);
+        self.verify_progress();
+    }
+
+    /// Gives up the sessions of which it is not known what is committed.
+    fn verify_progress(&mut self) {
+        for index in 0..self.group.sessions.len() {
+            let Some(Session { slot, topic, .. }) = self.group.sessions[index].as_ref().map(|order| order.session)
+            else {
+                continue;
+            };
+            let Some(order) = self.configs[topic.index()].as_ref().map(|config| config.order) else { continue };
+            if let Err(damage) = verified_progress_at(&self.region, self.area, slot, order) {
+                self.group.sessions[index] = None;
+                self.report_session(slot, damage);
+            }
+        }
     }
 
     /// Reads the entries of a topic that its sessions may not know of.

@@ -5,7 +5,7 @@ use super::{Group, Sequencer};
 use embarcadero_cxl::broker_table::read_stalls;
 use embarcadero_cxl::layout::SessionState;
 use embarcadero_cxl::segment::free_segments;
-use embarcadero_cxl::session_table::{Session, publish_session, read_progress_at, read_session_at};
+use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, verified_progress_at};
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Row};
 use embarcadero_wire::{ClientId, Epoch, SessionSlot, TopicId};
@@ -19,6 +19,9 @@ pub enum SessionError {
     /// The topic cannot be ordered.
     #[error("topic slot {0} cannot be ordered: {1}")]
     Damaged(TopicId, Damage),
+    /// It is not known which of the client's batches are committed.
+    #[error("the client's session {0} cannot go on: {1}; publish as another client")]
+    DamagedSession(SessionSlot, Damage),
     /// Every slot is in use.
     #[error("all {0} sessions of the region are in use; close some, or create the region with a larger max_sessions")]
     TableFull(u32),
@@ -38,9 +41,14 @@ impl<F: Fabric> Sequencer<F> {
             return Err(SessionError::Damaged(topic, damage));
         }
         let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
-        let (slot, before) = self.slot_for(&config, client_id, now_us)?;
+        let (slot, before, committed) = loop {
+            let (slot, before) = self.slot_for(&config, client_id, now_us)?;
+            match verified_progress_at(&self.region, self.area, slot, config.order) {
+                Ok(committed) => break (slot, before, committed),
+                Err(damage) => self.report_session(slot, damage),
+            }
+        };
         self.end_session(slot, SessionState::Fenced);
-        let committed = read_progress_at(&self.region, self.area, slot);
         let session = Session {
             slot,
             client_id,
@@ -81,9 +89,12 @@ impl<F: Fabric> Sequencer<F> {
                 }
             };
             let found = (slot, session.epoch);
-            if (session.topic, session.topic_incarnation, session.client_id) == (topic.id, topic.incarnation, client_id)
-            {
-                return Ok(found);
+            let owner = (session.topic, session.topic_incarnation, session.client_id);
+            match (owner == (topic.id, topic.incarnation, client_id), self.damaged_sessions.get(&slot)) {
+                (true, None) => return Ok(found),
+                (true, Some(damage)) => return Err(SessionError::DamagedSession(slot, *damage)),
+                (false, None) => {}
+                (false, Some(_)) => continue,
             }
             match session.state {
                 SessionState::Open => {
@@ -101,9 +112,9 @@ impl<F: Fabric> Sequencer<F> {
         free.or(idle.map(|(_, slot)| slot)).ok_or(SessionError::TableFull(self.region.geometry().max_sessions))
     }
 
-    /// Names a session slot whose row is damaged in the log, once.
+    /// Names a session slot whose row or progress is damaged in the log, once.
     pub(super) fn report_session(&mut self, slot: SessionSlot, damage: Damage) {
-        if self.damaged_sessions.insert(slot) {
+        if self.damaged_sessions.insert(slot, damage).is_none() {
             tracing::error!(%slot, %damage, "the session slot stays unused");
         }
     }

@@ -1,5 +1,6 @@
 //! Order of one topic: its index, the copy in the mirror, and the progress in each broker's Batchlog.
 
+use crate::delegation::report_starved;
 use crate::mirror::Mirror;
 use embarcadero_cxl::batchlog::BatchlogReader;
 use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
@@ -83,12 +84,7 @@ impl<F: Fabric> TopicOrder<F> {
     fn extend(&mut self) -> bool {
         let mirror = self.mirror.as_mut().map_or(Ok(()), OrderIndexWriter::make_room);
         let made = mirror.and_then(|()| self.index.make_room());
-        if let Err(error) = &made
-            && !self.starved
-        {
-            tracing::warn!(topic = self.config.name, %error, "batches wait: the order has no room");
-        }
-        self.starved = made.is_err();
+        report_starved(&self.config.name, &made, &mut self.starved);
         made.is_ok()
     }
 

@@ -16,7 +16,7 @@ use crate::fabric::{CoherentFabric, Fabric, LINE_BYTES};
 use crate::layout::{ControlLine, LeaderArea, TermLine};
 use crate::leader_cache::ActiveTerm;
 use crate::region::Region;
-use crate::row::Row;
+use crate::row::{Damage, Row};
 use crate::site::{Guard, Site};
 use bytemuck::Zeroable;
 use embarcadero_wire::{BrokerId, Incarnation, Term};
@@ -31,6 +31,20 @@ const ACTIVE: u64 = offset_of!(TermLine, active) as u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the region has no leader at the moment")]
 pub struct NoLeader;
+
+/// Reason why it is not known who leads and which brokers are alive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnknownLeader {
+    /// No term is active.
+    #[error(transparent)]
+    NoLeader(#[from] NoLeader),
+    /// The leader is changing its statement. Try again soon.
+    #[error("the leader is changing its statement")]
+    Unsettled,
+    /// The leader's statement is damaged.
+    #[error("the leader's statement cannot be read: {0}")]
+    Damaged(#[from] Damage),
+}
 
 /// Terms of one leader area, as memory has them.
 #[derive(Clone, Copy, Debug)]
@@ -192,7 +206,13 @@ pub fn publish_leader<F: Fabric>(region: &Region<F>, leader: &LeaderInfo) {
 /// Reads the statement of one leader, whether or not it still leads.
 pub fn read_leader_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Row<LeaderInfo> {
     let at = region.layout().control_line(area);
+    let known = region.geometry().broker_mask();
     region.fabric().observe_versioned::<ControlLine, ()>(at, Site::ControlRead, |_| ()).decode(|(line, ())| {
+        for (what, value) in [("broker_mask", line.broker_mask), ("pinning_mask", line.pinning_mask)] {
+            if value & !known != 0 {
+                return Err(Damage { structure: "ControlLine", at, what, value });
+            }
+        }
         Ok(LeaderInfo {
             term: line.term,
             broker: area.0,
@@ -203,7 +223,43 @@ pub fn read_leader_at<F: Fabric>(region: &Region<F>, area: LeaderArea) -> Row<Le
     })
 }
 
-/// Reads the statement of the leader. `None` while there is no leader, and while the statement is not whole.
-pub fn read_leader<F: Fabric>(region: &Region<F>) -> Option<LeaderInfo> {
-    with_leader(region, |area| read_leader_at(region, area)).ok()?.used()
+/// Reads the statement of the leader.
+///
+/// # Errors
+/// [`UnknownLeader`] while no term is active, and while the statement is not whole.
+pub fn read_leader<F: Fabric>(region: &Region<F>) -> Result<LeaderInfo, UnknownLeader> {
+    match with_leader(region, |area| read_leader_at(region, area))? {
+        Row::Used(leader) => Ok(leader),
+        Row::Unused | Row::Unsettled => Err(UnknownLeader::Unsettled),
+        Row::Damaged(damage) => Err(UnknownLeader::Damaged(damage)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::AllocatorKind;
+    use crate::segment::tests::region;
+
+    #[test]
+    fn a_damaged_statement_is_not_that_of_no_leader() {
+        let (region, broker) = (region(1, AllocatorKind::Bitmap), BrokerId(0));
+        let (area, term, incarnation) = (LeaderArea(broker), Term(1), Incarnation(1));
+        assert_eq!(read_leader(&region), Err(UnknownLeader::NoLeader(NoLeader)));
+        claim_term(&region, area, term);
+        activate_term(&region, area, term);
+        assert_eq!(read_leader(&region), Err(UnknownLeader::Unsettled));
+        let whole = LeaderInfo { term, broker, incarnation, broker_mask: 0b1001, pinning_mask: 0b1001 };
+        publish_leader(&region, &whole);
+        assert_eq!(read_leader(&region), Ok(whole));
+        // The region has four brokers.
+        for (what, line) in [
+            ("broker_mask", LeaderInfo { broker_mask: 1 << 4, ..whole }),
+            ("pinning_mask", LeaderInfo { pinning_mask: 1 << 63, ..whole }),
+        ] {
+            publish_leader(&region, &line);
+            let read = read_leader(&region);
+            assert!(matches!(read, Err(UnknownLeader::Damaged(damage)) if damage.what == what), "{read:?}");
+        }
+    }
 }

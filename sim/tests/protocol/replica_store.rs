@@ -11,7 +11,7 @@ use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Native, Region};
 use embarcadero_os::Buffer;
 use embarcadero_sim::{Fault, SimulatedMedium};
-use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId};
+use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId, crc32c};
 use proptest::prelude::*;
 
 const SOURCES: [BrokerId; 2] = [BrokerId(0), BrokerId(1)];
@@ -150,6 +150,20 @@ fn a_directory_of_which_no_header_is_whole_is_a_loss() {
     medium.damage("0000000000.replica", |bytes| bytes[20] ^= 1);
     let losses = plan().losses();
     assert!(losses.as_ref().is_some_and(|losses| losses.contains("no whole file header")), "{losses:?}");
+}
+
+#[test]
+fn files_of_another_version_are_refused() {
+    let medium = SimulatedMedium::default();
+    append(&mut open(&medium).0, 0, 5000).unwrap();
+    // The version is the word at 8. The checksum, at 148, is of all bytes before it.
+    medium.damage("0000000000.replica", |bytes| {
+        bytes[8] = 2;
+        let checksum = crc32c(&bytes[..148]);
+        bytes[148..152].copy_from_slice(&checksum.to_le_bytes());
+    });
+    let refused = scan(&medium).map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("has version 2, this build reads version 1"), "{refused}");
 }
 
 #[test]

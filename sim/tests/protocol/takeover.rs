@@ -1,7 +1,7 @@
 //! Takeovers: what a successor does with the state that its predecessor left.
 
-use crossbeam_channel::unbounded;
-use embarcadero_broker::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
+use crossbeam_channel::{Receiver, bounded, unbounded};
+use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover};
 use embarcadero_cxl::Native;
 use embarcadero_cxl::Region;
 use embarcadero_cxl::cache::FlushMethod;
@@ -10,17 +10,28 @@ use embarcadero_cxl::layout::LeaderArea;
 use embarcadero_cxl::leadership::claim_term;
 use embarcadero_cxl::order_index::{StreamId, read_directory};
 use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_cxl::session_table::store_progress;
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
-use embarcadero_wire::{BrokerId, Stream, Term};
+use embarcadero_wire::{BrokerId, ClientId, Stream, Term};
 use std::sync::Arc;
 
 const AREAS: [LeaderArea; 2] = [LeaderArea(BrokerId(0)), LeaderArea(BrokerId(1))];
 const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
 
 fn take_over(region: &Region<Native>, area: LeaderArea, term: Term, before: Predecessor) -> Sequencer<Native> {
+    take_over_with(region, area, term, before, unbounded().1)
+}
+
+fn take_over_with(
+    region: &Region<Native>,
+    area: LeaderArea,
+    term: Term,
+    before: Predecessor,
+    commands: Receiver<Command>,
+) -> Sequencer<Native> {
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
     let memory = Memory { region: region.clone(), pool, mirror: None };
-    let takeover = Takeover { memory, area, term, before, leases: LEASES, commands: unbounded().1 };
+    let takeover = Takeover { memory, area, term, before, leases: LEASES, commands };
     Sequencer::recover(takeover, 0).unwrap()
 }
 
@@ -31,7 +42,7 @@ fn open_segment(region: &Region<Native>, area: LeaderArea) -> u32 {
 
 fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
     let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
-    let mut testbed = Testbed::new(region.clone(), 1).unwrap();
+    let mut testbed = Testbed::new(region.clone(), 2).unwrap();
     let batches = testbed.append();
     testbed.order(batches);
     (region, testbed)
@@ -69,4 +80,26 @@ fn an_own_segment_that_another_fills_is_replaced() {
     assert_eq!(open_segment(&region, AREAS[1]), shared);
     let _back = take_over(&region, AREAS[0], Term(3), Predecessor::MayGoOn);
     assert_ne!(open_segment(&region, AREAS[0]), shared);
+}
+
+/// Nobody knows which batches of a client are committed. It is told so, and others go on.
+#[test]
+fn a_session_whose_progress_is_damaged_does_not_go_on() {
+    let (region, led) = led_by_seat_0();
+    let [damaged, whole] = led.sessions() else { panic!("the testbed has two sessions") };
+    store_progress(&region, AREAS[0], damaged.slot, 1 << 20);
+    let (commands, queue) = unbounded();
+    let mut successor = take_over_with(&region, AREAS[1], Term(2), Predecessor::Gone(Term(1)), queue);
+    let mut open = |client_id| {
+        let (reply, answer) = bounded(1);
+        commands.send(Command::OpenSession { topic: TOPIC.0, client_id, ack_level: 1, reply }).unwrap();
+        successor.poll(0, 1);
+        answer.recv().unwrap()
+    };
+    let refused = open(damaged.client_id);
+    assert!(matches!(refused, Err(SessionError::DamagedSession(slot, _)) if slot == damaged.slot), "{refused:?}");
+    let reopened = open(whole.client_id).unwrap();
+    assert!(reopened.slot == whole.slot && reopened.committed > 0, "{reopened:?}");
+    let other = open(ClientId(77)).unwrap();
+    assert!(other.slot != damaged.slot && other.slot != whole.slot, "{other:?}");
 }

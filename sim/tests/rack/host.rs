@@ -508,7 +508,7 @@ impl Process {
             Some(_) => Predecessor::MayGoOn,
         };
         // After a predecessor whose statement cannot be read, any broker may be alive and pin what it reads.
-        let all = region.geometry().brokers().fold(0, |mask, id| mask | 1 << id.0);
+        let all = region.geometry().broker_mask();
         let unknown = if led.is_some() { all } else { 0 };
         let live = before.map_or(unknown, |before| before.broker_mask) | 1 << self.info.id.0;
         let BrokerInfo { id: broker, incarnation, .. } = self.info;

@@ -126,6 +126,12 @@ impl Geometry {
         (0..self.max_brokers).map(BrokerId)
     }
 
+    /// Returns all broker slots as a mask, one bit each.
+    #[must_use]
+    pub fn broker_mask(&self) -> u64 {
+        self.brokers().fold(0, |mask, broker| mask | 1 << broker.0)
+    }
+
     /// Iterates over every topic slot.
     pub fn topics(&self) -> impl DoubleEndedIterator<Item = TopicId> + Clone + use<> {
         (0..self.max_topics).map(TopicId)

@@ -73,11 +73,14 @@ pub(crate) const fn directory_word(ordinal: u64, segment: u32) -> u64 {
     (ordinal + 1) << 32 | segment as u64
 }
 
-/// Segment in a directory word, if the word is that of `ordinal`.
+/// Ordinal and segment in a directory word; `None` in one that was never written.
 #[inline]
 #[must_use]
-pub(crate) const fn directory_segment(word: u64, ordinal: u64) -> Option<u32> {
-    if word >> 32 == ordinal + 1 { Some(word as u32) } else { None }
+pub(crate) const fn directory_entry(word: u64) -> Option<(u64, u32)> {
+    match word >> 32 {
+        0 => None,
+        after => Some((after - 1, word as u32)),
+    }
 }
 
 /// Word in [`PinLine::delivering_from`] for a position; `u64::MAX` pins nothing.

@@ -16,7 +16,7 @@ pub use trim::Retention;
 pub use writer::{IndexOptions, OrderIndexWriter};
 
 use crate::fabric::{Fabric, RegionOffset};
-use crate::layout::{LeaderArea, TailLine, directory_segment};
+use crate::layout::{LeaderArea, TailLine, directory_entry};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use crate::row::Damage;
@@ -166,7 +166,7 @@ pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: Strea
 /// the index has no such segment, or not any more.
 ///
 /// # Errors
-/// [`Damage`] when the region has no such segment.
+/// [`Damage`] when the region has no such segment, and when the word belongs elsewhere in the directory.
 pub fn read_directory<F: Fabric>(
     region: &Region<F>,
     id: StreamId,
@@ -175,12 +175,39 @@ pub fn read_directory<F: Fabric>(
 ) -> Result<Option<u32>, Damage> {
     let at = id.directory_word(region, area, ordinal);
     let value = region.fabric().observe(at, Site::DirectoryRead);
-    match directory_segment(value, ordinal) {
-        Some(segment) if segment >= region.geometry().segment_count => {
-            Err(Damage { structure: "directory", at, what: "a segment", value })
+    let damage = Damage { structure: "directory", at, what: "a segment", value };
+    match directory_entry(value) {
+        None if value == 0 => Ok(None),
+        Some((found, segment))
+            if segment < region.geometry().segment_count
+                && found.abs_diff(ordinal).is_multiple_of(region.geometry().directory_slots()) =>
+        {
+            Ok((found == ordinal).then_some(segment))
         }
-        segment => Ok(segment),
+        _ => Err(damage),
     }
+}
+
+/// Reads the number of the pool's segment that has a position of an index which is kept, from one leader's area. `None`
+/// when it was trimmed meanwhile.
+///
+/// # Errors
+/// [`Damage`] as for [`read_directory`], and when a kept position has no segment.
+fn read_kept_directory<F: Fabric>(
+    region: &Region<F>,
+    id: StreamId,
+    area: LeaderArea,
+    position: u64,
+) -> Result<Option<u32>, Damage> {
+    let ordinal = position / region.layout().entries_per_segment();
+    let found = read_directory(region, id, area, ordinal);
+    // SYNC: the trim point is in memory before the word of a trimmed segment is used again; it is read after the word.
+    if found == Ok(None) && position >= read_extent_at(region, area, id).trimmed {
+        let at = id.directory_word(region, area, ordinal);
+        let value = region.fabric().observe(at, Site::DirectoryRead);
+        return Err(Damage { structure: "directory", at, what: "the segment of a kept entry", value });
+    }
+    found
 }
 
 /// Returns true when the leader of an area was filling a segment of a global order. A successor needs another segment
@@ -194,7 +221,7 @@ pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea) ->
 mod tests {
     use super::*;
     use crate::Native;
-    use crate::layout::{AllocatorKind, IndexEntry};
+    use crate::layout::{AllocatorKind, IndexEntry, directory_word};
     use crate::segment::PartitionAllocator;
     use crate::segment::tests::region;
     use bytemuck::Zeroable;
@@ -263,6 +290,40 @@ mod tests {
         assert_eq!(trim(0), (0, None), "everything is kept");
         assert_eq!(trim(21), (2, Some("a reserved byte")));
         assert_eq!(trim(u64::MAX), (2, None), "nobody knows how old the last one is");
+    }
+
+    #[test]
+    fn a_directory_without_the_segment_of_a_kept_entry_is_damage() {
+        let region = region(5, AllocatorKind::Partitioned);
+        let (id, area) = (StreamId { topic: TopicId(0), stream: Stream::of(BrokerId(0)) }, LeaderArea(BrokerId(0)));
+        let location = region.layout().segments;
+        let mut index = open(&region, id).unwrap();
+        index.make_room().unwrap();
+        index.append(IndexEntry { location, bytes: 64, message_count: 1, ..IndexEntry::zeroed() });
+        index.write_back_entries();
+        index.publish_tail(Term::NONE);
+        let at = id.directory_word(&region, area, 0);
+        let whole = region.fabric().load(at);
+        let slots = region.geometry().directory_slots();
+        let read = || {
+            let mut reader = OrderIndexReader::new(region.clone(), id);
+            reader.poll();
+            reader.read(0)
+        };
+        assert!(read().is_ok());
+        // Never written, of the place beside it, of a later round, and of a segment that the region does not have.
+        for value in [0, directory_word(1, 0), directory_word(slots, 0), directory_word(0, 5)] {
+            region.fabric().store(at, value);
+            let found = read();
+            let named = |damage: &Damage| (damage.structure, damage.value) == ("directory", value);
+            assert!(matches!(&found, Err(ReadError::Corrupt { damage, .. }) if named(damage)), "{value:#x}: {found:?}");
+            assert!(open(&region, id).is_err_and(|damage| named(&damage)));
+        }
+        // The place of a segment whose entries are trimmed may be used again.
+        region.fabric().store(at, whole);
+        index.enforce_retention(Retention { bytes: 0, since_us: u64::MAX, limit: u64::MAX });
+        region.fabric().store(at, directory_word(slots, 0));
+        assert_eq!(read(), Err(ReadError::Trimmed { position: 0 }));
     }
 
     #[test]

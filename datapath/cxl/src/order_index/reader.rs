@@ -1,6 +1,6 @@
 //! Reader of an order index.
 
-use super::{COMMITTED, Extent, StreamId, read_directory};
+use super::{COMMITTED, Extent, StreamId, read_kept_directory};
 use crate::fabric::{Fabric, LINE_BYTES};
 use crate::layout::{IndexEntry, MAX_BROKERS, RegionRole, commit_word};
 use crate::leadership::{NoLeader, leader_version};
@@ -152,7 +152,7 @@ impl<F: Fabric> OrderIndexReader<F> {
 
     fn find(&mut self, position: u64, ordinal: u64) -> Result<u32, ReadError> {
         let Self { region, id, .. } = self;
-        let found = id.observe(region, |area| read_directory(region, *id, area, ordinal))?;
+        let found = id.observe(region, |area| read_kept_directory(region, *id, area, position))?;
         let segment = found.map_err(|damage| ReadError::Corrupt { position, damage })?;
         let segment = segment.ok_or(ReadError::Trimmed { position })?;
         self.found = Some(Found { ordinal, segment, version: leader_version(&self.region) });

@@ -2,6 +2,7 @@
 
 use super::{
     BASE, BYTES, COMMITTED, INCARNATION, NEXT_OFFSET, StreamId, TERM, TRIMMED, TRIMMED_OFFSET, kept, read_directory,
+    read_kept_directory,
 };
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
 use crate::layout::{IndexEntry, LeaderArea, TailLine, commit_word, directory_word};
@@ -399,8 +400,9 @@ fn segments_of<F: Fabric>(
         return Ok(segments);
     }
     for ordinal in tail.trimmed / per_segment..=(tail.committed - 1) / per_segment {
-        // The oldest are gone from the directory when everything in them is trimmed.
-        let Some(segment) = read_directory(region, id, writer, ordinal)? else { continue };
+        let first = tail.trimmed.max(ordinal * per_segment);
+        // Another process of the writer may go on, and trim.
+        let Some(segment) = read_kept_directory(region, id, writer, first)? else { continue };
         let owner = read_owner(region, segment);
         let own = matches!(owner, Row::Used(SegmentUse::Index { holder, .. }) if holder == writer.0);
         segments.push_back(IndexSegment { ordinal, segment, own });
