@@ -131,7 +131,7 @@ pub(crate) enum DiskError {
     /// The replica has not listed its files yet.
     #[error("this broker has yet to look at its disk")]
     NotScanned,
-    /// It is not known which brokers are alive.
+    /// Nobody knows which brokers are alive.
     #[error(transparent)]
     Leader(#[from] UnknownLeader),
     /// A broker that replicates is not alive.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-/// Longest search for a leader before a call gives up.
+/// Longest search for a leader before a call gives up, unless a connection may take longer.
 const LEADER_WAIT: Duration = Duration::from_secs(5);
 /// Longest duration of one call.
 const CALL: Duration = Duration::from_secs(35);
@@ -88,7 +88,7 @@ impl Control {
         &mut self,
         call: impl AsyncFn(&mut ControlClient<Channel>) -> Result<tonic::Response<R>, Status>,
     ) -> Result<R, ClientError> {
-        let deadline = Instant::now() + LEADER_WAIT;
+        let deadline = Instant::now() + LEADER_WAIT.max(self.connect_timeout);
         loop {
             let error = match self.try_leader(&call) {
                 Ok(Ok(answer)) => return Ok(answer),

@@ -133,8 +133,9 @@ impl TopicView {
 impl ClusterView {
     pub(crate) fn from_proto(answer: proto::MetadataResponse) -> Result<Self, ClientError> {
         let brokers = answer.brokers.into_iter().map(|broker| {
-            let data = broker.data_endpoint.parse().map_err(|_| {
-                ClientError::Incompatible(format!("broker {} has data endpoint {:?}", broker.id, broker.data_endpoint))
+            let data = broker.data_endpoint.parse().map_err(|error| {
+                let (id, endpoint) = (broker.id, &broker.data_endpoint);
+                ClientError::Incompatible(format!("broker {id} has data endpoint {endpoint:?}: {error}"))
             })?;
             let proto::Broker { id, incarnation, control_endpoint: control, leader, .. } = broker;
             Ok(BrokerView { id: BrokerId(id), incarnation: Incarnation(incarnation), data, control, leader })

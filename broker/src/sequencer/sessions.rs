@@ -19,7 +19,7 @@ pub enum SessionError {
     /// The topic cannot be ordered.
     #[error("topic slot {0} cannot be ordered: {1}")]
     Damaged(TopicId, Damage),
-    /// It is not known which of the client's batches are committed.
+    /// Nobody knows which of the client's batches are committed.
     #[error("the client's session {0} cannot go on: {1}; publish as another client")]
     DamagedSession(SessionSlot, Damage),
     /// Every slot is in use.

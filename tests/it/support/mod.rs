@@ -187,7 +187,7 @@ impl Cluster {
 
     pub fn config(&self) -> ClientConfig {
         ClientConfig {
-            connect_timeout_ms: 30_000,
+            connect_timeout_ms: PROGRESS.as_millis() as u64,
             progress_timeout_ms: PROGRESS.as_millis() as u64,
             ..ClientConfig::at(self.control())
         }
