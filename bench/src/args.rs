@@ -12,7 +12,7 @@ use serde_json::json;
 use std::path::PathBuf;
 
 #[derive(Args, Clone)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     /// Number of broker processes.
     #[arg(long, default_value_t = 1)]
     pub brokers: u32,
@@ -76,9 +76,9 @@ pub struct BenchArgs {
     pub csv: bool,
 }
 
-pub const REGION_BYTES: u64 = 2 << 30;
-pub const SEGMENT_BYTES: u64 = 64 << 20;
-pub const RETENTION_BYTES: u64 = 512 << 20;
+pub(crate) const REGION_BYTES: u64 = 2 << 30;
+pub(crate) const SEGMENT_BYTES: u64 = 64 << 20;
+pub(crate) const RETENTION_BYTES: u64 = 512 << 20;
 /// Largest number of brokers for which [`SEGMENT_BYTES`] leaves each several segments.
 const FEW_BROKERS: u32 = 4;
 /// Bytes of a segment with more brokers than [`FEW_BROKERS`].
@@ -88,10 +88,10 @@ const ALL_BUFFERS_BYTES: usize = 1 << 30;
 /// Bytes of the region over RDMA: the whole region is pinned, and a guest of the lab has little memory.
 const SMALL_REGION_BYTES: u64 = 512 << 20;
 const SMALL_SEGMENT_BYTES: u64 = 16 << 20;
-pub const SMALL_RETENTION_BYTES: u64 = 192 << 20;
+pub(crate) const SMALL_RETENTION_BYTES: u64 = 192 << 20;
 
 impl BenchArgs {
-    pub fn parameters(&self) -> serde_json::Value {
+    pub(crate) fn parameters(&self) -> serde_json::Value {
         json!({
             "transport": self.transport.name(), "brokers": self.brokers, "publishers": self.publishers, "message_bytes": self.message_bytes,
             "batch_size": self.batch_size, "order": self.order, "ack": self.ack, "replication_factor": self.replication_factor, "seconds": self.seconds,
@@ -99,7 +99,7 @@ impl BenchArgs {
         })
     }
 
-    pub fn format(&self) -> Format {
+    pub(crate) fn format(&self) -> Format {
         match (self.json, self.csv) {
             (true, _) => Format::Json,
             (_, true) => Format::Csv,
@@ -108,20 +108,20 @@ impl BenchArgs {
     }
 
     /// Core of the publishers; `None` where nothing is pinned.
-    pub fn near_core(&self) -> Option<usize> {
+    pub(crate) fn near_core(&self) -> Option<usize> {
         (!self.no_pin && host_cores() > 1).then_some(0)
     }
 
     /// Cores of the brokers; empty where nothing is pinned.
-    pub fn far_cores(&self) -> Vec<usize> {
+    pub(crate) fn far_cores(&self) -> Vec<usize> {
         if self.near_core().is_some() { (1..host_cores()).collect() } else { Vec::new() }
     }
 
-    pub fn cores(&self) -> CorePair {
+    pub(crate) fn cores(&self) -> CorePair {
         CorePair { near: self.near_core(), far: self.far_cores().first().copied() }
     }
 
-    pub fn ceiling_name(&self, tcp: &'static str) -> &'static str {
+    pub(crate) fn ceiling_name(&self, tcp: &'static str) -> &'static str {
         match (self.transport, tcp) {
             (TransportKind::Tcp, name) => name,
             (TransportKind::Verbs, "tcp_recv_into_region") => "verbs_write_with_imm",
@@ -134,15 +134,15 @@ impl BenchArgs {
     }
 
     /// Bytes that the ceilings move in one piece.
-    pub fn write_bytes(&self) -> usize {
+    pub(crate) fn write_bytes(&self) -> usize {
         self.batch_size.unwrap_or(512 << 10)
     }
 
-    pub fn region() -> PathBuf {
+    pub(crate) fn region() -> PathBuf {
         PathBuf::from(format!("/dev/shm/embarcadero-bench-{}", std::process::id()))
     }
 
-    pub fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         if self.message_bytes == 0 || self.publishers == 0 || self.runs == 0 {
             bail!("--message-bytes, --publishers and --runs must be at least 1");
         }
@@ -155,7 +155,7 @@ impl BenchArgs {
         Ok(())
     }
 
-    pub fn cluster(&self) -> Result<Cluster> {
+    pub(crate) fn cluster(&self) -> Result<Cluster> {
         self.check()?;
         let mut environment = self.environment.clone();
         if self.transport == TransportKind::Dpdk {
@@ -181,7 +181,7 @@ impl BenchArgs {
         })
     }
 
-    pub fn client(&self, cluster: &Cluster) -> Result<Client> {
+    pub(crate) fn client(&self, cluster: &Cluster) -> Result<Client> {
         // A disk takes longer to answer: as much is under way as a session may have.
         let batches = if self.ack > 1 { 128 } else { 16 };
         let bytes = batches * self.batch_size.unwrap_or(1 << 20);
@@ -203,7 +203,7 @@ impl BenchArgs {
         Ok(Client::connect(config)?)
     }
 
-    pub fn topic(&self, client: &Client, name: &str) -> Result<()> {
+    pub(crate) fn topic(&self, client: &Client, name: &str) -> Result<()> {
         let options = TopicOptions {
             order: self.order,
             ack_level: if self.replication_factor > 1 { 2 } else { 1 },

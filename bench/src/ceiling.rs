@@ -4,7 +4,7 @@
 
 mod verbs;
 
-pub use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
+pub(crate) use verbs::{ping_pong as verbs_ping_pong, write as verbs_write};
 
 use crate::args::{BenchArgs, REGION_BYTES, RETENTION_BYTES, SEGMENT_BYTES};
 use crate::cores::{CorePair, pin};
@@ -26,7 +26,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// Connects two sockets over loopback, prepared as brokers and clients prepare theirs.
-pub fn connected() -> Result<(TcpStream, TcpStream)> {
+pub(crate) fn connected() -> Result<(TcpStream, TcpStream)> {
     let listener = TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
     let near = TcpStream::connect(listener.local_addr()?).context("cannot connect")?;
     let (far, _) = listener.accept()?;
@@ -39,7 +39,7 @@ pub fn connected() -> Result<(TcpStream, TcpStream)> {
 /// Measures TCP into a region like a broker's, bytes per second: one thread sends from a buffer, another receives.
 ///
 /// The result is the better of two receivers, one that sleeps between batches and one that polls without rest.
-pub fn tcp_receive_into_region(cores: CorePair, batch_bytes: usize, seconds: f64) -> Result<f64> {
+pub(crate) fn tcp_receive_into_region(cores: CorePair, batch_bytes: usize, seconds: f64) -> Result<f64> {
     let receive = |busy| -> Result<f64> {
         let receiver = std::thread::spawn(move || receive(cores, batch_bytes, seconds / 2.0, busy));
         receiver.join().map_err(|_| anyhow::anyhow!("the receiver died"))?
@@ -105,7 +105,7 @@ fn read_busily(stream: &mut TcpStream, buffer: &mut [u8]) -> std::io::Result<boo
 }
 
 /// Median round trip of `bytes` over TCP, seconds. Both threads poll without rest.
-pub fn tcp_ping_pong(cores: CorePair, bytes: usize, seconds: f64) -> Result<f64> {
+pub(crate) fn tcp_ping_pong(cores: CorePair, bytes: usize, seconds: f64) -> Result<f64> {
     let caller = std::thread::spawn(move || ping_pong(cores, bytes, seconds));
     caller.join().map_err(|_| anyhow::anyhow!("the caller died"))?
 }
@@ -136,7 +136,7 @@ fn ping_pong(cores: CorePair, bytes: usize, seconds: f64) -> Result<f64> {
 }
 
 /// Name of [`nothing_to_do`] in reports, where it is the ceiling of latencies under load.
-pub const NOTHING_TO_DO: &str = "nothing_to_do";
+pub(crate) const NOTHING_TO_DO: &str = "nothing_to_do";
 /// Time between two events of [`nothing_to_do`], nanoseconds.
 const NOTHING_EVERY: u64 = 1_000;
 
@@ -144,7 +144,7 @@ const NOTHING_EVERY: u64 = 1_000;
 ///
 /// A thread on each core looks at the clock without rest. An event is due every microsecond, and nothing is done for it. It
 /// waits for longer than that only while the machine keeps the thread from running.
-pub fn nothing_to_do(cores: CorePair, seconds: f64) -> Result<Histogram<u64>> {
+pub(crate) fn nothing_to_do(cores: CorePair, seconds: f64) -> Result<Histogram<u64>> {
     let look = |core| -> Result<Histogram<u64>> {
         pin(core)?;
         let (mut waits, begun, mut due) = (histogram::of_nanoseconds()?, Instant::now(), 0);
@@ -181,7 +181,7 @@ fn write_all_of(memory: &Native, piece: u64, seconds: f64, write: impl Fn(Region
 ///
 /// For memory, one core copies batches through the caches and past them, and writes back lines that it has dirtied. For
 /// the network, it is the round trip.
-pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
+pub(crate) fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
     let batch = vec![b'm'; args.write_bytes()];
     let (piece, seconds) = (batch.len() as u64, args.seconds / 4.0);
     let memory = Mapping::anonymous(SPAN.max(piece)).context("cannot map memory")?;
@@ -217,7 +217,7 @@ pub fn of_the_machine(args: &BenchArgs) -> Result<Vec<Row>> {
 /// Measures appends to a file in `directory`, with `fdatasync` after every 4 MiB, bytes per second.
 ///
 /// The result is the better of writes through the page cache and past it.
-pub fn disk_write(directory: &Path, seconds: f64) -> Result<f64> {
+pub(crate) fn disk_write(directory: &Path, seconds: f64) -> Result<f64> {
     let (buffered, direct) =
         (disk_write_by(directory, 0, seconds)?, disk_write_by(directory, libc::O_DIRECT, seconds)?);
     Ok(buffered.max(direct))

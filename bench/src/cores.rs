@@ -5,7 +5,7 @@ use embarcadero_os::thread::prepare_polling_thread;
 
 /// Cores of the two ends of a connection; `None` leaves an end to the scheduler.
 #[derive(Clone, Copy)]
-pub struct CorePair {
+pub(crate) struct CorePair {
     /// Core of the end that sends.
     pub near: Option<usize>,
     /// Core of the end that receives.
@@ -13,11 +13,11 @@ pub struct CorePair {
 }
 
 /// Number of cores that this process may use.
-pub fn host_cores() -> usize {
+pub(crate) fn host_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Pins the calling thread to a core, if one is given.
-pub fn pin(core: Option<usize>) -> Result<()> {
+pub(crate) fn pin(core: Option<usize>) -> Result<()> {
     prepare_polling_thread(core).context("cannot put a thread on its core; try --no-pin")
 }

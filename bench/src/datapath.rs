@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 #[derive(Args)]
-pub struct DatapathArgs {
+pub(crate) struct DatapathArgs {
     #[command(flatten)]
     bench: BenchArgs,
     /// Sizes of the transport's messages and of batches, bytes.
@@ -40,7 +40,7 @@ pub struct DatapathArgs {
 /// Bytes of the smallest batch.
 const LEAST_BATCH: u64 = 4 << 10;
 
-pub fn run(args: &DatapathArgs) -> Result<()> {
+pub(crate) fn run(args: &DatapathArgs) -> Result<()> {
     if let Some(device) = &args.perftest {
         return beside_perftest(&args.bench, device);
     }

@@ -10,7 +10,7 @@ mod polling;
 mod pool;
 mod receiving;
 
-pub use args::DeviationArgs;
+pub(crate) use args::DeviationArgs;
 
 use crate::args::BenchArgs;
 use crate::report::{Format, Report, Row, machine};
@@ -93,7 +93,7 @@ fn write(register: &Path, bench: &BenchArgs, comparisons: &[Comparison]) -> Resu
     Ok(std::fs::write(register, table)?)
 }
 
-pub fn run(args: &DeviationArgs) -> Result<()> {
+pub(crate) fn run(args: &DeviationArgs) -> Result<()> {
     if let Some(unknown) = args.only.iter().find(|id| !MEASURED.iter().any(|entry| entry.id == **id)) {
         bail!("--only {unknown}: not an entry that is measured");
     }

@@ -114,7 +114,7 @@ fn per_packet(seconds: f64) -> Result<[f64; 3]> {
 }
 
 /// Measures encoding, decoding and responding, as one row each.
-pub fn rows(runs: usize, seconds: f64) -> Result<Vec<Row>> {
+pub(crate) fn rows(runs: usize, seconds: f64) -> Result<Vec<Row>> {
     let mut times = [const { Vec::new() }; 3];
     for _ in 0..runs {
         for (all, time) in times.iter_mut().zip(per_packet(seconds)?) {

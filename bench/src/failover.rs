@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Time from the start to the kill, after which the load is steady.
 const SETTLED: Duration = Duration::from_millis(500);
 
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let args = BenchArgs { brokers: args.brokers.max(2), ..args.clone() };
     let (mut leader, mut other, mut quiet) = (vec![], vec![], vec![]);
     for _ in 0..args.runs {

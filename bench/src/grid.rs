@@ -8,7 +8,7 @@ use embarcadero_client::Order;
 use serde_json::Value;
 
 #[derive(Args, Clone)]
-pub struct GridArgs {
+pub(crate) struct GridArgs {
     #[command(flatten)]
     pub bench: BenchArgs,
     /// Parameter and its values, such as brokers=1,4,32; every combination is run. Parameters: brokers, publishers,
@@ -67,7 +67,7 @@ impl Setting {
 }
 
 /// One combination of values.
-pub struct Point {
+pub(crate) struct Point {
     pub bench: BenchArgs,
     /// Values of the combination, for people.
     label: String,
@@ -75,7 +75,7 @@ pub struct Point {
 
 impl Point {
     /// Prints the rows that were measured at this combination.
-    pub fn print(&self, parameters: Value, rows: &[Row]) -> Result<()> {
+    pub(crate) fn print(&self, parameters: Value, rows: &[Row]) -> Result<()> {
         if self.bench.format() == Format::Text && !self.label.is_empty() {
             println!("{}", self.label);
         }
@@ -88,7 +88,7 @@ impl GridArgs {
     ///
     /// # Errors
     /// A combination cannot be run.
-    pub fn points(&self) -> Result<Vec<Point>> {
+    pub(crate) fn points(&self) -> Result<Vec<Point>> {
         let mut points = vec![Point { bench: self.bench.clone(), label: String::new() }];
         for axis in &self.over {
             let extend = |point: &Point| {

@@ -6,7 +6,7 @@ use anyhow::Result;
 use embarcadero::cluster::BrokerProcess;
 use std::time::Duration;
 
-pub fn cpu_seconds(pid: u32) -> Result<f64> {
+pub(crate) fn cpu_seconds(pid: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
     let ticks: f64 = fields.iter().skip(11).take(2).filter_map(|field| field.parse::<f64>().ok()).sum();
@@ -15,7 +15,7 @@ pub fn cpu_seconds(pid: u32) -> Result<f64> {
 }
 
 /// Processors that an idle broker takes: processor seconds per second.
-pub fn idle_cpu(args: &BenchArgs, seconds: f64) -> Result<f64> {
+pub(crate) fn idle_cpu(args: &BenchArgs, seconds: f64) -> Result<f64> {
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;
     args.topic(&client, "bench")?;
@@ -26,7 +26,7 @@ pub fn idle_cpu(args: &BenchArgs, seconds: f64) -> Result<f64> {
     Ok((cpu_seconds(pid)? - before) / seconds)
 }
 
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let shares = (0..args.runs).map(|_| idle_cpu(args, 5.0)).collect::<Result<Vec<_>>>()?;
     Report::new(args.parameters(), args.format()).print(&[Row::new("idle.broker_cpu", "cores", &shares)])
 }

@@ -25,7 +25,7 @@ const BURST: u64 = 64;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[derive(Args, Clone)]
-pub struct LatencyArgs {
+pub(crate) struct LatencyArgs {
     #[command(flatten)]
     bench: BenchArgs,
     /// Rates in messages per second, with a set of runs for each; without, one message at a time.
@@ -34,7 +34,7 @@ pub struct LatencyArgs {
 }
 
 #[derive(Args, Clone)]
-pub struct LoadArgs {
+pub(crate) struct LoadArgs {
     #[command(flatten)]
     bench: BenchArgs,
     /// Loads, as parts of the highest goodput that the same run reached.
@@ -76,7 +76,7 @@ fn on_near_core<R: Send>(args: &BenchArgs, work: impl FnOnce() -> Result<R> + Se
 }
 
 /// Latencies from publish to acknowledgement, one message at a time, in one run on a fresh cluster.
-pub fn one_at_a_time(args: &BenchArgs) -> Result<Histogram<u64>> {
+pub(crate) fn one_at_a_time(args: &BenchArgs) -> Result<Histogram<u64>> {
     let message = vec![b'm'; args.message_bytes];
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;
@@ -87,7 +87,7 @@ pub fn one_at_a_time(args: &BenchArgs) -> Result<Histogram<u64>> {
 
 /// Pace at which messages are due.
 #[derive(Clone, Copy)]
-pub enum Pace {
+pub(crate) enum Pace {
     /// Constant rate, messages per second.
     Rate(f64),
     /// Highest rate at which messages can be published.
@@ -97,7 +97,7 @@ pub enum Pace {
 }
 
 /// Outcome of a run.
-pub struct Outcome {
+pub(crate) struct Outcome {
     /// Time from the moment at which each message was due to its acknowledgement, nanoseconds. Has no meaning with
     /// [`Pace::Most`].
     pub to_ack: Histogram<u64>,
@@ -227,7 +227,7 @@ impl Loop<'_> {
 
 /// Runs an open loop. One thread publishes, takes acknowledgements and, if `delivered` is set, deliveries: on a host with
 /// few cores nothing then waits for the scheduler.
-pub fn open_loop(args: &BenchArgs, client: &Client, pace: Pace, delivered: bool) -> Result<Outcome> {
+pub(crate) fn open_loop(args: &BenchArgs, client: &Client, pace: Pace, delivered: bool) -> Result<Outcome> {
     if args.message_bytes < 8 || args.ack == 0 {
         bail!("--message-bytes must be at least 8 and --ack at least 1: messages carry their number and are timed");
     }
@@ -306,7 +306,7 @@ impl Quantiles {
     }
 }
 
-pub fn run(args: &LatencyArgs) -> Result<()> {
+pub(crate) fn run(args: &LatencyArgs) -> Result<()> {
     let bench = &args.bench;
     if args.rates.is_empty() {
         let (mut ceilings, mut quantiles) = (Vec::new(), Quantiles::new()?);
@@ -349,7 +349,7 @@ struct Loaded {
     goodput: Vec<f64>,
 }
 
-pub fn versus_load(args: &LoadArgs) -> Result<()> {
+pub(crate) fn versus_load(args: &LoadArgs) -> Result<()> {
     for (delivered, what) in [(false, "latency_vs_load.publish_to_ack"), (true, "latency_vs_load.publish_to_delivery")]
     {
         let bench = &args.bench;

@@ -8,7 +8,7 @@ use embarcadero_verbs::DpdkConfig;
 use std::net::Ipv4Addr;
 
 /// MTU that packets of 4096 bytes need, with their headers.
-pub const MTU: u16 = 4200;
+pub(crate) const MTU: u16 = 4200;
 /// Ports, each with the last byte of its address.
 const NEAR: (&str, u8) = ("net_memif0", 1);
 const FAR: (&str, u8) = ("net_memif1", 2);
@@ -49,17 +49,17 @@ fn here((port, last): (&str, u8)) -> DpdkConfig {
 }
 
 /// Two ports that are each other's peer: the one that sends, and the one that receives.
-pub fn pair() -> [DpdkConfig; 2] {
+pub(crate) fn pair() -> [DpdkConfig; 2] {
     [here(NEAR), here(FAR)]
 }
 
 /// Port whose peer is the broker's.
-pub fn client() -> DpdkConfig {
+pub(crate) fn client() -> DpdkConfig {
     here(CLIENT)
 }
 
 /// Environment of the broker, whose port is the client's peer.
-pub fn broker() -> Vec<(String, String)> {
+pub(crate) fn broker() -> Vec<(String, String)> {
     let eal = arguments(256, [device(BROKER, &socket("broker"), "server")]);
     let settings = [("EAL", format!("{eal:?}")), ("ADDRESS", address(BROKER.1).to_string()), ("MTU", MTU.to_string())];
     settings.map(|(key, value)| (format!("EMBARCADERO_BROKER_DPDK__{key}"), value)).into()
@@ -67,7 +67,7 @@ pub fn broker() -> Vec<(String, String)> {
 
 /// Two devices that reach each other, as DPDK's --vdev names them.
 #[derive(Clone)]
-pub struct Devices {
+pub(crate) struct Devices {
     pub near: String,
     pub far: String,
     pub mtu: u16,
@@ -75,7 +75,7 @@ pub struct Devices {
 
 impl Devices {
     /// Ports at the two devices: the one that sends, and the one that receives.
-    pub fn pair(&self) -> [DpdkConfig; 2] {
+    pub(crate) fn pair(&self) -> [DpdkConfig; 2] {
         let eal = arguments(512, [&self.near, &self.far].map(|device| format!("--vdev={device}")));
         [(&self.near, NEAR.1), (&self.far, FAR.1)].map(|(device, last)| {
             let port = device.split(',').next().unwrap_or(device);

@@ -23,7 +23,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 #[derive(Args, Clone)]
-pub struct PeerArgs {
+pub(crate) struct PeerArgs {
     #[command(flatten)]
     bench: BenchArgs,
     /// NATS with JetStream, HOST:PORT. Messages go to a stream in its memory.
@@ -128,7 +128,7 @@ struct Measured<'a> {
     latency: Vec<f64>,
 }
 
-pub fn run(args: &PeerArgs) -> Result<()> {
+pub(crate) fn run(args: &PeerArgs) -> Result<()> {
     let bench = &args.bench;
     let nats = args.nats.clone().map(|address| Nats { address });
     let redis = args.redis.clone().map(|address| Redis { address });

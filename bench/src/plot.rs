@@ -22,7 +22,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 #[derive(Args)]
-pub struct PlotArgs {
+pub(crate) struct PlotArgs {
     /// Files of rows; - stands for standard input.
     #[arg(required = true)]
     rows: Vec<PathBuf>,
@@ -438,7 +438,7 @@ fn prepare_font(chosen: Option<&Path>) -> Result<()> {
         .map_err(|_| anyhow::anyhow!("{} is not a TrueType font", path.display()))
 }
 
-pub fn run(args: &PlotArgs) -> Result<()> {
+pub(crate) fn run(args: &PlotArgs) -> Result<()> {
     let mut rows = Vec::new();
     for path in &args.rows {
         rows.extend(read_rows(path)?);

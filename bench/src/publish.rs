@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 /// Lead of publishers over a subscriber, bytes of messages.
 #[derive(Default)]
-pub struct Lead {
+pub(crate) struct Lead {
     published: AtomicU64,
     delivered: AtomicU64,
 }
@@ -27,7 +27,7 @@ impl Lead {
 }
 
 /// Publishes for `time`. Returns the bytes of acknowledged messages.
-pub fn publish_for(publisher: &Publisher, message: &[u8], time: Duration, lead: Option<&Lead>) -> Result<u64> {
+pub(crate) fn publish_for(publisher: &Publisher, message: &[u8], time: Duration, lead: Option<&Lead>) -> Result<u64> {
     const AT_A_TIME: u64 = 256;
     let begun = Instant::now();
     let mut bytes = 0;
@@ -76,7 +76,7 @@ fn goodput(args: &BenchArgs, client: &Client, topic: &str, lead: Option<&Lead>) 
 }
 
 /// Goodput of one run on a fresh cluster, bytes per second.
-pub fn publish_goodput(args: &BenchArgs) -> Result<f64> {
+pub(crate) fn publish_goodput(args: &BenchArgs) -> Result<f64> {
     let cluster = args.cluster()?;
     let client = args.client(&cluster)?;
     args.topic(&client, "bench")?;
@@ -86,7 +86,7 @@ pub fn publish_goodput(args: &BenchArgs) -> Result<f64> {
     goodput(args, &client, "bench", None)
 }
 
-pub fn run(args: &GridArgs) -> Result<()> {
+pub(crate) fn run(args: &GridArgs) -> Result<()> {
     for point in args.points()? {
         let bench = &point.bench;
         let (mut ceilings, mut rates) = (Vec::new(), Vec::new());
@@ -143,7 +143,7 @@ fn publish_and_subscribe(args: &BenchArgs) -> Result<(f64, f64, f64)> {
     Ok((alone, published, delivered))
 }
 
-pub fn end_to_end(args: &GridArgs) -> Result<()> {
+pub(crate) fn end_to_end(args: &GridArgs) -> Result<()> {
     for point in args.points()? {
         let bench = &point.bench;
         let (mut alone, mut published, mut delivered) = (Vec::new(), Vec::new(), Vec::new());

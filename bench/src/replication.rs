@@ -24,7 +24,7 @@ impl Drop for Scratch {
     }
 }
 
-pub fn run(args: &BenchArgs) -> Result<()> {
+pub(crate) fn run(args: &BenchArgs) -> Result<()> {
     let on = args.replicas.as_ref().context("--replicas is missing: a directory on the disk to be measured")?;
     let scratch = Scratch(on.join(format!("embarcadero-bench-{}", std::process::id())));
     let directory = &scratch.0;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::sync::Once;
 
 /// One figure: the median of its runs.
-pub struct Row {
+pub(crate) struct Row {
     name: String,
     unit: &'static str,
     runs: Vec<f64>,
@@ -16,24 +16,24 @@ pub struct Row {
 }
 
 /// Median of values; not a number if there are none.
-pub fn median(values: &[f64]) -> f64 {
+pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 impl Row {
-    pub fn new(name: impl Into<String>, unit: &'static str, runs: &[f64]) -> Self {
+    pub(crate) fn new(name: impl Into<String>, unit: &'static str, runs: &[f64]) -> Self {
         Self { name: name.into(), unit, runs: runs.to_vec(), ceiling: None, distribution: Vec::new() }
     }
 
     /// Median of the runs; not a number if there are none.
-    pub fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         median(&self.runs)
     }
 
     /// Least and largest of the runs.
-    pub fn spread(&self) -> (f64, f64) {
+    pub(crate) fn spread(&self) -> (f64, f64) {
         let least = self.runs.iter().copied().fold(f64::INFINITY, f64::min);
         (least, self.runs.iter().copied().fold(f64::NEG_INFINITY, f64::max))
     }
@@ -48,13 +48,13 @@ impl Row {
         println!();
     }
 
-    pub fn with_ceiling(mut self, name: &'static str, runs: &[f64]) -> Self {
+    pub(crate) fn with_ceiling(mut self, name: &'static str, runs: &[f64]) -> Self {
         self.ceiling = Some((name, median(runs)));
         self
     }
 
     /// Adds the distribution of all runs together, which only JSON shows.
-    pub fn with_distribution(mut self, points: Vec<(f64, f64)>) -> Self {
+    pub(crate) fn with_distribution(mut self, points: Vec<(f64, f64)>) -> Self {
         self.distribution = points;
         self
     }
@@ -62,7 +62,7 @@ impl Row {
 
 /// Format of printed rows.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     /// Text in columns, for people.
     Text,
     /// One object per line.
@@ -74,17 +74,17 @@ pub enum Format {
 static CSV_HEADER: Once = Once::new();
 
 /// Rows of one bench.
-pub struct Report {
+pub(crate) struct Report {
     parameters: Value,
     format: Format,
 }
 
 impl Report {
-    pub fn new(parameters: Value, format: Format) -> Self {
+    pub(crate) fn new(parameters: Value, format: Format) -> Self {
         Self { parameters, format }
     }
 
-    pub fn print(&self, rows: &[Row]) -> Result<()> {
+    pub(crate) fn print(&self, rows: &[Row]) -> Result<()> {
         match self.format {
             Format::Text => rows.iter().for_each(Row::show),
             Format::Json => {
@@ -98,7 +98,7 @@ impl Report {
     }
 
     /// Encodes a row as JSON.
-    pub fn object(&self, row: &Row) -> Value {
+    pub(crate) fn object(&self, row: &Row) -> Value {
         let (value, (least, most)) = (row.median(), row.spread());
         let ceiling = row.ceiling.map(|(name, value)| json!({ "name": name, "value": value }));
         let mut object = json!({
@@ -138,7 +138,7 @@ impl Report {
 }
 
 /// Processor and cores of this host.
-pub fn machine() -> String {
+pub(crate) fn machine() -> String {
     let model = std::fs::read_to_string("/proc/cpuinfo")
         .ok()
         .and_then(|text| {
@@ -149,7 +149,7 @@ pub fn machine() -> String {
 }
 
 /// Value with a unit that suits its size, for people.
-pub fn human(value: f64, unit: &str) -> String {
+pub(crate) fn human(value: f64, unit: &str) -> String {
     match unit {
         "B/s" => format!("{:.0} MB/s", value / 1e6),
         "s" if value < 1e-6 => format!("{:.1} ns", value * 1e9),

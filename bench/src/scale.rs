@@ -10,7 +10,7 @@ use embarcadero_client::{Client, ClientConfig, ClientError, Publisher, TopicOpti
 use std::time::{Duration, Instant};
 
 #[derive(Args, Clone)]
-pub struct ScaleArgs {
+pub(crate) struct ScaleArgs {
     #[command(flatten)]
     bench: BenchArgs,
     /// Size to which the log grows, gigabytes; the region is 1 GiB larger.
@@ -129,7 +129,7 @@ fn many_sessions(args: &ScaleArgs) -> Result<(f64, f64)> {
     Ok((few, for_a_while(bench, &publishers)?))
 }
 
-pub fn run(args: &ScaleArgs) -> Result<()> {
+pub(crate) fn run(args: &ScaleArgs) -> Result<()> {
     let bench = &args.bench;
     if bench.runs == 0 {
         bail!("--runs must be at least 1");

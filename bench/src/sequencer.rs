@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 const SESSIONS: u32 = 16;
 
 /// Number of ordered batches, and the time that they took.
-pub struct Ordered {
+pub(crate) struct Ordered {
     pub batches: u64,
     /// Time spent in the brokers' part: entries of Batchlogs, published in groups.
     pub appending: Duration,
@@ -24,14 +24,14 @@ pub struct Ordered {
 
 impl Ordered {
     /// Batches per second of the sequencer alone.
-    pub fn rate(&self) -> f64 {
+    pub(crate) fn rate(&self) -> f64 {
         self.batches as f64 / self.ordering.as_secs_f64()
     }
 }
 
 /// Appends batches of 16 sessions at several brokers and orders them, in turn, until the sequencer has worked for
 /// `seconds`.
-pub fn order<F: Fabric>(region: Region<F>, seconds: f64) -> Result<Ordered> {
+pub(crate) fn order<F: Fabric>(region: Region<F>, seconds: f64) -> Result<Ordered> {
     order_of(region, SESSIONS, seconds)
 }
 
@@ -55,7 +55,7 @@ fn order_of<F: Fabric>(region: Region<F>, sessions: u32, seconds: f64) -> Result
 }
 
 /// Median time of allocating one segment, seconds.
-pub fn allocation() -> Result<f64> {
+pub(crate) fn allocation() -> Result<f64> {
     let allocator = BitmapAllocator::new(region(AllocatorKind::Bitmap, FlushMethod::None, |native| native)?);
     let mut times = Vec::new();
     for _ in 0..2000 {
@@ -70,7 +70,7 @@ pub fn allocation() -> Result<f64> {
     Ok(times[times.len() / 2])
 }
 
-pub fn run(args: &GridArgs) -> Result<()> {
+pub(crate) fn run(args: &GridArgs) -> Result<()> {
     let method = FlushSupport::detect().best().context("this CPU has no flush instruction")?;
     for point in args.points()? {
         let bench = &point.bench;

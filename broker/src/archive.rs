@@ -60,7 +60,7 @@ impl fmt::Display for ReadFrom {
 }
 
 /// Streams on the disk of this broker's own replica, for readers in other threads.
-pub struct Catalog {
+pub(crate) struct Catalog {
     /// Files per stream: `None` for a stream without files. Streams that have not been looked for yet have no entry.
     streams: Mutex<BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>>,
     /// True while streams without an entry may still be on the disk.

@@ -23,7 +23,7 @@ const NEWEST: u64 = 4;
 
 /// Contents of a region.
 #[derive(Serialize)]
-pub struct Report {
+pub(super) struct Report {
     superblock: Superblock,
     layout: Layout,
     control_block: Option<LeaderInfo>,
@@ -137,7 +137,7 @@ struct SegmentReport {
 
 impl Report {
     /// Reads the region as the leader has it, or as the last leader had it.
-    pub fn read(region: &Region<Native>) -> Self {
+    pub(super) fn read(region: &Region<Native>) -> Self {
         let area = last_active(region).map_or(LeaderArea(BrokerId(0)), |(area, _)| area);
         let mut reader = Reader { region, area, damage: Vec::new() };
         let geometry = *region.geometry();

@@ -3,7 +3,7 @@
 
 /// Budgets of all open-ended tests in one run.
 #[derive(Clone, Copy)]
-pub struct Budget {
+pub(crate) struct Budget {
     /// Number of schedules in `sim/tests/fabric_schedules/main.rs`.
     pub schedules: u32,
     /// Number of schedules or seeds within which a test must notice a mutation, such as a flush left out. 0 skips these tests.
@@ -18,15 +18,16 @@ pub struct Budget {
 
 impl Budget {
     /// Budget of `cargo xtask test`, which takes a few minutes.
-    pub const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
+    pub(crate) const SMALL: Self = Self { schedules: 1000, mutation: 0, rack_seeds: 100, chaos_rounds: 2, fuzz_s: 0 };
     /// Budget of `cargo xtask all`.
-    pub const FULL: Self = Self { schedules: 5000, mutation: 10_000, rack_seeds: 1000, chaos_rounds: 8, fuzz_s: 10 };
+    pub(crate) const FULL: Self =
+        Self { schedules: 5000, mutation: 10_000, rack_seeds: 1000, chaos_rounds: 8, fuzz_s: 10 };
     /// Budget of `cargo xtask long`, which takes hours. Fuzzing of the seven targets takes one hour in all.
-    pub const LONG: Self =
+    pub(crate) const LONG: Self =
         Self { schedules: 100_000, mutation: 10_000, rack_seeds: 100_000, chaos_rounds: 200, fuzz_s: 514 };
 
     /// Environment variables that the tests read, with their values.
-    pub fn variables(&self) -> [(&'static str, String); 5] {
+    pub(crate) fn variables(&self) -> [(&'static str, String); 5] {
         [
             ("EMBARCADERO_SIM_SCHEDULES", self.schedules.to_string()),
             ("EMBARCADERO_SIM_MUTATION_BUDGET", self.mutation.to_string()),

@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Outcome of a stage that did not fail.
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The stage ran to its end.
     Ran,
     /// The stage could not run on this host; the text says why.
@@ -16,7 +16,7 @@ pub enum Outcome {
 }
 
 /// Stages of one run so far, and the settings that they share.
-pub struct Stages {
+pub(crate) struct Stages {
     pub budget: Budget,
     root: PathBuf,
     features: Vec<&'static str>,
@@ -28,7 +28,7 @@ impl Stages {
     ///
     /// # Errors
     /// The root cannot be entered.
-    pub fn new(budget: Budget) -> Result<Self> {
+    pub(crate) fn new(budget: Budget) -> Result<Self> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent")?.to_owned();
         std::env::set_current_dir(&root).with_context(|| format!("cannot enter {}", root.display()))?;
         // All builds of a run have the same features, so that nothing is built twice.
@@ -37,7 +37,7 @@ impl Stages {
     }
 
     /// Root of the checkout.
-    pub fn root(&self) -> &Path {
+    pub(crate) fn root(&self) -> &Path {
         &self.root
     }
 
@@ -45,7 +45,7 @@ impl Stages {
     ///
     /// # Errors
     /// The stage failed; the times so far have been printed.
-    pub fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
+    pub(crate) fn run(&mut self, name: &str, stage: impl FnOnce(&Self) -> Result<Outcome>) -> Result<()> {
         eprintln!("== {name}");
         let begun = Instant::now();
         match stage(self) {
@@ -64,13 +64,13 @@ impl Stages {
     }
 
     /// Records a stage that is left out, and the reason.
-    pub fn skip(&mut self, name: &str, why: &str) {
+    pub(crate) fn skip(&mut self, name: &str, why: &str) {
         eprintln!("== SKIPPED: {name}: {why}");
         self.done.push((name.to_owned(), Duration::ZERO, Outcome::Skipped(why.to_owned())));
     }
 
     /// Prints the time of each stage, and which stages were skipped.
-    pub fn summary(&self) {
+    pub(crate) fn summary(&self) {
         eprintln!("== times");
         for (name, time, outcome) in &self.done {
             match outcome {
@@ -84,7 +84,7 @@ impl Stages {
 
     /// Cargo command over the whole workspace, with the lock file, the release profile and the run's features. A command for a
     /// single package would build with other features, and so all again.
-    pub fn cargo_workspace(&self, command: &str) -> Command {
+    pub(crate) fn cargo_workspace(&self, command: &str) -> Command {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.arg(command).args(["--locked", "--workspace"]);
         // `cargo bench` has no such option; its profile is the release profile.
@@ -98,7 +98,7 @@ impl Stages {
     }
 
     /// Returns true if this run builds with DPDK.
-    pub fn has_dpdk(&self) -> bool {
+    pub(crate) fn has_dpdk(&self) -> bool {
         self.features.contains(&"dpdk")
     }
 }
@@ -107,7 +107,7 @@ impl Stages {
 ///
 /// # Errors
 /// The command cannot be run, or fails.
-pub fn execute(command: &mut Command) -> Result<()> {
+pub(crate) fn execute(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("cannot run {}", program(command)))?;
     if !status.success() {
         bail!("`{}` ended with {status}", line(command));
@@ -119,7 +119,7 @@ pub fn execute(command: &mut Command) -> Result<()> {
 ///
 /// # Errors
 /// One of them cannot be run, or fails.
-pub fn execute_both(first: &mut Command, second: &mut Command) -> Result<()> {
+pub(crate) fn execute_both(first: &mut Command, second: &mut Command) -> Result<()> {
     let (first, second) = std::thread::scope(|scope| {
         let second = scope.spawn(|| output(second));
         (execute(first), second.join())
@@ -140,7 +140,7 @@ pub fn execute_both(first: &mut Command, second: &mut Command) -> Result<()> {
 ///
 /// # Errors
 /// The command cannot be run, or fails.
-pub fn output(command: &mut Command) -> Result<String> {
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("cannot run {}", program(command)))?;
     if !output.status.success() {
@@ -150,7 +150,7 @@ pub fn output(command: &mut Command) -> Result<String> {
 }
 
 /// Runs a command without output; true if it exists and succeeds.
-pub fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
+pub(crate) fn succeeds<A: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = A>) -> bool {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())

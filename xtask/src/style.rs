@@ -21,7 +21,7 @@ struct Comment {
 }
 
 /// Checks every documentation comment of the project's Rust files.
-pub fn check_style(root: &Path) -> Result<()> {
+pub(crate) fn check_style(root: &Path) -> Result<()> {
     let listed = Command::new("git")
         .args(["ls-files", "--cached", "--others", "--exclude-standard", "*.rs"])
         .current_dir(root)

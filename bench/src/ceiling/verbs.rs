@@ -126,7 +126,7 @@ impl End {
 }
 
 /// Measures WRITEs with immediate data, bytes per second. One thread writes, another takes the completions.
-pub fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
+pub(crate) fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
     let (cores, seconds) = (args.cores(), args.seconds);
     // As much memory as the benched topic's retention uses.
     let (mut near, mut far) = ends(args, bytes, SMALL_RETENTION_BYTES.max(bytes as u64))?;
@@ -171,7 +171,7 @@ pub fn write(args: &BenchArgs, bytes: usize) -> Result<f64> {
 }
 
 /// Median of half the round trip of `bytes`, seconds. Two threads write to each other in turn, and both poll.
-pub fn ping_pong(args: &BenchArgs, bytes: usize) -> Result<f64> {
+pub(crate) fn ping_pong(args: &BenchArgs, bytes: usize) -> Result<f64> {
     let (cores, seconds) = (args.cores(), args.seconds);
     let (mut near, mut far) = ends(args, bytes, bytes as u64)?;
     let stop = std::sync::atomic::AtomicBool::new(false);

@@ -5,7 +5,7 @@ use clap::Args;
 use std::path::PathBuf;
 
 #[derive(Args, Clone)]
-pub struct DeviationArgs {
+pub(crate) struct DeviationArgs {
     #[command(flatten)]
     pub(super) bench: BenchArgs,
     /// Measure only these entries, such as DEV-001.

@@ -39,7 +39,7 @@ impl Side {
     }
 }
 
-pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let bench = &args.bench;
     let what = "publish to ack at 10 % load, p99; paper: 512 KB, when full";
     let mut light = Comparison::new("DEV-001", what, "s", (Better::Less, 0.63));

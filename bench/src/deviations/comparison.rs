@@ -4,13 +4,13 @@ use crate::report::{Row, human, median};
 
 /// Direction in which values are better.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Better {
+pub(super) enum Better {
     More,
     Less,
 }
 
 /// One figure of an entry, for both designs.
-pub struct Comparison {
+pub(super) struct Comparison {
     pub(super) id: &'static str,
     pub(super) what: String,
     pub(super) unit: &'static str,

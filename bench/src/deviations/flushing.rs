@@ -111,7 +111,7 @@ fn through_log(after_every_write: bool, line: Duration, seconds: f64) -> Result<
     Ok((ordered.batches as f64 / (ordered.appending + ordered.ordering).as_secs_f64(), lines))
 }
 
-pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let seconds = args.bench.seconds;
     let what = "batches per second through Batchlog and sequencer";
     let mut plain = Comparison::new("DEV-002", what, "1/s", (Better::More, 1.05));
@@ -162,7 +162,7 @@ fn publish_entry(second_line: bool, seconds: f64) -> Result<f64> {
     Ok(spent.as_secs_f64() / f64::from(entries))
 }
 
-pub fn compare_metadata(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare_metadata(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let mut entry = Comparison::new("DEV-004", "publishing one Batchlog entry", "s", (Better::Less, 1.05));
     for _ in 0..args.bench.runs {
         entry.add(publish_entry(true, args.bench.seconds / 4.0)?, publish_entry(false, args.bench.seconds / 4.0)?);
@@ -189,7 +189,7 @@ fn order_headers(seconds: f64) -> Result<f64> {
     Ok(messages as f64 / begun.elapsed().as_secs_f64())
 }
 
-pub fn compare_headers(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare_headers(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let what = "messages per second that get their place, in batches of 512";
     let mut messages = Comparison::new("DEV-007", what, "1/s", (Better::More, 1.05));
     for _ in 0..args.bench.runs {

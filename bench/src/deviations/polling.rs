@@ -13,7 +13,7 @@ fn with_setting(args: &BenchArgs, name: &str, value: &str) -> BenchArgs {
     BenchArgs { environment, ..args.clone() }
 }
 
-pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let with_policy = |policy| with_setting(&args.bench, "POLL", policy);
     let [busy, yielding, adaptive] = ["busy", "yield", "adaptive"].map(with_policy);
     let mut idle =
@@ -37,7 +37,7 @@ pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     Ok(vec![idle, median, tail, beside_yield, goodput])
 }
 
-pub fn compare_spin(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare_spin(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let ours = BenchArgs { brokers: 4, ..args.bench.clone() };
     let paper = with_setting(&ours, "SPIN_US", "1000");
     let mut goodput =

@@ -76,7 +76,7 @@ fn unusable_in_logs() -> Result<f64> {
     })?)
 }
 
-pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let what = "claiming space: a segment, beside adding to a contiguous log's end";
     // Once for 16 MiB and more: 100 ns are nothing beside filling it.
     let mut claim = Comparison::new("DEV-005", what, "s", (Better::Less, 100.0));

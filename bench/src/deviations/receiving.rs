@@ -164,7 +164,7 @@ fn receive(args: &BenchArgs, pooled: bool, seconds: f64) -> Result<(f64, Receive
     })
 }
 
-pub fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
+pub(super) fn compare(args: &DeviationArgs) -> Result<Vec<Comparison>> {
     let mut rate = Comparison::new("DEV-003", "bytes received into the region", "B/s", (Better::More, 1.05));
     let what = "atomic operations and write-backs per batch of 512 messages";
     let mut work = Comparison::new("DEV-003", what, "", (Better::Less, 0.01));

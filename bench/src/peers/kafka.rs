@@ -10,7 +10,7 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 /// Broker of Apache Kafka or Redpanda that leads the partition.
-pub struct Kafka {
+pub(super) struct Kafka {
     pub address: String,
 }
 

@@ -6,7 +6,7 @@ use std::io::{BufReader, Read, Write};
 use std::net::TcpStream;
 
 /// NATS server with JetStream.
-pub struct Nats {
+pub(super) struct Nats {
     pub address: String,
 }
 

@@ -6,7 +6,7 @@ use std::io::{BufReader, Write};
 use std::net::TcpStream;
 
 /// Redis server with streams.
-pub struct Redis {
+pub(super) struct Redis {
     pub address: String,
 }
 

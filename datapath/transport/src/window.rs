@@ -83,17 +83,17 @@ pub(crate) struct RemoteWindow {
 
 impl RemoteWindow {
     /// Window `number` of a connection, which begins at `to`.
-    pub fn new(number: u32, to: RemoteRange, bytes: u64) -> Self {
+    pub(crate) fn new(number: u32, to: RemoteRange, bytes: u64) -> Self {
         Self { number, to, bytes, used: 0 }
     }
 
     /// Bytes left for batches.
-    pub fn room(&self) -> u64 {
+    pub(crate) fn room(&self) -> u64 {
         self.bytes - self.used
     }
 
     /// Takes the place of the next batch, which has at most [`RemoteWindow::room`] bytes.
-    pub fn place(&mut self, bytes: u64) -> RemoteRange {
+    pub(crate) fn place(&mut self, bytes: u64) -> RemoteRange {
         let to = self.to.offset(self.used);
         self.used = used_after(self.bytes, self.used, bytes);
         to

@@ -15,7 +15,7 @@ const WINDOW: usize = 8;
 /// Time for which a client waits for an answer, in microseconds of its own clock.
 const PATIENCE_US: u64 = 8000;
 
-pub struct Client {
+pub(crate) struct Client {
     id: usize,
     rack: Arc<Rack>,
     clock: Clock,
@@ -38,7 +38,7 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(id: usize, rack: &Arc<Rack>, batches: u64) -> Self {
+    pub(crate) fn new(id: usize, rack: &Arc<Rack>, batches: u64) -> Self {
         Self {
             id,
             rack: Arc::clone(rack),
@@ -57,12 +57,12 @@ impl Client {
     }
 
     /// Returns true when it has published everything, and all of it is acknowledged.
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         self.next == self.end && self.under_way.is_empty()
     }
 
     /// Describes what it waits for, for a report.
-    pub fn state(&self) -> String {
+    pub(crate) fn state(&self) -> String {
         format!(
             "client {}: {:?} under way, next {} of {}, {:?}",
             self.id, self.under_way, self.next, self.end, self.session
@@ -70,7 +70,7 @@ impl Client {
     }
 
     /// Crashes and starts again. It no longer knows of batches that were under way.
-    pub fn crash(&mut self) {
+    pub(crate) fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.client_crashes);
         self.session = None;
         self.under_way.clear();
@@ -79,7 +79,7 @@ impl Client {
         self.attempt += 1;
     }
 
-    pub fn round(&mut self) {
+    pub(crate) fn round(&mut self) {
         while let Some(answer) = self.rack.network.take_answer(self.id) {
             self.heed(answer);
         }

@@ -12,31 +12,31 @@ use std::sync::Arc;
 
 /// Disk of a host. Clones share it.
 #[derive(Clone)]
-pub struct Disk {
+pub(crate) struct Disk {
     pub host: u32,
     pub files: SimulatedMedium,
     pub history: Arc<History>,
 }
 
 impl Disk {
-    pub fn new(host: u32, history: &Arc<History>) -> Self {
+    pub(crate) fn new(host: u32, history: &Arc<History>) -> Self {
         Self { host, files: SimulatedMedium::default(), history: Arc::clone(history) }
     }
 
     /// Makes it fail from now on, in one way or another.
-    pub fn fail(&self) {
+    pub(crate) fn fail(&self) {
         let faults = [Fault::Full, Fault::Write, Fault::Sync];
         self.files.set_fault(faults[random(0..faults.len() as u64) as usize]);
     }
 
     /// Makes it work again.
-    pub fn repair(&self) {
+    pub(crate) fn repair(&self) {
         self.files.set_fault(Fault::None);
     }
 
     /// Restarts it after a crash of its host. Writes that were not durable are lost, in part or as a whole. A disk that failed
     /// works again.
-    pub fn restart(&self) {
+    pub(crate) fn restart(&self) {
         self.files.lose_power(|| one_in(2));
         self.repair();
     }

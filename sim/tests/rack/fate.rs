@@ -27,41 +27,41 @@ thread_local! {
 }
 
 /// Returns a random number, which the schedule's seed determines.
-pub fn random(range: std::ops::Range<u64>) -> u64 {
+pub(crate) fn random(range: std::ops::Range<u64>) -> u64 {
     shuttle::rand::thread_rng().gen_range(range)
 }
 
 /// Returns true once in `odds` times, at random.
-pub fn one_in(odds: u64) -> bool {
+pub(crate) fn one_in(odds: u64) -> bool {
     random(0..odds) == 0
 }
 
 /// Begins a schedule: no host has a fault before it, and the time is 0.
-pub fn reset() {
+pub(crate) fn reset() {
     FATES.with(|fates| fates.iter().for_each(|fate| fate.set(Fate::default())));
     TICKS.set(0);
 }
 
 /// Moves time on by 100 microseconds.
-pub fn tick() {
+pub(crate) fn tick() {
     TICKS.set(TICKS.get() + 1);
 }
 
 /// Clock of a host. It is wrong, and runs too fast or too slow.
 #[derive(Clone, Copy, Debug)]
-pub struct Clock {
+pub(crate) struct Clock {
     offset_us: u64,
     per_mille: u64,
 }
 
 impl Clock {
     /// Makes a clock that is up to a minute fast, and counts 0.7 to 1.5 seconds in a true second.
-    pub fn drifting() -> Self {
+    pub(crate) fn drifting() -> Self {
         Self { offset_us: random(0..60_000_000), per_mille: random(700..1500) }
     }
 
     /// Returns the time that it shows, in microseconds.
-    pub fn now_us(self) -> u64 {
+    pub(crate) fn now_us(self) -> u64 {
         self.offset_us + TICKS.get() * 100 * self.per_mille / 1000
     }
 }
@@ -88,26 +88,26 @@ fn step<const HOST: usize>() {
 }
 
 /// Functions that each host calls before it uses the fabric.
-pub const STEPS: [fn(); HOSTS] = [step::<0>, step::<1>, step::<2>, step::<3>, step::<4>];
+pub(crate) const STEPS: [fn(); HOSTS] = [step::<0>, step::<1>, step::<2>, step::<3>, step::<4>];
 
 /// Makes a host crash at one of its next 1500 operations.
-pub fn doom(host: usize) {
+pub(crate) fn doom(host: usize) {
     FATES.with(|fates| fates[host].set(Fate { crash_in: random(1..1500) as u32, ..fates[host].get() }));
 }
 
 /// Makes a host stand still at one of its next 500 operations.
-pub fn halt(host: usize) {
+pub(crate) fn halt(host: usize) {
     let (pause_in, pause) = (random(1..500) as u32, random(100..4000) as u32);
     FATES.with(|fates| fates[host].set(Fate { pause_in, pause, ..fates[host].get() }));
 }
 
 /// Takes back all faults that a host has before it.
-pub fn spare(host: usize) {
+pub(crate) fn spare(host: usize) {
     FATES.with(|fates| fates[host].take());
 }
 
 /// Runs `work` on a host. Returns `None` if a crash interrupted it.
-pub fn or_crash<R>(host: usize, work: impl FnOnce() -> R) -> Option<R> {
+pub(crate) fn or_crash<R>(host: usize, work: impl FnOnce() -> R) -> Option<R> {
     match catch_unwind(AssertUnwindSafe(work)) {
         Ok(result) => Some(result),
         Err(cause) if cause.is::<Crash>() => {

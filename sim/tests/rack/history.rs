@@ -6,10 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Content of a batch: its client, and its number among the batches of that client, from 0.
-pub type Content = (usize, u64);
+pub(crate) type Content = (usize, u64);
 
 /// Entry of the order as a reader saw it: the batch's content and its offset.
-pub type Seen = (Content, u64);
+pub(crate) type Seen = (Content, u64);
 
 /// Counts of what happened. A rack in which something never happens tests too little.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -36,7 +36,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Bytes that a batch claims: 64 for its header, 4 for its length table, and the rest for one message.
-pub const BATCH_BYTES: u64 = 256;
+pub(crate) const BATCH_BYTES: u64 = 256;
 /// Looks at a leader that does not move, after which another broker campaigns.
 const LEADER_PATIENCE: u64 = 12;
 /// Silence after which the leader takes a broker for dead, by the leader's clock.
@@ -88,7 +88,7 @@ struct Process {
 }
 
 /// Host of the rack.
-pub struct Machine {
+pub(crate) struct Machine {
     host: usize,
     rack: Arc<Rack>,
     clock: Clock,
@@ -101,7 +101,7 @@ pub struct Machine {
 }
 
 /// Reads the content of a batch from its payload. Both of its ends name the client and the batch's number, and must agree.
-pub fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
+pub(crate) fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
     let fabric = region.fabric();
     let read = |at: u64| {
         fabric.invalidate(RegionOffset(at), 16, Site::PayloadRead);
@@ -115,7 +115,7 @@ pub fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64
 
 impl Machine {
     /// Makes a host whose process starts after `down_for` rounds.
-    pub fn new(host: usize, rack: &Arc<Rack>, down_for: u64) -> Self {
+    pub(crate) fn new(host: usize, rack: &Arc<Rack>, down_for: u64) -> Self {
         Self {
             host,
             rack: Arc::clone(rack),
@@ -128,7 +128,7 @@ impl Machine {
     }
 
     /// Describes what this host is doing, for a report.
-    pub fn state(&self) -> String {
+    pub(crate) fn state(&self) -> String {
         match &self.process {
             None => format!("host {}: down for {:?}", self.host, self.down_for),
             Some(process) => format!(
@@ -146,12 +146,12 @@ impl Machine {
     }
 
     /// Returns the host's disk.
-    pub fn disk(&self) -> &Disk {
+    pub(crate) fn disk(&self) -> &Disk {
         &self.disk
     }
 
     /// Runs a round in which faults may happen.
-    pub fn rough_round(&mut self) {
+    pub(crate) fn rough_round(&mut self) {
         match random(0..400) {
             0..2 => doom(self.host),
             2..4 => {
@@ -169,7 +169,7 @@ impl Machine {
     }
 
     /// Ends all faults and repairs what is broken. The host comes back, and a process whose disk failed is started again.
-    pub fn repair(&mut self) {
+    pub(crate) fn repair(&mut self) {
         spare(self.host);
         self.disk.repair();
         self.down_for = self.down_for.map(|_| 0);
@@ -179,7 +179,7 @@ impl Machine {
         }
     }
 
-    pub fn round(&mut self) {
+    pub(crate) fn round(&mut self) {
         let Some(process) = &mut self.process else {
             self.rack.network.cut(self.host);
             match &mut self.down_for {
@@ -537,7 +537,7 @@ impl Process {
 }
 
 /// Reads the whole order on a host with empty caches.
-pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
+pub(crate) fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
     let [fabric, _] = rack.join(HOSTS - 1);
     let region = Region::open(fabric).expect("the superblock is visible");
     let mut reader = OrderIndexReader::new(region.clone(), GLOBAL);
@@ -551,7 +551,7 @@ pub fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
 }
 
 /// Reads the offset and the number of messages of each batch from the mirror.
-pub fn read_mirror(rack: &Rack) -> Vec<(u64, u32)> {
+pub(crate) fn read_mirror(rack: &Rack) -> Vec<(u64, u32)> {
     let [_, fabric] = rack.join(HOSTS - 1);
     let region = Region::open(fabric).expect("the superblock is visible");
     let topics = mirror::read(&region).expect("the mirror is whole");

@@ -18,7 +18,7 @@ use std::net::IpAddr;
 /// Number of batches that a window has room for.
 const SLOTS: u64 = 16;
 /// Bytes of a window.
-pub const WINDOW_BYTES: u64 = SLOTS * BATCH_BYTES;
+pub(crate) const WINDOW_BYTES: u64 = SLOTS * BATCH_BYTES;
 /// Number of receives that a host has posted for a client, fewer than the client may use at once.
 const RECEIVES: usize = 3;
 /// Most packets that a NIC takes in a round.
@@ -79,25 +79,25 @@ pub struct Window {
 }
 
 /// Chooses the number of a first packet.
-pub fn first_psn() -> Psn {
+pub(crate) fn first_psn() -> Psn {
     Psn::new(random(0..1 << 24) as u32)
 }
 
 /// Connection of a client to a host.
-pub struct Link {
+pub(crate) struct Link {
     pair: QueuePair<Vec<u8>>,
     window: Window,
     used: u64,
 }
 
 impl Link {
-    pub fn new(client: usize, host: usize, window: Window) -> Self {
+    pub(crate) fn new(client: usize, host: usize, window: Window) -> Self {
         let pair = Port::of_client(client).connect(Port::of_host(host), window.client_psn, window.host_psn);
         Self { pair, window, used: 0 }
     }
 
     /// Writes a batch to the next slot. Returns false when there is none, or when the connection is broken.
-    pub fn write(&mut self, batch: &Batch) -> bool {
+    pub(crate) fn write(&mut self, batch: &Batch) -> bool {
         if self.used == SLOTS || self.pair.failure().is_some() {
             return false;
         }
@@ -114,7 +114,7 @@ impl Link {
     }
 
     /// Returns why the connection is broken, if it is.
-    pub fn failure(&self) -> Option<Failure> {
+    pub(crate) fn failure(&self) -> Option<Failure> {
         self.pair.failure()
     }
 }
@@ -137,7 +137,7 @@ impl Memory for Nothing {
 }
 
 /// Takes the packets that came to a client's NIC, and sends those that are due.
-pub fn drive(client: usize, links: &mut [Option<Link>; HOSTS], now_us: u64, network: &Network) {
+pub(crate) fn drive(client: usize, links: &mut [Option<Link>; HOSTS], now_us: u64, network: &Network) {
     let (port, now) = (Port::of_client(client), now_us * 1000);
     for mut packet in std::iter::from_fn(|| network.take_packet(port)).take(PACKETS) {
         let Ok(packet) = decode(&mut packet) else { continue };
@@ -163,7 +163,7 @@ fn send(pair: &mut QueuePair<Vec<u8>>, now: u64, memory: &impl Memory, to: Port,
 
 /// NIC of a host's process.
 #[derive(Default)]
-pub struct Nic {
+pub(crate) struct Nic {
     /// Connection and window of each client.
     ends: BTreeMap<usize, (QueuePair<Vec<u8>>, Window)>,
 }
@@ -196,7 +196,7 @@ impl Memory for Reach<'_> {
 impl Nic {
     /// Connects a client, which may write to the window at `at` from now on. Returns the place of the window that it had
     /// before, if any; it may no longer write there.
-    pub fn accept(
+    pub(crate) fn accept(
         &mut self,
         host: usize,
         client: usize,
@@ -212,7 +212,7 @@ impl Nic {
 
     /// Takes the packets that came to the NIC and sends those that are due. Returns the batches that were written, and where
     /// they lie.
-    pub fn drive(
+    pub(crate) fn drive(
         &mut self,
         host: usize,
         now_us: u64,

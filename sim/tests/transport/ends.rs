@@ -23,7 +23,7 @@ const REGION_BYTES: u64 = 64 << 20;
 type Pair<T, L> = (<T as Transport>::Connection, L);
 
 /// Broker and client that reach each other.
-pub trait Ends {
+pub(crate) trait Ends {
     type Transport: Transport;
 
     /// Returns the broker's region.
@@ -89,7 +89,7 @@ fn native() -> Native {
 }
 
 /// Sockets, with queue pairs beside them if there is a device.
-pub struct SocketEnds {
+pub(crate) struct SocketEnds {
     memory: Native,
     address: SocketAddr,
     endpoint: SocketEndpoint,
@@ -163,10 +163,10 @@ impl Ends for SocketEnds {
 }
 
 /// TCP.
-pub struct Tcp;
+pub(crate) struct Tcp;
 
 impl Tcp {
-    pub fn run(self, suite: fn(&mut SocketEnds)) {
+    pub(crate) fn run(self, suite: fn(&mut SocketEnds)) {
         suite(&mut SocketEnds::new(None));
     }
 }
@@ -175,28 +175,28 @@ impl Tcp {
 type Devices = [(Arc<Context>, LocalPort); 2];
 
 /// RDMA, by devices that `open` opens.
-pub struct Rdma {
+pub(crate) struct Rdma {
     open: fn() -> Option<Devices>,
     alone: bool,
 }
 
 impl Rdma {
-    pub fn by_sockets() -> Self {
+    pub(crate) fn by_sockets() -> Self {
         Self {
             open: || Some([0; 2].map(|_| Context::software(Some(Ipv4Addr::LOCALHOST.into())).unwrap())),
             alone: true,
         }
     }
 
-    pub fn by_dpdk() -> Self {
+    pub(crate) fn by_dpdk() -> Self {
         Self { open: || embarcadero_verbs::has_dpdk().then(dpdk), alone: false }
     }
 
-    pub fn by_a_device() -> Self {
+    pub(crate) fn by_a_device() -> Self {
         Self { open: || Some([0; 2].map(|_| Context::find(None).unwrap())), alone: false }
     }
 
-    pub fn run(self, suite: fn(&mut SocketEnds)) {
+    pub(crate) fn run(self, suite: fn(&mut SocketEnds)) {
         let Self { open, alone } = self;
         let run = move || match open() {
             Some(devices) => suite(&mut SocketEnds::new(Some(devices))),
@@ -227,10 +227,10 @@ fn dpdk() -> [(Arc<Context>, LocalPort); 2] {
 }
 
 /// The simulated transport, on the simulated fabric.
-pub struct InMemory;
+pub(crate) struct InMemory;
 
 impl InMemory {
-    pub fn run(self, suite: fn(&mut MemoryEnds)) {
+    pub(crate) fn run(self, suite: fn(&mut MemoryEnds)) {
         let memory = Simulated::join(&World::new(REGION_BYTES, 1, Turbulence::CALM, None), || {});
         let (network, address) = (SimulatedTransport::new(16), SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
         let endpoint = network.listen(address);
@@ -238,7 +238,7 @@ impl InMemory {
     }
 }
 
-pub struct MemoryEnds {
+pub(crate) struct MemoryEnds {
     memory: Simulated,
     network: SimulatedTransport<Simulated>,
     address: SocketAddr,

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Place of the first batch. Deliveries have the room before it.
-pub const LOG_AT: u64 = 8 << 20;
+pub(crate) const LOG_AT: u64 = 8 << 20;
 
 #[derive(Default)]
-pub struct TestLanding {
+pub(crate) struct TestLanding {
     /// Batches that are complete, and where they lie.
     pub taken: Vec<(BatchHeader, RegionOffset)>,
     /// True when there is no room.

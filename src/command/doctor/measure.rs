@@ -11,7 +11,7 @@ use std::time::Instant;
 
 /// Result of a measurement.
 #[derive(Serialize)]
-pub struct Measure {
+pub(super) struct Measure {
     /// Name of the quantity.
     pub name: String,
     /// Size of the quantity, in `unit`.
@@ -63,7 +63,7 @@ fn reading(name: &str, memory: &Native) -> [Measure; 2] {
 ///
 /// # Errors
 /// The region cannot be opened, or memory cannot be mapped.
-pub fn measure(region: Option<&Path>) -> Result<Vec<Measure>> {
+pub(super) fn measure(region: Option<&Path>) -> Result<Vec<Measure>> {
     let mapping = Mapping::anonymous(SPAN).context("cannot map memory")?;
     mapping.prefault().context("cannot map memory")?;
     let method = FlushSupport::detect().best().unwrap_or(FlushMethod::None);

@@ -18,7 +18,7 @@ fn is_healthy(address: &str) -> std::io::Result<bool> {
 }
 
 /// Etcd of one member, which is killed when dropped.
-pub struct Etcd {
+pub(crate) struct Etcd {
     child: Option<Child>,
     data: TempDir,
     client: String,
@@ -27,7 +27,7 @@ pub struct Etcd {
 
 impl Etcd {
     /// Starts one that serves at `address`.
-    pub fn start(address: IpAddr) -> Self {
+    pub(crate) fn start(address: IpAddr) -> Self {
         let url = || format!("http://{}", address_at(address));
         let (client, peer) = (url(), url());
         let mut etcd = Self { child: None, data: tempfile::tempdir().unwrap(), client, peer };
@@ -36,7 +36,7 @@ impl Etcd {
     }
 
     /// Starts it again at its address, with its data.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         let (client, peer) = (&self.client, &self.peer);
         let log = std::fs::File::create(self.data.path().join("log")).unwrap();
         let child = Command::new("etcd")
@@ -55,7 +55,7 @@ impl Etcd {
         eventually("etcd serves", || is_healthy(address).unwrap_or(false));
     }
 
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
             child.kill().unwrap();
             child.wait().unwrap();
@@ -63,13 +63,13 @@ impl Etcd {
     }
 
     /// Kills it and removes its data.
-    pub fn wipe(&mut self) {
+    pub(crate) fn wipe(&mut self) {
         self.kill();
         std::fs::remove_dir_all(self.data.path().join("data")).unwrap();
     }
 
     /// Returns the value of `etcd.endpoints` for it.
-    pub fn endpoints(&self) -> String {
+    pub(crate) fn endpoints(&self) -> String {
         format!("[{:?}]", self.client)
     }
 }

@@ -1,8 +1,8 @@
 //! Support of whole-system tests: real broker processes on a region of their own.
 
-pub mod etcd;
-pub mod verbs;
-pub mod wire;
+pub(crate) mod etcd;
+pub(crate) mod verbs;
+pub(crate) mod wire;
 
 use embarcadero_client::{Client, ClientConfig, ClusterView, Publisher, Start, TopicView};
 use embarcadero_wire::batch::BatchOrigin;
@@ -16,10 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-pub const PROGRAM: &str = env!("CARGO_BIN_EXE_embarcadero");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_embarcadero");
 
 /// Longest wait for what must happen. Only a broken program reaches it, however busy the machine is.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(300);
 /// Time without progress after which clients fail. A quarter of it is what they wait for a silent broker.
 const PROGRESS: Duration = Duration::from_secs(120);
 
@@ -33,7 +33,7 @@ const PATIENT: [(&str, &str); 5] = [
     ("EMBARCADERO_BROKER_ETCD__LEASE_S", "10"),
 ];
 
-pub struct Broker {
+pub(crate) struct Broker {
     pub child: Child,
     pub id: BrokerId,
     /// Arguments that it was started with.
@@ -44,13 +44,13 @@ pub struct Broker {
 
 impl Broker {
     /// Kills it with SIGKILL.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Sends a signal, for example `-STOP`.
-    pub fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
         assert!(sent.success());
     }
@@ -64,7 +64,7 @@ impl Drop for Broker {
 }
 
 /// Broker processes and their region. Dropping it kills and removes them.
-pub struct Cluster {
+pub(crate) struct Cluster {
     pub brokers: Vec<Broker>,
     pub region: PathBuf,
     environment: Vec<(String, String)>,
@@ -72,14 +72,14 @@ pub struct Cluster {
 
 static REGIONS: AtomicU32 = AtomicU32::new(0);
 
-pub fn region_path() -> PathBuf {
+pub(crate) fn region_path() -> PathBuf {
     let number = REGIONS.fetch_add(1, Ordering::Relaxed);
     PathBuf::from(format!("/dev/shm/embarcadero-test-{}-{number}", std::process::id()))
 }
 
 /// Finds a free address at `host` for something that is started later, or started again. Its port lies below those that the
 /// kernel hands out (`ip_local_port_range`, from 32768), so that nobody gets it in between.
-pub fn address_at(host: IpAddr) -> SocketAddr {
+pub(crate) fn address_at(host: IpAddr) -> SocketAddr {
     const FIRST: u32 = 12_000;
     const PORTS: u32 = 20_000;
     static NEXT: AtomicU32 = AtomicU32::new(0);
@@ -94,29 +94,29 @@ pub fn address_at(host: IpAddr) -> SocketAddr {
 }
 
 /// Finds a free address on loopback, as [`address_at`] does.
-pub fn loopback() -> SocketAddr {
+pub(crate) fn loopback() -> SocketAddr {
     address_at(Ipv4Addr::LOCALHOST.into())
 }
 
-pub fn run(arguments: &[&str]) -> Output {
+pub(crate) fn run(arguments: &[&str]) -> Output {
     Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
 
 impl Cluster {
     /// Makes a region with the arguments `create` of `region create`, and starts `brokers` brokers on it. `environment`
     /// changes their defaults.
-    pub fn start(brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start(brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
         Self::start_on(region_path(), brokers, create, environment)
     }
 
     /// Uses a region that is there. Brokers will be added.
-    pub fn on(region: PathBuf, environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn on(region: PathBuf, environment: &[(&str, &str)]) -> Self {
         let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Self { brokers: Vec::new(), region, environment }
     }
 
     /// Starts a cluster as [`Cluster::start`] does, with its region at `region`, which may be a device-dax node.
-    pub fn start_on(region: PathBuf, brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start_on(region: PathBuf, brokers: u32, create: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut arguments = vec!["region", "create", "--path", region.to_str().unwrap()];
         arguments.extend(create);
         let made = run(&arguments);
@@ -132,18 +132,18 @@ impl Cluster {
     }
 
     /// Sets a variable of the brokers that are started from now on.
-    pub fn set(&mut self, name: &str, value: &str) {
+    pub(crate) fn set(&mut self, name: &str, value: &str) {
         self.environment.retain(|(known, _)| known != name);
         self.environment.push((name.to_owned(), value.to_owned()));
     }
 
     /// Starts one more broker. Returns its index.
-    pub fn add(&mut self, arguments: &[&str]) -> usize {
+    pub(crate) fn add(&mut self, arguments: &[&str]) -> usize {
         self.add_under(&[], arguments)
     }
 
     /// Starts one more broker by a `command` that is put before its command line. Returns its index.
-    pub fn add_under(&mut self, command: &[&str], arguments: &[&str]) -> usize {
+    pub(crate) fn add_under(&mut self, command: &[&str], arguments: &[&str]) -> usize {
         let line = [command, &[PROGRAM]].concat();
         let control = ["--control", &loopback().to_string()].map(str::to_owned);
         let mut child = Command::new(line[0])
@@ -171,21 +171,21 @@ impl Cluster {
         self.brokers.len() - 1
     }
 
-    pub fn await_brokers(&self, count: usize) {
+    pub(crate) fn await_brokers(&self, count: usize) {
         eventually(&format!("the leader sees {count} brokers"), || self.view().brokers.len() == count);
     }
 
     /// Returns the report of `region inspect`.
-    pub fn inspect(&self) -> serde_json::Value {
+    pub(crate) fn inspect(&self) -> serde_json::Value {
         let report = run(&["region", "inspect", "--json", "--path", self.region.to_str().unwrap()]);
         serde_json::from_slice(&report.stdout).unwrap()
     }
 
-    pub fn control(&self) -> &str {
+    pub(crate) fn control(&self) -> &str {
         &self.brokers[0].control
     }
 
-    pub fn config(&self) -> ClientConfig {
+    pub(crate) fn config(&self) -> ClientConfig {
         ClientConfig {
             connect_timeout_ms: PROGRESS.as_millis() as u64,
             progress_timeout_ms: PROGRESS.as_millis() as u64,
@@ -193,7 +193,7 @@ impl Cluster {
         }
     }
 
-    pub fn client(&self) -> Client {
+    pub(crate) fn client(&self) -> Client {
         Client::connect(self.config()).unwrap()
     }
 
@@ -204,13 +204,13 @@ impl Cluster {
     }
 
     /// Connects a client that knows every broker. Its buffers are of a modest size.
-    pub fn client_of_all(&self) -> Client {
+    pub(crate) fn client_of_all(&self) -> Client {
         let config = ClientConfig { batch_size: Some(16 << 10), buffer_bytes: 1 << 20, ..self.config_of_all() };
         Client::connect(config).unwrap()
     }
 
     /// Asks for the state of the cluster until it is told. Between two leaders nobody tells it.
-    pub fn view(&self) -> ClusterView {
+    pub(crate) fn view(&self) -> ClusterView {
         let mut view = None;
         eventually("a leader that answers", || {
             view = Client::connect(self.config_of_all()).and_then(|client| client.cluster()).ok();
@@ -220,7 +220,7 @@ impl Cluster {
     }
 
     /// Waits for a leader that lives. Returns its index among the brokers.
-    pub fn leader(&self) -> usize {
+    pub(crate) fn leader(&self) -> usize {
         let mut index = None;
         eventually("a broker becomes the leader", || {
             let found = self.view().brokers.into_iter().find(|broker| broker.leader);
@@ -231,7 +231,7 @@ impl Cluster {
     }
 
     /// Returns the broker that leads, or led last, and its term, as the region has them.
-    pub fn leading(&self) -> (BrokerId, u64) {
+    pub(crate) fn leading(&self) -> (BrokerId, u64) {
         let found = std::cell::Cell::new(None);
         eventually("the leader's statement is whole", || {
             let statement = &self.inspect()["control_block"];
@@ -243,24 +243,24 @@ impl Cluster {
     }
 
     /// Returns the term of the leader, or of the last one.
-    pub fn term(&self) -> u64 {
+    pub(crate) fn term(&self) -> u64 {
         self.leading().1
     }
 
     /// Waits until another broker than `broker` leads.
-    pub fn await_another_leader(&self, broker: BrokerId) {
+    pub(crate) fn await_another_leader(&self, broker: BrokerId) {
         eventually("another broker leads", || self.leading().0 != broker);
     }
 
     /// Kills a broker with SIGKILL. Returns what [`Cluster::restart`] needs.
-    pub fn kill(&mut self, index: usize) -> Broker {
+    pub(crate) fn kill(&mut self, index: usize) -> Broker {
         let mut broker = self.brokers.remove(index);
         broker.kill();
         broker
     }
 
     /// Starts a broker again that was killed, with its id and control address.
-    pub fn restart(&mut self, dead: &Broker) {
+    pub(crate) fn restart(&mut self, dead: &Broker) {
         let id = dead.id.to_string();
         let mut arguments: Vec<&str> = dead.arguments.iter().map(String::as_str).collect();
         for (flag, value) in [("--id", id.as_str()), ("--control", dead.control.as_str())] {
@@ -272,7 +272,7 @@ impl Cluster {
     }
 
     /// Reads the numbers of a publisher's session from the region, to speak in its name.
-    pub fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
+    pub(crate) fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
         let client_id = publisher.client_id();
         let report = self.inspect();
         let sessions = report["sessions"].as_array().unwrap();
@@ -297,7 +297,7 @@ impl Cluster {
     }
 
     /// Makes a command of the program against this cluster.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(PROGRAM);
         command.args(arguments).env("EMBARCADERO_BROKERS", self.control()).stdin(Stdio::null());
         let ClientConfig { connect_timeout_ms, progress_timeout_ms, .. } = self.config();
@@ -306,7 +306,7 @@ impl Cluster {
         command
     }
 
-    pub fn assert_command(&self, arguments: &[&str]) -> String {
+    pub(crate) fn assert_command(&self, arguments: &[&str]) -> String {
         let output = self.command(arguments).output().unwrap();
         let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{arguments:?}: {out}{err}");
@@ -324,7 +324,7 @@ impl Drop for Cluster {
 }
 
 /// Kills every broker, removes the region, rebuilds it from the directories `from`, and starts other brokers on it.
-pub fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
+pub(crate) fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
     cluster.brokers.iter_mut().for_each(Broker::kill);
     let brokers = std::mem::take(&mut cluster.brokers).len();
     std::fs::remove_file(&cluster.region).unwrap();
@@ -340,14 +340,14 @@ pub fn rebuild(cluster: &mut Cluster, create: &[&str], from: &[&Path]) {
 }
 
 /// Runs a command of the program that must fail, and give the reason.
-pub fn refused(arguments: &[&str], environment: &[(&str, &str)], reason: &str) {
+pub(crate) fn refused(arguments: &[&str], environment: &[(&str, &str)], reason: &str) {
     let output = Command::new(PROGRAM).args(arguments).envs(environment.iter().copied()).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains(reason), "{arguments:?}: {said}");
 }
 
 /// Polls until `done` returns true. Fails after [`PATIENCE`].
-pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
         assert!(begun.elapsed() < PATIENCE, "{what} did not happen");
@@ -356,7 +356,7 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// TCP proxy that cuts a connection after a number of bytes.
-pub struct Proxy {
+pub(crate) struct Proxy {
     pub address: SocketAddr,
     /// Bytes left until the next cut; negative for never.
     budget: Arc<AtomicI64>,
@@ -365,11 +365,11 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    pub fn start(target: SocketAddr) -> Self {
+    pub(crate) fn start(target: SocketAddr) -> Self {
         Self::on(TcpListener::bind("127.0.0.1:0").unwrap(), target)
     }
 
-    pub fn on(listener: TcpListener, target: SocketAddr) -> Self {
+    pub(crate) fn on(listener: TcpListener, target: SocketAddr) -> Self {
         let address = listener.local_addr().unwrap();
         let (budget, cuts) = (Arc::new(AtomicI64::new(-1)), Arc::new(AtomicU32::new(0)));
         let stop = Arc::new(AtomicBool::new(false));
@@ -391,11 +391,11 @@ impl Proxy {
     }
 
     /// Cuts the connection that carries the `bytes`-th byte towards the broker, counted from now on.
-    pub fn cut_after(&self, bytes: i64) {
+    pub(crate) fn cut_after(&self, bytes: i64) {
         self.budget.store(bytes, Ordering::SeqCst);
     }
 
-    pub fn cuts(&self) -> u32 {
+    pub(crate) fn cuts(&self) -> u32 {
         self.cuts.load(Ordering::SeqCst)
     }
 }
@@ -433,7 +433,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, cut: Option<(&AtomicI64, &Atomic
 
 /// Writes at least `bytes` bytes of text, made from files of the system. Each line begins with `prefix` and its number, so
 /// that lines differ.
-pub fn write_text(path: &Path, prefix: &str, bytes: u64) {
+pub(crate) fn write_text(path: &Path, prefix: &str, bytes: u64) {
     let sources = ["/usr/share/common-licenses", "/usr/share/perl", "/usr/share/doc", "/usr/lib/python3"];
     let mut text = Vec::new();
     for source in sources {
@@ -484,20 +484,20 @@ fn collect(path: &Path, text: &mut Vec<u8>, limit: usize) {
 }
 
 /// Makes a message of 100 to 999 bytes that names its publisher and its number.
-pub fn message(publisher: u32, number: u64) -> Vec<u8> {
+pub(crate) fn message(publisher: u32, number: u64) -> Vec<u8> {
     let mut bytes = format!("{publisher} {number} ").into_bytes();
     bytes.resize(100 + (number % 900) as usize, b'x');
     bytes
 }
 
-pub fn parse(payload: &[u8]) -> (u32, u64) {
+pub(crate) fn parse(payload: &[u8]) -> (u32, u64) {
     let text = std::str::from_utf8(payload).unwrap();
     let mut words = text.split(' ');
     (words.next().unwrap().parse().unwrap(), words.next().unwrap().parse().unwrap())
 }
 
 /// Reads a topic to its present end. Returns each publisher's numbers in order of delivery, with their offsets.
-pub fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
+pub(crate) fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
     let mut seen: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
     let mut due = 0;
     let mut subscriber = client.subscriber(topic, Start::Earliest).unwrap();
@@ -512,6 +512,6 @@ pub fn history(client: &Client, topic: &str) -> BTreeMap<u32, Vec<(u64, u64)>> {
     seen
 }
 
-pub fn assert_exactly_once(seen: &[(u64, u64)], count: u64) {
+pub(crate) fn assert_exactly_once(seen: &[(u64, u64)], count: u64) {
     assert!(seen.iter().map(|(number, _)| *number).eq(0..count), "not each message once and in order");
 }

@@ -5,30 +5,30 @@ use embarcadero_client::{Client, ClientConfig, Order, Start, TopicOptions, Trans
 use std::process::Command;
 use std::thread::JoinHandle;
 
-pub const REGION: &[&str] = &["--size", "192MiB", "--segment-size", "4MiB"];
+pub(crate) const REGION: &[&str] = &["--size", "192MiB", "--segment-size", "4MiB"];
 
 /// Runs shell commands.
-pub fn shell(commands: &str) -> String {
+pub(crate) fn shell(commands: &str) -> String {
     let said = Command::new("sh").args(["-ec", commands]).output().unwrap();
     assert!(said.status.success(), "{commands}: {}", String::from_utf8_lossy(&said.stderr));
     String::from_utf8(said.stdout).unwrap()
 }
 
 /// Makes a client over `transport`, whose batches are so small that a test has many.
-pub fn over(transport: TransportKind, cluster: &Cluster) -> Client {
+pub(crate) fn over(transport: TransportKind, cluster: &Cluster) -> Client {
     Client::connect(ClientConfig { transport, ..small(cluster) }).unwrap()
 }
 
-pub fn small(cluster: &Cluster) -> ClientConfig {
+pub(crate) fn small(cluster: &Cluster) -> ClientConfig {
     ClientConfig { batch_size: Some(32 << 10), buffer_bytes: 1 << 20, ..cluster.config() }
 }
 
-pub fn strong() -> TopicOptions {
+pub(crate) fn strong() -> TopicOptions {
     TopicOptions { order: Order::Strong, ..TopicOptions::default() }
 }
 
 /// Publishes `count` messages as publisher `number`, from a thread of its own.
-pub fn publish(client: Client, topic: &'static str, number: u32, count: u64) -> JoinHandle<()> {
+pub(crate) fn publish(client: Client, topic: &'static str, number: u32, count: u64) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let publisher = client.publisher(topic).unwrap();
         for message_number in 0..count {
@@ -42,7 +42,7 @@ pub fn publish(client: Client, topic: &'static str, number: u32, count: u64) -> 
 /// Publishes with two publishers over `transport` and one over TCP, and checks order and content.
 ///
 /// One subscriber over `transport` follows, others come afterwards over both.
-pub fn order_and_integrity(transport: TransportKind, cluster: &Cluster, count: u64) {
+pub(crate) fn order_and_integrity(transport: TransportKind, cluster: &Cluster, count: u64) {
     let client = over(transport, cluster);
     client.create_topic("t", strong()).unwrap();
     let mut subscriber = client.subscriber("t", Start::Earliest).unwrap();

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 /// Number of packets in a thousand that the wire harms, by kind of harm.
 #[derive(Clone, Copy, Default)]
-pub struct Faults {
+pub(crate) struct Faults {
     pub lost: u32,
     pub repeated: u32,
     pub reordered: u32,
@@ -26,12 +26,12 @@ pub struct Faults {
 }
 
 /// Address of the near host.
-pub const NEAR: &str = "10.77.0.1";
+pub(crate) const NEAR: &str = "10.77.0.1";
 /// Address of the far host.
-pub const FAR: &str = "10.77.0.2";
+pub(crate) const FAR: &str = "10.77.0.2";
 
 /// Two hosts, and the wire between them.
-pub struct Wire {
+pub(crate) struct Wire {
     name: String,
     stop: Arc<AtomicBool>,
     /// Number of packets harmed so far.
@@ -41,12 +41,12 @@ pub struct Wire {
 
 impl Wire {
     /// Makes a wire with room for the largest packets of RoCEv2. The seed is printed if a test fails.
-    pub fn new(faults: Faults) -> Self {
+    pub(crate) fn new(faults: Faults) -> Self {
         Self::with_mtu(faults, "9000")
     }
 
     /// Makes a wire for frames that carry `mtu` bytes.
-    pub fn with_mtu(faults: Faults, mtu: &str) -> Self {
+    pub(crate) fn with_mtu(faults: Faults, mtu: &str) -> Self {
         let seed: u64 = rand::random();
         println!("wire: seed {seed}");
         let name = format!("emb{}-{:x}", std::process::id(), rand::random::<u16>());
@@ -75,17 +75,17 @@ impl Wire {
     }
 
     /// Name of the namespace of a host, or of the wire.
-    pub fn namespace(&self, side: &str) -> String {
+    pub(crate) fn namespace(&self, side: &str) -> String {
         format!("{}-{side}", self.name)
     }
 
     /// Command that runs a program on a host, to be put before it.
-    pub fn command(&self, side: &str) -> Vec<String> {
+    pub(crate) fn command(&self, side: &str) -> Vec<String> {
         ["ip", "netns", "exec", &self.namespace(side)].map(str::to_owned).to_vec()
     }
 
     /// Calls `act` on a host, in a thread. Threads that it starts are there too.
-    pub fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
+    pub(crate) fn on<R: Send>(&self, side: &str, act: impl FnOnce() -> R + Send) -> R {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 enter(&format!("/run/netns/{}", self.namespace(side)));
@@ -96,7 +96,7 @@ impl Wire {
     }
 
     /// Sets the state of a host's interface: `up` or `down`.
-    pub fn link(&self, side: &str, state: &str) {
+    pub(crate) fn link(&self, side: &str, state: &str) {
         shell(&format!("ip -n {} link set e0 {state}", self.namespace(side)));
     }
 }
@@ -113,7 +113,7 @@ impl Drop for Wire {
 }
 
 /// Moves the calling thread, and those that it starts, to a namespace.
-pub fn enter(namespace: &str) {
+pub(crate) fn enter(namespace: &str) {
     let file = File::open(namespace).unwrap();
     setns(file, CloneFlags::CLONE_NEWNET).unwrap();
 }
@@ -162,7 +162,7 @@ fn is_roce(frame: &[u8]) -> bool {
 }
 
 /// Calls `act` in a network of its own, with the loopback only. No device of the host has UDP port 4791 there.
-pub fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
+pub(crate) fn alone<R: Send>(act: impl FnOnce() -> R + Send) -> R {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();

@@ -15,37 +15,37 @@ pub(super) struct SendQueue {
 
 impl SendQueue {
     /// Queue without requests. One request in [`SIGNAL_EVERY`] will ask for a completion.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { posted: 0, done: 0, signaled: 0, signal_every: SIGNAL_EVERY }
     }
 
     /// Has every later request ask for a completion.
-    pub fn signal_all(&mut self) {
+    pub(super) fn signal_all(&mut self) {
         self.signal_every = 1;
     }
 
     /// Number of requests that can be posted now.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         (SEND_DEPTH - (self.posted - self.done)) as usize
     }
 
     /// Number of the request posted last.
-    pub fn posted(&self) -> u64 {
+    pub(super) fn posted(&self) -> u64 {
         self.posted
     }
 
     /// Returns true once a request is done.
-    pub fn is_done(&self, number: u64) -> bool {
+    pub(super) fn is_done(&self, number: u64) -> bool {
         number <= self.done
     }
 
     /// Records the completion of a request. Those before it are done too.
-    pub fn completed(&mut self, number: u64) {
+    pub(super) fn completed(&mut self, number: u64) {
         self.done = self.done.max(number);
     }
 
     /// Begins a chain of requests.
-    pub fn chain<'a>(&self) -> Chain<'a> {
+    pub(super) fn chain<'a>(&self) -> Chain<'a> {
         let blank = Request { id: 0, signaled: false, work: Work::Send(&[]) };
         Chain {
             requests: [blank; DOORBELL],
@@ -61,7 +61,7 @@ impl SendQueue {
     ///
     /// # Errors
     /// The error of the device.
-    pub fn post(&mut self, pair: &mut QueuePair<Sending>, chain: &Chain<'_>) -> io::Result<usize> {
+    pub(super) fn post(&mut self, pair: &mut QueuePair<Sending>, chain: &Chain<'_>) -> io::Result<usize> {
         if chain.count == 0 {
             return Ok(0);
         }
@@ -86,12 +86,12 @@ pub(super) struct Chain<'a> {
 
 impl<'a> Chain<'a> {
     /// Number of requests that the chain still has room for.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         self.room - self.count
     }
 
     /// Number of the next request.
-    pub fn next_number(&self) -> u64 {
+    pub(super) fn next_number(&self) -> u64 {
         self.posted + self.count as u64 + 1
     }
 
@@ -100,7 +100,7 @@ impl<'a> Chain<'a> {
     ///
     /// # Panics
     /// When the chain is full.
-    pub fn push(&mut self, work: Work<'a>, signal: bool) -> u64 {
+    pub(super) fn push(&mut self, work: Work<'a>, signal: bool) -> u64 {
         assert!(self.room() > 0, "a chain of {} requests is full", self.count);
         let id = self.next_number();
         let signaled = signal || id - self.signaled >= self.signal_every;

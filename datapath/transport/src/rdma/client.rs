@@ -100,7 +100,7 @@ pub(super) struct ClientPair {
 
 impl ClientPair {
     /// Connects a queue pair beside `socket`.
-    pub fn connect(
+    pub(super) fn connect(
         client: &RdmaClient,
         domain: &Arc<ProtectionDomain>,
         socket: &mut TcpStream,
@@ -138,7 +138,7 @@ impl ClientPair {
     }
 
     /// Takes completions, and queues what arrived for [`ClientPair::next`].
-    pub fn poll(&mut self) -> Result<(), LinkError> {
+    pub(super) fn poll(&mut self) -> Result<(), LinkError> {
         let Self { queue, pair, frames, frame_ranges, arrived, sends, failure, .. } = self;
         let mut trouble = Ok(());
         loop {
@@ -177,12 +177,12 @@ impl ClientPair {
     }
 
     /// Takes the oldest arrival.
-    pub fn next(&mut self) -> Option<Arrival> {
+    pub(super) fn next(&mut self) -> Option<Arrival> {
         self.arrived.pop_front()
     }
 
     /// Makes [`ClientPair::descriptor`] readable when something comes. Fails if the device is gone.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(super) fn arm(&mut self) -> io::Result<()> {
         if !self.queue.context().is_present() {
             return Err(io::Error::other("the RDMA device was removed, or broke down"));
         }
@@ -190,7 +190,7 @@ impl ClientPair {
     }
 
     /// Descriptor of the completion queue.
-    pub fn descriptor(&self) -> RawFd {
+    pub(super) fn descriptor(&self) -> RawFd {
         self.queue.descriptor()
     }
 
@@ -198,7 +198,7 @@ impl ClientPair {
     ///
     /// # Panics
     /// When [`SendQueue::room`] has less room than that.
-    pub fn post<'a>(&mut self, works: impl Iterator<Item = Work<'a>>) -> io::Result<()> {
+    pub(super) fn post<'a>(&mut self, works: impl Iterator<Item = Work<'a>>) -> io::Result<()> {
         let mut chain = self.sends.chain();
         works.for_each(|work| {
             chain.push(work, false);

@@ -54,7 +54,11 @@ impl RdmaConnection {
     ///
     /// # Errors
     /// [`TransportError::Refused`] when the request is invalid, or the device has no room.
-    pub fn accept(device: &Arc<RdmaDevice>, queue: &RdmaQueue, request: &RdmaConnect) -> Result<Self, TransportError> {
+    pub(crate) fn accept(
+        device: &Arc<RdmaDevice>,
+        queue: &RdmaQueue,
+        request: &RdmaConnect,
+    ) -> Result<Self, TransportError> {
         if Arc::strong_count(&queue.connections) > CONNECTIONS {
             return Err(TransportError::refused(ErrorCode::Unavailable, "the broker has no room for a queue pair"));
         }
@@ -114,12 +118,12 @@ impl RdmaConnection {
 
     /// Number of the queue pair, by which completions name it.
     #[must_use]
-    pub fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         self.pair.number()
     }
 
     /// Takes a completion of the queue pair.
-    pub fn completed(&mut self, completion: Completion) {
+    pub(crate) fn completed(&mut self, completion: Completion) {
         match completion.outcome {
             Outcome::Sent => self.sends.completed(completion.id),
             Outcome::Written { bytes, immediate } => self.arrived.push_back((immediate, bytes)),

@@ -110,7 +110,7 @@ impl RdmaQueue {
     ///
     /// # Errors
     /// [`VerbsError`] when the device has no room for them.
-    pub fn new(host: &RdmaDevice) -> Result<Self, VerbsError> {
+    pub(crate) fn new(host: &RdmaDevice) -> Result<Self, VerbsError> {
         let queue =
             CompletionQueue::new(&host.context, QUEUE).map_err(host.context.error("make a completion queue"))?;
         let receives =
@@ -122,7 +122,7 @@ impl RdmaQueue {
     ///
     /// # Errors
     /// The device is gone.
-    pub fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
+    pub(crate) fn poll(&mut self, mut each: impl FnMut(Completion)) -> io::Result<usize> {
         let mut received = 0;
         let count = self.queue.poll(|completion| {
             // Requests of this side count from 1; shared receives have no number.
@@ -137,13 +137,13 @@ impl RdmaQueue {
     ///
     /// # Errors
     /// The error of `ibv_req_notify_cq`.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         self.queue.arm()
     }
 
     /// Descriptor that becomes readable when something has completed since [`RdmaQueue::arm`].
     #[must_use]
-    pub fn descriptor(&self) -> RawFd {
+    pub(crate) fn descriptor(&self) -> RawFd {
         self.queue.descriptor()
     }
 }

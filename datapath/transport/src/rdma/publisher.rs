@@ -32,7 +32,7 @@ pub(crate) struct RdmaPublisher {
 
 impl RdmaPublisher {
     /// Connects a queue pair beside `socket`.
-    pub fn connect(client: &Arc<RdmaClient>, socket: &mut TcpStream, options: &LinkOptions) -> io::Result<Self> {
+    pub(crate) fn connect(client: &Arc<RdmaClient>, socket: &mut TcpStream, options: &LinkOptions) -> io::Result<Self> {
         let request = RdmaConnect { batch_bytes: options.batch_bytes as u32, ..RdmaConnect::blank() };
         let mut pair = ClientPair::connect(client, &client.domain, socket, options.timeout, request)?;
         if !options.acknowledged {
@@ -50,7 +50,7 @@ impl RdmaPublisher {
     }
 
     /// Appends the frames that have come, and keeps the window grants among them.
-    pub fn poll(&mut self, frames: &mut Vec<Frame>) -> Result<(), LinkError> {
+    pub(crate) fn poll(&mut self, frames: &mut Vec<Frame>) -> Result<(), LinkError> {
         self.pair.poll()?;
         while let Some(arrival) = self.pair.next() {
             match arrival {
@@ -71,7 +71,7 @@ impl RdmaPublisher {
     }
 
     /// Stages a sealed batch, which is read in place until it is acknowledged. Returns false when it has to wait.
-    pub fn stage(&mut self, batch: &mut BatchBuilder<SendBuffer>) -> io::Result<bool> {
+    pub(crate) fn stage(&mut self, batch: &mut BatchBuilder<SendBuffer>) -> io::Result<bool> {
         let bytes = batch.bytes().len() as u64;
         if self.staged.len() == DOORBELL {
             self.flush()?;
@@ -104,7 +104,7 @@ impl RdmaPublisher {
     }
 
     /// Posts the staged batches.
-    pub fn flush(&mut self) -> io::Result<()> {
+    pub(crate) fn flush(&mut self) -> io::Result<()> {
         if self.staged.is_empty() {
             return Ok(());
         }
@@ -119,7 +119,7 @@ impl RdmaPublisher {
     }
 
     /// Number of batches that the device may still read.
-    pub fn in_use(&mut self) -> usize {
+    pub(crate) fn in_use(&mut self) -> usize {
         let Some(reading) = &mut self.reading else { return 0 };
         while reading.front().is_some_and(|number| self.pair.sends.is_done(*number)) {
             reading.pop_front();
@@ -128,12 +128,12 @@ impl RdmaPublisher {
     }
 
     /// Makes [`RdmaPublisher::descriptor`] readable when something comes.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         self.pair.arm()
     }
 
     /// Descriptor of the completion queue.
-    pub fn descriptor(&self) -> RawFd {
+    pub(crate) fn descriptor(&self) -> RawFd {
         self.pair.descriptor()
     }
 }

@@ -29,17 +29,17 @@ pub(super) struct RingWriter {
 
 impl RingWriter {
     /// Empty ring of `bytes` that begins at `to`.
-    pub fn new(to: RemoteRange, bytes: u64) -> Self {
+    pub(super) fn new(to: RemoteRange, bytes: u64) -> Self {
         Self { to, lines: bytes / ALIGN_BYTES, head: 0, released: 0 }
     }
 
     /// Returns true if a delivery of `bytes` fits into the empty ring.
-    pub fn can_hold(&self, bytes: u64) -> bool {
+    pub(super) fn can_hold(&self, bytes: u64) -> bool {
         bytes.div_ceil(ALIGN_BYTES) <= self.lines
     }
 
     /// Finds room for `bytes` in one piece. Returns its first line and its address; `None` while there is no room.
-    pub fn place(&mut self, bytes: u64) -> Option<(u32, RemoteRange)> {
+    pub(super) fn place(&mut self, bytes: u64) -> Option<(u32, RemoteRange)> {
         let lines = bytes.div_ceil(ALIGN_BYTES);
         if lines > self.lines {
             return None;
@@ -58,7 +58,7 @@ impl RingWriter {
 
     /// Takes back what the subscriber has read: all up to `lines`, counted modulo 2^32. Returns false when the subscriber
     /// claims more than was written.
-    pub fn release(&mut self, lines: u32) -> bool {
+    pub(super) fn release(&mut self, lines: u32) -> bool {
         self.released += u64::from(lines.wrapping_sub(self.released as u32));
         self.released <= self.head
     }
@@ -75,12 +75,12 @@ pub(super) struct RingReader {
 
 impl RingReader {
     /// Empty ring of `bytes`.
-    pub fn new(bytes: u64) -> Self {
+    pub(super) fn new(bytes: u64) -> Self {
         Self { lines: bytes / ALIGN_BYTES, taken: 0, released: 0 }
     }
 
     /// Takes a delivery of `bytes` at `line`. Returns its range in the ring; `None` when it cannot lie there.
-    pub fn take(&mut self, line: u32, bytes: u64) -> Option<Range<usize>> {
+    pub(super) fn take(&mut self, line: u32, bytes: u64) -> Option<Range<usize>> {
         let lines = bytes.div_ceil(ALIGN_BYTES);
         let (at, skipped) = next(self.lines, self.taken, lines);
         if at != u64::from(line) || lines > self.lines {
@@ -92,12 +92,12 @@ impl RingReader {
     }
 
     /// Number of lines taken or skipped, modulo 2^32, if the broker was not told of it.
-    pub fn due_release(&self) -> Option<u32> {
+    pub(super) fn due_release(&self) -> Option<u32> {
         (self.taken != self.released).then_some(self.taken as u32)
     }
 
     /// Records that the broker was told.
-    pub fn released(&mut self) {
+    pub(super) fn released(&mut self) {
         self.released = self.taken;
     }
 }

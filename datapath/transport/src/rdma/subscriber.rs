@@ -24,7 +24,7 @@ pub(crate) struct RdmaSubscriber {
 
 impl RdmaSubscriber {
     /// Connects a queue pair beside `socket`.
-    pub fn connect(client: &Arc<RdmaClient>, socket: &mut TcpStream, options: &LinkOptions) -> io::Result<Self> {
+    pub(crate) fn connect(client: &Arc<RdmaClient>, socket: &mut TcpStream, options: &LinkOptions) -> io::Result<Self> {
         // Its own domain: the key to the ring is of no use to other brokers.
         let domain = ProtectionDomain::new(client.domain.context())?;
         let bytes = options.ring_bytes as u64;
@@ -43,12 +43,12 @@ impl RdmaSubscriber {
     }
 
     /// Bytes of the ring.
-    pub fn bytes(&self) -> &[u8] {
+    pub(crate) fn bytes(&self) -> &[u8] {
         &self.ring
     }
 
     /// Takes the next item, and gives back the room of the one before.
-    pub fn take(&mut self) -> Result<Item, LinkError> {
+    pub(crate) fn take(&mut self) -> Result<Item, LinkError> {
         self.pair.poll()?;
         if let Some(released) = self.reader.due_release().filter(|_| self.pair.sends.room() > 0) {
             let nowhere = RemoteRange { address: 0, key: 0 };
@@ -71,12 +71,12 @@ impl RdmaSubscriber {
     }
 
     /// Makes [`RdmaSubscriber::descriptor`] readable when something comes.
-    pub fn arm(&mut self) -> io::Result<()> {
+    pub(crate) fn arm(&mut self) -> io::Result<()> {
         self.pair.arm()
     }
 
     /// Descriptor of the completion queue.
-    pub fn descriptor(&self) -> RawFd {
+    pub(crate) fn descriptor(&self) -> RawFd {
         self.pair.descriptor()
     }
 }

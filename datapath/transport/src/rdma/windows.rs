@@ -36,7 +36,7 @@ pub(super) struct LandingWindows {
 
 impl LandingWindows {
     /// Publisher without windows, which is granted windows of `window_bytes`.
-    pub fn new(device: &Arc<RdmaDevice>, domain: &Arc<ProtectionDomain>, window_bytes: u64) -> Self {
+    pub(super) fn new(device: &Arc<RdmaDevice>, domain: &Arc<ProtectionDomain>, window_bytes: u64) -> Self {
         Self {
             windows: VecDeque::with_capacity(WINDOWS_PER_PUBLISHER),
             domain: Arc::clone(domain),
@@ -48,22 +48,22 @@ impl LandingWindows {
     }
 
     /// Offsets in the region of the open windows.
-    pub fn offsets(&self) -> impl Iterator<Item = RegionOffset> + '_ {
+    pub(super) fn offsets(&self) -> impl Iterator<Item = RegionOffset> + '_ {
         self.windows.iter().map(|open| open.window.at())
     }
 
     /// Closes all windows. When this returns, the device refuses every write of the peer.
-    pub fn close(&mut self) {
+    pub(super) fn close(&mut self) {
         self.windows.clear();
     }
 
     /// Returns true when the publisher is to get a window: it asked for its first, or has used one up since.
-    pub fn is_due(&self) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         (self.wanted || self.next_number > 0) && self.windows.len() < WINDOWS_PER_PUBLISHER
     }
 
     /// Records that the publisher has a batch and no window for it. It has left the windows before number `kept`.
-    pub fn want(&mut self, kept: u32) {
+    pub(super) fn want(&mut self, kept: u32) {
         self.wanted = true;
         while self.windows.front().is_some_and(|open| open.announced && open.number < kept) {
             self.windows.pop_front();
@@ -75,7 +75,7 @@ impl LandingWindows {
     ///
     /// # Errors
     /// [`TransportError::Refused`] when no batch of this length can lie there.
-    pub fn next_batch(
+    pub(super) fn next_batch(
         &mut self,
         memory: &Native,
         number: u32,
@@ -114,7 +114,7 @@ impl LandingWindows {
     ///
     /// # Panics
     /// When no window is open: a batch was found in none.
-    pub fn take(&mut self, bytes: u64) {
+    pub(super) fn take(&mut self, bytes: u64) {
         assert!(!self.windows.is_empty(), "a batch of {bytes} bytes is taken from no landing window");
         self.windows[0].window.take(bytes);
     }
@@ -123,7 +123,7 @@ impl LandingWindows {
     ///
     /// # Errors
     /// The landing refuses, or the device has no room.
-    pub fn grant_due(&mut self, landing: &mut impl Landing) -> Result<(), TransportError> {
+    pub(super) fn grant_due(&mut self, landing: &mut impl Landing) -> Result<(), TransportError> {
         while self.is_due() {
             let starved = self.wanted && self.windows.is_empty();
             let window = match landing.grant_window(self.window_bytes, starved) {
@@ -141,13 +141,13 @@ impl LandingWindows {
     }
 
     /// Returns true while a window grant is to be sent.
-    pub fn has_to_announce(&self) -> bool {
+    pub(super) fn has_to_announce(&self) -> bool {
         self.windows.iter().any(|open| !open.announced)
     }
 
     /// Adds to `chain` the window grants that were not sent, each behind the request that opens its window. Returns their
     /// number, for [`LandingWindows::announced`] once the chain is posted.
-    pub fn announce<'a>(
+    pub(super) fn announce<'a>(
         &'a self,
         chain: &mut Chain<'a>,
         frames: &'a mut [[u8; FRAME_BYTES]; WINDOWS_PER_PUBLISHER],
@@ -171,7 +171,7 @@ impl LandingWindows {
     }
 
     /// Records that the first `count` window grants that were not sent have been posted.
-    pub fn announced(&mut self, count: usize) {
+    pub(super) fn announced(&mut self, count: usize) {
         self.windows.iter_mut().filter(|open| !open.announced).take(count).for_each(|open| open.announced = true);
     }
 }

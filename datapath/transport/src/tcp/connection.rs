@@ -67,7 +67,7 @@ impl TcpConnection {
     ///
     /// # Errors
     /// The error of the system call.
-    pub fn new(stream: TcpStream, options: SocketOptions) -> io::Result<Self> {
+    pub(crate) fn new(stream: TcpStream, options: SocketOptions) -> io::Result<Self> {
         prepare(&stream, options)?;
         stream.set_nonblocking(true)?;
         Ok(Self { stream, header: [0; FRAME_BYTES], filled: 0, body: None })
