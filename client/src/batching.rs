@@ -1,4 +1,6 @@
-//! Control of the sizes of batches, and of the moment at which a batch is sealed. `[[DEVIATION_001]]`
+//! Control of the sizes of batches, and of the moment at which a batch is sealed.
+
+// [[DEVIATION_001]] The paper's clients send batches of one size.
 
 use std::time::Duration;
 

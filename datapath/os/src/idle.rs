@@ -1,8 +1,9 @@
 //! Waiting of a polling thread: spin, yield, sleep.
 //!
-//! `[[DEVIATION_006]]` The paper's loops busy-wait. With [`PollPolicy::SpinYield`] ours execute `pause` while they spin,
-//! and yield once a millisecond. The default, [`PollPolicy::Adaptive`], also sleeps once nothing has come for a while, so
-//! an idle broker costs next to nothing.
+//! With [`PollPolicy::SpinYield`] threads execute `pause` while they spin, and yield once a millisecond. The default,
+//! [`PollPolicy::Adaptive`], also sleeps once nothing has come for a while, so an idle broker costs next to nothing.
+
+// [[DEVIATION_006]] The paper's loops busy-wait.
 
 use serde::{Deserialize, Serialize};
 use std::time::{Duration, Instant};
@@ -33,7 +34,8 @@ pub struct PollBounds {
 }
 
 impl PollBounds {
-    /// Bounds for `pollers` polling threads on `cores` cores. `[[DEVIATION_009]]`
+    // [[DEVIATION_009]] In the paper each polling thread has a core.
+    /// Bounds for `pollers` polling threads on `cores` cores.
     ///
     /// Threads spin for 1 ms where there are at least two cores for each. Elsewhere they would spin in each other's way,
     /// and do not spin.

@@ -1,46 +1,37 @@
 //! A host of the rack: a machine that crashes, stands still and comes back, and the broker process on it. The process is made
 //! of the production stages.
 
+mod leader;
+
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
 use super::network::{Answer, Batch, Request};
 use super::nic::{Nic, WINDOW_BYTES};
 use super::{COPIES, GLOBAL, HOSTS, LEADERS, Rack, TOPIC};
 use bytemuck::Zeroable;
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Sender, bounded, unbounded};
 use embarcadero_broker::ack::{AckOptions, AckQueue, SessionStatus};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
-use embarcadero_broker::membership::Liveness;
 use embarcadero_broker::mirror;
-use embarcadero_broker::replica::completion::CompletionStage;
 use embarcadero_broker::replica::format::Identity;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover, TakeoverError};
 use embarcadero_broker::topics::{Topic, TopicTable};
-use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker, read_pulse};
-use embarcadero_cxl::layout::{IndexEntry, LeaderArea, SessionState};
-use embarcadero_cxl::leadership::{
-    LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at,
-};
+use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker};
+use embarcadero_cxl::layout::{IndexEntry, SessionState};
 use embarcadero_cxl::order_index::{OrderIndexReader, ReadError};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::{Session, read_session};
-use embarcadero_cxl::topic_table::read_topic_at;
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_roce::psn::Psn;
 use embarcadero_sim::Simulated;
 use embarcadero_wire::{BatchHeader, BrokerId, ClientId, Term};
+use leader::Leader;
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Bytes that a batch claims: 64 for its header, 4 for its length table, and the rest for one message.
 pub(crate) const BATCH_BYTES: u64 = 256;
-/// Looks at a leader that does not move, after which another broker campaigns.
-const LEADER_PATIENCE: u64 = 12;
-/// Silence after which the leader takes a broker for dead, by the leader's clock.
-const BROKER_LEASE: Duration = Duration::from_millis(40);
 /// Most requests that a broker takes in a round.
 const REQUESTS: usize = 4;
 
@@ -49,20 +40,6 @@ struct Connection {
     session: Session,
     acks: AckQueue,
 }
-
-/// State of a process that leads.
-struct Leader {
-    sequencer: Sequencer<Simulated>,
-    completion: CompletionStage<Simulated>,
-    liveness: Liveness,
-    term: Term,
-    shown: u64,
-    commands: Sender<Command>,
-    asked: Vec<Asked>,
-}
-
-/// Client that asked for a session, the number of its attempt, and the channel of the answer.
-type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
 
 /// Broker process.
 struct Process {
@@ -434,105 +411,6 @@ impl Process {
         self.rack.history.read(self.cursor, (content_of(&self.region, &entry), entry.first_offset));
         self.cursor += 1;
         true
-    }
-
-    /// Opens a session for a client, if this process leads.
-    fn ask(&mut self, client: usize, attempt: u64) {
-        let Some(leader) = &mut self.leader else { return };
-        let (reply, answer) = bounded(1);
-        let ack_level = 1 + u8::from(self.rack.replicated);
-        let open = Command::OpenSession { topic: TOPIC.0, client_id: ClientId(client as u64), ack_level, reply };
-        leader.commands.send(open).expect("the sequencer is there");
-        leader.asked.push((client, attempt, answer));
-    }
-
-    /// Leads, or watches the leader and takes over from it.
-    fn lead(&mut self, now_us: u64) {
-        let Some(leader) = &mut self.leader else { return self.follow(now_us) };
-        if !leader.sequencer.leads() {
-            self.leader = None;
-            return;
-        }
-        leader.sequencer.poll(now_us, random(1..6));
-        assert_eq!(leader.sequencer.stats().damaged, 0, "the sequencer found damage");
-        leader.sequencer.maintain(now_us);
-        leader.completion.maintain(leader.sequencer.awaited_topics());
-        leader.completion.poll(now_us);
-        leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
-            Ok(opened) => {
-                let session = opened.expect("there is room in the session table");
-                self.rack.network.answer(*client, Answer::Opened { attempt: *attempt, session });
-                false
-            }
-            Err(error) => error.is_empty(),
-        });
-        let live = leader.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id.0;
-        if live != leader.shown {
-            leader.shown = live;
-            let (term, BrokerInfo { id: broker, incarnation, .. }) = (leader.term, &self.info);
-            let (broker, incarnation) = (*broker, *incarnation);
-            let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
-            publish_leader(&self.region, &line);
-        }
-    }
-
-    fn follow(&mut self, now_us: u64) {
-        if self.host >= LEADERS || self.draining {
-            return;
-        }
-        let elected = self.rack.elected();
-        let claimant = latest_claimant(&self.region);
-        let seen = (claimant, claimant.map_or(0, |(broker, _)| read_pulse(&self.region, broker).0));
-        self.watched = if self.watched.0 == seen { (seen, self.watched.1 + 1) } else { (seen, 0) };
-        // Its own past self is gone.
-        let gone = claimant.is_none_or(|(broker, _)| broker == self.info.id);
-        if !gone && self.watched.1 < LEADER_PATIENCE {
-            return;
-        }
-        self.watched.1 = 0;
-        let Some(term) = self.rack.campaign(elected) else { return };
-        if term > latest_claim(&self.region) {
-            self.take_over(term, now_us);
-        }
-    }
-
-    /// Takes over under `term`, as a real broker does once it is elected.
-    fn take_over(&mut self, term: Term, now_us: u64) {
-        let region = &self.region;
-        let led = last_active(region);
-        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
-        let predecessor = match led {
-            None => Predecessor::Gone(Term::NONE),
-            // Its own past self.
-            Some((area, led)) if area.0 == self.info.id => Predecessor::Gone(led),
-            Some(_) => Predecessor::MayGoOn,
-        };
-        // After a predecessor whose statement cannot be read, any broker may be alive and pin what it reads.
-        let all = region.geometry().broker_mask();
-        let unknown = if led.is_some() { all } else { 0 };
-        let live = before.map_or(unknown, |before| before.broker_mask) | 1 << self.info.id.0;
-        let BrokerInfo { id: broker, incarnation, .. } = self.info;
-        let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
-        publish_leader(region, &line);
-        let (commands, queue) = unbounded();
-        let (area, pool) = (LeaderArea(broker), Arc::clone(self.topics.pool()));
-        let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
-        let leases = self.rack.leases;
-        let takeover = Takeover { memory, area, term, before: predecessor, leases, commands: queue };
-        let sequencer = match Sequencer::recover(takeover, now_us) {
-            Ok(sequencer) => sequencer,
-            Err(TakeoverError::Damaged(damage)) => panic!("{damage}"),
-            Err(TakeoverError::Pool(_) | TakeoverError::Superseded) => return,
-        };
-        if read_topic_at(region, area, TOPIC.0).used().is_none() {
-            // The first leader, or one whose predecessor did not come to it.
-            let (reply, _) = bounded(1);
-            commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
-        }
-        self.rack.history.count(|tally| &mut tally.takeovers);
-        let completion = CompletionStage::new(region.clone(), area);
-        let liveness = Liveness::new(region, BROKER_LEASE, live, self.rack.instant(now_us));
-        self.leader = Some(Leader { sequencer, completion, liveness, term, shown: live, commands, asked: Vec::new() });
     }
 }
 

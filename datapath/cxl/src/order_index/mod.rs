@@ -9,6 +9,7 @@ mod pin;
 mod reader;
 mod trim;
 mod writer;
+mod written;
 
 pub use pin::{Pin, lowest_pin};
 pub use reader::{OrderIndexReader, ReadError};

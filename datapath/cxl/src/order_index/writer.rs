@@ -1,7 +1,7 @@
 //! Writer of an order index: appending entries and publishing them.
 
 use super::{
-    BASE, BYTES, COMMITTED, INCARNATION, NEXT_OFFSET, StreamId, TERM, TRIMMED, TRIMMED_OFFSET, kept, read_directory,
+    BASE, BYTES, COMMITTED, INCARNATION, NEXT_OFFSET, StreamId, TERM, TRIMMED, TRIMMED_OFFSET, kept,
     read_kept_directory,
 };
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
@@ -151,13 +151,6 @@ impl<F: Fabric> OrderIndexWriter<F> {
             self.store_tail(&[(NEXT_OFFSET, next_offset)]);
         }
         Ok(())
-    }
-
-    /// Reads an entry that is kept.
-    fn read_entry(&self, position: u64) -> Result<IndexEntry, Damage> {
-        let tail =
-            Damage { structure: "TailLine", at: self.tail_at, what: "a position without a segment", value: position };
-        load_entry(&self.region, self.entry_at(position).ok_or(tail)?, position)
     }
 
     /// Writes words of the tail; they are in memory when this returns.
@@ -325,65 +318,6 @@ impl<F: Fabric> OrderIndexWriter<F> {
     #[inline]
     pub fn fence(&self) {
         self.region.fabric().fence(Site::TailFlush);
-    }
-
-    /// Position in the region of an entry, if its segment is in use.
-    #[inline]
-    fn entry_at(&self, position: u64) -> Option<RegionOffset> {
-        let layout = self.region.layout();
-        let oldest = self.segments.front()?.ordinal;
-        let ordinal = position / layout.entries_per_segment();
-        let holds = self.segments.get(ordinal.checked_sub(oldest)? as usize)?;
-        Some(layout.index_entry(holds.segment, position))
-    }
-
-    /// Returns an entry, as its writer sees it; `None` when it is trimmed or not written yet.
-    ///
-    /// # Errors
-    /// [`Damage`] when something else is at its place.
-    pub fn entry(&self, position: u64) -> Result<Option<IndexEntry>, Damage> {
-        if (self.trimmed..self.next).contains(&position) { self.read_entry(position).map(Some) } else { Ok(None) }
-    }
-
-    /// Returns an entry that is kept, or that was trimmed and not given back before this leader took over; `None` for
-    /// any other.
-    ///
-    /// # Errors
-    /// [`Damage`] when something else is at the place of an entry whose segment is still the index's.
-    pub fn entry_or_trimmed(&self, position: u64) -> Result<Option<IndexEntry>, Damage> {
-        if position >= self.trimmed {
-            return self.entry(position);
-        }
-        let layout = self.region.layout();
-        let at_ordinal = position / layout.entries_per_segment();
-        let Some(segment) = read_directory(&self.region, self.id, self.writer, at_ordinal)? else { return Ok(None) };
-        // It may have another use by now.
-        let has_it = || match read_owner(&self.region, segment) {
-            Row::Used(SegmentUse::Index { topic, incarnation, stream, ordinal, .. }) => {
-                (StreamId { topic, stream }, incarnation, ordinal) == (self.id, self.incarnation, at_ordinal)
-            }
-            _ => false,
-        };
-        if !has_it() {
-            return Ok(None);
-        }
-        let at = layout.index_entry(segment, position);
-        self.region.fabric().invalidate(at, LINE_BYTES, Site::IndexEntryRead);
-        match load_entry(&self.region, at, position) {
-            Ok(entry) => Ok(Some(entry)),
-            Err(damage) if has_it() => Err(damage),
-            Err(_) => Ok(None),
-        }
-    }
-}
-
-/// Reads the entry of a position.
-fn load_entry<F: Fabric>(region: &Region<F>, at: RegionOffset, position: u64) -> Result<IndexEntry, Damage> {
-    let entry: IndexEntry = region.fabric().load_line(at)?;
-    if entry.commit == commit_word(position) {
-        Ok(entry)
-    } else {
-        Err(Damage { structure: "IndexEntry", at, what: "commit", value: entry.commit.into() })
     }
 }
 

@@ -1,8 +1,9 @@
 //! Broker's end of a TCP connection.
 //!
-//! `[[DEVIATION_003]]` The thread that reads the socket is the receiver. It reads a batch's header, reserves the place in
-//! the Blog with one atomic addition, and receives the body at that address. The paper's separate receiver pool copies
-//! through the heap.
+//! The thread that reads the socket is the receiver. It reads a batch's header, reserves the place in the Blog with one
+//! atomic addition, and receives the body at that address.
+
+// [[DEVIATION_003]] The paper's separate receiver pool copies through the heap.
 
 use super::{SocketOptions, is_again, prepare};
 use crate::connection::{Connection, Landing, Placement, Received, TransportError};

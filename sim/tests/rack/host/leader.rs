@@ -1,0 +1,141 @@
+//! Leadership of a process on a host of the rack.
+
+use super::super::fate::random;
+use super::super::network::Answer;
+use super::super::{LEADERS, TOPIC};
+use super::Process;
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use embarcadero_broker::membership::Liveness;
+use embarcadero_broker::replica::completion::CompletionStage;
+use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover, TakeoverError};
+use embarcadero_cxl::broker_table::{BrokerInfo, read_pulse};
+use embarcadero_cxl::layout::LeaderArea;
+use embarcadero_cxl::leadership::{
+    LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at,
+};
+use embarcadero_cxl::session_table::Session;
+use embarcadero_cxl::topic_table::read_topic_at;
+use embarcadero_sim::Simulated;
+use embarcadero_wire::{ClientId, Term};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Looks at a leader that does not move, after which another broker campaigns.
+const LEADER_PATIENCE: u64 = 12;
+/// Silence after which the leader takes a broker for dead, by the leader's clock.
+const BROKER_LEASE: Duration = Duration::from_millis(40);
+
+/// State of a process that leads.
+pub(super) struct Leader {
+    pub(super) sequencer: Sequencer<Simulated>,
+    completion: CompletionStage<Simulated>,
+    liveness: Liveness,
+    pub(super) term: Term,
+    shown: u64,
+    commands: Sender<Command>,
+    asked: Vec<Asked>,
+}
+
+/// Client that asked for a session, the number of its attempt, and the channel of the answer.
+type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
+
+impl Process {
+    /// Opens a session for a client, if this process leads.
+    pub(super) fn ask(&mut self, client: usize, attempt: u64) {
+        let Some(leader) = &mut self.leader else { return };
+        let (reply, answer) = bounded(1);
+        let ack_level = 1 + u8::from(self.rack.replicated);
+        let open = Command::OpenSession { topic: TOPIC.0, client_id: ClientId(client as u64), ack_level, reply };
+        leader.commands.send(open).expect("the sequencer is there");
+        leader.asked.push((client, attempt, answer));
+    }
+
+    /// Leads, or watches the leader and takes over from it.
+    pub(super) fn lead(&mut self, now_us: u64) {
+        let Some(leader) = &mut self.leader else { return self.follow(now_us) };
+        if !leader.sequencer.leads() {
+            self.leader = None;
+            return;
+        }
+        leader.sequencer.poll(now_us, random(1..6));
+        assert_eq!(leader.sequencer.stats().damaged, 0, "the sequencer found damage");
+        leader.sequencer.maintain(now_us);
+        leader.completion.maintain(leader.sequencer.awaited_topics());
+        leader.completion.poll(now_us);
+        leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
+            Ok(opened) => {
+                let session = opened.expect("there is room in the session table");
+                self.rack.network.answer(*client, Answer::Opened { attempt: *attempt, session });
+                false
+            }
+            Err(error) => error.is_empty(),
+        });
+        let live = leader.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id.0;
+        if live != leader.shown {
+            leader.shown = live;
+            let (term, BrokerInfo { id: broker, incarnation, .. }) = (leader.term, &self.info);
+            let (broker, incarnation) = (*broker, *incarnation);
+            let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
+            publish_leader(&self.region, &line);
+        }
+    }
+
+    fn follow(&mut self, now_us: u64) {
+        if self.host >= LEADERS || self.draining {
+            return;
+        }
+        let elected = self.rack.elected();
+        let claimant = latest_claimant(&self.region);
+        let seen = (claimant, claimant.map_or(0, |(broker, _)| read_pulse(&self.region, broker).0));
+        self.watched = if self.watched.0 == seen { (seen, self.watched.1 + 1) } else { (seen, 0) };
+        // Its own past self is gone.
+        let gone = claimant.is_none_or(|(broker, _)| broker == self.info.id);
+        if !gone && self.watched.1 < LEADER_PATIENCE {
+            return;
+        }
+        self.watched.1 = 0;
+        let Some(term) = self.rack.campaign(elected) else { return };
+        if term > latest_claim(&self.region) {
+            self.take_over(term, now_us);
+        }
+    }
+
+    /// Takes over under `term`, as a real broker does once it is elected.
+    fn take_over(&mut self, term: Term, now_us: u64) {
+        let region = &self.region;
+        let led = last_active(region);
+        let before = led.and_then(|(area, _)| read_leader_at(region, area).used());
+        let predecessor = match led {
+            None => Predecessor::Gone(Term::NONE),
+            // Its own past self.
+            Some((area, led)) if area.0 == self.info.id => Predecessor::Gone(led),
+            Some(_) => Predecessor::MayGoOn,
+        };
+        // After a predecessor whose statement cannot be read, any broker may be alive and pin what it reads.
+        let all = region.geometry().broker_mask();
+        let unknown = if led.is_some() { all } else { 0 };
+        let live = before.map_or(unknown, |before| before.broker_mask) | 1 << self.info.id.0;
+        let BrokerInfo { id: broker, incarnation, .. } = self.info;
+        let line = LeaderInfo { term, broker, incarnation, broker_mask: live, pinning_mask: live };
+        publish_leader(region, &line);
+        let (commands, queue) = unbounded();
+        let (area, pool) = (LeaderArea(broker), Arc::clone(self.topics.pool()));
+        let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
+        let leases = self.rack.leases;
+        let takeover = Takeover { memory, area, term, before: predecessor, leases, commands: queue };
+        let sequencer = match Sequencer::recover(takeover, now_us) {
+            Ok(sequencer) => sequencer,
+            Err(TakeoverError::Damaged(damage)) => panic!("{damage}"),
+            Err(TakeoverError::Pool(_) | TakeoverError::Superseded) => return,
+        };
+        if read_topic_at(region, area, TOPIC.0).used().is_none() {
+            // The first leader, or one whose predecessor did not come to it.
+            let (reply, _) = bounded(1);
+            commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
+        }
+        self.rack.history.count(|tally| &mut tally.takeovers);
+        let completion = CompletionStage::new(region.clone(), area);
+        let liveness = Liveness::new(region, BROKER_LEASE, live, self.rack.instant(now_us));
+        self.leader = Some(Leader { sequencer, completion, liveness, term, shown: live, commands, asked: Vec::new() });
+    }
+}
