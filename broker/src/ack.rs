@@ -135,7 +135,7 @@ impl AckQueue {
         mut send: impl FnMut(Ack),
     ) -> Result<(), AckError> {
         let committed = read_progress(region, self.slot)?;
-        for sequence in from.max(committed.saturating_sub(SESSION_WINDOW))..committed + SESSION_WINDOW {
+        for sequence in from.max(committed.saturating_sub(SESSION_WINDOW))..committed.saturating_add(SESSION_WINDOW) {
             let commit = read_commit(region, self.slot, sequence)?;
             if commit == Commit::Unknown || (commit == Commit::Forgotten && sequence >= committed) {
                 continue;

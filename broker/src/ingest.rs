@@ -226,10 +226,10 @@ impl PublisherSession {
         if let Err(error) = self.topic.check() {
             return Some(Placement::Refuse(error));
         }
-        if self.topic.config.order.is_global() && header.sequence >= self.progress + SESSION_WINDOW {
+        if self.topic.config.order.is_global() && header.sequence >= self.progress.saturating_add(SESSION_WINDOW) {
             // Between two leaders what was last read goes on counting.
             self.progress = read_progress(topics.region(), self.open.session_slot).unwrap_or(self.progress);
-            if header.sequence >= self.progress + SESSION_WINDOW {
+            if header.sequence >= self.progress.saturating_add(SESSION_WINDOW) {
                 return Some(Placement::Wait);
             }
         }

@@ -146,7 +146,7 @@ impl<F: Fabric> Mirror<F> {
                 }
             };
             let expected = read_progress_at(from, self.area, slot);
-            for sequence in expected.saturating_sub(SESSION_WINDOW)..expected + SESSION_WINDOW {
+            for sequence in expected.saturating_sub(SESSION_WINDOW)..expected.saturating_add(SESSION_WINDOW) {
                 match read_commit_at(from, self.area, slot, sequence) {
                     Ok(Commit::At(record)) => self.commit(&[SessionCommit { slot, record, expected }]),
                     Ok(Commit::Unknown | Commit::Forgotten) => {}

@@ -54,7 +54,7 @@ pub struct ClientConfig {
     pub batch_checksum: bool,
     /// Most brokers that one publisher sends to; 0 for all.
     pub max_brokers: usize,
-    /// Longest wait for a connection, milliseconds, 1 to 600,000. A call waits as long for a leader, and 5 s at least.
+    /// Longest wait for a connection, milliseconds, 1 to 600,000. Control calls wait as long for a leader, and 5 s at least.
     pub connect_timeout_ms: u64,
     /// Longest wait of `flush` and of waiting calls without any progress, milliseconds, 1 to 86,400,000.
     pub progress_timeout_ms: u64,

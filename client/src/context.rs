@@ -86,10 +86,14 @@ impl Context {
     pub(crate) fn topic(&self, name: &str) -> Result<(TopicView, ClusterView), ClientError> {
         let cluster = self.cluster()?;
         let topic = cluster.topics.iter().find(|topic| topic.name == name).cloned();
-        let topic = topic.ok_or_else(|| ClientError::Control {
-            code: ControlCode::NotFound,
-            message: format!("topic {name:?} does not exist"),
-            source: None,
+        let topic = topic.ok_or_else(|| {
+            let (code, message) = if cluster.damaged_topics.is_empty() {
+                (ControlCode::NotFound, format!("topic {name:?} does not exist"))
+            } else {
+                let damaged = cluster.damaged_topics.join("; ");
+                (ControlCode::DataLoss, format!("topic {name:?} is not among the topics that can be read: {damaged}"))
+            };
+            ClientError::Control { code, message, source: None }
         })?;
         Ok((topic, cluster))
     }

@@ -1,7 +1,7 @@
 //! Blocking calls to the control plane.
 
 use crate::config::ClientConfig;
-use crate::error::{Cause, ClientError};
+use crate::error::{Cause, ClientError, ControlCode};
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{self as proto};
 use std::error::Error;
@@ -12,6 +12,8 @@ use tonic::{Code, Status};
 
 /// Longest search for a leader before a call gives up, unless a connection may take longer.
 const LEADER_WAIT: Duration = Duration::from_secs(5);
+/// Time between two looks for a leader.
+const LEADER_POLL: Duration = Duration::from_millis(50);
 /// Longest duration of one call.
 const CALL: Duration = Duration::from_secs(35);
 
@@ -58,8 +60,21 @@ impl Control {
         Ok(ControlClient::new(endpoint.connect().await.map_err(unreachable)?))
     }
 
-    /// Asks brokers in turn for the state of the cluster, until one answers. Remembers the endpoints that it names.
+    /// Asks for the state of the cluster. Waits while the brokers have no leader.
     pub(crate) fn metadata(&mut self) -> Result<proto::MetadataResponse, ClientError> {
+        let deadline = Instant::now() + LEADER_WAIT.max(self.connect_timeout);
+        loop {
+            match self.ask_in_turn() {
+                Err(ClientError::Control { code: ControlCode::Unavailable, .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(LEADER_POLL);
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Asks brokers in turn for the state of the cluster, until one answers. Remembers the endpoints that it names.
+    fn ask_in_turn(&mut self) -> Result<proto::MetadataResponse, ClientError> {
         let (endpoints, timeout) = (&self.endpoints, self.connect_timeout);
         let found = self.runtime.block_on(async {
             let mut last = ClientError::unreachable("no endpoint is configured");
@@ -109,7 +124,7 @@ impl Control {
             if Instant::now() >= deadline {
                 return Err(error);
             }
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(LEADER_POLL);
         }
     }
 
@@ -120,9 +135,12 @@ impl Control {
         let mut client = match self.leader.take() {
             Some(client) => client,
             None => {
-                let metadata = self.metadata()?;
+                let metadata = self.ask_in_turn()?;
                 let leader = metadata.brokers.iter().find(|broker| broker.leader);
-                let leader = leader.ok_or_else(|| ClientError::unreachable("the cluster has no live leader"))?;
+                let leader = leader.ok_or_else(|| match &metadata.damaged_brokers[..] {
+                    [] => ClientError::unreachable("the cluster has no live leader"),
+                    damaged => ClientError::unreachable(format!("the leader is not known: {}", damaged.join("; "))),
+                })?;
                 self.runtime.block_on(Self::connect(&leader.control_endpoint, self.connect_timeout))?
             }
         };

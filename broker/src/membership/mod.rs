@@ -84,24 +84,58 @@ impl LiveBrokers {
     /// broker that says that it runs counts.
     pub(crate) fn read<F: Fabric>(region: &Region<F>) -> Self {
         let mut live = Self::default();
-        let mask = match read_leader(region) {
+        let (mask, certain) = match read_leader(region) {
             Ok(leader) => {
                 live.leader = Some(leader.broker);
-                leader.broker_mask
+                (leader.broker_mask, true)
             }
             Err(UnknownLeader::Damaged(damage)) => {
                 live.damaged.push(damage);
-                region.geometry().broker_mask()
+                (region.geometry().broker_mask(), false)
             }
-            Err(UnknownLeader::NoLeader(NoLeader) | UnknownLeader::Unsettled) => 0,
+            Err(UnknownLeader::NoLeader(NoLeader) | UnknownLeader::Unsettled) => (0, true),
         };
         for broker in region.geometry().brokers().filter(|broker| mask & (1 << broker.0) != 0) {
             match read_broker(region, broker) {
-                Row::Used(info) if info.running || live.damaged.is_empty() => live.brokers.push(info),
+                Row::Used(info) if info.running || certain => live.brokers.push(info),
                 Row::Damaged(damage) => live.damaged.push(damage),
                 Row::Used(_) | Row::Unused | Row::Unsettled => {}
             }
         }
         live
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topics::tests::region;
+    use embarcadero_cxl::broker_table::publish_broker;
+    use embarcadero_cxl::layout::LeaderArea;
+    use embarcadero_cxl::leadership::{LeaderInfo, activate_term, claim_term, publish_leader};
+    use embarcadero_wire::{Incarnation, Term};
+
+    #[test]
+    fn where_the_leaders_statement_is_damaged_brokers_that_run_count() {
+        let (region, incarnation, term) = (region(), Incarnation(1), Term(1));
+        let area = LeaderArea(BrokerId(0));
+        let address = "127.0.0.1:1".parse().unwrap();
+        for (id, running) in [(BrokerId(0), true), (BrokerId(1), false)] {
+            let info = BrokerInfo { id, incarnation, data: address, control: address, process_id: 1, running };
+            publish_broker(&region, &info);
+        }
+        let read = || {
+            let live = LiveBrokers::read(&region);
+            (live.brokers.iter().map(|info| info.id.0).collect::<Vec<_>>(), live.leader, live.damaged.len())
+        };
+        assert_eq!(read(), (vec![], None, 0));
+        claim_term(&region, area, term);
+        activate_term(&region, area, term);
+        let whole = LeaderInfo { term, broker: area.0, incarnation, broker_mask: 0b11, pinning_mask: 0b11 };
+        publish_leader(&region, &whole);
+        assert_eq!(read(), (vec![0, 1], Some(BrokerId(0)), 0));
+        // The region has two brokers.
+        publish_leader(&region, &LeaderInfo { broker_mask: 0b111, ..whole });
+        assert_eq!(read(), (vec![0], None, 1));
     }
 }

@@ -95,12 +95,11 @@ impl<F: Fabric> CompletionStage<F> {
         let awaited = self.awaited & 1 << topic.0 != 0;
         // No count shows more than there is. A damaged line is written anew.
         let Completion { durable_through, lost_through, .. } = shown;
-        let (shown_through, lost_through) = if durable_through.max(lost_through) > extent.committed {
+        if durable_through.max(lost_through) > extent.committed {
             tracing::error!(slot = %topic, durable_through, lost_through, "a damaged completion is counted anew");
-            (0, 0)
-        } else {
-            (durable_through, lost_through)
-        };
+        }
+        let [shown_through, lost_through] =
+            [durable_through, lost_through].map(|position| if position > extent.committed { 0 } else { position });
         if shown_through >= extent.committed && shown.awaited == awaited {
             return false;
         }

@@ -184,12 +184,9 @@ impl<F: Fabric> Sequencer<F> {
     /// Gives up the sessions of which it is not known what is committed.
     fn verify_progress(&mut self) {
         for index in 0..self.group.sessions.len() {
-            let Some(Session { slot, topic, .. }) = self.group.sessions[index].as_ref().map(|order| order.session)
-            else {
-                continue;
-            };
-            let Some(order) = self.configs[topic.index()].as_ref().map(|config| config.order) else { continue };
-            if let Err(damage) = verified_progress_at(&self.region, self.area, slot, order) {
+            let Some(order) = &self.group.sessions[index] else { continue };
+            let Session { slot, committed, .. } = order.session;
+            if let Err(damage) = verified_progress_at(&self.region, self.area, slot, committed) {
                 self.group.sessions[index] = None;
                 self.report_session(slot, damage);
             }

@@ -5,9 +5,9 @@ use super::{Group, Sequencer};
 use embarcadero_cxl::broker_table::read_stalls;
 use embarcadero_cxl::layout::SessionState;
 use embarcadero_cxl::segment::free_segments;
-use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, verified_progress_at};
+use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, store_progress, verified_progress_at};
 use embarcadero_cxl::topic_table::TopicConfig;
-use embarcadero_cxl::{Damage, Fabric, Row};
+use embarcadero_cxl::{Damage, Fabric, Row, Site};
 use embarcadero_wire::{ClientId, Epoch, SessionSlot, TopicId};
 
 /// Reason why a session cannot be opened.
@@ -43,16 +43,23 @@ impl<F: Fabric> Sequencer<F> {
         let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let (slot, before, committed) = loop {
             let (slot, before) = self.slot_for(&config, client_id, now_us)?;
-            match verified_progress_at(&self.region, self.area, slot, config.order) {
+            if let Some(order) = &self.group.sessions[slot.index()] {
+                break (slot, before, order.expected());
+            }
+            let shown = before.map_or(0, |before| before.committed);
+            match verified_progress_at(&self.region, self.area, slot, shown) {
                 Ok(committed) => break (slot, before, committed),
                 Err(damage) => self.report_session(slot, damage),
             }
         };
         self.end_session(slot, SessionState::Fenced);
+        // The word of an open session may have been damaged since.
+        store_progress(&self.region, self.area, slot, committed);
+        self.region.fabric().fence(Site::RecordFlush);
         let session = Session {
             slot,
             client_id,
-            epoch: before.next(),
+            epoch: before.map_or(Epoch::default(), |before| before.epoch).next(),
             state: SessionState::Open,
             topic,
             topic_incarnation: config.incarnation,
@@ -65,20 +72,22 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Finds the slot that this client had, else a free one, else that of the session which has been idle longest.
-    /// Returns it with the last epoch in it.
+    /// Returns it with the last session in it.
     fn slot_for(
         &mut self,
         topic: &TopicConfig,
         client_id: ClientId,
         now_us: u64,
-    ) -> Result<(SessionSlot, Epoch), SessionError> {
+    ) -> Result<(SessionSlot, Option<Session>), SessionError> {
         let mut free = None;
         let mut idle = None;
         for slot in self.region.geometry().sessions() {
             let session = match read_session_at(&self.region, self.area, slot) {
                 Row::Used(session) => session,
                 Row::Unused => {
-                    free = free.or(Some((slot, Epoch::default())));
+                    if !self.damaged_sessions.contains_key(&slot) {
+                        free = free.or(Some((slot, None)));
+                    }
                     continue;
                 }
                 // Its last epoch is not known, and must not come again.
@@ -88,7 +97,7 @@ impl<F: Fabric> Sequencer<F> {
                     continue;
                 }
             };
-            let found = (slot, session.epoch);
+            let found = (slot, Some(session));
             let owner = (session.topic, session.topic_incarnation, session.client_id);
             match (owner == (topic.id, topic.incarnation, client_id), self.damaged_sessions.get(&slot)) {
                 (true, None) => return Ok(found),

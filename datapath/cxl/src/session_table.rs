@@ -7,7 +7,7 @@ use crate::region::Region;
 use crate::row::{Damage, Row};
 use crate::site::Site;
 use bytemuck::Zeroable;
-use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, Order, SessionSlot, TopicId};
+use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, SessionSlot, TopicId};
 use serde::Serialize;
 use std::mem::{offset_of, size_of};
 use std::sync::atomic::{Ordering, fence};
@@ -219,27 +219,25 @@ pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: S
     region.fabric().observe(region.layout().session_progress(area, slot), Site::RecordRead)
 }
 
-/// Reads the progress of a session from one leader's area, and compares it with the commit records. Commits must be
-/// complete: the leader itself wrote them, or has recovered them.
+/// Reads the progress of a session slot from one leader's area, and compares it with the slot's row and commit records.
+/// Commits must be complete: the leader itself wrote them, or has recovered them. `committed` is that of the row; 0
+/// without a row.
 ///
 /// # Errors
-/// [`Damage`] of a progress word that no record agrees with.
+/// [`Damage`] of a progress word that is less than the row's, or more without a commit record of the batch before it.
 pub fn verified_progress_at<F: Fabric>(
     region: &Region<F>,
     area: LeaderArea,
     slot: SessionSlot,
-    order: Order,
+    committed: u64,
 ) -> Result<u64, Damage> {
     let expected = read_progress_at(region, area, slot);
-    if expected == 0 {
-        return Ok(0);
-    }
-    // A damaged record says nothing.
-    let read = |sequence| read_commit_at(region, area, slot, sequence).unwrap_or(Commit::Forgotten);
-    // After a restore of total order, a gap may come first, and only later batches have records.
-    let until = if order == Order::Strong { expected } else { expected.saturating_add(SESSION_WINDOW) };
-    let follows = expected < u64::MAX / 2 && (expected - 1..until).any(|sequence| read(sequence) != Commit::Unknown);
-    if follows {
+    let follows = || match read_commit_at(region, area, slot, expected - 1) {
+        Ok(Commit::Unknown) => false,
+        // A damaged record says nothing.
+        Ok(Commit::At(_) | Commit::Forgotten) | Err(_) => true,
+    };
+    if expected == committed || (expected > committed && follows()) {
         return Ok(expected);
     }
     let at = region.layout().session_progress(area, slot);
@@ -276,24 +274,23 @@ mod tests {
     #[test]
     fn progress_that_no_commit_record_shows_is_damage() {
         let (region, area, slot) = (region(1, AllocatorKind::Bitmap), LeaderArea(BrokerId(0)), SessionSlot(0));
-        let read = |order| verified_progress_at(&region, area, slot, order).map_err(|damage| damage.value);
-        let (strong, total) = (Order::Strong, Order::Total);
-        assert_eq!(read(strong), Ok(0));
+        let read = |committed| verified_progress_at(&region, area, slot, committed).map_err(|damage| damage.value);
+        assert_eq!((read(0), read(1)), (Ok(0), Err(0)));
         let commit = |tag, expected| {
             let record = CommitRecord { tag, ..CommitRecord::zeroed() };
             publish_commits(&region, area, &[SessionCommit { slot, record, expected }]);
         };
         commit(6, 6);
-        assert_eq!((read(strong), read(total)), (Ok(6), Ok(6)));
+        assert_eq!((read(0), read(6), read(7)), (Ok(6), Ok(6), Err(6)));
         for damaged in [7, 6 + SESSION_WINDOW, u64::MAX] {
             store_progress(&region, area, slot, damaged);
-            assert_eq!((read(strong), read(total)), (Err(damaged), Err(damaged)));
+            assert_eq!(read(0), Err(damaged));
         }
-        // The batch was ahead of a gap, and the one before the gap has no record any more.
-        commit(10, 3);
-        assert_eq!((read(strong), read(total)), (Err(3), Ok(3)));
+        // The row of a session that was restored says as much, and there may be no record.
+        store_progress(&region, area, slot, 500);
+        assert_eq!(read(500), Ok(500));
         // The record of a later batch took the place.
         commit(6 + SESSION_WINDOW, 6);
-        assert_eq!((read(strong), read(total)), (Ok(6), Ok(6)));
+        assert_eq!(read(0), Ok(6));
     }
 }

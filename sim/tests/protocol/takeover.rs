@@ -12,7 +12,7 @@ use embarcadero_cxl::order_index::{StreamId, read_directory};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::store_progress;
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
-use embarcadero_wire::{BrokerId, ClientId, Stream, Term};
+use embarcadero_wire::{BrokerId, ClientId, SessionSlot, Stream, Term};
 use std::sync::Arc;
 
 const AREAS: [LeaderArea; 2] = [LeaderArea(BrokerId(0)), LeaderArea(BrokerId(1))];
@@ -40,7 +40,7 @@ fn open_segment(region: &Region<Native>, area: LeaderArea) -> u32 {
     read_directory(region, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL }, area, 0).unwrap().unwrap()
 }
 
-fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
+fn led_by_broker_0() -> (Region<Native>, Testbed<Native>) {
     let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
     let mut testbed = Testbed::new(region.clone(), 2).unwrap();
     let batches = testbed.append();
@@ -51,7 +51,7 @@ fn led_by_seat_0() -> (Region<Native>, Testbed<Native>) {
 /// A candidate saw no leader. By the time that it claims its term another leads, and may go on.
 #[test]
 fn a_leader_that_was_not_seen_is_not_taken_for_gone() {
-    let (region, _still_there) = led_by_seat_0();
+    let (region, _still_there) = led_by_broker_0();
     let successor = take_over(&region, AREAS[1], Term(2), Predecessor::Gone(Term::NONE));
     assert!(successor.leads());
     assert_ne!(open_segment(&region, AREAS[1]), open_segment(&region, AREAS[0]));
@@ -61,7 +61,7 @@ fn a_leader_that_was_not_seen_is_not_taken_for_gone() {
 /// that leader.
 #[test]
 fn a_segment_that_another_may_have_taken_over_is_replaced() {
-    let (region, gone) = led_by_seat_0();
+    let (region, gone) = led_by_broker_0();
     drop(gone);
     let shared = open_segment(&region, AREAS[0]);
     claim_term(&region, AREAS[1], Term(2));
@@ -73,7 +73,7 @@ fn a_segment_that_another_may_have_taken_over_is_replaced() {
 /// over again. The segment is its own, but the successor may still write into it.
 #[test]
 fn an_own_segment_that_another_fills_is_replaced() {
-    let (region, gone) = led_by_seat_0();
+    let (region, gone) = led_by_broker_0();
     drop(gone);
     let shared = open_segment(&region, AREAS[0]);
     let _still_there = take_over(&region, AREAS[1], Term(2), Predecessor::Gone(Term(1)));
@@ -85,9 +85,12 @@ fn an_own_segment_that_another_fills_is_replaced() {
 /// Nobody knows which batches of a client are committed. It is told so, and others go on.
 #[test]
 fn a_session_whose_progress_is_damaged_does_not_go_on() {
-    let (region, led) = led_by_seat_0();
+    let (region, led) = led_by_broker_0();
     let [damaged, whole] = led.sessions() else { panic!("the testbed has two sessions") };
+    // The slot after both was never used.
+    let unused = SessionSlot(2);
     store_progress(&region, AREAS[0], damaged.slot, 1 << 20);
+    store_progress(&region, AREAS[1], unused, 1);
     let (commands, queue) = unbounded();
     let mut successor = take_over_with(&region, AREAS[1], Term(2), Predecessor::Gone(Term(1)), queue);
     let mut open = |client_id| {
@@ -101,5 +104,8 @@ fn a_session_whose_progress_is_damaged_does_not_go_on() {
     let reopened = open(whole.client_id).unwrap();
     assert!(reopened.slot == whole.slot && reopened.committed > 0, "{reopened:?}");
     let other = open(ClientId(77)).unwrap();
-    assert!(other.slot != damaged.slot && other.slot != whole.slot, "{other:?}");
+    assert_eq!(other.slot, SessionSlot(3));
+    // The leader itself knows the progress of a session that is open.
+    store_progress(&region, AREAS[1], whole.slot, 1 << 20);
+    assert_eq!(open(whole.client_id).unwrap().committed, reopened.committed);
 }
