@@ -374,7 +374,8 @@ impl StreamLog {
         let block = self.identity.encode(number);
         let mut buffer = Buffer::new(BLOCK).map_err(failed("buffer"))?;
         buffer.extend_from_slice(&block);
-        file.write(0, &buffer).map_err(failed("write"))?;
+        // Durable before any group: batches in a file without a header are of no known topic, and count as lost.
+        file.write_durable(0, &buffer).map_err(failed("write, or make durable,"))?;
         self.files.push(Filed { number, bytes: BLOCK as u64, groups: Vec::new() });
         self.writer = Some(file);
         self.retain()

@@ -153,6 +153,28 @@ fn a_directory_of_which_no_header_is_whole_is_a_loss() {
 }
 
 #[test]
+fn a_first_group_that_was_not_durable_is_no_loss() {
+    // The power fails while the first group is on its way. Of the blocks of the file, one after the other is lost.
+    let whole = SimulatedMedium::default();
+    append(&mut open(&whole).0, 0, 5000).unwrap();
+    for lost in 0..20 {
+        let medium = SimulatedMedium::default();
+        let (mut log, _) = open(&medium);
+        medium.set_fault(Fault::Sync);
+        assert!(append(&mut log, 0, 5000).is_err());
+        let mut block = 0;
+        medium.lose_power(|| {
+            block += 1;
+            block != lost + 1
+        });
+        medium.set_fault(Fault::None);
+        let media: Vec<Box<dyn Medium>> = vec![Box::new(medium), Box::new(whole.clone())];
+        let plan = Plan::read(media, None::<&Region<Native>>, None).unwrap();
+        assert_eq!(plan.losses(), None, "block {lost}");
+    }
+}
+
+#[test]
 fn files_of_another_version_are_refused() {
     let medium = SimulatedMedium::default();
     append(&mut open(&medium).0, 0, 5000).unwrap();
