@@ -181,14 +181,15 @@ impl<F: Fabric> Sequencer<F> {
         self.verify_progress();
     }
 
-    /// Gives up the sessions of which it is not known what is committed.
+    /// Fences the sessions of which nobody knows what is committed. Their clients learn the reason when they come back.
     fn verify_progress(&mut self) {
         for index in 0..self.group.sessions.len() {
             let Some(order) = &self.group.sessions[index] else { continue };
-            let Session { slot, committed, .. } = order.session;
+            let session @ Session { slot, committed, .. } = order.session;
             if let Err(damage) = verified_progress_at(&self.region, self.area, slot, committed) {
                 self.group.sessions[index] = None;
                 self.report_session(slot, damage);
+                self.show_session(&Session { state: SessionState::Fenced, ..session });
             }
         }
     }

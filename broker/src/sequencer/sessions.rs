@@ -147,7 +147,7 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Writes a session's row, in the mirror first.
-    fn show_session(&self, session: &Session) {
+    pub(super) fn show_session(&self, session: &Session) {
         if let Some(mirror) = &self.mirror {
             mirror.session(session);
         }

@@ -6,11 +6,11 @@ use embarcadero_cxl::Native;
 use embarcadero_cxl::Region;
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::AllocatorKind;
-use embarcadero_cxl::layout::LeaderArea;
+use embarcadero_cxl::layout::{LeaderArea, SessionState};
 use embarcadero_cxl::leadership::claim_term;
 use embarcadero_cxl::order_index::{StreamId, read_directory};
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::session_table::store_progress;
+use embarcadero_cxl::session_table::{read_session_at, store_progress};
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
 use embarcadero_wire::{BrokerId, ClientId, SessionSlot, Stream, Term};
 use std::sync::Arc;
@@ -99,6 +99,8 @@ fn a_session_whose_progress_is_damaged_does_not_go_on() {
         successor.poll(0, 1);
         answer.recv().unwrap()
     };
+    let state = read_session_at(&region, AREAS[1], damaged.slot).used().map(|session| session.state);
+    assert_eq!(state, Some(SessionState::Fenced), "its client waits for acks until it is told");
     let refused = open(damaged.client_id);
     assert!(matches!(refused, Err(SessionError::DamagedSession(slot, _)) if slot == damaged.slot), "{refused:?}");
     let reopened = open(whole.client_id).unwrap();
