@@ -313,9 +313,9 @@ const NOTICED: [(Guard, u64); 7] = [
     (Guard::ClaimBeforeCopy, 1),
     (Guard::OwnSegment, 2544),
     (Guard::SegmentOfLeader, 1),
-    (Guard::RecoverBeforeAccept, 25),
+    (Guard::RecoverBeforeAccept, 187),
     (Guard::DedupCompare, 1),
-    (Guard::DecidedBeforeReuse, 1),
+    (Guard::DecidedBeforeReuse, 3),
     (Guard::DiskBeforeAck, 2),
 ];
 
