@@ -148,17 +148,24 @@ fn perftest(tool: &str, device: &str, bytes: u64, column: usize, seconds: f64) -
         .spawn()
         .with_context(|| format!("cannot run {tool}: install perftest"))?;
     // The server says nothing when it listens.
-    std::thread::sleep(Duration::from_secs(1));
-    let client = Command::new(tool).args(&arguments).arg("127.0.0.1").output();
+    let client = loop {
+        let client = Command::new(tool).args(&arguments).arg("127.0.0.1").output();
+        let refused =
+            client.as_ref().is_ok_and(|client| String::from_utf8_lossy(&client.stderr).contains("Couldn't connect"));
+        if !refused || server.try_wait()?.is_some() {
+            break client;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    };
     let _ = server.kill();
     let _ = server.wait();
-    let said = client.with_context(|| format!("cannot run {tool}"))?;
-    let said = String::from_utf8_lossy(&said.stdout).into_owned();
+    let client = client.with_context(|| format!("cannot run {tool}"))?;
+    let (said, complaint) = (String::from_utf8_lossy(&client.stdout), String::from_utf8_lossy(&client.stderr));
     let figures = said.lines().rev().find(|line| line.trim_start().starts_with(&bytes));
     let figure = figures.and_then(|line| line.split_whitespace().nth(column)?.parse().ok());
     match figure {
         Some(figure) => Ok(figure),
-        None => bail!("{tool} printed no figures: {said}"),
+        None => bail!("{tool} printed no figures: {said}{complaint}"),
     }
 }
 
