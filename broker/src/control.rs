@@ -4,7 +4,7 @@ use crate::archive::{self, Catalog};
 use crate::membership::LiveBrokers;
 use crate::membership::etcd::Etcd;
 use crate::replica::replicator::running_replicas;
-use crate::sequencer::{Command, SessionError};
+use crate::sequencer::{Command, SessionError, SessionRequest};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
@@ -339,15 +339,22 @@ impl Control for ControlService {
                 request.ack_level, topic.name, topic.ack_level
             )));
         }
-        let (client_id, ack_level) = (ClientId(request.client_id), request.ack_level as u8);
-        let session = self
-            .ask(|reply| Command::OpenSession { topic: topic.id, client_id, ack_level, reply })
-            .await?
-            .map_err(|error| match error {
-                SessionError::UnknownTopic(_) => Status::not_found(error.to_string()),
-                SessionError::Damaged(..) | SessionError::DamagedSession(..) => Status::data_loss(error.to_string()),
-                SessionError::TableFull(_) => Status::resource_exhausted(error.to_string()),
-            })?;
+        let proto::OpenSessionRequest { client_id, ack_level, resume, .. } = request;
+        let request =
+            SessionRequest { topic: topic.id, client_id: ClientId(client_id), ack_level: ack_level as u8, resume };
+        let opened = self.ask(|reply| Command::OpenSession { request, reply }).await?;
+        let session = match opened {
+            Ok(session) => session,
+            Err(SessionError::Gone(_)) => {
+                let topic = Some(topic_to_proto(&topic));
+                return Ok(Response::new(proto::OpenSessionResponse { topic, ..Default::default() }));
+            }
+            Err(error @ SessionError::UnknownTopic(_)) => return Err(Status::not_found(error.to_string())),
+            Err(error @ (SessionError::Damaged(..) | SessionError::DamagedSession(..))) => {
+                return Err(Status::data_loss(error.to_string()));
+            }
+            Err(error @ SessionError::TableFull(_)) => return Err(Status::resource_exhausted(error.to_string())),
+        };
         Ok(Response::new(proto::OpenSessionResponse {
             topic: Some(topic_to_proto(&topic)),
             slot: session.slot.0,

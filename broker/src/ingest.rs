@@ -1,13 +1,13 @@
 //! Receive: a publisher's session, from its opening frame to batches that lie complete in the Blog.
 
-use crate::ack::{AckOptions, AckQueue};
+use crate::ack::AckQueue;
 use crate::delegation::{Landed, Origin};
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
 use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::segment::PoolError;
-use embarcadero_cxl::session_table::{read_progress, read_session};
+use embarcadero_cxl::session_table::read_session;
 use embarcadero_cxl::{Native, RegionOffset, Row};
 use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
 use embarcadero_wire::batch::{BodyError, check_body, check_lengths};
@@ -42,8 +42,6 @@ pub(crate) struct PublisherSession {
     reserved: Option<RegionOffset>,
     /// Time at which a batch last came through a landing window, or else the connection was opened.
     active_at: Instant,
-    /// Sequence below which the session's batches are committed, as last read.
-    progress: u64,
     /// Time since which the publisher waits for memory.
     waiting_since: Option<Instant>,
 }
@@ -90,33 +88,16 @@ impl PublisherSession {
             let text = format!("ack level is {}, the session was opened with {}", open.ack_level, session.ack_level);
             return refuse(ErrorCode::AckLevel, text);
         }
-        let acks = AckQueue::new(AckOptions {
-            slot: open.session_slot,
-            client_id: open.client_id,
-            epoch: open.session_epoch,
-            stream: topic.stream(topics.broker()),
-            ack_level: open.ack_level,
-        });
-        let global = topic.config.order.is_global();
+        let mut acks = AckQueue::new(session, topic.stream(topics.broker()));
         let ready = PublishReady {
-            committed: if global { read_progress(region, open.session_slot).map_err(nobody)? } else { 0 },
+            committed: acks.read_progress(region),
             max_batch_bytes: limits.max_batch_bytes.min(topic.blog.max_batch_bytes()),
             window_batches: SESSION_WINDOW as u32,
             broker: topics.broker(),
             ..PublishReady::blank()
         };
         let limits = IngestLimits { max_batch_bytes: ready.max_batch_bytes, ..limits };
-        let session = Self {
-            topic,
-            open,
-            acks,
-            limits,
-            landed,
-            reserved: None,
-            active_at: now,
-            progress: ready.committed,
-            waiting_since: None,
-        };
+        let session = Self { topic, open, acks, limits, landed, reserved: None, active_at: now, waiting_since: None };
         Ok((session, ready))
     }
 
@@ -226,11 +207,16 @@ impl PublisherSession {
         if let Err(error) = self.topic.check() {
             return Some(Placement::Refuse(error));
         }
-        if self.topic.config.order.is_global() && header.sequence >= self.progress.saturating_add(SESSION_WINDOW) {
-            // Between two leaders what was last read goes on counting.
-            self.progress = read_progress(topics.region(), self.open.session_slot).unwrap_or(self.progress);
-            if header.sequence >= self.progress.saturating_add(SESSION_WINDOW) {
-                return Some(Placement::Wait);
+        if self.topic.config.order.is_global() {
+            let first = self.acks.session().first_sequence;
+            if header.sequence < first {
+                let text = format!("batch {} is before the client's first, {first}", header.sequence);
+                return refuse(ErrorCode::BadBatch, text);
+            }
+            // Progress may lag behind the acks of other brokers, above all between two leaders.
+            if !self.acks.is_in_window(topics.region(), header.sequence) {
+                let reason = format!("batch {} is beyond the window of the session", header.sequence);
+                return Some(waiting(self.wait_for_room(ErrorCode::Unavailable, &reason, now)));
             }
         }
         if self.acks.is_full() {

@@ -8,7 +8,7 @@
 
 use crate::spares::spare_segments;
 use crate::takeover::TakeoverError;
-use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW};
+use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::{activate_term, claim_term, last_active};
 use embarcadero_cxl::order_index::{
     IndexOptions, OrderIndexReader, OrderIndexWriter, ReadError, StreamId, read_extent_at,
@@ -16,12 +16,13 @@ use embarcadero_cxl::order_index::{
 use embarcadero_cxl::region::{Region, RegionError};
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::session_table::{
-    Commit, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at, read_session_at,
+    Commit, Progress, Session, SessionCommit, publish_commits, publish_session, read_commit_at, read_progress_at,
+    read_session_at, store_progress,
 };
 use embarcadero_cxl::takeover::copy_predecessor;
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, publish_topic};
 use embarcadero_cxl::{Damage, Fabric, Row, Site};
-use embarcadero_wire::{Stream, Term};
+use embarcadero_wire::{SessionSlot, Stream, Term};
 use std::sync::Arc;
 
 /// Checks that `mirror` is the mirror of `region`.
@@ -145,15 +146,16 @@ impl<F: Fabric> Mirror<F> {
                     continue;
                 }
             };
-            let expected = read_progress_at(from, self.area, slot);
+            let progress @ Progress { expected, .. } = read_progress_at(from, self.area, slot);
             for sequence in expected.saturating_sub(SESSION_WINDOW)..expected.saturating_add(SESSION_WINDOW) {
                 match read_commit_at(from, self.area, slot, sequence) {
                     Ok(Commit::At(record)) => self.commit(&[SessionCommit { slot, record, expected }]),
-                    Ok(Commit::Unknown | Commit::Forgotten) => {}
+                    Ok(Commit::Unknown | Commit::Forgotten(_)) => {}
                     Err(damage) => tracing::error!(%slot, %damage, "a commit record is not copied to the mirror"),
                 }
             }
             self.session(&session);
+            self.progress(slot, progress);
         }
     }
 
@@ -165,6 +167,12 @@ impl<F: Fabric> Mirror<F> {
     /// Writes a session's identity and state.
     pub(crate) fn session(&self, session: &Session) {
         publish_session(&self.region, self.area, session);
+    }
+
+    /// Writes a slot's progress. It is in memory when this returns.
+    pub(crate) fn progress(&self, slot: SessionSlot, progress: Progress) {
+        store_progress(&self.region, self.area, slot, progress);
+        self.region.fabric().fence(Site::RecordFlush);
     }
 
     /// Writes commit records. They are in memory when this returns.
@@ -217,7 +225,12 @@ pub fn read<F: Fabric>(mirror: &Region<F>) -> Result<Vec<MirroredTopic>, MirrorE
     let mut sessions = Vec::new();
     for slot in mirror.geometry().sessions() {
         match read_session_at(mirror, area, slot) {
-            Row::Used(session) => sessions.push((session, read_progress_at(mirror, area, slot))),
+            // One whose slot is about to get another client is nobody's.
+            Row::Used(session) if session.state == SessionState::Free => {}
+            Row::Used(session) => {
+                let progress = read_progress_at(mirror, area, slot);
+                sessions.push((session, progress.of(&session).unwrap_or(session.committed)));
+            }
             // A torn row is that of a session which was about to change, and of which no client was told.
             Row::Unused | Row::Unsettled => {}
             Row::Damaged(damage) => return Err(damage.into()),

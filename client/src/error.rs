@@ -3,7 +3,7 @@
 use embarcadero_transport::LinkError;
 use embarcadero_verbs::VerbsError;
 use embarcadero_wire::batch::BodyError;
-use embarcadero_wire::{ErrorCode, OutOfBounds, WireError};
+use embarcadero_wire::{ClientId, ErrorCode, OutOfBounds, TopicId, WireError};
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
@@ -87,6 +87,30 @@ pub enum ClientError {
         #[source]
         cause: Option<Arc<ClientError>>,
     },
+    /// The brokers do not know this publisher's session any more: its slot went to another client, or the region was
+    /// lost. [`crate::Publisher::poll`] tells which messages are acknowledged.
+    #[error(
+        "the brokers know this publisher's session no more: whether {in_doubt} batches, which were sent and not \
+         acknowledged, are in the log is unknown"
+    )]
+    SessionLost {
+        /// Number of batches that may or may not be in the log.
+        in_doubt: u64,
+    },
+    /// The brokers know less of this publisher's session than they acknowledged, or more than it sent: the region was
+    /// lost, and restored from disks that do not have everything.
+    #[error(
+        "the brokers expect batch {expected} of this publisher's session, which is acknowledged up to batch \
+         {acknowledged} and has sent nothing from {next} on: acknowledged batches are lost"
+    )]
+    SessionChanged {
+        /// Sequence that the brokers expect next.
+        expected: u64,
+        /// Sequence below which all batches are acknowledged.
+        acknowledged: u64,
+        /// Sequence of the next batch.
+        next: u64,
+    },
     /// The message id is not one of this publisher's.
     #[error("message id of batch {batch} was never given out")]
     UnknownId {
@@ -101,13 +125,15 @@ pub enum ClientError {
         /// Offset that came.
         found: u64,
     },
-    /// Delivered bytes are damaged.
-    #[error("batch at offset {offset}: {source}")]
+    /// Delivered bytes are damaged. A subscriber that is called again goes on behind them.
+    #[error("the messages from offset {offset} to {} cannot be read: {source}", end - 1)]
     Corrupt {
         /// First offset of the batch.
         offset: u64,
+        /// Offset after its last message.
+        end: u64,
         /// Check that failed.
-        source: BodyError,
+        source: UnreadableBatch,
     },
     /// A peer does not speak the protocol.
     #[error(transparent)]
@@ -120,6 +146,25 @@ pub enum ClientError {
         /// Error of the system.
         source: Arc<io::Error>,
     },
+}
+
+/// Reason why a batch cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum UnreadableBatch {
+    /// The bytes are of another batch than the one that was ordered.
+    #[error("memory holds batch {sequence} of client {:#x} and topic slot {topic} instead", client_id.0)]
+    Foreign {
+        /// Client that the bytes name.
+        client_id: ClientId,
+        /// Sequence that the bytes name.
+        sequence: u64,
+        /// Topic that the bytes name.
+        topic: TopicId,
+    },
+    /// The body is damaged.
+    #[error(transparent)]
+    Body(#[from] BodyError),
 }
 
 /// Kind of a refusal by the control service.

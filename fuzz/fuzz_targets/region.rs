@@ -66,6 +66,8 @@ fn pristine() -> Pristine {
         topic_incarnation: incarnation,
         committed: 0,
         ack_level: 1,
+        first_epoch: Epoch(1),
+        first_sequence: 0,
     };
     publish_session(&region, area, &session);
     activate_term(&region, area, Term(1));

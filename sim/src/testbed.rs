@@ -2,7 +2,8 @@
 
 use crossbeam_channel::{RecvError, bounded, unbounded};
 use embarcadero_broker::sequencer::{
-    Command, GROUP_BATCHES, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover, TakeoverError,
+    Command, GROUP_BATCHES, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
+    TakeoverError,
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
@@ -102,10 +103,10 @@ impl<F: Fabric> Testbed<F> {
     pub fn new(region: Region<F>, sessions: u32) -> Result<Self, TestbedError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), LEADER.0));
         let (commands, queue) = unbounded();
-        let leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+        let limits = SequencerLimits::LASTING;
         let memory = Memory { region: region.clone(), pool, mirror: None };
         let before = Predecessor::Gone(Term::NONE);
-        let takeover = Takeover { memory, area: LEADER, term: Term(1), before, leases, commands: queue };
+        let takeover = Takeover { memory, area: LEADER, term: Term(1), before, limits, commands: queue };
         let mut sequencer = Sequencer::recover(takeover, 0)?;
         let (id, incarnation) = TOPIC;
         let topic = TopicConfig {
@@ -127,7 +128,8 @@ impl<F: Fabric> Testbed<F> {
         let mut opened = Vec::new();
         for client_id in (1..=u64::from(sessions)).map(ClientId) {
             let (reply, answer) = bounded(1);
-            let _ = commands.send(Command::OpenSession { topic: id, client_id, ack_level: 1, reply });
+            let request = SessionRequest { topic: id, client_id, ack_level: 1, resume: false };
+            let _ = commands.send(Command::OpenSession { request, reply });
             sequencer.poll(0, 1);
             opened.push(answer.recv()??);
         }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::panic)] // a test fails by panicking
 
 use crossbeam_channel::bounded;
-use embarcadero_broker::ack::{AckOptions, AckQueue};
+use embarcadero_broker::ack::AckQueue;
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::topics::TopicTable;
 use embarcadero_cxl::Native;
@@ -38,14 +38,7 @@ fn a_million_messages_pass_without_an_allocation() {
     let (landed, queue) = bounded(64);
     let (acks, _ordered) = bounded(64);
     let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], FlushGroup::default());
-    let mut waiting = AckQueue::new(AckOptions {
-        slot: session.slot,
-        client_id: session.client_id,
-        epoch: session.epoch,
-        stream: StreamId { topic: TOPIC.0, stream: Stream::GLOBAL },
-        ack_level: 1,
-    });
-
+    let mut waiting = AckQueue::new(session, StreamId { topic: TOPIC.0, stream: Stream::GLOBAL });
     let origin = BatchOrigin {
         client_id: session.client_id,
         session_epoch: session.epoch,

@@ -111,6 +111,8 @@ fn order(leader: &Leader, batchlog: &[Sent]) -> SessionOrder {
         topic_incarnation: Incarnation(1),
         committed: leader.expected,
         ack_level: 1,
+        first_epoch: Epoch(0),
+        first_sequence: 0,
     };
     let mut order = SessionOrder::new(session, Order::Strong, leader.expected, 0);
     for place in leader.held.values() {

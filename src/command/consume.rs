@@ -3,7 +3,7 @@
 use crate::settings::Connect;
 use anyhow::{Result, bail};
 use clap::Args;
-use embarcadero_client::{Batch, Message, Start};
+use embarcadero_client::{Batch, ClientError, Message, Start};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::time::Duration;
 
@@ -74,6 +74,20 @@ impl<W: Write> Output<W> {
     }
 }
 
+/// Messages that could not be read. Reading goes on behind them.
+#[derive(Default)]
+struct Unreadable(u64);
+
+impl Unreadable {
+    /// Tells of messages that cannot be read. Any other error is returned.
+    fn skip(&mut self, error: ClientError) -> Result<()> {
+        let ClientError::Corrupt { offset, end, .. } = error else { return Err(error.into()) };
+        tracing::error!("{error}");
+        self.0 += end - offset;
+        Ok(())
+    }
+}
+
 pub fn run(args: &ConsumeArgs) -> Result<()> {
     let client = args.connect.client()?;
     let mut subscriber = client.subscriber(&args.topic, args.from)?;
@@ -83,23 +97,30 @@ pub fn run(args: &ConsumeArgs) -> Result<()> {
         length_prefixed: args.length_prefixed,
         offsets: args.offsets,
     };
-    let mut result = Ok(());
+    let (mut result, mut unreadable) = (Ok(()), Unreadable::default());
     if !args.follow && args.count.is_none() {
-        subscriber.drain_batches(|batch| {
-            if result.is_ok() {
-                result = output.batch(&batch);
-            }
-        })?;
+        let mut drain = || {
+            subscriber.drain_batches(|batch| {
+                if result.is_ok() {
+                    result = output.batch(&batch);
+                }
+            })
+        };
+        while let Err(error) = drain() {
+            unreadable.skip(error)?;
+        }
     } else {
         while output.left > 0 && result.is_ok() {
-            match subscriber.next_batch(Duration::from_millis(200))? {
-                Some(batch) => result = output.batch(&batch),
+            match subscriber.next_batch(Duration::from_millis(200)) {
+                Ok(Some(batch)) => result = output.batch(&batch),
                 // While no messages come, a reader of the pipe must see all earlier ones.
-                None => result = output.writer.flush(),
+                Ok(None) => result = output.writer.flush(),
+                Err(error) => unreadable.skip(error)?,
             }
         }
     }
     match result.and_then(|()| output.writer.flush()) {
+        Ok(()) if unreadable.0 > 0 => bail!("{} messages could not be read", unreadable.0),
         Ok(()) => Ok(()),
         // The reader of the pipe has closed it, as `head` does.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),

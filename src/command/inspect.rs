@@ -11,7 +11,7 @@ use embarcadero_cxl::owner::{SegmentUse, read_owner};
 use embarcadero_cxl::replication::{Completion, Replication, read_completion_at, read_replicated};
 use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::sequencer_half::{Consumed, read_consumed_at};
-use embarcadero_cxl::session_table::{Session, read_progress_at, read_session_at};
+use embarcadero_cxl::session_table::{Progress, Session, read_progress_at, read_session_at};
 use embarcadero_cxl::topic_table::{TopicConfig, read_released, read_topic_at};
 use embarcadero_cxl::{Damage, Fabric, Native, Region, Row, Site, damaged_lines};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Stream, TopicId};
@@ -119,6 +119,8 @@ struct SessionReport {
     #[serde(flatten)]
     session: Session,
     expected: u64,
+    /// Epoch that the word above belongs to.
+    progress_epoch: Epoch,
 }
 
 #[derive(Serialize)]
@@ -307,7 +309,8 @@ impl Reader<'_> {
         let (region, area) = (self.region, self.area);
         let report = |slot| {
             let session = self.used(read_session_at(region, area, slot))?;
-            Some(SessionReport { session, expected: read_progress_at(region, area, slot) })
+            let Progress { expected, epoch: progress_epoch } = read_progress_at(region, area, slot);
+            Some(SessionReport { session, expected, progress_epoch })
         };
         region.geometry().sessions().filter_map(report).collect()
     }

@@ -448,7 +448,7 @@ fn drop_session(cluster: &Cluster, offender: &Offender) {
     runtime.block_on(async {
         let mut control = ControlClient::connect(format!("http://{}", cluster.control())).await.unwrap();
         let client_id = offender.origin.client_id.0;
-        let request = OpenSessionRequest { topic: "t".to_owned(), client_id, ack_level: 1 };
+        let request = OpenSessionRequest { topic: "t".to_owned(), client_id, ack_level: 1, resume: false };
         control.open_session(request).await.unwrap();
     });
 }

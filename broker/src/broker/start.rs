@@ -11,7 +11,7 @@ use crate::membership::etcd::Etcd;
 use crate::mirror;
 use crate::pool;
 use crate::replica::replicator::disclaim;
-use crate::sequencer::Leases;
+use crate::sequencer::{GROUP_BATCHES, SequencerLimits};
 use crate::topics::TopicTable;
 use crate::worker::LeaderStages;
 use crossbeam_channel::{Sender, bounded};
@@ -201,7 +201,11 @@ impl CandidateParts {
             info,
             pool,
             mirror,
-            leases: Leases { gap_us: config.gap_lease_ms * 1000, idle_us: config.session_idle_ms * 1000 },
+            limits: SequencerLimits {
+                group_batches: GROUP_BATCHES,
+                gap_us: config.gap_lease_ms * 1000,
+                idle_us: config.session_idle_ms * 1000,
+            },
             broker_lease: Duration::from_millis(config.broker_lease_ms),
             leader_lease: Duration::from_millis(config.leader_lease_ms),
             scope: match config.cxl.coherence {

@@ -6,7 +6,7 @@ use crate::replica::store::Archived;
 use crossbeam_channel::{Receiver, TryRecvError};
 use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_transport::{Outbox, Outgoing, TransportError};
-use embarcadero_wire::{Deliver, ErrorCode};
+use embarcadero_wire::{BatchHeader, Deliver, ErrorCode, FRAME_BYTES};
 
 /// Read of batches that the region no longer holds.
 pub(super) struct DiskRead {
@@ -154,6 +154,11 @@ impl SubscriberSession {
 
     /// Queues a batch from disk.
     fn queue_archived(&mut self, outbox: &mut Outbox, batch: &Archived) -> Result<(), TransportError> {
+        // What is no header is told by the subscriber, too.
+        let header: BatchHeader = batch
+            .bytes
+            .first_chunk::<FRAME_BYTES>()
+            .map_or_else(BatchHeader::blank, |bytes| bytemuck::pod_read_unaligned(bytes));
         let frame = Deliver {
             first_offset: batch.first_offset,
             ordered_us: batch.ordered_us,
@@ -161,6 +166,8 @@ impl SubscriberSession {
             message_count: batch.message_count,
             broker: batch.source,
             stream: self.stream.stream,
+            client_id: header.client_id,
+            sequence: header.sequence,
             ..Deliver::blank()
         };
         outbox.push(Outgoing::copied(&frame.encode(), &batch.bytes).map_err(TransportError::Io)?);

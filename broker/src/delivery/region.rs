@@ -79,6 +79,8 @@ impl SubscriberSession {
             message_count: entry.message_count,
             broker: entry.broker.into(),
             stream: self.stream.stream,
+            client_id: entry.client_id,
+            sequence: entry.sequence,
             ..Deliver::blank()
         };
         outbox.push(Outgoing::batch(frame.encode(), at, bytes, self.cursor));

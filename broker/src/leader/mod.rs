@@ -13,7 +13,7 @@ use crate::control::{CurrentLeader, LeaderControl};
 use crate::dead_broker;
 use crate::membership::Liveness;
 use crate::replica::completion::CompletionStage;
-use crate::sequencer::{Leases, Memory, Predecessor, Sequencer, Takeover};
+use crate::sequencer::{Memory, Predecessor, Sequencer, SequencerLimits, Takeover};
 use crate::worker::LeaderStages;
 use crossbeam_channel::{Sender, TrySendError, unbounded};
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
@@ -46,7 +46,7 @@ pub(crate) struct Candidate {
     /// Mirror of the region, if it has one.
     pub(crate) mirror: Option<RegionFile>,
     /// Durations by which the sequencer goes.
-    pub(crate) leases: Leases,
+    pub(crate) limits: SequencerLimits,
     /// Silence after which another broker counts as dead.
     pub(crate) broker_lease: Duration,
     /// Silence after which the leader is replaced.
@@ -135,7 +135,7 @@ impl Candidate {
         let area = LeaderArea(self.info.id);
         let mirror = self.mirror.as_ref().map(|file| file.region().clone());
         let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
-        let takeover = Takeover { memory, area, term, before: predecessor, leases: self.leases, commands: queue };
+        let takeover = Takeover { memory, area, term, before: predecessor, limits: self.limits, commands: queue };
         let sequencer = match Sequencer::recover(takeover, SystemClock.now().wall_us) {
             Ok(sequencer) => sequencer,
             Err(error) => {

@@ -1,10 +1,10 @@
 //! Group of batches: each is judged by its session, and gets its place or waits.
 
+use super::SequencerStats;
 use super::session::{Arrival, SessionOrder, Verdict};
 use super::topic::TopicOrder;
-use super::{GROUP_BATCHES, SequencerStats};
 use bytemuck::Zeroable;
-use embarcadero_cxl::layout::{CommitRecord, IndexEntry, SESSION_WINDOW};
+use embarcadero_cxl::layout::{CommitRecord, IndexEntry};
 use embarcadero_cxl::session_table::SessionCommit;
 use embarcadero_cxl::{Damage, Fabric, Guard};
 use embarcadero_wire::{BrokerId, Term};
@@ -27,6 +27,10 @@ pub(super) struct Group {
     pub(super) held: u32,
     /// True when held batches had their turn, and the index had no room for them.
     pub(super) starved: bool,
+    /// True when held batches had their turn, and the group was full.
+    pub(super) overdue: bool,
+    /// Most batches in a group.
+    pub(super) limit: u64,
     /// True when there may be more to order, whatever the brokers' counters say.
     pub(super) backlog: bool,
     /// Counters since the start.
@@ -34,12 +38,14 @@ pub(super) struct Group {
 }
 
 impl Group {
-    pub(super) fn new(max_sessions: u32) -> Self {
+    pub(super) fn new(max_sessions: u32, limit: u64) -> Self {
         Self {
             sessions: (0..max_sessions).map(|_| None).collect(),
-            commits: Vec::with_capacity(GROUP_BATCHES as usize + SESSION_WINDOW as usize),
+            commits: Vec::with_capacity(limit as usize),
             held: 0,
             starved: false,
+            overdue: false,
+            limit,
             backlog: true,
             stats: SequencerStats::default(),
         }
@@ -60,7 +66,7 @@ impl Group {
         });
         for taken in 0..available {
             // One entry can release a whole window of held ones, for which `order` makes room itself.
-            if !topic.make_room() {
+            if self.is_full(fabric) || !topic.make_room() {
                 self.backlog = true;
                 return taken;
             }
@@ -127,20 +133,28 @@ impl Group {
         commits.push(commit(topic, order, &arrival, stamp));
         stats.ordered += 1;
         if self.held > 0 {
-            self.drain(topic, slot, stamp);
+            self.drain(fabric, topic, slot, stamp);
         }
     }
 
+    /// Returns true when the group has as many batches as a successor looks for in the index.
+    pub(super) fn is_full<F: Fabric>(&self, fabric: &F) -> bool {
+        self.commits.len() as u64 >= self.limit && fabric.keeps(Guard::GroupBound)
+    }
+
     /// Commits the batches of a session of this topic that waited and have their turn now.
-    fn drain<F: Fabric>(&mut self, topic: &mut TopicOrder<F>, slot: usize, stamp: Stamp) {
+    fn drain<F: Fabric>(&mut self, fabric: &F, topic: &mut TopicOrder<F>, slot: usize, stamp: Stamp) {
+        let bound = if fabric.keeps(Guard::GroupBound) { self.limit as usize } else { usize::MAX };
         let Some(order) = &mut self.sessions[slot] else { return };
         if order.session.topic != topic.config.id {
             return;
         }
         while let Some(held) = order.next_held() {
-            if !topic.make_room() {
+            let full = self.commits.len() >= bound;
+            if full || !topic.make_room() {
                 order.hold_again(held);
-                self.starved = true;
+                self.overdue |= full;
+                self.starved |= !full;
                 self.backlog = true;
                 return;
             }
@@ -151,9 +165,9 @@ impl Group {
     }
 
     /// Commits the batches of every session of this topic that waited and have their turn now.
-    pub(super) fn drain_all<F: Fabric>(&mut self, topic: &mut TopicOrder<F>, stamp: Stamp) {
+    pub(super) fn drain_all<F: Fabric>(&mut self, fabric: &F, topic: &mut TopicOrder<F>, stamp: Stamp) {
         for slot in 0..self.sessions.len() {
-            self.drain(topic, slot, stamp);
+            self.drain(fabric, topic, slot, stamp);
         }
     }
 }

@@ -12,6 +12,7 @@ use embarcadero_wire::BrokerId;
 impl<F: Fabric> Sequencer<F> {
     /// Does the work that is not done per batch. Call it every few milliseconds.
     pub fn maintain(&mut self, now_us: u64) {
+        self.now_us = now_us;
         let live = read_leader_at(&self.region, self.area).used().map_or(u64::MAX, |leader| leader.pinning_mask);
         let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
         self.expire_gaps(now_us);

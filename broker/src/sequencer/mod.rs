@@ -19,7 +19,7 @@ mod topics;
 
 pub use crate::takeover::TakeoverError;
 pub use recover::{Memory, Predecessor, Takeover};
-pub use sessions::SessionError;
+pub use sessions::{SessionError, SessionRequest};
 
 use crate::mirror::Mirror;
 use crossbeam_channel::{Receiver, Sender};
@@ -38,7 +38,8 @@ use std::sync::Arc;
 use topic::TopicOrder;
 use topics::Closing;
 
-/// Most batches of a topic that are published in one group. A successor reads as many again.
+/// Most batches of a topic that are published in one group, held ones included. Its sessions may not know of them if the
+/// leader dies, so a successor reads as many again.
 pub const GROUP_BATCHES: u64 = 1024;
 
 /// Request of the control plane. The sequencer answers it between groups, so that nothing commits under an epoch after
@@ -51,12 +52,8 @@ pub enum Command {
     CloseTopic(TopicId, Sender<Result<(), Damage>>),
     /// Opens the next epoch of a client's session on a topic.
     OpenSession {
-        /// Topic slot.
-        topic: TopicId,
-        /// Client.
-        client_id: ClientId,
-        /// Acknowledgement level.
-        ack_level: u8,
+        /// Session to open.
+        request: SessionRequest,
         /// Answer.
         reply: Sender<Result<Session, SessionError>>,
     },
@@ -73,13 +70,20 @@ pub enum Command {
     },
 }
 
-/// Durations by which the sequencer goes, microseconds.
+/// Bounds by which the sequencer goes. All leaders of a region have the same.
 #[derive(Clone, Copy, Debug)]
-pub struct Leases {
+pub struct SequencerLimits {
+    /// Most batches of a topic in one group, held ones included: [`GROUP_BATCHES`] but in tests.
+    pub group_batches: u64,
     /// Longest time that a gap may last before its session is fenced.
     pub gap_us: u64,
     /// Time without batches after which a session's slot may go to another client.
     pub idle_us: u64,
+}
+
+impl SequencerLimits {
+    /// Limits for tests and benches: no lease ends.
+    pub const LASTING: Self = Self { group_batches: GROUP_BATCHES, gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
 }
 
 /// Counters of a sequencer.
@@ -104,7 +108,7 @@ pub struct Sequencer<F: Fabric> {
     mirror: Option<Mirror<F>>,
     area: LeaderArea,
     term: Term,
-    leases: Leases,
+    limits: SequencerLimits,
     commands: Receiver<Command>,
     /// Topics with a global order, by slot.
     topics: Vec<Option<TopicOrder<F>>>,
@@ -114,6 +118,10 @@ pub struct Sequencer<F: Fabric> {
     damaged: Vec<Option<Damage>>,
     /// Session slots with a damaged row or progress that the log has named.
     damaged_sessions: BTreeMap<SessionSlot, Damage>,
+    /// Time at which the last session in each slot ended, as far as this leader knows.
+    ended_us: Vec<u64>,
+    /// Time of the last turn, microseconds since 1970.
+    now_us: u64,
     /// Deleted topics whose memory brokers still hold.
     closing: Vec<Closing<F>>,
     group: Group,
@@ -147,11 +155,12 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Orders what has arrived, at most `budget` batches per topic, and answers requests. Returns the number of batches
-    /// that it took; 0 once it leads no more.
+    /// that it took or ordered; 0 once it leads no more.
     pub fn poll(&mut self, now_us: u64, budget: u64) -> u64 {
         if !self.leads() {
             return 0;
         }
+        self.now_us = now_us;
         while let Ok(command) = self.commands.try_recv() {
             self.execute(command, now_us);
         }
@@ -165,45 +174,46 @@ impl<F: Fabric> Sequencer<F> {
             return 0;
         }
         self.group.backlog = false;
-        let starved = std::mem::take(&mut self.group.starved);
+        let waiting = std::mem::take(&mut self.group.starved) | std::mem::take(&mut self.group.overdue);
         let mut taken = 0;
         for slot in 0..self.topics.len() {
-            taken += self.order_topic(slot, starved, now_us, budget.min(GROUP_BATCHES));
+            taken += self.order_topic(slot, waiting, now_us, budget.min(self.group.limit));
         }
         self.first = (self.first + 1) % self.pulses.len();
         taken
     }
 
-    /// Orders what has arrived of one topic. `starved` tells that held batches had their turn before and found no room.
-    fn order_topic(&mut self, slot: usize, starved: bool, now_us: u64, budget: u64) -> u64 {
+    /// Orders what has arrived of one topic. `waiting` tells that held batches had their turn before and found no room.
+    fn order_topic(&mut self, slot: usize, waiting: bool, now_us: u64, budget: u64) -> u64 {
         let stamp = Stamp { term: self.term, now_us };
         let Self { topics, group, region, first, .. } = self;
         let Some(topic) = &mut topics[slot] else { return 0 };
         topic.last_ordered_us = topic.last_ordered_us.max(now_us);
         let before = topic.index.next();
-        if starved {
-            group.drain_all(topic, stamp);
+        if waiting {
+            group.drain_all(region.fabric(), topic, stamp);
         }
         let mut taken = 0;
         for broker in (*first..topic.brokers.len()).chain(0..*first) {
             taken += group.take_from(region.fabric(), topic, BrokerId(broker as u32), stamp, budget - taken);
         }
-        if taken > 0 || topic.index.next() > before {
+        let ordered = topic.index.next() - before;
+        if taken > 0 || ordered > 0 {
             group.backlog = true;
-            self.publish(slot, before);
+            self.publish(slot, before, self.group.held == 0);
         }
-        taken
+        taken.max(ordered)
     }
 
     /// Publishes a topic's group: first its index entries and the tail, then the sessions, then what brokers may reuse.
-    /// An acknowledgement is therefore never seen before its batch.
-    fn publish(&mut self, slot: usize, before: u64) {
+    /// An acknowledgement is therefore never seen before its batch. `decided` tells that brokers may reuse the memory of
+    /// all batches that were taken, and are not ordered.
+    fn publish(&mut self, slot: usize, before: u64, decided: bool) {
         let Some(topic) = &mut self.topics[slot] else { unreachable!("topic slot {slot} was ordered, so it is open") };
         if topic.index.next() > before {
             topic.publish(self.term);
         }
         self.publish_commits();
-        let decided = self.group.held == 0;
         if let Some(topic) = &mut self.topics[slot] {
             topic.show_consumed(decided);
         }
@@ -231,8 +241,8 @@ impl<F: Fabric> Sequencer<F> {
                 }
             }
             Command::CloseTopic(id, reply) => self.close_topic(id, reply),
-            Command::OpenSession { topic, client_id, ack_level, reply } => {
-                let opened = self.open_session(topic, client_id, ack_level, now_us);
+            Command::OpenSession { request, reply } => {
+                let opened = self.open_session(&request, now_us);
                 if self.leads() {
                     let _ = reply.send(opened);
                 }

@@ -1,14 +1,14 @@
 //! Recovery: a new leader takes over the order with everything that is committed.
 
 use super::group::{Group, Stamp};
-use super::session::{Arrival, SessionOrder};
-use super::{Command, GROUP_BATCHES, Leases, Sequencer};
+use super::session::Arrival;
+use super::{Command, Sequencer, SequencerLimits};
 use crate::mirror::Mirror;
 use crate::spares::spare_segments;
 use crate::takeover::TakeoverError;
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::batchlog::peek_entry;
-use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
+use embarcadero_cxl::layout::{CommitRecord, IndexEntry, LeaderArea, SessionState};
 use embarcadero_cxl::leadership::{activate_term, claim_term, latest_claim};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
@@ -19,7 +19,7 @@ use embarcadero_cxl::session_table::{
 use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
 use embarcadero_cxl::topic_table::{TopicRows, repair_torn_topic};
 use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
-use embarcadero_wire::Term;
+use embarcadero_wire::{BrokerId, Term};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -52,8 +52,8 @@ pub struct Takeover<F: Fabric> {
     pub term: Term,
     /// State of the predecessor.
     pub before: Predecessor,
-    /// Durations by which the leader goes.
-    pub leases: Leases,
+    /// Bounds by which the leader goes.
+    pub limits: SequencerLimits,
     /// Requests of the control plane.
     pub commands: Receiver<Command>,
 }
@@ -64,7 +64,7 @@ impl<F: Fabric> Sequencer<F> {
     /// # Errors
     /// [`TakeoverError`].
     pub fn recover(takeover: Takeover<F>, now_us: u64) -> Result<Self, TakeoverError> {
-        let Takeover { memory, area, term, before, leases, commands } = takeover;
+        let Takeover { memory, area, term, before, limits, commands } = takeover;
         let Memory { region, pool, mirror } = memory;
         // Taken before the claim: without spare segments the predecessor stays.
         let mut spares = match before {
@@ -86,14 +86,16 @@ impl<F: Fabric> Sequencer<F> {
             mirror,
             area,
             term,
-            leases,
+            limits,
             commands,
             topics: geometry.topics().map(|_| None).collect(),
             configs: geometry.topics().map(|_| None).collect(),
             damaged: geometry.topics().map(|_| None).collect(),
             damaged_sessions: BTreeMap::new(),
+            ended_us: vec![now_us; geometry.max_sessions as usize],
+            now_us,
             closing: Vec::new(),
-            group: Group::new(geometry.max_sessions),
+            group: Group::new(geometry.max_sessions, limits.group_batches),
             pulses: geometry.brokers().map(|_| 0).collect(),
             stalls: geometry.brokers().map(|_| 0).collect(),
             first: area.0.index(),
@@ -163,7 +165,9 @@ impl<F: Fabric> Sequencer<F> {
                 continue;
             };
             if session.state == SessionState::Open {
-                let order = SessionOrder::new(session, config.order, progress, now_us);
+                let committed = progress.of(&session).unwrap_or(session.committed);
+                let mut order = self.known_session(Session { committed, ..session }, config.order, now_us);
+                order.session = session;
                 self.group.sessions[slot.index()] = Some(order);
             }
         }
@@ -185,8 +189,8 @@ impl<F: Fabric> Sequencer<F> {
     fn verify_progress(&mut self) {
         for index in 0..self.group.sessions.len() {
             let Some(order) = &self.group.sessions[index] else { continue };
-            let session @ Session { slot, committed, .. } = order.session;
-            if let Err(damage) = verified_progress_at(&self.region, self.area, slot, committed) {
+            let session @ Session { slot, .. } = order.session;
+            if let Err(damage) = verified_progress_at(&self.region, self.area, slot, Some(&session)) {
                 self.group.sessions[index] = None;
                 self.report_session(slot, damage);
                 self.show_session(&Session { state: SessionState::Fenced, ..session });
@@ -199,7 +203,7 @@ impl<F: Fabric> Sequencer<F> {
         let Some(topic) = &self.topics[slot] else { return Ok(Vec::new()) };
         let mut entries = Vec::new();
         // The predecessor may have trimmed entries since then. Their segments are not given back yet.
-        for position in begun.saturating_sub(GROUP_BATCHES + SESSION_WINDOW)..topic.index.next() {
+        for position in begun.saturating_sub(self.limits.group_batches)..topic.index.next() {
             entries.extend(topic.index.entry_or_trimmed(position)?.map(|entry| (position, entry)));
         }
         Ok(entries)
@@ -217,7 +221,7 @@ impl<F: Fabric> Sequencer<F> {
             order.committed(entry.sequence, now_us);
         } else if matches!(
             read_commit_at(&self.region, self.area, slot, entry.sequence),
-            Ok(Commit::At(_) | Commit::Forgotten)
+            Ok(Commit::At(_) | Commit::Forgotten(_))
         ) {
             // A damaged record is written again, by this entry or by a later one.
             return;
@@ -236,39 +240,43 @@ impl<F: Fabric> Sequencer<F> {
     /// gone, but a ring keeps its entries until they are overwritten. A batch that did commit is a duplicate now.
     fn retake_undecided(&mut self, slot: usize, now_us: u64) {
         let stamp = Stamp { term: self.term, now_us };
-        let Self { region, area, topics, group, .. } = self;
-        let Some(topic) = &mut topics[slot] else { return };
-        let before = topic.index.next();
-        let slots = u64::from(region.geometry().batchlog_slots);
-        for broker in region.geometry().brokers() {
+        let slots = u64::from(self.region.geometry().batchlog_slots);
+        for broker in self.region.geometry().brokers() {
+            let Some(topic) = &self.topics[slot] else { return };
             let consumed = topic.brokers[broker.index()].consumed.consumed;
             let taken = consumed.consumed_through;
             for index in consumed.decided_through.max(taken.saturating_sub(slots))..taken {
-                let entry = match peek_entry(region, topic.config.id, broker, index) {
-                    Ok(Some(entry)) => entry,
-                    // Its slot was reused, so it was decided.
-                    Ok(None) => continue,
-                    Err(damage) => {
-                        group.set_damaged(topic, broker, damage);
-                        continue;
-                    }
-                };
-                if entry.session_slot.0 >= region.geometry().max_sessions {
-                    continue;
-                }
-                match read_commit_at(region, *area, entry.session_slot, entry.sequence) {
-                    Ok(Commit::Unknown) => {}
-                    Ok(Commit::At(_) | Commit::Forgotten) => continue,
-                    Err(damage) => tracing::error!(%damage, "the window of the session decides instead"),
-                }
-                if !topic.make_room() {
-                    continue;
-                }
-                group.order(region.fabric(), topic, Arrival { entry, broker, index }, stamp);
+                self.retake(slot, broker, index, stamp);
             }
         }
+    }
+
+    /// Takes one Batchlog entry again. What it releases is published at once: a group stays small.
+    fn retake(&mut self, slot: usize, broker: BrokerId, index: u64, stamp: Stamp) {
+        let Self { region, area, topics, group, .. } = self;
+        let Some(topic) = &mut topics[slot] else { return };
+        let entry = match peek_entry(region, topic.config.id, broker, index) {
+            Ok(Some(entry)) => entry,
+            // Its slot was reused, so it was decided.
+            Ok(None) => return,
+            Err(damage) => return group.set_damaged(topic, broker, damage),
+        };
+        if entry.session_slot.0 >= region.geometry().max_sessions {
+            return;
+        }
+        match read_commit_at(region, *area, entry.session_slot, entry.sequence) {
+            Ok(Commit::Unknown) => {}
+            Ok(Commit::At(_) | Commit::Forgotten(_)) => return,
+            Err(damage) => tracing::error!(%damage, "the window of the session decides instead"),
+        }
+        if !topic.make_room() {
+            return;
+        }
+        let before = topic.index.next();
+        group.order(region.fabric(), topic, Arrival { entry, broker, index }, stamp);
         if topic.index.next() > before {
-            self.publish(slot, before);
+            // More entries may follow, and be held.
+            self.publish(slot, before, false);
         }
     }
 }

@@ -68,6 +68,13 @@ impl SessionOrder {
         }
     }
 
+    /// Records a batch that was committed ahead of a gap, before this leader or under an earlier epoch.
+    pub(crate) fn committed_ahead(&mut self, sequence: u64) {
+        if (self.expected..self.expected.saturating_add(SESSION_WINDOW)).contains(&sequence) {
+            self.committed(sequence, self.gap_since_us);
+        }
+    }
+
     /// Sequence below which every batch is committed.
     #[inline]
     #[must_use]
@@ -116,13 +123,14 @@ impl SessionOrder {
         if sequence - self.expected >= SESSION_WINDOW {
             return Verdict::OutOfWindow;
         }
-        if sequence == self.expected {
+        let place = Self::place(sequence);
+        if sequence == self.expected && self.held[place].is_none() {
             return Verdict::Commit;
         }
-        let place = Self::place(sequence);
         if !self.strong {
             return if self.committed[place] == sequence + 1 { Verdict::Duplicate } else { Verdict::Commit };
         }
+        // It may be due already, and wait for room.
         if self.held[place].is_some() {
             return Verdict::Duplicate;
         }
@@ -189,6 +197,8 @@ mod tests {
             topic_incarnation: Incarnation(1),
             committed: expected,
             ack_level: 1,
+            first_epoch: Epoch(1),
+            first_sequence: 0,
         };
         SessionOrder::new(identity, order, expected, 0)
     }

@@ -3,12 +3,15 @@
 use super::session::SessionOrder;
 use super::{Group, Sequencer};
 use embarcadero_cxl::broker_table::read_stalls;
-use embarcadero_cxl::layout::SessionState;
+use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::segment::free_segments;
-use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, store_progress, verified_progress_at};
+use embarcadero_cxl::session_table::{
+    Commit, Progress, Session, commits_ahead, publish_session, read_commit_at, read_session_at, store_progress,
+    verified_progress_at,
+};
 use embarcadero_cxl::topic_table::TopicConfig;
-use embarcadero_cxl::{Damage, Fabric, Row, Site};
-use embarcadero_wire::{ClientId, Epoch, SessionSlot, TopicId};
+use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
+use embarcadero_wire::{ClientId, Epoch, Order, SessionSlot, TopicId};
 
 /// Reason why a session cannot be opened.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -22,20 +25,32 @@ pub enum SessionError {
     /// Nobody knows which of the client's batches are committed.
     #[error("the client's session {0} cannot go on: {1}; publish as another client")]
     DamagedSession(SessionSlot, Damage),
+    /// The client asked to go on, and has no slot any more.
+    #[error("client {:#x} has no session any more", .0.0)]
+    Gone(ClientId),
     /// Every slot is in use.
     #[error("all {0} sessions of the region are in use; close some, or create the region with a larger max_sessions")]
     TableFull(u32),
 }
 
+/// Request for the next epoch of a client's session.
+#[derive(Clone, Copy, Debug)]
+pub struct SessionRequest {
+    /// Topic slot.
+    pub topic: TopicId,
+    /// Client.
+    pub client_id: ClientId,
+    /// Acknowledgement level, 0 to 2.
+    pub ack_level: u8,
+    /// True to go on with the numbers of the client's session; nothing is opened if it has no slot any more. False for a
+    /// client that knows of no batch that it sent.
+    pub resume: bool,
+}
+
 impl<F: Fabric> Sequencer<F> {
     /// Opens the next epoch of a client's session on a topic.
-    pub(super) fn open_session(
-        &mut self,
-        topic: TopicId,
-        client_id: ClientId,
-        ack_level: u8,
-        now_us: u64,
-    ) -> Result<Session, SessionError> {
+    pub(super) fn open_session(&mut self, request: &SessionRequest, now_us: u64) -> Result<Session, SessionError> {
+        let SessionRequest { topic, client_id, ack_level, resume } = *request;
         // A client names the slot: it may not exist. One whose row is damaged has no configuration.
         if let Some(damage) = self.damaged.get(topic.index()).copied().flatten() {
             return Err(SessionError::Damaged(topic, damage));
@@ -43,32 +58,67 @@ impl<F: Fabric> Sequencer<F> {
         let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
         let (slot, before, committed) = loop {
             let (slot, before) = self.slot_for(&config, client_id, now_us)?;
+            if resume && before.is_none_or(|before| !before.belongs_to(&config, client_id)) {
+                return Err(SessionError::Gone(client_id));
+            }
             if let Some(order) = &self.group.sessions[slot.index()] {
                 break (slot, before, order.expected());
             }
-            let shown = before.map_or(0, |before| before.committed);
-            match verified_progress_at(&self.region, self.area, slot, shown) {
+            match verified_progress_at(&self.region, self.area, slot, before.as_ref()) {
                 Ok(committed) => break (slot, before, committed),
                 Err(damage) => self.report_session(slot, damage),
             }
         };
         self.end_session(slot, SessionState::Fenced);
-        // The word of an open session may have been damaged since.
-        store_progress(&self.region, self.area, slot, committed);
-        self.region.fabric().fence(Site::RecordFlush);
+        let epoch = before.map_or(Epoch::default(), |before| before.epoch).next();
+        let resumed = before.filter(|_| resume);
+        let (first_epoch, first_sequence) = match resumed {
+            Some(before) => (before.first_epoch, before.first_sequence),
+            // No sequence of a slot repeats. Who had it before, this client too, may have committed batches ahead of a
+            // gap.
+            None => {
+                let ahead = (0..SESSION_WINDOW).rev().map(|ahead| committed + ahead);
+                let used = |sequence: &u64| {
+                    let commit = read_commit_at(&self.region, self.area, slot, *sequence);
+                    !matches!(commit, Ok(Commit::Unknown | Commit::Forgotten(_)))
+                };
+                (epoch, ahead.into_iter().find(used).map_or(committed, |newest| newest + 1))
+            }
+        };
         let session = Session {
             slot,
             client_id,
-            epoch: before.map_or(Epoch::default(), |before| before.epoch).next(),
+            epoch,
             state: SessionState::Open,
             topic,
             topic_incarnation: config.incarnation,
-            committed,
+            committed: committed.max(first_sequence),
             ack_level,
+            first_epoch,
+            first_sequence,
         };
+        if let Some(before) = before.filter(|before| !before.belongs_to(&config, client_id)) {
+            // A row that is found half written names its client: it never mixes two.
+            self.show_session(&Session { state: SessionState::Free, client_id: ClientId::default(), ..before });
+        }
+        let order = self.known_session(session, config.order, now_us);
+        let session = order.session;
         self.show_session(&session);
-        self.group.sessions[slot.index()] = Some(SessionOrder::new(session, config.order, committed, now_us));
+        self.show_progress(slot, Progress { expected: session.committed, epoch });
+        self.group.sessions[slot.index()] = Some(order);
         Ok(session)
+    }
+
+    /// Returns an open session with what its client has committed: everything below `session.committed`, and in total
+    /// order batches ahead of a gap.
+    pub(super) fn known_session(&self, session: Session, order: Order, now_us: u64) -> SessionOrder {
+        let ahead = commits_ahead(&self.region, self.area, &session, session.committed);
+        let mut known = SessionOrder::new(session, order, session.committed, now_us);
+        for record in ahead.filter(|_| self.region.fabric().keeps(Guard::AheadOfGap)) {
+            known.committed_ahead(record.tag - 1);
+        }
+        known.session.committed = known.expected();
+        known
     }
 
     /// Finds the slot that this client had, else a free one, else that of the session which has been idle longest.
@@ -98,23 +148,22 @@ impl<F: Fabric> Sequencer<F> {
                 }
             };
             let found = (slot, Some(session));
-            let owner = (session.topic, session.topic_incarnation, session.client_id);
-            match (owner == (topic.id, topic.incarnation, client_id), self.damaged_sessions.get(&slot)) {
+            match (session.belongs_to(topic, client_id), self.damaged_sessions.get(&slot)) {
                 (true, None) => return Ok(found),
                 (true, Some(damage)) => return Err(SessionError::DamagedSession(slot, *damage)),
                 (false, None) => {}
                 (false, Some(_)) => continue,
             }
             match session.state {
-                SessionState::Open => {
-                    let active = self.group.sessions[slot.index()].as_ref().map_or(0, |order| order.active_us);
+                // A fenced client comes back for its slot, and has as much time as one that is idle.
+                SessionState::Open | SessionState::Fenced => {
+                    let ended = self.ended_us[slot.index()];
+                    let active = self.group.sessions[slot.index()].as_ref().map_or(ended, |order| order.active_us);
                     let longest = idle.is_none_or(|(than, _)| active < than);
-                    if now_us.saturating_sub(active) > self.leases.idle_us && longest {
+                    if now_us.saturating_sub(active) > self.limits.idle_us && longest {
                         idle = Some((active, found));
                     }
                 }
-                // A fenced client comes back for its slot: give it time.
-                SessionState::Fenced => idle = idle.or(Some((u64::MAX, found))),
                 SessionState::Free | SessionState::Closed => free = free.or(Some(found)),
             }
         }
@@ -140,6 +189,7 @@ impl<F: Fabric> Sequencer<F> {
     /// Ends the session in a slot, if there is one. A batch that is not committed now will never be, under its epoch.
     pub(super) fn end_session(&mut self, slot: SessionSlot, state: SessionState) {
         let Some(order) = self.group.end(slot) else { return };
+        self.ended_us[slot.index()] = self.now_us;
         if state == SessionState::Fenced {
             self.group.stats.fenced += 1;
         }
@@ -152,6 +202,15 @@ impl<F: Fabric> Sequencer<F> {
             mirror.session(session);
         }
         publish_session(&self.region, self.area, session);
+    }
+
+    /// Writes a slot's progress, in the mirror first.
+    fn show_progress(&self, slot: SessionSlot, progress: Progress) {
+        if let Some(mirror) = &self.mirror {
+            mirror.progress(slot, progress);
+        }
+        store_progress(&self.region, self.area, slot, progress);
+        self.region.fabric().fence(Site::RecordFlush);
     }
 
     /// Fences the sessions whose gap has lasted too long.
@@ -171,7 +230,7 @@ impl<F: Fabric> Sequencer<F> {
             let Some(order) = order.as_mut().filter(|order| order.has_gap()) else { continue };
             if stalled {
                 order.restart_gap_timer(now_us);
-            } else if now_us.saturating_sub(order.gap_since_us()) > self.leases.gap_us {
+            } else if now_us.saturating_sub(order.gap_since_us()) > self.limits.gap_us {
                 expired.push(slot);
             }
         }

@@ -146,7 +146,7 @@ fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Out
 /// Checks that a session is still open and its topic still live.
 fn check_session(
     shared: &Shared,
-    session: &PublisherSession,
+    session: &mut PublisherSession,
     windows: impl Iterator<Item = RegionOffset>,
     outbox: &mut Outbox,
     now: Instant,

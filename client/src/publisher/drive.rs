@@ -1,9 +1,9 @@
 //! Movement of a publisher's bytes: gives batches to connections in turn, and takes acknowledgements.
 
 use super::connection::{BrokerConnection, ConnectionState};
-use super::in_flight::BatchState;
 use super::sender::Sender;
 use embarcadero_transport::{LinkError, PublisherLink};
+use embarcadero_wire::batch::BatchOrigin;
 use embarcadero_wire::{Ack, Frame, UNKNOWN_OFFSET, WireError};
 use std::io;
 use std::time::Instant;
@@ -79,7 +79,8 @@ impl Sender {
 
     /// Gives queued batches to connections in turn.
     fn assign(&mut self) {
-        while let Some(number) = self.in_flight.next_queued() {
+        // Nothing commits under an epoch that has ended, so nothing is sent under it.
+        while let Some(number) = self.in_flight.next_queued().filter(|_| !self.session_ended) {
             if (number - self.in_flight.first()) as usize >= self.session.window {
                 return;
             }
@@ -95,11 +96,11 @@ impl Sender {
             let sequence = self.session.sequence(number);
             let origin = self.session.origin;
             let Some(sent) = self.in_flight.get_mut(number) else { continue };
-            if sent.header.session_epoch != origin.session_epoch || sent.header.sequence != sequence {
+            if BatchOrigin::of(&sent.header) != origin || sent.header.sequence != sequence {
                 sent.header.sequence = sequence;
                 sent.header = sent.batch.readdress(&sent.header, &origin);
             }
-            sent.state = BatchState::Sent(Some(chosen));
+            self.in_flight.send(number, chosen);
             if number == self.in_flight.first() {
                 // Before, no broker could say anything about it.
                 self.silence.restart(self.driven_at);

@@ -24,6 +24,8 @@ pub(super) struct InFlightBatch {
     pub(super) batch: Batch,
     pub(super) header: BatchHeader,
     pub(super) state: BatchState,
+    /// True once the batch was given to a connection, so that a broker may have it.
+    sent: bool,
 }
 
 /// All batches in flight of a publisher, which numbers its batches from 0.
@@ -71,7 +73,7 @@ impl InFlightBatches {
     /// Appends a sealed batch and queues it.
     pub(super) fn push(&mut self, batch: Batch, header: BatchHeader) {
         self.queue.push_back(self.next_number());
-        self.batches.push_back(InFlightBatch { batch, header, state: BatchState::Queued });
+        self.batches.push_back(InFlightBatch { batch, header, state: BatchState::Queued, sent: false });
     }
 
     /// Batch of a number; `None` once it is retired.
@@ -97,6 +99,25 @@ impl InFlightBatches {
     /// Returns true if some batch is on a connection.
     pub(super) fn are_on(&self, connection: usize) -> bool {
         self.batches.iter().any(|batch| batch.state == BatchState::Sent(Some(connection)))
+    }
+
+    /// Number of the batches that were given to a connection, and are not acknowledged.
+    pub(super) fn in_doubt(&self) -> usize {
+        let in_doubt = |batch: &&InFlightBatch| batch.sent && !matches!(batch.state, BatchState::Acknowledged(_));
+        self.batches.iter().filter(in_doubt).count()
+    }
+
+    /// Number of the first batch that was never given to a connection.
+    pub(super) fn first_unsent(&self) -> u64 {
+        let sent = self.batches.iter().position(|batch| !batch.sent).unwrap_or(self.batches.len());
+        self.first + sent as u64
+    }
+
+    /// Gives a batch to a connection.
+    pub(super) fn send(&mut self, number: u64, connection: usize) {
+        if let Some(batch) = self.get_mut(number) {
+            (batch.state, batch.sent) = (BatchState::Sent(Some(connection)), true);
+        }
     }
 
     /// Marks a batch as acknowledged at an offset.
@@ -127,11 +148,16 @@ impl InFlightBatches {
         again
     }
 
-    /// Marks the batches on connections for which `lost` holds as done at an unknown offset: without acknowledgements
-    /// nobody learns whether they arrived.
-    pub(super) fn give_up(&mut self, lost: impl Fn(usize) -> bool) {
-        for batch in &mut self.batches {
-            if matches!(batch.state, BatchState::Sent(Some(connection)) if lost(connection)) {
+    /// Marks the batches that were sent, and for which `is_over` holds, as done at an unknown offset. It gets the number
+    /// of a batch, and the connection that the batch is on.
+    pub(super) fn give_up(&mut self, is_over: impl Fn(u64, Option<usize>) -> bool) {
+        for (number, batch) in (self.first..).zip(&mut self.batches).filter(|(_, batch)| batch.sent) {
+            let connection = match batch.state {
+                BatchState::Acknowledged(_) => continue,
+                BatchState::Sent(connection) => connection,
+                BatchState::Queued => None,
+            };
+            if is_over(number, connection) {
                 batch.state = BatchState::Acknowledged(UNKNOWN_OFFSET);
             }
         }

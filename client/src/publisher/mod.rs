@@ -165,7 +165,7 @@ impl Publisher {
         self.shared.context.control().leader(async |client| client.close_session(request).await).map(drop)
     }
 
-    /// Id of this publisher, which batches and deliveries carry.
+    /// Id of this publisher, which batches and deliveries carry. It changes if the brokers forget an idle session.
     #[must_use]
     pub fn client_id(&self) -> ClientId {
         self.shared.sender().session.origin.client_id

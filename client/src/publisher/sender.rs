@@ -157,7 +157,7 @@ impl Sender {
     /// Queues again the batches on connections for which `lost` holds, except those below `committed`.
     fn requeue(&mut self, lost: impl Fn(usize) -> bool, committed: u64) {
         if self.session.ack_level == 0 {
-            self.in_flight.give_up(&lost);
+            self.in_flight.give_up(|_, connection| connection.is_some_and(&lost));
         }
         self.stats.batches_resubmitted += self.in_flight.requeue(lost, committed);
     }

@@ -1,5 +1,6 @@
 //! Session of a publisher, and the call that opens it.
 
+use super::in_flight::InFlightBatches;
 use crate::context::Context;
 use crate::error::ClientError;
 use crate::views::TopicView;
@@ -21,14 +22,21 @@ pub(super) struct Session {
     pub(super) window: usize,
 }
 
-/// Opens the next epoch of a client's session on a topic.
+/// Chooses the id of a client.
+pub(super) fn new_client_id() -> ClientId {
+    ClientId(rand::random::<u64>().max(1))
+}
+
+/// Opens the next epoch of a client's session on a topic. With `resume` nothing is opened, and the answer's epoch is 0, if
+/// the brokers do not know the client any more.
 pub(super) fn open_session(
     context: &Context,
     topic: &str,
     client_id: ClientId,
+    resume: bool,
 ) -> Result<proto::OpenSessionResponse, ClientError> {
     let ack_level = context.config.ack_level.into();
-    let request = proto::OpenSessionRequest { topic: topic.to_owned(), client_id: client_id.0, ack_level };
+    let request = proto::OpenSessionRequest { topic: topic.to_owned(), client_id: client_id.0, ack_level, resume };
     context.control().leader(async |client| client.open_session(request.clone()).await)
 }
 
@@ -59,18 +67,57 @@ impl Session {
         }
     }
 
-    /// Takes the next epoch. `first` is the number of the first batch in flight.
-    pub(super) fn reopened(&mut self, opened: &proto::OpenSessionResponse, topic: &TopicView, first: u64) {
-        let slot_kept = SessionSlot(opened.slot) == self.origin.session_slot;
-        self.origin = origin(opened, topic, self.origin.client_id);
-        if !topic.order.is_global() {
-            return;
-        }
-        if slot_kept {
+    /// Takes the next epoch of the same session.
+    ///
+    /// # Errors
+    /// [`ClientError::SessionChanged`].
+    pub(super) fn resumed(
+        &mut self,
+        opened: &proto::OpenSessionResponse,
+        topic: &TopicView,
+        in_flight: &mut InFlightBatches,
+    ) -> Result<(), ClientError> {
+        if topic.order.is_global() && self.ack_level == 0 {
+            // Nobody learns what became of the batches that were sent.
+            in_flight.give_up(|_, _| true);
+            self.shift = opened.next_sequence.wrapping_sub(in_flight.first_unsent());
+        } else if topic.order.is_global() {
+            let (acknowledged, next) = (self.sequence(in_flight.first()), self.sequence(in_flight.next_number()));
+            if !(acknowledged..=next).contains(&opened.next_sequence) {
+                return Err(ClientError::SessionChanged { expected: opened.next_sequence, acknowledged, next });
+            }
             self.committed = self.committed.max(self.number(opened.next_sequence));
-        } else {
-            self.shift = opened.next_sequence.wrapping_sub(first);
         }
+        self.origin = origin(opened, topic, self.origin.client_id);
+        Ok(())
+    }
+
+    /// Gives up a session that the brokers do not know any more.
+    ///
+    /// # Errors
+    /// [`ClientError::SessionLost`] if batches may be in the log or not: they cannot be sent again.
+    pub(super) fn lost(&self, topic: &TopicView, in_flight: &mut InFlightBatches) -> Result<(), ClientError> {
+        if !topic.order.is_global() {
+            return Ok(());
+        }
+        in_flight.give_up(|number, _| self.ack_level == 0 || number < self.committed);
+        match in_flight.in_doubt() as u64 {
+            0 => Ok(()),
+            in_doubt => Err(ClientError::SessionLost { in_doubt }),
+        }
+    }
+
+    /// Goes on as another client, after [`Session::lost`].
+    pub(super) fn begun_anew(
+        &mut self,
+        opened: &proto::OpenSessionResponse,
+        topic: &TopicView,
+        client_id: ClientId,
+        in_flight: &InFlightBatches,
+    ) {
+        let shift =
+            opened.next_sequence.wrapping_sub(if topic.order.is_global() { in_flight.first_unsent() } else { 0 });
+        *self = Self { shift, ..Self::new(opened, topic, client_id, self.ack_level) };
     }
 
     /// Sequence of a batch on the wire.
@@ -96,5 +143,97 @@ impl Session {
             ack_level: self.ack_level.into(),
             ..OpenPublish::blank()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::publisher::buffers::Buffers;
+    use embarcadero_control::v1::OpenSessionResponse;
+    use embarcadero_wire::{Incarnation, Order, TopicId};
+
+    fn topic(order: Order) -> TopicView {
+        TopicView {
+            id: TopicId(0),
+            incarnation: Incarnation(1),
+            name: "t".to_owned(),
+            order,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+        }
+    }
+
+    fn opened(slot: u32, epoch: u32, next_sequence: u64) -> OpenSessionResponse {
+        OpenSessionResponse { slot, epoch, next_sequence, window_batches: 128, ..OpenSessionResponse::default() }
+    }
+
+    /// Session that began at sequence 10, with three batches in flight: two of them sent, and batch 0 acknowledged.
+    fn session(ack_level: u8) -> (Session, InFlightBatches) {
+        let session = Session::new(&opened(3, 1, 10), &topic(Order::Strong), ClientId(7), ack_level);
+        let (mut in_flight, mut buffers) = (InFlightBatches::new(4), Buffers::new(4, 16 << 10));
+        for number in 0..4 {
+            let mut batch = buffers.get(4096).unwrap().unwrap();
+            batch.push(b"message");
+            let header = batch.seal(&session.origin, session.sequence(number), false);
+            in_flight.push(batch, header);
+        }
+        for number in 0..3 {
+            in_flight.pop_queued();
+            in_flight.send(number, 0);
+        }
+        in_flight.acknowledge(0, 5);
+        in_flight.retire(|_| false);
+        (session, in_flight)
+    }
+
+    #[test]
+    fn a_session_that_goes_on_keeps_its_numbers() {
+        let (mut session, mut in_flight) = session(1);
+        session.resumed(&opened(3, 2, 12), &topic(Order::Strong), &mut in_flight).unwrap();
+        assert_eq!((session.committed, session.sequence(1)), (2, 11));
+        // The row may have moved, after a restore for example.
+        session.resumed(&opened(4, 9, 13), &topic(Order::Strong), &mut in_flight).unwrap();
+        assert_eq!((session.committed, session.sequence(1), session.origin.session_slot), (3, 11, SessionSlot(4)));
+    }
+
+    /// Brokers that know less than they acknowledged have lost batches; brokers that know more know another client's.
+    #[test]
+    fn a_session_that_the_brokers_know_otherwise_ends() {
+        for expected in [0, 10, 15, u64::MAX] {
+            let (mut session, mut in_flight) = session(1);
+            let resumed = session.resumed(&opened(3, 2, expected), &topic(Order::Strong), &mut in_flight);
+            assert!(
+                matches!(resumed, Err(ClientError::SessionChanged { expected: told, acknowledged: 11, next: 14 })
+                    if told == expected),
+                "{expected}: {resumed:?}"
+            );
+            assert_eq!(session.committed, 0);
+        }
+    }
+
+    /// The slot went to another client, and its number says nothing: batches in doubt are not sent again in silence.
+    #[test]
+    fn a_lost_session_ends_while_batches_are_in_doubt() {
+        let (mut session, mut in_flight) = session(1);
+        let lost = session.lost(&topic(Order::Strong), &mut in_flight);
+        assert!(matches!(lost, Err(ClientError::SessionLost { in_doubt: 2 })), "{lost:?}");
+        // What is known to be committed is not in doubt.
+        session.committed = 3;
+        session.lost(&topic(Order::Strong), &mut in_flight).unwrap();
+        session.begun_anew(&opened(3, 6, 40), &topic(Order::Strong), ClientId(8), &in_flight);
+        assert_eq!((session.origin.client_id, session.sequence(3)), (ClientId(8), 40), "batch 3 was never sent");
+        // Nothing is recognized as a duplicate in a broker's own order.
+        session.committed = 0;
+        session.lost(&topic(Order::Broker), &mut in_flight).unwrap();
+    }
+
+    #[test]
+    fn without_acknowledgements_a_session_goes_on_with_what_was_not_sent() {
+        let (mut session, mut in_flight) = session(0);
+        session.resumed(&opened(3, 2, 11), &topic(Order::Strong), &mut in_flight).unwrap();
+        assert_eq!((session.sequence(3), in_flight.in_doubt()), (11, 0), "batch 3 fills the gap");
     }
 }

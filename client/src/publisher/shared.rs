@@ -3,15 +3,15 @@
 use super::buffers::Batch;
 use super::message::{MessageId, Status};
 use super::sender::{Sender, SenderOptions};
-use super::session::{Session, open_session};
+use super::session::{Session, new_client_id, open_session};
 use crate::background::BackgroundTask;
 use crate::batching::{BatchSizer, BufferState, SealStats};
 use crate::context::Context;
 use crate::error::ClientError;
 use crate::nic::loaded_batch_bytes;
 use crate::views::TopicView;
+use embarcadero_wire::OutOfBounds;
 use embarcadero_wire::batch::largest_message;
-use embarcadero_wire::{ClientId, OutOfBounds};
 use spin::mutex::SpinMutex;
 use spin::relax::Yield;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -69,8 +69,8 @@ pub(super) struct SharedPublisher {
 impl SharedPublisher {
     /// Opens a session and connects to the topic's brokers.
     pub(super) fn open(context: Arc<Context>, topic: &str) -> Result<Arc<Self>, ClientError> {
-        let client_id = ClientId(rand::random::<u64>().max(1));
-        let opened = open_session(&context, topic, client_id)?;
+        let client_id = new_client_id();
+        let opened = open_session(&context, topic, client_id, false)?;
         let (topic, cluster) = context.topic(topic)?;
         let config = &context.config;
         let (least, most) = config.batch_bytes();
@@ -135,12 +135,36 @@ impl SharedPublisher {
     /// Opens the session's next epoch, and queues again the batches that did not commit under the last.
     fn reopen(&self) {
         let client_id = self.sender().session.origin.client_id;
-        let opened = open_session(&self.context, &self.topic.name, client_id);
+        let opened = open_session(&self.context, &self.topic.name, client_id, true);
+        let mut sender = self.sender();
+        let Sender { session, in_flight, .. } = &mut *sender;
+        let reopened = match &opened {
+            Ok(opened) if opened.epoch > 0 => session.resumed(opened, &self.topic, in_flight),
+            Ok(_) => {
+                if let Err(error) = session.lost(&self.topic, in_flight) {
+                    Err(error)
+                } else {
+                    drop(sender);
+                    return self.begin_anew();
+                }
+            }
+            Err(error) => return sender.reopening_failed(error.clone(), Instant::now()),
+        };
+        match reopened {
+            Ok(()) => sender.resubmit(),
+            Err(error) => sender.fatal = Some(error),
+        }
+    }
+
+    /// Opens a session as another client: the brokers do not know the last one any more, and nothing is in doubt.
+    fn begin_anew(&self) {
+        let client_id = new_client_id();
+        let opened = open_session(&self.context, &self.topic.name, client_id, false);
         let mut sender = self.sender();
         match opened {
             Ok(opened) => {
-                let first = sender.in_flight.first();
-                sender.session.reopened(&opened, &self.topic, first);
+                let Sender { session, in_flight, .. } = &mut *sender;
+                session.begun_anew(&opened, &self.topic, client_id, in_flight);
                 sender.resubmit();
             }
             Err(error) => sender.reopening_failed(error, Instant::now()),

@@ -13,7 +13,6 @@ use crate::error::ClientError;
 use crate::silence::Silence;
 use crate::views::TopicView;
 use brokers::BrokerWatch;
-use embarcadero_transport::SubscriberLink;
 use embarcadero_wire::batch::{BODY_CHECKSUM, BatchView};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -85,8 +84,8 @@ impl Subscriber {
             let found = if left.is_zero() { self.streams.look()? } else { self.streams.look_or_wait(left)? };
             match found {
                 Some(delivery) => {
-                    let taken = self.streams.accept(&delivery)?;
-                    let payload_at = self.view(&delivery)?.messages().take(taken).map(<[u8]>::len).sum();
+                    let Some(taken) = self.streams.accept(&delivery)? else { continue };
+                    let payload_at = self.view(&delivery).messages().take(taken).map(<[u8]>::len).sum();
                     return Ok(Some(Current { delivery, taken, payload_at }));
                 }
                 None if left.is_zero() => return Ok(None),
@@ -95,23 +94,15 @@ impl Subscriber {
         }
     }
 
-    /// Body of a batch, in place.
-    fn body(&self, delivery: &Delivery) -> &[u8] {
-        let channel = self.streams[delivery.stream].channel.as_ref();
-        assert!(channel.is_some(), "the batch at offset {} lies in no connection", delivery.deliver.first_offset);
-        channel.map_or(&[], |channel| &channel.bytes()[delivery.body.clone()])
+    /// Bytes of a batch that was accepted.
+    fn view(&self, delivery: &Delivery) -> BatchView<'_> {
+        BatchView::of_checked(&delivery.header, self.streams[delivery.stream].body(delivery))
     }
 
-    /// Checks a batch, its checksum included.
-    fn view(&self, delivery: &Delivery) -> Result<BatchView<'_>, ClientError> {
-        BatchView::parse(&delivery.header, self.body(delivery))
-            .map_err(|source| ClientError::Corrupt { offset: delivery.deliver.first_offset, source })
-    }
-
-    fn batch(&self, current: &Current) -> Result<Batch<'_>, ClientError> {
-        let view = self.view(&current.delivery)?;
+    fn batch(&self, current: &Current) -> Batch<'_> {
+        let view = self.view(&current.delivery);
         let Delivery { deliver, header, .. } = &current.delivery;
-        Ok(Batch {
+        Batch {
             first_offset: deliver.first_offset + current.taken as u64,
             stream: deliver.stream.broker(),
             broker: deliver.broker,
@@ -122,7 +113,7 @@ impl Subscriber {
             has_checksum: header.flags & BODY_CHECKSUM != 0,
             view,
             skip: current.taken,
-        })
+        }
     }
 
     /// Takes the batch that was received last, if messages of it are left.
@@ -144,12 +135,9 @@ impl Subscriber {
     ///
     /// # Errors
     /// The offset is not kept, order or bytes are damaged, or the topic is gone. A lost connection is not an error: the
-    /// subscriber connects again.
+    /// subscriber connects again. After [`ClientError::Corrupt`] the next call goes on behind what cannot be read.
     pub fn next_batch(&mut self, timeout: Duration) -> Result<Option<Batch<'_>>, ClientError> {
-        match self.take_or_receive(timeout)? {
-            Some(current) => self.batch(&current).map(Some),
-            None => Ok(None),
-        }
+        Ok(self.take_or_receive(timeout)?.map(|current| self.batch(&current)))
     }
 
     /// Receives the next message; `None` when none came within `timeout`.
@@ -160,7 +148,8 @@ impl Subscriber {
         let Some(mut current) = self.take_or_receive(timeout)? else { return Ok(None) };
         let (index, start) = (current.taken, current.payload_at);
         // The lengths were checked against the payload when the batch came.
-        let length = current.delivery.header.message_bytes(self.body(&current.delivery), index);
+        let Delivery { header, stream, .. } = &current.delivery;
+        let length = header.message_bytes(self.streams[*stream].body(&current.delivery), index);
         current.taken += 1;
         current.payload_at += length;
         let Delivery { deliver, header, .. } = &current.delivery;
@@ -168,7 +157,7 @@ impl Subscriber {
         let (client_id, ordered_us) = (header.client_id, deliver.ordered_us);
         self.current = Some(current);
         let Some(current) = &self.current else { return Ok(None) };
-        let payload = &self.body(&current.delivery)[start..start + length];
+        let payload = &self.streams[current.delivery.stream].body(&current.delivery)[start..start + length];
         Ok(Some(Message { offset, stream, client_id, ordered_us, payload }))
     }
 
@@ -206,7 +195,7 @@ impl Subscriber {
             };
             match current {
                 Some(current) => {
-                    each(self.batch(&current)?);
+                    each(self.batch(&current));
                     silence.restart(Instant::now());
                 }
                 None => {

@@ -1,8 +1,9 @@
 //! Stream of a topic, at the broker that serves it.
 
 use super::message::Start;
+use super::streams::Delivery;
 use crate::context::{Context, SubscriberEnd};
-use crate::error::ClientError;
+use crate::error::{ClientError, UnreadableBatch};
 use crate::views::{BrokerView, TopicView};
 use embarcadero_transport::SubscriberLink;
 use embarcadero_wire::{self as wire, BatchHeader, Deliver, Position, StartKind, Subscribe};
@@ -24,6 +25,8 @@ pub(super) struct Stream {
     connections: u64,
     /// Number of the connection on which the end of the stream was asked for last; 0 for none.
     end_asked_on: u64,
+    /// First offset of a batch that was unreadable once. It is read again before it counts as damaged.
+    doubted: Option<u64>,
     /// Offset after the last message, as the broker has answered.
     pub(super) end: Option<u64>,
 }
@@ -32,7 +35,18 @@ impl Stream {
     /// Stream that is not connected yet; an attempt is due at once.
     pub(super) fn new(id: wire::Stream, broker: BrokerView, start: Start) -> Self {
         let retry_at = Instant::now();
-        Self { id, broker, channel: None, due: None, start, retry_at, connections: 0, end_asked_on: 0, end: None }
+        Self {
+            id,
+            broker,
+            channel: None,
+            due: None,
+            start,
+            retry_at,
+            connections: 0,
+            end_asked_on: 0,
+            doubted: None,
+            end: None,
+        }
     }
 
     /// Returns true when an attempt to connect is due.
@@ -77,15 +91,41 @@ impl Stream {
         (self.due, self.start) = (None, to);
     }
 
-    /// Checks that a batch is the one that is due. Returns the number of messages in it that come before the due offset.
-    pub(super) fn accept(&mut self, deliver: &Deliver, header: &BatchHeader) -> Result<usize, ClientError> {
+    /// Body of a batch, in place.
+    ///
+    /// # Panics
+    /// If the connection is gone in which the batch lies.
+    pub(super) fn body(&self, delivery: &Delivery) -> &[u8] {
+        let channel = self.channel.as_ref();
+        assert!(channel.is_some(), "the batch at offset {} lies in no connection", delivery.deliver.first_offset);
+        channel.map_or(&[], |channel| &channel.bytes()[delivery.body.clone()])
+    }
+
+    /// Checks that the offsets of a batch are due. Returns the number of messages in it that come before the due offset.
+    pub(super) fn accept(&mut self, deliver: &Deliver) -> Result<usize, ClientError> {
         let due = self.due.unwrap_or(deliver.first_offset);
-        let end = deliver.first_offset.saturating_add(header.message_count.into());
-        if deliver.first_offset > due || end <= due {
+        if deliver.first_offset > due || end_of(deliver) <= due {
             return Err(ClientError::Gap { expected: due, found: deliver.first_offset });
         }
-        self.due = Some(end);
         Ok((due - deliver.first_offset) as usize)
+    }
+
+    /// Goes on behind a batch.
+    pub(super) fn skip(&mut self, deliver: &Deliver) {
+        self.due = Some(end_of(deliver));
+    }
+
+    /// Handles a batch that cannot be read. Its memory may have changed while a broker that stood still was about to
+    /// send it, so it is read once more, on another connection. After that the stream goes on behind it, and it is an
+    /// error.
+    pub(super) fn doubt(&mut self, deliver: &Deliver, source: UnreadableBatch) -> Result<(), ClientError> {
+        let first = deliver.first_offset;
+        if self.doubted == Some(first) {
+            self.skip(deliver);
+            return Err(ClientError::Corrupt { offset: first, end: end_of(deliver), source });
+        }
+        self.doubted = Some(first);
+        Ok(())
     }
 
     /// Forgets the end of the stream, so that it is asked for again.
@@ -107,4 +147,23 @@ impl Stream {
     pub(super) fn is_read_to_end(&self) -> bool {
         self.end.is_some_and(|end| end == 0 || self.due.is_some_and(|due| due >= end))
     }
+}
+
+/// Offset after the last message of a batch.
+fn end_of(deliver: &Deliver) -> u64 {
+    deliver.first_offset.saturating_add(deliver.message_count.into())
+}
+
+/// Checks that a batch is the one that was ordered.
+pub(super) fn check_identity(
+    deliver: &Deliver,
+    header: &BatchHeader,
+    topic: &TopicView,
+) -> Result<(), UnreadableBatch> {
+    let ordered = (deliver.client_id, deliver.sequence, deliver.message_count, topic.id, topic.incarnation);
+    let found = (header.client_id, header.sequence, header.message_count, header.topic, header.topic_incarnation);
+    if ordered == found {
+        return Ok(());
+    }
+    Err(UnreadableBatch::Foreign { client_id: header.client_id, sequence: header.sequence, topic: header.topic })
 }

@@ -2,13 +2,14 @@
 
 use super::brokers::BrokerWatch;
 use super::message::Start;
-use super::stream::Stream;
+use super::stream::{Stream, check_identity};
 use crate::context::Context;
-use crate::error::ClientError;
+use crate::error::{ClientError, UnreadableBatch};
 use crate::views::{BrokerView, TopicView};
 use embarcadero_os::poller::wait_any;
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_transport::{Item, LinkError, SubscriberLink};
+use embarcadero_wire::batch::BatchView;
 use embarcadero_wire::{self as wire, BatchHeader, Deliver, ErrorCode, Frame, WireError};
 use std::ops::{Index, Range};
 use std::sync::Arc;
@@ -239,10 +240,29 @@ impl Streams {
         self.trouble.as_ref()
     }
 
-    /// Checks that a batch is the one that is due on its stream. Returns the number of messages in it that come before the
-    /// due offset.
-    pub(super) fn accept(&mut self, delivery: &Delivery) -> Result<usize, ClientError> {
-        self.streams[delivery.stream].accept(&delivery.deliver, &delivery.header)
+    /// Checks that a batch is the one that is due on its stream, and goes on behind it. Returns the number of messages in
+    /// it that come before the due offset; `None` when it cannot be read, and is asked for again.
+    ///
+    /// # Errors
+    /// [`ClientError::Gap`]; [`ClientError::Corrupt`] for a batch that cannot be read the second time.
+    pub(super) fn accept(&mut self, delivery: &Delivery) -> Result<Option<usize>, ClientError> {
+        let Delivery { deliver, header, .. } = delivery;
+        let stream = &mut self.streams[delivery.stream];
+        let taken = stream.accept(deliver)?;
+        let readable = check_identity(deliver, header, &self.topic)
+            .and_then(|()| BatchView::parse(header, stream.body(delivery)).map(drop).map_err(UnreadableBatch::from));
+        match readable {
+            Ok(()) => {
+                stream.skip(deliver);
+                Ok(Some(taken))
+            }
+            Err(reason) => {
+                stream.doubt(deliver, reason)?;
+                stream.drop_connection(RECONNECT);
+                self.find_broker(delivery.stream);
+                Ok(None)
+            }
+        }
     }
 }
 

@@ -1,11 +1,12 @@
 //! Session table: the owner of every session slot, and the place of each committed batch, in each leader's area.
 
 use crate::fabric::{Fabric, LINE_BYTES, WORD_BYTES};
-use crate::layout::{CommitRecord, LeaderArea, SESSION_WINDOW, SessionLine, SessionState};
+use crate::layout::{CommitRecord, LeaderArea, SESSION_WINDOW, SessionLine, SessionProgressLine, SessionState};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use crate::row::{Damage, Row};
 use crate::site::Site;
+use crate::topic_table::TopicConfig;
 use bytemuck::Zeroable;
 use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, SessionSlot, TopicId};
 use serde::Serialize;
@@ -14,6 +15,7 @@ use std::sync::atomic::{Ordering, fence};
 
 const RECORD_BYTES: u64 = size_of::<CommitRecord>() as u64;
 const TAG: u64 = offset_of!(CommitRecord, tag) as u64;
+const PROGRESS_EPOCH: u64 = offset_of!(SessionProgressLine, epoch) as u64;
 
 /// Session, as its slot shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -34,6 +36,49 @@ pub struct Session {
     pub committed: u64,
     /// Acknowledgement level.
     pub ack_level: u8,
+    /// Epoch under which the client got the slot.
+    pub first_epoch: Epoch,
+    /// Sequence of the client's first batch in the slot.
+    pub first_sequence: u64,
+}
+
+impl Session {
+    /// Returns true if the slot is that of a client's session on a topic.
+    #[must_use]
+    pub fn belongs_to(&self, topic: &TopicConfig, client_id: ClientId) -> bool {
+        (self.topic, self.topic_incarnation, self.client_id) == (topic.id, topic.incarnation, client_id)
+    }
+
+    /// Returns true if a batch that was committed in this slot under `epoch` is one of this client's, and was committed
+    /// by the end of this session's epoch.
+    #[inline]
+    #[must_use]
+    pub fn owns(&self, epoch: Epoch) -> bool {
+        (self.first_epoch..=self.epoch).contains(&epoch)
+    }
+}
+
+/// Progress of a session slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Progress {
+    /// Sequences below this are committed.
+    pub expected: u64,
+    /// Epoch of the slot's session, or of one before it. Sessions after it have not committed anything yet.
+    pub epoch: Epoch,
+}
+
+impl Progress {
+    /// Returns the sequence below which all batches of `session` are committed, as far as its row and this progress
+    /// show. `None` if the slot went on to a later session.
+    #[inline]
+    #[must_use]
+    pub fn of(&self, session: &Session) -> Option<u64> {
+        match self.epoch.cmp(&session.epoch) {
+            std::cmp::Ordering::Less => Some(session.committed),
+            std::cmp::Ordering::Equal => Some(self.expected),
+            std::cmp::Ordering::Greater => None,
+        }
+    }
 }
 
 /// Fate of a batch, as far as this host sees.
@@ -43,8 +88,9 @@ pub enum Commit {
     Unknown,
     /// The batch is committed.
     At(CommitRecord),
-    /// The batch was committed so long ago that its record is gone.
-    Forgotten,
+    /// The batch was committed so long ago that its record is gone. Another one, which was committed under this epoch,
+    /// has its place.
+    Forgotten(Epoch),
 }
 
 /// Writes a session's identity and state. Only the leader may.
@@ -57,22 +103,29 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, area: LeaderArea, session:
         topic_incarnation: session.topic_incarnation,
         committed: session.committed,
         ack_level: session.ack_level.into(),
+        first_epoch: session.first_epoch,
+        first_sequence: session.first_sequence,
         ..SessionLine::zeroed()
     };
     region.fabric().publish_versioned(region.layout().session(area, session.slot), &line, Site::SessionFlush);
 }
 
-/// Repairs a session row that an earlier leader left half written: the session is fenced. Each word is the old or the
-/// new one, and no client was told. The epoch moves past both, so that no epoch names two sessions. Only a successor
-/// may, before it activates its term.
+/// Repairs a session row that an earlier leader left half written. Each word is the old or the new one, and no client was
+/// told. The epoch moves past both, so that no epoch names two sessions. The session is fenced; a slot that was about to
+/// get another client is nobody's (a leader empties the row first). Only a successor may, before it activates its term.
 pub fn repair_torn_session<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) {
     let (fabric, at) = (region.fabric(), region.layout().session(area, slot));
     // A damaged row stays as it is: no session gets its slot.
     let Ok(line) = fabric.observe_line::<SessionLine>(at, Site::SessionRead) else { return };
     if line.version & 1 == 1 {
-        let (epoch, committed) = (line.epoch.next(), read_progress_at(region, area, slot));
-        let fenced = SessionLine { epoch, state: SessionState::Fenced.code(), committed, ..line };
-        fabric.publish_versioned(at, &fenced, Site::SessionFlush);
+        let (epoch, committed) = (line.epoch.next(), read_progress_at(region, area, slot).expected);
+        let nobody = line.client_id == ClientId::default() || line.state == SessionState::Free.code();
+        let repaired = if nobody || line.first_epoch == Epoch::default() {
+            SessionLine { epoch, committed, version: line.version, ..SessionLine::zeroed() }
+        } else {
+            SessionLine { epoch, state: SessionState::Fenced.code(), committed, ..line }
+        };
+        fabric.publish_versioned(at, &repaired, Site::SessionFlush);
     }
 }
 
@@ -107,6 +160,8 @@ pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Se
                 .ok()
                 .filter(|level| *level <= MAX_ACK_LEVEL)
                 .ok_or_else(|| damage("ack_level", line.ack_level))?,
+            first_epoch: line.first_epoch,
+            first_sequence: line.first_sequence,
         })
     })
 }
@@ -153,15 +208,18 @@ pub fn publish_commits<F: Fabric>(region: &Region<F>, area: LeaderArea, batches:
     }
 }
 
-/// Writes the progress word of a session, and starts its write-back; a fence must follow. Only the leader may.
-pub fn store_progress<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, expected: u64) {
-    let at = region.layout().session_progress(area, slot);
-    region.fabric().store(at, expected);
-    region.fabric().flush(at, 8, Site::RecordFlush);
+/// Writes the progress of a session slot, and starts its write-back; a fence must follow. Only the leader may.
+pub fn store_progress<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot, progress: Progress) {
+    let (at, fabric) = (region.layout().session_progress(area, slot), region.fabric());
+    // SYNC: the epoch is stored first; pairs with `read_progress_at`, which loads it last. What belongs to a session is
+    // never taken for that of one before it.
+    fabric.store(at.add(PROGRESS_EPOCH), progress.epoch.0.into());
+    fabric.store(at, progress.expected);
+    fabric.flush(at, LINE_BYTES, Site::RecordFlush);
 }
 
 /// Reads the fate of a batch; [`Commit::Unknown`] while there is no leader. Sequences never repeat within a slot, so an
-/// old record is never taken for a new one.
+/// old record is never taken for a new one. Whose batch it is shows the record's epoch: see [`Session::owns`].
 ///
 /// # Errors
 /// [`Damage`] of the record.
@@ -184,64 +242,99 @@ pub fn read_commit_at<F: Fabric>(
     let at = region.layout().commit_record(area, slot, sequence);
     let fabric = region.fabric();
     fabric.invalidate(at, RECORD_BYTES, Site::RecordRead);
-    let tag = fabric.load(at.add(TAG));
-    if tag != sequence + 1 {
+    let mut tag = fabric.load(at.add(TAG));
+    loop {
         if tag != 0 && !tag.abs_diff(sequence + 1).is_multiple_of(SESSION_WINDOW) {
             return Err(Damage { structure: "CommitRecord", at, what: "tag", value: tag });
         }
-        return Ok(if tag < sequence + 1 { Commit::Unknown } else { Commit::Forgotten });
+        if tag < sequence + 1 {
+            return Ok(Commit::Unknown);
+        }
+        let word = |index: u64| fabric.load(at.add(index * WORD_BYTES));
+        let words = [word(0), word(1), word(2), tag];
+        fence(Ordering::Acquire);
+        let again = fabric.load(at.add(TAG));
+        if again != tag {
+            // The record of a later batch. There is at most one for each batch that the client sent since.
+            tag = again;
+            continue;
+        }
+        let record: CommitRecord = bytemuck::cast(words);
+        if tag > sequence + 1 {
+            return Ok(Commit::Forgotten(record.session_epoch));
+        }
+        if record.broker.0 >= region.geometry().max_brokers {
+            return Err(Damage { structure: "CommitRecord", at, what: "broker", value: record.broker.0.into() });
+        }
+        return Ok(Commit::At(record));
     }
-    let word = |index: u64| fabric.load(at.add(index * WORD_BYTES));
-    let words = [word(0), word(1), word(2), tag];
-    fence(Ordering::Acquire);
-    if fabric.load(at.add(TAG)) != tag {
-        return Ok(Commit::Forgotten);
-    }
-    let record: CommitRecord = bytemuck::cast(words);
-    if record.broker.0 >= region.geometry().max_brokers {
-        return Err(Damage { structure: "CommitRecord", at, what: "broker", value: record.broker.0.into() });
-    }
-    Ok(Commit::At(record))
 }
 
-/// Reads the sequence below which every batch of a session is committed.
+/// Reads the progress of a session slot.
 ///
 /// # Errors
 /// [`NoLeader`].
 #[inline]
-pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<u64, NoLeader> {
+pub fn read_progress<F: Fabric>(region: &Region<F>, slot: SessionSlot) -> Result<Progress, NoLeader> {
     with_leader(region, |area| read_progress_at(region, area, slot))
 }
 
-/// Reads the progress of a session from one leader's area.
+/// Reads the progress of a session slot from one leader's area.
 #[inline]
-pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> u64 {
-    region.fabric().observe(region.layout().session_progress(area, slot), Site::RecordRead)
+pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: SessionSlot) -> Progress {
+    let (at, fabric) = (region.layout().session_progress(area, slot), region.fabric());
+    let expected = fabric.observe(at, Site::RecordRead);
+    fence(Ordering::Acquire);
+    // One that is out of bounds is of no session.
+    let epoch = Epoch(fabric.load(at.add(PROGRESS_EPOCH)).try_into().unwrap_or(u32::MAX));
+    Progress { expected, epoch }
 }
 
-/// Reads the progress of a session slot from one leader's area, and compares it with the slot's row and commit records.
-/// Commits must be complete: the leader itself wrote them, or has recovered them. `committed` is that of the row; 0
-/// without a row.
+/// Reads the sequence below which all batches of a slot are committed from one leader's area, and compares it with the
+/// slot's row and commit records. Commits must be complete: the leader itself wrote them, or has recovered them. `row` is
+/// the slot's session, if it ever had one.
 ///
 /// # Errors
-/// [`Damage`] of a progress word that is less than the row's, or more without a commit record of the batch before it.
+/// [`Damage`] of progress that is less than the row's, or more without a commit record of the batch before it, or of a
+/// session that is not there yet.
 pub fn verified_progress_at<F: Fabric>(
     region: &Region<F>,
     area: LeaderArea,
     slot: SessionSlot,
-    committed: u64,
+    row: Option<&Session>,
 ) -> Result<u64, Damage> {
-    let expected = read_progress_at(region, area, slot);
+    let progress @ Progress { expected, epoch } = read_progress_at(region, area, slot);
+    let at = region.layout().session_progress(area, slot);
+    let damage = |what, value| Damage { structure: "SessionProgressLine", at, what, value };
+    let (shown, epoch_shown) = row.map_or((0, Epoch::default()), |row| (row.committed, row.epoch));
+    if epoch > epoch_shown {
+        return Err(damage("epoch", epoch.0.into()));
+    }
     let follows = || match read_commit_at(region, area, slot, expected - 1) {
         Ok(Commit::Unknown) => false,
         // A damaged record says nothing.
-        Ok(Commit::At(_) | Commit::Forgotten) | Err(_) => true,
+        Ok(Commit::At(_) | Commit::Forgotten(_)) | Err(_) => true,
     };
-    if expected == committed || (expected > committed && follows()) {
-        return Ok(expected);
+    let of_row = row.and_then(|row| progress.of(row)).unwrap_or(expected);
+    if of_row == shown || (of_row > shown && follows()) {
+        return Ok(of_row);
     }
-    let at = region.layout().session_progress(area, slot);
-    Err(Damage { structure: "SessionProgressLine", at, what: "expected", value: expected })
+    Err(damage("expected", expected))
+}
+
+/// Reads the places of the batches that a slot's client committed ahead of a gap, in a leader's area: batches of
+/// sequence `expected` and more, in order.
+pub fn commits_ahead<F: Fabric>(
+    region: &Region<F>,
+    area: LeaderArea,
+    session: &Session,
+    expected: u64,
+) -> impl Iterator<Item = CommitRecord> {
+    let window = expected..expected.saturating_add(SESSION_WINDOW);
+    window.filter_map(move |sequence| match read_commit_at(region, area, session.slot, sequence) {
+        Ok(Commit::At(record)) if session.owns(record.session_epoch) => Some(record),
+        _ => None,
+    })
 }
 
 #[cfg(test)]
@@ -265,16 +358,38 @@ mod tests {
         publish(CommitRecord { broker: BrokerId(4), ..record });
         assert_eq!(read(5), Err("broker"));
         publish(CommitRecord { tag: 6 + SESSION_WINDOW, ..record });
-        assert_eq!(read(5), Ok(Commit::Forgotten));
+        assert_eq!(read(5), Ok(Commit::Forgotten(record.session_epoch)));
         // A tag of the place beside it.
         region.fabric().store(region.layout().commit_record(area, slot, 5).add(TAG), 7 + SESSION_WINDOW);
         assert_eq!(read(5), Err("tag"));
     }
 
+    fn session(committed: u64) -> Session {
+        Session {
+            slot: SessionSlot(0),
+            client_id: ClientId(1),
+            epoch: Epoch(3),
+            state: SessionState::Open,
+            topic: TopicId(0),
+            topic_incarnation: Incarnation(1),
+            committed,
+            ack_level: 1,
+            first_epoch: Epoch(2),
+            first_sequence: 0,
+        }
+    }
+
     #[test]
     fn progress_that_no_commit_record_shows_is_damage() {
         let (region, area, slot) = (region(1, AllocatorKind::Bitmap), LeaderArea(BrokerId(0)), SessionSlot(0));
-        let read = |committed| verified_progress_at(&region, area, slot, committed).map_err(|damage| damage.value);
+        let read = |committed| {
+            let row = session(committed);
+            verified_progress_at(&region, area, slot, Some(&row)).map_err(|damage| damage.value)
+        };
+        let store = |expected, epoch| store_progress(&region, area, slot, Progress { expected, epoch: Epoch(epoch) });
+        // Of the session before: the row alone counts.
+        assert_eq!((read(0), read(1)), (Ok(0), Ok(1)));
+        store(0, 3);
         assert_eq!((read(0), read(1)), (Ok(0), Err(0)));
         let commit = |tag, expected| {
             let record = CommitRecord { tag, ..CommitRecord::zeroed() };
@@ -283,14 +398,24 @@ mod tests {
         commit(6, 6);
         assert_eq!((read(0), read(6), read(7)), (Ok(6), Ok(6), Err(6)));
         for damaged in [7, 6 + SESSION_WINDOW, u64::MAX] {
-            store_progress(&region, area, slot, damaged);
+            store(damaged, 3);
             assert_eq!(read(0), Err(damaged));
         }
         // The row of a session that was restored says as much, and there may be no record.
-        store_progress(&region, area, slot, 500);
+        store(500, 3);
         assert_eq!(read(500), Ok(500));
         // The record of a later batch took the place.
         commit(6 + SESSION_WINDOW, 6);
         assert_eq!(read(0), Ok(6));
+        store(6, 4);
+        assert_eq!(read(0), Err(4), "the session of that epoch is not there yet");
+    }
+
+    #[test]
+    fn a_slot_tells_whose_batches_it_holds() {
+        let row = session(5);
+        assert_eq!([1, 2, 3, 4].map(|epoch| row.owns(Epoch(epoch))), [false, true, true, false]);
+        let of = |expected, epoch| Progress { expected, epoch: Epoch(epoch) }.of(&row);
+        assert_eq!((of(9, 2), of(9, 3), of(9, 4)), (Some(5), Some(9), None));
     }
 }

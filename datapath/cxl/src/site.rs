@@ -132,6 +132,12 @@ labels! {
         RetakeUndecided,
         /// The sequencer drops a batch that its session has committed already.
         DedupCompare,
+        /// A broker takes the record of a batch only for that of a client's own.
+        RecordOwner,
+        /// A batch that was committed ahead of a gap is known under the next epoch, and to the next leader.
+        AheadOfGap,
+        /// A group has no more batches than a successor brings to the sessions.
+        GroupBound,
         /// A broker reuses a Batchlog slot only after the sequencer took its entry.
         SlotReuse,
         /// A broker reuses a segment only when every batch in it is decided.

@@ -87,9 +87,11 @@ pub fn repair_torn_topic<F: Fabric>(region: &Region<F>, area: LeaderArea, topic:
     if line.version & 1 == 1 {
         let live = line.state == TopicState::Live.code();
         let state = if live { TopicState::Deleting.code() } else { line.state };
-        // The name may be half of one and half of another.
+        // The name may be half of one and half of another. In a slot that was never used, the other words may be zero.
         let name_at = region.layout().topic_name(area, topic);
-        let nameless = TopicLine { state, name_bytes: 0, ..line };
+        let order = Order::from_code(line.order).unwrap_or(Order::Strong).code();
+        let replication_factor = line.replication_factor.max(1);
+        let nameless = TopicLine { state, order, replication_factor, name_bytes: 0, ..line };
         fabric.publish_versioned_with(at, &nameless, Site::TopicFlush, || {
             fabric.store_line(name_at, &NameLine::zeroed());
             fabric.flush(name_at, LINE_BYTES, Site::TopicFlush);

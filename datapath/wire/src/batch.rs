@@ -161,6 +161,15 @@ pub struct BatchOrigin {
     pub topic_incarnation: Incarnation,
 }
 
+impl BatchOrigin {
+    /// Returns the origin that a header names.
+    #[must_use]
+    pub fn of(header: &BatchHeader) -> Self {
+        let BatchHeader { client_id, session_epoch, session_slot, topic, topic_incarnation, .. } = *header;
+        Self { client_id, session_epoch, session_slot, topic, topic_incarnation }
+    }
+}
+
 /// Bytes of the largest message that a batch of `capacity` bytes holds.
 #[must_use]
 pub const fn largest_message(capacity: usize) -> usize {
@@ -343,7 +352,16 @@ impl<'a> BatchView<'a> {
     pub fn parse(header: &BatchHeader, body: &'a [u8]) -> Result<Self, BodyError> {
         check_lengths(header, body)?;
         check_body(header, body)?;
-        Ok(Self { payload: &body[..header.payload_bytes as usize], table: &body[header.table_at() as usize..] })
+        Ok(Self::of_checked(header, body))
+    }
+
+    /// Returns the view of a body that [`BatchView::parse`] has checked, without the cost of another check.
+    ///
+    /// # Panics
+    /// If the body is shorter than its header says.
+    #[must_use]
+    pub fn of_checked(header: &BatchHeader, body: &'a [u8]) -> Self {
+        Self { payload: &body[..header.payload_bytes as usize], table: &body[header.table_at() as usize..] }
     }
 
     /// Iterates over the messages in order.

@@ -12,7 +12,7 @@ pub const FRAME_BYTES: usize = 64;
 /// First four bytes of every frame.
 pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"EMBF");
 /// Version of the data protocol. Receivers refuse flags and fields that they do not know, so every addition changes it.
-pub const WIRE_VERSION: u8 = 1;
+pub const WIRE_VERSION: u8 = 2;
 /// Offset that is not known any more.
 pub const UNKNOWN_OFFSET: u64 = u64::MAX;
 /// Highest acknowledgement level: batches are durable.
@@ -288,8 +288,10 @@ frames! {
         /// Broker that received the batch.
         broker: BrokerId = 32,
         stream: Stream = 36,
-        reserved: [u64; 2] = 40,
-        reserved_low: u32 = 56,
+        /// Client and sequence of the batch that was ordered. Its header says the same, unless memory was changed since.
+        client_id: ClientId = 40,
+        sequence: u64 = 48,
+        reserved: u32 = 56,
     }
     /// Broker to client: reason why the connection closes. `text_bytes` of UTF-8 follow.
     9 ErrorFrame with 0 {

@@ -137,7 +137,7 @@ impl Host {
         publish_leader(&self.region, &line);
         let (region, pool, area) = (self.region.clone(), Arc::clone(self.topics.pool()), LeaderArea(broker));
         let memory = Memory { region: region.clone(), pool, mirror: None };
-        let takeover = Takeover { memory, area, term, before, leases: LEASES, commands };
+        let takeover = Takeover { memory, area, term, before, limits: LIMITS, commands };
         let sequencer = Sequencer::recover(takeover, now_us).ok()?;
         Some((sequencer, CompletionStage::new(region, area)))
     }
@@ -151,7 +151,9 @@ impl Host {
         {
             return;
         }
-        let Ok(progress) = read_progress(&self.region, identity.slot) else { return };
+        let Some(progress) = read_progress(&self.region, identity.slot).ok().and_then(|at| at.of(&identity)) else {
+            return;
+        };
         if sequence >= progress + CLIENT_WINDOW {
             return;
         }
@@ -192,7 +194,7 @@ impl Host {
         self.unacknowledged.retain(|(session, sequence)| {
             match read_commit(region, sessions[*session].slot, *sequence).expect("no record is damaged") {
                 Commit::Unknown => true,
-                Commit::Forgotten => false,
+                Commit::Forgotten(_) => false,
                 Commit::At(record) => {
                     if let Some(durable) = &self.durable {
                         let completion = read_completion(region, TOPIC, self.id);

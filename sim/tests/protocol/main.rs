@@ -5,6 +5,7 @@ mod batchlog;
 mod full_fences;
 mod reclaim;
 mod replica_store;
+mod sessions;
 mod superseded;
 mod takeover;
 mod torn_rows;

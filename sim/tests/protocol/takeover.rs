@@ -1,7 +1,9 @@
 //! Takeovers: what a successor does with the state that its predecessor left.
 
 use crossbeam_channel::{Receiver, bounded, unbounded};
-use embarcadero_broker::sequencer::{Command, Leases, Memory, Predecessor, Sequencer, SessionError, Takeover};
+use embarcadero_broker::sequencer::{
+    Command, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
+};
 use embarcadero_cxl::Native;
 use embarcadero_cxl::Region;
 use embarcadero_cxl::cache::FlushMethod;
@@ -10,13 +12,12 @@ use embarcadero_cxl::layout::{LeaderArea, SessionState};
 use embarcadero_cxl::leadership::claim_term;
 use embarcadero_cxl::order_index::{StreamId, read_directory};
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::session_table::{read_session_at, store_progress};
+use embarcadero_cxl::session_table::{Progress, read_session_at, store_progress};
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
-use embarcadero_wire::{BrokerId, ClientId, SessionSlot, Stream, Term};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Stream, Term};
 use std::sync::Arc;
 
 const AREAS: [LeaderArea; 2] = [LeaderArea(BrokerId(0)), LeaderArea(BrokerId(1))];
-const LEASES: Leases = Leases { gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
 
 fn take_over(region: &Region<Native>, area: LeaderArea, term: Term, before: Predecessor) -> Sequencer<Native> {
     take_over_with(region, area, term, before, unbounded().1)
@@ -31,7 +32,7 @@ fn take_over_with(
 ) -> Sequencer<Native> {
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
     let memory = Memory { region: region.clone(), pool, mirror: None };
-    let takeover = Takeover { memory, area, term, before, leases: LEASES, commands };
+    let takeover = Takeover { memory, area, term, before, limits: SequencerLimits::LASTING, commands };
     Sequencer::recover(takeover, 0).unwrap()
 }
 
@@ -89,13 +90,15 @@ fn a_session_whose_progress_is_damaged_does_not_go_on() {
     let [damaged, whole] = led.sessions() else { panic!("the testbed has two sessions") };
     // The slot after both was never used.
     let unused = SessionSlot(2);
-    store_progress(&region, AREAS[0], damaged.slot, 1 << 20);
-    store_progress(&region, AREAS[1], unused, 1);
+    let progress = |expected, epoch| Progress { expected, epoch };
+    store_progress(&region, AREAS[0], damaged.slot, progress(1 << 20, damaged.epoch));
+    store_progress(&region, AREAS[1], unused, progress(1, Epoch::default()));
     let (commands, queue) = unbounded();
     let mut successor = take_over_with(&region, AREAS[1], Term(2), Predecessor::Gone(Term(1)), queue);
     let mut open = |client_id| {
         let (reply, answer) = bounded(1);
-        commands.send(Command::OpenSession { topic: TOPIC.0, client_id, ack_level: 1, reply }).unwrap();
+        let request = SessionRequest { topic: TOPIC.0, client_id, ack_level: 1, resume: false };
+        commands.send(Command::OpenSession { request, reply }).unwrap();
         successor.poll(0, 1);
         answer.recv().unwrap()
     };
@@ -108,6 +111,6 @@ fn a_session_whose_progress_is_damaged_does_not_go_on() {
     let other = open(ClientId(77)).unwrap();
     assert_eq!(other.slot, SessionSlot(3));
     // The leader itself knows the progress of a session that is open.
-    store_progress(&region, AREAS[1], whole.slot, 1 << 20);
+    store_progress(&region, AREAS[1], whole.slot, progress(1 << 20, reopened.epoch));
     assert_eq!(open(whole.client_id).unwrap().committed, reopened.committed);
 }

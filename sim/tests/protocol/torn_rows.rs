@@ -29,6 +29,8 @@ fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
         topic_incarnation: Incarnation(5),
         committed: 0,
         ack_level: 1,
+        first_epoch: Epoch(2),
+        first_sequence: 0,
     };
     let topic = TopicConfig {
         id: TopicId(0),
@@ -66,4 +68,11 @@ fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
     assert_eq!(read_session_at(&region, area, slots[1]), Row::Used(repaired));
     let left = read_topic_at(&region, area, topic.id).used().map(|topic| (topic.incarnation, topic.state));
     assert_eq!(left, Some((topic.incarnation, TopicState::Deleting)));
+    // The leader stopped before it wrote the first word of a slot that was never used.
+    let unused = region.layout().topic(area, topic.id);
+    region.fabric().store(unused, 0);
+    tear(unused);
+    repair_torn_topic(&region, area, topic.id);
+    let left = read_topic_at(&region, area, topic.id).used().map(|topic| (topic.incarnation, topic.state));
+    assert_eq!(left, Some((Incarnation::NONE, TopicState::Free)));
 }

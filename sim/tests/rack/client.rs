@@ -2,7 +2,7 @@
 //! session is fenced. Sometimes it crashes, and forgets everything but its id.
 
 use super::fate::{Clock, one_in, random};
-use super::network::{Answer, Batch, Request};
+use super::network::{Answer, Batch, Request, id_of};
 use super::nic::{self, Link};
 use super::{HOSTS, Rack};
 use embarcadero_cxl::session_table::Session;
@@ -20,6 +20,10 @@ pub(crate) struct Client {
     rack: Arc<Rack>,
     clock: Clock,
     session: Option<Session>,
+    /// Number of sessions that hosts have forgotten.
+    lost: u64,
+    /// True if it may have batches in the last session.
+    resume: bool,
     attempt: u64,
     /// Host that it publishes to.
     broker: usize,
@@ -44,6 +48,8 @@ impl Client {
             rack: Arc::clone(rack),
             clock: Clock::drifting(),
             session: None,
+            lost: 0,
+            resume: false,
             attempt: 0,
             broker: 0,
             links: Default::default(),
@@ -73,6 +79,7 @@ impl Client {
     pub(crate) fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.client_crashes);
         self.session = None;
+        self.resume = false;
         self.under_way.clear();
         self.links = Default::default();
         self.connecting = [None; HOSTS];
@@ -91,8 +98,8 @@ impl Client {
                 self.attempt += 1;
                 // The leader is one of them.
                 for host in 0..HOSTS {
-                    let (client, attempt) = (self.id, self.attempt);
-                    self.rack.network.request(host, Request::OpenSession { client, attempt });
+                    let (id, resume, attempt) = (id_of(self.id, self.lost), self.resume, self.attempt);
+                    self.rack.network.request(host, Request::OpenSession { id, resume, attempt });
                 }
             }
             return;
@@ -151,19 +158,26 @@ impl Client {
     }
 
     fn heed(&mut self, answer: Answer) {
-        let epoch = self.session.map(|session| session.epoch);
+        let own = self.session.map(|session| (session.client_id, session.epoch));
         match answer {
-            Answer::Ack(ack) if Some(ack.session_epoch) == epoch => {
+            Answer::Ack(id, ack) if Some((id, ack.session_epoch)) == own => {
                 self.heard_us = self.clock.now_us();
                 if let Some(content) = self.under_way.remove(&ack.sequence) {
                     self.rack.history.acknowledged(self.id, content, ack.first_offset);
                 }
             }
-            Answer::Fenced(fenced) if Some(fenced) == epoch => {
+            Answer::Fenced(id, epoch) if Some((id, epoch)) == own => {
                 self.session = None;
                 self.heard_us = 0;
             }
-            Answer::Opened { attempt, session } if attempt == self.attempt && self.session.is_none() => {
+            Answer::Opened { attempt, session: None } if attempt == self.attempt => {
+                // Nobody knows what became of the batches under way. An application would be told.
+                self.rack.history.count(|tally| &mut tally.lost_sessions);
+                self.under_way.clear();
+                (self.lost, self.resume, self.heard_us) = (self.lost + 1, false, 0);
+                self.attempt += 1;
+            }
+            Answer::Opened { attempt, session: Some(session) } if attempt == self.attempt && self.session.is_none() => {
                 self.heard_us = self.clock.now_us();
                 self.session = Some(session);
                 // What else comes of this attempt is old.
@@ -172,9 +186,13 @@ impl Client {
                 // Sequences name the same batches for ever: what is below `committed` is in the order, what is not is
                 // sent again under the new epoch.
                 let first = self.under_way.keys().next().copied();
-                if first.is_none() {
+                if self.resume {
+                    let sent = first.unwrap_or(self.next_sequence)..=self.next_sequence;
+                    assert!(sent.contains(&session.committed), "{sent:?} are this client's: {session:?}");
+                } else {
                     self.next_sequence = session.committed;
                 }
+                self.resume = true;
                 self.send_again(session);
             }
             Answer::Connected { host, window } if self.connecting[host] == Some(window.client_psn) => {

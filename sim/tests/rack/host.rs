@@ -5,12 +5,12 @@ mod leader;
 
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
-use super::network::{Answer, Batch, Request};
+use super::network::{Answer, Batch, Request, client_of};
 use super::nic::{Nic, WINDOW_BYTES};
 use super::{COPIES, GLOBAL, HOSTS, LEADERS, Rack, TOPIC};
 use bytemuck::Zeroable;
 use crossbeam_channel::{Sender, bounded, unbounded};
-use embarcadero_broker::ack::{AckOptions, AckQueue, SessionStatus};
+use embarcadero_broker::ack::{AckQueue, SessionStatus};
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
 use embarcadero_broker::mirror;
 use embarcadero_broker::replica::format::Identity;
@@ -87,7 +87,7 @@ pub(crate) fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usi
     let (first, last) = (read(entry.location), read(entry.location + BATCH_BYTES - 64));
     assert_eq!(first, last, "the payload of {entry:?} is not one batch");
     assert_eq!(ClientId(first.0), entry.client_id, "the payload of {entry:?} is another client's");
-    (first.0 as usize, first.1)
+    (client_of(ClientId(first.0)), first.1)
 }
 
 impl Machine {
@@ -259,7 +259,7 @@ impl Process {
             match self.rack.network.take_request(self.host) {
                 Some(Request::Publish(batch)) => self.receive(&batch, None),
                 Some(Request::Connect { client, psn }) => self.connect(client, psn),
-                Some(Request::OpenSession { client, attempt }) => self.ask(client, attempt),
+                Some(Request::OpenSession { id, resume, attempt }) => self.ask(id, resume, attempt),
                 None => break,
             }
         }
@@ -343,23 +343,18 @@ impl Process {
 
     fn accept(&mut self, session: &Session, resume_from: u64) -> Option<usize> {
         let found = read_session(&self.region, session.slot).ok()?;
-        let client = session.client_id.0 as usize;
+        let client = client_of(session.client_id);
         let standing = found.used().filter(|found| {
             (found.client_id, found.epoch, found.state) == (session.client_id, session.epoch, SessionState::Open)
         });
-        if standing.is_none() {
-            self.rack.network.answer(client, Answer::Fenced(session.epoch));
+        let Some(standing) = standing else {
+            self.rack.network.answer(client, Answer::Fenced(session.client_id, session.epoch));
             return None;
-        }
-        let mut acks = AckQueue::new(AckOptions {
-            slot: session.slot,
-            client_id: session.client_id,
-            epoch: session.epoch,
-            stream: GLOBAL,
-            ack_level: session.ack_level.into(),
-        });
+        };
+        let mut acks = AckQueue::new(standing, GLOBAL);
         let network = &self.rack.network;
-        acks.replay(&self.region, resume_from, |ack| network.answer(client, Answer::Ack(ack))).ok()?;
+        let answer = |ack| network.answer(client, Answer::Ack(session.client_id, ack));
+        acks.replay(&self.region, resume_from, answer).ok()?;
         self.connections.push(Connection { session: *session, acks });
         Some(self.connections.len() - 1)
     }
@@ -367,18 +362,19 @@ impl Process {
     fn acknowledge(&mut self) {
         let Self { rack, region, connections, info, .. } = self;
         connections.retain_mut(|at| {
-            let client = at.session.client_id.0 as usize;
+            let id = at.session.client_id;
+            let client = client_of(id);
             let polled = at.acks.poll(region, info.id, |ack| {
                 if rack.replicated {
                     rack.history.must_be_durable(ack.first_offset, COPIES);
                 }
-                rack.network.answer(client, Answer::Ack(ack));
+                rack.network.answer(client, Answer::Ack(id, ack));
             });
             polled.expect("nothing is lost by retention");
             match at.acks.status(region) {
                 SessionStatus::Open => true,
                 SessionStatus::Fenced(fenced) => {
-                    rack.network.answer(client, Answer::Fenced(fenced.session_epoch));
+                    rack.network.answer(client, Answer::Fenced(id, fenced.session_epoch));
                     false
                 }
                 SessionStatus::Damaged(damage) => panic!("{damage}"),

@@ -29,7 +29,7 @@ mod nic;
 use client::Client;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::restore::Plan;
-use embarcadero_broker::sequencer::Leases;
+use embarcadero_broker::sequencer::{GROUP_BATCHES, SequencerLimits};
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, RegionRole, TopicState};
 use embarcadero_cxl::order_index::StreamId;
 use embarcadero_cxl::topic_table::TopicConfig;
@@ -75,8 +75,10 @@ pub struct Rack {
     pub replicated: bool,
     /// True when clients and hosts have NICs, which carry batches by the RoCEv2 engine.
     pub has_nics: bool,
-    /// Leases that leaders grant.
-    pub leases: Leases,
+    /// Order of the topic.
+    pub order: Order,
+    /// Bounds by which leaders go.
+    pub limits: SequencerLimits,
     world: Arc<Mutex<World>>,
     /// Memory of the mirror.
     mirror: Arc<Mutex<World>>,
@@ -86,15 +88,20 @@ pub struct Rack {
 }
 
 impl Rack {
-    fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>) -> Self {
+    /// Makes a rack. If it is `crowded`, there are more clients than session slots.
+    fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>, crowded: bool) -> Self {
         // Some gaps outlive their lease, some never do.
         let gap_us = [15_000, 60_000, u64::MAX / 2][random(0..3) as usize];
+        let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { u64::MAX / 2 };
+        // Most groups of some racks are full.
+        let group_batches = [2, 6, GROUP_BATCHES][random(0..3) as usize];
         Self {
             network: Network::new(HOSTS, CLIENTS),
             history: Arc::default(),
             replicated: one_in(2),
             has_nics: one_in(2),
-            leases: Leases { gap_us, idle_us: u64::MAX / 2 },
+            order: if one_in(3) { Order::Total } else { Order::Strong },
+            limits: SequencerLimits { group_batches, gap_us, idle_us },
             world,
             mirror,
             elected: Mutex::new(Term::NONE),
@@ -114,7 +121,7 @@ impl Rack {
             incarnation: TOPIC.1,
             state: TopicState::Live,
             name: "rack".to_owned(),
-            order: Order::Strong,
+            order: self.order,
             ack_level: 1 + u8::from(self.replicated),
             replication_factor: if self.replicated { COPIES as u8 + 1 } else { 1 },
             retention_bytes: 0,
@@ -144,12 +151,12 @@ impl Rack {
     }
 }
 
-fn geometry() -> Geometry {
+fn geometry(crowded: bool) -> Geometry {
     Geometry {
         max_brokers: HOSTS as u32,
         max_leaders: LEADERS as u32,
         max_topics: 1,
-        max_sessions: CLIENTS as u32 + 1,
+        max_sessions: if crowded { CLIENTS as u32 - 1 } else { CLIENTS as u32 + 1 },
         batchlog_slots: 256,
         segment_count: HOSTS as u32 * 12,
         role: RegionRole::Mirrored,
@@ -165,12 +172,13 @@ thread_local! {
 /// Runs one schedule. Panics when a promise breaks.
 fn schedule(removed: Option<Mutation>) {
     fate::reset();
-    let geometry = geometry();
+    let crowded = one_in(2);
+    let geometry = geometry(crowded);
     let of_mirror = geometry.of_mirror(64 << 20).unwrap();
     let [world, mirror] = [&geometry, &of_mirror].map(|geometry| {
         World::new(Layout::new(geometry).region_bytes, random(0..u64::MAX), Turbulence::ROUGH, removed)
     });
-    let rack = Arc::new(Rack::new(Arc::clone(&world), Arc::clone(&mirror)));
+    let rack = Arc::new(Rack::new(Arc::clone(&world), Arc::clone(&mirror), crowded));
     for (fabric, geometry) in rack.join(0).into_iter().zip([&geometry, &of_mirror]) {
         Region::format(fabric, geometry, Uuid::from_u128(7), 0).unwrap();
     }
@@ -229,7 +237,7 @@ fn schedule(removed: Option<Mutation>) {
         }
     }
     let order = host::read_all(&rack);
-    rack.history.judge(&order);
+    rack.history.judge(&order, rack.order);
     let tally = rack.history.tally();
     let mirrored = host::read_mirror(&rack);
     assert_eq!(
@@ -309,7 +317,7 @@ fn a_seed_replays() {
 /// Checks without which some seed must fail, each with such a seed. It is found anew when the code that the rack drives
 /// changes. The rack has nothing that the other checks guard against. That is reuse of memory, rings that wrap, readers that
 /// stop between two words, and clients that do not resend.
-const NOTICED: [(Guard, u64); 7] = [
+const NOTICED: [(Guard, u64); 10] = [
     (Guard::ClaimBeforeCopy, 1),
     (Guard::OwnSegment, 2544),
     (Guard::SegmentOfLeader, 1),
@@ -317,6 +325,9 @@ const NOTICED: [(Guard, u64); 7] = [
     (Guard::DedupCompare, 1),
     (Guard::DecidedBeforeReuse, 3),
     (Guard::DiskBeforeAck, 2),
+    (Guard::RecordOwner, 1),
+    (Guard::AheadOfGap, 1),
+    (Guard::GroupBound, 1),
 ];
 
 /// Some seed fails when one of the checks is left out. Prints the seeds to record.

@@ -1,16 +1,26 @@
 //! The network between clients and brokers. Messages and packets are lost, repeated, and overtake each other. Packets are
 //! damaged too.
 
-use super::TOPIC;
 use super::fate::{one_in, random};
 use super::host::BATCH_BYTES;
 use super::nic::{Port, Window};
+use super::{CLIENTS, TOPIC};
 use embarcadero_cxl::layout::SessionState;
 use embarcadero_cxl::session_table::Session;
 use embarcadero_roce::packet::SCRATCH_BYTES;
 use embarcadero_roce::psn::Psn;
 use embarcadero_wire::{Ack, ClientId, Epoch, SessionSlot};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Returns the id of a client that has lost `lost` sessions: after each it goes on as another.
+pub(crate) fn id_of(client: usize, lost: u64) -> ClientId {
+    ClientId(1 + client as u64 + lost * CLIENTS as u64)
+}
+
+/// Returns the client that has, or had, an id.
+pub(crate) fn client_of(id: ClientId) -> usize {
+    ((id.0 - 1) % CLIENTS as u64) as usize
+}
 
 /// Batch on its way to a broker.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +64,8 @@ impl Batch {
             topic_incarnation: TOPIC.1,
             committed: 0,
             ack_level: word(6) as u8,
+            first_epoch: Epoch(0),
+            first_sequence: 0,
         };
         Self { session, sequence: word(4), content: word(1), resume_from: word(5) }
     }
@@ -73,8 +85,10 @@ pub enum Request {
     },
     /// Opens the next epoch of a client's session, if the broker leads.
     OpenSession {
-        /// Client that asks.
-        client: usize,
+        /// Id of the client that asks.
+        id: ClientId,
+        /// True if it can only go on with the session that it had.
+        resume: bool,
         /// Number that tells late answers from those that are waited for.
         attempt: u64,
     },
@@ -83,10 +97,10 @@ pub enum Request {
 /// Message to a client.
 #[derive(Clone, Copy, Debug)]
 pub enum Answer {
-    /// A batch is committed, and as durable as it has to be.
-    Ack(Ack),
-    /// The session of this epoch has ended.
-    Fenced(Epoch),
+    /// A batch of the client that had this id is committed, and as durable as it has to be.
+    Ack(ClientId, Ack),
+    /// The client's session of this epoch has ended.
+    Fenced(ClientId, Epoch),
     /// A window was opened.
     Connected {
         /// Host that opened it.
@@ -98,8 +112,8 @@ pub enum Answer {
     Opened {
         /// Attempt that is answered.
         attempt: u64,
-        /// Session as the session table has it.
-        session: Session,
+        /// Session as the session table has it; `None` if the client's session is gone.
+        session: Option<Session>,
     },
 }
 

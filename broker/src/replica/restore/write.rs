@@ -10,11 +10,15 @@ use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, LeaderAre
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, StreamId};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, SegmentAllocator};
-use embarcadero_cxl::session_table::{Session, SessionCommit, publish_commits, publish_session, store_progress};
+use embarcadero_cxl::session_table::{
+    Progress, Session, SessionCommit, publish_commits, publish_session, store_progress,
+};
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
 use embarcadero_cxl::{CoherentFabric, RegionOffset, Site};
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
-use embarcadero_wire::{BatchHeader, BrokerId, ClientId, FRAME_BYTES, Frame, Order, SessionSlot, Term, WireError};
+use embarcadero_wire::{
+    BatchHeader, BrokerId, ClientId, Epoch, FRAME_BYTES, Frame, Order, SessionSlot, Term, WireError,
+};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -234,7 +238,18 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
         };
         let epoch = commits.iter().map(|record| record.session_epoch).max().unwrap_or_default();
         let state = SessionState::Fenced;
-        Session { slot, client_id, epoch, state, topic, topic_incarnation, committed, ack_level }
+        Session {
+            slot,
+            client_id,
+            epoch,
+            state,
+            topic,
+            topic_incarnation,
+            committed,
+            ack_level,
+            first_epoch: Epoch::default().next(),
+            first_sequence: 0,
+        }
     }
 
     /// Writes a session, and the records of its last batches.
@@ -244,9 +259,9 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
         let kept = commits.iter().filter(|record| record.tag + SESSION_WINDOW > newest);
         let kept: Vec<_> = kept.map(|record| SessionCommit { slot, record: *record, expected }).collect();
         publish_commits(self.region, RESTORED, &kept);
-        store_progress(self.region, RESTORED, slot, expected);
-        self.region.fabric().fence(Site::RecordFlush);
         publish_session(self.region, RESTORED, session);
+        store_progress(self.region, RESTORED, slot, Progress { expected, epoch: session.epoch });
+        self.region.fabric().fence(Site::RecordFlush);
     }
 }
 

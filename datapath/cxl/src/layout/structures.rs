@@ -337,8 +337,11 @@ structures! {
         /// Sequences below this are committed (strong order), or were when the session ended.
         committed: u64 = 24,
         ack_level: u32 = 32,
-        reserved_low: u32 = 36,
-        reserved: [u64; 2] = 40,
+        /// Epoch under which the client got the slot. Records of earlier epochs are of other clients.
+        first_epoch: Epoch = 36,
+        /// Sequence of the client's first batch: those below are of other clients.
+        first_sequence: u64 = 40,
+        reserved: u64 = 48,
         version: u64 = 56,
     }
 
@@ -346,7 +349,10 @@ structures! {
     line SessionProgressLine: 64 {
         /// Sequences below this are committed.
         expected: u64 = 0,
-        reserved: [u64; 7] = 8,
+        /// Epoch of the session that the word above belongs to. It is written after the row of that epoch, and before
+        /// `expected` moves on under it.
+        epoch: u64 = 8,
+        reserved: [u64; 6] = 16,
     }
 
     /// Place of a session's batch in the order. `tag` is the commit word.

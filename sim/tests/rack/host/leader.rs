@@ -1,15 +1,17 @@
 //! Leadership of a process on a host of the rack.
 
 use super::super::fate::random;
-use super::super::network::Answer;
+use super::super::network::{Answer, client_of};
 use super::super::{LEADERS, TOPIC};
 use super::Process;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use embarcadero_broker::membership::Liveness;
 use embarcadero_broker::replica::completion::CompletionStage;
-use embarcadero_broker::sequencer::{Command, Memory, Predecessor, Sequencer, SessionError, Takeover, TakeoverError};
+use embarcadero_broker::sequencer::{
+    Command, Memory, Predecessor, Sequencer, SessionError, SessionRequest, Takeover, TakeoverError,
+};
 use embarcadero_cxl::broker_table::{BrokerInfo, read_pulse};
-use embarcadero_cxl::layout::LeaderArea;
+use embarcadero_cxl::layout::{LeaderArea, TopicState};
 use embarcadero_cxl::leadership::{
     LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at,
 };
@@ -41,13 +43,13 @@ type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
 
 impl Process {
     /// Opens a session for a client, if this process leads.
-    pub(super) fn ask(&mut self, client: usize, attempt: u64) {
+    pub(super) fn ask(&mut self, client_id: ClientId, resume: bool, attempt: u64) {
         let Some(leader) = &mut self.leader else { return };
         let (reply, answer) = bounded(1);
         let ack_level = 1 + u8::from(self.rack.replicated);
-        let open = Command::OpenSession { topic: TOPIC.0, client_id: ClientId(client as u64), ack_level, reply };
-        leader.commands.send(open).expect("the sequencer is there");
-        leader.asked.push((client, attempt, answer));
+        let request = SessionRequest { topic: TOPIC.0, client_id, ack_level, resume };
+        leader.commands.send(Command::OpenSession { request, reply }).expect("the sequencer is there");
+        leader.asked.push((client_of(client_id), attempt, answer));
     }
 
     /// Leads, or watches the leader and takes over from it.
@@ -64,7 +66,13 @@ impl Process {
         leader.completion.poll(now_us);
         leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
             Ok(opened) => {
-                let session = opened.expect("there is room in the session table");
+                let session = match opened {
+                    Ok(session) => Some(session),
+                    Err(SessionError::Gone(_)) => None,
+                    // The client asks again.
+                    Err(SessionError::TableFull(_)) => return false,
+                    Err(error) => panic!("{error}"),
+                };
                 self.rack.network.answer(*client, Answer::Opened { attempt: *attempt, session });
                 false
             }
@@ -121,15 +129,15 @@ impl Process {
         let (commands, queue) = unbounded();
         let (area, pool) = (LeaderArea(broker), Arc::clone(self.topics.pool()));
         let memory = Memory { region: region.clone(), pool, mirror: Some(self.mirror.clone()) };
-        let leases = self.rack.leases;
-        let takeover = Takeover { memory, area, term, before: predecessor, leases, commands: queue };
+        let limits = self.rack.limits;
+        let takeover = Takeover { memory, area, term, before: predecessor, limits, commands: queue };
         let sequencer = match Sequencer::recover(takeover, now_us) {
             Ok(sequencer) => sequencer,
             Err(TakeoverError::Damaged(damage)) => panic!("{damage}"),
             Err(TakeoverError::Pool(_) | TakeoverError::Superseded) => return,
         };
-        if read_topic_at(region, area, TOPIC.0).used().is_none() {
-            // The first leader, or one whose predecessor did not come to it.
+        if read_topic_at(region, area, TOPIC.0).used().is_none_or(|topic| topic.state == TopicState::Free) {
+            // The first leader, or one whose predecessor did not come to it, or died on the way.
             let (reply, _) = bounded(1);
             commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
         }

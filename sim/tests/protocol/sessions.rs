@@ -1,0 +1,296 @@
+//! Sessions: whose batches a slot holds, and what a sequencer knows of them after it, or its predecessor, ended an epoch.
+
+use crossbeam_channel::{Sender, bounded, unbounded};
+use embarcadero_broker::sequencer::{
+    Command, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
+};
+use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
+use embarcadero_cxl::broker_table::Pulse;
+use embarcadero_cxl::cache::FlushMethod;
+use embarcadero_cxl::layout::{
+    AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionRow, TopicState,
+};
+use embarcadero_cxl::order_index::{OrderIndexReader, StreamId};
+use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_cxl::session_table::Session;
+use embarcadero_cxl::topic_table::TopicConfig;
+use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
+use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, SessionSlot, Stream, Term, TopicId};
+use std::sync::Arc;
+
+const AREAS: [LeaderArea; 2] = [LeaderArea(BrokerId(0)), LeaderArea(BrokerId(1))];
+const TOPIC: TopicId = TopicId(0);
+const INCARNATION: Incarnation = Incarnation(1);
+const GROUP: u64 = 4;
+
+/// A sequencer, and one broker whose Batchlog it reads.
+struct Rig {
+    region: Region<Native>,
+    commands: Sender<Command>,
+    sequencer: Sequencer<Native>,
+    log: BatchlogWriter<Native>,
+    pulse: Pulse<Native>,
+    now_us: u64,
+}
+
+fn lead(region: &Region<Native>, area: LeaderArea, term: Term) -> (Sender<Command>, Sequencer<Native>) {
+    let (commands, queue) = unbounded();
+    let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
+    let memory = Memory { region: region.clone(), pool, mirror: None };
+    let before = Predecessor::Gone(Term(term.0 - 1));
+    let limits = SequencerLimits { group_batches: GROUP, gap_us: u64::MAX / 2, idle_us: 1000 };
+    let takeover = Takeover { memory, area, term, before, limits, commands: queue };
+    (commands, Sequencer::recover(takeover, 0).unwrap())
+}
+
+impl Rig {
+    fn new(order: Order, max_sessions: u32) -> Self {
+        let geometry = Geometry {
+            max_brokers: 2,
+            max_leaders: 2,
+            max_topics: 1,
+            max_sessions,
+            segment_count: 16,
+            ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
+        };
+        let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes).unwrap();
+        let native = Native::new(mapping, FlushMethod::None).unwrap();
+        let region = Region::format(native, &geometry, uuid::Uuid::nil(), 0).unwrap();
+        let (commands, sequencer) = lead(&region, AREAS[0], Term(1));
+        let log = BatchlogWriter::new(region.clone(), TOPIC, BrokerId(1));
+        let pulse = Pulse::new(region.clone(), BrokerId(1));
+        let mut rig = Self { region, commands, sequencer, log, pulse, now_us: 1 };
+        let topic = TopicConfig {
+            id: TOPIC,
+            incarnation: INCARNATION,
+            state: TopicState::Live,
+            name: "t".to_owned(),
+            order,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+            created_ms: 0,
+        };
+        let (reply, opened) = bounded(1);
+        rig.commands.send(Command::OpenTopic(topic, reply)).unwrap();
+        rig.poll();
+        opened.recv().unwrap().unwrap();
+        rig
+    }
+
+    fn poll(&mut self) -> u64 {
+        self.sequencer.poll(self.now_us, 1000)
+    }
+
+    fn ask(&mut self, client: u64, resume: bool) -> Result<Session, SessionError> {
+        let (reply, answer) = bounded(1);
+        let request = SessionRequest { topic: TOPIC, client_id: ClientId(client), ack_level: 1, resume };
+        self.commands.send(Command::OpenSession { request, reply }).unwrap();
+        self.poll();
+        answer.recv().unwrap()
+    }
+
+    fn open(&mut self, client: u64) -> Session {
+        self.ask(client, false).unwrap()
+    }
+
+    fn resume(&mut self, client: u64) -> Session {
+        self.ask(client, true).unwrap()
+    }
+
+    fn close(&mut self, session: &Session) {
+        let (reply, closed) = bounded(1);
+        let Session { slot, client_id, epoch, .. } = *session;
+        self.commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
+        self.poll();
+        closed.recv().unwrap();
+    }
+
+    /// Publishes batches of a session to the sequencer, which has not looked at them yet.
+    fn send(&mut self, session: &Session, sequences: impl IntoIterator<Item = u64>) {
+        for sequence in sequences {
+            self.log.append(BatchEntry {
+                location: self.region.layout().segments,
+                client_id: session.client_id,
+                sequence,
+                session_epoch: session.epoch,
+                session_slot: session.slot,
+                topic_incarnation: INCARNATION,
+                bytes: 1,
+                message_count: 1,
+                ..bytemuck::Zeroable::zeroed()
+            });
+        }
+        self.log.publish(Written::default());
+        self.pulse.announce(1);
+    }
+
+    /// Lets the sequencer order everything.
+    fn order(&mut self) {
+        while self.poll() > 0 {}
+    }
+
+    /// Another leader takes over from one that is gone.
+    fn fail_over(&mut self) {
+        (self.commands, self.sequencer) = lead(&self.region, AREAS[1], Term(2));
+    }
+
+    /// Client and sequence of each batch in the order.
+    fn batches(&self) -> Vec<(u64, u64)> {
+        let mut reader = OrderIndexReader::new(self.region.clone(), StreamId { topic: TOPIC, stream: Stream::GLOBAL });
+        let through = reader.poll();
+        let read = |position| reader.read(position).map(|entry| (entry.client_id.0, entry.sequence)).unwrap();
+        (0..through).map(read).collect()
+    }
+
+    /// Words of a session's row in the leader's area.
+    fn row(&self, slot: SessionSlot) -> Vec<(RegionOffset, u64)> {
+        let at = self.region.layout().session(AREAS[0], slot);
+        let words = (0..size_of::<SessionRow>() as u64).step_by(8).map(|word| at.add(word));
+        words.map(|at| (at, self.region.fabric().load(at))).collect()
+    }
+}
+
+/// A client hears whether its slot is still its own. It cannot tell by the slot's number.
+#[test]
+fn a_slot_that_went_to_another_client_is_not_resumed() {
+    let mut rig = Rig::new(Order::Strong, 1);
+    let first = rig.open(1);
+    rig.send(&first, 0..3);
+    rig.order();
+    let again = rig.resume(1);
+    assert_eq!((again.committed, again.first_epoch, again.first_sequence), (3, first.epoch, 0));
+    // It falls silent, and another client needs the slot.
+    rig.now_us += 2000;
+    let other = rig.open(2);
+    assert_eq!((other.slot, other.first_epoch, other.first_sequence), (first.slot, other.epoch, 3));
+    rig.close(&other);
+    assert!(matches!(rig.ask(1, true), Err(SessionError::Gone(ClientId(1)))));
+    assert_eq!(rig.resume(2).first_epoch, other.epoch);
+}
+
+/// A client whose session was fenced has time to come back before another gets its slot.
+#[test]
+fn a_fenced_session_keeps_its_slot_for_a_while() {
+    let mut rig = Rig::new(Order::Strong, 1);
+    rig.open(1);
+    rig.fail_over();
+    let refused = rig.ask(2, false);
+    assert!(matches!(refused, Err(SessionError::TableFull(1))), "{refused:?}");
+    rig.resume(1);
+}
+
+#[test]
+fn what_total_order_commits_ahead_of_a_gap_is_known_under_the_next_epoch() {
+    let mut rig = Rig::new(Order::Total, 1);
+    let first = rig.open(1);
+    rig.send(&first, [1, 2, 5]);
+    rig.order();
+    let second = rig.resume(1);
+    assert_eq!(second.committed, 0);
+    rig.send(&second, [1, 2, 5, 0]);
+    rig.order();
+    assert_eq!(rig.batches(), [(1, 1), (1, 2), (1, 5), (1, 0)]);
+    assert_eq!(rig.resume(1).committed, 3);
+}
+
+#[test]
+fn what_total_order_commits_ahead_of_a_gap_is_known_to_the_next_leader() {
+    let mut rig = Rig::new(Order::Total, 1);
+    let session = rig.open(1);
+    rig.send(&session, [1, 2, 5]);
+    rig.order();
+    rig.fail_over();
+    // Under the same epoch, and under the next.
+    rig.send(&session, [1, 0]);
+    rig.order();
+    let next = rig.resume(1);
+    assert_eq!(next.committed, 3);
+    rig.send(&next, [3, 4, 5, 6]);
+    rig.order();
+    assert_eq!(rig.batches(), [1, 2, 5, 0, 3, 4, 6].map(|sequence| (1, sequence)));
+}
+
+/// A client that has forgotten what it sent numbers new batches. They must not be taken for those.
+#[test]
+fn a_client_that_forgot_everything_begins_behind_what_it_committed() {
+    let mut rig = Rig::new(Order::Total, 1);
+    let first = rig.open(1);
+    rig.send(&first, [0, 2]);
+    rig.order();
+    let again = rig.open(1);
+    assert_eq!((again.slot, again.committed, again.first_epoch), (first.slot, 3, again.epoch));
+}
+
+/// No sequence of a slot names two batches, or an acknowledgement could be taken for another's.
+#[test]
+fn a_client_begins_behind_what_others_committed_in_its_slot() {
+    let mut rig = Rig::new(Order::Total, 1);
+    let first = rig.open(1);
+    rig.send(&first, [0, 3, 7]);
+    rig.order();
+    rig.close(&first);
+    let other = rig.open(2);
+    assert_eq!((other.committed, other.first_sequence), (8, 8));
+    rig.send(&other, [8]);
+    rig.order();
+    assert_eq!(rig.resume(2).committed, 9);
+}
+
+/// One batch can release a window of others for each session. A group is no larger for that.
+#[test]
+fn a_group_has_a_bound_that_counts_held_batches() {
+    let mut rig = Rig::new(Order::Strong, 3);
+    let sessions = [1, 2, 3].map(|client| rig.open(client));
+    for session in &sessions {
+        rig.send(session, 1..SESSION_WINDOW);
+    }
+    rig.order();
+    assert_eq!(rig.batches(), []);
+    for session in &sessions {
+        rig.send(session, [0]);
+    }
+    let mut before = 0;
+    loop {
+        let taken = rig.poll();
+        let ordered = rig.batches().len() as u64;
+        assert!(ordered - before <= GROUP, "{} batches in a group", ordered - before);
+        if taken == 0 && ordered == before {
+            break;
+        }
+        before = ordered;
+    }
+    assert_eq!(before, 3 * SESSION_WINDOW);
+}
+
+/// The leader dies when the order shows a group, and the sessions do not yet. Clients send again what they hear nothing of.
+#[test]
+fn a_group_of_which_no_session_knows_is_not_ordered_twice() {
+    let mut rig = Rig::new(Order::Strong, 2);
+    let sessions = [1, 2].map(|client| rig.open(client));
+    for session in &sessions {
+        rig.send(session, 1..SESSION_WINDOW);
+    }
+    rig.order();
+    for session in &sessions {
+        rig.send(session, [0]);
+    }
+    for _ in 0..7 {
+        rig.poll();
+    }
+    let rows: Vec<_> = sessions.iter().flat_map(|session| rig.row(session.slot)).collect();
+    let before = rig.batches().len() as u64;
+    rig.poll();
+    assert_eq!(rig.batches().len() as u64, before + GROUP);
+    rows.iter().for_each(|(at, word)| rig.region.fabric().store(*at, *word));
+    rig.fail_over();
+    for session in &sessions {
+        rig.send(session, 0..SESSION_WINDOW);
+    }
+    rig.order();
+    for client in [1, 2] {
+        let ordered = rig.batches().into_iter().filter(|batch| batch.0 == client).map(|batch| batch.1);
+        assert_eq!(ordered.collect::<Vec<_>>(), (0..SESSION_WINDOW).collect::<Vec<_>>());
+    }
+}
