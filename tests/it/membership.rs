@@ -151,3 +151,55 @@ fn a_broker_without_etcd_or_with_the_wrong_one_says_so() {
     refuse(&[("EMBARCADERO_BROKER_CXL__COHERENCE", "none")], "membership: etcd elects");
     refuse(&[("EMBARCADERO_BROKER_ETCD__LEASE_S", "1")], "etcd.lease_s is 1; it must be 2 to 3600");
 }
+
+/// Writes the entry of a broker that another host's process has, and came later.
+fn take_id(etcd: &Etcd, cluster: &Cluster, id: u32) {
+    let report = cluster.inspect();
+    let uuid = report["superblock"]["uuid"].as_str().unwrap();
+    let member = serde_json::json!({
+        "broker": id,
+        "incarnation": 77,
+        "host": "elsewhere",
+        "boot": "another",
+        "process": 1,
+        "data": "192.0.2.1:1",
+        "control": "192.0.2.1:2",
+    });
+    etcd.put(format!("/embarcadero/{uuid}/brokers/{id}"), member.to_string());
+}
+
+#[test]
+fn a_broker_whose_id_is_taken_on_another_host_changes_nothing() {
+    let etcd = Etcd::start([127, 0, 0, 1].into());
+    let mut cluster = cluster(&etcd, 2, &[], &[]);
+    let mut left = cluster.brokers.remove(1);
+    assert_eq!(left.id.0, 1);
+    left.signal("-TERM");
+    assert!(left.child.wait().unwrap().success());
+    take_id(&etcd, &cluster, 1);
+    let row = || {
+        let report = cluster.inspect();
+        let row = report["brokers"].as_array().unwrap().iter().find(|row| row["id"] == 1).cloned();
+        (row.expect("a row of broker 1"), report["segments"].clone())
+    };
+    let before = row();
+    let endpoints = etcd.endpoints();
+    let environment = [("EMBARCADERO_BROKER_MEMBERSHIP", "etcd"), ("EMBARCADERO_BROKER_ETCD__ENDPOINTS", &endpoints)];
+    let region = cluster.region.to_str().unwrap();
+    let broker = ["broker", "--region", region, "--id", "1", "--control", "127.0.0.1:0"];
+    refused(&broker, &environment, "broker id 1 is taken by process 1 of host elsewhere");
+    assert_eq!(row(), before);
+}
+
+#[test]
+fn a_broker_whose_id_another_host_took_ends() {
+    let etcd = Etcd::start([127, 0, 0, 1].into());
+    let mut cluster = cluster(&etcd, 1, &[], &[]);
+    take_id(&etcd, &cluster, 0);
+    let mut ended = None;
+    eventually("the broker ends", || {
+        ended = cluster.brokers[0].child.try_wait().unwrap();
+        ended.is_some()
+    });
+    assert_eq!(ended.unwrap().code(), Some(1));
+}

@@ -7,7 +7,7 @@ mod threads;
 
 use crate::config::BrokerConfig;
 use crate::control::CurrentLeader;
-use crate::membership::etcd::EtcdError;
+use crate::membership::etcd::{Etcd, EtcdError};
 use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker};
 use embarcadero_cxl::region::{BrokerLock, RegionError, RegionFile};
 use embarcadero_cxl::{Native, Region};
@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
 
 /// Broker that has everything it needs to run.
 struct Prepared {
@@ -28,7 +29,6 @@ struct Prepared {
     file: RegionFile,
     mirror: Option<RegionFile>,
     info: BrokerInfo,
-    id_lock: BrokerLock,
     device: Option<Arc<RdmaDevice>>,
     data: TcpListener,
     control: TcpListener,
@@ -84,7 +84,7 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// Running broker. It stops when dropped.
+/// Running broker. It stops when dropped, also in the middle of its start.
 pub struct Broker {
     info: BrokerInfo,
     region: Region<Native>,
@@ -92,6 +92,9 @@ pub struct Broker {
     exit: Exit,
     control_stop: Option<tokio::sync::oneshot::Sender<()>>,
     threads: Vec<JoinHandle<()>>,
+    /// Membership by etcd, and the runtime that its connections live on.
+    etcd: Option<(Arc<Runtime>, Etcd)>,
+    stopped: bool,
     // The last field is dropped last: another process can have the id once all else is gone.
     _id_lock: BrokerLock,
 }
@@ -105,8 +108,16 @@ struct Exit {
     connections: Arc<AtomicUsize>,
     /// Set to stop all threads.
     stop: Arc<AtomicBool>,
-    /// Set once a later process has this broker's id.
+    /// Set once another process has this broker's id.
     superseded: Arc<AtomicBool>,
+}
+
+impl Exit {
+    /// Stops all threads: another process has this broker's id.
+    fn supersede(&self) {
+        self.superseded.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 /// Time between two looks at whether all clients are gone.
@@ -119,7 +130,8 @@ impl Broker {
     /// [`BrokerError`]; nothing is left running when it fails.
     pub fn start(config: BrokerConfig) -> Result<Self, BrokerError> {
         config.validate()?;
-        Prepared::open(config)?.run()
+        let (prepared, id_lock) = Prepared::open(config)?;
+        prepared.run(id_lock)
     }
 
     /// Id, incarnation and addresses of the broker.
@@ -132,7 +144,7 @@ impl Broker {
         self.leader.read().unwrap_or_else(PoisonError::into_inner).is_some()
     }
 
-    /// Returns true once a later process has this broker's id. This broker has then stopped.
+    /// Returns true once another process has this broker's id. This broker has then stopped.
     ///
     /// That happens when it stood still for so long that other hosts took it for dead.
     pub fn is_superseded(&self) -> bool {
@@ -156,8 +168,11 @@ impl Broker {
         left == 0
     }
 
-    /// Stops all threads, and marks the broker as stopped in the broker table.
+    /// Stops all threads, marks the broker as stopped in the broker table, and leaves etcd.
     pub fn stop(&mut self) {
+        if std::mem::replace(&mut self.stopped, true) {
+            return;
+        }
         self.exit.stop.store(true, Ordering::Relaxed);
         if let Some(stop) = self.control_stop.take() {
             let _ = stop.send(());
@@ -168,13 +183,15 @@ impl Broker {
         if !self.is_superseded() {
             publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });
         }
+        // Last: from then on a broker of another host may have the id, and write the row.
+        if let Some((runtime, etcd)) = self.etcd.take() {
+            runtime.block_on(etcd.leave());
+        }
     }
 }
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        if !self.threads.is_empty() {
-            self.stop();
-        }
+        self.stop();
     }
 }

@@ -1,7 +1,7 @@
 //! Start of a broker, step by step.
 
 use super::threads::{self, Serving};
-use super::{Broker, BrokerError, Exit, Prepared, device, identity, io_error, join};
+use super::{Broker, BrokerError, Exit, Prepared, device, identity, io_error};
 use crate::archive::{Archive, Catalog};
 use crate::config::{BrokerConfig, Coherence, Role};
 use crate::control::{ControlService, CurrentLeader};
@@ -18,15 +18,15 @@ use crossbeam_channel::{Sender, bounded};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker};
 use embarcadero_cxl::layout::RegionRole;
 use embarcadero_cxl::leadership::latest_claim;
-use embarcadero_cxl::region::RegionFile;
+use embarcadero_cxl::region::{BrokerLock, RegionFile};
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::{Native, Region, damaged_lines};
 use embarcadero_transport::tcp::listen;
 use embarcadero_wire::OutOfBounds;
 use std::net::TcpListener;
-use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
+use tokio::runtime::Runtime;
 
 /// Checks that a region is the one that the configuration names.
 fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {
@@ -75,8 +75,8 @@ fn open_mirror(config: &BrokerConfig, region: &Region<Native>) -> Result<Option<
 }
 
 impl Prepared {
-    /// Opens the region, its mirror, the device and the sockets, and claims a broker id.
-    pub(super) fn open(config: BrokerConfig) -> Result<Self, BrokerError> {
+    /// Opens the region, its mirror, the device and the sockets, and claims a broker id. Stores nothing in the region.
+    pub(super) fn open(config: BrokerConfig) -> Result<(Self, BrokerLock), BrokerError> {
         let file = open_region(&config)?;
         let region = file.region().clone();
         let mirror = open_mirror(&config, &region)?;
@@ -105,75 +105,98 @@ impl Prepared {
             process_id: std::process::id(),
             running: true,
         };
-        Ok(Self { config, file, mirror, info, id_lock, device, data, control })
+        Ok((Self { config, file, mirror, info, device, data, control }, id_lock))
     }
 
     /// Starts the threads and takes part in the election.
-    pub(super) fn run(self) -> Result<Broker, BrokerError> {
+    pub(super) fn run(mut self, id_lock: BrokerLock) -> Result<Broker, BrokerError> {
         let region = self.file.region().clone();
-        // An earlier process of this broker that only stood still stops writing when it sees this. So it comes before
-        // any read of what that process wrote.
-        publish_broker(&region, &BrokerInfo { running: false, ..self.info.clone() });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = Arc::new(runtime.map_err(io_error("start the control service"))?);
+        // Before the first store in the region: a broker of another host may have the id, and must not notice.
+        let etcd = runtime.block_on(self.join_etcd())?;
+        let mut broker = self.begin(etcd.clone().map(|etcd| (Arc::clone(&runtime), etcd)), id_lock);
         let pool = pool::allocator(&region, &self.info).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), self.info.id, Arc::clone(&pool)));
-        let exit = Exit::default();
         let (stages, promoted) = bounded(1);
-        let mut running = Vec::new();
         let catalog = if let Some(base) = self.config.replica.path.clone() {
-            let (replica, catalog) = threads::spawn_replica(&self, base, &topics, &exit.stop)?;
-            running.push(replica);
+            let (replica, catalog) = threads::spawn_replica(&self, base, &topics, &broker.exit.stop)?;
+            broker.threads.push(replica);
             catalog
         } else {
             disclaim(&region, self.info.id);
             Arc::new(Catalog::new(false))
         };
         let (archive, reader) = Archive::new(region.clone(), self.info.id, Arc::clone(&catalog));
-        let serving = Serving { start: &self, topics: &topics, exit: &exit, archive };
-        let accepted = serving.spawn_workers(promoted, &mut running)?;
-        let leader: Arc<CurrentLeader> = Arc::default();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(io_error("start the control service"))?;
-        let etcd = runtime.block_on(self.join_etcd())?;
+        let serving = Serving { start: &self, topics: &topics, exit: &broker.exit, archive };
+        let accepted = serving.spawn_workers(promoted, &mut broker.threads)?;
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: self.config.max_batch_bytes,
-            leader: Arc::clone(&leader),
+            leader: Arc::clone(&broker.leader),
             pool: Arc::clone(&pool),
             catalog,
             etcd: etcd.clone(),
         };
-        let Self { config, file, mirror, info, id_lock, data, control, .. } = self;
-        running.push(threads::spawn_acceptor(data, accepted, Arc::clone(&exit.stop))?);
+        let Self { config, file, mirror, info, data, control, .. } = self;
+        broker.threads.push(threads::spawn_acceptor(data, accepted, Arc::clone(&broker.exit.stop))?);
         let election = etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd)));
-        let parts =
-            CandidateParts { file, mirror, info: info.clone(), election, pool, stages, control: Arc::clone(&leader) };
+        let leader = Arc::clone(&broker.leader);
+        let parts = CandidateParts { file, mirror, info: info.clone(), election, pool, stages, control: leader };
         let candidate = parts.into_candidate(&config);
         let leadership = runtime.block_on(candidate.take_over_if_gone());
         if config.role == Role::Leader && leadership.is_none() {
-            exit.stop.store(true, Ordering::Relaxed);
-            running.into_iter().for_each(join);
             return Err(BrokerError::LeaderTaken);
         }
         publish_broker(&region, &info);
-        let (control_stop, stopped) = tokio::sync::oneshot::channel();
-        let plane = threads::ControlPlane { service, archive: reader, candidate, leadership, stop: stopped };
-        running.push(plane.spawn(runtime, control)?);
-        let leads = leader.read().unwrap_or_else(PoisonError::into_inner).is_some();
-        tracing::info!(broker = %info.id, data = %info.data, control = %info.control, leader = leads, "serving");
-        Ok(Broker { info, region, leader, exit, control_stop: Some(control_stop), threads: running, _id_lock: id_lock })
+        let (control_stop, stop) = tokio::sync::oneshot::channel();
+        let exit = broker.exit.clone();
+        let plane = threads::ControlPlane { service, archive: reader, candidate, leadership, exit, stop };
+        broker.threads.push(plane.spawn(runtime, control)?);
+        broker.control_stop = Some(control_stop);
+        tracing::info!(
+            broker = %info.id, data = %info.data, control = %info.control, leader = broker.is_leader(), "serving"
+        );
+        Ok(broker)
+    }
+
+    /// Takes this broker's row. Returns the broker, which ends in order from here on, whatever fails.
+    fn begin(&self, etcd: Option<(Arc<Runtime>, Etcd)>, id_lock: BrokerLock) -> Broker {
+        let region = self.file.region().clone();
+        // An earlier process of this broker that only stood still stops writing when it sees this. So it comes before
+        // any read of what that process wrote.
+        publish_broker(&region, &BrokerInfo { running: false, ..self.info.clone() });
+        Broker {
+            info: self.info.clone(),
+            region,
+            leader: Arc::default(),
+            exit: Exit::default(),
+            control_stop: None,
+            threads: Vec::new(),
+            etcd,
+            stopped: false,
+            _id_lock: id_lock,
+        }
     }
 
     /// Joins etcd, if that is where membership is kept.
-    async fn join_etcd(&self) -> Result<Option<Etcd>, BrokerError> {
+    async fn join_etcd(&mut self) -> Result<Option<Etcd>, BrokerError> {
         if self.config.membership == Membership::Embedded {
             return Ok(None);
         }
-        let claims = self.file.region().clone();
-        let uuid = claims.uuid();
-        let join = Etcd::join(self.config.etcd.clone(), uuid, &self.info, move || latest_claim(&claims));
-        Ok(Some(join.await?))
+        let region = self.file.region();
+        loop {
+            let claims = region.clone();
+            let etcd =
+                Etcd::join(self.config.etcd.clone(), region.uuid(), &self.info, move || latest_claim(&claims)).await?;
+            // From now on nobody else has the id. Another may have had it, and left, since the incarnation was read.
+            let incarnation = last_incarnation(region, self.info.id).next();
+            if incarnation == self.info.incarnation {
+                return Ok(Some(etcd));
+            }
+            etcd.leave().await;
+            self.info.incarnation = incarnation;
+        }
     }
 }
 

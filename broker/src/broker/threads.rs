@@ -7,6 +7,7 @@ use crate::control::ControlService;
 use crate::delegation::{Delegation, Landed};
 use crate::ingest::IngestLimits;
 use crate::leader::{Candidate, Leadership};
+use crate::membership::etcd::Etcd;
 use crate::replica::format::Identity;
 use crate::replica::medium::{Directory, Medium};
 use crate::replica::replicator::{ReplicaOptions, Replicator};
@@ -31,6 +32,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use tokio::runtime::Runtime;
+use tokio::task::JoinSet;
+use tonic::transport::server::TcpIncoming;
 
 /// Largest number of batches that wait between the workers and the delegation.
 const LANDED_BATCHES: usize = 4096;
@@ -266,46 +270,50 @@ pub(super) struct ControlPlane {
     pub(super) archive: ArchiveReader,
     pub(super) candidate: Candidate,
     pub(super) leadership: Option<Leadership>,
+    pub(super) exit: Exit,
     /// Channel that ends the thread.
     pub(super) stop: tokio::sync::oneshot::Receiver<()>,
 }
 
 impl ControlPlane {
     /// Starts the thread, which serves gRPC on `listener`, watches the leader, speaks to etcd and reads from disks.
-    pub(super) fn spawn(
-        self,
-        runtime: tokio::runtime::Runtime,
-        listener: TcpListener,
-    ) -> Result<JoinHandle<()>, BrokerError> {
+    pub(super) fn spawn(self, runtime: Arc<Runtime>, listener: TcpListener) -> Result<JoinHandle<()>, BrokerError> {
         listener.set_nonblocking(true).map_err(io_error("prepare the control socket"))?;
         let incoming = {
             let _context = runtime.enter();
             let listener =
                 tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?;
             // An answer is several small writes: without this the last would wait for a delayed acknowledgement, 40 ms.
-            tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true))
+            TcpIncoming::from(listener).with_nodelay(Some(true))
         };
-        spawn("control".to_owned(), move || {
-            runtime.block_on(async move {
-                let Self { service, archive, candidate, leadership, stop } = self;
-                let etcd = service.etcd.clone();
-                if let Some(etcd) = &etcd {
-                    tokio::spawn(etcd.clone().run());
-                }
-                tokio::spawn(archive.run());
-                tokio::spawn(candidate.run(leadership));
-                let served = tonic::transport::Server::builder()
-                    .add_service(ControlServer::new(service))
-                    .serve_with_incoming_shutdown(incoming, async {
-                        let _ = stop.await;
-                    });
-                if let Err(error) = served.await {
-                    tracing::error!(%error, "the control service failed");
-                }
-                if let Some(etcd) = etcd {
-                    etcd.leave().await;
-                }
-            });
-        })
+        spawn("control".to_owned(), move || runtime.block_on(self.serve(incoming)))
     }
+
+    /// Serves until the broker stops. Nothing of it goes on then.
+    async fn serve(self, incoming: TcpIncoming) {
+        let Self { service, archive, candidate, leadership, exit, stop } = self;
+        let mut tasks = JoinSet::new();
+        if let Some(etcd) = service.etcd.clone() {
+            tasks.spawn(stay_in_etcd(etcd, exit));
+        }
+        tasks.spawn(archive.run());
+        tasks.spawn(candidate.run(leadership));
+        let served = tonic::transport::Server::builder()
+            .add_service(ControlServer::new(service))
+            .serve_with_incoming_shutdown(incoming, async {
+                let _ = stop.await;
+            });
+        if let Err(error) = served.await {
+            tracing::error!(%error, "the control service failed");
+        }
+        // The broker leaves etcd next. A task that went on could put its entries back.
+        tasks.shutdown().await;
+    }
+}
+
+/// Keeps the broker in etcd, and stops it once another process has its id.
+async fn stay_in_etcd(etcd: Etcd, exit: Exit) {
+    let taken = etcd.run().await;
+    tracing::error!(error = %taken, "another process has this broker's id: this one stops");
+    exit.supersede();
 }

@@ -1,6 +1,9 @@
 //! A real etcd.
 
 use super::{address_at, eventually};
+use embarcadero_control::etcd::kv_client::KvClient;
+use embarcadero_control::etcd::request_op::Request;
+use embarcadero_control::etcd::{PutRequest, RequestOp, TxnRequest};
 use std::io::{Read, Write};
 use std::net::{IpAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -66,6 +69,17 @@ impl Etcd {
     pub(crate) fn wipe(&mut self) {
         self.kill();
         std::fs::remove_dir_all(self.data.path().join("data")).unwrap();
+    }
+
+    /// Writes an entry, as somebody else would.
+    pub(crate) fn put(&self, key: String, value: String) {
+        let put = Request::RequestPut(PutRequest { key: key.into(), value: value.into(), lease: 0 });
+        let request = TxnRequest { compare: vec![], success: vec![RequestOp { request: Some(put) }] };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut keys = KvClient::connect(self.client.clone()).await.unwrap();
+            assert!(keys.txn(request).await.unwrap().into_inner().succeeded);
+        });
     }
 
     /// Returns the value of `etcd.endpoints` for it.

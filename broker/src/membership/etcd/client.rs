@@ -47,6 +47,14 @@ pub enum EtcdError {
         /// Configured endpoints.
         endpoints: String,
     },
+    /// Others change the entries faster than this broker can write its own.
+    #[error("etcd at {endpoints}: entries below {prefix} change while this broker registers")]
+    Contended {
+        /// Configured endpoints.
+        endpoints: String,
+        /// Prefix of the region's keys.
+        prefix: String,
+    },
     /// Another broker has the id.
     #[error("broker id {id} is taken by process {process} of host {host}, says etcd")]
     IdTaken {
@@ -143,6 +151,11 @@ impl Client {
     /// Returns the error of a call that nobody answered.
     pub(super) fn silent(&self) -> EtcdError {
         EtcdError::Silent { endpoints: self.endpoints.join(", ") }
+    }
+
+    /// Returns the error of entries that others keep changing.
+    pub(super) fn contended(&self) -> EtcdError {
+        EtcdError::Contended { endpoints: self.endpoints.join(", "), prefix: self.prefix.clone() }
     }
 
     /// Calls the endpoint that answered last, and those after it until one answers. If one was silent, it may be slow,

@@ -61,11 +61,18 @@ impl Member {
         }
     }
 
-    /// Returns true when `other` can only be an earlier process of this broker. On one host, the locks of the region's
-    /// file admit one process for each id.
-    fn replaces(&self, other: &Self) -> bool {
-        // A host that cannot tell its boot id is no known host.
-        self == other || (self.boot == other.boot && !self.boot.is_empty())
+    /// Returns true when `other` can only be this process, or an earlier one of this broker. `joined` says that this
+    /// process was in etcd already.
+    fn replaces(&self, other: &Self, joined: bool) -> bool {
+        let earlier = if joined {
+            // Whoever came later counted on from this process.
+            other.incarnation < self.incarnation
+        } else {
+            // On one host, the locks of the region's file admit one process for each id. A host that cannot tell its boot
+            // id is no known host.
+            self.boot == other.boot && !self.boot.is_empty()
+        };
+        self == other || earlier
     }
 }
 
@@ -79,6 +86,15 @@ pub(crate) struct Elected {
     lease: i64,
 }
 
+/// Entry of a broker, as etcd has it.
+#[derive(Clone, Debug)]
+struct Registered {
+    member: Member,
+    /// Revision of the entry.
+    revision: i64,
+    lease: i64,
+}
+
 /// Entries of etcd, as last seen.
 #[derive(Clone, Debug, Default)]
 struct View {
@@ -86,8 +102,8 @@ struct View {
     leader: Option<Elected>,
     /// Time since which there is no leader.
     leaderless_since: Option<Instant>,
-    /// Entry of each broker, and its revision.
-    members: BTreeMap<BrokerId, (Member, i64)>,
+    /// Entry of each broker.
+    members: BTreeMap<BrokerId, Registered>,
 }
 
 struct State {
@@ -96,6 +112,8 @@ struct State {
     lease: i64,
     /// Time since which etcd does not answer, and the last error.
     lost: Option<(Instant, String)>,
+    /// True once this broker was registered.
+    joined: bool,
     /// True while this broker leads: its entry as leader is put back if it gets lost.
     leads: bool,
 }
@@ -117,14 +135,14 @@ impl Etcd {
     /// Registers a broker of the region `uuid`. `latest_claim` reads the region's highest claimed term.
     ///
     /// # Errors
-    /// [`EtcdError`].
+    /// [`EtcdError`]; nothing of this broker is left in etcd then.
     pub(crate) async fn join(
         config: EtcdConfig,
         uuid: Uuid,
         info: &BrokerInfo,
         latest_claim: impl Fn() -> Term + Send + Sync + 'static,
     ) -> Result<Self, EtcdError> {
-        let state = State { view: View::default(), lease: 0, lost: None, leads: false };
+        let state = State { view: View::default(), lease: 0, lost: None, joined: false, leads: false };
         let etcd = Self {
             client: Client::new(&config, uuid)?,
             lease_s: config.lease_s,
@@ -133,8 +151,11 @@ impl Etcd {
             state: Arc::new(Mutex::new(state)),
             changed: Arc::default(),
         };
-        etcd.refresh().await?;
-        etcd.register().await?;
+        if let Err(error) = etcd.register().await {
+            etcd.leave().await;
+            return Err(error);
+        }
+        etcd.state().joined = true;
         Ok(etcd)
     }
 
@@ -182,9 +203,12 @@ impl Etcd {
         }
     }
 
-    /// Leaves etcd: this broker's entries go.
+    /// Leaves etcd: this broker's entries go. [`Etcd::run`] must have ended, or it puts them back.
     pub(crate) async fn leave(&self) {
         let lease = std::mem::take(&mut self.state().lease);
+        if lease == 0 {
+            return;
+        }
         // If it fails, the entries go when the lease ends.
         let _ = self.client.revoke(lease).await;
     }
@@ -197,5 +221,37 @@ impl Etcd {
     /// Returns the time for which etcd has not answered, and the last error; `None` while it answers.
     pub(crate) fn lost(&self) -> Option<(Duration, String)> {
         self.state().lost.as_ref().map(|(since, error)| (since.elapsed(), error.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_earlier_process_of_a_broker_is_replaced() {
+        let member = |incarnation, boot: &str, process| Member {
+            broker: BrokerId(0),
+            incarnation: Incarnation(incarnation),
+            host: "host".to_owned(),
+            boot: boot.to_owned(),
+            process,
+            data: String::new(),
+            control: String::new(),
+        };
+        let own = member(5, "this", 1);
+        for (other, at_start, later) in [
+            (own.clone(), true, true),
+            (member(4, "this", 2), true, true),
+            (member(5, "this", 2), true, false),
+            (member(6, "this", 2), true, false),
+            (member(4, "another", 2), false, true),
+            (member(5, "another", 2), false, false),
+            (member(6, "another", 2), false, false),
+        ] {
+            assert_eq!((own.replaces(&other, false), own.replaces(&other, true)), (at_start, later), "{other:?}");
+        }
+        let nameless = member(5, "", 1);
+        assert!(!nameless.replaces(&member(4, "", 2), false));
     }
 }

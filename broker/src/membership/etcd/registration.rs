@@ -1,16 +1,17 @@
 //! A broker's registration: its entries, the lease that they are under, and the watch.
 
 use super::client::EtcdError;
-use super::{Elected, Etcd, KEEP_ALIVES, Member, State, View};
+use super::{Elected, Etcd, KEEP_ALIVES, Member, Registered, State, View};
 use embarcadero_control::etcd::LeaseKeepAliveRequest;
 use embarcadero_control::etcd::compare::TargetUnion;
-use embarcadero_control::etcd::event::EventType;
 use embarcadero_wire::Term;
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 /// Time between attempts to reach an etcd that does not answer.
 const RETRY: Duration = Duration::from_millis(250);
+/// Times that entries are looked at and written, if somebody else writes in between.
+const ATTEMPTS: u32 = 3;
 
 impl Etcd {
     /// Reads every entry below the prefix into the view. Writes `base` first if it is missing.
@@ -45,7 +46,8 @@ impl Etcd {
                 }
                 Some(_) => {
                     let member: Member = self.client.decode(entry)?;
-                    view.members.insert(member.broker, (member, entry.mod_revision));
+                    let registered = Registered { member, revision: entry.mod_revision, lease: entry.lease };
+                    view.members.insert(registered.member.broker, registered);
                 }
                 None => {}
             }
@@ -54,27 +56,61 @@ impl Etcd {
     }
 
     /// Puts this broker's entries under a lease that has not ended, and returns the lease.
+    ///
+    /// # Errors
+    /// [`EtcdError`]: [`EtcdError::IdTaken`] when another broker has the id.
     pub(super) async fn register(&self) -> Result<i64, EtcdError> {
         let lease = self.living_lease().await?;
-        self.refresh().await?;
-        let (mine, leader, leads) = {
-            let State { view, leads, .. } = &*self.state();
-            (view.members.get(&self.member.broker).cloned(), view.leader, *leads)
-        };
-        let name = format!("brokers/{}", self.member.broker);
-        let revision = match mine {
-            Some((other, _)) if !self.member.replaces(&other) => {
-                return Err(EtcdError::IdTaken { id: other.broker, host: other.host, process: other.process });
+        for _ in 0..ATTEMPTS {
+            self.refresh().await?;
+            if self.put_member(lease).await? && self.put_leader(lease).await? {
+                self.refresh().await?;
+                return Ok(lease);
             }
-            found => found.map_or(0, |(_, revision)| revision),
-        };
-        self.put_if(&name, revision, lease).await?;
-        let own = |leader: Elected| leader.broker == self.member.broker;
-        if leads && leader.is_none_or(|leader| own(leader) && leader.lease != lease) {
-            self.put_if("leader", leader.map_or(0, |leader| leader.revision), lease).await?;
+            // Somebody else wrote meanwhile: another broker with this id, a new leader, or who put the base back.
         }
-        self.refresh().await?;
-        Ok(lease)
+        Err(self.client.contended())
+    }
+
+    /// Puts this broker's own entry under a lease. Returns false if something changed since the view was read.
+    async fn put_member(&self, lease: i64) -> Result<bool, EtcdError> {
+        let (found, joined) = {
+            let State { view, joined, .. } = &*self.state();
+            (view.members.get(&self.member.broker).cloned(), *joined)
+        };
+        let revision = match found {
+            Some(Registered { member, .. }) if !self.member.replaces(&member, joined) => {
+                return Err(EtcdError::IdTaken { id: member.broker, host: member.host, process: member.process });
+            }
+            found => found.map_or(0, |found| found.revision),
+        };
+        Ok(self.put_if(&self.entry(), revision, lease).await?.is_some())
+    }
+
+    /// Puts the leader's entry under a lease, if this broker leads and nobody else was elected. Returns false if
+    /// something changed since the view was read.
+    async fn put_leader(&self, lease: i64) -> Result<bool, EtcdError> {
+        let (leader, leads) = {
+            let State { view, leads, .. } = &*self.state();
+            (view.leader, *leads)
+        };
+        let own = |leader: Elected| leader.broker == self.member.broker;
+        if !leads || leader.is_some_and(|leader| !own(leader) || leader.lease == lease) {
+            return Ok(true);
+        }
+        Ok(self.put_if("leader", leader.map_or(0, |leader| leader.revision), lease).await?.is_some())
+    }
+
+    /// Name of this broker's entry.
+    fn entry(&self) -> String {
+        format!("brokers/{}", self.member.broker)
+    }
+
+    /// Returns true when this broker's entry is there, under its lease.
+    fn is_registered(&self) -> bool {
+        let State { view, lease, .. } = &*self.state();
+        let found = view.members.get(&self.member.broker);
+        found.is_some_and(|found| found.member == self.member && found.lease == *lease)
     }
 
     /// Returns this broker's lease, or a new one if it has ended.
@@ -99,10 +135,13 @@ impl Etcd {
         self.client.transact(vec![same, base], self.client.put(name, value, lease)).await
     }
 
-    /// Keeps the lease alive and watches, for as long as the broker runs.
-    pub(crate) async fn run(self) {
+    /// Keeps the lease alive and watches, until another broker has the id. Returns the error that says so.
+    pub(crate) async fn run(self) -> EtcdError {
         loop {
             let Err(error) = self.stay_registered().await;
+            if matches!(error, EtcdError::IdTaken { .. }) {
+                return error;
+            }
             let first = {
                 let mut state = self.state();
                 let first = state.lost.is_none();
@@ -144,16 +183,12 @@ impl Etcd {
                 news = watch.message() => {
                     let news = news.map_err(|status| client.failed(status))?;
                     let news = news.filter(|news| !news.canceled).ok_or_else(|| client.silent())?;
-                    // This broker's own entry may have gone with a lease that etcd ended.
-                    let own = client.key(&format!("brokers/{}", self.member.broker));
-                    let gone = news.events.iter().any(|event| {
-                        event.r#type() == EventType::Delete
-                            && event.kv.as_ref().is_some_and(|entry| entry.key == own.as_bytes())
-                    });
-                    if gone {
-                        self.register().await?;
-                    } else if !news.events.is_empty() {
+                    if !news.events.is_empty() {
                         self.refresh().await?;
+                    }
+                    // The own entry may have gone with a lease that etcd ended, or another broker may have replaced it.
+                    if !self.is_registered() {
+                        self.register().await?;
                     }
                 }
             }
