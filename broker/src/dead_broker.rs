@@ -12,6 +12,7 @@ use embarcadero_cxl::owner::{SegmentUse, read_owner};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::{Damage, Fabric, Row};
+use embarcadero_os::Times;
 use embarcadero_wire::{BrokerId, Incarnation, Stream};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -56,7 +57,7 @@ const ROUND_ENTRIES: u64 = 4096;
 
 /// Applies retention to a dead broker's orders, and gives back segments that nobody needs. `pool` is the allocator that
 /// the broker would use. The caller holds the claim on the broker's id, so no process of the broker does the same.
-pub(crate) fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now_us: u64) {
+pub(crate) fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>, now: Times) {
     let kept = |topic| {
         [Stream::GLOBAL, Stream::of(broker)]
             .map(|stream| read_extent(region, StreamId { topic, stream }))
@@ -71,8 +72,8 @@ pub(crate) fn reap<F: Fabric>(region: &Region<F>, broker: BrokerId, pool: Arc<dy
     let entries = region.geometry().topics().filter_map(kept).max().unwrap_or(0);
     let topics = Arc::new(TopicTable::new(region.clone(), broker, pool));
     let ((_, queue), (acks, _)) = (bounded(1), bounded(1));
-    let mut delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default());
+    let mut delegation = Delegation::new(topics, queue, vec![acks], FlushGroup::default()).of_dead_broker();
     for _ in 0..entries / ROUND_ENTRIES + 2 {
-        delegation.maintain(now_us);
+        delegation.maintain(now);
     }
 }

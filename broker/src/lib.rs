@@ -26,6 +26,7 @@ mod ingest;
 mod leader;
 pub mod membership;
 pub mod mirror;
+mod order_time;
 pub mod pins;
 mod pool;
 mod reclaim;

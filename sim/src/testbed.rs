@@ -101,6 +101,14 @@ impl<F: Fabric> Testbed<F> {
     /// # Errors
     /// [`TestbedError`].
     pub fn new(region: Region<F>, sessions: u32) -> Result<Self, TestbedError> {
+        Self::keeping(region, sessions, 0)
+    }
+
+    /// Does what [`Testbed::new`] does, with a topic that keeps its batches for `retention_ms`; 0 keeps them.
+    ///
+    /// # Errors
+    /// [`TestbedError`].
+    pub fn keeping(region: Region<F>, sessions: u32, retention_ms: u64) -> Result<Self, TestbedError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), LEADER.0));
         let (commands, queue) = unbounded();
         let limits = SequencerLimits::LASTING;
@@ -119,7 +127,7 @@ impl<F: Fabric> Testbed<F> {
             replication_factor: 1,
             // Entries are of one byte, and this many keep at most half of the leader's segments in use.
             retention_bytes: u64::from(SEGMENTS) * region.geometry().segment_bytes / 256,
-            retention_ms: 0,
+            retention_ms,
             created_ms: 0,
         };
         let (reply, _opened) = bounded(1);

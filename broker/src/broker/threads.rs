@@ -217,7 +217,7 @@ pub(super) fn spawn_replica(
             if maintained.is_none_or(|maintained| maintained.elapsed() >= period) {
                 let now = clock.now();
                 maintained = Some(now.instant);
-                replicator.maintain(now.wall_us);
+                replicator.maintain(now.times().steady_us);
             }
             if replicator.poll() > 0 {
                 idle.worked();

@@ -1,6 +1,7 @@
 //! Log of a topic in this broker's order: the Batchlog, or the broker's own order index.
 
-use super::{FlushGroup, Landed, OrderedLocally, report_starved, report_trimmed, since};
+use super::{FlushGroup, Landed, OrderedLocally, report_starved, report_trimmed};
+use crate::order_time::{Ages, next_time_us};
 use crate::reclaim::Reclaimer;
 use crate::replica::completion::trimmable;
 use crate::topics::{Topic, TopicTable};
@@ -12,6 +13,7 @@ use embarcadero_cxl::layout::{BatchEntry, IndexEntry, LeaderArea};
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, Retention, StreamId, lowest_pin};
 use embarcadero_cxl::replication::read_completion;
 use embarcadero_cxl::{Damage, Fabric, Region, Site};
+use embarcadero_os::Times;
 use embarcadero_wire::{BrokerId, Stream, Term};
 use std::sync::Arc;
 
@@ -35,18 +37,24 @@ pub(super) struct LocalLog<F: Fabric> {
     unpublished_bytes: u64,
     /// Worker and ack of each batch of a broker's own order that is appended but not yet published.
     held_acks: Vec<(usize, OrderedLocally)>,
+    /// Time of the newest entry of the broker's own order, microseconds since 1970. It never goes back.
+    ordered_us: u64,
+    /// Ages of the entries of the broker's own order.
+    ages: Ages,
     /// The last batch found no room in the order index, and the log says so.
     starved: bool,
     reclaimer: Reclaimer<F>,
 }
 
 impl<F: Fabric> LocalLog<F> {
-    /// Opens the log of a topic, where an earlier process of this broker may have left it.
+    /// Opens the log of a topic, where an earlier process of this broker may have left it. `dead` says that the broker
+    /// has no process, and this is the leader's for a moment.
     ///
     /// # Errors
     /// [`Damage`] in the broker's own order index.
-    pub(super) fn open(topics: &TopicTable<F>, topic: &Arc<Topic<F>>) -> Result<Self, Damage> {
+    pub(super) fn open(topics: &TopicTable<F>, topic: &Arc<Topic<F>>, dead: bool) -> Result<Self, Damage> {
         let (region, broker, config) = (topics.region().clone(), topics.broker(), &topic.config);
+        let mut ordered_us = 0;
         let log = if config.order.is_global() {
             Log::Batchlog(BatchlogWriter::new(region.clone(), config.id, broker))
         } else {
@@ -60,6 +68,7 @@ impl<F: Fabric> LocalLog<F> {
             if let Some(damage) = index.damage() {
                 tracing::error!(topic = config.name, %damage, "a batch in the order cannot be read");
             }
+            ordered_us = index.newest_us()?;
             Log::Own(index)
         };
         Ok(Self {
@@ -72,6 +81,8 @@ impl<F: Fabric> LocalLog<F> {
             unpublished: 0,
             unpublished_bytes: 0,
             held_acks: Vec::with_capacity(64),
+            ordered_us,
+            ages: Ages::new(if dead { 0 } else { ordered_us }),
             starved: false,
         })
     }
@@ -124,13 +135,16 @@ impl<F: Fabric> LocalLog<F> {
                 if made.is_err() {
                     return false;
                 }
+                if self.unpublished == 0 {
+                    self.ordered_us = next_time_us(self.ordered_us, now_us);
+                }
                 landed.flush(self.region.fabric());
                 let position = index.next();
                 let first_offset = index.append(IndexEntry {
                     location: landed.at.0,
                     client_id: header.client_id,
                     sequence: header.sequence,
-                    ordered_us: now_us,
+                    ordered_us: self.ordered_us,
                     bytes: bytes as u32,
                     message_count: header.message_count,
                     session_epoch: header.session_epoch,
@@ -177,15 +191,17 @@ impl<F: Fabric> LocalLog<F> {
 
     /// Applies retention to the broker's own order, and gives back segments that nobody needs. `brokers` are those whose
     /// pins count.
-    pub(super) fn maintain(&mut self, now_us: u64, brokers: impl Iterator<Item = BrokerId>) {
+    pub(super) fn maintain(&mut self, now: Times, brokers: impl Iterator<Item = BrokerId>) {
         let config = &self.topic.config;
         let head = match &mut self.log {
             Log::Batchlog(writer) => writer.head(),
             Log::Own(index) => {
                 if let Ok(completion) = read_completion(&self.region, config.id, self.broker) {
+                    let old = self.ages.look(index.next(), config.retention_ms, now);
                     let damage = index.enforce_retention(Retention {
                         bytes: config.retention_bytes,
-                        since_us: since(config.retention_ms, now_us),
+                        since_us: old.since_us,
+                        below: old.below,
                         limit: trimmable(&self.region, config, completion),
                     });
                     report_trimmed(&config.name, damage);

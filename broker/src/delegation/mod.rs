@@ -13,6 +13,7 @@ use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::segment::{PartitionAllocator, PoolError};
 use embarcadero_cxl::topic_table::{publish_released, read_topic};
 use embarcadero_cxl::{Damage, Fabric, Region, RegionOffset, Row, Site};
+use embarcadero_os::Times;
 use embarcadero_wire::{BatchHeader, Incarnation};
 use log::LocalLog;
 use serde::{Deserialize, Serialize};
@@ -95,6 +96,8 @@ pub struct Delegation<F: Fabric> {
     incarnation: Option<Incarnation>,
     /// True once a later process has this broker's id.
     superseded: bool,
+    /// True where the broker is dead, and another stands in for it for a moment.
+    dead: bool,
     /// Orphaned index segments of the region and, where the broker may lead, of the region's mirror.
     orphaned: Vec<OrphanedSegments<F>>,
 }
@@ -120,6 +123,7 @@ impl<F: Fabric> Delegation<F> {
             group,
             incarnation: None,
             superseded: false,
+            dead: false,
             orphaned: vec![orphaned],
         }
     }
@@ -130,6 +134,12 @@ impl<F: Fabric> Delegation<F> {
     #[must_use]
     pub fn of_incarnation(self, incarnation: Incarnation) -> Self {
         Self { incarnation: Some(incarnation), ..self }
+    }
+
+    /// Makes the delegation stand in for a broker that is dead. It is there for a moment only, so that batches are as old
+    /// as the wall clock says.
+    pub(crate) fn of_dead_broker(self) -> Self {
+        Self { dead: true, ..self }
     }
 
     /// Returns true once a later process has this broker's id. This process then no longer counts and should end.
@@ -154,7 +164,8 @@ impl<F: Fabric> Delegation<F> {
         self.orphaned.push(OrphanedSegments::new(mirror, broker, pool));
     }
 
-    /// Orders up to `budget` waiting batches and publishes them. Returns the number of batches ordered.
+    /// Orders up to `budget` waiting batches and publishes them. The wall clock is at `now_us`, microseconds since 1970.
+    /// Returns the number of batches ordered.
     pub fn poll(&mut self, now_us: u64, budget: usize) -> usize {
         let mut taken = 0;
         if self.superseded {
@@ -199,7 +210,7 @@ impl<F: Fabric> Delegation<F> {
         }
         let log = &mut self.logs[topic.config.id.index()];
         if !log.as_ref().is_some_and(|log| Arc::ptr_eq(log.topic(), topic)) {
-            match LocalLog::open(&self.topics, topic) {
+            match LocalLog::open(&self.topics, topic, self.dead) {
                 Ok(opened) => *log = Some(opened),
                 Err(damage) => topic.mark_damaged(damage),
             }
@@ -225,10 +236,11 @@ impl<F: Fabric> Delegation<F> {
     }
 
     /// Applies retention, gives segments back, and opens and closes topics. Call it every few milliseconds.
-    pub fn maintain(&mut self, now_us: u64) {
+    pub fn maintain(&mut self, now: impl Into<Times>) {
         if self.superseded {
             return;
         }
+        let now = now.into();
         let region = self.topics.region().clone();
         let broker = self.topics.broker();
         let live = read_leader(&region).map_or(u64::MAX, |leader| leader.pinning_mask) | 1 << broker.0;
@@ -238,7 +250,7 @@ impl<F: Fabric> Delegation<F> {
         for slot in 0..self.logs.len() {
             match &mut self.logs[slot] {
                 Some(local) if local.topic().is_deleted() => self.close(slot),
-                Some(local) => local.maintain(now_us, brokers()),
+                Some(local) => local.maintain(now, brokers()),
                 None => {}
             }
         }
@@ -297,11 +309,4 @@ pub(crate) fn report_trimmed(topic: &str, damage: Option<Damage>) {
     if let Some(damage) = damage {
         tracing::error!(topic, %damage, "a batch was trimmed that nobody could read");
     }
-}
-
-/// Returns the time, in microseconds since 1970, before which retention keeps nothing; 0 when `retention_ms` is 0,
-/// which keeps everything.
-#[must_use]
-pub(crate) fn since(retention_ms: u64, now_us: u64) -> u64 {
-    if retention_ms == 0 { 0 } else { now_us.saturating_sub(retention_ms.saturating_mul(1000)) }
 }

@@ -136,7 +136,7 @@ impl Candidate {
         let mirror = self.mirror.as_ref().map(|file| file.region().clone());
         let memory = Memory { region: region.clone(), pool: Arc::clone(&self.pool), mirror };
         let takeover = Takeover { memory, area, term, before: predecessor, limits: self.limits, commands: queue };
-        let sequencer = match Sequencer::recover(takeover, SystemClock.now().wall_us) {
+        let sequencer = match Sequencer::recover(takeover, SystemClock.now().times()) {
             Ok(sequencer) => sequencer,
             Err(error) => {
                 tracing::error!(%error, %term, "cannot take over");
@@ -199,7 +199,7 @@ impl Candidate {
     /// Leads, or follows and takes over, until the broker stops.
     pub(crate) async fn run(self, mut leadership: Option<Leadership>) {
         let mut ticks = tokio::time::interval(PERIOD);
-        // After a pause of this host, looks do not come in a burst: unmoved looks measure time.
+        // After a pause of this host, looks do not come in a burst.
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut watch = Watch::default();
         loop {
@@ -254,7 +254,7 @@ impl Candidate {
                 AllocatorKind::Partitioned => Arc::new(PartitionAllocator::of_broker(region.clone(), broker)),
                 AllocatorKind::Bitmap | AllocatorKind::Leader => Arc::clone(&self.pool),
             };
-            dead_broker::reap(region, broker, pool, SystemClock.now().wall_us);
+            dead_broker::reap(region, broker, pool, SystemClock.now().times());
         }
     }
 }

@@ -9,11 +9,11 @@ use embarcadero_cxl::session_table::SessionCommit;
 use embarcadero_cxl::{Damage, Fabric, Guard};
 use embarcadero_wire::{BrokerId, Term};
 
-/// Term and wall clock under which a group is ordered.
+/// Term and time under which a group is ordered.
 #[derive(Clone, Copy)]
 pub(super) struct Stamp {
     pub(super) term: Term,
-    /// Microseconds since 1970.
+    /// Steady clock, microseconds.
     pub(super) now_us: u64,
 }
 

@@ -1,30 +1,34 @@
 //! Maintenance: leases, retention, reclaiming and deletion.
 
 use super::Sequencer;
-use crate::delegation::{report_trimmed, since};
+use crate::delegation::report_trimmed;
 use crate::replica::completion::trimmable;
 use embarcadero_cxl::leadership::{read_leader_at, still_leads};
 use embarcadero_cxl::order_index::{Retention, lowest_pin};
 use embarcadero_cxl::replication::{Completion, read_completion_at};
 use embarcadero_cxl::{Fabric, Site};
+use embarcadero_os::Times;
 use embarcadero_wire::BrokerId;
 
 impl<F: Fabric> Sequencer<F> {
     /// Does the work that is not done per batch. Call it every few milliseconds.
-    pub fn maintain(&mut self, now_us: u64) {
-        self.now_us = now_us;
+    pub fn maintain(&mut self, now: impl Into<Times>) {
+        let now = now.into();
+        self.now_us = now.steady_us;
         let live = read_leader_at(&self.region, self.area).used().map_or(u64::MAX, |leader| leader.pinning_mask);
         let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
-        self.expire_gaps(now_us);
+        self.expire_gaps(now.steady_us);
         let awaited = self.awaited_topics();
         for topic in self.topics.iter_mut().flatten() {
             let config = &topic.config;
             // All brokers' lines say the same of the global stream. Sessions that wait are known here first.
             let shown = read_completion_at(&self.region, self.area, config.id, BrokerId(0));
             let completion = Completion { awaited: awaited & 1 << config.id.0 != 0, ..shown };
+            let old = topic.ages.look(topic.index.next(), config.retention_ms, now);
             let damage = topic.index.enforce_retention(Retention {
                 bytes: config.retention_bytes,
-                since_us: since(config.retention_ms, now_us),
+                since_us: old.since_us,
+                below: old.below,
                 limit: trimmable(&self.region, config, completion),
             });
             report_trimmed(&config.name, damage);

@@ -31,6 +31,7 @@ use embarcadero_cxl::segment::SegmentAllocator;
 use embarcadero_cxl::session_table::{Session, publish_commits};
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Site};
+use embarcadero_os::Times;
 use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Term, TopicId};
 use group::{Group, Stamp};
 use std::collections::BTreeMap;
@@ -120,7 +121,7 @@ pub struct Sequencer<F: Fabric> {
     damaged_sessions: BTreeMap<SessionSlot, Damage>,
     /// Time at which the last session in each slot ended, as far as this leader knows.
     ended_us: Vec<u64>,
-    /// Time of the last turn, microseconds since 1970.
+    /// Time of the last turn by the steady clock, microseconds.
     now_us: u64,
     /// Deleted topics whose memory brokers still hold.
     closing: Vec<Closing<F>>,
@@ -156,13 +157,14 @@ impl<F: Fabric> Sequencer<F> {
 
     /// Orders what has arrived, at most `budget` batches per topic, and answers requests. Returns the number of batches
     /// that it took or ordered; 0 once it leads no more.
-    pub fn poll(&mut self, now_us: u64, budget: u64) -> u64 {
+    pub fn poll(&mut self, now: impl Into<Times>, budget: u64) -> u64 {
         if !self.leads() {
             return 0;
         }
-        self.now_us = now_us;
+        let now = now.into();
+        self.now_us = now.steady_us;
         while let Ok(command) = self.commands.try_recv() {
-            self.execute(command, now_us);
+            self.execute(command, now.steady_us);
         }
         let mut news = self.group.backlog;
         for (broker, seen) in self.region.geometry().brokers().zip(&mut self.pulses) {
@@ -177,18 +179,18 @@ impl<F: Fabric> Sequencer<F> {
         let waiting = std::mem::take(&mut self.group.starved) | std::mem::take(&mut self.group.overdue);
         let mut taken = 0;
         for slot in 0..self.topics.len() {
-            taken += self.order_topic(slot, waiting, now_us, budget.min(self.group.limit));
+            taken += self.order_topic(slot, waiting, now, budget.min(self.group.limit));
         }
         self.first = (self.first + 1) % self.pulses.len();
         taken
     }
 
     /// Orders what has arrived of one topic. `waiting` tells that held batches had their turn before and found no room.
-    fn order_topic(&mut self, slot: usize, waiting: bool, now_us: u64, budget: u64) -> u64 {
-        let stamp = Stamp { term: self.term, now_us };
+    fn order_topic(&mut self, slot: usize, waiting: bool, now: Times, budget: u64) -> u64 {
+        let stamp = Stamp { term: self.term, now_us: now.steady_us };
         let Self { topics, group, region, first, .. } = self;
         let Some(topic) = &mut topics[slot] else { return 0 };
-        topic.last_ordered_us = topic.last_ordered_us.max(now_us);
+        let newest_us = topic.set_time(now.wall_us);
         let before = topic.index.next();
         if waiting {
             group.drain_all(region.fabric(), topic, stamp);
@@ -197,6 +199,7 @@ impl<F: Fabric> Sequencer<F> {
         for broker in (*first..topic.brokers.len()).chain(0..*first) {
             taken += group.take_from(region.fabric(), topic, BrokerId(broker as u32), stamp, budget - taken);
         }
+        topic.reset_time_if_unused(before, newest_us);
         let ordered = topic.index.next() - before;
         if taken > 0 || ordered > 0 {
             group.backlog = true;

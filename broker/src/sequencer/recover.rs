@@ -19,6 +19,7 @@ use embarcadero_cxl::session_table::{
 use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
 use embarcadero_cxl::topic_table::{TopicRows, repair_torn_topic};
 use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
+use embarcadero_os::Times;
 use embarcadero_wire::{BrokerId, Term};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -63,7 +64,9 @@ impl<F: Fabric> Sequencer<F> {
     ///
     /// # Errors
     /// [`TakeoverError`].
-    pub fn recover(takeover: Takeover<F>, now_us: u64) -> Result<Self, TakeoverError> {
+    pub fn recover(takeover: Takeover<F>, now: impl Into<Times>) -> Result<Self, TakeoverError> {
+        let now = now.into();
+        let now_us = now.steady_us;
         let Takeover { memory, area, term, before, limits, commands } = takeover;
         let Memory { region, pool, mirror } = memory;
         // Taken before the claim: without spare segments the predecessor stays.
@@ -121,7 +124,7 @@ impl<F: Fabric> Sequencer<F> {
         sequencer.recover_sessions(&begun, now_us);
         if sequencer.region.fabric().keeps(Guard::RetakeUndecided) {
             for slot in 0..sequencer.topics.len() {
-                sequencer.retake_undecided(slot, now_us);
+                sequencer.retake_undecided(slot, now);
             }
         }
         sequencer.resume_closing();
@@ -238,8 +241,10 @@ impl<F: Fabric> Sequencer<F> {
 
     /// Takes again what earlier leaders took from the Batchlogs and may have held for a gap to close. Their memory is
     /// gone, but a ring keeps its entries until they are overwritten. A batch that did commit is a duplicate now.
-    fn retake_undecided(&mut self, slot: usize, now_us: u64) {
-        let stamp = Stamp { term: self.term, now_us };
+    fn retake_undecided(&mut self, slot: usize, now: Times) {
+        let stamp = Stamp { term: self.term, now_us: now.steady_us };
+        let Some(topic) = &mut self.topics[slot] else { return };
+        let (next, newest_us) = (topic.index.next(), topic.set_time(now.wall_us));
         let slots = u64::from(self.region.geometry().batchlog_slots);
         for broker in self.region.geometry().brokers() {
             let Some(topic) = &self.topics[slot] else { return };
@@ -248,6 +253,9 @@ impl<F: Fabric> Sequencer<F> {
             for index in consumed.decided_through.max(taken.saturating_sub(slots))..taken {
                 self.retake(slot, broker, index, stamp);
             }
+        }
+        if let Some(topic) = &mut self.topics[slot] {
+            topic.reset_time_if_unused(next, newest_us);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use crate::delegation::report_starved;
 use crate::mirror::Mirror;
+use crate::order_time::{Ages, next_time_us};
 use embarcadero_cxl::batchlog::BatchlogReader;
 use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
 use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, StreamId};
@@ -33,6 +34,8 @@ pub(super) struct TopicOrder<F: Fabric> {
     pub(super) brokers: Vec<BrokerOrder<F>>,
     /// Time of the newest entry, microseconds since 1970. It never goes back.
     pub(super) last_ordered_us: u64,
+    /// Ages of the entries.
+    pub(super) ages: Ages,
     /// True while the order has no room.
     starved: bool,
 }
@@ -62,9 +65,25 @@ impl<F: Fabric> TopicOrder<F> {
             BrokerOrder { reader, consumed, dirty: false, damage: None }
         };
         let brokers = region.geometry().brokers().map(broker).collect();
-        let last = index.next().checked_sub(1).map_or(Ok(None), |last| index.entry(last))?;
-        let last_ordered_us = last.map_or(0, |last| last.ordered_us);
-        Ok(Self { config, index, mirror: None, brokers, last_ordered_us, starved: false })
+        let last_ordered_us = index.newest_us()?;
+        let ages = Ages::new(last_ordered_us);
+        Ok(Self { config, index, mirror: None, brokers, last_ordered_us, ages, starved: false })
+    }
+
+    /// Sets the time of the entries that follow, by a wall clock at `wall_us`. Returns the time of those before.
+    #[inline]
+    pub(super) fn set_time(&mut self, wall_us: u64) -> u64 {
+        let next_us = next_time_us(self.last_ordered_us, wall_us);
+        std::mem::replace(&mut self.last_ordered_us, next_us)
+    }
+
+    /// Takes back what [`TopicOrder::set_time`] did if no entry followed. The next entry was at position `next`, and the
+    /// time was `newest_us`.
+    #[inline]
+    pub(super) fn reset_time_if_unused(&mut self, next: u64, newest_us: u64) {
+        if self.index.next() == next {
+            self.last_ordered_us = newest_us;
+        }
     }
 
     /// Opens the copy of a new topic in the mirror.

@@ -178,7 +178,7 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
             }
         }
         self.ready = ready;
-        moved |= self.stages.poll(now.wall_us);
+        moved |= self.stages.poll(now.times());
         moved |= self.local_acks();
         let check = now.instant.saturating_duration_since(self.checked) >= IDLE_CHECK;
         if check {
@@ -190,7 +190,7 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
         }
         if now.instant.saturating_duration_since(self.maintained) >= self.shared.heartbeat {
             self.maintained = now.instant;
-            self.maintain(now.wall_us);
+            self.maintain(now);
         }
         moved
     }
@@ -209,9 +209,9 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     }
 
     /// Runs the stages' maintenance, and stops the broker once a later process has its id.
-    fn maintain(&mut self, now_us: u64) {
+    fn maintain(&mut self, now: Now) {
         let stalled = self.connections.iter().any(|client| client.waiting);
-        if self.stages.maintain(now_us, stalled).is_err() {
+        if self.stages.maintain(now.times(), stalled).is_err() {
             tracing::error!("another process has this broker's id: it was taken for dead, and stops");
             self.shared.superseded.store(true, Ordering::Relaxed);
             self.shared.stop.store(true, Ordering::Relaxed);

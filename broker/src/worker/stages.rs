@@ -5,6 +5,7 @@ use crate::replica::completion::CompletionStage;
 use crate::sequencer::{GROUP_BATCHES, Sequencer};
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::Native;
+use embarcadero_os::Times;
 use std::sync::Arc;
 
 /// Largest number of batches that the delegation takes at a time.
@@ -42,14 +43,14 @@ impl Stages {
     }
 
     /// Orders the batches that have come. Returns true when anything moved.
-    pub(super) fn poll(&mut self, now_us: u64) -> bool {
+    pub(super) fn poll(&mut self, now: Times) -> bool {
         let mut moved = false;
         if let Some(delegation) = &mut self.delegation {
-            moved |= delegation.poll(now_us, DELEGATION_BATCHES) > 0;
+            moved |= delegation.poll(now.wall_us, DELEGATION_BATCHES) > 0;
         }
         if let Some(LeaderStages { sequencer, completion, .. }) = &mut self.leader {
-            moved |= sequencer.poll(now_us, GROUP_BATCHES) > 0;
-            moved |= completion.poll(now_us) > 0;
+            moved |= sequencer.poll(now, GROUP_BATCHES) > 0;
+            moved |= completion.poll(now.steady_us) > 0;
         }
         moved
     }
@@ -58,7 +59,7 @@ impl Stages {
     ///
     /// # Errors
     /// [`Superseded`], when the broker must stop.
-    pub(super) fn maintain(&mut self, now_us: u64, stalled: bool) -> Result<(), Superseded> {
+    pub(super) fn maintain(&mut self, now: Times, stalled: bool) -> Result<(), Superseded> {
         if let Some(delegation) = &mut self.delegation {
             if delegation.is_superseded() {
                 return Err(Superseded);
@@ -67,7 +68,7 @@ impl Stages {
             if stalled {
                 delegation.stalled();
             }
-            delegation.maintain(now_us);
+            delegation.maintain(now);
         }
         if self.leader.as_ref().is_some_and(|leader| !leader.sequencer.leads()) {
             self.leader = None;
@@ -76,7 +77,7 @@ impl Stages {
             self.leader = self.promoted.as_ref().and_then(|promoted| promoted.try_recv().ok());
         }
         if let Some(LeaderStages { sequencer, completion, .. }) = &mut self.leader {
-            sequencer.maintain(now_us);
+            sequencer.maintain(now);
             completion.maintain(sequencer.awaited_topics());
         }
         Ok(())

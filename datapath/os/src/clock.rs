@@ -1,5 +1,6 @@
 //! Clocks: one for durations, one for dates. Code that is handed its clock also runs in a simulator.
 
+use std::sync::OnceLock;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// Reading of both clocks of a host.
@@ -9,6 +10,34 @@ pub struct Now {
     pub instant: Instant,
     /// Wall clock, microseconds since 1970. It may step.
     pub wall_us: u64,
+}
+
+impl Now {
+    /// Returns the readings as numbers.
+    #[must_use]
+    pub fn times(self) -> Times {
+        // Any origin will do that no reading lies before.
+        static ORIGIN: OnceLock<Instant> = OnceLock::new();
+        let since = self.instant.saturating_duration_since(*ORIGIN.get_or_init(|| self.instant));
+        Times { steady_us: since.as_micros() as u64, wall_us: self.wall_us }
+    }
+}
+
+/// Reading of both clocks of a host, as numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Times {
+    /// Monotonic clock, microseconds since some moment of this process. Durations are measured by it.
+    pub steady_us: u64,
+    /// Wall clock, microseconds since 1970. It may step.
+    pub wall_us: u64,
+}
+
+/// One clock for both, which never steps.
+impl From<u64> for Times {
+    #[inline]
+    fn from(us: u64) -> Self {
+        Self { steady_us: us, wall_us: us }
+    }
 }
 
 /// Source of the time.

@@ -17,5 +17,5 @@ pub mod thread;
 pub mod uring;
 
 pub use buffer::Buffer;
-pub use clock::{Clock, Now, SystemClock};
+pub use clock::{Clock, Now, SystemClock, Times};
 pub use poller::{Poller, Ready};

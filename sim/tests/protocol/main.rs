@@ -5,6 +5,7 @@ mod batchlog;
 mod full_fences;
 mod reclaim;
 mod replica_store;
+mod retention;
 mod sessions;
 mod superseded;
 mod takeover;

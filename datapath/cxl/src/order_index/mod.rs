@@ -285,7 +285,7 @@ mod tests {
         index.write_back_entries();
         index.publish_tail(Term::NONE);
         let mut trim = |since_us| {
-            let damage = index.enforce_retention(Retention { bytes: 0, since_us, limit: u64::MAX });
+            let damage = index.enforce_retention(Retention { bytes: 0, since_us, below: 0, limit: u64::MAX });
             (index.trimmed(), damage.map(|damage| damage.what))
         };
         assert_eq!(trim(0), (0, None), "everything is kept");
@@ -322,7 +322,7 @@ mod tests {
         }
         // The place of a segment whose entries are trimmed may be used again.
         region.fabric().store(at, whole);
-        index.enforce_retention(Retention { bytes: 0, since_us: u64::MAX, limit: u64::MAX });
+        index.enforce_retention(Retention { bytes: 0, since_us: u64::MAX, below: 0, limit: u64::MAX });
         region.fabric().store(at, directory_word(slots, 0));
         assert_eq!(read(), Err(ReadError::Trimmed { position: 0 }));
     }

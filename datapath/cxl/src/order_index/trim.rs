@@ -15,6 +15,8 @@ pub struct Retention {
     pub bytes: u64,
     /// Time before which nothing is kept, microseconds since 1970.
     pub since_us: u64,
+    /// Position below which nothing is kept.
+    pub below: u64,
     /// Position at or above which everything is kept.
     pub limit: u64,
 }
@@ -22,24 +24,27 @@ pub struct Retention {
 impl<F: Fabric> OrderIndexWriter<F> {
     /// Trims what the topic's retention does not keep. Returns the damage of an entry that was trimmed, if there was any.
     pub fn enforce_retention(&mut self, retention: Retention) -> Option<Damage> {
-        let Retention { bytes, since_us, limit } = retention;
+        let Retention { bytes, since_us, below, limit } = retention;
         let until = self.published.min(limit);
-        self.trim_while(until, |entry, kept| (bytes > 0 && kept > bytes) || entry.ordered_us < since_us)
+        self.trim_while(until, |position, entry, kept| {
+            (bytes > 0 && kept > bytes) || entry.ordered_us < since_us || position < below
+        })
     }
 
     /// Trims the entries whose messages are all below `offset`.
     pub fn trim_below(&mut self, offset: u64) {
-        self.trim_while(self.next, |entry, _| entry.first_offset + u64::from(entry.message_count) <= offset);
+        self.trim_while(self.next, |_, entry, _| entry.first_offset + u64::from(entry.message_count) <= offset);
     }
 
-    /// Trims entries below position `until` while they are `past`, which gets the entry and the bytes that are kept.
+    /// Trims entries below position `until` while they are `past`, which gets the position, the entry and
+    /// the bytes that are kept.
     ///
     /// A damaged entry goes with the next one that can be read. Returns the first damage among the trimmed entries.
-    fn trim_while(&mut self, until: u64, past: impl Fn(&IndexEntry, u64) -> bool) -> Option<Damage> {
+    fn trim_while(&mut self, until: u64, past: impl Fn(u64, &IndexEntry, u64) -> bool) -> Option<Damage> {
         let (mut through, mut trimmed_damage, mut damaged) = (self.trimmed, None, None);
         for position in self.trimmed..until {
             match self.entry(position) {
-                Ok(Some(entry)) if past(&entry, self.kept_bytes) => {
+                Ok(Some(entry)) if past(position, &entry, self.kept_bytes) => {
                     // A damaged entry can claim more than there is.
                     self.kept_bytes = self.kept_bytes.saturating_sub(entry.bytes.into());
                     through = position + 1;

@@ -27,6 +27,15 @@ impl<F: Fabric> OrderIndexWriter<F> {
         Some(layout.index_entry(holds.segment, position))
     }
 
+    /// Returns the time of the newest entry, microseconds since 1970; 0 if none is kept.
+    ///
+    /// # Errors
+    /// [`Damage`] when something else is at its place.
+    pub fn newest_us(&self) -> Result<u64, Damage> {
+        let newest = self.next.checked_sub(1).map_or(Ok(None), |newest| self.entry(newest))?;
+        Ok(newest.map_or(0, |newest| newest.ordered_us))
+    }
+
     /// Returns an entry, as its writer sees it; `None` when it is trimmed or not written yet.
     ///
     /// # Errors
