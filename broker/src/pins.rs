@@ -7,7 +7,8 @@ use embarcadero_cxl::region::Region;
 use embarcadero_wire::{BrokerId, Order, Stream, TopicId};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Pins of one broker on a topic, one per reader within the broker. The region shows the lowest.
+/// Pins of one broker on the stream of a topic that it serves: the global one, or its own. There is one per reader within
+/// the broker, and the region shows the lowest.
 pub struct PinBoard<F: Fabric> {
     pins: Mutex<Pins<F>>,
 }

@@ -27,7 +27,7 @@ const SCAN_ENTRIES: u64 = 4096;
 /// - It receives no more batches.
 /// - All its batches are decided: they are committed, or never will be.
 /// - Its committed batches are trimmed.
-/// - No broker pins them.
+/// - No broker pins them. A broker's own stream has readers at that broker only.
 pub(crate) struct Reclaimer<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
@@ -107,7 +107,10 @@ impl<F: Fabric> Reclaimer<F> {
             return 0;
         }
         // SYNC: the trim point was read before the pins; see `order_index::Pin`.
-        let mut pinned = lowest_pin(&self.region, self.stream.topic, brokers);
+        // Pins of other brokers on a topic without a global order are positions of their own streams.
+        let own = self.stream.stream.broker();
+        let readers = brokers.filter(|broker| own.is_none_or(|own| own == *broker));
+        let mut pinned = lowest_pin(&self.region, self.stream.topic, readers);
         if !self.region.fabric().keeps(Guard::PinBeforeReuse) {
             pinned = u64::MAX;
         }

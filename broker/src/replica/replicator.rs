@@ -102,7 +102,8 @@ struct Task<F: Fabric> {
     topic: Arc<Topic<F>>,
     stream: StreamId,
     reader: OrderIndexReader<F>,
-    pin: usize,
+    /// Pin on the topic's board, which is for the stream that this broker serves. Others' streams have no pin.
+    pin: Option<usize>,
     log: StreamLog,
     catalog: Arc<Catalog>,
     /// Brokers whose batches this one copies, one bit each.
@@ -118,7 +119,9 @@ struct Task<F: Fabric> {
 
 impl<F: Fabric> Drop for Task<F> {
     fn drop(&mut self) {
-        self.topic.pins.unregister(self.pin);
+        if let Some(pin) = self.pin {
+            self.topic.pins.unregister(pin);
+        }
         // Nobody relies on a disk that failed.
         self.catalog.set(key(&self.topic, self.stream), None);
     }
@@ -295,7 +298,7 @@ impl<F: Fabric> Replicator<F> {
             tracing::warn!(topic = topic.config.name, place, %damage, "a replica file");
         }
         let reader = OrderIndexReader::new(self.region.clone(), stream);
-        let pin = topic.pins.register();
+        let pin = (topic.stream(self.broker) == stream).then(|| topic.pins.register());
         let said = vec![None; max_brokers as usize];
         let catalog = Arc::clone(&self.catalog);
         catalog.set(key(topic, stream), Some(log.readable()));
@@ -404,13 +407,19 @@ impl<F: Fabric> Task<F> {
         completion: Completion,
         scratch: &mut Scratch,
     ) -> Result<bool, StoreError> {
-        // Retention leaves the batches alone while they are pinned.
-        let pinned = self.topic.pins.set(self.pin, due.positions.start);
-        let through = match pinned {
+        let trimmed = match self.pin {
+            // Retention leaves the batches alone while they are pinned.
+            Some(pin) => self.topic.pins.set(pin, due.positions.start),
+            // Nothing holds them, and `was_kept` says afterwards whether they stayed.
+            None => read_extent(replica.region, self.stream).map(|extent| extent.trimmed),
+        };
+        let through = match trimmed {
             Ok(trimmed) if trimmed <= due.positions.start => self.read_group(replica, due, completion, scratch),
             _ => Ok(None),
         };
-        self.topic.pins.clear(self.pin);
+        if let Some(pin) = self.pin {
+            self.topic.pins.clear(pin);
+        }
         let Some(through) = through? else { return Ok(false) };
         if scratch.batches.is_empty() {
             let covered = due.positions.start..through;
@@ -510,8 +519,8 @@ impl<F: Fabric> Task<F> {
 
     /// Returns true when retention has left every batch from `position` on. Until this returns true, nothing that was
     /// read is known to be a batch.
-    // SYNC: the extent is read after the batches. A leader that took this broker for dead did not wait for its pin, so
-    // trimmed memory may hold something else by now. Pairs with `OrderIndexWriter::trim`, which runs before memory is
+    // SYNC: the extent is read after the batches. A leader that took this broker for dead did not wait for its pin, and
+    // another broker's own stream has none, so trimmed memory may hold something else by now. Pairs with `OrderIndexWriter::trim`, which runs before memory is
     // given back.
     fn was_kept(&self, region: &Region<F>, position: u64) -> bool {
         fence(Ordering::Acquire);
