@@ -92,9 +92,10 @@ impl SubscriberSession {
         Ok(())
     }
 
-    /// Handles a subscriber that retention has passed: it drops what is unsent, and later goes on from disks.
+    /// Handles a subscriber that retention has passed: it drops what is unsent, and later goes on from disks. The rest of a
+    /// batch that a socket took in part is copied.
     ///
-    /// A batch that is half sent stays in memory for `patience` at most.
+    /// Batches that a NIC is sending stay in memory for `patience` at most.
     ///
     /// # Errors
     /// A refusal when the patience is over, or no disk can have the batches.
@@ -106,22 +107,24 @@ impl SubscriberSession {
         now: Instant,
     ) -> Result<(), TransportError> {
         self.drop_unsent(outbox);
+        // The pin holds until this returns.
+        outbox.detach(self.region.fabric());
+        let reading = outbox.lowest_position();
         let since = *self.unwanted_since.get_or_insert(now);
-        if outbox.is_mid_way() && now.saturating_duration_since(since) < patience {
-            // The pin is set whether or not there is a leader.
-            let _ = self.topic.pins.set(self.pin, outbox.lowest_position());
+        // The pin is set whether or not there is a leader.
+        let _ = self.topic.pins.set(self.pin, reading);
+        if reading != u64::MAX && now.saturating_duration_since(since) < patience {
             return Ok(());
         }
         // Between two leaders nobody can say what is left; the next poll looks again.
         let Some(extent) = self.extent() else { return Ok(()) };
         let earliest = extent.earliest_offset;
-        if outbox.is_mid_way() {
+        if reading != u64::MAX {
             let text = "the subscriber did not read what retention had to take";
             return refuse(ErrorCode::TooSlow, text.to_owned(), earliest);
         }
         if self.is_replicated() {
             self.disks = Some(DiskRead::at(self.next_offset));
-            self.topic.pins.clear(self.pin);
             return Ok(());
         }
         let text = format!(

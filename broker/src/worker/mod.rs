@@ -42,7 +42,7 @@ pub(crate) struct Shared {
     pub(crate) landed: Sender<Landed<Native>>,
     /// Limits of publishers.
     pub(crate) limits: IngestLimits,
-    /// Time for which a half sent batch may keep memory that retention wants.
+    /// Time for which batches that a NIC is sending may keep memory that retention wants.
     pub(crate) delivery_patience: Duration,
     /// Silence after which a publisher loses landing windows that keep memory from being reused.
     pub(crate) window_idle: Duration,

@@ -40,7 +40,7 @@ impl Outgoing {
         Self { head: Head::Frame(frame), batch: None, position: u64::MAX }
     }
 
-    /// Error frame and its text, encoded.
+    /// Bytes of this process for the socket: an error frame and its text, or the rest of a batch.
     #[must_use]
     pub fn bytes(bytes: Vec<u8>) -> Self {
         Self { head: Head::Bytes(bytes), batch: None, position: u64::MAX }
@@ -63,7 +63,7 @@ impl Outgoing {
         Ok(Self { head: Head::Copied(bytes), batch: None, position: u64::MAX })
     }
 
-    /// Returns true for an error, which only the socket carries.
+    /// Returns true for bytes that only the socket carries.
     pub(crate) fn is_for_socket(&self) -> bool {
         matches!(self.head, Head::Bytes(_))
     }
@@ -172,6 +172,24 @@ impl Outbox {
         self.queue.iter().filter(|outgoing| outgoing.batch.is_some()).map(|outgoing| outgoing.position).max()
     }
 
+    /// Copies what is left of a batch that a socket took in part, so that its place in the region need not be read any more.
+    /// A batch that a NIC is sending stays.
+    pub fn detach<F: Fabric>(&mut self, memory: &F) {
+        if self.sent == 0 || self.posted > 0 {
+            return;
+        }
+        let Some(first) = self.queue.front_mut() else { return };
+        let Some((at, len)) = first.batch else { return };
+        let head = first.head();
+        let mut rest = head[head.len().min(self.sent as usize)..].to_vec();
+        let skipped = self.sent.saturating_sub(head.len() as u64);
+        let from = rest.len();
+        rest.resize(from + (len - skipped) as usize, 0);
+        memory.read_bytes(at.add(skipped), &mut rest[from..]);
+        *first = Outgoing::bytes(rest);
+        self.sent = 0;
+    }
+
     /// Drops every batch, so that the region need not be read any more. Frames stay.
     ///
     /// Returns false, and drops nothing, when a batch is half sent: nothing else can follow on this connection then.
@@ -211,6 +229,56 @@ impl Outbox {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use embarcadero_cxl::cache::FlushMethod;
+    use embarcadero_cxl::{Mapping, Native};
+
+    /// All bytes that an outbox has still to send.
+    fn left(outbox: &Outbox, memory: &Native) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for outgoing in &outbox.queue {
+            bytes.extend_from_slice(outgoing.head());
+            if let Some((at, len)) = outgoing.batch {
+                memory.with_bytes(at, len, |batch| bytes.extend_from_slice(batch));
+            }
+        }
+        bytes.split_off(outbox.sent as usize)
+    }
+
+    /// What a socket sends is the same whether or not the rest of the first batch was copied, and the copy stays when the
+    /// region's memory changes.
+    #[test]
+    fn a_half_sent_batch_is_detached_from_the_region() {
+        let memory = Native::new(Mapping::anonymous(1 << 16).unwrap(), FlushMethod::None).unwrap();
+        let (first, second) = (RegionOffset(4096), RegionOffset(8192));
+        let content: Vec<u8> = (0..200).collect();
+        for sent in [1, FRAME_BYTES as u64 - 1, FRAME_BYTES as u64, FRAME_BYTES as u64 + 77, FRAME_BYTES as u64 + 199] {
+            memory.write_bytes(first, &content);
+            let mut outbox = Outbox::default();
+            outbox.push(Outgoing::batch([7; FRAME_BYTES], first, 200, 4));
+            outbox.push(Outgoing::batch([8; FRAME_BYTES], second, 64, 5));
+            outbox.advance(sent);
+            let before = left(&outbox, &memory);
+            outbox.detach(&memory);
+            memory.write_bytes(first, &[0; 200]);
+            assert_eq!((left(&outbox, &memory), outbox.lowest_position()), (before.clone(), 5), "{sent}");
+            // An error may follow, and a second call changes nothing.
+            outbox.detach(&memory);
+            assert!(outbox.drop_batches());
+            assert_eq!(left(&outbox, &memory), before[..before.len() - FRAME_BYTES - 64]);
+        }
+    }
+
+    #[test]
+    fn nothing_is_detached_that_is_not_half_sent_over_a_socket() {
+        let memory = Native::new(Mapping::anonymous(1 << 16).unwrap(), FlushMethod::None).unwrap();
+        for (sent, posted) in [(0, 0), (0, 1)] {
+            let mut outbox = Outbox::default();
+            outbox.push(Outgoing::batch([7; FRAME_BYTES], RegionOffset(4096), 200, 4));
+            (outbox.sent, outbox.posted) = (sent, posted);
+            outbox.detach(&memory);
+            assert_eq!(outbox.lowest_position(), 4);
+        }
+    }
 
     #[test]
     fn batches_that_are_being_sent_stay_and_the_last_one_is_known() {
