@@ -32,7 +32,6 @@ mod pool;
 mod reclaim;
 pub mod replica;
 pub mod sequencer;
-mod spares;
 mod takeover;
 pub mod topics;
 mod worker;

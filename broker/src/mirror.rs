@@ -6,7 +6,6 @@
 //! The mirror has the tables of a region and is written by the same code, each leader in its own area. What the mirror
 //! shows, the region shows too, or is about to. Whatever is acknowledged is in both.
 
-use crate::spares::spare_segments;
 use crate::takeover::TakeoverError;
 use embarcadero_cxl::layout::{LeaderArea, RegionRole, SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::{activate_term, claim_term, last_active};
@@ -51,11 +50,6 @@ impl<F: Fabric> Mirror<F> {
     /// [`TakeoverError`].
     pub(crate) fn take_over(region: Region<F>, area: LeaderArea, term: Term) -> Result<Self, TakeoverError> {
         let pool: Arc<dyn SegmentAllocator> = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
-        // Another broker that led may go on.
-        let mut spares = match last_active(&region) {
-            Some((led, _)) if led != area => spare_segments(&region, &*pool)?,
-            _ => Vec::new(),
-        };
         claim_term(&region, area, term);
         let own = copy_predecessor(&region, area).from.is_none_or(|(from, _)| from == area);
         let mirror = Self { region, area, term, pool };
@@ -63,13 +57,13 @@ impl<F: Fabric> Mirror<F> {
             if !config.order.is_global() || own {
                 continue;
             }
-            // What is not whole is written again by `follow`.
-            if let Ok(mut copy) = mirror.open(&config) {
-                copy.replace_last(&mut spares)?;
+            // Another broker that led may go on. What is not whole is written again by `follow`.
+            if let Ok(mut copy) = mirror.open(&config)
+                && copy.seal_last()
+            {
+                // No batches take memory of a mirror, so that there is room.
+                copy.make_room()?;
             }
-        }
-        for spare in spares {
-            let _ = mirror.pool.release(spare);
         }
         Ok(mirror)
     }

@@ -6,8 +6,8 @@ use embarcadero_cxl::segment::PoolError;
 /// Reason why a broker cannot take over.
 #[derive(Debug, thiserror::Error)]
 pub enum TakeoverError {
-    /// The predecessor may go on, and fills a segment of an order index. There is no other segment to continue in.
-    #[error("the order index has no room to go on in: {0}")]
+    /// The mirror has no segment for the copy of an order index. The region itself needs none for a takeover.
+    #[error("the mirror has no room for the order: {0}")]
     Pool(#[from] PoolError),
     /// The region or the mirror is damaged.
     #[error("{0}; if it is the mirror's, recreate the mirror")]

@@ -51,6 +51,19 @@ impl Group {
         }
     }
 
+    /// Orders batches that earlier leaders took and had not decided, in the order in which they were taken, as far as there
+    /// is room.
+    pub(super) fn retake<F: Fabric>(&mut self, fabric: &F, topic: &mut TopicOrder<F>, stamp: Stamp) {
+        while !topic.undecided.is_empty() {
+            if self.is_full(fabric) || !topic.make_room() {
+                self.backlog = true;
+                return;
+            }
+            let Some(arrival) = topic.undecided.pop_front() else { return };
+            self.order(fabric, topic, arrival, stamp);
+        }
+    }
+
     /// Takes at most `budget` batches from a broker's Batchlog and orders them. Returns how many it took.
     pub(super) fn take_from<F: Fabric>(
         &mut self,

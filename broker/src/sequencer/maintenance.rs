@@ -1,6 +1,7 @@
 //! Maintenance: leases, retention, reclaiming and deletion.
 
 use super::Sequencer;
+use super::topic::TopicOrder;
 use crate::delegation::report_trimmed;
 use crate::replica::completion::trimmable;
 use embarcadero_cxl::leadership::{read_leader_at, still_leads};
@@ -46,18 +47,22 @@ impl<F: Fabric> Sequencer<F> {
         self.finish_closing(&brokers);
     }
 
-    /// Tells brokers which of their batches are held, while any are. Brokers keep the memory of held batches.
+    /// Tells brokers which of their batches are held or wait for room, while any are. Brokers keep the memory of these
+    /// batches.
     fn publish_decided(&mut self) {
         let mut changed = false;
         for topic in self.topics.iter_mut().flatten() {
-            for (broker, state) in self.region.geometry().brokers().zip(&mut topic.brokers) {
+            let TopicOrder { config, brokers, undecided, .. } = topic;
+            for (broker, state) in self.region.geometry().brokers().zip(brokers) {
                 let next = state.reader.next();
                 if state.consumed.consumed.decided_through == next {
                     continue;
                 }
                 let sessions = self.group.sessions.iter().flatten();
-                let held = sessions.filter(|order| order.session.topic == topic.config.id);
-                let decided = held.filter_map(|order| order.lowest_held(broker)).min().unwrap_or(next);
+                let held = sessions.filter(|order| order.session.topic == config.id);
+                let held = held.filter_map(|order| order.lowest_held(broker));
+                let waiting = undecided.iter().filter(|arrival| arrival.broker == broker).map(|arrival| arrival.index);
+                let decided = held.chain(waiting).min().unwrap_or(next);
                 if decided != state.consumed.consumed.decided_through {
                     state.consumed.consumed.decided_through = decided;
                     state.consumed.store();

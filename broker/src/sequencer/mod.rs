@@ -195,6 +195,8 @@ impl<F: Fabric> Sequencer<F> {
         if waiting {
             group.drain_all(region.fabric(), topic, stamp);
         }
+        group.retake(region.fabric(), topic, stamp);
+        let budget = if topic.undecided.is_empty() { budget } else { 0 };
         let mut taken = 0;
         for broker in (*first..topic.brokers.len()).chain(0..*first) {
             taken += group.take_from(region.fabric(), topic, BrokerId(broker as u32), stamp, budget - taken);
@@ -203,7 +205,8 @@ impl<F: Fabric> Sequencer<F> {
         let ordered = topic.index.next() - before;
         if taken > 0 || ordered > 0 {
             group.backlog = true;
-            self.publish(slot, before, self.group.held == 0);
+            let decided = group.held == 0 && topic.undecided.is_empty();
+            self.publish(slot, before, decided);
         }
         taken.max(ordered)
     }

@@ -2,9 +2,9 @@
 
 use super::group::{Group, Stamp};
 use super::session::Arrival;
+use super::topic::TopicOrder;
 use super::{Command, Sequencer, SequencerLimits};
 use crate::mirror::Mirror;
-use crate::spares::spare_segments;
 use crate::takeover::TakeoverError;
 use crossbeam_channel::Receiver;
 use embarcadero_cxl::batchlog::peek_entry;
@@ -69,11 +69,6 @@ impl<F: Fabric> Sequencer<F> {
         let now_us = now.steady_us;
         let Takeover { memory, area, term, before, limits, commands } = takeover;
         let Memory { region, pool, mirror } = memory;
-        // Taken before the claim: without spare segments the predecessor stays.
-        let mut spares = match before {
-            Predecessor::Gone(_) => Vec::new(),
-            Predecessor::MayGoOn => spare_segments(&region, &*pool)?,
-        };
         let claim_first = region.fabric().keeps(Guard::ClaimBeforeCopy);
         if claim_first {
             claim_term(&region, area, term);
@@ -110,12 +105,7 @@ impl<F: Fabric> Sequencer<F> {
         }
         // Another broker may have led after the caller looked and before the claim, or may be about to lead.
         if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {
-            for topic in sequencer.topics.iter_mut().flatten() {
-                topic.index.replace_last(&mut spares)?;
-            }
-        }
-        for spare in spares {
-            let _ = sequencer.pool.release(spare);
+            sequencer.topics.iter_mut().flatten().for_each(TopicOrder::leave_open_segment);
         }
         if let Err(error) = sequencer.follow_mirror() {
             let superseded = latest_claim(&sequencer.region) > term;
@@ -259,7 +249,8 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    /// Takes one Batchlog entry again. What it releases is published at once: a group stays small.
+    /// Takes one Batchlog entry again, or keeps it until there is room. What it releases is published at once: a group
+    /// stays small.
     fn retake(&mut self, slot: usize, broker: BrokerId, index: u64, stamp: Stamp) {
         let Self { region, area, topics, group, .. } = self;
         let Some(topic) = &mut topics[slot] else { return };
@@ -277,11 +268,9 @@ impl<F: Fabric> Sequencer<F> {
             Ok(Commit::At(_) | Commit::Forgotten(_)) => return,
             Err(damage) => tracing::error!(%damage, "the window of the session decides instead"),
         }
-        if !topic.make_room() {
-            return;
-        }
+        topic.undecided.push_back(Arrival { entry, broker, index });
         let before = topic.index.next();
-        group.order(region.fabric(), topic, Arrival { entry, broker, index }, stamp);
+        group.retake(region.fabric(), topic, stamp);
         if topic.index.next() > before {
             // More entries may follow, and be held.
             self.publish(slot, before, false);

@@ -1,6 +1,7 @@
 //! Sessions: opening, closing and fencing them.
 
 use super::session::SessionOrder;
+use super::topic::TopicOrder;
 use super::{Group, Sequencer};
 use embarcadero_cxl::broker_table::read_stalls;
 use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
@@ -216,7 +217,8 @@ impl<F: Fabric> Sequencer<F> {
     /// Fences the sessions whose gap has lasted too long.
     pub(super) fn expire_gaps(&mut self, now_us: u64) {
         // A broker that has no room leaves batches unread, perhaps the one that is missing: no lease runs then.
-        let mut stalled = self.group.starved || free_segments(&self.region) == 0;
+        let is_starved = self.group.starved || self.topics.iter().flatten().any(TopicOrder::is_starved);
+        let mut stalled = is_starved || free_segments(&self.region) == 0;
         for (broker, seen) in self.region.geometry().brokers().zip(&mut self.stalls) {
             let stalls = read_stalls(&self.region, broker);
             stalled |= *seen != stalls;

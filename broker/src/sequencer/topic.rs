@@ -1,5 +1,6 @@
 //! Order of one topic: its index, the copy in the mirror, and the progress in each broker's Batchlog.
 
+use super::session::Arrival;
 use crate::delegation::report_starved;
 use crate::mirror::Mirror;
 use crate::order_time::{Ages, next_time_us};
@@ -12,6 +13,7 @@ use embarcadero_cxl::sequencer_half::ConsumedWriter;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric};
 use embarcadero_wire::{BrokerId, Stream, Term};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Progress in one broker's Batchlog of a topic.
@@ -32,6 +34,9 @@ pub(super) struct TopicOrder<F: Fabric> {
     pub(super) mirror: Option<OrderIndexWriter<F>>,
     /// Progress in each broker's Batchlog, by broker id.
     pub(super) brokers: Vec<BrokerOrder<F>>,
+    /// Batches that earlier leaders took and had not decided, and for which there was no room yet. They come before any
+    /// other.
+    pub(super) undecided: VecDeque<Arrival>,
     /// Time of the newest entry, microseconds since 1970. It never goes back.
     pub(super) last_ordered_us: u64,
     /// Ages of the entries.
@@ -67,7 +72,8 @@ impl<F: Fabric> TopicOrder<F> {
         let brokers = region.geometry().brokers().map(broker).collect();
         let last_ordered_us = index.newest_us()?;
         let ages = Ages::new(last_ordered_us);
-        Ok(Self { config, index, mirror: None, brokers, last_ordered_us, ages, starved: false })
+        let undecided = VecDeque::new();
+        Ok(Self { config, index, mirror: None, brokers, undecided, last_ordered_us, ages, starved: false })
     }
 
     /// Sets the time of the entries that follow, by a wall clock at `wall_us`. Returns the time of those before.
@@ -90,6 +96,19 @@ impl<F: Fabric> TopicOrder<F> {
     pub(super) fn open_mirror(&mut self, mirror: &Mirror<F>) -> Result<(), Damage> {
         self.mirror = Some(mirror.open(&self.config)?);
         Ok(())
+    }
+
+    /// Leaves the segment that a predecessor was filling, which may go on and write into it. While there is no other segment,
+    /// batches wait, and everything else goes on.
+    pub(super) fn leave_open_segment(&mut self) {
+        if self.index.seal_last() {
+            self.make_room();
+        }
+    }
+
+    /// Returns true while batches wait because the order has no room.
+    pub(super) fn is_starved(&self) -> bool {
+        self.starved
     }
 
     /// Makes sure that one more entry fits, in both regions. Returns false, and logs why, when a pool gives no segment.

@@ -2,7 +2,7 @@
 
 use crossbeam_channel::{Receiver, bounded, unbounded};
 use embarcadero_broker::sequencer::{
-    Command, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
+    Command, GROUP_BATCHES, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
 };
 use embarcadero_cxl::Native;
 use embarcadero_cxl::Region;
@@ -10,8 +10,9 @@ use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::AllocatorKind;
 use embarcadero_cxl::layout::{LeaderArea, SessionState};
 use embarcadero_cxl::leadership::claim_term;
-use embarcadero_cxl::order_index::{StreamId, read_directory};
-use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_cxl::order_index::{OrderIndexReader, StreamId, read_directory};
+use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
+use embarcadero_cxl::sequencer_half::read_consumed_at;
 use embarcadero_cxl::session_table::{Progress, read_session_at, store_progress};
 use embarcadero_sim::testbed::{TOPIC, Testbed, region};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Stream, Term};
@@ -31,6 +32,17 @@ fn take_over_with(
     commands: Receiver<Command>,
 ) -> Sequencer<Native> {
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
+    take_over_from_pool(region, pool, area, term, before, commands)
+}
+
+fn take_over_from_pool(
+    region: &Region<Native>,
+    pool: Arc<dyn SegmentAllocator>,
+    area: LeaderArea,
+    term: Term,
+    before: Predecessor,
+    commands: Receiver<Command>,
+) -> Sequencer<Native> {
     let memory = Memory { region: region.clone(), pool, mirror: None };
     let takeover = Takeover { memory, area, term, before, limits: SequencerLimits::LASTING, commands };
     Sequencer::recover(takeover, 0).unwrap()
@@ -81,6 +93,58 @@ fn an_own_segment_that_another_fills_is_replaced() {
     assert_eq!(open_segment(&region, AREAS[1]), shared);
     let _back = take_over(&region, AREAS[0], Term(3), Predecessor::MayGoOn);
     assert_ne!(open_segment(&region, AREAS[0]), shared);
+}
+
+/// Number of batches that the leader of an area took, and that are not decided.
+fn undecided(region: &Region<Native>, area: LeaderArea) -> u64 {
+    let consumed = region.geometry().brokers().map(|broker| read_consumed_at(region, area, TOPIC.0, broker));
+    consumed.map(|consumed| consumed.consumed_through - consumed.decided_through).sum()
+}
+
+/// A leader stands still, holds batches for a gap, and the pool is empty. Another leads all the same. Batches wait until a
+/// segment comes free, and then each is ordered once. A reader that knows the segment in which the order stood still finds
+/// the one in which it goes on.
+#[test]
+fn a_takeover_needs_no_memory() {
+    let (region, mut stands_still) = led_by_broker_0();
+    let waiting = stands_still.append();
+    stands_still.sequencer().poll(1, 8);
+    assert!(undecided(&region, AREAS[0]) >= 7, "held for a gap");
+    let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), AREAS[1].0));
+    let taken: Vec<u32> = std::iter::from_fn(|| pool.allocate().ok()).collect();
+    let shared = open_segment(&region, AREAS[0]);
+    let stream = StreamId { topic: TOPIC.0, stream: Stream::GLOBAL };
+
+    let commands = unbounded().1;
+    let of_pool: Arc<dyn SegmentAllocator> = pool.clone();
+    let mut successor = take_over_from_pool(&region, of_pool, AREAS[1], Term(2), Predecessor::MayGoOn, commands);
+    assert!(successor.leads());
+    let mut reader = OrderIndexReader::new(region.clone(), stream);
+    let committed = reader.poll();
+    assert!((0..committed).all(|position| reader.read(position).is_ok()));
+    for _ in 0..10 {
+        successor.poll(1, GROUP_BATCHES);
+        successor.maintain(1);
+    }
+    assert_eq!((reader.poll(), open_segment(&region, AREAS[1])), (committed, shared), "there is no room");
+    assert!(undecided(&region, AREAS[1]) >= 7, "the memory of held batches was given away");
+
+    pool.release(taken[0]).unwrap();
+    for _ in 0..100 {
+        successor.poll(1, GROUP_BATCHES);
+    }
+    assert_eq!(open_segment(&region, AREAS[1]), taken[0]);
+    // The leader that stood still may fill what it knows.
+    stands_still.sequencer().poll(1, GROUP_BATCHES);
+    // The first round had as many batches.
+    assert_eq!(reader.poll(), 2 * waiting);
+    let entries: Vec<_> = (0..2 * waiting).map(|position| reader.read(position).unwrap()).collect();
+    for session in stands_still.sessions() {
+        let own = entries.iter().filter(|entry| entry.client_id == session.client_id);
+        assert!(own.map(|entry| entry.sequence).eq(0..waiting), "not each batch once and in order");
+    }
+    successor.maintain(1);
+    assert_eq!(undecided(&region, AREAS[1]), 0);
 }
 
 /// Nobody knows which batches of a client are committed. It is told so, and others go on.

@@ -211,13 +211,6 @@ fn read_kept_directory<F: Fabric>(
     found
 }
 
-/// Returns true when the leader of an area was filling a segment of a global order. A successor needs another segment
-/// then, for [`OrderIndexWriter::replace_last`], unless that leader is gone.
-pub fn is_open<F: Fabric>(region: &Region<F>, id: StreamId, area: LeaderArea) -> bool {
-    let extent = read_extent_at(region, area, id);
-    extent.committed > extent.base && !extent.committed.is_multiple_of(region.layout().entries_per_segment())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,8 +1,8 @@
 //! Reader of an order index.
 
 use super::{COMMITTED, Extent, StreamId, read_kept_directory};
-use crate::fabric::{Fabric, LINE_BYTES};
-use crate::layout::{IndexEntry, MAX_BROKERS, RegionRole, commit_word};
+use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
+use crate::layout::{IndexEntry, MAX_BROKERS, RegionRole, commit_word, directory_word};
 use crate::leadership::{NoLeader, leader_version};
 use crate::region::Region;
 use crate::row::Damage;
@@ -41,6 +41,8 @@ struct Found {
     segment: u32,
     /// Leader under which it was found.
     version: u64,
+    /// Word of the directory that names it, while a leader may still put a copy in its place; `None` once it is full.
+    named: Option<(RegionOffset, u64)>,
 }
 
 /// Reader of an order index. Positions at or above the trim point that a [`super::Pin`] returned are safe to read.
@@ -142,20 +144,32 @@ impl<F: Fabric> OrderIndexReader<F> {
         ReadError::Corrupt { position, damage: Damage { structure: "IndexEntry", at, what, value } }
     }
 
-    /// Returns true when no other leader was seen since the segment was found.
+    /// Returns true when no other leader was seen since the segment was found, and the leader has not put a copy in its
+    /// place.
     // SYNC: a leader that took over may have put another segment in this one's place. A reader that has set its pin, or
-    // has polled, has seen that leader. Pairs with `OrphanedSegments::poll` of the broker.
+    // has polled, has seen that leader. A leader that found no room then does so later: the directory is read after the
+    // pin was set, and after the tail. Pairs with `OrderIndexWriter::make_room`, and with `OrphanedSegments::poll` of the
+    // broker.
     #[inline]
     fn is_current(&self, found: Found) -> bool {
-        found.version == leader_version(&self.region) || !self.region.fabric().keeps(Guard::SegmentOfLeader)
+        let fabric = self.region.fabric();
+        let is_named = |(at, word)| fabric.observe(at, Site::DirectoryRead) == word;
+        (found.version == leader_version(&self.region) && found.named.is_none_or(is_named))
+            || !fabric.keeps(Guard::SegmentOfLeader)
     }
 
     fn find(&mut self, position: u64, ordinal: u64) -> Result<u32, ReadError> {
         let Self { region, id, .. } = self;
-        let found = id.observe(region, |area| read_kept_directory(region, *id, area, position))?;
+        // Read first: another thread may see the next leader meanwhile.
+        let version = leader_version(region);
+        let read = |area| (id.directory_word(region, area, ordinal), read_kept_directory(region, *id, area, position));
+        let (at, found) = id.observe(region, read)?;
         let segment = found.map_err(|damage| ReadError::Corrupt { position, damage })?;
         let segment = segment.ok_or(ReadError::Trimmed { position })?;
-        self.found = Some(Found { ordinal, segment, version: leader_version(&self.region) });
+        let is_full = self.committed >= (ordinal + 1) * region.layout().entries_per_segment();
+        let may_change = id.stream.broker().is_none() && !is_full;
+        let named = may_change.then(|| (at, directory_word(ordinal, segment)));
+        self.found = Some(Found { ordinal, segment, version, named });
         self.fresh_to = self.fresh_from;
         Ok(segment)
     }

@@ -55,6 +55,8 @@ pub struct OrderIndexWriter<F> {
     pub(super) trimmed: u64,
     /// Segments in use, oldest first.
     pub(super) segments: VecDeque<IndexSegment>,
+    /// True while the newest segment takes no more entries: an earlier leader may write into it.
+    sealed: bool,
 }
 
 impl<F: Fabric> OrderIndexWriter<F> {
@@ -124,6 +126,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
             kept_bytes: 0,
             trimmed: tail.trimmed,
             segments,
+            sealed: false,
         }
     }
 
@@ -163,19 +166,23 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.fence(Site::TailFlush);
     }
 
-    /// Replaces the segment that an earlier leader was filling by a copy, as that leader may go on and write into it.
-    /// The copy's segment comes from `spares` first.
+    /// Seals the segment that an earlier leader was filling, as that leader may go on and write into it. Its entries stay
+    /// readable. No more are appended until [`OrderIndexWriter::make_room`] has put a copy in its place.
     ///
-    /// # Errors
-    /// [`PoolError`] when there is no segment for the copy.
-    pub fn replace_last(&mut self, spares: &mut Vec<u32>) -> Result<(), PoolError> {
+    /// Returns true if there is such a segment.
+    pub fn seal_last(&mut self) -> bool {
+        let is_open =
+            !self.next.is_multiple_of(self.region.layout().entries_per_segment()) && !self.segments.is_empty();
+        self.sealed = is_open && self.region.fabric().keeps(Guard::OwnSegment);
+        self.sealed
+    }
+
+    /// Puts a copy of the sealed segment in its place, in the segment `copied` of the pool.
+    ///
+    /// Readers may know the sealed one: they look at the directory again before they read behind the copied entries.
+    fn replace_sealed(&mut self, IndexSegment { ordinal, segment, .. }: IndexSegment, copied: u32) {
         let layout = self.region.layout();
         let used = self.next % layout.entries_per_segment();
-        let Some(IndexSegment { ordinal, segment, .. }) = self.segments.back().copied() else { return Ok(()) };
-        if used == 0 || !self.region.fabric().keeps(Guard::OwnSegment) {
-            return Ok(());
-        }
-        let copied = spares.pop().map_or_else(|| self.pool.allocate(), Ok)?;
         let (from, to) = (layout.segment(segment), layout.segment(copied));
         let fabric = self.region.fabric();
         for at in (0..used).map(|entry| entry * LINE_BYTES) {
@@ -183,9 +190,9 @@ impl<F: Fabric> OrderIndexWriter<F> {
         }
         fabric.flush(to, used * LINE_BYTES, Site::IndexEntryFlush);
         fabric.fence(Site::IndexEntryFence);
+        self.sealed = false;
         self.segments.pop_back();
         self.add_segment(ordinal, copied);
-        Ok(())
     }
 
     /// Position of the next entry.
@@ -244,13 +251,16 @@ impl<F: Fabric> OrderIndexWriter<F> {
     #[inline]
     pub fn has_room(&self) -> bool {
         let ordinal = self.next / self.region.layout().entries_per_segment();
-        self.segments.back().is_some_and(|newest| newest.ordinal == ordinal)
+        !self.sealed && self.segments.back().is_some_and(|newest| newest.ordinal == ordinal)
     }
 
     #[cold]
     fn extend(&mut self) -> Result<(), PoolError> {
         let segment = self.pool.allocate()?;
-        self.add_segment(self.next / self.region.layout().entries_per_segment(), segment);
+        match self.segments.back().copied().filter(|_| self.sealed) {
+            Some(sealed) => self.replace_sealed(sealed, segment),
+            None => self.add_segment(self.next / self.region.layout().entries_per_segment(), segment),
+        }
         Ok(())
     }
 
@@ -275,7 +285,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     pub fn append(&mut self, mut entry: IndexEntry) -> u64 {
         let layout = self.region.layout();
         let (ordinal, segment) = self.segments.back().map_or((u64::MAX, 0), |last| (last.ordinal, last.segment));
-        assert!(ordinal == self.next / layout.entries_per_segment(), "append without room");
+        assert!(!self.sealed && ordinal == self.next / layout.entries_per_segment(), "append without room");
         entry.first_offset = self.next_offset;
         entry.commit = commit_word(self.next);
         self.region.fabric().store_line(layout.index_entry(segment, self.next), &entry);
