@@ -3,7 +3,7 @@
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
-use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset, Row};
+use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset, Row, Site};
 use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -127,7 +127,8 @@ impl<F: Fabric> Blog<F> {
         self.region.geometry().segment_bytes / LINE_BYTES
     }
 
-    /// Reserves `bytes` at the end of the log. Exactly one call of [`Blog::published`] or [`Blog::settle`] must follow.
+    /// Reserves `bytes` at the end of the log. Exactly one call of [`Blog::published`], [`Blog::give_up`] or
+    /// [`Blog::settle`] must follow.
     ///
     /// # Errors
     /// [`PoolError`] when another segment is needed and the pool gives none; try again later.
@@ -216,7 +217,8 @@ impl<F: Fabric> Blog<F> {
         self.settle(at);
     }
 
-    /// Settles the reservation at `at`: its batch is published, or given up.
+    /// Settles the reservation at `at`: its batch is published, or nothing was written there. [`Blog::give_up`] is for what
+    /// was received in part.
     ///
     /// # Panics
     /// When no reservation in the segment is unsettled.
@@ -225,6 +227,23 @@ impl<F: Fabric> Blog<F> {
         // SYNC: after the position that `Blog::published` stored; pairs with `Blog::retired`.
         let before = self.in_flight[self.segment_of(at) as usize].fetch_sub(1, Ordering::AcqRel);
         assert!(before > 0, "a reservation was settled twice");
+    }
+
+    /// Settles the reservation of `bytes` at `at`, whose batch is given up. What came of the batch leaves this host's cache
+    /// first: another host may get the segment, and must not find it overwritten later.
+    ///
+    /// # Panics
+    /// When no reservation in the segment is unsettled.
+    pub fn give_up(&self, at: RegionOffset, bytes: u64) {
+        self.write_back(at, bytes);
+        self.settle(at);
+    }
+
+    /// Writes what lies in `bytes` at `at` back from the CPU cache. It is in memory when this returns.
+    pub(crate) fn write_back(&self, at: RegionOffset, bytes: u64) {
+        self.region.fabric().flush(at, bytes, Site::PayloadFlush);
+        // SYNC: before the segment can have another holder; pairs with that holder's first store.
+        self.region.fabric().fence(Site::PayloadFlush);
     }
 
     /// Counts a batch at `at` as a reservation of its own, inside a reservation (a landing window) that is not settled
@@ -265,6 +284,12 @@ impl<F: Fabric> Blog<F> {
     /// Returns true for a position in the segment that gives reservations now.
     pub(crate) fn is_current(&self, at: RegionOffset) -> bool {
         unpack(self.cursor.load(Ordering::Acquire)).0 == self.segment_of(at)
+    }
+
+    /// Returns true for a position in the segment that gives reservations now, while that has room.
+    pub(crate) fn gives_room_at(&self, at: RegionOffset) -> bool {
+        let (segment, position) = unpack(self.cursor.load(Ordering::Acquire));
+        segment == self.segment_of(at) && position < self.lines_per_segment()
     }
 
     /// Returns the segments that receive no more batches.

@@ -279,6 +279,9 @@ pub struct BrokerConfig {
     pub max_batch_bytes: u64,
     /// Time that a publisher waits for memory before it gets an error, milliseconds, 0 to 3,600,000.
     pub exhausted_wait_ms: u64,
+    /// Longest time that a batch of which nothing comes may keep memory from being reused, milliseconds, 100 to 3,600,000.
+    /// Its publisher is then sent away, and sends it again.
+    pub receive_patience_ms: u64,
     /// True checks the checksums of bodies on arrival.
     pub verify_body: bool,
     /// Batches and bytes after which received batches are written back to the region.
@@ -294,7 +297,8 @@ pub struct BrokerConfig {
     /// Silence after which the leader is replaced, milliseconds, five heartbeats to 600,000. A leader whose process is
     /// gone is replaced at once.
     pub leader_lease_ms: u64,
-    /// Longest time that a subscriber may hold what retention wants to trim, milliseconds, 1 to 3,600,000.
+    /// Longest time that batches which a NIC is sending may hold what retention wants to trim, milliseconds, 1 to 3,600,000.
+    /// A subscriber over TCP holds nothing.
     pub delivery_patience_ms: u64,
     /// Longest time that a broker which is told to stop (SIGTERM) waits for its clients to be served and gone,
     /// milliseconds, 0 to 3,600,000.
@@ -325,6 +329,7 @@ impl Default for BrokerConfig {
             threads: ThreadConfig::default(),
             max_batch_bytes: 8 << 20,
             exhausted_wait_ms: 5000,
+            receive_patience_ms: 10_000,
             verify_body: false,
             flush_group: FlushGroup::default(),
             gap_lease_ms: 10_000,
@@ -366,6 +371,7 @@ impl BrokerConfig {
             ("threads.spin_us", threads.spin_us.unwrap_or(0), 0..=1_000_000),
             ("max_batch_bytes", self.max_batch_bytes, 4096..=MAX_BATCH_BYTES),
             ("exhausted_wait_ms", self.exhausted_wait_ms, 0..=3_600_000),
+            ("receive_patience_ms", self.receive_patience_ms, 100..=3_600_000),
             ("flush_group.batches", self.flush_group.batches, 1..=1024),
             ("flush_group.bytes", self.flush_group.bytes, 1..=1 << 30),
             ("gap_lease_ms", self.gap_lease_ms, 10..=3_600_000),

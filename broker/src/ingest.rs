@@ -26,6 +26,8 @@ pub(crate) struct IngestLimits {
     pub(crate) max_batch_bytes: u64,
     /// Time for which a publisher waits for memory before it is refused.
     pub(crate) exhausted_wait: Duration,
+    /// Time for which a body of which nothing comes may keep memory from being reused.
+    pub(crate) receive_patience: Duration,
     /// True to check a body's checksum on arrival. Subscribers check it in any case.
     pub(crate) verify_body: bool,
 }
@@ -38,8 +40,10 @@ pub(crate) struct PublisherSession {
     pub(crate) acks: AckQueue,
     limits: IngestLimits,
     landed: Sender<Landed<Native>>,
-    /// Reservation that a body is being received into.
-    reserved: Option<RegionOffset>,
+    /// Reservation that a body is being received into: its place and its length in bytes.
+    reserved: Option<(RegionOffset, u64)>,
+    /// Bytes of that body that had come when more last came, and the time at which that was seen.
+    progress: Option<(u64, Instant)>,
     /// Time at which a batch last came through a landing window, or else the connection was opened.
     active_at: Instant,
     /// Time since which the publisher waits for memory.
@@ -97,7 +101,8 @@ impl PublisherSession {
             ..PublishReady::blank()
         };
         let limits = IngestLimits { max_batch_bytes: ready.max_batch_bytes, ..limits };
-        let session = Self { topic, open, acks, limits, landed, reserved: None, active_at: now, waiting_since: None };
+        let (reserved, progress, waiting_since) = (None, None, None);
+        let session = Self { topic, open, acks, limits, landed, reserved, progress, active_at: now, waiting_since };
         Ok((session, ready))
     }
 
@@ -126,9 +131,9 @@ impl PublisherSession {
         if self.wants_acks() {
             self.acks.expect(batch.header.sequence);
         }
-        let at = batch.at;
+        let (at, bytes) = (batch.at, batch.header.batch_bytes());
         self.landed.try_send(batch).map_err(|_| {
-            self.topic.blog.settle(at);
+            self.topic.blog.give_up(at, bytes);
             TransportError::refused(ErrorCode::Unavailable, "the broker is shutting down")
         })
     }
@@ -187,6 +192,27 @@ impl PublisherSession {
         now.saturating_duration_since(self.active_at) > idle && windows.any(|at| !self.topic.blog.is_current(at))
     }
 
+    /// Takes the place at which a batch is received.
+    fn reserve(&mut self, at: RegionOffset, header: &BatchHeader) {
+        self.reserved = Some((at, header.batch_bytes()));
+        (self.progress, self.waiting_since) = (None, None);
+    }
+
+    /// Returns true when nothing has come for `receive_patience` of the body that is being received, and the body keeps a
+    /// full segment from being reclaimed. `arriving` is the number of its bytes that have come. Call it every few
+    /// milliseconds.
+    pub(crate) fn is_late(&mut self, arriving: Option<u64>, now: Instant) -> bool {
+        let (Some((at, _)), Some(bytes)) = (self.reserved, arriving) else { return false };
+        let since = match self.progress {
+            Some((before, since)) if before == bytes => since,
+            _ => {
+                self.progress = Some((bytes, now));
+                now
+            }
+        };
+        now.saturating_duration_since(since) > self.limits.receive_patience && !self.topic.blog.gives_room_at(at)
+    }
+
     /// Checks a batch's header against the session, and that there is room for the batch. Returns the answer to the
     /// publisher when the batch cannot be taken now, else `None`.
     fn reject_or_wait(&mut self, topics: &TopicTable<Native>, header: &BatchHeader, now: Instant) -> Option<Placement> {
@@ -238,8 +264,8 @@ impl PublisherSession {
 
 impl Drop for PublisherSession {
     fn drop(&mut self) {
-        if let Some(at) = self.reserved.take() {
-            self.topic.blog.settle(at);
+        if let Some((at, bytes)) = self.reserved.take() {
+            self.topic.blog.give_up(at, bytes);
         }
     }
 }
@@ -278,8 +304,7 @@ impl Landing for PublisherLanding<'_> {
         }
         match session.topic.blog.reserve(header.batch_bytes()) {
             Ok(at) => {
-                session.reserved = Some(at);
-                session.waiting_since = None;
+                session.reserve(at, header);
                 Placement::At(at)
             }
             Err(error) => waiting(session.wait_for_segment(&error, self.now)),
@@ -298,6 +323,8 @@ impl Landing for PublisherLanding<'_> {
                 session.waiting_since = None;
                 let topic = Arc::clone(&session.topic);
                 WindowPlacement::Granted(Window::new(at, bytes, move |used| {
+                    // Batches that were taken are written back when they are published, or given up.
+                    topic.blog.write_back(at.add(used), bytes - used);
                     topic.blog.give_back(at, bytes, used);
                     topic.blog.settle(at);
                 }))
@@ -317,8 +344,7 @@ impl Landing for PublisherLanding<'_> {
         }
         session.topic.blog.share(at);
         session.active_at = self.now;
-        session.reserved = Some(at);
-        session.waiting_since = None;
+        session.reserve(at, header);
         Placement::At(at)
     }
 

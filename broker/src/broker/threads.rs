@@ -133,6 +133,7 @@ impl Serving<'_> {
             limits: IngestLimits {
                 max_batch_bytes: config.max_batch_bytes,
                 exhausted_wait: Duration::from_millis(config.exhausted_wait_ms),
+                receive_patience: Duration::from_millis(config.receive_patience_ms),
                 verify_body: config.verify_body,
             },
             delivery_patience: Duration::from_millis(config.delivery_patience_ms),

@@ -191,7 +191,7 @@ impl<F: Fabric> Delegation<F> {
     fn append(&mut self, landed: Landed<F>, now_us: u64) -> Result<(), Landed<F>> {
         let group = self.group;
         let Some(local) = self.open(&landed.topic) else {
-            landed.topic.blog.settle(landed.at);
+            landed.topic.blog.give_up(landed.at, landed.header.batch_bytes());
             return Ok(());
         };
         if !local.append(&landed, now_us) {

@@ -4,7 +4,7 @@ use super::connections::{Client, Role};
 use super::{CLOSE_LINGER, Shared, Worker};
 use crate::ack::SessionStatus;
 use crate::ingest::PublisherSession;
-use embarcadero_cxl::{Native, RegionOffset};
+use embarcadero_cxl::Native;
 use embarcadero_os::{Clock, Now};
 use embarcadero_transport::{Connection, Endpoint, Outbox, Outgoing, TransportError};
 use embarcadero_wire::ErrorCode;
@@ -116,7 +116,7 @@ fn serve<L: Connection<Native>>(
         Role::Publisher(session) => {
             let moved = acknowledge(shared, session, outbox)?;
             if check {
-                check_session(shared, session, link.windows(), outbox, now.instant)?;
+                check_session(shared, session, link, outbox, now.instant)?;
             }
             Ok(moved)
         }
@@ -143,17 +143,21 @@ fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Out
     Ok(sent > 0)
 }
 
-/// Checks that a session is still open and its topic still live.
-fn check_session(
+/// Checks that a session is still open, that its topic is still live, and that the publisher keeps no memory in vain.
+fn check_session<L: Connection<Native>>(
     shared: &Shared,
     session: &mut PublisherSession,
-    windows: impl Iterator<Item = RegionOffset>,
+    link: &L,
     outbox: &mut Outbox,
     now: Instant,
 ) -> Result<(), TransportError> {
     session.topic().check()?;
-    if session.is_idle_holding(windows, shared.window_idle, now) {
+    if session.is_idle_holding(link.windows(), shared.window_idle, now) {
         let text = "landing windows of an idle session are taken back; connect again to get others";
+        return Err(TransportError::refused(ErrorCode::Unavailable, text));
+    }
+    if session.is_late(link.arriving(), now) {
+        let text = "the batch did not come in time; connect again and send it again";
         return Err(TransportError::refused(ErrorCode::Unavailable, text));
     }
     match session.acks.status(shared.topics.region()) {

@@ -92,6 +92,10 @@ impl Connection<Native> for Channel {
         self.rdma.iter().flat_map(|rdma| rdma.windows())
     }
 
+    fn arriving(&self) -> Option<u64> {
+        self.socket.arriving()
+    }
+
     fn close_windows(&mut self) {
         if let Some(rdma) = &mut self.rdma {
             rdma.close_windows();

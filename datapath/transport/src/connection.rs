@@ -156,6 +156,12 @@ pub trait Connection<F: Fabric>: Send {
         std::iter::empty()
     }
 
+    /// Bytes that have come of the body that is being received; `None` while none is, and for transports whose batches land
+    /// whole.
+    fn arriving(&self) -> Option<u64> {
+        None
+    }
+
     /// Closes the peer's landing windows. When this returns, the peer can write nothing more into the region.
     fn close_windows(&mut self) {}
 }

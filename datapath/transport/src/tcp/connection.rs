@@ -229,6 +229,10 @@ impl Connection<Native> for TcpConnection {
         !outbox.is_empty()
     }
 
+    fn arriving(&self) -> Option<u64> {
+        self.body.as_ref().map(|body| body.received)
+    }
+
     fn finish(&mut self) {
         // Fails only if the peer has closed already.
         let _ = self.stream.shutdown(Shutdown::Write);
