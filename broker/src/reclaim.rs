@@ -1,6 +1,6 @@
 //! Reclaim: a segment returns to the pool when nobody reads it and retention does not keep it.
 
-use crate::topics::Topic;
+use crate::topics::{Topic, TopicTable};
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::{NoLeader, leader_version, with_leader};
 use embarcadero_cxl::order_index::{
@@ -176,11 +176,12 @@ impl<F: Fabric> Reclaimer<F> {
     }
 }
 
-/// Segment of a global order index that this broker took as the leader.
+/// Segment that this broker took from the pool, and that nothing in this process may know of.
 struct OrphanedSegment {
     segment: u32,
     /// Owner entry as found. The segment is given back only while the entry is unchanged.
     owner: SegmentUse,
+    /// Stream of the index that the segment is part of. A segment with batches counts as one of the broker's own stream.
     id: StreamId,
     incarnation: Incarnation,
     /// Place of the segment in its index, counted from 0.
@@ -191,9 +192,13 @@ struct OrphanedSegment {
     is_reported: bool,
 }
 
-/// Index segments that this broker took as the leader in an earlier term, or in an earlier incarnation.
+/// Segments that this broker took from the pool in an earlier term, or in an earlier incarnation:
 ///
-/// Only this broker may give them back to its allocator. It does so once nobody reads them any more.
+/// - those of global order indexes, which it took as the leader;
+/// - those with its batches and its own order, of topics that were deleted while it was gone.
+///
+/// Only this broker may give them back to its allocator, or the leader if it is dead. It does so once nobody reads them
+/// any more.
 pub(crate) struct OrphanedSegments<F: Fabric> {
     region: Region<F>,
     broker: BrokerId,
@@ -209,11 +214,12 @@ impl<F: Fabric> OrphanedSegments<F> {
         Self { region, broker, pool, searched_at: None, found: Vec::new() }
     }
 
-    /// Gives back the segments that are not needed any more. `brokers` are those whose pins count.
+    /// Gives back the segments that are not needed any more. `topics` has the topics that this broker serves, and
+    /// `brokers` are those whose pins count.
     ///
-    /// Call it on the thread that runs the sequencer, if this broker leads: the two must not give back the same
-    /// segment.
-    pub(crate) fn poll(&mut self, brokers: impl Iterator<Item = BrokerId> + Clone) {
+    /// Call it on the thread that runs the delegation, and the sequencer if this broker leads: none of them must give
+    /// back the same segment.
+    pub(crate) fn poll(&mut self, topics: &TopicTable<F>, brokers: impl Iterator<Item = BrokerId> + Clone) {
         // SYNC: a directory that this broker changed as the leader is in memory before the terms are read. So a successor
         // whose claim is not seen here copies the change, and goes on in no segment that is given back here. Pairs with
         // `claim_term`.
@@ -224,44 +230,65 @@ impl<F: Fabric> OrphanedSegments<F> {
             self.find();
         }
         let Self { region, broker, pool, found, .. } = self;
-        found.retain_mut(|left| match Self::is_needed(region, *broker, left, brokers.clone()) {
+        let (region, broker) = (&*region, *broker);
+        let is_needed = |left: &mut OrphanedSegment| match left.id.stream.broker() {
+            None => Self::is_index_needed(region, broker, left, brokers.clone()),
+            Some(_) => Self::is_topic_there(region, topics, left),
+        };
+        found.retain_mut(|left| match is_needed(left) {
             Ok(false) if read_owner(region, left.segment) == Row::Used(left.owner) => {
                 publish_owner(region, left.segment, SegmentUse::Free);
                 if let Err(error) = pool.release(left.segment) {
-                    tracing::error!(segment = left.segment, %error, "a segment of an order index could not be returned");
+                    tracing::error!(segment = left.segment, %error, "an orphaned segment could not be returned");
                 }
                 false
             }
-            // An owner that changed: the sequencer gave the segment back.
+            // An owner that changed: the sequencer or the delegation gave the segment back.
             Ok(needed) => needed,
             Err(NoLeader) => true,
         });
     }
 
-    /// Searches all segments for those that this broker took for a global order.
+    /// Searches all segments for those that this broker took.
     fn find(&mut self) {
         self.found.clear();
         for segment in 0..self.region.geometry().segment_count {
-            if let Row::Used(owner) = read_owner(&self.region, segment)
-                && let SegmentUse::Index { topic, incarnation, stream, ordinal, holder } = owner
-                && (stream, holder) == (Stream::GLOBAL, self.broker)
-            {
+            let Row::Used(owner) = read_owner(&self.region, segment) else { continue };
+            let (holder, topic, incarnation, stream, ordinal) = match owner {
+                SegmentUse::Free => continue,
+                SegmentUse::Blog { topic, incarnation, broker, ordinal } => {
+                    (broker, topic, incarnation, Stream::of(broker), ordinal)
+                }
+                SegmentUse::Index { topic, incarnation, stream, ordinal, holder } => {
+                    (holder, topic, incarnation, stream, ordinal)
+                }
+            };
+            if holder == self.broker {
                 let id = StreamId { topic, stream };
-                self.found.push(OrphanedSegment {
-                    segment,
-                    owner,
-                    id,
-                    incarnation,
-                    ordinal,
-                    replaced_at: None,
-                    is_reported: false,
-                });
+                let (replaced_at, is_reported) = (None, false);
+                self.found.push(OrphanedSegment { segment, owner, id, incarnation, ordinal, replaced_at, is_reported });
             }
         }
     }
 
-    /// Returns true while a segment may be read, or the sequencer of this broker writes it.
-    fn is_needed(
+    /// Returns true while the topic of a segment is there, or this broker still serves it. It then gives the segment back
+    /// itself.
+    fn is_topic_there(region: &Region<F>, topics: &TopicTable<F>, left: &OrphanedSegment) -> Result<bool, NoLeader> {
+        let OrphanedSegment { id: StreamId { topic, .. }, incarnation, .. } = *left;
+        if topics.serves(topic, incarnation) {
+            return Ok(true);
+        }
+        let Row::Used(config) = with_leader(region, |area| read_topic_at(region, area, topic))? else {
+            return Ok(true);
+        };
+        let is_gone =
+            config.incarnation > incarnation || (config.incarnation == incarnation && config.state == TopicState::Free);
+        // What is gone is opened by nobody any more, but may have been in between.
+        Ok(!is_gone || topics.serves(topic, incarnation))
+    }
+
+    /// Returns true while a segment of a global order index may be read, or the sequencer of this broker writes it.
+    fn is_index_needed(
         region: &Region<F>,
         broker: BrokerId,
         left: &mut OrphanedSegment,

@@ -170,6 +170,11 @@ impl<F: Fabric> TopicTable<F> {
         self.slots()[id.index()].is_some()
     }
 
+    /// Returns true while this incarnation of the topic in slot `id` is open, live or deleted.
+    pub(crate) fn serves(&self, id: TopicId, incarnation: Incarnation) -> bool {
+        self.slots()[id.index()].as_ref().is_some_and(|topic| topic.config.incarnation == incarnation)
+    }
+
     /// Marks a topic as deleted, for all who share it.
     pub(crate) fn mark_deleted(&self, topic: &Topic<F>) {
         // SYNC: pairs with `Topic::is_deleted`.

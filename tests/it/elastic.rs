@@ -1,6 +1,6 @@
 //! Promise: brokers join and leave under load, and the order goes on.
 
-use crate::support::{Cluster, PATIENCE, assert_exactly_once, eventually, message, parse};
+use crate::support::{Broker, Cluster, PATIENCE, assert_exactly_once, eventually, message, parse};
 use embarcadero_client::{BrokerId, Order, Start, TopicOptions};
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -165,4 +165,66 @@ fn the_memory_of_a_broker_that_is_gone_comes_back() {
         cluster.await_brokers(2);
         cluster.assert_command(&["verify", "t"]);
     }
+}
+
+/// Topics that are deleted while a broker is dead.
+const DELETED: [(&str, Order); 2] = [("t", Order::Strong), ("own", Order::Broker)];
+
+/// Creates the topics, and publishes until broker 1 holds batches of each. Returns the number of segments that were free
+/// before.
+fn fill_at_both(cluster: &Cluster) -> u64 {
+    let client = cluster.client_of_all();
+    let free = cluster.view().segments_free;
+    for (name, order) in DELETED {
+        let topic = client.create_topic(name, TopicOptions { order, ..TopicOptions::default() }).unwrap();
+        let parts = ["\"blog\"".to_owned(), "\"broker\":1".to_owned(), format!("\"topic\":{}", topic.id)];
+        let publisher = client.publisher(name).unwrap();
+        eventually("broker 1 receives batches", || {
+            for number in 0..1000 {
+                publisher.publish_wait(&message(0, number)).unwrap();
+            }
+            publisher.flush().unwrap();
+            let report = cluster.inspect();
+            let mut used = report["segments"]["used"].as_array().unwrap().iter().map(serde_json::Value::to_string);
+            used.any(|segment| parts.iter().all(|part| segment.contains(part)))
+        });
+        publisher.close().unwrap();
+    }
+    free
+}
+
+/// Kills broker 1 and deletes the topics. Returns what [`Cluster::restart`] needs.
+fn delete_without_broker_1(cluster: &mut Cluster) -> Broker {
+    let gone = cluster.brokers.iter().position(|broker| broker.id == BrokerId(1)).unwrap();
+    let dead = cluster.kill(gone);
+    cluster.await_brokers(1);
+    let client = cluster.client_of_all();
+    DELETED.iter().for_each(|(name, _)| client.delete_topic(name).unwrap());
+    dead
+}
+
+/// A topic is deleted while a broker is dead. The leader gives back what the broker held of it.
+#[test]
+fn a_topic_that_is_deleted_without_a_broker_leaves_no_memory_behind() {
+    for allocator in ["bitmap", "partitioned", "leader"] {
+        let create = ["--size", "64MiB", "--segment-size", "1MiB", "--max-brokers", "2", "--allocator", allocator];
+        let mut cluster = Cluster::start(2, &create, &[]);
+        let free = fill_at_both(&cluster);
+        delete_without_broker_1(&mut cluster);
+        eventually("its segments come back", || cluster.view().segments_free == free);
+    }
+}
+
+/// The same where the leader cannot see that a broker's process is gone: the broker itself gives back what it held, when it
+/// comes back.
+#[test]
+fn a_broker_that_comes_back_gives_back_what_it_held_of_deleted_topics() {
+    let create = ["--size", "64MiB", "--segment-size", "1MiB", "--max-brokers", "2"];
+    let environment = [("EMBARCADERO_BROKER_CXL__COHERENCE", "fabric"), ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "5000")];
+    let mut cluster = Cluster::start(2, &create, &environment);
+    let free = fill_at_both(&cluster);
+    let dead = delete_without_broker_1(&mut cluster);
+    assert!(cluster.view().segments_free < free, "nobody may touch what the broker holds");
+    cluster.restart(&dead);
+    eventually("its segments come back", || cluster.view().segments_free == free);
 }

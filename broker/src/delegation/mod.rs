@@ -98,7 +98,7 @@ pub struct Delegation<F: Fabric> {
     superseded: bool,
     /// True where the broker is dead, and another stands in for it for a moment.
     dead: bool,
-    /// Orphaned index segments of the region and, where the broker may lead, of the region's mirror.
+    /// Orphaned segments of the region and, where the broker may lead, of the region's mirror.
     orphaned: Vec<OrphanedSegments<F>>,
 }
 
@@ -246,7 +246,7 @@ impl<F: Fabric> Delegation<F> {
         let live = read_leader(&region).map_or(u64::MAX, |leader| leader.pinning_mask) | 1 << broker.0;
         let brokers = || region.geometry().brokers().filter(move |id| live & (1 << id.0) != 0);
         self.follow_topics();
-        self.orphaned.iter_mut().for_each(|segments| segments.poll(brokers()));
+        self.orphaned.iter_mut().for_each(|segments| segments.poll(&self.topics, brokers()));
         for slot in 0..self.logs.len() {
             match &mut self.logs[slot] {
                 Some(local) if local.topic().is_deleted() => self.close(slot),

@@ -121,7 +121,8 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    /// Frees the slots of deleted topics whose memory no live broker holds any more.
+    /// Frees the slots of deleted topics whose memory no live broker holds any more. What a dead one holds comes back by
+    /// [`crate::reclaim::OrphanedSegments`].
     pub(super) fn finish_closing(&mut self, brokers: &[BrokerId]) {
         let Self { region, area, term, mirror, closing, .. } = self;
         closing.retain_mut(|Closing { config, order, reply, damage }| {
