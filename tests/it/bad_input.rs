@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
 /// Reads everything that the broker sends until it closes.
-fn answer(stream: &mut TcpStream) -> Vec<u8> {
+pub(crate) fn answer(stream: &mut TcpStream) -> Vec<u8> {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes);
@@ -25,7 +25,7 @@ fn answer(stream: &mut TcpStream) -> Vec<u8> {
 }
 
 /// Finds the error frame in what the broker sent.
-fn refusal(bytes: &[u8]) -> (ErrorCode, String) {
+pub(crate) fn refusal(bytes: &[u8]) -> (ErrorCode, String) {
     for (index, frame) in bytes.chunks(FRAME_BYTES).enumerate() {
         if let Ok(frame) = frame.try_into()
             && let Ok(Frame::ErrorFrame(error)) = Frame::decode(frame)

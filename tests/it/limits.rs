@@ -1,8 +1,12 @@
 //! Promise: memory is bounded, and running out of it is a wait, then an error, never a loss.
 
+use crate::bad_input::{answer, refusal};
 use crate::support::{Cluster, PATIENCE, eventually, message, run};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
-use embarcadero_wire::ErrorCode;
+use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
+use embarcadero_wire::{ErrorCode, FRAME_BYTES, Frame, OpenPublish, StartKind, Stream, Subscribe};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -247,4 +251,107 @@ fn a_live_region_is_inspected() {
     assert!(report["segments"]["free"].as_u64() < report["segments"]["total"].as_u64());
     let text = run(&["region", "inspect", "--path", cluster.region.to_str().unwrap()]);
     assert!(String::from_utf8_lossy(&text.stdout).contains("control_block"));
+}
+
+/// The leader stands still while the pool is full. Another leads, without memory of its own, and deletes a topic: that gives
+/// memory back. The deletion ends once the broker that stood still has let go, too.
+#[test]
+fn a_leader_that_stands_still_is_replaced_though_the_pool_is_full() {
+    let environment = [
+        ("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "2000"),
+        ("EMBARCADERO_BROKER_GAP_LEASE_MS", "200"),
+        ("EMBARCADERO_BROKER_LEADER_LEASE_MS", "500"),
+    ];
+    let create = ["--size", "120MiB", "--segment-size", "1MiB", "--max-brokers", "2", "--allocator", "bitmap"];
+    let cluster = Cluster::start(2, &create, &environment);
+    let client = cluster.client_of_all();
+    client.create_topic("full", TopicOptions::default()).unwrap();
+    let free = || cluster.inspect()["segments"]["free"].as_u64().unwrap();
+    let total = free();
+    eventually("the pool is full", || fill(&client, "full", 1 << 30).is_err() && free() == 0);
+    let stopped = cluster.leader();
+    let stopped = &cluster.brokers[stopped];
+    stopped.signal("-STOP");
+    cluster.await_another_leader(stopped.id);
+    let other = cluster.brokers.iter().find(|broker| broker.id != stopped.id).unwrap();
+    let client = Client::connect(ClientConfig { bootstrap: vec![other.control.clone()], ..cluster.config() }).unwrap();
+    std::thread::scope(|scope| {
+        let deletes = scope.spawn(|| client.delete_topic("full"));
+        eventually("memory comes back", || free() > 0);
+        stopped.signal("-CONT");
+        deletes.join().unwrap().unwrap();
+    });
+    eventually("all of it comes back", || free() == total);
+    client.create_topic("full", TopicOptions::default()).unwrap();
+    fill(&cluster.client_of_all(), "full", 10 << 20).unwrap();
+}
+
+/// Region for one broker whose pool is soon full.
+const SMALL: &[&str] = &["--size", "64MiB", "--segment-size", "1MiB", "--max-brokers", "2"];
+
+/// A subscriber reads nothing, and retention passes the batch that is half sent to it. Nobody waits for it.
+#[test]
+fn a_subscriber_that_never_reads_stalls_nobody() {
+    // Longer than publishers wait for memory.
+    let environment = [("EMBARCADERO_BROKER_DELIVERY_PATIENCE_MS", "3600000")];
+    let cluster = Cluster::start(1, SMALL, &environment);
+    let client = small(&cluster);
+    let options = TopicOptions { retention_bytes: 4 << 20, ..TopicOptions::default() };
+    let topic = client.create_topic("unread", options).unwrap();
+    let request = Subscribe {
+        topic: topic.id,
+        topic_incarnation: topic.incarnation,
+        stream: Stream::GLOBAL,
+        start_kind: StartKind::Latest.code(),
+        ..Subscribe::blank()
+    };
+    fill(&client, "unread", 1 << 20).unwrap();
+    let mut unread = TcpStream::connect(cluster.brokers[0].data).unwrap();
+    unread.write_all(&request.encode()).unwrap();
+    let mut ready = [0; FRAME_BYTES];
+    unread.read_exact(&mut ready).unwrap();
+    assert!(matches!(Frame::decode(&ready), Ok(Frame::SubscribeReady(_))));
+    let pool = client.cluster().unwrap().segments_total << 20;
+    fill(&client, "unread", 10 * pool).unwrap();
+}
+
+/// Opens a connection for publishing, and sends the header of a batch that takes more than half a segment, and one byte of
+/// its body.
+fn announce(cluster: &Cluster, open: &OpenPublish, origin: &BatchOrigin, sequence: u64) -> TcpStream {
+    let mut builder = BatchBuilder::new(700 << 10);
+    builder.push(&vec![0; 600 << 10]);
+    builder.seal(origin, sequence, false);
+    let mut stream = TcpStream::connect(cluster.brokers[0].data).unwrap();
+    stream.write_all(&open.encode()).unwrap();
+    stream.write_all(&builder.bytes()[..=FRAME_BYTES]).unwrap();
+    stream
+}
+
+/// Connections announce batches that never come, more than the pool has room for. They are sent away, and a publisher whose
+/// batches come goes on.
+#[test]
+fn batches_that_never_come_keep_no_memory() {
+    let environment = [("EMBARCADERO_BROKER_RECEIVE_PATIENCE_MS", "500")];
+    let cluster = Cluster::start(1, SMALL, &environment);
+    let client = small(&cluster);
+    let options = TopicOptions { retention_bytes: 4 << 20, ..TopicOptions::default() };
+    let topic = client.create_topic("hoarded", options).unwrap();
+    let opened = client.publisher("hoarded").unwrap();
+    let (open, origin) = cluster.session(&opened, &topic);
+    let announced = client.cluster().unwrap().segments_free + 8;
+    let hoarding: Vec<_> = (0..announced).map(|sequence| announce(&cluster, &open, &origin, sequence)).collect();
+    let (heard, begun) = (AtomicBool::new(false), Instant::now());
+    std::thread::scope(|scope| {
+        let honest = scope.spawn(|| {
+            // The segment of the last one is wanted only once it is full.
+            while !heard.load(Ordering::Relaxed) && begun.elapsed() < PATIENCE {
+                fill(&client, "hoarded", 4 << 20).unwrap();
+            }
+        });
+        for mut stream in hoarding {
+            assert_eq!(refusal(&answer(&mut stream)).0, ErrorCode::Unavailable);
+        }
+        heard.store(true, Ordering::Relaxed);
+        honest.join().unwrap();
+    });
 }
