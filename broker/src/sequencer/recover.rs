@@ -2,7 +2,6 @@
 
 use super::group::{Group, Stamp};
 use super::session::Arrival;
-use super::topic::TopicOrder;
 use super::{Command, Sequencer, SequencerLimits};
 use crate::mirror::Mirror;
 use crate::takeover::TakeoverError;
@@ -103,9 +102,12 @@ impl<F: Fabric> Sequencer<F> {
         for (slot, damage) in damaged {
             sequencer.set_damaged(slot.index(), damage);
         }
-        // Another broker may have led after the caller looked and before the claim, or may be about to lead.
-        if contested || before != Predecessor::Gone(from.map_or(Term::NONE, |(_, term)| term)) {
-            sequencer.topics.iter_mut().flatten().for_each(TopicOrder::leave_open_segment);
+        // Another broker may have led after the caller looked and before the claim, or may be about to lead. And a
+        // predecessor that is gone may have found no room to leave the segment of one that is not.
+        let led = from.map_or(Term::NONE, |(_, term)| term);
+        let may_go_on = contested || before != Predecessor::Gone(led);
+        for topic in sequencer.topics.iter_mut().flatten() {
+            topic.begin_term(term, may_go_on || topic.index.written_under() != led);
         }
         if let Err(error) = sequencer.follow_mirror() {
             let superseded = latest_claim(&sequencer.region) > term;

@@ -98,12 +98,19 @@ impl<F: Fabric> TopicOrder<F> {
         Ok(())
     }
 
-    /// Leaves the segment that a predecessor was filling, which may go on and write into it. While there is no other segment,
-    /// batches wait, and everything else goes on.
-    pub(super) fn leave_open_segment(&mut self) {
-        if self.index.seal_last() {
-            self.make_room();
+    /// Begins a leader's term. If the open segment `is_shared`, an earlier leader may go on and write into it, and this one
+    /// leaves it. While there is no other segment, batches wait, and everything else goes on.
+    pub(super) fn begin_term(&mut self, term: Term, is_shared: bool) {
+        if is_shared
+            && self.index.seal_last()
+            && let Err(error) = self.index.make_room()
+        {
+            tracing::warn!(topic = self.config.name, %error, "the order goes on once there is another segment");
+            return;
         }
+        // A successor learns from the term that nobody else writes into the segment.
+        self.index.publish_tail(term);
+        self.index.fence();
     }
 
     /// Returns true while batches wait because the order has no room.

@@ -147,6 +147,20 @@ fn a_takeover_needs_no_memory() {
     assert_eq!(undecided(&region, AREAS[1]), 0);
 }
 
+/// A leader stands still, and its successor finds no segment to go on in, and dies. The next leader knows that the successor
+/// is gone. But the first one may still write into the segment.
+#[test]
+fn a_segment_that_a_dead_successor_could_not_replace_is_replaced() {
+    let (region, _stands_still) = led_by_broker_0();
+    let shared = open_segment(&region, AREAS[0]);
+    let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), AREAS[1].0));
+    while pool.allocate().is_ok() {}
+    drop(take_over_from_pool(&region, pool, AREAS[1], Term(2), Predecessor::MayGoOn, unbounded().1));
+    assert_eq!(open_segment(&region, AREAS[1]), shared);
+    let _next = take_over(&region, AREAS[0], Term(3), Predecessor::Gone(Term(2)));
+    assert_ne!(open_segment(&region, AREAS[0]), shared);
+}
+
 /// Nobody knows which batches of a client are committed. It is told so, and others go on.
 #[test]
 fn a_session_whose_progress_is_damaged_does_not_go_on() {

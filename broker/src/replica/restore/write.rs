@@ -3,7 +3,7 @@
 use super::super::medium::Medium;
 use super::super::store::read_batch;
 use super::plan::{Piece, StoredBatch, StreamPlan, TopicPlan};
-use super::{RESTORED, RestoreError};
+use super::{RESTORED, RESTORED_TERM, RestoreError};
 use crate::blog::{Blog, BlogId};
 use bytemuck::Zeroable;
 use embarcadero_cxl::layout::{AllocatorKind, CommitRecord, IndexEntry, LeaderArea, SESSION_WINDOW, SessionState};
@@ -83,7 +83,9 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
     }
 
     fn write_stream(&mut self, stream: &StreamPlan, progress: &mut impl FnMut(u64)) -> Result<(), RestoreError> {
-        let mut index = self.open_index(stream)?;
+        // The first leader goes on in the segment that is open here: the term is that of its predecessor.
+        let term = if self.plan.config.order.is_global() { RESTORED_TERM } else { Term::NONE };
+        let mut index = self.open_index(stream, term)?;
         for piece in &stream.pieces {
             match piece {
                 Piece::Lost(offsets) => self.leave_empty(&mut index, offsets)?,
@@ -92,19 +94,19 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
                     progress(u64::from(batch.record().bytes));
                     if index.next().is_multiple_of(GROUP) {
                         index.write_back_entries();
-                        index.publish_tail(Term::NONE);
+                        index.publish_tail(term);
                     }
                 }
             }
         }
         index.write_back_entries();
-        index.publish_tail(Term::NONE);
+        index.publish_tail(term);
         self.region.fabric().fence(Site::TailFlush);
         Ok(())
     }
 
     /// Begins the order index of a stream.
-    fn open_index(&self, stream: &StreamPlan) -> Result<OrderIndexWriter<F>, RestoreError> {
+    fn open_index(&self, stream: &StreamPlan, term: Term) -> Result<OrderIndexWriter<F>, RestoreError> {
         let TopicConfig { id: topic, incarnation, .. } = self.plan.config;
         let writer = stream.stream.broker().unwrap_or(RESTORED.0);
         let sources = stream.batches().map(|batch| batch.record().source);
@@ -114,7 +116,7 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
             return Err(RestoreError::Geometry { what: "brokers", found, needed });
         }
         let id = StreamId { topic, stream: stream.stream };
-        let options = IndexOptions { id, incarnation, writer: LeaderArea(writer), term: Term::NONE };
+        let options = IndexOptions { id, incarnation, writer: LeaderArea(writer), term };
         let mut index = OrderIndexWriter::open(self.region.clone(), options, allocator(self.region, writer))?;
         if let Some(first) = stream.first_offset() {
             index.begin_at(first);

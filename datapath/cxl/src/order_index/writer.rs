@@ -57,6 +57,8 @@ pub struct OrderIndexWriter<F> {
     pub(super) segments: VecDeque<IndexSegment>,
     /// True while the newest segment takes no more entries: an earlier leader may write into it.
     sealed: bool,
+    /// Term under which the tail was last published.
+    written_under: Term,
 }
 
 impl<F: Fabric> OrderIndexWriter<F> {
@@ -127,6 +129,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
             trimmed: tail.trimmed,
             segments,
             sealed: false,
+            written_under: tail.term,
         }
     }
 
@@ -175,6 +178,12 @@ impl<F: Fabric> OrderIndexWriter<F> {
             !self.next.is_multiple_of(self.region.layout().entries_per_segment()) && !self.segments.is_empty();
         self.sealed = is_open && self.region.fabric().keeps(Guard::OwnSegment);
         self.sealed
+    }
+
+    /// Term under which the tail was last published. A leader that could not leave a shared segment has not published it:
+    /// another leader may still write into the segment.
+    pub fn written_under(&self) -> Term {
+        self.written_under
     }
 
     /// Puts a copy of the sealed segment in its place, in the segment `copied` of the pool.
@@ -322,6 +331,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.store(self.tail_at.add(COMMITTED), self.next);
         fabric.flush(self.tail_at, LINE_BYTES, Site::TailFlush);
         self.published = self.next;
+        self.written_under = term;
     }
 
     /// Waits until the tail is in memory.
