@@ -18,4 +18,4 @@ pub mod uring;
 
 pub use buffer::Buffer;
 pub use clock::{Clock, Now, SystemClock, Times};
-pub use poller::{Poller, Ready};
+pub use poller::{Interest, Poller, Ready};

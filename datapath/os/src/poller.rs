@@ -4,6 +4,31 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
+/// What a socket is watched for. A peer that hangs up is always seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Interest {
+    /// True for something to read.
+    pub input: bool,
+    /// True for room to write.
+    pub room: bool,
+}
+
+impl Interest {
+    /// Something to read.
+    pub const INPUT: Self = Self { input: true, room: false };
+
+    fn events(self) -> u32 {
+        let mut events = libc::EPOLLRDHUP;
+        if self.input {
+            events |= libc::EPOLLIN;
+        }
+        if self.room {
+            events |= libc::EPOLLOUT;
+        }
+        events as u32
+    }
+}
+
 /// A ready socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ready {
@@ -11,6 +36,8 @@ pub struct Ready {
     pub token: u64,
     /// True when the socket has something to read, or its peer is gone.
     pub readable: bool,
+    /// True when the peer is gone, or sends nothing more. What it sent before may still be unread.
+    pub hung_up: bool,
     /// True when the socket has room to write.
     pub writable: bool,
 }
@@ -44,30 +71,26 @@ impl Poller {
         self.epoll.as_raw_fd()
     }
 
-    fn control(&self, operation: libc::c_int, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
-        let mut events = (libc::EPOLLIN | libc::EPOLLRDHUP) as u32;
-        if writable {
-            events |= libc::EPOLLOUT as u32;
-        }
-        let mut event = libc::epoll_event { events, u64: token };
+    fn control(&self, operation: libc::c_int, socket: RawFd, token: u64, interest: Interest) -> io::Result<()> {
+        let mut event = libc::epoll_event { events: interest.events(), u64: token };
         // SAFETY: the event lives across the call; the kernel checks the descriptors.
         check(unsafe { libc::epoll_ctl(self.epoll.as_raw_fd(), operation, socket, &raw mut event) }).map(drop)
     }
 
-    /// Watches a socket for input, and for room if `writable`.
+    /// Watches a socket.
     ///
     /// # Errors
     /// The error of `epoll_ctl`.
-    pub fn add(&self, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
-        self.control(libc::EPOLL_CTL_ADD, socket, token, writable)
+    pub fn add(&self, socket: RawFd, token: u64, interest: Interest) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_ADD, socket, token, interest)
     }
 
-    /// Changes whether a socket is also watched for room to write.
+    /// Changes what a socket is watched for.
     ///
     /// # Errors
     /// The error of `epoll_ctl`.
-    pub fn modify(&self, socket: RawFd, token: u64, writable: bool) -> io::Result<()> {
-        self.control(libc::EPOLL_CTL_MOD, socket, token, writable)
+    pub fn modify(&self, socket: RawFd, token: u64, interest: Interest) -> io::Result<()> {
+        self.control(libc::EPOLL_CTL_MOD, socket, token, interest)
     }
 
     /// Stops watching a socket.
@@ -75,7 +98,7 @@ impl Poller {
     /// # Errors
     /// The error of `epoll_ctl`.
     pub fn remove(&self, socket: RawFd) -> io::Result<()> {
-        self.control(libc::EPOLL_CTL_DEL, socket, 0, false)
+        self.control(libc::EPOLL_CTL_DEL, socket, 0, Interest::INPUT)
     }
 
     /// Waits for ready sockets; `Duration::ZERO` only looks.
@@ -113,10 +136,12 @@ impl Poller {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
         };
-        const INPUT: u32 = (libc::EPOLLIN | libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32;
+        const HANGUP: u32 = (libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32;
+        const INPUT: u32 = libc::EPOLLIN as u32 | HANGUP;
         ready.extend(self.events.iter().take(count).map(|event| Ready {
             token: event.u64,
             readable: event.events & INPUT != 0,
+            hung_up: event.events & HANGUP != 0,
             writable: event.events & libc::EPOLLOUT as u32 != 0,
         }));
         Ok(())
@@ -146,4 +171,35 @@ pub fn wait_any(sockets: &[(RawFd, bool)], timeout: Duration) -> io::Result<()> 
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    fn look(poller: &mut Poller) -> Vec<Ready> {
+        let mut ready = Vec::new();
+        poller.wait(Duration::ZERO, &mut ready).unwrap();
+        ready
+    }
+
+    #[test]
+    fn a_socket_that_is_not_read_still_shows_that_its_peer_hung_up() {
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut poller = Poller::new().unwrap();
+        poller.add(near.as_raw_fd(), 7, Interest::INPUT).unwrap();
+        far.write_all(b"unread").unwrap();
+        assert_eq!(look(&mut poller), [Ready { token: 7, readable: true, hung_up: false, writable: false }]);
+
+        poller.modify(near.as_raw_fd(), 7, Interest { input: false, room: false }).unwrap();
+        assert_eq!(look(&mut poller), []);
+        poller.modify(near.as_raw_fd(), 7, Interest { input: false, room: true }).unwrap();
+        assert_eq!(look(&mut poller), [Ready { token: 7, readable: false, hung_up: false, writable: true }]);
+
+        poller.modify(near.as_raw_fd(), 7, Interest { input: false, room: false }).unwrap();
+        drop(far);
+        assert_eq!(look(&mut poller), [Ready { token: 7, readable: true, hung_up: true, writable: false }]);
+    }
 }

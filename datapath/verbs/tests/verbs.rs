@@ -4,8 +4,8 @@
 //! `scripts/lab run -- ...` has such a device. Elsewhere those tests are ignored.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use embarcadero_os::Poller;
 use embarcadero_os::buffer::Buffer;
+use embarcadero_os::{Interest, Poller};
 #[cfg(feature = "dpdk")]
 use embarcadero_verbs::DpdkConfig;
 use embarcadero_verbs::{
@@ -482,7 +482,7 @@ fn a_queue_that_was_armed_wakes_its_owner(open: Open) {
     let (pair, window, local, _source) = writer(&host);
     let Pair { mut near, mut near_queue, far: _far, mut far_queue } = pair;
     let mut poller = Poller::new().unwrap();
-    poller.add(far_queue.descriptor(), 7, false).unwrap();
+    poller.add(far_queue.descriptor(), 7, Interest::INPUT).unwrap();
     far_queue.arm().unwrap();
     far_queue.poll(|completion| panic!("{completion:?}")).unwrap();
     let writing = std::thread::spawn(move || {

@@ -12,7 +12,7 @@ mod ends;
 mod landing;
 
 use embarcadero_cxl::{Fabric, RegionOffset};
-use embarcadero_os::Poller;
+use embarcadero_os::{Interest, Poller};
 use embarcadero_transport::{
     Connection, Endpoint, Item, LinkError, Outbox, Outgoing, PublisherLink, Received, SendBuffer, Slots,
     SubscriberLink, Transport, TransportError,
@@ -413,7 +413,7 @@ fn a_connection_ends_in_order<E: Ends>(ends: &mut E) {
 /// Waits until one of the descriptors is readable, if there are any.
 fn wait(descriptors: impl Iterator<Item = RawFd>) {
     let (mut poller, mut ready) = (Poller::new().unwrap(), Vec::new());
-    let added = descriptors.map(|descriptor| poller.add(descriptor, 0, false).unwrap()).count();
+    let added = descriptors.map(|descriptor| poller.add(descriptor, 0, Interest::INPUT).unwrap()).count();
     until("a descriptor is readable", || {
         added == 0 || poller.wait(PATIENCE, &mut ready).is_ok_and(|()| ready.iter().any(|ready| ready.readable))
     });

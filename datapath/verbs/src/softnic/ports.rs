@@ -3,7 +3,7 @@
 use super::identity::Identity;
 use super::port::{Kept, PATIENCE, Port};
 use super::wire::Wire;
-use embarcadero_os::Poller;
+use embarcadero_os::{Interest, Poller};
 use socket2::Socket;
 use std::any::Any;
 use std::io::{self, ErrorKind, Read};
@@ -92,8 +92,8 @@ impl Deref for PortHandle {
 /// Runs the keeper of a port whose packets wake it: it drives the port while no owner polls.
 fn keep(ports: &Weak<Ports>, index: usize, packets: &Socket, ends: &UnixStream) -> io::Result<()> {
     let mut poller = Poller::new()?;
-    poller.add(packets.as_raw_fd(), PACKETS, false)?;
-    poller.add(ends.as_raw_fd(), OTHER, false)?;
+    poller.add(packets.as_raw_fd(), PACKETS, Interest::INPUT)?;
+    poller.add(ends.as_raw_fd(), OTHER, Interest::INPUT)?;
     let mut ready = Vec::new();
     let (mut rest, mut polled, mut in_charge) = (PATIENCE, 0, false);
     loop {

@@ -7,7 +7,7 @@ use super::ports::PortHandle;
 use super::receives::Receives;
 use crate::outcome::Completion;
 use crate::port::LocalPort;
-use embarcadero_os::Poller;
+use embarcadero_os::{Interest, Poller};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -41,11 +41,11 @@ impl Queue {
         let (wake, woken) = UnixStream::pair()?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
-        poller.add(woken.as_raw_fd(), WOKEN, false)?;
+        poller.add(woken.as_raw_fd(), WOKEN, Interest::INPUT)?;
         let (number, packets) = port.add_queue(wake);
         let queue = Self { port, number, poller, woken, taken: Vec::new() };
         if let Some(packets) = packets {
-            queue.poller.add(packets, PACKETS, false)?;
+            queue.poller.add(packets, PACKETS, Interest::INPUT)?;
         }
         Ok(queue)
     }
