@@ -1,5 +1,6 @@
 //! Broker's end of a queue pair.
 
+use super::arrivals::{Arrival, Arrivals};
 use super::chain::SendQueue;
 use super::device::{CONNECTIONS, RdmaDevice, RdmaQueue};
 use super::ring::{LEAST_BYTES, RingWriter};
@@ -25,6 +26,15 @@ enum Peer {
     Subscriber(RingWriter),
 }
 
+/// Reason why a queue pair is of no use any more.
+#[derive(Clone, Copy)]
+enum Failure {
+    /// The device reports an error.
+    Work(WorkError),
+    /// The peer does not speak the protocol.
+    Refused(ErrorCode, &'static str),
+}
+
 /// Queue pair of a connection, with the landing windows or the ring that belong to it.
 pub(crate) struct RdmaConnection {
     // The order of the drops matters: windows close before their queue pair is destroyed. In Soft-RoCE an open window
@@ -38,12 +48,11 @@ pub(crate) struct RdmaConnection {
     device: Arc<RdmaDevice>,
     /// True once the peer may write no more.
     closed: bool,
-    /// Immediate data and length of each RDMA WRITE that was not looked at yet.
-    arrived: VecDeque<(u32, u32)>,
+    arrived: Arrivals,
     sends: SendQueue,
     /// Number of the last request of each posted entry at the front of the outbox; 0 for an entry that is inline.
     posted_outgoing: VecDeque<u64>,
-    failure: Option<WorkError>,
+    failure: Option<Failure>,
     /// Queue of what goes over the socket.
     side: Outbox,
     _counted: Arc<()>,
@@ -107,7 +116,7 @@ impl RdmaConnection {
             domain,
             device: Arc::clone(device),
             closed: false,
-            arrived: VecDeque::new(),
+            arrived: Arrivals::new(WINDOWS_PER_PUBLISHER as u64 * window_bytes),
             sends: SendQueue::new(),
             posted_outgoing: VecDeque::new(),
             failure: None,
@@ -126,12 +135,39 @@ impl RdmaConnection {
     pub(crate) fn completed(&mut self, completion: Completion) {
         match completion.outcome {
             Outcome::Sent => self.sends.completed(completion.id),
-            Outcome::Written { bytes, immediate } => self.arrived.push_back((immediate, bytes)),
+            Outcome::Written { bytes, immediate } => self.written(Arrival { immediate, bytes }),
             // Nothing is posted that a SEND could go to.
             Outcome::Message { .. } => {}
             Outcome::Failed(error) => {
-                self.failure.get_or_insert(error);
+                self.failure.get_or_insert(Failure::Work(error));
             }
+        }
+    }
+
+    /// Takes note of an RDMA WRITE of the peer.
+    fn written(&mut self, arrival: Arrival) {
+        if self.closed {
+            return;
+        }
+        let refused = match &mut self.peer {
+            Peer::Publisher(_) => (!self.arrived.push(arrival))
+                .then_some((ErrorCode::BadBatch, "more batches came than fit into the landing windows")),
+            Peer::Subscriber(ring) => (arrival.bytes != 0 || !ring.release(arrival.immediate))
+                .then_some((ErrorCode::BadFrame, "the ring has not that much to give back")),
+        };
+        if let Some((code, text)) = refused {
+            self.failure.get_or_insert(Failure::Refused(code, text));
+        }
+    }
+
+    /// Error of a queue pair that is of no use any more.
+    fn check(&self) -> Result<(), TransportError> {
+        match self.failure {
+            None => Ok(()),
+            Some(Failure::Work(error)) => {
+                Err(io::Error::other(format!("queue pair {}: {error}", self.number())).into())
+            }
+            Some(Failure::Refused(code, text)) => Err(TransportError::refused(code, text)),
         }
     }
 
@@ -174,6 +210,7 @@ impl RdmaConnection {
         if let Peer::Publisher(windows) = &mut self.peer {
             windows.close();
         }
+        self.arrived.clear();
         self.closed = true;
     }
 
@@ -187,28 +224,16 @@ impl RdmaConnection {
         landing: &mut impl Landing,
         budget: usize,
     ) -> Result<Received, TransportError> {
-        if let Some(error) = self.failure {
-            return Err(io::Error::other(format!("queue pair {}: {error}", self.number())).into());
-        }
+        self.check()?;
         if self.closed {
             return Ok(Received::Nothing);
         }
         let in_memory = self.writes_past_caches();
-        let windows = match &mut self.peer {
-            Peer::Publisher(windows) => windows,
-            Peer::Subscriber(ring) => {
-                for (immediate, bytes) in self.arrived.drain(..) {
-                    if bytes != 0 || !ring.release(immediate) {
-                        let text = "the ring has not that much to give back";
-                        return Err(TransportError::refused(ErrorCode::BadFrame, text));
-                    }
-                }
-                return Ok(Received::Nothing);
-            }
-        };
+        // What a subscriber gives back is taken as it comes.
+        let Peer::Publisher(windows) = &mut self.peer else { return Ok(Received::Nothing) };
         let mut taken = 0;
-        while let Some((immediate, bytes)) = self.arrived.front().copied() {
-            if bytes == 0 && immediate & WANTS_WINDOW != 0 {
+        while let Some(arrival @ Arrival { immediate, bytes }) = self.arrived.front() {
+            if arrival.wants_window() {
                 self.arrived.pop_front();
                 windows.want(immediate & !WANTS_WINDOW);
                 continue;
@@ -242,6 +267,12 @@ impl RdmaConnection {
         memory: &Native,
         outbox: &mut Outbox,
     ) -> Result<u64, TransportError> {
+        if !self.closed
+            && let Some(Failure::Work(_)) = self.failure
+        {
+            // The peer may have so much to read that nobody receives from it.
+            self.check()?;
+        }
         self.forget_done(outbox);
         let mut moved = 0;
         if self.failure.is_none() {

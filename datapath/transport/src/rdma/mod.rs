@@ -9,6 +9,7 @@
 //! The broker WRITEs deliveries into a subscriber's ring. The subscriber gives room back with WRITEs of no bytes.
 //! `docs/reference/protocol.md` has the details.
 
+mod arrivals;
 mod chain;
 mod client;
 mod connection;
