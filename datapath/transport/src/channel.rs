@@ -200,6 +200,10 @@ impl SubscriberLink for SubscriberChannel {
         self.socket.send(frame)
     }
 
+    fn received_bytes(&self) -> u64 {
+        self.socket.received_bytes()
+    }
+
     fn arm(&mut self) -> io::Result<()> {
         self.rdma.as_mut().map_or(Ok(()), |rdma| rdma.arm())
     }

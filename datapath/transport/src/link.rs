@@ -100,6 +100,12 @@ pub trait SubscriberLink {
     /// The connection is lost.
     fn send(&mut self, frame: &[u8; FRAME_BYTES]) -> io::Result<bool>;
 
+    /// Number of bytes that have ever come, those of a batch that is not whole yet included. It shows that a large batch
+    /// is on its way. 0 over transports on which batches come whole.
+    fn received_bytes(&self) -> u64 {
+        0
+    }
+
     /// Makes [`SubscriberLink::descriptors`] readable when something comes from now on. What came before is found by one
     /// more [`SubscriberLink::take`].
     ///

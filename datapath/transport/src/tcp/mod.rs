@@ -11,13 +11,20 @@ pub(crate) use subscriber::{TcpSubscriber, decode_header};
 
 use crate::link::LinkError;
 use embarcadero_wire::{ERROR_TEXT_BYTES, ErrorCode, ErrorFrame};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::time::Duration;
 
 /// Size of a data socket's kernel buffers on loopback, bytes: bytes under way should stay in the cache.
 const LOOPBACK_BUFFER_BYTES: usize = 512 << 10;
+
+/// Silence after which a socket's peer is asked whether it is still there.
+pub const KEEPALIVE_TIME: Duration = Duration::from_secs(5);
+/// Time between two such questions that have no answer.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(2);
+/// Number of such questions without an answer after which the connection ends.
+pub const KEEPALIVE_PROBES: u32 = 5;
 
 /// Sizes of a data socket's kernel buffers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,7 +35,10 @@ pub struct SocketOptions {
     pub receive_buffer_bytes: Option<usize>,
 }
 
-/// Prepares a data socket: TCP_NODELAY, as batches are written whole, and the buffer sizes.
+/// Prepares a data socket: TCP_NODELAY, as batches are written whole, keep-alive, and the buffer sizes.
+///
+/// By keep-alive both ends notice that the other's host is gone. There is no TCP_USER_TIMEOUT: it would end connections
+/// to subscribers that are slow to read.
 ///
 /// On loopback the congestion control is `reno`, which every kernel has. A host's default may pace what it sends (BBR
 /// does, with a timer per segment), and on loopback there is no network to protect.
@@ -38,6 +48,8 @@ pub struct SocketOptions {
 pub fn prepare(stream: &TcpStream, options: SocketOptions) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = socket2::SockRef::from(stream);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE_TIME).with_interval(KEEPALIVE_INTERVAL);
+    socket.set_tcp_keepalive(&keepalive.with_retries(KEEPALIVE_PROBES))?;
     let mut default = None;
     if stream.peer_addr()?.ip().is_loopback() {
         socket.set_tcp_congestion(b"reno")?;

@@ -19,6 +19,8 @@ pub(crate) struct TcpSubscriber {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    /// Number of bytes ever read from the socket.
+    received: u64,
 }
 
 /// Decodes a frame that must be a batch's header.
@@ -36,7 +38,7 @@ impl TcpSubscriber {
     /// The error of the system call.
     pub(crate) fn new(stream: TcpStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { stream, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0 })
+        Ok(Self { stream, buffer: vec![0; BUFFER_BYTES], start: 0, end: 0, received: 0 })
     }
 
     /// Reads until `bytes` are in the buffer, and up to `ahead` more. Returns false when they have not come.
@@ -53,7 +55,10 @@ impl TcpSubscriber {
             let limit = self.start + bytes + ahead;
             match self.stream.read(&mut self.buffer[self.end..limit]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => self.end += read,
+                Ok(read) => {
+                    self.end += read;
+                    self.received += read as u64;
+                }
                 Err(error) if is_again(&error) => return Ok(false),
                 Err(error) => return Err(error),
             }
@@ -115,6 +120,10 @@ impl SubscriberLink for TcpSubscriber {
             Err(error) if is_again(&error) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    fn received_bytes(&self) -> u64 {
+        self.received
     }
 
     fn arm(&mut self) -> io::Result<()> {
