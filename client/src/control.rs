@@ -16,6 +16,8 @@ const LEADER_WAIT: Duration = Duration::from_secs(5);
 const LEADER_POLL: Duration = Duration::from_millis(50);
 /// Longest duration of one call.
 const CALL: Duration = Duration::from_secs(35);
+/// Silence after which a broker is asked whether it is still there, and the wait for its answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// Control plane as one client sees it: the endpoints of all known brokers, and a connection to the leader.
 pub(crate) struct Control {
@@ -35,7 +37,11 @@ fn refused(error: &Status) -> ClientError {
 
 impl Control {
     pub(crate) fn new(config: &ClientConfig) -> Result<Self, ClientError> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
+        // A thread of its own answers and asks between calls too. Otherwise an answer that came after a call would look
+        // like none at the next call.
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("control")
             .enable_all()
             .build()
             .map_err(ClientError::io("start the control runtime"))?;
@@ -56,7 +62,10 @@ impl Control {
         let endpoint = Endpoint::try_from(format!("http://{endpoint}"))
             .map_err(unreachable)?
             .connect_timeout(timeout)
-            .timeout(CALL);
+            .timeout(CALL)
+            .keep_alive_while_idle(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE);
         Ok(ControlClient::new(endpoint.connect().await.map_err(unreachable)?))
     }
 

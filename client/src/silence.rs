@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+/// Divisor of the progress timeout: after that part of it without news, a broker counts as silent.
+pub(crate) const SILENCE_PART: u32 = 4;
 /// Least number of looks in vain that make a silence exceed its limit.
 const LOOKS: u32 = 8;
 
@@ -34,6 +36,11 @@ impl Silence {
         self.looked_at = now;
     }
 
+    /// Returns true once the silence has lasted for half of its limit.
+    pub(crate) fn is_half_over(&self) -> bool {
+        self.lasted >= self.limit / 2
+    }
+
     /// Returns true once the silence has lasted for its limit.
     pub(crate) fn is_too_long(&self) -> bool {
         self.lasted >= self.limit
@@ -53,7 +60,7 @@ mod tests {
         for look in 1..=800 {
             now += Duration::from_millis(1);
             silence.look(now);
-            assert_eq!(silence.is_too_long(), look == 800, "look {look}");
+            assert_eq!((silence.is_half_over(), silence.is_too_long()), (look >= 400, look == 800), "look {look}");
         }
         silence.restart(now);
         assert!(!silence.is_too_long());

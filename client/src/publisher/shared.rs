@@ -9,6 +9,7 @@ use crate::batching::{BatchSizer, BufferState, SealStats};
 use crate::context::Context;
 use crate::error::ClientError;
 use crate::nic::loaded_batch_bytes;
+use crate::silence::SILENCE_PART;
 use crate::views::TopicView;
 use embarcadero_wire::OutOfBounds;
 use embarcadero_wire::batch::largest_message;
@@ -20,8 +21,6 @@ use std::time::{Duration, Instant};
 
 /// Number of messages after which `publish` retries the writes for which a socket had no room.
 const DRIVE_EVERY: u32 = 128;
-/// Divisor of the progress timeout: after that part of it without an acknowledgement, a broker counts as silent.
-const SILENCE_PART: u32 = 4;
 /// Time after which the publisher asks for the list of brokers again.
 const REFRESH: Duration = Duration::from_secs(1);
 /// Time without a call of the application after which the background thread drives the publisher.

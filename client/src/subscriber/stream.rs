@@ -4,6 +4,7 @@ use super::message::Start;
 use super::streams::Delivery;
 use crate::context::{Context, SubscriberEnd};
 use crate::error::{ClientError, UnreadableBatch};
+use crate::silence::Silence;
 use crate::views::{BrokerView, TopicView};
 use embarcadero_transport::SubscriberLink;
 use embarcadero_wire::{self as wire, BatchHeader, Deliver, Position, StartKind, Subscribe};
@@ -21,10 +22,21 @@ pub(super) struct Stream {
     start: Start,
     /// Time of the next attempt to connect.
     retry_at: Instant,
-    /// Number of connections made so far.
-    connections: u64,
-    /// Number of the connection on which the end of the stream was asked for last; 0 for none.
-    end_asked_on: u64,
+    /// Number of questions for the end of the stream that were sent on this connection.
+    asked: u64,
+    /// Number of answers to them that have come. Answers come in the order of the questions.
+    answered: u64,
+    /// Number of the question whose answer is [`Stream::end`]; `None` until it is asked on this connection. The other
+    /// questions only ask for a sign of life.
+    end_asked: Option<u64>,
+    /// Silence of the broker on this connection.
+    silence: Silence,
+    /// True when something has come since the last look in vain.
+    has_news: bool,
+    /// True when a sign of life was asked for since something came last.
+    is_sounded: bool,
+    /// Bytes that had come on this connection at the last look in vain.
+    received_bytes: u64,
     /// First offset of a batch that was unreadable once. It is read again before it counts as damaged.
     doubted: Option<u64>,
     /// Offset after the last message, as the broker has answered.
@@ -32,18 +44,24 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    /// Stream that is not connected yet; an attempt is due at once.
-    pub(super) fn new(id: wire::Stream, broker: BrokerView, start: Start) -> Self {
-        let retry_at = Instant::now();
+    /// Stream that is not connected yet; an attempt is due at once. A connection is given up after `silence` without
+    /// anything.
+    pub(super) fn new(id: wire::Stream, broker: BrokerView, start: Start, silence: Duration) -> Self {
+        let now = Instant::now();
         Self {
             id,
             broker,
             channel: None,
             due: None,
             start,
-            retry_at,
-            connections: 0,
-            end_asked_on: 0,
+            retry_at: now,
+            asked: 0,
+            answered: 0,
+            end_asked: None,
+            silence: Silence::new(silence, now),
+            has_news: true,
+            is_sounded: false,
+            received_bytes: 0,
             doubted: None,
             end: None,
         }
@@ -75,8 +93,50 @@ impl Stream {
     /// Connects and subscribes.
     pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> Result<(), ClientError> {
         self.channel = Some(context.subscribe(self.broker.data, &self.request(topic))?);
-        self.connections += 1;
+        (self.asked, self.answered, self.end_asked) = (0, 0, None);
+        (self.has_news, self.received_bytes) = (true, 0);
         Ok(())
+    }
+
+    /// Records that an item has come.
+    pub(super) fn heard(&mut self) {
+        self.has_news = true;
+    }
+
+    /// Records a look that found no item. Asks for a sign of life once the broker has been silent for half as long as it
+    /// may be. Returns true once it has been silent for too long.
+    ///
+    /// A host that is cut off keeps its connections open, and a stream without batches is as quiet.
+    pub(super) fn is_silent(&mut self, now: Instant) -> bool {
+        let Some(channel) = &self.channel else { return false };
+        let received = channel.received_bytes();
+        if std::mem::take(&mut self.has_news) || received != self.received_bytes {
+            self.received_bytes = received;
+            self.is_sounded = false;
+            self.silence.restart(now);
+            return false;
+        }
+        self.silence.look(now);
+        if !self.is_sounded && self.silence.is_half_over() {
+            self.is_sounded = self.ask();
+        }
+        self.silence.is_too_long()
+    }
+
+    /// Asks for the end of the stream. Returns true if the question was sent.
+    fn ask(&mut self) -> bool {
+        let Some(channel) = &mut self.channel else { return false };
+        let sent = matches!(channel.send(&Position::blank().encode()), Ok(true));
+        self.asked += u64::from(sent);
+        sent
+    }
+
+    /// Takes the broker's answer to the oldest question that has none.
+    pub(super) fn answer(&mut self, position: &Position) {
+        self.answered += 1;
+        if self.end_asked == Some(self.answered) {
+            self.end = Some(position.next_offset);
+        }
     }
 
     /// Drops the connection. The next attempt is due after `wait`.
@@ -130,16 +190,13 @@ impl Stream {
 
     /// Forgets the end of the stream, so that it is asked for again.
     pub(super) fn forget_end(&mut self) {
-        (self.end, self.end_asked_on) = (None, 0);
+        (self.end, self.end_asked) = (None, None);
     }
 
     /// Asks for the end of the stream, once on each connection: the answer is lost with the connection.
     pub(super) fn ask_end(&mut self) {
-        if let Some(channel) = &mut self.channel
-            && self.end_asked_on != self.connections
-            && matches!(channel.send(&Position::blank().encode()), Ok(true))
-        {
-            self.end_asked_on = self.connections;
+        if self.end_asked.is_none() && self.ask() {
+            self.end_asked = Some(self.asked);
         }
     }
 

@@ -5,12 +5,14 @@ use super::message::Start;
 use super::stream::{Stream, check_identity};
 use crate::context::Context;
 use crate::error::{ClientError, UnreadableBatch};
+use crate::silence::SILENCE_PART;
 use crate::views::{BrokerView, TopicView};
 use embarcadero_os::poller::wait_any;
 use embarcadero_os::{Clock, SystemClock};
 use embarcadero_transport::{Item, LinkError, SubscriberLink};
 use embarcadero_wire::batch::BatchView;
 use embarcadero_wire::{self as wire, BatchHeader, Deliver, ErrorCode, Frame, WireError};
+use std::io;
 use std::ops::{Index, Range};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -71,12 +73,14 @@ impl Streams {
         if brokers.is_empty() {
             return Err(ClientError::unreachable("the cluster has no live broker"));
         }
+        let silence = context.config.progress_timeout() / SILENCE_PART;
         let streams = if topic.order.is_global() {
             // Spread subscribers over brokers.
             let pick = rand::random::<u32>() as usize % brokers.len();
-            vec![Stream::new(wire::Stream::GLOBAL, brokers.swap_remove(pick), start)]
+            vec![Stream::new(wire::Stream::GLOBAL, brokers.swap_remove(pick), start, silence)]
         } else {
-            brokers.into_iter().map(|broker| Stream::new(wire::Stream::of(broker.id), broker, start)).collect()
+            let stream = |broker: BrokerView| Stream::new(wire::Stream::of(broker.id), broker, start, silence);
+            brokers.into_iter().map(stream).collect()
         };
         Ok(Self { context, topic, streams, next: 0, start, asked_us: SystemClock.now().wall_us, watch, trouble: None })
     }
@@ -116,10 +120,11 @@ impl Streams {
             Start::Earliest | Start::Timestamp(_) => self.start,
             Start::Latest | Start::Offset(_) => Start::Timestamp(self.asked_us),
         };
+        let silence = self.context.config.progress_timeout() / SILENCE_PART;
         for broker in brokers {
             let id = wire::Stream::of(broker.id);
             if !self.streams.iter().any(|stream| stream.id == id) {
-                self.streams.push(Stream::new(id, broker, start));
+                self.streams.push(Stream::new(id, broker, start, silence));
             }
         }
     }
@@ -174,19 +179,29 @@ impl Streams {
 
     /// Takes the next batch of a stream. A lost connection is not an error.
     fn poll_stream(&mut self, index: usize) -> Result<Option<Delivery>, ClientError> {
-        let stream = &mut self.streams[index];
-        let Some(channel) = &mut stream.channel else { return Ok(None) };
         loop {
+            let stream = &mut self.streams[index];
+            let Some(channel) = &mut stream.channel else { return Ok(None) };
             match channel.take() {
-                Ok(Item::Nothing) => return Ok(None),
+                Ok(Item::Nothing) => {
+                    if stream.is_silent(Instant::now()) {
+                        self.give_up(index, LinkError::Lost(io::ErrorKind::TimedOut.into()).into());
+                    }
+                    return Ok(None);
+                }
                 Ok(Item::Batch(deliver, header, body)) => {
+                    stream.heard();
                     return Ok(Some(Delivery { stream: index, deliver, header, body }));
                 }
                 Ok(Item::Frame(Frame::SubscribeReady(ready))) => {
                     stream.due.get_or_insert(ready.start_offset);
+                    stream.heard();
                     self.trouble = None;
                 }
-                Ok(Item::Frame(Frame::Position(position))) => stream.end = Some(position.next_offset),
+                Ok(Item::Frame(Frame::Position(position))) => {
+                    stream.answer(&position);
+                    stream.heard();
+                }
                 Ok(Item::Frame(other)) => return Err(WireError::Kind { found: other.kind() }.into()),
                 Err(error) => {
                     // Slow once is not the end: the stream is read on from where it stopped.
@@ -199,13 +214,18 @@ impl Streams {
                     if !is_passing {
                         return Err(error);
                     }
-                    self.trouble = Some(error);
-                    stream.drop_connection(RECONNECT);
-                    self.find_broker(index);
+                    self.give_up(index, error);
                     return Ok(None);
                 }
             }
         }
+    }
+
+    /// Drops the connection of a stream, and goes on at another broker where there is one.
+    fn give_up(&mut self, index: usize, error: ClientError) {
+        self.trouble = Some(error);
+        self.streams[index].drop_connection(RECONNECT);
+        self.find_broker(index);
     }
 
     /// Looks at every stream, and waits for something to come if no batch has, for at most `timeout`.
@@ -270,17 +290,17 @@ impl Streams {
 mod tests {
     use super::*;
     use crate::config::ClientConfig;
-    use embarcadero_wire::{BrokerId, Incarnation, Order, StartKind, TopicId};
-    use std::net::{Ipv4Addr, SocketAddr};
+    use embarcadero_wire::{BrokerId, FRAME_BYTES, Incarnation, Order, Position, StartKind, TopicId};
+    use std::io::Read;
+    use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
     fn broker(id: u32) -> BrokerView {
         let data = SocketAddr::from((Ipv4Addr::LOCALHOST, 1));
         BrokerView { id: BrokerId(id), incarnation: Incarnation(1), data, control: String::new(), leader: id == 0 }
     }
 
-    fn streams(order: Order, start: Start) -> Streams {
-        let context = Arc::new(Context::new(ClientConfig::default()).unwrap());
-        let topic = TopicView {
+    fn topic(order: Order) -> TopicView {
+        TopicView {
             id: TopicId(0),
             incarnation: Incarnation(1),
             name: "t".to_owned(),
@@ -289,8 +309,32 @@ mod tests {
             replication_factor: 1,
             retention_bytes: 0,
             retention_ms: 0,
-        };
-        Streams::new(context, topic, vec![broker(0), broker(1)], start, None).unwrap()
+        }
+    }
+
+    fn streams(order: Order, start: Start) -> Streams {
+        let context = Arc::new(Context::new(ClientConfig::default()).unwrap());
+        Streams::new(context, topic(order), vec![broker(0), broker(1)], start, None).unwrap()
+    }
+
+    /// Listener, and a broker whose data address it is.
+    fn listener() -> (TcpListener, BrokerView) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let data = listener.local_addr().unwrap();
+        (listener, BrokerView { data, ..broker(0) })
+    }
+
+    /// Client of brokers whose control plane nobody serves.
+    fn context(progress_timeout_ms: u64) -> Arc<Context> {
+        let config = ClientConfig { progress_timeout_ms, ..ClientConfig::at("127.0.0.1:1") };
+        Arc::new(Context::new(config).unwrap())
+    }
+
+    /// Reads a frame that the client sent.
+    fn frame(stream: &mut TcpStream) -> Frame {
+        let mut bytes = [0; FRAME_BYTES];
+        stream.read_exact(&mut bytes).unwrap();
+        Frame::decode(&bytes).unwrap()
     }
 
     /// Broker, start kind and start of each stream.
@@ -324,5 +368,67 @@ mod tests {
         streams.seek(Start::Timestamp(7));
         streams.add_streams(vec![broker(2)]);
         assert_eq!(requests(&streams), [0, 1, 2].map(|id| (Some(id), timestamp, 7)));
+    }
+
+    #[test]
+    fn a_silent_broker_is_asked_for_a_sign_of_life_and_then_given_up() {
+        const STEP: Duration = Duration::from_millis(100);
+        let (listener, broker) = listener();
+        let mut stream = Stream::new(wire::Stream::GLOBAL, broker, Start::Earliest, 8 * STEP);
+        stream.connect(&context(30_000), &topic(Order::Strong)).unwrap();
+        let (mut end, _) = listener.accept().unwrap();
+        let mut now = Instant::now();
+        let mut looks = |stream: &mut Stream, count| {
+            (0..count)
+                .filter(|_| {
+                    now += STEP;
+                    stream.is_silent(now)
+                })
+                .count()
+        };
+        // The first look finds that the connection is new.
+        assert_eq!(looks(&mut stream, 1 + 4), 0);
+        assert!(matches!(frame(&mut end), Frame::Subscribe(_)));
+        assert!(matches!(frame(&mut end), Frame::Position(_)), "half of the silence is over");
+        stream.answer(&Position::blank());
+        stream.heard();
+        assert_eq!(looks(&mut stream, 1 + 7), 0);
+        assert_eq!(looks(&mut stream, 1), 1);
+        assert!(matches!(frame(&mut end), Frame::Position(_)), "asked again after it had answered");
+        end.set_nonblocking(true).unwrap();
+        assert_eq!(end.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock, "asked once per silence");
+    }
+
+    #[test]
+    fn a_sign_of_life_is_not_the_end_that_was_asked_for() {
+        let (_listener, broker) = listener();
+        let mut stream = Stream::new(wire::Stream::GLOBAL, broker, Start::Earliest, Duration::from_secs(8));
+        stream.connect(&context(30_000), &topic(Order::Strong)).unwrap();
+        let mut now = Instant::now();
+        (0..5).for_each(|_| {
+            now += Duration::from_secs(1);
+            stream.is_silent(now);
+        });
+        stream.ask_end();
+        stream.answer(&Position { next_offset: 5, ..Position::blank() });
+        assert_eq!(stream.end, None, "that was the answer to the sign of life");
+        stream.answer(&Position { next_offset: 9, ..Position::blank() });
+        assert_eq!(stream.end, Some(9));
+    }
+
+    #[test]
+    fn a_connection_on_which_nothing_comes_is_made_anew() {
+        let (listener, broker) = listener();
+        let mut streams =
+            Streams::new(context(400), topic(Order::Strong), vec![broker], Start::Earliest, None).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let mut ends = Vec::new();
+        let begun = Instant::now();
+        while ends.len() < 2 {
+            assert!(begun.elapsed() < Duration::from_secs(60), "the subscriber still waits on its first connection");
+            assert!(streams.look_or_wait(Duration::from_millis(10)).unwrap().is_none());
+            ends.extend(listener.accept().ok());
+        }
+        assert!(streams.trouble().is_some());
     }
 }
