@@ -29,6 +29,8 @@ const READ_BYTES: u64 = 2 << 20;
 const ANSWER_BYTES: usize = 32 << 20;
 /// Longest time for a call to a replica, and for the connection to it.
 const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// Silence after which a broker is asked whether it is still there, and the wait for its answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
 
 /// Stream of one incarnation of a topic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -316,7 +318,9 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom
         Some((incarnation, client)) if incarnation == info.incarnation => client,
         _ => {
             let endpoint = Endpoint::try_from(format!("http://{}", info.control)).map_err(unconnected)?;
-            let connected = endpoint.connect_timeout(CALL_LIMIT).timeout(CALL_LIMIT).connect().await;
+            let endpoint = endpoint.connect_timeout(CALL_LIMIT).timeout(CALL_LIMIT).keep_alive_while_idle(true);
+            let endpoint = endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE);
+            let connected = endpoint.connect().await;
             ControlClient::new(connected.map_err(unconnected)?).max_decoding_message_size(ANSWER_BYTES)
         }
     };

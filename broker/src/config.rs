@@ -303,6 +303,11 @@ pub struct BrokerConfig {
     /// Longest time that a broker which is told to stop (SIGTERM) waits for its clients to be served and gone,
     /// milliseconds, 0 to 3,600,000.
     pub drain_ms: u64,
+    /// Time in which a client must send its opening frame once it is connected, milliseconds, 10 to 3,600,000.
+    pub opening_ms: u64,
+    /// Most data connections, 0 to 1,000,000; a client beyond them is refused. 0 takes the limit of open files, less an
+    /// eighth of it (at least 64 files) for all else that the broker opens.
+    pub max_connections: u64,
     /// Bytes of SO_SNDBUF and of SO_RCVBUF of data sockets, 4096 to 1 GiB. Unset takes 512 KiB on loopback, and leaves
     /// the choice to the kernel elsewhere.
     pub socket_buffer_bytes: Option<usize>,
@@ -339,6 +344,8 @@ impl Default for BrokerConfig {
             leader_lease_ms: 100,
             delivery_patience_ms: 5000,
             drain_ms: 3000,
+            opening_ms: 10_000,
+            max_connections: 0,
             socket_buffer_bytes: None,
         }
     }
@@ -381,6 +388,8 @@ impl BrokerConfig {
             ("leader_lease_ms", self.leader_lease_ms, lease_ms),
             ("delivery_patience_ms", self.delivery_patience_ms, 1..=3_600_000),
             ("drain_ms", self.drain_ms, 0..=3_600_000),
+            ("opening_ms", self.opening_ms, 10..=3_600_000),
+            ("max_connections", self.max_connections, 0..=1_000_000),
             ("replica.group_bytes", replica.group_bytes, 4096..=GROUP_BYTES),
             ("replica.file_bytes", replica.file_bytes, 1 << 20..=1 << 40),
             ("replica.patience_ms", replica.patience_ms, 100..=3_600_000),

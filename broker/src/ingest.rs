@@ -46,8 +46,10 @@ pub(crate) struct PublisherSession {
     progress: Option<(u64, Instant)>,
     /// Time at which a batch last came through a landing window, or else the connection was opened.
     active_at: Instant,
-    /// Time since which the publisher waits for memory.
+    /// Time since which the publisher waits.
     waiting_since: Option<Instant>,
+    /// True if what it waits for, or waited for last, is room: memory, or the Batchlog. False if it is its own window.
+    waits_for_room: bool,
 }
 
 impl PublisherSession {
@@ -101,8 +103,18 @@ impl PublisherSession {
             ..PublishReady::blank()
         };
         let limits = IngestLimits { max_batch_bytes: ready.max_batch_bytes, ..limits };
-        let (reserved, progress, waiting_since) = (None, None, None);
-        let session = Self { topic, open, acks, limits, landed, reserved, progress, active_at: now, waiting_since };
+        let session = Self {
+            topic,
+            open,
+            acks,
+            limits,
+            landed,
+            reserved: None,
+            progress: None,
+            active_at: now,
+            waiting_since: None,
+            waits_for_room: false,
+        };
         Ok((session, ready))
     }
 
@@ -152,13 +164,29 @@ impl PublisherSession {
         }
     }
 
-    /// Lets the publisher wait for memory, and refuses it once it has waited for `exhausted_wait`.
+    /// Returns true if a batch that waits needs room that others may give: memory, or the Batchlog.
+    pub(crate) fn waits_for_room(&self) -> bool {
+        self.waits_for_room
+    }
+
+    /// Notes that the publisher waits no more.
+    fn go_on(&mut self) {
+        (self.waiting_since, self.waits_for_room) = (None, false);
+    }
+
+    /// Lets the publisher wait for room, and refuses it once it has waited for `exhausted_wait`.
     fn wait_for_room(
         &mut self,
         code: ErrorCode,
         reason: &dyn fmt::Display,
         now: Instant,
     ) -> Result<(), TransportError> {
+        self.waits_for_room = true;
+        self.wait(code, reason, now)
+    }
+
+    /// Lets the publisher wait, and refuses it once it has waited for `exhausted_wait`.
+    fn wait(&mut self, code: ErrorCode, reason: &dyn fmt::Display, now: Instant) -> Result<(), TransportError> {
         let since = *self.waiting_since.get_or_insert(now);
         if now.saturating_duration_since(since) < self.limits.exhausted_wait {
             return Ok(());
@@ -195,7 +223,8 @@ impl PublisherSession {
     /// Takes the place at which a batch is received.
     fn reserve(&mut self, at: RegionOffset, header: &BatchHeader) {
         self.reserved = Some((at, header.batch_bytes()));
-        (self.progress, self.waiting_since) = (None, None);
+        self.progress = None;
+        self.go_on();
     }
 
     /// Returns true when nothing has come for `receive_patience` of the body that is being received, and the body keeps a
@@ -217,6 +246,7 @@ impl PublisherSession {
     /// publisher when the batch cannot be taken now, else `None`.
     fn reject_or_wait(&mut self, topics: &TopicTable<Native>, header: &BatchHeader, now: Instant) -> Option<Placement> {
         let refuse = |code, text: String| Some(Placement::Refuse(TransportError::refused(code, text)));
+        self.waits_for_room = false;
         if let Err(error) = header.check(self.limits.max_batch_bytes) {
             return refuse(ErrorCode::BadBatch, error.to_string());
         }
@@ -242,7 +272,7 @@ impl PublisherSession {
             // Progress may lag behind the acks of other brokers, above all between two leaders.
             if !self.acks.is_in_window(topics.region(), header.sequence) {
                 let reason = format!("batch {} is beyond the window of the session", header.sequence);
-                return Some(waiting(self.wait_for_room(ErrorCode::Unavailable, &reason, now)));
+                return Some(waiting(self.wait(ErrorCode::Unavailable, &reason, now)));
             }
         }
         if self.acks.is_full() {
@@ -320,7 +350,7 @@ impl Landing for PublisherLanding<'_> {
         }
         match session.topic.blog.reserve(bytes) {
             Ok(at) => {
-                session.waiting_since = None;
+                session.go_on();
                 let topic = Arc::clone(&session.topic);
                 WindowPlacement::Granted(Window::new(at, bytes, move |used| {
                     // Batches that were taken are written back when they are published, or given up.

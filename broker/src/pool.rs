@@ -27,7 +27,8 @@ pub(crate) fn allocator(region: &Region<Native>, info: &BrokerInfo) -> io::Resul
     })
 }
 
-/// Longest time for a call to the leader, and for the connection to it.
+/// Longest time for a call to the leader, and for the connection to it. After it a connection whose other end is gone is
+/// made anew, which needs no keep-alive: nothing would answer that between calls.
 const CALL_LIMIT: Duration = Duration::from_secs(2);
 
 /// Runtime of the calls, and the connection to the leader with the term under which it leads.

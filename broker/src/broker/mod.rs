@@ -1,5 +1,6 @@
 //! Broker process: its start, its threads and its end.
 
+mod acceptor;
 mod device;
 mod identity;
 mod start;

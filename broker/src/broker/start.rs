@@ -1,5 +1,6 @@
 //! Start of a broker, step by step.
 
+use super::acceptor::{Acceptor, connection_limit};
 use super::threads::{self, Serving};
 use super::{Broker, BrokerError, Exit, Prepared, device, identity, io_error};
 use crate::archive::{Archive, Catalog};
@@ -139,7 +140,9 @@ impl Prepared {
             etcd: etcd.clone(),
         };
         let Self { config, file, mirror, info, data, control, .. } = self;
-        broker.threads.push(threads::spawn_acceptor(data, accepted, Arc::clone(&broker.exit.stop))?);
+        let most = connection_limit(config.max_connections);
+        let acceptor = Acceptor::new(data, accepted, Arc::clone(&broker.exit.connections), most)?;
+        broker.threads.push(acceptor.spawn(Arc::clone(&broker.exit.stop))?);
         let election = etcd.map_or(Election::Region, |etcd| Election::Etcd(Box::new(etcd)));
         let leader = Arc::clone(&broker.leader);
         let parts = CandidateParts { file, mirror, info: info.clone(), election, pool, stages, control: leader };

@@ -20,13 +20,11 @@ use embarcadero_cxl::Native;
 use embarcadero_cxl::layout::SESSION_WINDOW;
 use embarcadero_os::idle::{Idle, PollBounds, Step};
 use embarcadero_os::uring::Uring;
-use embarcadero_os::{Clock, Poller, SystemClock};
+use embarcadero_os::{Clock, SystemClock};
 use embarcadero_transport::SocketEndpoint;
-use embarcadero_transport::tcp::SocketOptions;
+use embarcadero_transport::tcp::{KEEPALIVE_INTERVAL, KEEPALIVE_PROBES, KEEPALIVE_TIME, SocketOptions};
 use embarcadero_wire::BrokerId;
-use std::io;
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -42,7 +40,7 @@ const LANDED_BATCHES: usize = 4096;
 const LOCAL_ACKS: usize = 1 << 17;
 
 /// Starts a thread.
-fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, BrokerError> {
+pub(super) fn spawn(name: String, run: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, BrokerError> {
     std::thread::Builder::new().name(name).spawn(run).map_err(io_error("start a thread"))
 }
 
@@ -137,6 +135,7 @@ impl Serving<'_> {
                 verify_body: config.verify_body,
             },
             delivery_patience: Duration::from_millis(config.delivery_patience_ms),
+            opening: Duration::from_millis(config.opening_ms),
             window_idle: Duration::from_millis(config.rdma.window_idle_ms),
             archive: self.archive,
             draining: Arc::clone(&exit.draining),
@@ -230,41 +229,6 @@ pub(super) fn spawn_replica(
     Ok((thread, catalog))
 }
 
-/// Starts the thread that hands new connections to the workers in turn. There must be one worker at least.
-pub(super) fn spawn_acceptor(
-    listener: TcpListener,
-    workers: Vec<Sender<TcpStream>>,
-    stop: Arc<AtomicBool>,
-) -> Result<JoinHandle<()>, BrokerError> {
-    listener.set_nonblocking(true).map_err(io_error("prepare the data socket"))?;
-    let mut poller = Poller::new().map_err(io_error("watch the data socket"))?;
-    let descriptor = listener.as_raw_fd();
-    poller.add(descriptor, 0, false).map_err(io_error("watch the data socket"))?;
-    spawn("acceptor".to_owned(), move || {
-        let mut ready = Vec::new();
-        let mut next = 0;
-        while !stop.load(Ordering::Relaxed) {
-            let _ = poller.wait(Duration::from_millis(100), &mut ready);
-            loop {
-                match listener.accept() {
-                    Ok((stream, _)) => {
-                        // A worker that ended drops the connection.
-                        let _ = workers[next % workers.len()].send(stream);
-                        next += 1;
-                    }
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(error) => {
-                        tracing::warn!(%error, "a connection could not be accepted");
-                        // Out of descriptors, most likely: give others time to close.
-                        std::thread::sleep(Duration::from_millis(10));
-                        break;
-                    }
-                }
-            }
-        }
-    })
-}
-
 /// Tasks of the control thread.
 pub(super) struct ControlPlane {
     pub(super) service: ControlService,
@@ -285,7 +249,12 @@ impl ControlPlane {
             let listener =
                 tokio::net::TcpListener::from_std(listener).map_err(io_error("prepare the control socket"))?;
             // An answer is several small writes: without this the last would wait for a delayed acknowledgement, 40 ms.
-            TcpIncoming::from(listener).with_nodelay(Some(true))
+            TcpIncoming::from(listener)
+                .with_nodelay(Some(true))
+                // The sockets of hosts that are gone close. By TCP, as a client may not run between its calls.
+                .with_keepalive(Some(KEEPALIVE_TIME))
+                .with_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+                .with_keepalive_retries(Some(KEEPALIVE_PROBES))
         };
         spawn("control".to_owned(), move || runtime.block_on(self.serve(incoming)))
     }

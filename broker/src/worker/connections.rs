@@ -3,7 +3,8 @@
 use crate::delivery::SubscriberSession;
 use crate::ingest::PublisherSession;
 use embarcadero_cxl::Native;
-use embarcadero_os::{Poller, Ready};
+use embarcadero_cxl::layout::SESSION_WINDOW;
+use embarcadero_os::{Interest, Poller, Ready};
 use embarcadero_transport::{Connection, Outbox, Slots};
 use std::io;
 use std::os::fd::RawFd;
@@ -11,10 +12,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+/// Largest number of frames in an outbox whose peer is still listened to. A window of acks that are replayed fits, and
+/// one of new ones.
+const OUTBOX_FRAMES: usize = 2 * SESSION_WINDOW as usize;
+
 /// Role of a connection's peer.
 pub(super) enum Role {
-    /// The peer has not sent an opening frame yet.
-    New,
+    /// The peer has not sent an opening frame yet. It has time until then.
+    New(Instant),
     /// The peer publishes.
     Publisher(Box<PublisherSession>),
     /// The peer subscribes.
@@ -29,10 +34,12 @@ pub(super) struct Client<L> {
     pub(super) link: L,
     pub(super) role: Role,
     pub(super) outbox: Outbox,
-    /// True while a batch waits for room; the socket is not watched then.
+    /// True while the peer is not listened to: a batch waits, or the outbox is too long.
     pub(super) waiting: bool,
-    /// True while the poller watches for room in the socket.
-    watches_room: bool,
+    /// True while the outbox needs room in the socket.
+    needs_room: bool,
+    /// What the poller watches the socket for; `None` while it does not.
+    watched: Option<Interest>,
     /// Name of the connection among all that its thread ever has.
     token: u64,
 }
@@ -45,7 +52,48 @@ impl<L: Connection<Native>> Client<L> {
 
     /// Returns true when something is to be sent, or the poller watches for room in the socket.
     pub(super) fn has_to_send(&self) -> bool {
-        !self.outbox.is_empty() || self.watches_room || self.link.has_to_send()
+        !self.outbox.is_empty() || self.needs_room || self.link.has_to_send()
+    }
+
+    /// Returns true when the peer has so much to read that it is not listened to.
+    pub(super) fn is_behind(&self) -> bool {
+        self.outbox.len() > OUTBOX_FRAMES
+    }
+
+    /// Returns true when the peer is a publisher whose batch waits for memory or for the Batchlog.
+    pub(super) fn waits_for_room(&self) -> bool {
+        matches!(&self.role, Role::Publisher(session) if self.waiting && !self.is_behind() && session.waits_for_room())
+    }
+
+    /// Returns true when the peer has sent no opening frame in time.
+    pub(super) fn is_overdue(&self, now: Instant) -> bool {
+        matches!(self.role, Role::New(until) if now > until)
+    }
+
+    /// What the socket has to be watched for; `None` when it shows nothing that matters now.
+    fn interest(&self) -> Option<Interest> {
+        // A publisher without acks may hand over and leave. Its waits are bounded, and what it sent counts.
+        let may_leave = matches!(&self.role, Role::Publisher(session) if !session.wants_acks());
+        if self.waiting && may_leave {
+            return None;
+        }
+        Some(Interest { input: !self.waiting, room: self.needs_room })
+    }
+
+    /// Watches the socket for what it has to be watched for now.
+    fn watch(&mut self, poller: &Poller) -> io::Result<()> {
+        let Some(descriptor) = self.link.descriptor() else { return Ok(()) };
+        let wanted = self.interest();
+        match (self.watched, wanted) {
+            (None, Some(interest)) => poller.add(descriptor, self.token, interest)?,
+            (Some(watched), Some(interest)) if watched != interest => {
+                poller.modify(descriptor, self.token, interest)?;
+            }
+            (Some(_), None) => poller.remove(descriptor)?,
+            (None, None) | (Some(_), Some(_)) => {}
+        }
+        self.watched = wanted;
+        Ok(())
     }
 
     /// Returns true when something may have come that no descriptor shows.
@@ -81,7 +129,7 @@ impl<L: Connection<Native>> Connections<L> {
 
     /// Watches another descriptor beside the sockets.
     pub(super) fn watch_other(&self, descriptor: RawFd, token: u64) -> io::Result<()> {
-        self.poller.add(descriptor, token, false)
+        self.poller.add(descriptor, token, Interest::INPUT)
     }
 
     /// Waits for sockets that are ready; [`Duration::ZERO`] only looks.
@@ -89,22 +137,22 @@ impl<L: Connection<Native>> Connections<L> {
         self.poller.wait(timeout, ready)
     }
 
-    /// Adds a connection.
-    pub(super) fn insert(&mut self, link: L) -> io::Result<()> {
+    /// Adds a connection, whose peer has to send an opening frame by `until`.
+    pub(super) fn insert(&mut self, link: L, until: Instant) -> io::Result<()> {
         let slot = self.free.pop().unwrap_or_else(|| {
             self.clients.push(None);
             self.clients.len() - 1
         });
         self.last_number = self.last_number.wrapping_add(1);
         let token = token(slot, self.last_number);
-        let watched = link.descriptor().map(|descriptor| self.poller.add(descriptor, token, false));
-        if let Some(Err(error)) = watched {
+        let (role, outbox) = (Role::New(until), Outbox::default());
+        let mut client = Client { link, role, outbox, waiting: false, needs_room: false, watched: None, token };
+        if let Err(error) = client.watch(&self.poller) {
             self.free.push(slot);
             return Err(error);
         }
         self.count.fetch_add(1, Ordering::Relaxed);
-        let outbox = Outbox::default();
-        self.clients[slot] = Some(Client { link, role: Role::New, outbox, waiting: false, watches_room: false, token });
+        self.clients[slot] = Some(client);
         Ok(())
     }
 
@@ -130,20 +178,11 @@ impl<L: Connection<Native>> Connections<L> {
         self.clients.iter().flatten()
     }
 
-    /// Stops or resumes watching the socket of a connection that waits for room.
+    /// Stops or resumes listening to a peer. While it is not listened to, only its hang-up is watched for.
     pub(super) fn set_waiting(&mut self, slot: usize, waiting: bool) {
         let Some(Some(client)) = self.clients.get_mut(slot) else { return };
-        if client.waiting == waiting {
-            return;
-        }
         client.waiting = waiting;
-        let Some(descriptor) = client.link.descriptor() else { return };
-        let result = if waiting {
-            self.poller.remove(descriptor)
-        } else {
-            self.poller.add(descriptor, client.token, client.watches_room)
-        };
-        if let Err(error) = result {
+        if let Err(error) = client.watch(&self.poller) {
             tracing::error!(%error, "a socket cannot be watched");
         }
     }
@@ -151,22 +190,14 @@ impl<L: Connection<Native>> Connections<L> {
     /// Starts or stops watching for room in a socket, as its outbox needs it.
     pub(super) fn watch_room(&mut self, slot: usize) -> io::Result<()> {
         let Some(Some(client)) = self.clients.get_mut(slot) else { return Ok(()) };
-        let watch = client.link.waits_for_socket(&client.outbox);
-        if watch != client.watches_room {
-            client.watches_room = watch;
-            if !client.waiting
-                && let Some(descriptor) = client.link.descriptor()
-            {
-                self.poller.modify(descriptor, client.token, watch)?;
-            }
-        }
-        Ok(())
+        client.needs_room = client.link.waits_for_socket(&client.outbox);
+        client.watch(&self.poller)
     }
 
     /// Removes and returns a connection. Drop it to free what it holds.
     pub(super) fn remove(&mut self, slot: usize) -> Option<Client<L>> {
         let client = self.clients.get_mut(slot)?.take()?;
-        if !client.waiting
+        if client.watched.is_some()
             && let Some(descriptor) = client.link.descriptor()
         {
             // The caller closes the socket next, which ends the watch, too.

@@ -11,7 +11,7 @@ use crate::delegation::{Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{IngestLimits, PublisherLanding, PublisherSession};
 use crate::topics::TopicTable;
-use connections::{Connections, Role};
+use connections::{Client, Connections, Role};
 use crossbeam_channel::{Receiver, Sender};
 use embarcadero_cxl::Native;
 use embarcadero_os::idle::{Idle, Step};
@@ -44,6 +44,8 @@ pub(crate) struct Shared {
     pub(crate) limits: IngestLimits,
     /// Time for which batches that a NIC is sending may keep memory that retention wants.
     pub(crate) delivery_patience: Duration,
+    /// Time in which a connection must have sent its opening frame.
+    pub(crate) opening: Duration,
     /// Silence after which a publisher loses landing windows that keep memory from being reused.
     pub(crate) window_idle: Duration,
     /// Archive to ask for batches that the region no longer holds.
@@ -168,14 +170,11 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
         if now.instant.saturating_duration_since(self.maintained) >= self.shared.lease {
             self.stood_still(now);
         }
-        let mut moved = self.accept();
+        let mut moved = self.accept(now);
         moved |= self.complete(now);
         let ready = std::mem::take(&mut self.ready);
         for ready in ready.iter().filter(|ready| ready.readable) {
-            let slot = self.connections.slot_of(ready.token);
-            if let Some(slot) = slot.filter(|slot| self.connections.get(*slot).is_some_and(|client| !client.waiting)) {
-                moved |= self.receive(slot, now);
-            }
+            moved |= self.on_readable(*ready, now);
         }
         self.ready = ready;
         moved |= self.stages.poll(now.times());
@@ -195,6 +194,19 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
         moved
     }
 
+    /// Receives from a connection that has something, or ends one that is not listened to and whose peer is gone.
+    /// Returns true when anything came, or the connection ended.
+    fn on_readable(&mut self, ready: Ready, now: Now) -> bool {
+        let Some(slot) = self.connections.slot_of(ready.token) else { return false };
+        if self.connections.get(slot).is_some_and(|client| !client.waiting) {
+            return self.receive(slot, now);
+        }
+        if ready.hung_up {
+            self.disconnect(slot, &TransportError::Closed, now);
+        }
+        ready.hung_up
+    }
+
     /// Disconnects all subscribers after this thread stood still for a lease.
     ///
     /// The leader may have given back memory meanwhile that they were about to read.
@@ -210,7 +222,7 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
 
     /// Runs the stages' maintenance, and stops the broker once a later process has its id.
     fn maintain(&mut self, now: Now) {
-        let stalled = self.connections.iter().any(|client| client.waiting);
+        let stalled = self.connections.iter().any(Client::waits_for_room);
         if self.stages.maintain(now.times(), stalled).is_err() {
             tracing::error!("another process has this broker's id: it was taken for dead, and stops");
             self.shared.superseded.store(true, Ordering::Relaxed);
@@ -246,14 +258,16 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     }
 
     /// Takes in new connections. Returns true when there were any.
-    fn accept(&mut self) -> bool {
+    fn accept(&mut self, now: Now) -> bool {
         let mut any = false;
         while let Some(accepted) = self.endpoint.accept() {
             any = true;
             if self.shared.draining.load(Ordering::Relaxed) {
                 continue;
             }
-            if let Err(error) = accepted.and_then(|link| self.connections.insert(link)) {
+            if let Err(error) =
+                accepted.and_then(|link| self.connections.insert(link, now.instant + self.shared.opening))
+            {
                 tracing::warn!(%error, "a connection cannot be served");
             }
         }
@@ -264,13 +278,18 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     fn receive(&mut self, slot: usize, now: Now) -> bool {
         let draining = self.shared.draining.load(Ordering::Relaxed);
         let Some(client) = self.connections.get(slot) else { return false };
-        let token = client.token();
+        let (token, behind) = (client.token(), client.is_behind());
         let session = match &mut client.role {
             // `turn` reads and discards what still comes.
             Role::Leaving(_) => return false,
             _ if draining => return false,
+            // Whatever else it sends has an answer, which would wait for it in memory.
+            _ if behind => {
+                self.connections.set_waiting(slot, true);
+                return false;
+            }
             Role::Publisher(session) => Some(&mut **session),
-            Role::New | Role::Subscriber(_) => None,
+            Role::New(_) | Role::Subscriber(_) => None,
         };
         let origin = Origin { worker: self.index, token };
         let topics = &self.shared.topics;
@@ -300,9 +319,9 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     fn take_frame(&mut self, slot: usize, frame: Frame, now: Now) -> Result<(), TransportError> {
         let Some(client) = self.connections.get(slot) else { return Ok(()) };
         match (&mut client.role, frame) {
-            (Role::New, Frame::RdmaConnect(request)) => self.endpoint.upgrade(slot, &mut client.link, &request),
-            (Role::New, Frame::OpenPublish(open)) => self.open_publisher(slot, open, now),
-            (Role::New, Frame::Subscribe(request)) => {
+            (Role::New(_), Frame::RdmaConnect(request)) => self.endpoint.upgrade(slot, &mut client.link, &request),
+            (Role::New(_), Frame::OpenPublish(open)) => self.open_publisher(slot, open, now),
+            (Role::New(_), Frame::Subscribe(request)) => {
                 client.role = Role::Subscriber(Box::new(SubscriberSession::open(&self.shared.topics, request)?));
                 Ok(())
             }

@@ -48,7 +48,20 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
         if self.connections.get(slot).is_some_and(|client| client.is_due()) {
             moved |= self.receive(slot, now);
         }
-        moved
+        moved | self.refuse_overdue(slot, now)
+    }
+
+    /// Refuses a connection without an opening frame once its time is over. Returns true if it did, or the frame was
+    /// there after all: this thread may have stood still.
+    fn refuse_overdue(&mut self, slot: usize, now: Now) -> bool {
+        if !self.connections.get(slot).is_some_and(|client| client.is_overdue(now.instant)) {
+            return false;
+        }
+        if !self.receive(slot, now) {
+            let error = TransportError::refused(ErrorCode::Unavailable, "no opening frame in time");
+            self.disconnect(slot, &error, now);
+        }
+        true
     }
 
     /// Sends what waits in the outbox, and watches for room if some of it has to wait on. Returns true when anything
@@ -64,7 +77,7 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     fn is_drained(&mut self, slot: usize) -> bool {
         let Some(client) = self.connections.get(slot) else { return false };
         match &client.role {
-            Role::New => true,
+            Role::New(_) => true,
             Role::Publisher(session) => session.acks.is_empty() && client.outbox.is_empty(),
             Role::Subscriber(_) => {
                 client.outbox.drop_unsent_batches();
@@ -112,7 +125,7 @@ fn serve<L: Connection<Native>>(
 ) -> Result<bool, TransportError> {
     let Client { link, role, outbox, .. } = client;
     match role {
-        Role::New => Ok(false),
+        Role::New(_) => Ok(false),
         Role::Publisher(session) => {
             let moved = acknowledge(shared, session, outbox)?;
             if check {
