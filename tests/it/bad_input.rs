@@ -1,6 +1,6 @@
 //! Promise: bad input gets a clear error, and a broker lives on.
 
-use crate::support::{Cluster, PATIENCE, refused};
+use crate::support::{Cluster, PATIENCE, eventually, refused};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
@@ -9,10 +9,13 @@ use embarcadero_wire::{
 };
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
+use socket2::{Domain, Socket, Type};
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
@@ -37,6 +40,13 @@ pub(crate) fn refusal(bytes: &[u8]) -> (ErrorCode, String) {
     panic!("no error frame in {} bytes", bytes.len());
 }
 
+/// Reads the next frame that the broker sends.
+fn frame(stream: &mut TcpStream) -> Frame {
+    let mut bytes = [0; FRAME_BYTES];
+    stream.read_exact(&mut bytes).unwrap();
+    Frame::decode(&bytes).unwrap()
+}
+
 struct Bench {
     cluster: Cluster,
     client: Client,
@@ -45,7 +55,12 @@ struct Bench {
 }
 
 fn bench() -> Bench {
-    let cluster = Cluster::start(1, REGION, &[("EMBARCADERO_BROKER_VERIFY_BODY", "true")]);
+    bench_with(&[("EMBARCADERO_BROKER_VERIFY_BODY", "true")])
+}
+
+/// Starts a broker with settings of its own.
+fn bench_with(settings: &[(&str, &str)]) -> Bench {
+    let cluster = Cluster::start(1, REGION, settings);
     let client = cluster.client();
     let topic = client.create_topic("bad", TopicOptions::default()).unwrap();
     let publisher = client.publisher("bad").unwrap();
@@ -64,6 +79,25 @@ impl Bench {
         stream.write_all(&self.open.encode()).unwrap();
         let _ = stream.write_all(bytes);
         refusal(&answer(&mut stream))
+    }
+
+    /// Number of descriptors that the broker has open.
+    fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.cluster.brokers[0].child.id())).unwrap().count()
+    }
+
+    /// Opens a publisher's connection, and waits until it may publish.
+    fn publisher(&self, stream: &mut TcpStream) {
+        stream.write_all(&self.open.encode()).unwrap();
+        assert!(matches!(frame(stream), Frame::PublishReady(_)));
+    }
+
+    /// Batch with one message.
+    fn batch(&self, sequence: u64) -> Vec<u8> {
+        let mut builder = BatchBuilder::new(4096);
+        builder.push(b"m");
+        builder.seal(&self.origin, sequence, false);
+        builder.bytes().to_vec()
     }
 
     fn still_works(&self) {
@@ -170,6 +204,87 @@ fn wrong_openings_are_named() {
     assert_eq!(refused(Subscribe { start_kind: 99, ..subscribe }.encode()).0, ErrorCode::BadFrame);
     assert_eq!(refused(Subscribe { start: 1 << 60, ..subscribe }.encode()).0, ErrorCode::OffsetOutOfRange);
     bench.still_works();
+}
+
+#[test]
+fn a_connection_without_an_opening_frame_is_refused_in_time() {
+    let bench = bench_with(&[("EMBARCADERO_BROKER_OPENING_MS", "2000")]);
+    for bytes in [0, 63] {
+        let mut stream = bench.connect();
+        stream.write_all(&bench.open.encode()[..bytes]).unwrap();
+        let (code, text) = refusal(&answer(&mut stream));
+        assert!(code == ErrorCode::Unavailable && text.contains("no opening frame in time"), "{text}");
+    }
+    bench.still_works();
+}
+
+/// A batch that waits does so for longer than the test takes.
+const WAITS_ON: (&str, &str) = ("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "3600000");
+
+#[test]
+fn a_publisher_that_leaves_while_its_batch_waits_leaves_no_descriptor() {
+    const CONNECTIONS: usize = 20;
+    let bench = bench_with(&[WAITS_ON]);
+    let before = bench.descriptors();
+    for _ in 0..CONNECTIONS {
+        let mut stream = bench.connect();
+        bench.publisher(&mut stream);
+        // Beyond the window of the session.
+        stream.write_all(&bench.batch(1000)).unwrap();
+    }
+    // Those of control calls come and go.
+    eventually("the descriptors are closed", || bench.descriptors() < before + CONNECTIONS / 2);
+    bench.still_works();
+}
+
+#[test]
+fn a_batch_beyond_the_window_is_no_excuse_for_a_gap() {
+    let bench = bench_with(&[WAITS_ON, ("EMBARCADERO_BROKER_GAP_LEASE_MS", "500")]);
+    let (mut waiting, mut gap) = (bench.connect(), bench.connect());
+    bench.publisher(&mut waiting);
+    waiting.write_all(&bench.batch(1000)).unwrap();
+    bench.publisher(&mut gap);
+    gap.write_all(&bench.batch(1)).unwrap();
+    gap.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert!(matches!(frame(&mut gap), Frame::Fenced(_)), "the gap lease ends");
+}
+
+#[test]
+fn a_publisher_that_does_not_read_is_not_listened_to_until_it_does() {
+    // More than fit into all buffers of the kernel between the two.
+    const BATCHES: u64 = 200_000;
+    let bench = bench();
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.set_recv_buffer_size(64 << 10).unwrap();
+    socket.set_send_buffer_size(64 << 10).unwrap();
+    socket.connect(&bench.cluster.brokers[0].data.into()).unwrap();
+    let mut stream = TcpStream::from(socket);
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    bench.publisher(&mut stream);
+    let written = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        let mut sending = stream.try_clone().unwrap();
+        let (bench, written) = (&bench, &written);
+        scope.spawn(move || {
+            for sequence in 0..BATCHES {
+                sending.write_all(&bench.batch(sequence)).unwrap();
+                written.store(sequence + 1, Ordering::SeqCst);
+            }
+        });
+        // Its writes come to a stop. A stop for another reason is as good: it ends too.
+        let mut before = 0;
+        eventually("the writes block", || {
+            std::thread::sleep(Duration::from_secs(2));
+            let now = written.load(Ordering::SeqCst);
+            std::mem::replace(&mut before, now) == now && now > 0
+        });
+        assert!(before < BATCHES, "the broker took everything from a client that reads nothing");
+        for sequence in 0..BATCHES {
+            let Frame::Ack(ack) = frame(&mut stream) else { panic!("no ack of batch {sequence}") };
+            assert_eq!(ack.sequence, sequence);
+        }
+    });
 }
 
 #[test]

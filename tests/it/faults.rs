@@ -1,7 +1,7 @@
 //! Promise: what was acknowledged is there, once and in order, whatever connection or process dies.
 
-use crate::support::{Cluster, Proxy, assert_exactly_once, eventually, history, loopback, message};
-use embarcadero_client::{BrokerId, Client, ClientConfig, MessageId, Order, Publisher, Status, TopicOptions};
+use crate::support::{Cluster, PATIENCE, Proxy, assert_exactly_once, eventually, history, loopback, message};
+use embarcadero_client::{BrokerId, Client, ClientConfig, MessageId, Order, Publisher, Start, Status, TopicOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
@@ -119,6 +119,38 @@ fn a_broker_that_falls_silent_is_left() {
     publisher.flush().unwrap();
     assert!(publisher.stats().connections_lost > 0);
     assert_exactly_once(&history(&client, "silent")[&0], 500);
+}
+
+#[test]
+fn followers_of_a_broker_that_falls_silent_go_to_another() {
+    let cluster = Cluster::start(2, REGION, &[]);
+    let leader = cluster.leader();
+    let bootstrap = vec![cluster.brokers[leader].control.clone()];
+    let config = ClientConfig { bootstrap, progress_timeout_ms: PROGRESS_MS, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    client.create_topic("follow", TopicOptions::default()).unwrap();
+    let publish = |number| {
+        let publisher = client.publisher("follow").unwrap();
+        publisher.publish_wait(&message(0, number)).unwrap();
+        publisher.flush().unwrap();
+    };
+    publish(0);
+    // Each chooses one of the two brokers.
+    let mut followers: Vec<_> = (0..8).map(|_| client.subscriber("follow", Start::Earliest).unwrap()).collect();
+    for follower in &mut followers {
+        assert_eq!(follower.next(PATIENCE).unwrap().unwrap().payload, message(0, 0));
+    }
+    // Its sockets stay open, as those of a host that is cut off do.
+    cluster.brokers[1 - leader].signal("-STOP");
+    publish(1);
+    std::thread::scope(|scope| {
+        for follower in &mut followers {
+            scope.spawn(|| {
+                let received = follower.next(PATIENCE).unwrap();
+                assert_eq!(received.expect("the follower never got it").payload, message(0, 1));
+            });
+        }
+    });
 }
 
 #[test]

@@ -25,11 +25,12 @@ const PROGRESS: Duration = Duration::from_secs(120);
 
 /// Settings of every broker that a test does not change. Leases that no descheduled process loses: brokers that end are
 /// noticed without them.
-const PATIENT: [(&str, &str); 5] = [
+const PATIENT: [(&str, &str); 6] = [
     ("EMBARCADERO_BROKER_LEADER_LEASE_MS", "30000"),
     ("EMBARCADERO_BROKER_BROKER_LEASE_MS", "60000"),
     ("EMBARCADERO_BROKER_EXHAUSTED_WAIT_MS", "120000"),
     ("EMBARCADERO_BROKER_DRAIN_MS", "120000"),
+    ("EMBARCADERO_BROKER_OPENING_MS", "120000"),
     ("EMBARCADERO_BROKER_ETCD__LEASE_S", "10"),
 ];
 
