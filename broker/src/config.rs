@@ -288,7 +288,8 @@ pub struct BrokerConfig {
     pub flush_group: FlushGroup,
     /// Longest time that a gap in a session may last before the session is fenced, milliseconds, 10 to 3,600,000.
     pub gap_lease_ms: u64,
-    /// Time without batches after which a session's slot may go to another client, milliseconds, 100 to 86,400,000.
+    /// Time without batches after which a session's slot may go to another client, milliseconds, 100 to 86,400,000. If
+    /// the client never committed a batch, `gap_lease_ms` are enough.
     pub session_idle_ms: u64,
     /// Time between heartbeats, milliseconds, 1 to 1000. Retention, reclaim and topic discovery run as often.
     pub heartbeat_ms: u64,

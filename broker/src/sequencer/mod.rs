@@ -6,7 +6,7 @@
 //! - `recover`: a new leader goes on where its predecessor stopped.
 //! - `group`: batches are judged and get their places, a group at a time.
 //! - `topic`: one topic's order, and its copy in the mirror.
-//! - `sessions`, `topics`: what the control plane asks for.
+//! - `sessions`, `topics`: what the control plane asks for. `slots`: the session slots.
 //! - `maintenance`: leases, retention, reclaiming, deletion.
 
 mod group;
@@ -14,6 +14,7 @@ mod maintenance;
 mod recover;
 pub mod session;
 mod sessions;
+mod slots;
 mod topic;
 mod topics;
 
@@ -34,6 +35,7 @@ use embarcadero_cxl::{Damage, Fabric, Site};
 use embarcadero_os::Times;
 use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Term, TopicId};
 use group::{Group, Stamp};
+use slots::Slot;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use topic::TopicOrder;
@@ -78,7 +80,8 @@ pub struct SequencerLimits {
     pub group_batches: u64,
     /// Longest time that a gap may last before its session is fenced.
     pub gap_us: u64,
-    /// Time without batches after which a session's slot may go to another client.
+    /// Time without batches after which a session's slot may go to another client. If its client never committed a batch,
+    /// `gap_us` are enough.
     pub idle_us: u64,
 }
 
@@ -119,8 +122,8 @@ pub struct Sequencer<F: Fabric> {
     damaged: Vec<Option<Damage>>,
     /// Session slots with a damaged row or progress that the log has named.
     damaged_sessions: BTreeMap<SessionSlot, Damage>,
-    /// Time at which the last session in each slot ended, as far as this leader knows.
-    ended_us: Vec<u64>,
+    /// Session slots.
+    slots: Vec<Slot>,
     /// Time of the last turn by the steady clock, microseconds.
     now_us: u64,
     /// Deleted topics whose memory brokers still hold.

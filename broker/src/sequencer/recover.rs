@@ -2,6 +2,7 @@
 
 use super::group::{Group, Stamp};
 use super::session::Arrival;
+use super::slots::Slot;
 use super::{Command, Sequencer, SequencerLimits};
 use crate::mirror::Mirror;
 use crate::takeover::TakeoverError;
@@ -19,7 +20,7 @@ use embarcadero_cxl::takeover::{PredecessorState, copy_predecessor};
 use embarcadero_cxl::topic_table::{TopicRows, repair_torn_topic};
 use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
 use embarcadero_os::Times;
-use embarcadero_wire::{BrokerId, Term};
+use embarcadero_wire::{BrokerId, Order, Term};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -89,7 +90,7 @@ impl<F: Fabric> Sequencer<F> {
             configs: geometry.topics().map(|_| None).collect(),
             damaged: geometry.topics().map(|_| None).collect(),
             damaged_sessions: BTreeMap::new(),
-            ended_us: vec![now_us; geometry.max_sessions as usize],
+            slots: vec![Slot::unused(now_us); geometry.max_sessions as usize],
             now_us,
             closing: Vec::new(),
             group: Group::new(geometry.max_sessions, limits.group_batches),
@@ -147,7 +148,9 @@ impl<F: Fabric> Sequencer<F> {
     fn recover_sessions(&mut self, begun: &[u64], now_us: u64) {
         for slot in self.region.geometry().sessions() {
             let progress = read_progress_at(&self.region, self.area, slot);
-            let session = match read_session_at(&self.region, self.area, slot) {
+            let row = read_session_at(&self.region, self.area, slot);
+            self.slots[slot.index()].row = row;
+            let session = match row {
                 Row::Used(session) => session,
                 Row::Unused | Row::Unsettled => continue,
                 Row::Damaged(damage) => {
@@ -159,6 +162,9 @@ impl<F: Fabric> Sequencer<F> {
             let Some(config) = config.filter(|config| config.incarnation == session.topic_incarnation) else {
                 continue;
             };
+            // In total order a client may have committed batches ahead of a gap.
+            let ahead = config.order != Order::Strong;
+            self.slots[slot.index()].used = ahead || session.committed > session.first_sequence;
             if session.state == SessionState::Open {
                 let committed = progress.of(&session).unwrap_or(session.committed);
                 let mut order = self.known_session(Session { committed, ..session }, config.order, now_us);

@@ -82,6 +82,12 @@ impl SessionOrder {
         self.expected
     }
 
+    /// Returns true if the client of the session has committed a batch.
+    #[must_use]
+    pub(crate) fn has_committed(&self) -> bool {
+        self.expected > self.session.first_sequence || self.committed.iter().any(|tag| *tag > self.expected)
+    }
+
     /// Returns true while batches wait for a gap to close.
     #[inline]
     #[must_use]
@@ -246,6 +252,21 @@ mod tests {
             for sequence in sequences.iter().chain(sequences.iter()) { feed(&mut state, start + sequence, &mut out); }
             prop_assert_eq!(&out, &sequences.iter().map(|sequence| start + sequence).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn a_session_is_unused_until_its_client_commits() {
+        for (order, first) in [(Order::Strong, 0), (Order::Total, 0), (Order::Total, 1)] {
+            let mut state = session(order, 7);
+            state.session.first_sequence = 7;
+            // A strong batch ahead of a gap waits.
+            assert_eq!(state.judge(&arrival(8), 0) == Verdict::Held, order == Order::Strong);
+            assert!(!state.has_committed());
+            state.committed(7 + first, 0);
+            assert!(state.has_committed());
+        }
+        // Numbers of clients before it do not count, its own under earlier epochs do.
+        assert!(session(Order::Strong, 7).has_committed());
     }
 
     #[test]

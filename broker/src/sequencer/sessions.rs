@@ -7,10 +7,8 @@ use embarcadero_cxl::broker_table::read_stalls;
 use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::session_table::{
-    Commit, Progress, Session, commits_ahead, publish_session, read_commit_at, read_session_at, store_progress,
-    verified_progress_at,
+    Commit, Progress, Session, commits_ahead, publish_session, read_commit_at, store_progress, verified_progress_at,
 };
-use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
 use embarcadero_wire::{ClientId, Epoch, Order, SessionSlot, TopicId};
 
@@ -122,55 +120,6 @@ impl<F: Fabric> Sequencer<F> {
         known
     }
 
-    /// Finds the slot that this client had, else a free one, else that of the session which has been idle longest.
-    /// Returns it with the last session in it.
-    fn slot_for(
-        &mut self,
-        topic: &TopicConfig,
-        client_id: ClientId,
-        now_us: u64,
-    ) -> Result<(SessionSlot, Option<Session>), SessionError> {
-        let mut free = None;
-        let mut idle = None;
-        for slot in self.region.geometry().sessions() {
-            let session = match read_session_at(&self.region, self.area, slot) {
-                Row::Used(session) => session,
-                Row::Unused => {
-                    if !self.damaged_sessions.contains_key(&slot) {
-                        free = free.or(Some((slot, None)));
-                    }
-                    continue;
-                }
-                // Its last epoch is not known, and must not come again.
-                Row::Unsettled => continue,
-                Row::Damaged(damage) => {
-                    self.report_session(slot, damage);
-                    continue;
-                }
-            };
-            let found = (slot, Some(session));
-            match (session.belongs_to(topic, client_id), self.damaged_sessions.get(&slot)) {
-                (true, None) => return Ok(found),
-                (true, Some(damage)) => return Err(SessionError::DamagedSession(slot, *damage)),
-                (false, None) => {}
-                (false, Some(_)) => continue,
-            }
-            match session.state {
-                // A fenced client comes back for its slot, and has as much time as one that is idle.
-                SessionState::Open | SessionState::Fenced => {
-                    let ended = self.ended_us[slot.index()];
-                    let active = self.group.sessions[slot.index()].as_ref().map_or(ended, |order| order.active_us);
-                    let longest = idle.is_none_or(|(than, _)| active < than);
-                    if now_us.saturating_sub(active) > self.limits.idle_us && longest {
-                        idle = Some((active, found));
-                    }
-                }
-                SessionState::Free | SessionState::Closed => free = free.or(Some(found)),
-            }
-        }
-        free.or(idle.map(|(_, slot)| slot)).ok_or(SessionError::TableFull(self.region.geometry().max_sessions))
-    }
-
     /// Names a session slot whose row or progress is damaged in the log, once.
     pub(super) fn report_session(&mut self, slot: SessionSlot, damage: Damage) {
         if self.damaged_sessions.insert(slot, damage).is_none() {
@@ -190,7 +139,8 @@ impl<F: Fabric> Sequencer<F> {
     /// Ends the session in a slot, if there is one. A batch that is not committed now will never be, under its epoch.
     pub(super) fn end_session(&mut self, slot: SessionSlot, state: SessionState) {
         let Some(order) = self.group.end(slot) else { return };
-        self.ended_us[slot.index()] = self.now_us;
+        let ended = &mut self.slots[slot.index()];
+        (ended.ended_us, ended.used) = (self.now_us, order.has_committed());
         if state == SessionState::Fenced {
             self.group.stats.fenced += 1;
         }
@@ -198,7 +148,8 @@ impl<F: Fabric> Sequencer<F> {
     }
 
     /// Writes a session's row, in the mirror first.
-    pub(super) fn show_session(&self, session: &Session) {
+    pub(super) fn show_session(&mut self, session: &Session) {
+        self.slots[session.slot.index()].row = Row::Used(*session);
         if let Some(mirror) = &self.mirror {
             mirror.session(session);
         }

@@ -7,6 +7,7 @@ mod own_streams;
 mod reclaim;
 mod replica_store;
 mod retention;
+mod session_slots;
 mod sessions;
 mod superseded;
 mod takeover;
