@@ -84,6 +84,7 @@ impl PublisherSession {
                 && session.state == SessionState::Open
         });
         let Some(session) = session else {
+            topics.check_live(&topic)?;
             let text = format!(
                 "client {:#x} has no open session of epoch {} in slot {}",
                 open.client_id.0, open.session_epoch, open.session_slot

@@ -33,14 +33,19 @@ impl<F: Fabric> Topic<F> {
     /// # Errors
     /// A refusal when the topic is deleted, or its memory is damaged.
     pub(crate) fn check(&self) -> Result<(), TransportError> {
-        let name = &self.config.name;
         if self.is_deleted() {
-            return Err(TransportError::refused(ErrorCode::TopicDeleted, format!("topic {name} is deleted")));
+            return Err(self.deletion());
         }
+        let name = &self.config.name;
         match self.damage.get() {
             Some(damage) => Err(TransportError::refused(ErrorCode::Corrupt, format!("topic {name}: {damage}"))),
             None => Ok(()),
         }
+    }
+
+    /// Returns the refusal of those who use a deleted topic.
+    fn deletion(&self) -> TransportError {
+        TransportError::refused(ErrorCode::TopicDeleted, format!("topic {} is deleted", self.config.name))
     }
 
     /// Marks the topic as unusable at this broker, because its memory is damaged.
@@ -160,6 +165,21 @@ impl<F: Fabric> TopicTable<F> {
         Ok(Some(topic))
     }
 
+    /// Checks in the region that a topic which is open here is still live. The leader shows there that a topic is deleted
+    /// before it ends the topic's sessions.
+    ///
+    /// # Errors
+    /// A refusal when the topic is deleted.
+    pub(crate) fn check_live(&self, topic: &Topic<F>) -> Result<(), TransportError> {
+        let TopicConfig { id, incarnation, .. } = topic.config;
+        match read_topic(&self.region, id) {
+            Ok(Row::Used(row)) if row.state != TopicState::Live || row.incarnation != incarnation => {
+                Err(topic.deletion())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Returns the topics that are open.
     pub(crate) fn opened(&self) -> Vec<Arc<Topic<F>>> {
         self.slots().iter().flatten().cloned().collect()
@@ -256,6 +276,26 @@ pub(crate) mod tests {
         assert!(topics.get(TopicId(1), Incarnation(1)).is_ok_and(|topic| topic.is_some()));
         let TopicRows { live, damaged } = TopicRows::read(&region, LEADER);
         assert_eq!((live.len(), damaged.len()), (1, 1));
+    }
+
+    #[test]
+    fn a_topic_is_found_deleted_before_this_broker_has_marked_it() {
+        let region = region();
+        claim_term(&region, LEADER, Term(1));
+        publish_topic(&region, LEADER, &topic(0));
+        activate_term(&region, LEADER, Term(1));
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+        let topics = TopicTable::new(region.clone(), BrokerId(0), pool);
+        let open = topics.get(TopicId(0), Incarnation(1)).unwrap().unwrap();
+        assert!(topics.check_live(&open).is_ok());
+        let deleting = TopicConfig { state: TopicState::Deleting, ..topic(0) };
+        let another = TopicConfig { incarnation: Incarnation(2), ..topic(0) };
+        for row in [deleting, another] {
+            publish_topic(&region, LEADER, &row);
+            let refusal = topics.check_live(&open).unwrap_err();
+            assert!(matches!(refusal, TransportError::Refused { code: ErrorCode::TopicDeleted, .. }), "{refusal}");
+            assert!(!open.is_deleted());
+        }
     }
 
     #[test]

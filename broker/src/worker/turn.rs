@@ -176,6 +176,7 @@ fn check_session<L: Connection<Native>>(
     match session.acks.status(shared.topics.region()) {
         SessionStatus::Open => Ok(()),
         SessionStatus::Fenced(fenced) => {
+            shared.topics.check_live(session.topic())?;
             outbox.push(Outgoing::frame(fenced.encode()));
             let text = format!("session epoch {} is fenced", fenced.session_epoch);
             Err(TransportError::refused(ErrorCode::UnknownSession, text))
