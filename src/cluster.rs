@@ -19,8 +19,8 @@ pub struct ClusterArgs {
     /// Number of broker processes, 1 to 32.
     #[arg(long, short = 'n', default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..=32))]
     pub brokers: u32,
-    /// Path of the region. It is created if it does not exist, and then destroyed at the end. On a device it is created if
-    /// the device begins with zeros.
+    /// Path of the region. It is created if it does not exist, and then destroyed at the end, unless all brokers have ended
+    /// by themselves. On a device it is created if the device begins with zeros.
     #[arg(long, default_value = "/dev/shm/embarcadero")]
     pub region: PathBuf,
     /// Size of the region, if it is created.
@@ -234,6 +234,11 @@ impl Cluster {
             _ => true,
         });
         ended
+    }
+
+    /// Keeps the region, if it would be destroyed at the end. Returns its path then.
+    pub(crate) fn keep_region(&mut self) -> Option<PathBuf> {
+        self.region.take()
     }
 }
 

@@ -31,8 +31,14 @@ fn report_ended(cluster: &mut Cluster) -> Result<()> {
     for (pid, status) in cluster.take_ended() {
         eprintln!("broker with pid {pid} ended: {status}; {} left", cluster.brokers.len());
     }
-    if cluster.brokers.is_empty() {
-        bail!("all brokers ended");
+    if !cluster.brokers.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    // What is in the region may be nowhere else.
+    if let Some(region) = cluster.keep_region() {
+        let path = region.display();
+        eprintln!("the region is kept: `embarcadero cluster --region {path}` goes on with it");
+        eprintln!("`embarcadero region destroy --path {path}` gives its memory back");
+    }
+    bail!("all brokers ended")
 }

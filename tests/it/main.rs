@@ -5,6 +5,7 @@ mod support;
 
 mod bad_input;
 mod chaos;
+mod cluster;
 mod doctor;
 mod documents;
 #[cfg(feature = "dpdk")]
