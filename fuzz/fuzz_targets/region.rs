@@ -40,7 +40,7 @@ fn pristine() -> Pristine {
     let address = "10.0.0.1:7000".parse().expect("an address");
     publish_broker(
         &region,
-        &BrokerInfo { id: broker, incarnation, data: address, control: address, process_id: 1, running: true },
+        &BrokerInfo { id: broker, incarnation, data: address, control: address, process_id: 1, running: true, lock_node: 1 },
     );
     claim_term(&region, area, Term(1));
     publish_leader(&region, &LeaderInfo { term: Term(1), broker, incarnation, broker_mask: 1, pinning_mask: 1 });

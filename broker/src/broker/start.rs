@@ -105,6 +105,7 @@ impl Prepared {
             control: config.control_advertise.unwrap_or(local(&control)?),
             process_id: std::process::id(),
             running: true,
+            lock_node: file.lock_node()?,
         };
         Ok((Self { config, file, mirror, info, device, data, control }, id_lock))
     }

@@ -16,7 +16,7 @@ use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Memory, Predecessor, Sequencer, SequencerLimits, Takeover};
 use crate::worker::LeaderStages;
 use crossbeam_channel::{Sender, TrySendError, unbounded};
-use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
+use embarcadero_cxl::broker_table::{BrokerInfo, last_lock_node, read_broker};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{LeaderInfo, last_active, publish_leader, read_leader_at, still_leads};
 use embarcadero_cxl::region::RegionFile;
@@ -78,6 +78,29 @@ pub(crate) struct Leadership {
     reported: BTreeSet<u32>,
 }
 
+/// Returns the state of the leader that led last, `led`, and its bit in a mask of brokers if its process is gone.
+/// `statement` is what it said, if that is whole: a leader that is changing it may have died in the middle. `is_gone` tells
+/// whether the process of a broker is gone, or the one of an incarnation.
+fn predecessor(
+    led: Option<(LeaderArea, Term)>,
+    statement: Option<&LeaderInfo>,
+    is_gone: impl FnOnce(BrokerId, Option<Incarnation>) -> bool,
+) -> (Predecessor, u64) {
+    match led {
+        None => (Predecessor::Gone(Term::NONE), 0),
+        Some((LeaderArea(id), term)) if is_gone(id, statement.map(|said| said.incarnation)) => {
+            (Predecessor::Gone(term), 1 << id.0)
+        }
+        Some(_) => (Predecessor::MayGoOn, 0),
+    }
+}
+
+/// Returns true if the lock on a broker's id tells whether its process is gone: both are on this host, and lock ids by
+/// the same file or device node. `node` is the broker's, 0 if it never ran.
+fn locks_tell(scope: CoherenceScope, own: u64, node: u64) -> bool {
+    scope == CoherenceScope::Host && (node == own || node == 0)
+}
+
 impl Candidate {
     fn region(&self) -> &Region<Native> {
         self.file.region()
@@ -90,7 +113,7 @@ impl Candidate {
             // This process holds the id's claim, so only its own stages could still lead.
             return Arc::strong_count(&self.in_use) == 1;
         }
-        if self.scope != CoherenceScope::Host {
+        if !self.locks_tell(broker) {
             return false;
         }
         let claimed = self.file.is_claimed(broker).unwrap_or_else(|error| {
@@ -103,6 +126,11 @@ impl Candidate {
         !claimed || replaced
     }
 
+    /// Returns true if the lock on a broker's id tells whether its process is gone. Else only silence does.
+    fn locks_tell(&self, broker: BrokerId) -> bool {
+        locks_tell(self.scope, self.info.lock_node, last_lock_node(self.region(), broker))
+    }
+
     /// Becomes the leader, with everything that is in the region.
     fn lead(&self, term: Term) -> Option<Leadership> {
         let region = self.region();
@@ -112,14 +140,7 @@ impl Candidate {
             tracing::error!(%damage, "the predecessor's list of live brokers is lost: all count as alive for a lease");
         }
         let before = statement.and_then(Row::used);
-        let gone = before.filter(|before| self.is_gone(before.broker, Some(before.incarnation)));
-        // A leader whose statement cannot be read is changing it, or died in the middle of that.
-        let predecessor = match led {
-            None => Predecessor::Gone(Term::NONE),
-            Some((_, led)) if gone.is_some() => Predecessor::Gone(led),
-            Some(_) => Predecessor::MayGoOn,
-        };
-        let gone = gone.map_or(0, |gone| 1 << gone.broker.0);
+        let (predecessor, gone) = predecessor(led, before.as_ref(), |id, incarnation| self.is_gone(id, incarnation));
         let live = match (before, led) {
             (Some(before), _) => before.broker_mask & !gone,
             (None, None) => 0,
@@ -179,7 +200,7 @@ impl Candidate {
         self.region()
             .geometry()
             .brokers()
-            .filter(|id| live & 1 << id.0 == 0 && self.scope == CoherenceScope::Host)
+            .filter(|id| live & 1 << id.0 == 0 && self.locks_tell(*id))
             .filter(|id| match read_broker(self.region(), *id) {
                 Row::Used(info) => info.running && !self.is_gone(*id, Some(info.incarnation)),
                 Row::Unused => false,
@@ -248,6 +269,10 @@ impl Candidate {
         let region = self.region();
         let dead = dead_broker::holders(region, reported) & !live;
         for broker in region.geometry().brokers().filter(|broker| dead & 1 << broker.0 != 0) {
+            // It may stand still, and this process could still claim its id.
+            if !self.locks_tell(broker) {
+                continue;
+            }
             // Without a claim, a process with this id stands still or starts now.
             let Ok(_claim) = self.file.claim_broker(broker) else { continue };
             let pool: Arc<dyn SegmentAllocator> = match region.geometry().allocator {
@@ -256,5 +281,39 @@ impl Candidate {
             };
             dead_broker::reap(region, broker, pool, SystemClock.now().times());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_by_another_node_tells_nothing() {
+        assert!(locks_tell(CoherenceScope::Host, 7, 7));
+        assert!(locks_tell(CoherenceScope::Host, 7, 0), "it never ran");
+        assert!(!locks_tell(CoherenceScope::Host, 7, 8));
+        for scope in [CoherenceScope::Fabric, CoherenceScope::None] {
+            assert!(!locks_tell(scope, 7, 7));
+        }
+    }
+
+    #[test]
+    fn a_leader_that_died_while_it_changed_its_statement_is_gone() {
+        let (id, incarnation, term) = (BrokerId(2), Incarnation(5), Term(7));
+        let led = Some((LeaderArea(id), term));
+        let said = LeaderInfo { term, broker: id, incarnation, broker_mask: 0b101, pinning_mask: 0b101 };
+        for statement in [None, Some(&said)] {
+            let known = statement.map(|_| incarnation);
+            let look = |gone| {
+                predecessor(led, statement, |broker, process| {
+                    assert_eq!((broker, process), (id, known));
+                    gone
+                })
+            };
+            assert_eq!(look(true), (Predecessor::Gone(term), 0b100));
+            assert_eq!(look(false), (Predecessor::MayGoOn, 0));
+        }
+        assert_eq!(predecessor(None, None, |_, _| false), (Predecessor::Gone(Term::NONE), 0));
     }
 }

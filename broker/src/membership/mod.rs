@@ -121,7 +121,8 @@ mod tests {
         let area = LeaderArea(BrokerId(0));
         let address = "127.0.0.1:1".parse().unwrap();
         for (id, running) in [(BrokerId(0), true), (BrokerId(1), false)] {
-            let info = BrokerInfo { id, incarnation, data: address, control: address, process_id: 1, running };
+            let info =
+                BrokerInfo { id, incarnation, data: address, control: address, process_id: 1, running, lock_node: 1 };
             publish_broker(&region, &info);
         }
         let read = || {

@@ -198,8 +198,15 @@ mod tests {
         publish_topic(&region, area, &TopicConfig { replication_factor: 2, ..topic(0) });
         activate_term(&region, area, term);
         let address = "127.0.0.1:1".parse().unwrap();
-        let own =
-            BrokerInfo { id: BrokerId(0), incarnation, data: address, control: address, process_id: 1, running: true };
+        let own = BrokerInfo {
+            id: BrokerId(0),
+            incarnation,
+            data: address,
+            control: address,
+            process_id: 1,
+            running: true,
+            lock_node: 1,
+        };
         publish_broker(&region, &own);
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
         let options = IndexOptions { id, incarnation, writer: area, term };

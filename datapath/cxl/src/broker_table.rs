@@ -12,6 +12,7 @@ use std::mem::offset_of;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 const INCARNATION: u64 = offset_of!(BrokerLine, incarnation) as u64;
+const LOCK_NODE: u64 = offset_of!(BrokerLine, lock_node) as u64;
 const HEARTBEAT: u64 = offset_of!(PulseLine, heartbeat) as u64;
 const PUBLISHED: u64 = offset_of!(PulseLine, batches_published) as u64;
 const STALLS: u64 = offset_of!(PulseLine, stalls) as u64;
@@ -32,6 +33,8 @@ pub struct BrokerInfo {
     pub process_id: u32,
     /// False once the broker left in order.
     pub running: bool,
+    /// File or device node that has the lock on the broker's id: [`crate::region::RegionFile::lock_node`].
+    pub lock_node: u64,
 }
 
 /// Writes this broker's row.
@@ -44,6 +47,7 @@ pub fn publish_broker<F: Fabric>(region: &Region<F>, info: &BrokerInfo) {
         incarnation: info.incarnation,
         process_id: info.process_id,
         running: u32::from(info.running),
+        lock_node: info.lock_node,
         ..BrokerLine::zeroed()
     };
     region.fabric().publish_versioned(region.layout().broker(info.id), &line, Site::BrokerSlotFlush);
@@ -54,6 +58,12 @@ pub fn publish_broker<F: Fabric>(region: &Region<F>, info: &BrokerInfo) {
 pub fn last_incarnation<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Incarnation {
     let word = region.fabric().observe(region.layout().broker(broker).add(INCARNATION & !7), Site::BrokerSlotRead);
     Incarnation((word >> (INCARNATION % 8 * 8)) as u32)
+}
+
+/// Reads the file or device node that has the lock on a broker's id, also if the broker died while it wrote its row; 0
+/// before its first process.
+pub fn last_lock_node<F: Fabric>(region: &Region<F>, broker: BrokerId) -> u64 {
+    region.fabric().observe(region.layout().broker(broker).add(LOCK_NODE), Site::BrokerSlotRead)
 }
 
 /// Reads a broker's row. A broker id that the region does not have is unused.
@@ -73,6 +83,7 @@ pub fn read_broker<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Row<Broke
             control: SocketAddr::new(address(line.control_address), line.control_port),
             process_id: line.process_id,
             running: line.running == 1,
+            lock_node: line.lock_node,
         })
     })
 }

@@ -283,7 +283,15 @@ fn announce_brokers(regions: &[Region<Simulated>], replication: Replication) {
         let incarnation = Incarnation(7);
         publish_broker(
             region,
-            &BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true },
+            &BrokerInfo {
+                id,
+                incarnation,
+                data: address(1),
+                control: address(2),
+                process_id: 3,
+                running: true,
+                lock_node: 1,
+            },
         );
     }
 }

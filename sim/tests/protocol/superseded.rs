@@ -46,7 +46,15 @@ fn a_process_that_was_replaced_writes_nothing_any_more() {
     Region::format(old.clone(), &geometry, uuid::Uuid::nil(), 0).expect("it fits");
     let address = std::net::SocketAddr::from(([10, 0, 0, 1], 1));
     let incarnation = Incarnation(1);
-    let info = BrokerInfo { id: BROKER, incarnation, data: address, control: address, process_id: 1, running: true };
+    let info = BrokerInfo {
+        id: BROKER,
+        incarnation,
+        data: address,
+        control: address,
+        process_id: 1,
+        running: true,
+        lock_node: 1,
+    };
     let config = TopicConfig {
         id: TOPIC,
         incarnation: Incarnation(1),

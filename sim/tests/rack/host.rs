@@ -225,7 +225,15 @@ impl Process {
             delegation.reclaim_mirror(mirror.clone());
         }
         let address = |port| std::net::SocketAddr::from(([10, 0, 0, host as u8], port));
-        let info = BrokerInfo { id, incarnation, data: address(1), control: address(2), process_id: 3, running: true };
+        let info = BrokerInfo {
+            id,
+            incarnation,
+            data: address(1),
+            control: address(2),
+            process_id: 3,
+            running: true,
+            lock_node: 1,
+        };
         publish_broker(&region, &info);
         let reader = OrderIndexReader::new(region.clone(), GLOBAL);
         Self {

@@ -156,7 +156,8 @@ structures! {
         process_id: u32 = 40,
         /// 1 while it runs, 0 once it left in order.
         running: u32 = 44,
-        reserved: u64 = 48,
+        /// Digest of the file or device node that has the lock on the broker's id; 0 if it is not known.
+        lock_node: u64 = 48,
         version: u64 = 56,
     }
 

@@ -6,7 +6,7 @@ use crate::fabric::{Fabric, RegionOffset};
 use crate::layout::{AllocatorKind, Geometry, Layout};
 use crate::native::{Mapping, Native};
 use crate::site::Site;
-use embarcadero_wire::BrokerId;
+use embarcadero_wire::{BrokerId, DIGEST_SEED, digest};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -152,6 +152,16 @@ impl RegionFile {
         &self.path
     }
 
+    /// Returns a digest of the file or device node by which this process has the region, never 0. Locks on broker ids
+    /// are those of a node. A device may have several, for example one in each container of a host.
+    ///
+    /// # Errors
+    /// [`RegionError::Io`].
+    pub fn lock_node(&self) -> Result<u64, RegionError> {
+        let meta = self.file.metadata().map_err(|error| self.lock_error(error))?;
+        Ok(digest(digest(DIGEST_SEED, "device", meta.dev()), "inode", meta.ino()).max(1))
+    }
+
     /// Claims a broker id for this process.
     ///
     /// # Errors
@@ -175,7 +185,7 @@ impl RegionFile {
         }
     }
 
-    /// Returns true while a process of this host, running or stopped, claims the broker id.
+    /// Returns true while a process of this host, running or stopped, claims the broker id by the same file or device node.
     ///
     /// # Errors
     /// [`RegionError::Io`] when locks do not work on this file.
@@ -421,5 +431,16 @@ mod tests {
         assert!(matches!(other.destroy(false), Err(RegionError::InUse { broker: BrokerId(1) })));
         drop(held);
         file.claim_broker(BrokerId(1)).unwrap();
+    }
+
+    #[test]
+    fn each_file_has_a_lock_node_of_its_own() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let node = |path: &Path| RegionFile::open(path, FlushMethod::None).unwrap().lock_node().unwrap();
+        let (path, other) = (make(&first), make(&second));
+        let alias = first.path().join("alias");
+        std::fs::hard_link(&path, &alias).unwrap();
+        assert!(node(&path) != 0 && node(&path) == node(&alias), "it is one inode");
+        assert_ne!(node(&path), node(&other));
     }
 }
