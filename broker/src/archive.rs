@@ -4,6 +4,7 @@
 //! A replica has the batches of some brokers only, so that no disk need have all of a stream. The answers of all disks
 //! are joined by offset.
 
+use crate::caller::Caller;
 use crate::replica::store::{Archived, StoreError, StreamFiles};
 use crossbeam_channel::{Receiver, Sender, bounded};
 use embarcadero_control::v1 as proto;
@@ -217,9 +218,9 @@ pub(crate) struct Archive {
 
 impl Archive {
     /// Returns the two ends: one to ask at, and one to answer with [`ArchiveReader::run`].
-    pub(crate) fn new(region: Region<Native>, broker: BrokerId, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
+    pub(crate) fn new(region: Region<Native>, caller: Caller, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
         let (requests, queue) = unbounded_channel();
-        (Self { requests }, ArchiveReader { region, broker, catalog, clients: Arc::default(), queue })
+        (Self { requests }, ArchiveReader { region, caller, catalog, clients: Arc::default(), queue })
     }
 
     /// Asks for batches of a stream. The answer comes on the returned channel, which closes without one if the broker
@@ -238,7 +239,8 @@ type Clients = Arc<Mutex<HashMap<BrokerId, (Incarnation, ControlClient<Channel>)
 /// End of the archive that reads from disks and answers.
 pub(crate) struct ArchiveReader {
     region: Region<Native>,
-    broker: BrokerId,
+    /// This broker.
+    caller: Caller,
     catalog: Arc<Catalog>,
     clients: Clients,
     queue: UnboundedReceiver<Request>,
@@ -279,11 +281,11 @@ impl ArchiveReader {
                 return answers;
             }
         };
-        for id in self.region.geometry().brokers().filter(|id| *id != self.broker) {
+        for id in self.region.geometry().brokers().filter(|id| *id != self.caller.broker) {
             let is_live = leader.broker_mask & 1 << id.0 != 0;
             let error = match read_broker(&self.region, id) {
                 Row::Used(info) if is_live => {
-                    answers.spawn(ask(Arc::clone(&self.clients), info, key, from));
+                    answers.spawn(ask(Arc::clone(&self.clients), self.caller, info, key, from));
                     continue;
                 }
                 Row::Used(BrokerInfo { running: false, .. }) | Row::Unused => continue,
@@ -307,11 +309,11 @@ impl ArchiveReader {
     }
 }
 
-/// Asks one broker for batches on its disk.
+/// Asks one broker for batches on its disk, as `caller`.
 ///
 /// # Errors
 /// [`DiskError::Connect`] or [`DiskError::Answer`].
-async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom) -> DiskAnswer {
+async fn ask(clients: Clients, caller: Caller, info: BrokerInfo, key: ArchiveKey, from: ReadFrom) -> DiskAnswer {
     let unconnected = |source| DiskError::Connect { broker: info.id, source };
     let known = clients.lock().unwrap_or_else(PoisonError::into_inner).get(&info.id).cloned();
     let mut client = match known {
@@ -337,6 +339,8 @@ async fn ask(clients: Clients, info: BrokerInfo, key: ArchiveKey, from: ReadFrom
         from_offset,
         max_bytes,
         since_us,
+        broker: caller.broker.0,
+        call_key: caller.call_key,
     };
     let answer = client.read_replica(request).await;
     let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
@@ -366,7 +370,7 @@ pub(crate) fn read_replica(
     catalog: &Catalog,
     request: proto::ReadReplicaRequest,
 ) -> Result<proto::ReadReplicaResponse, Status> {
-    let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us } = request;
+    let proto::ReadReplicaRequest { topic, incarnation, stream, from_offset, max_bytes, since_us, .. } = request;
     let key = ArchiveKey { topic: TopicId(topic), incarnation: Incarnation(incarnation), stream: Stream(stream) };
     let from = since_us.map_or(ReadFrom::Offset(from_offset), ReadFrom::Time);
     let found = catalog.read(key, from, max_bytes.min(READ_BYTES)).map_err(|error| {

@@ -224,15 +224,20 @@ pub(crate) mod tests {
 
     /// Region for two brokers and two topics.
     pub(crate) fn region() -> Region<Native> {
+        region_with(AllocatorKind::Partitioned)
+    }
+
+    /// Region for two brokers, which can both lead, and two topics, with two segments of an allocator.
+    pub(crate) fn region_with(allocator: AllocatorKind) -> Region<Native> {
         let geometry = Geometry {
             max_brokers: 2,
-            max_leaders: 1,
+            max_leaders: 2,
             max_topics: 2,
             max_sessions: 1,
             batchlog_slots: 16,
             segment_bytes: 1 << 20,
             segment_count: 2,
-            allocator: AllocatorKind::Partitioned,
+            allocator,
             role: RegionRole::Single,
         };
         let bytes = Layout::new(&geometry).region_bytes;

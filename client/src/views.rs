@@ -15,9 +15,9 @@ pub struct TopicOptions {
     pub ack_level: u8,
     /// Number of copies of each batch, the one in CXL memory included.
     pub replication_factor: u8,
-    /// Bytes that are kept; 0 keeps everything until the pool is full.
+    /// Bytes that are kept, at least a segment of the region; 0 keeps everything until the pool is full.
     pub retention_bytes: u64,
-    /// Age to which messages are kept, milliseconds; 0 keeps everything.
+    /// Age to which messages are kept, milliseconds, at least 10; 0 keeps everything.
     pub retention_ms: u64,
 }
 

@@ -32,10 +32,10 @@ pub enum TopicCommand {
         /// Number of copies, including the one in CXL memory.
         #[arg(long, default_value_t = 1)]
         replication_factor: u8,
-        /// Size of the newest messages that are kept; 0 keeps all.
+        /// Size of the newest messages that are kept, at least a segment; 0 keeps all.
         #[arg(long, value_parser = parse_bytes, default_value = "0")]
         retention_bytes: u64,
-        /// Time for which messages are kept, in milliseconds; 0 keeps all.
+        /// Time for which messages are kept, in milliseconds, at least 10; 0 keeps all.
         #[arg(long, default_value_t = 0)]
         retention_ms: u64,
     },

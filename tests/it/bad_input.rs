@@ -1,7 +1,14 @@
 //! Promise: bad input gets a clear error, and a broker lives on.
 
-use crate::support::{Cluster, PATIENCE, eventually, refused};
+use crate::support::{Cluster, PATIENCE, eventually, message, refused};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
+use embarcadero_control::v1::control_client::ControlClient;
+use embarcadero_control::v1::{
+    AllocateSegmentRequest, CreateTopicRequest, DescribeTopicRequest, ReadReplicaRequest, ReleaseSegmentRequest,
+};
+use embarcadero_cxl::broker_table::read_call_key;
+use embarcadero_cxl::cache::FlushMethod;
+use embarcadero_cxl::region::RegionFile;
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
     BrokerId, ClientId, ErrorCode, FRAME_BYTES, Frame, Incarnation, OpenPublish, SessionSlot, Stream, Subscribe,
@@ -16,6 +23,8 @@ use std::net::TcpStream;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use tonic::transport::Channel;
+use tonic::{Code, Response, Status};
 
 const REGION: &[&str] = &["--size", "128MiB", "--segment-size", "1MiB"];
 
@@ -45,6 +54,25 @@ fn frame(stream: &mut TcpStream) -> Frame {
     let mut bytes = [0; FRAME_BYTES];
     stream.read_exact(&mut bytes).unwrap();
     Frame::decode(&bytes).unwrap()
+}
+
+/// Makes a call to the control service at `address`.
+#[allow(clippy::result_large_err)] // tonic's own error type
+fn ask<R>(
+    address: &str,
+    call: impl AsyncFnOnce(&mut ControlClient<Channel>) -> Result<Response<R>, Status>,
+) -> Result<R, Status> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut control = ControlClient::connect(format!("http://{address}")).await.unwrap();
+        call(&mut control).await.map(Response::into_inner)
+    })
+}
+
+/// Reads the key by which a broker's calls are known, as only who maps the region can.
+fn call_key(cluster: &Cluster, broker: BrokerId) -> u64 {
+    let file = RegionFile::open(&cluster.region, FlushMethod::None).unwrap();
+    read_call_key(file.region(), broker).unwrap()
 }
 
 struct Bench {
@@ -296,6 +324,11 @@ fn the_control_plane_names_what_is_wrong() {
     assert!(create("", options).contains("1 to 64"));
     assert!(create(&"x".repeat(65), options).contains("65 bytes"));
     assert!(create("a b", options).contains("spaces"));
+    for name in ["../../x", ".hidden", "a/b", "gr\u{fc}n"] {
+        assert!(create(name, options).contains("ASCII letters"), "{name}");
+    }
+    assert!(create("t", TopicOptions { retention_bytes: 1, ..options }).contains("at least a segment, 1048576"));
+    assert!(create("t", TopicOptions { retention_ms: 9, ..options }).contains("retention_ms is 9"));
     assert!(create("t", TopicOptions { ack_level: 2, ..options }).contains("replication_factor >= 2"));
     assert!(create("t", TopicOptions { ack_level: 7, ..options }).contains("ack_level is 7"));
     assert!(create("t", TopicOptions { replication_factor: 2, ack_level: 2, ..options }).contains("there are 0"));
@@ -315,6 +348,121 @@ fn the_control_plane_names_what_is_wrong() {
     publisher.flush().unwrap();
     let mut beyond = client.subscriber("t", Start::Offset(5)).unwrap();
     assert!(matches!(beyond.next(PATIENCE), Err(ClientError::OffsetOutOfRange { earliest: 0, .. })));
+
+    let request = CreateTopicRequest { name: "u".to_owned(), order: 99, replication_factor: 1, ..Default::default() };
+    let status = ask(cluster.control(), async |control| control.create_topic(request).await).unwrap_err();
+    assert_eq!((status.code(), status.message()), (Code::InvalidArgument, "order is 99; it must be 1 to 4"));
+    // A name that no topic can have is not repeated: the trailers of an answer are bounded.
+    let request = DescribeTopicRequest { name: "x".repeat(2 << 20) };
+    let status = ask(cluster.control(), async |control| control.describe_topic(request).await).unwrap_err();
+    assert!(status.code() == Code::InvalidArgument && status.message().len() < 100, "{status}");
+}
+
+#[test]
+fn disks_are_read_for_brokers_only() {
+    let cluster = Cluster::start(1, REGION, &[]);
+    let topic = cluster.client().create_topic("t", TopicOptions::default()).unwrap();
+    let whole = ReadReplicaRequest {
+        topic: topic.id.0,
+        incarnation: topic.incarnation.0,
+        stream: Stream::GLOBAL.0,
+        call_key: call_key(&cluster, BrokerId(0)),
+        ..Default::default()
+    };
+    let read = |request| {
+        let answer = ask(cluster.control(), async |control| control.read_replica(request).await);
+        answer.map(|answer| answer.batches.len()).map_err(|status| status.code())
+    };
+    assert_eq!(read(whole), Ok(0));
+    assert_eq!(read(ReadReplicaRequest { call_key: 0, ..whole }), Err(Code::PermissionDenied));
+    assert_eq!(read(ReadReplicaRequest { broker: 1, ..whole }), Err(Code::PermissionDenied));
+    assert_eq!(read(ReadReplicaRequest { topic: 31, ..whole }), Err(Code::NotFound));
+    assert_eq!(read(ReadReplicaRequest { topic: u32::MAX, ..whole }), Err(Code::NotFound));
+    assert_eq!(read(ReadReplicaRequest { incarnation: 99, ..whole }), Err(Code::NotFound));
+    // The topic has a global order.
+    assert_eq!(read(ReadReplicaRequest { stream: 0, ..whole }), Err(Code::InvalidArgument));
+    assert_eq!(read(ReadReplicaRequest { stream: 77, ..whole }), Err(Code::InvalidArgument));
+}
+
+/// Strangers take no segments and free none. A broker frees none that is in use, or that another has.
+#[test]
+fn segments_are_for_brokers_and_only_where_the_leader_gives_them_out() {
+    for allocator in ["bitmap", "leader"] {
+        let cluster = Cluster::start(2, &[REGION, &["--allocator", allocator]].concat(), &[]);
+        let client = cluster.client_of_all();
+        client.create_topic("t", TopicOptions::default()).unwrap();
+        let publisher = client.publisher("t").unwrap();
+        for number in 0..2000 {
+            publisher.publish_wait(&message(0, number)).unwrap();
+        }
+        publisher.flush().unwrap();
+        publisher.close().unwrap();
+
+        let leader = &cluster.brokers[cluster.leader()];
+        let other = cluster.brokers.iter().find(|broker| broker.id != leader.id).unwrap();
+        let (leads, follows) = (call_key(&cluster, leader.id), call_key(&cluster, other.id));
+        let report = cluster.inspect();
+        for key in [leads, follows] {
+            assert!(!report.to_string().contains(&key.to_string()), "the region's report tells a key");
+        }
+        let allocate = |broker: BrokerId, call_key| {
+            let request = AllocateSegmentRequest { broker: broker.0, call_key };
+            let answer = ask(&leader.control, async |control| control.allocate_segment(request).await);
+            answer.map(|answer| answer.segment).map_err(|status| status.code())
+        };
+        let release = |segment, broker: BrokerId, call_key| {
+            let request = ReleaseSegmentRequest { segment, broker: broker.0, call_key };
+            let answer = ask(&leader.control, async |control| control.release_segment(request).await);
+            answer.map(drop).map_err(|status| status.code())
+        };
+        assert_eq!(allocate(other.id, 0), Err(Code::PermissionDenied));
+        assert_eq!(allocate(other.id, leads), Err(Code::PermissionDenied));
+        assert_eq!(allocate(BrokerId(u32::MAX), follows), Err(Code::PermissionDenied));
+        let wrong = if allocator == "leader" { Code::InvalidArgument } else { Code::Unimplemented };
+        let used = report["segments"]["used"].as_array().unwrap();
+        assert!(!used.is_empty());
+        for segment in used.iter().map(|used| used["segment"].as_u64().unwrap() as u32) {
+            assert_eq!(release(segment, other.id, 0), Err(Code::PermissionDenied));
+            for (broker, key) in [(leader.id, leads), (other.id, follows)] {
+                assert_eq!(release(segment, broker, key), Err(wrong));
+            }
+        }
+        assert_eq!(release(u32::MAX, other.id, follows), Err(wrong));
+        if allocator == "leader" {
+            let lent = allocate(other.id, follows).unwrap();
+            assert_eq!(release(lent, leader.id, leads), Err(wrong));
+            assert_eq!(release(lent, other.id, follows), Ok(()));
+            assert_eq!(release(lent, other.id, follows), Err(wrong));
+        } else {
+            assert_eq!(allocate(other.id, follows), Err(wrong));
+        }
+        assert_eq!(cluster.inspect()["segments"]["free"], report["segments"]["free"]);
+        cluster.assert_command(&["verify", "t"]);
+    }
+}
+
+/// A broker may learn that the leader ended a session before it learns that the topic is deleted.
+#[test]
+fn the_publisher_of_a_deleted_topic_hears_that_it_is_deleted() {
+    let cluster = Cluster::start(1, REGION, &[]);
+    let client = cluster.client();
+    for round in 0..10 {
+        let name = format!("t{round}");
+        let topic = client.create_topic(&name, TopicOptions::default()).unwrap();
+        let publisher = client.publisher(&name).unwrap();
+        let (open, _) = cluster.session(&publisher, &topic);
+        let mut stream = TcpStream::connect(cluster.brokers[0].data).unwrap();
+        stream.write_all(&open.encode()).unwrap();
+        let mut ready = [0; FRAME_BYTES];
+        stream.read_exact(&mut ready).unwrap();
+        assert!(matches!(Frame::decode(&ready), Ok(Frame::PublishReady(_))));
+        client.delete_topic(&name).unwrap();
+        let heard = answer(&mut stream);
+        let (code, text) = refusal(&heard);
+        assert_eq!(code, ErrorCode::TopicDeleted, "{text}");
+        let first = Frame::decode((&heard[..FRAME_BYTES]).try_into().unwrap());
+        assert!(matches!(first, Ok(Frame::ErrorFrame(_))), "{first:?}");
+    }
 }
 
 #[test]

@@ -192,16 +192,16 @@ fn what_the_region_no_longer_holds_comes_from_disks_over_verbs(transport: Transp
     let cluster = Cluster::start(2, REGION, &[&[variable(transport)], replica.as_slice()].concat());
     let client = Client::connect(ClientConfig { transport, ack_level: 2, ..small(&cluster) });
     let client = client.unwrap();
-    let options = TopicOptions { ack_level: 2, replication_factor: 2, retention_bytes: 512 << 10, ..strong() };
+    let options = TopicOptions { ack_level: 2, replication_factor: 2, retention_bytes: 4 << 20, ..strong() };
     client.create_topic("t", options).unwrap();
     let publisher = client.publisher("t").unwrap();
-    for number in 0..4000 {
+    for number in 0..12_000 {
         publisher.publish_wait(&message(0, number)).unwrap();
     }
     publisher.flush().unwrap();
     // Brokers apply retention at intervals.
     eventually("the region lets go of the first", || client.describe_topic("t").unwrap().1[0].earliest_offset > 0);
-    assert_exactly_once(&history(&client, "t")[&0], 4000);
+    assert_exactly_once(&history(&client, "t")[&0], 12_000);
 }
 
 /// Publisher that breaks rules: it speaks the protocol by hand.

@@ -4,6 +4,7 @@ use super::acceptor::{Acceptor, connection_limit};
 use super::threads::{self, Serving};
 use super::{Broker, BrokerError, Exit, Prepared, device, identity, io_error};
 use crate::archive::{Archive, Catalog};
+use crate::caller::Caller;
 use crate::config::{BrokerConfig, Coherence, Role};
 use crate::control::{ControlService, CurrentLeader};
 use crate::leader::{Candidate, CoherenceScope, Election};
@@ -118,7 +119,8 @@ impl Prepared {
         // Before the first store in the region: a broker of another host may have the id, and must not notice.
         let etcd = runtime.block_on(self.join_etcd())?;
         let mut broker = self.begin(etcd.clone().map(|etcd| (Arc::clone(&runtime), etcd)), id_lock);
-        let pool = pool::allocator(&region, &self.info).map_err(io_error("start the allocator"))?;
+        let caller = Caller::draw(&region, self.info.id);
+        let pool = pool::allocator(&region, &self.info, caller).map_err(io_error("start the allocator"))?;
         let topics = Arc::new(TopicTable::new(region.clone(), self.info.id, Arc::clone(&pool)));
         let (stages, promoted) = bounded(1);
         let catalog = if let Some(base) = self.config.replica.path.clone() {
@@ -129,14 +131,13 @@ impl Prepared {
             disclaim(&region, self.info.id);
             Arc::new(Catalog::new(false))
         };
-        let (archive, reader) = Archive::new(region.clone(), self.info.id, Arc::clone(&catalog));
+        let (archive, reader) = Archive::new(region.clone(), caller, Arc::clone(&catalog));
         let serving = Serving { start: &self, topics: &topics, exit: &broker.exit, archive };
         let accepted = serving.spawn_workers(promoted, &mut broker.threads)?;
         let service = ControlService {
             region: region.clone(),
             max_batch_bytes: self.config.max_batch_bytes,
             leader: Arc::clone(&broker.leader),
-            pool: Arc::clone(&pool),
             catalog,
             etcd: etcd.clone(),
         };

@@ -11,6 +11,7 @@ pub(crate) use election::{CoherenceScope, Election};
 
 use crate::control::{CurrentLeader, LeaderControl};
 use crate::dead_broker;
+use crate::lending::Lending;
 use crate::membership::Liveness;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{Memory, Predecessor, Sequencer, SequencerLimits, Takeover};
@@ -173,8 +174,10 @@ impl Candidate {
             return None;
         }
         let topics = tokio::sync::Mutex::new(());
+        let lends = region.geometry().allocator == AllocatorKind::Leader;
+        let lending = lends.then(|| Arc::new(Lending::new(region.clone(), Arc::clone(&self.pool))));
         *self.control.write().unwrap_or_else(PoisonError::into_inner) =
-            Some(Arc::new(LeaderControl { commands, topics }));
+            Some(Arc::new(LeaderControl { commands, topics, lending }));
         tracing::info!(broker = %self.info.id, %term, "leader");
         Some(Leadership {
             term,
@@ -260,6 +263,16 @@ impl Candidate {
         leadership.reap_in = leadership.reap_in.checked_sub(1).unwrap_or(REAP_EVERY);
         if leadership.reap_in == 0 && self.scope == CoherenceScope::Host {
             self.reap(live, &mut leadership.reported);
+            self.collect_lost(live);
+        }
+    }
+
+    /// Gives back segments that were lent, and that nobody has.
+    fn collect_lost(&self, live: u64) {
+        let control = self.control.read().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(lending) = control.and_then(|control| control.lending.clone()) {
+            let all = self.region().geometry().broker_mask();
+            lending.collect((live | self.ended_brokers(all)) & all == all);
         }
     }
 

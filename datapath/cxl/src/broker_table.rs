@@ -17,6 +17,7 @@ const HEARTBEAT: u64 = offset_of!(PulseLine, heartbeat) as u64;
 const PUBLISHED: u64 = offset_of!(PulseLine, batches_published) as u64;
 const STALLS: u64 = offset_of!(PulseLine, stalls) as u64;
 const REPLICA: u64 = offset_of!(PulseLine, replica) as u64;
+const CALL_KEY: u64 = offset_of!(PulseLine, call_key) as u64;
 
 /// Broker, as the table shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -116,6 +117,26 @@ pub fn read_replica_state<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Re
     let at = region.layout().pulse(broker).add(REPLICA);
     let value = region.fabric().observe(at, Site::PulseRead);
     ReplicaState::from_code(value).ok_or(Damage { structure: "PulseLine", at, what: "replica", value })
+}
+
+/// Writes the secret by which this broker's calls to other brokers are known. Each process draws its own.
+pub fn publish_call_key<F: Fabric>(region: &Region<F>, broker: BrokerId, key: u64) {
+    let at = region.layout().pulse(broker).add(CALL_KEY);
+    let fabric = region.fabric();
+    // An earlier process of this broker wrote the line, perhaps on another host.
+    fabric.invalidate(at, 8, Site::PulseRead);
+    fabric.store(at, key);
+    fabric.flush(at, 8, Site::PulseFlush);
+    fabric.fence(Site::PulseFlush);
+}
+
+/// Reads the secret by which a broker's calls are known. `None` if the broker never ran, or the region does not have it.
+pub fn read_call_key<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Option<u64> {
+    if broker.0 >= region.geometry().max_brokers {
+        return None;
+    }
+    let key = region.fabric().observe(region.layout().pulse(broker).add(CALL_KEY), Site::PulseRead);
+    (key != 0).then_some(key)
 }
 
 /// This broker's counters, by which others see that it lives and that there are batches to order.

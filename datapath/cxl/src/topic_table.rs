@@ -36,16 +36,30 @@ pub struct TopicConfig {
     pub created_ms: u64,
 }
 
-/// Checks a topic name.
+/// Checks a topic name that may be in the table.
 ///
 /// # Errors
-/// A sentence that names the bound.
+/// A sentence that names the bound. It repeats the name only if that is short.
 pub fn check_topic_name(name: &str) -> Result<(), String> {
     if name.is_empty() || name.len() > TOPIC_NAME_BYTES {
         return Err(format!("topic name has {} bytes; it must have 1 to {TOPIC_NAME_BYTES}", name.len()));
     }
     if name.chars().any(|character| character.is_control() || character.is_whitespace()) {
         return Err(format!("topic name {name:?} must not contain spaces or control characters"));
+    }
+    Ok(())
+}
+
+/// Checks the name of a topic that is to be created. Programs put it into paths, addresses and command lines.
+///
+/// # Errors
+/// A sentence that names the bound. It repeats the name only if that is short.
+pub fn check_new_topic_name(name: &str) -> Result<(), String> {
+    check_topic_name(name)?;
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    if name.starts_with('.') || !name.bytes().all(allowed) {
+        let text = "must consist of ASCII letters, digits, '.', '_' and '-', and not begin with '.'";
+        return Err(format!("topic name {name:?} {text}"));
     }
     Ok(())
 }
@@ -199,6 +213,19 @@ mod tests {
     use crate::fabric::WORD_BYTES;
     use crate::layout::AllocatorKind;
     use crate::segment::tests::region;
+
+    #[test]
+    fn names_of_new_topics_are_plain() {
+        for name in ["a", "0", "_", "-", "a.b", "A-1_z", &"x".repeat(64)] {
+            assert_eq!(check_new_topic_name(name), Ok(()), "{name}");
+        }
+        for name in ["", &"x".repeat(65), "a b", "a\n", ".", "..", ".a", "../../x", "a/b", "a:b", "\u{e4}", "a\0"] {
+            assert!(check_new_topic_name(name).is_err(), "{name:?}");
+        }
+        // A topic that an earlier version made is still found.
+        assert_eq!(check_topic_name("a/b"), Ok(()));
+        assert!(check_topic_name(&"x".repeat(4 << 20)).unwrap_err().len() < 100);
+    }
 
     #[test]
     fn a_damaged_word_releases_nothing() {

@@ -169,7 +169,9 @@ structures! {
         stalls: u64 = 16,
         /// State of the broker's replica: a [`super::ReplicaState`].
         replica: u64 = 24,
-        reserved: [u64; 4] = 32,
+        /// Secret by which the broker's calls to other brokers are known: who maps the region can read it.
+        call_key: u64 = 32,
+        reserved: [u64; 3] = 40,
     }
 
     /// Row of the broker table.

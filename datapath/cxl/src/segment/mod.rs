@@ -21,6 +21,7 @@ use crate::region::Region;
 use crate::row::Damage;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;
+use std::collections::BTreeSet;
 use std::error::Error;
 
 /// Reason why an allocator gave no segment, or took none back.
@@ -104,13 +105,24 @@ pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
     geometry.brokers().map(partition).sum()
 }
 
+/// Returns the segments that are in use, where one bitmap has all of them: not with
+/// [`AllocatorKind::Partitioned`].
+pub fn taken_segments<F: Fabric>(region: &Region<F>) -> BTreeSet<u32> {
+    let (segments, layout) = (region.geometry().segment_count, region.layout());
+    let words = (0..segments.div_ceil(SEGMENTS_PER_WORD)).flat_map(|word| {
+        let bits = region.fabric().observe(layout.bitmap_word(word), Site::BitmapRead) & valid_bits(segments, word);
+        let taken = (0..SEGMENTS_PER_WORD).filter(move |bit| bits & 1 << bit != 0);
+        taken.map(move |bit| word * SEGMENTS_PER_WORD + bit)
+    });
+    words.collect()
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
     use crate::cache::FlushMethod;
     use crate::layout::{Geometry, Layout, RegionRole};
     use crate::{Mapping, Native};
-    use std::collections::BTreeSet;
     use uuid::Uuid;
 
     pub(crate) fn region(segments: u32, allocator: AllocatorKind) -> Region<Native> {
@@ -156,7 +168,10 @@ pub(crate) mod tests {
             assert_eq!(free_segments(&shared), segments);
 
             let leader = region(segments, AllocatorKind::Leader);
-            conformance(&PartitionAllocator::of_leader(leader), &(0..segments).collect());
+            let pool = PartitionAllocator::of_leader(leader.clone());
+            conformance(&pool, &(0..segments).collect());
+            let taken: BTreeSet<u32> = (0..segments.min(2)).map(|_| pool.allocate().unwrap()).collect();
+            assert_eq!(taken_segments(&leader), taken);
 
             let split = region(segments, AllocatorKind::Partitioned);
             let size = split.geometry().partition_segments();

@@ -1,6 +1,10 @@
 //! Control plane: topics, metadata, sessions and the leader allocator, over gRPC.
 
+mod topic;
+
 use crate::archive::{self, Catalog};
+use crate::caller::Caller;
+use crate::lending::{Lending, LendingError};
 use crate::membership::LiveBrokers;
 use crate::membership::etcd::Etcd;
 use crate::replica::replicator::running_replicas;
@@ -9,17 +13,17 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use embarcadero_control::v1::control_server::Control;
 use embarcadero_control::v1::{self as proto};
 use embarcadero_cxl::broker_table::read_broker;
-use embarcadero_cxl::layout::{SESSION_WINDOW, TopicState};
+use embarcadero_cxl::layout::{AllocatorKind, SESSION_WINDOW, TopicState};
 use embarcadero_cxl::leadership::{LeaderInfo, NoLeader, UnknownLeader, read_leader, with_leader};
 use embarcadero_cxl::order_index::{StreamId, read_extent};
-use embarcadero_cxl::segment::{PoolError, SegmentAllocator, free_segments};
+use embarcadero_cxl::segment::{PoolError, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, read_topic};
 use embarcadero_cxl::{Damage, Native, Region, Row};
-use embarcadero_os::{Clock, SystemClock};
-use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, Order, SessionSlot, Stream, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, TopicId};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, Response, Status};
+use topic::{requested_topic, topic_to_proto};
 
 /// Longest time that the sequencer may take to answer, and brokers to let go of a topic.
 const ANSWER: Duration = Duration::from_secs(30);
@@ -35,6 +39,8 @@ pub(crate) struct LeaderControl {
     pub(crate) commands: Sender<Command>,
     /// Lock that admits one change of the topic table at a time.
     pub(crate) topics: tokio::sync::Mutex<()>,
+    /// Segments lent to other brokers, if the region has the leader allocator.
+    pub(crate) lending: Option<Arc<Lending>>,
 }
 
 /// The leader's part of the control service; `None` while this broker does not lead.
@@ -48,8 +54,6 @@ pub(crate) struct ControlService {
     pub(crate) max_batch_bytes: u64,
     /// The leader's part, while this broker leads.
     pub(crate) leader: Arc<CurrentLeader>,
-    /// Allocator of this broker. At the leader of a region with the leader allocator, everyone's.
-    pub(crate) pool: Arc<dyn SegmentAllocator>,
     /// Batches on this broker's disk.
     pub(crate) catalog: Arc<Catalog>,
     /// Membership by etcd, if etcd elects the leader.
@@ -112,6 +116,7 @@ impl ControlService {
 
     /// Returns the configuration of the topic `name`.
     async fn topic(&self, name: &str) -> Result<TopicConfig, Status> {
+        check_topic_name(name).map_err(Status::invalid_argument)?;
         let TopicRows { live, damaged } = self.topic_rows().await?;
         match (live.into_iter().find(|topic| topic.name == name), damaged.first()) {
             (Some(topic), _) => Ok(topic),
@@ -120,6 +125,38 @@ impl ControlService {
                 "topic {name:?} is not among the topics that can be read; slot {slot} cannot: {damage}"
             ))),
         }
+    }
+
+    /// Checks that a topic is live and has the stream `stream`, as far as its row can be read.
+    async fn check_stream(&self, id: TopicId, incarnation: Incarnation, stream: Stream) -> Result<(), Status> {
+        let config = match self.with_leader(|region| read_topic(region, id)).await? {
+            Row::Used(config) if config.state == TopicState::Live && config.incarnation == incarnation => config,
+            Row::Used(_) | Row::Unused => {
+                return Err(Status::not_found(format!("topic slot {id} incarnation {incarnation} is not live")));
+            }
+            Row::Unsettled => return Err(Status::unavailable(format!("topic slot {id} is being changed"))),
+            // Disks have batches of it all the same.
+            Row::Damaged(_) => return Ok(()),
+        };
+        let brokers = self.region.geometry().max_brokers;
+        match stream.broker() {
+            None if config.order.is_global() => Ok(()),
+            Some(broker) if !config.order.is_global() && broker.0 < brokers => Ok(()),
+            _ => Err(Status::invalid_argument(format!("topic {:?} has no stream {:#x}", config.name, stream.0))),
+        }
+    }
+
+    /// Returns who lends segments, for a call about them by `caller`.
+    #[allow(clippy::result_large_err)] // tonic's own error type
+    fn lender(&self, caller: Caller) -> Result<(Arc<Lending>, BrokerId), Status> {
+        let broker = caller.check(&self.region)?;
+        // Not a failed precondition: callers take that for the answer of a broker that does not lead.
+        let none = "no leader of this region gives out segments; its allocator is another";
+        if self.region.geometry().allocator != AllocatorKind::Leader {
+            return Err(Status::unimplemented(none));
+        }
+        let lending = self.leader()?.lending.clone();
+        Ok((lending.ok_or_else(|| Status::unimplemented(none))?, broker))
     }
 
     /// Sends a command to the sequencer, and waits for the answer.
@@ -147,63 +184,6 @@ fn pool_status(error: &PoolError) -> Status {
         PoolError::NoLeader(_) | PoolError::UnknownLeader | PoolError::Unreachable(_) => Status::unavailable(text),
         PoolError::Refused(_) | PoolError::NoSuchSegment { .. } => Status::unavailable(text),
     }
-}
-
-fn order_to_proto(order: Order) -> proto::Order {
-    match order {
-        Order::None => proto::Order::None,
-        Order::Broker => proto::Order::Broker,
-        Order::Total => proto::Order::Total,
-        Order::Strong => proto::Order::Strong,
-    }
-}
-
-fn topic_to_proto(topic: &TopicConfig) -> proto::Topic {
-    proto::Topic {
-        id: topic.id.0,
-        incarnation: topic.incarnation.0,
-        name: topic.name.clone(),
-        order: order_to_proto(topic.order).into(),
-        ack_level: topic.ack_level.into(),
-        replication_factor: topic.replication_factor.into(),
-        retention_bytes: topic.retention_bytes,
-        retention_ms: topic.retention_ms,
-    }
-}
-
-/// Checks a request for a topic, and returns its configuration. The slot is not chosen yet.
-#[allow(clippy::result_large_err)]
-fn requested_topic(request: &proto::CreateTopicRequest) -> Result<TopicConfig, Status> {
-    check_topic_name(&request.name).map_err(Status::invalid_argument)?;
-    let order = match request.order() {
-        proto::Order::Unspecified => return Err(Status::invalid_argument("order is missing")),
-        proto::Order::None => Order::None,
-        proto::Order::Broker => Order::Broker,
-        proto::Order::Total => Order::Total,
-        proto::Order::Strong => Order::Strong,
-    };
-    let replicas = request.replication_factor;
-    if !(1..=32).contains(&replicas) {
-        return Err(Status::invalid_argument(format!("replication_factor is {replicas}; it must be 1 to 32")));
-    }
-    if request.ack_level > MAX_ACK_LEVEL.into() {
-        return Err(Status::invalid_argument(format!("ack_level is {}; it must be 0, 1 or 2", request.ack_level)));
-    }
-    if request.ack_level == 2 && replicas < 2 {
-        return Err(Status::invalid_argument("ack_level 2 needs replication_factor >= 2"));
-    }
-    Ok(TopicConfig {
-        id: TopicId::default(),
-        incarnation: Incarnation::NONE,
-        state: TopicState::Live,
-        name: request.name.clone(),
-        order,
-        ack_level: request.ack_level as u8,
-        replication_factor: replicas as u8,
-        retention_bytes: request.retention_bytes,
-        retention_ms: request.retention_ms,
-        created_ms: SystemClock.now().wall_us / 1000,
-    })
 }
 
 #[tonic::async_trait]
@@ -238,7 +218,7 @@ impl Control for ControlService {
         &self,
         request: Request<proto::CreateTopicRequest>,
     ) -> Result<Response<proto::Topic>, Status> {
-        let mut config = requested_topic(request.get_ref())?;
+        let mut config = requested_topic(request.get_ref(), self.region.geometry().segment_bytes)?;
         let needed = config.replication_factor - 1;
         let running = self.with_leader(running_replicas).await?.count_ones();
         if running < needed.into() {
@@ -369,8 +349,12 @@ impl Control for ControlService {
         &self,
         request: Request<proto::ReadReplicaRequest>,
     ) -> Result<Response<proto::ReadReplicaResponse>, Status> {
+        let request = request.into_inner();
+        let proto::ReadReplicaRequest { topic, incarnation, stream, broker, call_key, .. } = request;
+        Caller { broker: BrokerId(broker), call_key }.check(&self.region)?;
+        self.check_stream(TopicId(topic), Incarnation(incarnation), Stream(stream)).await?;
         let catalog = Arc::clone(&self.catalog);
-        let read = tokio::task::spawn_blocking(move || archive::read_replica(&catalog, request.into_inner()));
+        let read = tokio::task::spawn_blocking(move || archive::read_replica(&catalog, request));
         read.await.map_err(|error| Status::internal(error.to_string()))?.map(Response::new)
     }
 
@@ -386,10 +370,11 @@ impl Control for ControlService {
 
     async fn allocate_segment(
         &self,
-        _: Request<proto::AllocateSegmentRequest>,
+        request: Request<proto::AllocateSegmentRequest>,
     ) -> Result<Response<proto::AllocateSegmentResponse>, Status> {
-        self.leader()?;
-        let segment = self.pool.allocate().map_err(|error| pool_status(&error))?;
+        let proto::AllocateSegmentRequest { broker, call_key } = request.into_inner();
+        let (lending, broker) = self.lender(Caller { broker: BrokerId(broker), call_key })?;
+        let segment = lending.lend(broker).map_err(|error| pool_status(&error))?;
         Ok(Response::new(proto::AllocateSegmentResponse { segment }))
     }
 
@@ -397,10 +382,12 @@ impl Control for ControlService {
         &self,
         request: Request<proto::ReleaseSegmentRequest>,
     ) -> Result<Response<proto::ReleaseSegmentResponse>, Status> {
-        self.leader()?;
-        self.pool
-            .release(request.get_ref().segment)
-            .map(|()| Response::new(proto::ReleaseSegmentResponse {}))
-            .map_err(|error| pool_status(&error))
+        let proto::ReleaseSegmentRequest { segment, broker, call_key } = request.into_inner();
+        let (lending, broker) = self.lender(Caller { broker: BrokerId(broker), call_key })?;
+        lending.take_back(segment, broker).map_err(|error| match error {
+            LendingError::Pool(error) => pool_status(&error),
+            error => Status::invalid_argument(error.to_string()),
+        })?;
+        Ok(Response::new(proto::ReleaseSegmentResponse {}))
     }
 }
