@@ -52,6 +52,7 @@ impl Host {
             data: address,
             control: address,
             process_id: 1,
+            lock_node: 1,
             running: true,
         };
         publish_broker(region, &info);
