@@ -168,5 +168,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0x0bfe474c384bec55";
+    const EXPECTED: &str = "0x74e43facd2984df6";
 }
