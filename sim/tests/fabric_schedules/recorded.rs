@@ -54,8 +54,8 @@ pub(super) const fn recorded(site: Site) -> u64 {
     }
 }
 
-/// Returns a seed under which some schedule fails without `guard`; `None` for those that the rack notices
-/// (`sim/tests/rack/main.rs`): clients of schedules keep their sessions, and do not open others.
+/// Returns a seed under which some schedule fails without `guard`. Clients of schedules keep their sessions, so `None` for
+/// guards that others notice: the rack (`sim/tests/rack/main.rs`) and `sim/tests/protocol/sessions.rs`.
 pub(super) const fn recorded_guard(guard: Guard) -> Option<u64> {
     Some(match guard {
         Guard::RecordOwner | Guard::AheadOfGap | Guard::GroupBound => return None,

@@ -1,12 +1,12 @@
 //! Sessions: whose batches a slot holds, and what a sequencer knows of them after it, or its predecessor, ended an epoch.
 
 use crossbeam_channel::{Sender, bounded, unbounded};
+use embarcadero_broker::ack::AckQueue;
 use embarcadero_broker::sequencer::{
     Command, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
-use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{
     AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionRow, TopicState,
 };
@@ -14,7 +14,8 @@ use embarcadero_cxl::order_index::{OrderIndexReader, StreamId};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::topic_table::TopicConfig;
-use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
+use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
+use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, SessionSlot, Stream, Term, TopicId};
 use std::sync::Arc;
 
@@ -25,15 +26,15 @@ const GROUP: u64 = 4;
 
 /// A sequencer, and one broker whose Batchlog it reads.
 struct Rig {
-    region: Region<Native>,
+    region: Region<Simulated>,
     commands: Sender<Command>,
-    sequencer: Sequencer<Native>,
-    log: BatchlogWriter<Native>,
-    pulse: Pulse<Native>,
+    sequencer: Sequencer<Simulated>,
+    log: BatchlogWriter<Simulated>,
+    pulse: Pulse<Simulated>,
     now_us: u64,
 }
 
-fn lead(region: &Region<Native>, area: LeaderArea, term: Term) -> (Sender<Command>, Sequencer<Native>) {
+fn lead(region: &Region<Simulated>, area: LeaderArea, term: Term) -> (Sender<Command>, Sequencer<Simulated>) {
     let (commands, queue) = unbounded();
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
     let memory = Memory { region: region.clone(), pool, mirror: None };
@@ -45,6 +46,11 @@ fn lead(region: &Region<Native>, area: LeaderArea, term: Term) -> (Sender<Comman
 
 impl Rig {
     fn new(order: Order, max_sessions: u32) -> Self {
+        Self::without(None, order, max_sessions)
+    }
+
+    /// Makes a rig in which one of the checks is left out.
+    fn without(removed: Option<Guard>, order: Order, max_sessions: u32) -> Self {
         let geometry = Geometry {
             max_brokers: 2,
             max_leaders: 2,
@@ -53,9 +59,9 @@ impl Rig {
             segment_count: 16,
             ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
         };
-        let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes).unwrap();
-        let native = Native::new(mapping, FlushMethod::None).unwrap();
-        let region = Region::format(native, &geometry, uuid::Uuid::nil(), 0).unwrap();
+        let removed = removed.map(Mutation::Guard);
+        let world = World::new(Layout::new(&geometry).region_bytes, 1, Turbulence::CALM, removed);
+        let region = Region::format(Simulated::join(&world, || {}), &geometry, uuid::Uuid::nil(), 0).unwrap();
         let (commands, sequencer) = lead(&region, AREAS[0], Term(1));
         let log = BatchlogWriter::new(region.clone(), TOPIC, BrokerId(1));
         let pulse = Pulse::new(region.clone(), BrokerId(1));
@@ -265,9 +271,9 @@ fn a_group_has_a_bound_that_counts_held_batches() {
 }
 
 /// The leader dies when the order shows a group, and the sessions do not yet. Clients send again what they hear nothing of.
-#[test]
-fn a_group_of_which_no_session_knows_is_not_ordered_twice() {
-    let mut rig = Rig::new(Order::Strong, 2);
+/// Returns the sequences of each in the order.
+fn order_after_a_group_of_which_no_session_knows(removed: Option<Guard>) -> [Vec<u64>; 2] {
+    let mut rig = Rig::without(removed, Order::Strong, 2);
     let sessions = [1, 2].map(|client| rig.open(client));
     for session in &sessions {
         rig.send(session, 1..SESSION_WINDOW);
@@ -276,21 +282,45 @@ fn a_group_of_which_no_session_knows_is_not_ordered_twice() {
     for session in &sessions {
         rig.send(session, [0]);
     }
-    for _ in 0..7 {
-        rig.poll();
-    }
     let rows: Vec<_> = sessions.iter().flat_map(|session| rig.row(session.slot)).collect();
-    let before = rig.batches().len() as u64;
     rig.poll();
-    assert_eq!(rig.batches().len() as u64, before + GROUP);
-    rows.iter().for_each(|(at, word)| rig.region.fabric().store(*at, *word));
+    for (at, word) in rows {
+        let fabric = rig.region.fabric();
+        fabric.store(at, word);
+        fabric.flush(at, 8, Site::RecordFlush);
+        fabric.fence(Site::RecordFlush);
+    }
     rig.fail_over();
     for session in &sessions {
         rig.send(session, 0..SESSION_WINDOW);
     }
     rig.order();
-    for client in [1, 2] {
-        let ordered = rig.batches().into_iter().filter(|batch| batch.0 == client).map(|batch| batch.1);
-        assert_eq!(ordered.collect::<Vec<_>>(), (0..SESSION_WINDOW).collect::<Vec<_>>());
-    }
+    [1, 2].map(|client| rig.batches().into_iter().filter(|batch| batch.0 == client).map(|batch| batch.1).collect())
+}
+
+#[test]
+fn a_group_of_which_no_session_knows_is_not_ordered_twice() {
+    let once: Vec<u64> = (0..SESSION_WINDOW).collect();
+    assert_eq!(order_after_a_group_of_which_no_session_knows(None), [once.clone(), once.clone()]);
+    let [first, _] = order_after_a_group_of_which_no_session_knows(Some(Guard::GroupBound));
+    assert!(first.len() > once.len(), "without a bound, batches are there twice");
+}
+
+/// A broker stands still while the slot of its client's session goes to another client. Returns the number of acks.
+fn acks_of_a_broker_that_stood_still(removed: Option<Guard>) -> usize {
+    let mut rig = Rig::without(removed, Order::Strong, 1);
+    let mut acks = AckQueue::new(rig.open(1), StreamId { topic: TOPIC, stream: Stream::GLOBAL });
+    acks.expect(0);
+    rig.now_us += 2000;
+    let other = rig.open(2);
+    rig.send(&other, [0]);
+    rig.order();
+    assert_eq!(rig.batches(), [(2, 0)]);
+    acks.poll(&rig.region, BrokerId(1), |_| {}).unwrap()
+}
+
+#[test]
+fn nothing_that_another_client_commits_is_acknowledged() {
+    assert_eq!(acks_of_a_broker_that_stood_still(None), 0);
+    assert_eq!(acks_of_a_broker_that_stood_still(Some(Guard::RecordOwner)), 1);
 }
