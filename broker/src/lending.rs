@@ -1,4 +1,4 @@
-//! What the leader of the leader allocator knows of the segments that it lends to other brokers.
+//! Loans: the segments that the leader, by the leader allocator, has given to other brokers.
 //!
 //! A broker writes the owner entry of a segment after it got the segment, and empties the entry before it gives the
 //! segment back. So a segment that stays in use and without an owner is lost: an answer did not arrive, or its broker

@@ -18,7 +18,7 @@ pub(crate) fn next_time_us(newest_us: u64, wall_us: u64) -> u64 {
     if newest_us.saturating_sub(wall_us) > LEAD_US { newest_us.saturating_add(1) } else { newest_us.max(wall_us) }
 }
 
-/// What an order has for longer than its topic keeps it.
+/// Bounds of the batches that an order has for longer than its topic keeps them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TooOld {
     /// Time before which batches are too old, microseconds since 1970.
@@ -30,9 +30,9 @@ pub(crate) struct TooOld {
 /// Ages of the batches of an order.
 ///
 /// A batch is too old when this process saw it there for long enough, by a clock that never steps. Batches from before
-/// this process have their times only. Such a batch is too old when two clocks say so: the wall clock, and the order's
-/// own, which stood at the newest batch when this process came. So a clock that is ahead takes nothing too early, and
-/// one that was ahead keeps nothing for longer than one that is right would have, counted from now.
+/// this process have their times only. Such a batch is too old when two clocks say so. One is the wall clock. The other
+/// is the order's own, which stood at the newest batch when this process came. So a clock that is ahead takes nothing
+/// too early. One that was ahead keeps nothing for longer than a right one would, counted from now.
 pub(crate) struct Ages {
     /// Time of the newest batch when this process opened the order, microseconds since 1970; 0 for none.
     opened_us: u64,

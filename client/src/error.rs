@@ -97,8 +97,8 @@ pub enum ClientError {
         /// Number of batches that may or may not be in the log.
         in_doubt: u64,
     },
-    /// The brokers know less of this publisher's session than they acknowledged, or more than it sent: the region was
-    /// lost, and restored from disks that do not have everything.
+    /// The brokers know less of this publisher's session than they acknowledged, or more than it sent. The region was lost,
+    /// and restored from disks that do not have everything.
     #[error(
         "the brokers expect batch {expected} of this publisher's session, which is acknowledged up to batch \
          {acknowledged} and has sent nothing from {next} on: acknowledged batches are lost"

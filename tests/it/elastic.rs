@@ -215,8 +215,7 @@ fn a_topic_that_is_deleted_without_a_broker_leaves_no_memory_behind() {
     }
 }
 
-/// The same where the leader cannot see that a broker's process is gone: the broker itself gives back what it held, when it
-/// comes back.
+/// A broker that comes back gives back what it held itself: the leader cannot see there that its process was gone.
 #[test]
 fn a_broker_that_comes_back_gives_back_what_it_held_of_deleted_topics() {
     let create = ["--size", "64MiB", "--segment-size", "1MiB", "--max-brokers", "2"];

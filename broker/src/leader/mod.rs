@@ -96,8 +96,8 @@ fn predecessor(
     }
 }
 
-/// Returns true if the lock on a broker's id tells whether its process is gone: both are on this host, and lock ids by
-/// the same file or device node. `node` is the broker's, 0 if it never ran.
+/// Returns true if the lock on a broker's id tells whether its process is gone. Both processes must be on this host, and
+/// lock ids by the same file or device node. `node` is the broker's, 0 if it never ran.
 fn locks_tell(scope: CoherenceScope, own: u64, node: u64) -> bool {
     scope == CoherenceScope::Host && (node == own || node == 0)
 }

@@ -29,8 +29,8 @@ impl Slot {
 type Found = (SessionSlot, Option<Session>);
 
 impl<F: Fabric> Sequencer<F> {
-    /// Finds the slot that this client had, else a free one. If there is none, the client gets that of a session which has
-    /// been idle: of the clients that never committed a batch the one that has been idle longest, else of all.
+    /// Finds the slot that this client had, else a free one, else that of a session which has been idle. Clients that never
+    /// committed a batch lose theirs first, and of those the one that has been idle longest.
     pub(super) fn slot_for(
         &self,
         topic: &TopicConfig,

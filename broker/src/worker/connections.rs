@@ -38,7 +38,7 @@ pub(super) struct Client<L> {
     pub(super) waiting: bool,
     /// True while the outbox needs room in the socket.
     needs_room: bool,
-    /// What the poller watches the socket for; `None` while it does not.
+    /// Interest with which the poller watches the socket; `None` while it does not.
     watched: Option<Interest>,
     /// Name of the connection among all that its thread ever has.
     token: u64,
@@ -70,7 +70,7 @@ impl<L: Connection<Native>> Client<L> {
         matches!(self.role, Role::New(until) if now > until)
     }
 
-    /// What the socket has to be watched for; `None` when it shows nothing that matters now.
+    /// Interest with which the socket has to be watched; `None` when it shows nothing that matters now.
     fn interest(&self) -> Option<Interest> {
         // A publisher without acks may hand over and leave. Its waits are bounded, and what it sent counts.
         let may_leave = matches!(&self.role, Role::Publisher(session) if !session.wants_acks());

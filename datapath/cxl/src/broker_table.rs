@@ -61,8 +61,8 @@ pub fn last_incarnation<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Inca
     Incarnation((word >> (INCARNATION % 8 * 8)) as u32)
 }
 
-/// Reads the file or device node that has the lock on a broker's id, also if the broker died while it wrote its row; 0
-/// before its first process.
+/// Reads the file or device node that has the lock on a broker's id; 0 before its first process. Tells it also if the
+/// broker died while it wrote its row.
 pub fn last_lock_node<F: Fabric>(region: &Region<F>, broker: BrokerId) -> u64 {
     region.fabric().observe(region.layout().broker(broker).add(LOCK_NODE), Site::BrokerSlotRead)
 }

@@ -49,8 +49,8 @@ impl Session {
         (self.topic, self.topic_incarnation, self.client_id) == (topic.id, topic.incarnation, client_id)
     }
 
-    /// Returns true if a batch that was committed in this slot under `epoch` is one of this client's, and was committed
-    /// by the end of this session's epoch.
+    /// Returns true if a batch that was committed in this slot under `epoch` is one of this client's. Those of epochs after
+    /// this session's do not count.
     #[inline]
     #[must_use]
     pub fn owns(&self, epoch: Epoch) -> bool {
@@ -290,13 +290,12 @@ pub fn read_progress_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: S
     Progress { expected, epoch }
 }
 
-/// Reads the sequence below which all batches of a slot are committed from one leader's area, and compares it with the
-/// slot's row and commit records. Commits must be complete: the leader itself wrote them, or has recovered them. `row` is
-/// the slot's session, if it ever had one.
+/// Reads the progress of a slot from one leader's area, and compares it with the slot's row and commit records. Returns the
+/// sequence below which all batches are committed. Commits must be complete: the leader itself wrote them, or has
+/// recovered them. `row` is the slot's session, if it ever had one.
 ///
 /// # Errors
-/// [`Damage`] of progress that is less than the row's, or more without a commit record of the batch before it, or of a
-/// session that is not there yet.
+/// [`Damage`] of progress that is less than the row's, that no commit record shows, or that is of a later session.
 pub fn verified_progress_at<F: Fabric>(
     region: &Region<F>,
     area: LeaderArea,
@@ -322,8 +321,8 @@ pub fn verified_progress_at<F: Fabric>(
     Err(damage("expected", expected))
 }
 
-/// Reads the places of the batches that a slot's client committed ahead of a gap, in a leader's area: batches of
-/// sequence `expected` and more, in order.
+/// Reads the places of the batches that a slot's client committed ahead of a gap, from one leader's area. The first that
+/// is missing has the sequence `expected`.
 pub fn commits_ahead<F: Fabric>(
     region: &Region<F>,
     area: LeaderArea,

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-/// What a socket is watched for. A peer that hangs up is always seen.
+/// Interest with which a socket is watched. A peer that hangs up is always seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Interest {
     /// True for something to read.

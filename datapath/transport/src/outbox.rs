@@ -172,8 +172,8 @@ impl Outbox {
         self.queue.iter().filter(|outgoing| outgoing.batch.is_some()).map(|outgoing| outgoing.position).max()
     }
 
-    /// Copies what is left of a batch that a socket took in part, so that its place in the region need not be read any more.
-    /// A batch that a NIC is sending stays.
+    /// Copies what is left of a batch that a socket took in part. Its place in the region need not be read any more. A batch
+    /// that a NIC is sending stays.
     pub fn detach<F: Fabric>(&mut self, memory: &F) {
         if self.sent == 0 || self.posted > 0 {
             return;
@@ -244,8 +244,8 @@ mod tests {
         bytes.split_off(outbox.sent as usize)
     }
 
-    /// What a socket sends is the same whether or not the rest of the first batch was copied, and the copy stays when the
-    /// region's memory changes.
+    /// A socket sends the same whether or not the rest of the first batch was copied. The copy stays when the region's
+    /// memory changes.
     #[test]
     fn a_half_sent_batch_is_detached_from_the_region() {
         let memory = Native::new(Mapping::anonymous(1 << 16).unwrap(), FlushMethod::None).unwrap();

@@ -319,9 +319,9 @@ fn a_seed_replays() {
 /// stop between two words, and clients that do not resend.
 const NOTICED: [(Guard, u64); 8] = [
     (Guard::ClaimBeforeCopy, 1),
-    (Guard::OwnSegment, 2544),
+    (Guard::OwnSegment, 1205),
     (Guard::SegmentOfLeader, 1),
-    (Guard::RecoverBeforeAccept, 187),
+    (Guard::RecoverBeforeAccept, 605),
     (Guard::DedupCompare, 1),
     (Guard::DecidedBeforeReuse, 1),
     (Guard::DiskBeforeAck, 3),
