@@ -22,7 +22,7 @@ pub(super) const fn recorded(site: Site) -> u64 {
         Site::PayloadFlush => 1,
         Site::PayloadRead => 1,
         Site::BatchEntryFlush => 1,
-        Site::BatchEntryFence => 7014,
+        Site::BatchEntryFence => 19074,
         Site::BatchEntryRead => 8,
         Site::BatchlogHeadFlush => 1,
         Site::BatchlogHeadRead => 1,

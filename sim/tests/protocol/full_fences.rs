@@ -46,7 +46,7 @@ const FULL_FENCES: [(Site, Schedule, u64); 4] = [
 ];
 
 /// Runs one schedule, with something left out. Returns whether its promise held.
-type Schedule = fn(Option<Mutation>) -> bool;
+pub(super) type Schedule = fn(Option<Mutation>) -> bool;
 
 fn interleave() {
     if thread_rng().gen_ratio(1, 3) {
@@ -55,7 +55,7 @@ fn interleave() {
 }
 
 /// Makes a region as three hosts see it.
-fn hosts(removed: Option<Mutation>) -> (Arc<Mutex<World>>, [Region<Simulated>; 3]) {
+pub(super) fn hosts(removed: Option<Mutation>) -> (Arc<Mutex<World>>, [Region<Simulated>; 3]) {
     let geometry = Geometry {
         max_brokers: 2,
         max_leaders: 2,
@@ -172,7 +172,7 @@ fn publish_and_claim(removed: Option<Mutation>) -> bool {
 }
 
 /// Runs schedules of one seed. Returns whether the promise held in all of them.
-fn holds(schedule: Schedule, seed: u64, schedules: usize, removed: Option<Mutation>) -> bool {
+pub(super) fn holds(schedule: Schedule, seed: u64, schedules: usize, removed: Option<Mutation>) -> bool {
     let mut config = shuttle::Config::new();
     config.failure_persistence = shuttle::FailurePersistence::None;
     config.max_steps = shuttle::MaxSteps::None;
