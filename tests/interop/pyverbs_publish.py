@@ -40,7 +40,7 @@ def crc32c(data):
 def frame(kind, flags=0, **fields):
     """A frame of 64 bytes; a field is NAME=(offset, format, value)."""
     data = bytearray(64)
-    struct.pack_into("<4sBBH", data, 0, b"EMBF", kind, 1, flags)
+    struct.pack_into("<4sBBH", data, 0, b"EMBF", kind, 2, flags)
     for offset, form, value in fields.values():
         struct.pack_into("<" + form, data, offset, value)
     struct.pack_into("<I", data, 60, crc32c(data[:60]))
@@ -49,7 +49,7 @@ def frame(kind, flags=0, **fields):
 
 def check(data):
     magic, kind, version = struct.unpack_from("<4sBB", data)
-    assert (magic, version) == (b"EMBF", 1), data
+    assert (magic, version) == (b"EMBF", 2), data
     assert crc32c(data[:60]) == struct.unpack_from("<I", data, 60)[0], "checksum"
     return kind
 
