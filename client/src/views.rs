@@ -65,6 +65,23 @@ pub struct TopicView {
     pub retention_ms: u64,
 }
 
+#[cfg(test)]
+impl TopicView {
+    /// Topic for tests: the first of its slot, at acknowledgement level 1.
+    pub(crate) fn of_order(order: Order) -> Self {
+        Self {
+            id: TopicId(0),
+            incarnation: Incarnation(1),
+            name: "t".to_owned(),
+            order,
+            ack_level: 1,
+            replication_factor: 1,
+            retention_bytes: 0,
+            retention_ms: 0,
+        }
+    }
+}
+
 /// Stream of a topic as clients see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]

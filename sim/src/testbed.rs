@@ -65,6 +65,23 @@ pub fn region<F: Fabric>(
     region_of(BROKERS, allocator, method, wrap)
 }
 
+/// Returns the configuration of a live topic at acknowledgement level 1, without copies, that keeps everything.
+#[must_use]
+pub fn topic((id, incarnation): (TopicId, Incarnation), order: Order) -> TopicConfig {
+    TopicConfig {
+        id,
+        incarnation,
+        state: TopicState::Live,
+        name: "testbed".to_owned(),
+        order,
+        ack_level: 1,
+        replication_factor: 1,
+        retention_bytes: 0,
+        retention_ms: 0,
+        created_ms: 0,
+    }
+}
+
 /// Makes a region as [`region`] does, for 1 to 32 brokers. Segments are smaller the more brokers there are.
 ///
 /// # Errors
@@ -116,19 +133,12 @@ impl<F: Fabric> Testbed<F> {
         let before = Predecessor::Gone(Term::NONE);
         let takeover = Takeover { memory, area: LEADER, term: Term(1), before, limits, commands: queue };
         let mut sequencer = Sequencer::recover(takeover, 0)?;
-        let (id, incarnation) = TOPIC;
+        let id = TOPIC.0;
         let topic = TopicConfig {
-            id,
-            incarnation,
-            state: TopicState::Live,
-            name: "testbed".to_owned(),
-            order: Order::Strong,
-            ack_level: 1,
-            replication_factor: 1,
             // Entries are of one byte, and this many keep at most half of the leader's segments in use.
             retention_bytes: u64::from(SEGMENTS) * region.geometry().segment_bytes / 256,
             retention_ms,
-            created_ms: 0,
+            ..topic(TOPIC, Order::Strong)
         };
         let (reply, _opened) = bounded(1);
         // The queue is there as long as the sequencer is.

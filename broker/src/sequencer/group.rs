@@ -150,14 +150,19 @@ impl Group {
         }
     }
 
-    /// Returns true when the group has as many batches as a successor looks for in the index.
-    pub(super) fn is_full<F: Fabric>(&self, fabric: &F) -> bool {
-        self.commits.len() as u64 >= self.limit && fabric.keeps(Guard::GroupBound)
+    /// Most batches in a group: as many as a successor looks for in the index.
+    fn bound<F: Fabric>(&self, fabric: &F) -> usize {
+        if fabric.keeps(Guard::GroupBound) { self.limit as usize } else { usize::MAX }
+    }
+
+    /// Returns true when the group can take no more batches.
+    fn is_full<F: Fabric>(&self, fabric: &F) -> bool {
+        self.commits.len() >= self.bound(fabric)
     }
 
     /// Commits the batches of a session of this topic that waited and have their turn now.
     fn drain<F: Fabric>(&mut self, fabric: &F, topic: &mut TopicOrder<F>, slot: usize, stamp: Stamp) {
-        let bound = if fabric.keeps(Guard::GroupBound) { self.limit as usize } else { usize::MAX };
+        let bound = self.bound(fabric);
         let Some(order) = &mut self.sessions[slot] else { return };
         if order.session.topic != topic.config.id {
             return;

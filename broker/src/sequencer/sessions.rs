@@ -76,12 +76,12 @@ impl<F: Fabric> Sequencer<F> {
             // No sequence of a slot repeats. Who had it before, this client too, may have committed batches ahead of a
             // gap.
             None => {
-                let ahead = (0..SESSION_WINDOW).rev().map(|ahead| committed + ahead);
                 let used = |sequence: &u64| {
                     let commit = read_commit_at(&self.region, self.area, slot, *sequence);
                     !matches!(commit, Ok(Commit::Unknown | Commit::Forgotten(_)))
                 };
-                (epoch, ahead.into_iter().find(used).map_or(committed, |newest| newest + 1))
+                let newest = (committed..committed.saturating_add(SESSION_WINDOW)).rev().find(used);
+                (epoch, newest.map_or(committed, |newest| newest + 1))
             }
         };
         let session = Session {

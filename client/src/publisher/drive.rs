@@ -188,7 +188,7 @@ mod tests {
     use embarcadero_control::v1::OpenSessionResponse;
     use embarcadero_transport::tcp::SocketOptions;
     use embarcadero_transport::{LinkOptions, Sockets, Transport};
-    use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, PublishReady, TopicId};
+    use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, PublishReady};
     use std::io::Write;
     use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
     use std::time::Duration;
@@ -197,16 +197,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     fn sender(broker: SocketAddr) -> Sender {
-        let topic = TopicView {
-            id: TopicId(0),
-            incarnation: Incarnation(1),
-            name: "t".to_owned(),
-            order: Order::Strong,
-            ack_level: 1,
-            replication_factor: 1,
-            retention_bytes: 0,
-            retention_ms: 0,
-        };
+        let topic = TopicView::of_order(Order::Strong);
         let opened = OpenSessionResponse { epoch: 1, window_batches: 64, ..OpenSessionResponse::default() };
         let session = Session::new(&opened, &topic, ClientId(1), 1);
         let broker = BrokerView {

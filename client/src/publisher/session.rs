@@ -151,20 +151,7 @@ mod tests {
     use super::*;
     use crate::publisher::buffers::Buffers;
     use embarcadero_control::v1::OpenSessionResponse;
-    use embarcadero_wire::{Incarnation, Order, TopicId};
-
-    fn topic(order: Order) -> TopicView {
-        TopicView {
-            id: TopicId(0),
-            incarnation: Incarnation(1),
-            name: "t".to_owned(),
-            order,
-            ack_level: 1,
-            replication_factor: 1,
-            retention_bytes: 0,
-            retention_ms: 0,
-        }
-    }
+    use embarcadero_wire::Order;
 
     fn opened(slot: u32, epoch: u32, next_sequence: u64) -> OpenSessionResponse {
         OpenSessionResponse { slot, epoch, next_sequence, window_batches: 128, ..OpenSessionResponse::default() }
@@ -172,7 +159,7 @@ mod tests {
 
     /// Session that began at sequence 10, with three batches in flight: two of them sent, and batch 0 acknowledged.
     fn session(ack_level: u8) -> (Session, InFlightBatches) {
-        let session = Session::new(&opened(3, 1, 10), &topic(Order::Strong), ClientId(7), ack_level);
+        let session = Session::new(&opened(3, 1, 10), &TopicView::of_order(Order::Strong), ClientId(7), ack_level);
         let (mut in_flight, mut buffers) = (InFlightBatches::new(4), Buffers::new(4, 16 << 10));
         for number in 0..4 {
             let mut batch = buffers.get(4096).unwrap().unwrap();
@@ -192,10 +179,10 @@ mod tests {
     #[test]
     fn a_session_that_goes_on_keeps_its_numbers() {
         let (mut session, mut in_flight) = session(1);
-        session.resumed(&opened(3, 2, 12), &topic(Order::Strong), &mut in_flight).unwrap();
+        session.resumed(&opened(3, 2, 12), &TopicView::of_order(Order::Strong), &mut in_flight).unwrap();
         assert_eq!((session.committed, session.sequence(1)), (2, 11));
         // The row may have moved, after a restore for example.
-        session.resumed(&opened(4, 9, 13), &topic(Order::Strong), &mut in_flight).unwrap();
+        session.resumed(&opened(4, 9, 13), &TopicView::of_order(Order::Strong), &mut in_flight).unwrap();
         assert_eq!((session.committed, session.sequence(1), session.origin.session_slot), (3, 11, SessionSlot(4)));
     }
 
@@ -204,7 +191,7 @@ mod tests {
     fn a_session_that_the_brokers_know_otherwise_ends() {
         for expected in [0, 10, 15, u64::MAX] {
             let (mut session, mut in_flight) = session(1);
-            let resumed = session.resumed(&opened(3, 2, expected), &topic(Order::Strong), &mut in_flight);
+            let resumed = session.resumed(&opened(3, 2, expected), &TopicView::of_order(Order::Strong), &mut in_flight);
             assert!(
                 matches!(resumed, Err(ClientError::SessionChanged { expected: told, acknowledged: 11, next: 14 })
                     if told == expected),
@@ -218,22 +205,22 @@ mod tests {
     #[test]
     fn a_lost_session_ends_while_batches_are_in_doubt() {
         let (mut session, mut in_flight) = session(1);
-        let lost = session.lost(&topic(Order::Strong), &mut in_flight);
+        let lost = session.lost(&TopicView::of_order(Order::Strong), &mut in_flight);
         assert!(matches!(lost, Err(ClientError::SessionLost { in_doubt: 2 })), "{lost:?}");
         // What is known to be committed is not in doubt.
         session.committed = 3;
-        session.lost(&topic(Order::Strong), &mut in_flight).unwrap();
-        session.begun_anew(&opened(3, 6, 40), &topic(Order::Strong), ClientId(8), &in_flight);
+        session.lost(&TopicView::of_order(Order::Strong), &mut in_flight).unwrap();
+        session.begun_anew(&opened(3, 6, 40), &TopicView::of_order(Order::Strong), ClientId(8), &in_flight);
         assert_eq!((session.origin.client_id, session.sequence(3)), (ClientId(8), 40), "batch 3 was never sent");
         // Nothing is recognized as a duplicate in a broker's own order.
         session.committed = 0;
-        session.lost(&topic(Order::Broker), &mut in_flight).unwrap();
+        session.lost(&TopicView::of_order(Order::Broker), &mut in_flight).unwrap();
     }
 
     #[test]
     fn without_acknowledgements_a_session_goes_on_with_what_was_not_sent() {
         let (mut session, mut in_flight) = session(0);
-        session.resumed(&opened(3, 2, 11), &topic(Order::Strong), &mut in_flight).unwrap();
+        session.resumed(&opened(3, 2, 11), &TopicView::of_order(Order::Strong), &mut in_flight).unwrap();
         assert_eq!((session.sequence(3), in_flight.in_doubt()), (11, 0), "batch 3 fills the gap");
     }
 }

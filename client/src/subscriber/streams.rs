@@ -290,7 +290,7 @@ impl Streams {
 mod tests {
     use super::*;
     use crate::config::ClientConfig;
-    use embarcadero_wire::{BrokerId, FRAME_BYTES, Incarnation, Order, Position, StartKind, TopicId};
+    use embarcadero_wire::{BrokerId, FRAME_BYTES, Incarnation, Order, Position, StartKind};
     use std::io::Read;
     use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
@@ -299,22 +299,9 @@ mod tests {
         BrokerView { id: BrokerId(id), incarnation: Incarnation(1), data, control: String::new(), leader: id == 0 }
     }
 
-    fn topic(order: Order) -> TopicView {
-        TopicView {
-            id: TopicId(0),
-            incarnation: Incarnation(1),
-            name: "t".to_owned(),
-            order,
-            ack_level: 1,
-            replication_factor: 1,
-            retention_bytes: 0,
-            retention_ms: 0,
-        }
-    }
-
     fn streams(order: Order, start: Start) -> Streams {
         let context = Arc::new(Context::new(ClientConfig::default()).unwrap());
-        Streams::new(context, topic(order), vec![broker(0), broker(1)], start, None).unwrap()
+        Streams::new(context, TopicView::of_order(order), vec![broker(0), broker(1)], start, None).unwrap()
     }
 
     /// Listener, and a broker whose data address it is.
@@ -375,7 +362,7 @@ mod tests {
         const STEP: Duration = Duration::from_millis(100);
         let (listener, broker) = listener();
         let mut stream = Stream::new(wire::Stream::GLOBAL, broker, Start::Earliest, 8 * STEP);
-        stream.connect(&context(30_000), &topic(Order::Strong)).unwrap();
+        stream.connect(&context(30_000), &TopicView::of_order(Order::Strong)).unwrap();
         let (mut end, _) = listener.accept().unwrap();
         let mut now = Instant::now();
         let mut looks = |stream: &mut Stream, count| {
@@ -403,7 +390,7 @@ mod tests {
     fn a_sign_of_life_is_not_the_end_that_was_asked_for() {
         let (_listener, broker) = listener();
         let mut stream = Stream::new(wire::Stream::GLOBAL, broker, Start::Earliest, Duration::from_secs(8));
-        stream.connect(&context(30_000), &topic(Order::Strong)).unwrap();
+        stream.connect(&context(30_000), &TopicView::of_order(Order::Strong)).unwrap();
         let mut now = Instant::now();
         (0..5).for_each(|_| {
             now += Duration::from_secs(1);
@@ -420,7 +407,8 @@ mod tests {
     fn a_connection_on_which_nothing_comes_is_made_anew() {
         let (listener, broker) = listener();
         let mut streams =
-            Streams::new(context(400), topic(Order::Strong), vec![broker], Start::Earliest, None).unwrap();
+            Streams::new(context(400), TopicView::of_order(Order::Strong), vec![broker], Start::Earliest, None)
+                .unwrap();
         listener.set_nonblocking(true).unwrap();
         let mut ends = Vec::new();
         let begun = Instant::now();

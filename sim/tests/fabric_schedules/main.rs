@@ -39,9 +39,7 @@ use embarcadero_broker::sequencer::{
 };
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker, read_broker};
-use embarcadero_cxl::layout::{
-    AllocatorKind, BrokerLine, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionState, TopicState,
-};
+use embarcadero_cxl::layout::{AllocatorKind, BrokerLine, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::{LeaderInfo, latest_claim, latest_claimant, publish_leader, read_leader};
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
@@ -51,6 +49,7 @@ use embarcadero_cxl::session_table::{Commit, Session, read_commit, read_progress
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic};
 use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_os::buffer::Buffer;
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World, on_all_cores};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
@@ -144,16 +143,10 @@ impl Replication {
 
 fn config(replication: Replication) -> TopicConfig {
     TopicConfig {
-        id: TOPIC,
-        incarnation: FIRST,
-        state: TopicState::Live,
-        name: "simulated".to_owned(),
-        order: Order::Strong,
         ack_level: 1 + u8::from(replication == Replication::Awaited),
         replication_factor: 1 + u8::from(replication != Replication::None),
         retention_bytes: BATCH_BYTES * RETAINED,
-        retention_ms: 0,
-        created_ms: 0,
+        ..topic((TOPIC, FIRST), Order::Strong)
     }
 }
 

@@ -10,7 +10,7 @@ use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker};
 use embarcadero_cxl::cache::FlushMethod;
-use embarcadero_cxl::layout::{AllocatorKind, LeaderArea, TopicState};
+use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{LeaderInfo, activate_term, claim_term, publish_leader};
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId, read_extent};
 use embarcadero_cxl::replication::{Replication, read_replicated};
@@ -18,7 +18,7 @@ use embarcadero_cxl::segment::{PartitionAllocator, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
 use embarcadero_cxl::{Native, Region};
 use embarcadero_sim::SimulatedMedium;
-use embarcadero_sim::testbed::{TOPIC, region};
+use embarcadero_sim::testbed::{TOPIC, region, topic};
 use embarcadero_wire::{BatchHeader, BrokerId, Order, Stream, Term};
 use std::sync::Arc;
 
@@ -81,16 +81,10 @@ fn two_brokers() -> (Region<Native>, [Host; 2]) {
     let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
     let (leader, term) = (LeaderArea(BROKERS[0]), Term(1));
     let config = TopicConfig {
-        id: TOPIC.0,
-        incarnation: TOPIC.1,
-        state: TopicState::Live,
-        name: "t".to_owned(),
-        order: Order::Broker,
         ack_level: 2,
         replication_factor: 2,
         retention_bytes: 2 * batch().batch_bytes(),
-        retention_ms: 0,
-        created_ms: 0,
+        ..topic(TOPIC, Order::Broker)
     };
     claim_term(&region, leader, term);
     let (broker, incarnation, both) = (BROKERS[0], TOPIC.1, 0b11);

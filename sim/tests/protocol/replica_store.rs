@@ -5,11 +5,12 @@ use embarcadero_broker::replica::format::{BLOCK, Group, Identity, Indexed, group
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::restore::Plan;
 use embarcadero_broker::replica::store::{Damage, StoreError, StoreOptions, StreamLog, read_batch, scan};
-use embarcadero_cxl::layout::{IndexEntry, TopicState};
+use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_cxl::replication::Completion;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Native, Region};
 use embarcadero_os::Buffer;
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Fault, SimulatedMedium};
 use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, TopicId, crc32c};
 use proptest::prelude::*;
@@ -18,18 +19,8 @@ const SOURCES: [BrokerId; 2] = [BrokerId(0), BrokerId(1)];
 const OPTIONS: StoreOptions = StoreOptions { file_bytes: 40_000, retention_bytes: 0 };
 
 fn identity() -> Identity {
-    let topic = TopicConfig {
-        id: TopicId(1),
-        incarnation: Incarnation(2),
-        state: TopicState::Live,
-        name: "t".to_owned(),
-        order: Order::Strong,
-        ack_level: 2,
-        replication_factor: 2,
-        retention_bytes: 0,
-        retention_ms: 0,
-        created_ms: 0,
-    };
+    let topic =
+        TopicConfig { ack_level: 2, replication_factor: 2, ..topic((TopicId(1), Incarnation(2)), Order::Strong) };
     Identity { region: [1; 16], topic, stream: Stream::GLOBAL }
 }
 

@@ -7,11 +7,11 @@ use embarcadero_broker::sequencer::{
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
-use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SessionState, TopicState};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SessionState};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::{Session, read_session_at};
-use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Region, Site};
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, Term, TopicId};
 use std::sync::{Arc, Mutex};
@@ -56,19 +56,7 @@ impl Bench {
         let region = Region::format(Simulated::join(&world, || {}), &geometry, uuid::Uuid::nil(), 0).unwrap();
         let (commands, mut sequencer) = lead(&region, 1, 0);
         let (reply, created) = bounded(1);
-        let topic = TopicConfig {
-            id: TOPIC,
-            incarnation: Incarnation(1),
-            state: TopicState::Live,
-            name: "t".to_owned(),
-            order,
-            ack_level: 1,
-            replication_factor: 1,
-            retention_bytes: 0,
-            retention_ms: 0,
-            created_ms: 0,
-        };
-        commands.send(Command::OpenTopic(topic, reply)).unwrap();
+        commands.send(Command::OpenTopic(topic((TOPIC, Incarnation(1)), order), reply)).unwrap();
         sequencer.poll(0, 1);
         created.recv().unwrap().unwrap();
         Self { world, region, commands, sequencer }

@@ -7,14 +7,12 @@ use embarcadero_broker::sequencer::{
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
-use embarcadero_cxl::layout::{
-    AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionRow, TopicState,
-};
+use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionRow};
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::Session;
-use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, SessionSlot, Stream, Term, TopicId};
 use std::sync::Arc;
@@ -66,20 +64,8 @@ impl Rig {
         let log = BatchlogWriter::new(region.clone(), TOPIC, BrokerId(1));
         let pulse = Pulse::new(region.clone(), BrokerId(1));
         let mut rig = Self { region, commands, sequencer, log, pulse, now_us: 1 };
-        let topic = TopicConfig {
-            id: TOPIC,
-            incarnation: INCARNATION,
-            state: TopicState::Live,
-            name: "t".to_owned(),
-            order,
-            ack_level: 1,
-            replication_factor: 1,
-            retention_bytes: 0,
-            retention_ms: 0,
-            created_ms: 0,
-        };
         let (reply, opened) = bounded(1);
-        rig.commands.send(Command::OpenTopic(topic, reply)).unwrap();
+        rig.commands.send(Command::OpenTopic(topic((TOPIC, INCARNATION), order), reply)).unwrap();
         rig.poll();
         opened.recv().unwrap().unwrap();
         rig

@@ -7,10 +7,11 @@ use embarcadero_broker::topics::{Topic, TopicTable};
 use embarcadero_cxl::Region;
 use embarcadero_cxl::batchlog::BatchlogReader;
 use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker, read_pulse};
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, TopicState};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea};
 use embarcadero_cxl::leadership::{LeaderInfo, activate_term, claim_term, publish_leader};
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
+use embarcadero_cxl::topic_table::publish_topic;
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BatchHeader, BrokerId, Incarnation, Order, Term, TopicId};
 use std::sync::Arc;
@@ -55,18 +56,7 @@ fn a_process_that_was_replaced_writes_nothing_any_more() {
         running: true,
         lock_node: 1,
     };
-    let config = TopicConfig {
-        id: TOPIC,
-        incarnation: Incarnation(1),
-        state: TopicState::Live,
-        name: "t".to_owned(),
-        order: Order::Strong,
-        ack_level: 1,
-        replication_factor: 1,
-        retention_bytes: 0,
-        retention_ms: 0,
-        created_ms: 0,
-    };
+    let config = topic((TOPIC, Incarnation(1)), Order::Strong);
     let [old, new] = [old, new].map(|fabric| Region::open(fabric).expect("it is a region"));
     claim_term(&old, LEADER, Term(1));
     publish_leader(&old, &LeaderInfo { term: Term(1), broker: BROKER, incarnation, broker_mask: 1, pinning_mask: 1 });

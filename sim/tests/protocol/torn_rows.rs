@@ -2,8 +2,9 @@
 
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionLine, SessionState, TopicState};
 use embarcadero_cxl::session_table::{Session, publish_session, read_session_at, repair_torn_session};
-use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic_at, repair_torn_topic};
+use embarcadero_cxl::topic_table::{publish_topic, read_topic_at, repair_torn_topic};
 use embarcadero_cxl::{Fabric, LINE_BYTES, Region, RegionOffset, Row, Site, Versioned};
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
 
@@ -32,18 +33,7 @@ fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
         first_epoch: Epoch(2),
         first_sequence: 0,
     };
-    let topic = TopicConfig {
-        id: TopicId(0),
-        incarnation: Incarnation(5),
-        state: TopicState::Live,
-        name: "t".to_owned(),
-        order: Order::Strong,
-        ack_level: 1,
-        replication_factor: 1,
-        retention_bytes: 0,
-        retention_ms: 0,
-        created_ms: 0,
-    };
+    let topic = topic((TopicId(0), Incarnation(5)), Order::Strong);
     // The version of each versioned line is at the same place.
     let tear = |at: RegionOffset| {
         let version_at = at.add(SessionLine::VERSION_AT);

@@ -30,10 +30,11 @@ use client::Client;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::restore::Plan;
 use embarcadero_broker::sequencer::{GROUP_BATCHES, SequencerLimits};
-use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, RegionRole, TopicState};
+use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, RegionRole};
 use embarcadero_cxl::order_index::StreamId;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Guard, Region};
+use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World, on_all_cores};
 use embarcadero_wire::{Incarnation, Order, Stream, Term, TopicId};
 use fate::{one_in, random, tick};
@@ -117,16 +118,9 @@ impl Rack {
     /// Returns the topic that all clients publish to.
     pub fn topic(&self) -> TopicConfig {
         TopicConfig {
-            id: TOPIC.0,
-            incarnation: TOPIC.1,
-            state: TopicState::Live,
-            name: "rack".to_owned(),
-            order: self.order,
             ack_level: 1 + u8::from(self.replicated),
             replication_factor: if self.replicated { COPIES as u8 + 1 } else { 1 },
-            retention_bytes: 0,
-            retention_ms: 0,
-            created_ms: 0,
+            ..topic(TOPIC, self.order)
         }
     }
 
