@@ -254,6 +254,28 @@ impl<F: Fabric> Delegation<F> {
                 None => {}
             }
         }
+        self.close_unlogged();
+    }
+
+    /// Closes deleted topics that connections opened, and of which this delegation never had a log: they were deleted at
+    /// once, or their order here is damaged.
+    fn close_unlogged(&self) {
+        for topic in self.topics.opened() {
+            let id = topic.config.id;
+            if !topic.is_deleted() || self.logs[id.index()].is_some() {
+                continue;
+            }
+            // The topic table holds the topic, and so does this function.
+            if Arc::strong_count(&topic) <= 2 && topic.blog.abandon() {
+                self.forget(&topic);
+            }
+        }
+    }
+
+    /// Removes a deleted topic from the table, and announces that this broker holds nothing of it.
+    fn forget(&self, topic: &Topic<F>) {
+        self.topics.forget(topic.config.id);
+        publish_released(self.topics.region(), topic.config.id, self.topics.broker(), topic.config.incarnation);
     }
 
     /// Opens new topics, and marks those that are being deleted.
@@ -286,10 +308,9 @@ impl<F: Fabric> Delegation<F> {
         if !local.abandon() {
             return;
         }
-        let (id, incarnation) = (local.topic().config.id, local.topic().config.incarnation);
+        let topic = Arc::clone(local.topic());
         self.logs[slot] = None;
-        self.topics.forget(id);
-        publish_released(self.topics.region(), id, self.topics.broker(), incarnation);
+        self.forget(&topic);
     }
 }
 

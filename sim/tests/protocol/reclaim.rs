@@ -10,9 +10,9 @@ use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, Topic
 use embarcadero_cxl::leadership::{NoLeader, activate_term, claim_term};
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId, read_extent};
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator, free_segments};
-use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
+use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_released};
 use embarcadero_cxl::{Fabric, Native, Region, Site};
-use embarcadero_sim::testbed::{TOPIC, Testbed, region};
+use embarcadero_sim::testbed::{TOPIC, Testbed, region, topic};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BatchHeader, BrokerId, Incarnation, Order, Stream, Term};
 use std::sync::Arc;
@@ -75,19 +75,9 @@ fn what_a_dead_broker_held_of_a_deleted_topic_comes_back() {
     for (order, segments) in [(Order::Strong, 1), (Order::Broker, 2)] {
         for (incarnation, state) in [(TOPIC.1, TopicState::Free), (TOPIC.1.next(), TopicState::Live)] {
             let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
-            let topic = |incarnation, state| TopicConfig {
-                id: TOPIC.0,
-                incarnation,
-                state,
-                name: "t".to_owned(),
-                order,
-                ack_level: 1,
-                replication_factor: 1,
-                retention_bytes: 0,
-                retention_ms: 0,
-                created_ms: 0,
+            let show = |incarnation, state| {
+                publish_topic(&region, LEADER, &TopicConfig { state, ..topic((TOPIC.0, incarnation), order) });
             };
-            let show = |incarnation, state| publish_topic(&region, LEADER, &topic(incarnation, state));
             claim_term(&region, LEADER, Term(1));
             show(TOPIC.1, TopicState::Live);
             activate_term(&region, LEADER, Term(1));
@@ -105,6 +95,24 @@ fn what_a_dead_broker_held_of_a_deleted_topic_comes_back() {
             assert_eq!(free_segments(&region), all);
         }
     }
+}
+
+/// A topic is deleted right after a connection opened it, before the delegation looked.
+#[test]
+fn a_topic_that_is_deleted_at_once_is_released() {
+    let region = region(AllocatorKind::Partitioned, FlushMethod::None, |native: Native| native).unwrap();
+    claim_term(&region, LEADER, Term(1));
+    activate_term(&region, LEADER, Term(1));
+    let mut process = Process::start(&region);
+    let show = |state| publish_topic(&region, LEADER, &TopicConfig { state, ..topic(TOPIC, Order::Strong) });
+    show(TopicState::Live);
+    let opened = process.topics.get(TOPIC.0, TOPIC.1).unwrap().unwrap();
+    show(TopicState::Deleting);
+    process.delegation.maintain(0);
+    assert_eq!(read_released(&region, TOPIC.0, BROKER), Ok(Incarnation::NONE), "a connection holds it");
+    drop(opened);
+    process.delegation.maintain(0);
+    assert_eq!(read_released(&region, TOPIC.0, BROKER), Ok(TOPIC.1));
 }
 
 /// A batch comes in part and is given up. Its segment goes to another host, which receives a batch there. What the first
