@@ -257,7 +257,7 @@ impl<F: Fabric> Delegation<F> {
         self.close_unlogged();
     }
 
-    /// Closes deleted topics that connections opened, and of which this delegation never had a log: they were deleted at
+    /// Closes deleted topics of which this delegation never had a log. Connections opened them, and they were deleted at
     /// once, or their order here is damaged.
     fn close_unlogged(&self) {
         for topic in self.topics.opened() {
