@@ -130,13 +130,13 @@ impl SessionOrder {
             return Verdict::OutOfWindow;
         }
         let place = Self::place(sequence);
-        if sequence == self.expected && self.held[place].is_none() {
+        // It may be due already, and wait for room.
+        if sequence == self.expected && (self.held_count == 0 || self.held[place].is_none()) {
             return Verdict::Commit;
         }
         if !self.strong {
             return if self.committed[place] == sequence + 1 { Verdict::Duplicate } else { Verdict::Commit };
         }
-        // It may be due already, and wait for room.
         if self.held[place].is_some() {
             return Verdict::Duplicate;
         }
