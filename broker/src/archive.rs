@@ -212,7 +212,7 @@ struct Request {
 
 /// End of the archive at which workers ask for batches.
 #[derive(Clone)]
-pub(crate) struct Archive {
+pub struct Archive {
     requests: UnboundedSender<Request>,
 }
 
@@ -221,6 +221,12 @@ impl Archive {
     pub(crate) fn new(region: Region<Native>, caller: Caller, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
         let (requests, queue) = unbounded_channel();
         (Self { requests }, ArchiveReader { region, caller, catalog, clients: Arc::default(), queue })
+    }
+
+    /// Returns an archive of which nothing can be read.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { requests: unbounded_channel().0 }
     }
 
     /// Asks for batches of a stream. The answer comes on the returned channel, which closes without one if the broker

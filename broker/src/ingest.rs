@@ -8,7 +8,7 @@ use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
 use embarcadero_cxl::leadership::NoLeader;
 use embarcadero_cxl::segment::PoolError;
 use embarcadero_cxl::session_table::read_session;
-use embarcadero_cxl::{Native, RegionOffset, Row};
+use embarcadero_cxl::{Fabric, RegionOffset, Row};
 use embarcadero_transport::{Landing, Placement, TransportError, Window, WindowPlacement};
 use embarcadero_wire::batch::{BodyError, check_body, check_lengths};
 use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, OpenPublish, PublishReady};
@@ -21,25 +21,25 @@ pub(crate) const MAX_WORKERS: usize = 64;
 
 /// Limits that the broker sets to publishers.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct IngestLimits {
+pub struct IngestLimits {
     /// Largest batch, header and body, in bytes.
-    pub(crate) max_batch_bytes: u64,
+    pub max_batch_bytes: u64,
     /// Time for which a publisher waits for memory before it is refused.
-    pub(crate) exhausted_wait: Duration,
+    pub exhausted_wait: Duration,
     /// Time for which a body of which nothing comes may keep memory from being reused.
-    pub(crate) receive_patience: Duration,
+    pub receive_patience: Duration,
     /// True to check a body's checksum on arrival. Subscribers check it in any case.
-    pub(crate) verify_body: bool,
+    pub verify_body: bool,
 }
 
 /// Session of a publisher on one connection.
-pub(crate) struct PublisherSession {
-    topic: Arc<Topic<Native>>,
+pub(crate) struct PublisherSession<F: Fabric> {
+    topic: Arc<Topic<F>>,
     open: OpenPublish,
     /// Batches that are not acknowledged yet.
     pub(crate) acks: AckQueue,
     limits: IngestLimits,
-    landed: Sender<Landed<Native>>,
+    landed: Sender<Landed<F>>,
     /// Reservation that a body is being received into: its place and its length in bytes.
     reserved: Option<(RegionOffset, u64)>,
     /// Bytes of that body that had come when more last came, and the time at which that was seen.
@@ -52,17 +52,17 @@ pub(crate) struct PublisherSession {
     waits_for_room: bool,
 }
 
-impl PublisherSession {
+impl<F: Fabric> PublisherSession<F> {
     /// Opens a session after a check of the opening frame against the topic and the session table. Returns it with the
     /// answer for the publisher.
     ///
     /// # Errors
     /// A refusal that says what is wrong.
     pub(crate) fn open(
-        topics: &TopicTable<Native>,
+        topics: &TopicTable<F>,
         open: OpenPublish,
         limits: IngestLimits,
-        landed: Sender<Landed<Native>>,
+        landed: Sender<Landed<F>>,
         now: Instant,
     ) -> Result<(Self, PublishReady), TransportError> {
         let refuse = |code, text: String| Err(TransportError::refused(code, text));
@@ -120,7 +120,7 @@ impl PublisherSession {
     }
 
     /// Topic that the session publishes to.
-    pub(crate) fn topic(&self) -> &Arc<Topic<Native>> {
+    pub(crate) fn topic(&self) -> &Arc<Topic<F>> {
         &self.topic
     }
 
@@ -138,7 +138,7 @@ impl PublisherSession {
     ///
     /// # Errors
     /// A refusal when the body is wrong or the broker is shutting down. The batch is then given up.
-    fn complete(&mut self, batch: Landed<Native>, memory: &Native) -> Result<(), TransportError> {
+    fn complete(&mut self, batch: Landed<F>, memory: &F) -> Result<(), TransportError> {
         self.check(memory, &batch.header, batch.at)?;
         self.reserved = None;
         if self.wants_acks() {
@@ -152,7 +152,7 @@ impl PublisherSession {
     }
 
     /// Checks a body's padding and length table, and with `verify_body` its checksum, too.
-    fn check(&self, memory: &Native, header: &BatchHeader, at: RegionOffset) -> Result<(), BodyError> {
+    fn check(&self, memory: &F, header: &BatchHeader, at: RegionOffset) -> Result<(), BodyError> {
         if self.limits.verify_body {
             memory.with_bytes(at.add(FRAME_BYTES as u64), header.body_bytes(), |body| {
                 check_lengths(header, body)?;
@@ -245,7 +245,7 @@ impl PublisherSession {
 
     /// Checks a batch's header against the session, and that there is room for the batch. Returns the answer to the
     /// publisher when the batch cannot be taken now, else `None`.
-    fn reject_or_wait(&mut self, topics: &TopicTable<Native>, header: &BatchHeader, now: Instant) -> Option<Placement> {
+    fn reject_or_wait(&mut self, topics: &TopicTable<F>, header: &BatchHeader, now: Instant) -> Option<Placement> {
         let refuse = |code, text: String| Some(Placement::Refuse(TransportError::refused(code, text)));
         self.waits_for_room = false;
         if let Err(error) = header.check(self.limits.max_batch_bytes) {
@@ -293,7 +293,7 @@ impl PublisherSession {
     }
 }
 
-impl Drop for PublisherSession {
+impl<F: Fabric> Drop for PublisherSession<F> {
     fn drop(&mut self) {
         if let Some((at, bytes)) = self.reserved.take() {
             self.topic.blog.give_up(at, bytes);
@@ -309,11 +309,11 @@ fn waiting(waits: Result<(), TransportError>) -> Placement {
 }
 
 /// Places and takes the batches of one connection, for one call of the transport.
-pub(crate) struct PublisherLanding<'a> {
+pub(crate) struct PublisherLanding<'a, F: Fabric> {
     /// Topics of the broker.
-    pub(crate) topics: &'a TopicTable<Native>,
+    pub(crate) topics: &'a TopicTable<F>,
     /// Session of the publisher; `None` before its opening frame.
-    pub(crate) session: Option<&'a mut PublisherSession>,
+    pub(crate) session: Option<&'a mut PublisherSession<F>>,
     /// Connection that the batches come on.
     pub(crate) origin: Origin,
     /// Present time.
@@ -327,7 +327,7 @@ fn not_opened() -> TransportError {
     TransportError::refused(ErrorCode::UnknownSession, text)
 }
 
-impl Landing for PublisherLanding<'_> {
+impl<F: Fabric> Landing for PublisherLanding<'_, F> {
     fn place(&mut self, header: &BatchHeader) -> Placement {
         let Some(session) = &mut self.session else { return Placement::Refuse(not_opened()) };
         if let Some(answer) = session.reject_or_wait(self.topics, header, self.now) {

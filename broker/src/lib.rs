@@ -10,7 +10,7 @@
 //! - `reclaim` returns its segment to the pool once nobody needs it.
 //! - A [`replica`] copies it to disk. The `archive` reads it from there once the region no longer holds it.
 //!
-//! `worker` runs these stages in polling threads. `control` serves gRPC.
+//! A [`worker`] runs these stages in a polling thread. `control` serves gRPC.
 #![forbid(unsafe_code)]
 
 pub mod ack;
@@ -36,7 +36,7 @@ pub mod replica;
 pub mod sequencer;
 mod takeover;
 pub mod topics;
-mod worker;
+pub mod worker;
 
 pub use broker::{Broker, BrokerError};
 pub use config::BrokerConfig;

@@ -214,7 +214,7 @@ struct CandidateParts {
     /// Allocator for the order indexes of a leader.
     pool: Arc<dyn SegmentAllocator>,
     /// Channel to the worker that runs the stages of a leader.
-    stages: Sender<LeaderStages>,
+    stages: Sender<LeaderStages<Native>>,
     /// State that the control service of a leader uses.
     control: Arc<CurrentLeader>,
 }

@@ -77,7 +77,7 @@ impl Serving<'_> {
     /// The first thread also orders; `promoted` gives it the leader's stages when this broker becomes the leader.
     pub(super) fn spawn_workers(
         self,
-        promoted: Receiver<LeaderStages>,
+        promoted: Receiver<LeaderStages<Native>>,
         threads: &mut Vec<JoinHandle<()>>,
     ) -> Result<Vec<Sender<TcpStream>>, BrokerError> {
         let config = &self.start.config;
@@ -114,7 +114,7 @@ impl Serving<'_> {
                 ordered,
                 idle: Idle::new(config.threads.poll, bounds),
                 core: config.threads.cores.iter().cycle().nth(index).copied(),
-                stages: stages.take().unwrap_or_default(),
+                stages: stages.take().unwrap_or_else(Stages::none),
             };
             let worker = Worker::new(shared.clone(), setup, SystemClock).map_err(io_error("watch sockets"))?;
             threads.push(spawn(format!("worker-{index}"), move || worker.run())?);
@@ -123,7 +123,7 @@ impl Serving<'_> {
     }
 
     /// Returns the data that all workers share.
-    fn shared(self, landed: Sender<Landed<Native>>) -> Shared {
+    fn shared(self, landed: Sender<Landed<Native>>) -> Shared<Native> {
         let (config, exit) = (&self.start.config, self.exit);
         Shared {
             topics: Arc::clone(self.topics),

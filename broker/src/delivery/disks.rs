@@ -4,6 +4,7 @@ use super::{QUEUED_BATCHES, SubscriberSession, announce, end_of, refuse, unreada
 use crate::archive::{Archive, ArchiveAnswer, ArchiveError, ArchiveKey, DiskError, ReadFrom};
 use crate::replica::store::Archived;
 use crossbeam_channel::{Receiver, TryRecvError};
+use embarcadero_cxl::Fabric;
 use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_transport::{Outbox, Outgoing, TransportError};
 use embarcadero_wire::{BatchHeader, Deliver, ErrorCode, FRAME_BYTES};
@@ -49,7 +50,7 @@ impl DiskRead {
     }
 }
 
-impl SubscriberSession {
+impl<F: Fabric> SubscriberSession<F> {
     /// Goes back from disks to the region if the region has the next batch. Returns false if it has not.
     pub(super) fn returns(&mut self, read: &DiskRead, outbox: &Outbox) -> Result<bool, TransportError> {
         let DiskRead { due: ReadFrom::Offset(due), begins: false, .. } = *read else { return Ok(false) };

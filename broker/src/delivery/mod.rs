@@ -9,7 +9,7 @@ mod start;
 use crate::archive::Archive;
 use crate::topics::{Topic, TopicTable};
 use disks::DiskRead;
-use embarcadero_cxl::Native;
+use embarcadero_cxl::Fabric;
 use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_cxl::order_index::{Extent, OrderIndexReader, ReadError, StreamId, read_extent};
 use embarcadero_cxl::region::Region;
@@ -23,11 +23,11 @@ use std::time::{Duration, Instant};
 const QUEUED_BATCHES: usize = 8;
 
 /// Subscriber on one connection, and how far its stream is delivered.
-pub(crate) struct SubscriberSession {
-    region: Region<Native>,
-    topic: Arc<Topic<Native>>,
+pub(crate) struct SubscriberSession<F: Fabric> {
+    region: Region<F>,
+    topic: Arc<Topic<F>>,
     stream: StreamId,
-    reader: OrderIndexReader<Native>,
+    reader: OrderIndexReader<F>,
     /// Number of this reader on the topic's board of pins.
     pin: usize,
     /// Subscription whose start is still to be found; `None` once the stream has begun.
@@ -44,12 +44,12 @@ pub(crate) struct SubscriberSession {
     unwanted_since: Option<Instant>,
 }
 
-impl SubscriberSession {
+impl<F: Fabric> SubscriberSession<F> {
     /// Opens a session after a check of the subscription against the topic.
     ///
     /// # Errors
     /// A refusal that says what is wrong.
-    pub(crate) fn open(topics: &TopicTable<Native>, request: Subscribe) -> Result<Self, TransportError> {
+    pub(crate) fn open(topics: &TopicTable<F>, request: Subscribe) -> Result<Self, TransportError> {
         let Some(topic) = topics.get(request.topic, request.topic_incarnation)? else {
             let text = format!("topic slot {} incarnation {} is not live", request.topic, request.topic_incarnation);
             return refuse(ErrorCode::UnknownTopic, text, 0);
@@ -151,7 +151,7 @@ impl SubscriberSession {
     }
 }
 
-impl Drop for SubscriberSession {
+impl<F: Fabric> Drop for SubscriberSession<F> {
     fn drop(&mut self) {
         self.topic.pins.unregister(self.pin);
     }

@@ -9,7 +9,7 @@ use embarcadero_transport::{Outbox, Outgoing, TransportError};
 use embarcadero_wire::{Deliver, ErrorCode};
 use std::time::{Duration, Instant};
 
-impl SubscriberSession {
+impl<F: Fabric> SubscriberSession<F> {
     /// Queues the next batches of the region, as far as `outbox` has room. Returns the number of batches queued.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use super::disks::DiskRead;
 use super::{SubscriberSession, announce, end_of, refuse, unreadable};
 use crate::archive::ReadFrom;
+use embarcadero_cxl::Fabric;
 use embarcadero_cxl::layout::IndexEntry;
 use embarcadero_cxl::order_index::ReadError;
 use embarcadero_transport::{Outbox, TransportError};
@@ -20,7 +21,7 @@ struct Held {
     next_offset: u64,
 }
 
-impl SubscriberSession {
+impl<F: Fabric> SubscriberSession<F> {
     /// Finds where the stream starts, in the region or on disks, and announces a start in the region. Returns false while
     /// the stream does not exist or nobody leads.
     ///

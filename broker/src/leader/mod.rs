@@ -59,7 +59,7 @@ pub(crate) struct Candidate {
     /// True if this broker may be the leader.
     pub(crate) eligible: bool,
     /// Channel to the worker that runs the leader's stages.
-    pub(crate) stages: Sender<LeaderStages>,
+    pub(crate) stages: Sender<LeaderStages<Native>>,
     /// Part of the control service that works only at the leader.
     pub(crate) control: Arc<CurrentLeader>,
     /// Token that the leader's stages share. It shows when they have ended.

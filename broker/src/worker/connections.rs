@@ -2,7 +2,7 @@
 
 use crate::delivery::SubscriberSession;
 use crate::ingest::PublisherSession;
-use embarcadero_cxl::Native;
+use embarcadero_cxl::Fabric;
 use embarcadero_cxl::layout::SESSION_WINDOW;
 use embarcadero_os::{Interest, Poller, Ready};
 use embarcadero_transport::{Connection, Outbox, Slots};
@@ -17,22 +17,22 @@ use std::time::{Duration, Instant};
 const OUTBOX_FRAMES: usize = 2 * SESSION_WINDOW as usize;
 
 /// Role of a connection's peer.
-pub(super) enum Role {
+pub(super) enum Role<F: Fabric> {
     /// The peer has not sent an opening frame yet. It has time until then.
     New(Instant),
     /// The peer publishes.
-    Publisher(Box<PublisherSession>),
+    Publisher(Box<PublisherSession<F>>),
     /// The peer subscribes.
-    Subscriber(Box<SubscriberSession>),
+    Subscriber(Box<SubscriberSession<F>>),
     /// The error is on its way to the peer; the connection closes at this time at the latest.
     Leaving(Instant),
 }
 
 /// Connection, and what this broker does for its peer.
-pub(super) struct Client<L> {
+pub(super) struct Client<F: Fabric, L> {
     // The first field is dropped first. After that nothing reads or writes the memory that the role lets go.
     pub(super) link: L,
-    pub(super) role: Role,
+    pub(super) role: Role<F>,
     pub(super) outbox: Outbox,
     /// True while the peer is not listened to: a batch waits, or the outbox is too long.
     pub(super) waiting: bool,
@@ -44,7 +44,7 @@ pub(super) struct Client<L> {
     token: u64,
 }
 
-impl<L: Connection<Native>> Client<L> {
+impl<F: Fabric, L: Connection<F>> Client<F, L> {
     /// Name of the connection among all that its thread ever has.
     pub(super) fn token(&self) -> u64 {
         self.token
@@ -98,17 +98,22 @@ impl<L: Connection<Native>> Client<L> {
 
     /// Returns true when something may have come that no descriptor shows.
     pub(super) fn is_due(&self) -> bool {
-        let open = matches!(self.role, Role::Publisher(_) | Role::Subscriber(_));
-        self.waiting || (open && self.link.has_work())
+        let is_shown = match self.role {
+            // The opening frame comes through the socket, if there is one.
+            Role::New(_) => self.link.descriptor().is_some(),
+            Role::Leaving(_) => true,
+            Role::Publisher(_) | Role::Subscriber(_) => false,
+        };
+        self.waiting || (!is_shown && self.link.has_work())
     }
 }
 
 /// Connections of one polling thread by slot, and the readiness of their sockets.
 ///
 /// Slots are reused. A token names one connection only.
-pub(super) struct Connections<L> {
+pub(super) struct Connections<F: Fabric, L> {
     poller: Poller,
-    clients: Vec<Option<Client<L>>>,
+    clients: Vec<Option<Client<F, L>>>,
     free: Vec<usize>,
     /// Number of the last connection; it wraps.
     last_number: u32,
@@ -121,7 +126,7 @@ const fn token(slot: usize, number: u32) -> u64 {
     (slot as u64) << 32 | number as u64
 }
 
-impl<L: Connection<Native>> Connections<L> {
+impl<F: Fabric, L: Connection<F>> Connections<F, L> {
     /// Returns an empty set. `count` is shared by all threads of the broker and counts their connections.
     pub(super) fn new(count: Arc<AtomicUsize>) -> io::Result<Self> {
         Ok(Self { poller: Poller::new()?, clients: Vec::new(), free: Vec::new(), last_number: 0, count })
@@ -162,7 +167,7 @@ impl<L: Connection<Native>> Connections<L> {
     }
 
     /// Returns the connection in a slot.
-    pub(super) fn get(&mut self, slot: usize) -> Option<&mut Client<L>> {
+    pub(super) fn get(&mut self, slot: usize) -> Option<&mut Client<F, L>> {
         self.clients.get_mut(slot)?.as_mut()
     }
 
@@ -174,7 +179,7 @@ impl<L: Connection<Native>> Connections<L> {
     }
 
     /// Returns all connections.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Client<L>> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Client<F, L>> {
         self.clients.iter().flatten()
     }
 
@@ -195,7 +200,7 @@ impl<L: Connection<Native>> Connections<L> {
     }
 
     /// Removes and returns a connection. Drop it to free what it holds.
-    pub(super) fn remove(&mut self, slot: usize) -> Option<Client<L>> {
+    pub(super) fn remove(&mut self, slot: usize) -> Option<Client<F, L>> {
         let client = self.clients.get_mut(slot)?.take()?;
         if client.watched.is_some()
             && let Some(descriptor) = client.link.descriptor()
@@ -209,7 +214,7 @@ impl<L: Connection<Native>> Connections<L> {
     }
 }
 
-impl<L: Connection<Native>> Slots<L> for Connections<L> {
+impl<F: Fabric, L: Connection<F>> Slots<L> for Connections<F, L> {
     fn connection(&mut self, slot: usize) -> Option<&mut L> {
         self.get(slot).map(|client| &mut client.link)
     }

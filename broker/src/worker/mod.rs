@@ -4,16 +4,17 @@ mod connections;
 mod stages;
 mod turn;
 
-pub(crate) use stages::{LeaderStages, Stages};
+pub use crate::archive::Archive;
+pub use crate::ingest::IngestLimits;
+pub use stages::{LeaderStages, Stages};
 
-use crate::archive::Archive;
 use crate::delegation::{Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
-use crate::ingest::{IngestLimits, PublisherLanding, PublisherSession};
+use crate::ingest::{PublisherLanding, PublisherSession};
 use crate::topics::TopicTable;
 use connections::{Client, Connections, Role};
 use crossbeam_channel::{Receiver, Sender};
-use embarcadero_cxl::Native;
+use embarcadero_cxl::Fabric;
 use embarcadero_os::idle::{Idle, Step};
 use embarcadero_os::thread::prepare_polling_thread;
 use embarcadero_os::{Clock, Now, Ready};
@@ -35,76 +36,76 @@ const COMPLETIONS: u64 = u64::MAX;
 
 /// Data that all workers of a broker share.
 #[derive(Clone)]
-pub(crate) struct Shared {
+pub struct Shared<F: Fabric> {
     /// Topics of the broker.
-    pub(crate) topics: Arc<TopicTable<Native>>,
+    pub topics: Arc<TopicTable<F>>,
     /// Channel to the delegation.
-    pub(crate) landed: Sender<Landed<Native>>,
+    pub landed: Sender<Landed<F>>,
     /// Limits of publishers.
-    pub(crate) limits: IngestLimits,
+    pub limits: IngestLimits,
     /// Time for which batches that a NIC is sending may keep memory that retention wants.
-    pub(crate) delivery_patience: Duration,
+    pub delivery_patience: Duration,
     /// Time in which a connection must have sent its opening frame.
-    pub(crate) opening: Duration,
+    pub opening: Duration,
     /// Silence after which a publisher loses landing windows that keep memory from being reused.
-    pub(crate) window_idle: Duration,
+    pub window_idle: Duration,
     /// Archive to ask for batches that the region no longer holds.
-    pub(crate) archive: Archive,
+    pub archive: Archive,
     /// Set when the broker is about to stop: clients are sent to other brokers.
-    pub(crate) draining: Arc<AtomicBool>,
+    pub draining: Arc<AtomicBool>,
     /// Number of connections of all workers.
-    pub(crate) connections: Arc<AtomicUsize>,
+    pub connections: Arc<AtomicUsize>,
     /// Set when the broker stops.
-    pub(crate) stop: Arc<AtomicBool>,
+    pub stop: Arc<AtomicBool>,
     /// Set when a later process has this broker's id.
-    pub(crate) superseded: Arc<AtomicBool>,
+    pub superseded: Arc<AtomicBool>,
     /// Silence after which the leader ignores this broker's pins; [`Duration::MAX`] where it never does.
-    pub(crate) lease: Duration,
+    pub lease: Duration,
     /// Time between heartbeats.
-    pub(crate) heartbeat: Duration,
+    pub heartbeat: Duration,
 }
 
 /// Settings of a single worker.
-pub(crate) struct WorkerSetup<E> {
+pub struct WorkerSetup<F: Fabric, E> {
     /// Index among the broker's workers.
-    pub(crate) index: usize,
+    pub index: usize,
     /// Source of the connections to serve.
-    pub(crate) endpoint: E,
+    pub endpoint: E,
     /// Channel of the batches that the delegation ordered, for their acks.
-    pub(crate) ordered: Receiver<OrderedLocally>,
+    pub ordered: Receiver<OrderedLocally>,
     /// Way to wait when there is nothing to do.
-    pub(crate) idle: Idle,
+    pub idle: Idle,
     /// Core to run on; `None` leaves it to the kernel.
-    pub(crate) core: Option<usize>,
+    pub core: Option<usize>,
     /// Ordering stages that this thread runs.
-    pub(crate) stages: Stages,
+    pub stages: Stages<F>,
 }
 
 /// Polling thread of a broker.
-pub(crate) struct Worker<E: Endpoint<Native>, C> {
+pub struct Worker<F: Fabric, E: Endpoint<F>, C> {
     index: usize,
-    shared: Shared,
-    memory: Native,
+    shared: Shared<F>,
+    memory: F,
     clock: C,
-    connections: Connections<E::Connection>,
+    connections: Connections<F, E::Connection>,
     endpoint: E,
     ready: Vec<Ready>,
     ordered: Receiver<OrderedLocally>,
     idle: Idle,
     core: Option<usize>,
-    stages: Stages,
+    stages: Stages<F>,
     /// Time of the last heartbeat and maintenance.
     maintained: Instant,
     /// Time of the last look at what rarely changes.
     checked: Instant,
 }
 
-impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
+impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
     /// Returns a worker that has no connections yet.
     ///
     /// # Errors
     /// [`io::Error`] when sockets cannot be polled.
-    pub(crate) fn new(shared: Shared, setup: WorkerSetup<E>, clock: C) -> io::Result<Self> {
+    pub fn new(shared: Shared<F>, setup: WorkerSetup<F, E>, clock: C) -> io::Result<Self> {
         let WorkerSetup { index, endpoint, ordered, idle, core, stages } = setup;
         let connections = Connections::new(Arc::clone(&shared.connections))?;
         if let Some(descriptor) = endpoint.descriptor() {
@@ -128,7 +129,13 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
         })
     }
 
-    /// Runs until the broker stops.
+    /// Returns the ordering stages.
+    #[must_use]
+    pub fn stages(&self) -> &Stages<F> {
+        &self.stages
+    }
+
+    /// Runs until the broker stops, and waits in between as its settings say.
     pub(crate) fn run(mut self) {
         if let Err(error) = prepare_polling_thread(self.core) {
             tracing::error!(worker = self.index, %error, "the thread could not be pinned");
@@ -142,7 +149,7 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
                 tracing::error!(worker = self.index, %error, "waiting for sockets failed");
                 return;
             }
-            if self.work() {
+            if self.poll() {
                 self.idle.worked();
                 timeout = Duration::ZERO;
             } else {
@@ -165,7 +172,7 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
     }
 
     /// Runs one turn of the loop: receive, order, acknowledge, deliver. Returns true when anything moved.
-    fn work(&mut self) -> bool {
+    pub fn poll(&mut self) -> bool {
         let now = self.clock.now();
         if now.instant.saturating_duration_since(self.maintained) >= self.shared.lease {
             self.stood_still(now);

@@ -4,7 +4,7 @@ use crate::delegation::Delegation;
 use crate::replica::completion::CompletionStage;
 use crate::sequencer::{GROUP_BATCHES, Sequencer};
 use crossbeam_channel::Receiver;
-use embarcadero_cxl::Native;
+use embarcadero_cxl::Fabric;
 use embarcadero_os::Times;
 use std::sync::Arc;
 
@@ -12,34 +12,44 @@ use std::sync::Arc;
 const DELEGATION_BATCHES: usize = 256;
 
 /// Stages that only the leader has.
-pub(crate) struct LeaderStages {
+pub struct LeaderStages<F: Fabric> {
     /// Stage that gives batches their place in the global order.
-    pub(crate) sequencer: Sequencer<Native>,
+    pub sequencer: Sequencer<F>,
     /// Stage that counts how far batches are durable.
-    pub(crate) completion: CompletionStage<Native>,
+    pub completion: CompletionStage<F>,
     /// Token of the candidate, which sees by its drop that the stages have ended.
-    #[expect(dead_code, reason = "held for its drop")]
-    pub(crate) in_use: Arc<()>,
+    pub in_use: Arc<()>,
 }
 
 /// Stages of one thread. The broker's first worker has all of them, the others have none.
-#[derive(Default)]
-pub(crate) struct Stages {
+pub struct Stages<F: Fabric> {
     /// Stage that puts batches into local order.
-    pub(crate) delegation: Option<Delegation<Native>>,
+    pub delegation: Option<Delegation<F>>,
     /// Channel on which the leader's stages come when this broker becomes the leader.
-    pub(crate) promoted: Option<Receiver<LeaderStages>>,
-    leader: Option<LeaderStages>,
+    pub promoted: Option<Receiver<LeaderStages<F>>>,
+    leader: Option<LeaderStages<F>>,
 }
 
 /// Error: a later process has this broker's id.
 pub(super) struct Superseded;
 
-impl Stages {
+impl<F: Fabric> Stages<F> {
+    /// Returns the stages of a worker that orders nothing.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { delegation: None, promoted: None, leader: None }
+    }
+
     /// Returns the stages of a broker's first worker.
     #[must_use]
-    pub(crate) fn new(delegation: Delegation<Native>, promoted: Receiver<LeaderStages>) -> Self {
+    pub fn new(delegation: Delegation<F>, promoted: Receiver<LeaderStages<F>>) -> Self {
         Self { delegation: Some(delegation), promoted: Some(promoted), leader: None }
+    }
+
+    /// Returns the stage that gives batches their place in the global order, while this broker leads.
+    #[must_use]
+    pub fn sequencer(&self) -> Option<&Sequencer<F>> {
+        self.leader.as_ref().map(|leader| &leader.sequencer)
     }
 
     /// Orders the batches that have come. Returns true when anything moved.

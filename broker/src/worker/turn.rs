@@ -4,14 +4,14 @@ use super::connections::{Client, Role};
 use super::{CLOSE_LINGER, Shared, Worker};
 use crate::ack::SessionStatus;
 use crate::ingest::PublisherSession;
-use embarcadero_cxl::Native;
+use embarcadero_cxl::Fabric;
 use embarcadero_os::{Clock, Now};
 use embarcadero_transport::{Connection, Endpoint, Outbox, Outgoing, TransportError};
 use embarcadero_wire::ErrorCode;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
+impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
     /// Acknowledges batches that the delegation put into the broker's own order. Returns true when there were any.
     pub(super) fn local_acks(&mut self) -> bool {
         let mut any = false;
@@ -117,9 +117,9 @@ impl<E: Endpoint<Native>, C: Clock> Worker<E, C> {
 }
 
 /// Acknowledges or delivers, as the role of the peer asks for. Returns true when anything moved.
-fn serve<L: Connection<Native>>(
-    shared: &Shared,
-    client: &mut Client<L>,
+fn serve<F: Fabric, L: Connection<F>>(
+    shared: &Shared<F>,
+    client: &mut Client<F, L>,
     check: bool,
     now: Now,
 ) -> Result<bool, TransportError> {
@@ -146,7 +146,11 @@ fn serve<L: Connection<Native>>(
 }
 
 /// Queues the acks of batches that are committed, and durable if they have to be. Returns true when there were any.
-fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Outbox) -> Result<bool, TransportError> {
+fn acknowledge<F: Fabric>(
+    shared: &Shared<F>,
+    session: &mut PublisherSession<F>,
+    outbox: &mut Outbox,
+) -> Result<bool, TransportError> {
     if session.acks.is_empty() {
         return Ok(false);
     }
@@ -157,9 +161,9 @@ fn acknowledge(shared: &Shared, session: &mut PublisherSession, outbox: &mut Out
 }
 
 /// Checks that a session is still open, that its topic is still live, and that the publisher keeps no memory in vain.
-fn check_session<L: Connection<Native>>(
-    shared: &Shared,
-    session: &mut PublisherSession,
+fn check_session<F: Fabric, L: Connection<F>>(
+    shared: &Shared<F>,
+    session: &mut PublisherSession<F>,
     link: &L,
     outbox: &mut Outbox,
     now: Instant,

@@ -62,6 +62,17 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// Copies bytes out of the region, possibly stale.
     fn read_bytes(&self, at: RegionOffset, into: &mut [u8]);
 
+    /// Passes bytes to `look`, where they lie or in a copy. By the protocol the caller owns the range: it reserved the range
+    /// and has not published it yet, or the range is published and pinned.
+    ///
+    /// # Panics
+    /// When the range is not inside the region.
+    fn with_bytes<R>(&self, at: RegionOffset, len: u64, look: impl FnOnce(&[u8]) -> R) -> R {
+        let mut bytes = vec![0; len as usize];
+        self.read_bytes(at, &mut bytes);
+        look(&bytes)
+    }
+
     /// Copies bytes into the region, through this host's cache.
     fn write_bytes(&self, at: RegionOffset, from: &[u8]);
 

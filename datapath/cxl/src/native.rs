@@ -114,19 +114,6 @@ impl Native {
         unsafe { self.base.add(at.0 as usize) }
     }
 
-    /// Passes bytes to `look` where they lie, without a copy. By the protocol the caller owns the range: it reserved
-    /// the range and has not published it yet, or the range is published and pinned.
-    ///
-    /// # Panics
-    /// When the range is not inside the region.
-    #[inline]
-    pub fn with_bytes<R>(&self, at: RegionOffset, len: u64, look: impl FnOnce(&[u8]) -> R) -> R {
-        let from = self.address(at, len);
-        // SAFETY: in bounds and mapped; nobody writes the range while the caller owns it. Bytes have no invalid
-        // values, so even a misbehaving peer process can only change what is read.
-        look(unsafe { std::slice::from_raw_parts(from, len as usize) })
-    }
-
     /// Writes bytes past the caches. They are in the region's memory when this returns, without a flush.
     pub fn write_past_caches(&self, at: RegionOffset, from: &[u8]) {
         self.stream(at, from);
@@ -251,6 +238,14 @@ impl Fabric for Native {
         // SAFETY: `for_lines` passes lines of the mapping.
         self.for_lines(at, len, |line| unsafe { cache::drop_line(self.method, line) });
         cache::full_fence(self.method);
+    }
+
+    #[inline]
+    fn with_bytes<R>(&self, at: RegionOffset, len: u64, look: impl FnOnce(&[u8]) -> R) -> R {
+        let from = self.address(at, len);
+        // SAFETY: in bounds and mapped; nobody writes the range while the caller owns it. Bytes have no invalid
+        // values, so even a misbehaving peer process can only change what is read.
+        look(unsafe { std::slice::from_raw_parts(from, len as usize) })
     }
 
     fn read_bytes(&self, at: RegionOffset, into: &mut [u8]) {

@@ -8,6 +8,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 pub struct Now {
     /// Monotonic clock: it never goes back, and has no meaning on another host.
     pub instant: Instant,
+    /// Reading of the monotonic clock in microseconds since some moment of this process.
+    pub steady_us: u64,
     /// Wall clock, microseconds since 1970. It may step.
     pub wall_us: u64,
 }
@@ -16,10 +18,7 @@ impl Now {
     /// Returns the readings as numbers.
     #[must_use]
     pub fn times(self) -> Times {
-        // Any origin will do that no reading lies before.
-        static ORIGIN: OnceLock<Instant> = OnceLock::new();
-        let since = self.instant.saturating_duration_since(*ORIGIN.get_or_init(|| self.instant));
-        Times { steady_us: since.as_micros() as u64, wall_us: self.wall_us }
+        Times { steady_us: self.steady_us, wall_us: self.wall_us }
     }
 }
 
@@ -53,7 +52,11 @@ pub struct SystemClock;
 impl Clock for SystemClock {
     #[inline]
     fn now(&self) -> Now {
+        // Any origin will do that no reading lies before.
+        static ORIGIN: OnceLock<Instant> = OnceLock::new();
+        let instant = Instant::now();
+        let steady_us = instant.saturating_duration_since(*ORIGIN.get_or_init(|| instant)).as_micros() as u64;
         let wall_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
-        Now { instant: Instant::now(), wall_us }
+        Now { instant, steady_us, wall_us }
     }
 }

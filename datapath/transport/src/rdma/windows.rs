@@ -5,7 +5,7 @@ use super::device::{RdmaDevice, RemoteAccess};
 use super::{WANTS_WINDOW, WINDOWS_PER_PUBLISHER};
 use crate::connection::{Landing, TransportError, WindowPlacement};
 use crate::window::Window;
-use embarcadero_cxl::{Native, RegionOffset};
+use embarcadero_cxl::{Fabric, Native, RegionOffset};
 use embarcadero_verbs::{ProtectionDomain, RemoteRange, Work};
 use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, Frame, WindowGrant};
 use std::collections::VecDeque;
