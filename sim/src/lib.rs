@@ -21,4 +21,6 @@ pub use disk::{Fault, SimulatedMedium};
 pub use fabric::{Mutation, Simulated, Turbulence, World};
 pub use local::LocalBroker;
 pub use parallel::on_all_cores;
-pub use transport::{SimulatedEndpoint, SimulatedTransport};
+pub use transport::{
+    Power, SimulatedConnection, SimulatedEndpoint, SimulatedPublisher, SimulatedSubscriber, SimulatedTransport, Weather,
+};

@@ -12,7 +12,11 @@ use std::io;
 use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Number of looks at a silent connection after which it counts as lost, as keep-alive has it.
+const SILENT_LOOKS: u32 = 300;
 
 /// Frame and the bytes that follow it: a batch's body, a delivered batch, or the text of an error.
 struct Message {
@@ -27,6 +31,20 @@ struct Pipe {
     room: usize,
     /// True once one of the ends is gone, or sends no more.
     closed: bool,
+    /// Number of looks after which the end that is left finds the other one gone; `None` while both are there.
+    silent_for: Option<u32>,
+}
+
+impl Pipe {
+    /// Looks at a connection whose other end may be gone without a word.
+    fn look(&mut self) {
+        let Some(looks) = &mut self.silent_for else { return };
+        *looks = looks.saturating_sub(1);
+        if *looks == 0 {
+            self.closed = true;
+            self.under_way.clear();
+        }
+    }
 }
 
 type Shared = Arc<Mutex<Pipe>>;
@@ -35,22 +53,61 @@ fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
     of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Faults of the network under a [`SimulatedTransport`].
+pub trait Weather: Send + Sync {
+    /// Returns true when what is under way to an end has not come yet, now that the end looks.
+    fn delays(&self) -> bool;
+
+    /// Returns true when a connection breaks, now that an end sends on it.
+    fn breaks(&self) -> bool;
+}
+
+/// Network without faults.
+struct Fair;
+
+impl Weather for Fair {
+    fn delays(&self) -> bool {
+        false
+    }
+
+    fn breaks(&self) -> bool {
+        false
+    }
+}
+
+/// Power supply of a host. Once it has failed, connections of the host fall silent instead of closing.
+#[derive(Clone, Debug, Default)]
+pub struct Power(Arc<AtomicBool>);
+
+impl Power {
+    /// Fails. Drop what the host has of the transport next.
+    pub fn fail(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn has_failed(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// One of the two ends of a connection.
 struct End {
     incoming: Shared,
     outgoing: Shared,
+    weather: Arc<dyn Weather>,
+    /// Power of the end's host.
+    power: Power,
 }
 
 impl End {
-    fn pair(room: usize) -> [Self; 2] {
-        let pipe = || Arc::new(Mutex::new(Pipe { under_way: VecDeque::new(), room, closed: false }));
-        let (one, other) = (pipe(), pipe());
-        [Self { incoming: Arc::clone(&one), outgoing: Arc::clone(&other) }, Self { incoming: other, outgoing: one }]
-    }
-
     /// Sends a message. Returns false when there is no room for it now.
     fn send(&self, frame: [u8; FRAME_BYTES], rest: Vec<u8>) -> io::Result<bool> {
+        if self.weather.breaks() {
+            lock(&self.incoming).closed = true;
+            lock(&self.outgoing).closed = true;
+        }
         let mut pipe = lock(&self.outgoing);
+        pipe.look();
         if pipe.closed {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
@@ -63,19 +120,27 @@ impl End {
 
     /// Takes a message, if there is one. Fails once the other end is gone and nothing is left.
     fn receive(&self) -> io::Result<Option<Message>> {
+        if self.weather.delays() {
+            return Ok(None);
+        }
         let mut pipe = lock(&self.incoming);
+        pipe.look();
         match pipe.under_way.pop_front() {
             None if pipe.closed => Err(io::ErrorKind::UnexpectedEof.into()),
             message => Ok(message),
         }
     }
-}
 
-impl End {
     /// Returns true when [`End::receive`] would return a message or an error.
     fn has_news(&self) -> bool {
-        let pipe = lock(&self.incoming);
+        let mut pipe = lock(&self.incoming);
+        pipe.look();
         pipe.closed || !pipe.under_way.is_empty()
+    }
+
+    /// Returns true once the other end is gone, or sends no more.
+    fn has_hung_up(&self) -> bool {
+        lock(&self.incoming).closed
     }
 
     /// Ends the outgoing direction. What is under way still arrives.
@@ -86,46 +151,100 @@ impl End {
 
 impl Drop for End {
     fn drop(&mut self) {
-        lock(&self.incoming).closed = true;
-        lock(&self.outgoing).closed = true;
+        for pipe in [&self.incoming, &self.outgoing] {
+            let mut pipe = lock(pipe);
+            if self.power.has_failed() {
+                pipe.silent_for.get_or_insert(SILENT_LOOKS);
+            } else {
+                pipe.closed = true;
+            }
+        }
     }
 }
 
-/// Connections that wait to be accepted, by the address where a broker listens.
-type Listening = BTreeMap<SocketAddr, VecDeque<End>>;
+/// Address that a broker listens at: the connections that wait to be accepted there, and the power of the host.
+struct Listener {
+    waiting: VecDeque<End>,
+    power: Power,
+}
 
-/// Network that simulated clients and brokers share. Clones share it too.
+type Listening = BTreeMap<SocketAddr, Listener>;
+
+/// Network that simulated clients and brokers share, as one host sees it. Clones share it too.
 pub struct SimulatedTransport<F> {
     listening: Arc<Mutex<Listening>>,
     room: usize,
+    weather: Arc<dyn Weather>,
+    power: Power,
     memory: PhantomData<fn() -> F>,
 }
 
 impl<F> Clone for SimulatedTransport<F> {
     fn clone(&self) -> Self {
-        Self { listening: Arc::clone(&self.listening), room: self.room, memory: PhantomData }
+        self.of_host(&self.power)
     }
 }
 
 impl<F> SimulatedTransport<F> {
-    /// Makes a network whose connections carry at most `room` messages at a time in each direction.
+    /// Makes a network whose connections carry at most `room` messages at a time in each direction, and never fail.
     #[must_use]
     pub fn new(room: usize) -> Self {
-        Self { listening: Arc::default(), room, memory: PhantomData }
+        Self::in_weather(room, Arc::new(Fair))
+    }
+
+    /// Makes a network whose connections carry at most `room` messages at a time in each direction, with faults.
+    #[must_use]
+    pub fn in_weather(room: usize, weather: Arc<dyn Weather>) -> Self {
+        Self { listening: Arc::default(), room, weather, power: Power::default(), memory: PhantomData }
+    }
+
+    /// Returns the same network for a host with a power supply of its own.
+    #[must_use]
+    pub fn of_host(&self, power: &Power) -> Self {
+        let (listening, weather) = (Arc::clone(&self.listening), Arc::clone(&self.weather));
+        Self { listening, room: self.room, weather, power: power.clone(), memory: PhantomData }
     }
 
     /// Begins to listen at an address.
     #[must_use]
     pub fn listen(&self, at: SocketAddr) -> SimulatedEndpoint<F> {
-        lock(&self.listening).entry(at).or_default();
+        let listener = Listener { waiting: VecDeque::new(), power: self.power.clone() };
+        lock(&self.listening).insert(at, listener);
         SimulatedEndpoint { network: self.clone(), at }
     }
 
     fn connect(&self, to: SocketAddr, opening: [u8; FRAME_BYTES]) -> io::Result<End> {
-        let [near, far] = End::pair(self.room);
+        let pipe = || Pipe { under_way: VecDeque::new(), room: self.room, closed: false, silent_for: None };
+        let [one, other] = [pipe(), pipe()].map(|pipe| Arc::new(Mutex::new(pipe)));
+        let mut listening = lock(&self.listening);
+        let listener = listening.get_mut(&to).ok_or(io::ErrorKind::ConnectionRefused)?;
+        let end = |incoming: &Shared, outgoing: &Shared, power: &Power| End {
+            incoming: Arc::clone(incoming),
+            outgoing: Arc::clone(outgoing),
+            weather: Arc::clone(&self.weather),
+            power: power.clone(),
+        };
+        let near = end(&one, &other, &self.power);
+        listener.waiting.push_back(end(&other, &one, &listener.power));
+        drop(listening);
         near.send(opening, Vec::new())?;
-        lock(&self.listening).get_mut(&to).ok_or(io::ErrorKind::ConnectionRefused)?.push_back(far);
         Ok(near)
+    }
+
+    /// Connects a publisher, which sends two frames to open the connection. The answers come through
+    /// [`PublisherLink::poll`].
+    ///
+    /// # Errors
+    /// Nobody listens at the address.
+    pub fn publish_after(
+        &self,
+        broker: SocketAddr,
+        before: [u8; FRAME_BYTES],
+        open: &OpenPublish,
+    ) -> io::Result<SimulatedPublisher> {
+        let end = self.connect(broker, before)?;
+        end.send(open.encode(), Vec::new())?;
+        Ok(SimulatedPublisher { end })
     }
 }
 
@@ -145,17 +264,23 @@ impl<F: Fabric> Transport for SimulatedTransport<F> {
     }
 }
 
-/// Address where a broker listens.
+/// Address where a broker listens, until this is dropped.
 pub struct SimulatedEndpoint<F> {
     network: SimulatedTransport<F>,
     at: SocketAddr,
+}
+
+impl<F> Drop for SimulatedEndpoint<F> {
+    fn drop(&mut self) {
+        lock(&self.network.listening).remove(&self.at);
+    }
 }
 
 impl<F: Fabric> Endpoint<F> for SimulatedEndpoint<F> {
     type Connection = SimulatedConnection;
 
     fn accept(&mut self) -> Option<io::Result<SimulatedConnection>> {
-        let end = lock(&self.network.listening).get_mut(&self.at)?.pop_front()?;
+        let end = lock(&self.network.listening).get_mut(&self.at)?.waiting.pop_front()?;
         Some(Ok(SimulatedConnection { end, waiting: None }))
     }
 }
@@ -165,6 +290,16 @@ pub struct SimulatedConnection {
     end: End,
     /// Batch that the landing has no room for.
     waiting: Option<Message>,
+}
+
+impl SimulatedConnection {
+    /// Sends a frame of the transport itself. Returns false when there is no room for it now.
+    ///
+    /// # Errors
+    /// The connection is lost.
+    pub fn send_frame(&self, frame: [u8; FRAME_BYTES]) -> io::Result<bool> {
+        self.end.send(frame, Vec::new())
+    }
 }
 
 impl<F: Fabric> Connection<F> for SimulatedConnection {
@@ -188,6 +323,8 @@ impl<F: Fabric> Connection<F> for SimulatedConnection {
                     memory.write_bytes(at.add(FRAME_BYTES as u64), &message.rest);
                     landing.complete(header, at, false)?;
                 }
+                // What nobody has taken goes with the connection.
+                Placement::Wait if self.end.has_hung_up() => return Err(TransportError::Closed),
                 Placement::Wait => {
                     self.waiting = Some(message);
                     return Ok(Received::Waiting);

@@ -2,23 +2,39 @@
 //! session is fenced. Sometimes it crashes, and forgets everything but its id.
 
 use super::fate::{Clock, one_in, random};
-use super::network::{Answer, Batch, Request, id_of};
-use super::nic::{self, Link};
-use super::{HOSTS, Rack};
+use super::host::message;
+use super::link::{RackPublisher, RackTransport, address};
+use super::network::{Answer, Request, id_of};
+use super::nic::{Nic, Port};
+use super::{COPIES, HOSTS, Rack, TOPIC};
 use embarcadero_cxl::session_table::Session;
-use embarcadero_roce::psn::Psn;
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use embarcadero_sim::Power;
+use embarcadero_transport::{LinkError, PublisherLink, SendBuffer, Transport};
+use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
+use embarcadero_wire::{ClientId, Epoch, ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex};
 
+/// Bytes of a batch's buffer.
+const BUFFER_BYTES: usize = 1024;
 /// Most batches that a client has under way.
 const WINDOW: usize = 8;
 /// Time for which a client waits for an answer, in microseconds of its own clock.
 const PATIENCE_US: u64 = 8000;
 
+/// Connection to a broker, and the batches that are to be sent on it.
+struct Connection {
+    link: RackPublisher,
+    session: (ClientId, Epoch),
+    due: VecDeque<u64>,
+}
+
 pub(crate) struct Client {
     id: usize,
     rack: Arc<Rack>,
     clock: Clock,
+    power: Power,
+    transport: RackTransport,
     session: Option<Session>,
     /// Number of sessions that hosts have forgotten.
     lost: u64,
@@ -27,10 +43,7 @@ pub(crate) struct Client {
     attempt: u64,
     /// Host that it publishes to.
     broker: usize,
-    /// Connection to each host, in a rack with NICs.
-    links: [Option<Link>; HOSTS],
-    /// Number of the first packet to each host that it waits for a window of.
-    connecting: [Option<Psn>; HOSTS],
+    connections: [Option<Connection>; HOSTS],
     heard_us: u64,
     next_sequence: u64,
     /// Batches that are not acknowledged: sequence to content.
@@ -41,19 +54,30 @@ pub(crate) struct Client {
     end: u64,
 }
 
+/// Makes a client's power supply, and its view of the network.
+fn plug_in(id: usize, rack: &Arc<Rack>, clock: Clock) -> (Power, RackTransport) {
+    let power = Power::default();
+    let nic = || (Arc::new(Mutex::new(Nic::new(Port::of_client(id), &rack.network, None))), clock);
+    let transport = rack.transport.of_client(&power, rack.has_nics.then(nic));
+    (power, transport)
+}
+
 impl Client {
     pub(crate) fn new(id: usize, rack: &Arc<Rack>, batches: u64) -> Self {
+        let clock = Clock::drifting();
+        let (power, transport) = plug_in(id, rack, clock);
         Self {
             id,
             rack: Arc::clone(rack),
-            clock: Clock::drifting(),
+            clock,
+            power,
+            transport,
             session: None,
             lost: 0,
             resume: false,
             attempt: 0,
             broker: 0,
-            links: Default::default(),
-            connecting: [None; HOSTS],
+            connections: Default::default(),
             heard_us: 0,
             next_sequence: 0,
             under_way: BTreeMap::new(),
@@ -78,11 +102,14 @@ impl Client {
     /// Crashes and starts again. It no longer knows of batches that were under way.
     pub(crate) fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.client_crashes);
+        if one_in(2) {
+            self.power.fail();
+        }
+        self.connections = Default::default();
+        (self.power, self.transport) = plug_in(self.id, &self.rack, self.clock);
         self.session = None;
         self.resume = false;
         self.under_way.clear();
-        self.links = Default::default();
-        self.connecting = [None; HOSTS];
         self.attempt += 1;
     }
 
@@ -90,33 +117,26 @@ impl Client {
         while let Some(answer) = self.rack.network.take_answer(self.id) {
             self.heed(answer);
         }
-        nic::drive(self.id, &mut self.links, self.clock.now_us(), &self.rack.network);
+        for host in 0..HOSTS {
+            self.drive(host);
+        }
         let late = self.clock.now_us().saturating_sub(self.heard_us) > PATIENCE_US;
-        let Some(session) = self.session else {
+        if self.session.is_none() {
             if late {
-                self.heard_us = self.clock.now_us();
-                self.attempt += 1;
-                // The leader is one of them.
-                for host in 0..HOSTS {
-                    let (id, resume, attempt) = (id_of(self.id, self.lost), self.resume, self.attempt);
-                    self.rack.network.request(host, Request::OpenSession { id, resume, attempt });
-                }
+                self.ask_for_session();
             }
             return;
-        };
+        }
         if late && !self.under_way.is_empty() {
             self.heard_us = self.clock.now_us();
-            // It may hear nothing because the host started again and knows nothing of the connection.
-            self.links[self.broker] = None;
+            self.connections[self.broker] = None;
             self.broker = random(0..HOSTS as u64) as usize;
-            self.connecting[self.broker] = None;
-            self.send_again(session);
+            self.send_again();
         }
         while self.under_way.len() < WINDOW && self.next < self.end {
-            let (sequence, content) = (self.next_sequence, self.next);
-            self.under_way.insert(sequence, content);
-            (self.next_sequence, self.next) = (sequence + 1, content + 1);
-            self.send(session, sequence, content);
+            self.under_way.insert(self.next_sequence, self.next);
+            self.send(self.next_sequence);
+            (self.next_sequence, self.next) = (self.next_sequence + 1, self.next + 1);
             if one_in(4) {
                 // Striped over brokers.
                 self.broker = random(0..HOSTS as u64) as usize;
@@ -124,52 +144,124 @@ impl Client {
         }
     }
 
-    fn send(&mut self, session: Session, sequence: u64, content: u64) {
-        let resume_from = self.under_way.keys().next().copied().unwrap_or(sequence);
-        let batch = Batch { session, sequence, content, resume_from };
-        if self.rack.has_nics {
-            self.write(&batch);
-        } else {
-            self.rack.network.request(self.broker, Request::Publish(batch));
+    fn ask_for_session(&mut self) {
+        self.heard_us = self.clock.now_us();
+        self.attempt += 1;
+        // The leader is one of them.
+        for host in 0..HOSTS {
+            let (id, resume, attempt) = (id_of(self.id, self.lost), self.resume, self.attempt);
+            self.rack.network.request(host, Request::OpenSession { id, resume, attempt });
         }
     }
 
-    /// Writes a batch to the broker's window. If there is none, it asks for one once, and resends when it has it.
-    fn write(&mut self, batch: &Batch) {
-        let (client, host) = (self.id, self.broker);
-        if let Some(link) = &mut self.links[host] {
-            if link.write(batch) {
-                return;
+    /// Sends a batch on the connection to the broker, and connects first if there is none.
+    fn send(&mut self, sequence: u64) {
+        let Some(session) = self.session else { return };
+        let name = (session.client_id, session.epoch);
+        let place = &mut self.connections[self.broker];
+        if place.as_ref().is_none_or(|connection| connection.session != name) {
+            let open = OpenPublish {
+                client_id: session.client_id,
+                resume_from: self.under_way.keys().next().copied().unwrap_or(sequence),
+                session_epoch: session.epoch,
+                session_slot: session.slot,
+                topic: TOPIC.0,
+                topic_incarnation: TOPIC.1,
+                ack_level: session.ack_level.into(),
+                ..OpenPublish::blank()
+            };
+            let link = self.transport.publish(address(self.broker), &super::options(), &open).ok();
+            self.rack.history.count(|tally| &mut tally.links);
+            *place = link.map(|link| Connection { link, session: name, due: VecDeque::new() });
+        }
+        if let Some(connection) = place {
+            connection.due.push_back(sequence);
+        }
+    }
+
+    fn send_again(&mut self) {
+        let resend: Vec<_> = self.under_way.keys().copied().collect();
+        resend.into_iter().for_each(|sequence| self.send(sequence));
+    }
+
+    /// Sends what is due on the connection to a host, and takes what came.
+    fn drive(&mut self, host: usize) {
+        let Some(mut connection) = self.connections[host].take() else { return };
+        let mut frames = Vec::new();
+        let polled = connection.link.poll(&mut frames);
+        for frame in frames {
+            self.take_frame(frame, connection.session);
+        }
+        if let Err(LinkError::Refused { code: Some(ErrorCode::UnknownSession), .. }) = polled
+            && self.is_own(connection.session)
+        {
+            self.end_session();
+        }
+        if polled.is_err() || self.send_due(&mut connection).is_err() {
+            self.rack.history.count(|tally| &mut tally.broken_links);
+            return;
+        }
+        self.connections[host] = Some(connection);
+    }
+
+    /// Hands batches that are due to the transport, as far as it has room.
+    fn send_due(&self, connection: &mut Connection) -> std::io::Result<()> {
+        let Some(session) = self.session.filter(|own| (own.client_id, own.epoch) == connection.session) else {
+            return Ok(());
+        };
+        while let Some(sequence) = connection.due.front() {
+            if let Some(content) = self.under_way.get(sequence) {
+                let origin = BatchOrigin {
+                    client_id: session.client_id,
+                    session_epoch: session.epoch,
+                    session_slot: session.slot,
+                    topic: TOPIC.0,
+                    topic_incarnation: TOPIC.1,
+                };
+                let mut batch = BatchBuilder::in_buffer(SendBuffer::new(BUFFER_BYTES)?);
+                batch.push(&message(session.client_id, *content));
+                batch.seal(&origin, *sequence, true);
+                if connection.link.write(&mut batch, 0)? == 0 {
+                    break;
+                }
             }
-            let broken = link.failure().is_some();
-            self.rack.history.count(|tally| if broken { &mut tally.broken_links } else { &mut tally.used_windows });
-            self.links[host] = None;
+            connection.due.pop_front();
         }
-        if self.connecting[host].is_none() {
-            let psn = nic::first_psn();
-            self.connecting[host] = Some(psn);
-            self.rack.network.request(host, Request::Connect { client, psn });
-        }
+        connection.link.flush()
     }
 
-    fn send_again(&mut self, session: Session) {
-        let resend: Vec<_> = self.under_way.clone().into_iter().collect();
-        resend.into_iter().for_each(|(sequence, content)| self.send(session, sequence, content));
+    fn is_own(&self, of: (ClientId, Epoch)) -> bool {
+        self.session.is_some_and(|own| (own.client_id, own.epoch) == of)
     }
 
-    fn heed(&mut self, answer: Answer) {
-        let own = self.session.map(|session| (session.client_id, session.epoch));
-        match answer {
-            Answer::Ack(id, ack) if Some((id, ack.session_epoch)) == own => {
+    /// Lets go of a session under which nothing commits any more.
+    fn end_session(&mut self) {
+        self.session = None;
+        self.heard_us = 0;
+    }
+
+    fn take_frame(&mut self, frame: Frame, of: (ClientId, Epoch)) {
+        let is_own = self.is_own(of);
+        match frame {
+            Frame::Ack(ack) if is_own && ack.session_epoch == of.1 => {
                 self.heard_us = self.clock.now_us();
                 if let Some(content) = self.under_way.remove(&ack.sequence) {
+                    if self.rack.replicated && ack.first_offset != UNKNOWN_OFFSET {
+                        self.rack.history.must_be_durable(ack.first_offset, COPIES);
+                    }
                     self.rack.history.acknowledged(self.id, content, ack.first_offset);
                 }
             }
-            Answer::Fenced(id, epoch) if Some((id, epoch)) == own => {
-                self.session = None;
-                self.heard_us = 0;
+            Frame::Fenced(fenced) if is_own && fenced.session_epoch == of.1 => {
+                self.end_session();
             }
+            Frame::PublishReady(_) | Frame::Ack(_) | Frame::Fenced(_) => {}
+            frame => panic!("{frame:?} came to a publisher"),
+        }
+    }
+
+    fn heed(&mut self, answer: Answer) {
+        match answer {
             Answer::Opened { attempt, session: None } if attempt == self.attempt => {
                 // Nobody knows what became of the batches under way. An application would be told.
                 self.rack.history.count(|tally| &mut tally.lost_sessions);
@@ -193,14 +285,7 @@ impl Client {
                     self.next_sequence = session.committed;
                 }
                 self.resume = true;
-                self.send_again(session);
-            }
-            Answer::Connected { host, window } if self.connecting[host] == Some(window.client_psn) => {
-                self.connecting[host] = None;
-                self.links[host] = Some(Link::new(self.id, host, window));
-                if let Some(session) = self.session.filter(|_| self.broker == host) {
-                    self.send_again(session);
-                }
+                self.send_again();
             }
             _ => {}
         }

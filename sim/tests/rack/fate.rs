@@ -2,9 +2,15 @@
 //! for a while, a crash for ever: it is a panic that only [`or_crash`] catches.
 
 use super::HOSTS;
+use embarcadero_os::Now;
 use shuttle::rand::Rng;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+/// Microseconds from 1970 to the moment at which a correct clock begins.
+const EPOCH_US: u64 = 1_700_000_000_000_000;
 
 /// Faults that a host will have.
 #[derive(Clone, Copy, Default)]
@@ -63,6 +69,15 @@ impl Clock {
     /// Returns the time that it shows, in microseconds.
     pub(crate) fn now_us(self) -> u64 {
         self.offset_us + TICKS.get() * 100 * self.per_mille / 1000
+    }
+}
+
+impl embarcadero_os::Clock for Clock {
+    fn now(&self) -> Now {
+        static BEGAN: OnceLock<Instant> = OnceLock::new();
+        let steady_us = self.now_us();
+        let instant = *BEGAN.get_or_init(Instant::now) + Duration::from_micros(steady_us);
+        Now { instant, steady_us, wall_us: EPOCH_US + steady_us }
     }
 }
 

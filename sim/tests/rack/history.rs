@@ -25,14 +25,14 @@ pub struct Tally {
     pub epochs: usize,
     pub lost_sessions: usize,
     pub links: usize,
-    pub used_windows: usize,
+    pub delivered: usize,
     pub broken_links: usize,
 }
 
 impl Tally {
     fn all(&mut self) -> [&mut usize; 13] {
         let Self { ordered, acknowledged, crashes, pauses, takeovers, departures, .. } = self;
-        let Self { disk_failures, client_crashes, epochs, lost_sessions, links, used_windows, broken_links, .. } = self;
+        let Self { disk_failures, client_crashes, epochs, lost_sessions, links, delivered, broken_links, .. } = self;
         [
             ordered,
             acknowledged,
@@ -45,7 +45,7 @@ impl Tally {
             epochs,
             lost_sessions,
             links,
-            used_windows,
+            delivered,
             broken_links,
         ]
     }

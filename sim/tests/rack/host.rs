@@ -1,45 +1,47 @@
 //! A host of the rack: a machine that crashes, stands still and comes back, and the broker process on it. The process is made
-//! of the production stages.
+//! of the production worker and the stages that it runs.
 
 mod leader;
 
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
-use super::network::{Answer, Batch, Request, client_of};
-use super::nic::{Nic, WINDOW_BYTES};
-use super::{COPIES, GLOBAL, HOSTS, LEADERS, Rack, TOPIC};
-use bytemuck::Zeroable;
-use crossbeam_channel::{Sender, bounded, unbounded};
-use embarcadero_broker::ack::{AckQueue, SessionStatus};
-use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed, Origin};
+use super::link::{RackEndpoint, address};
+use super::network::{Request, client_of};
+use super::nic::{Nic, Port};
+use super::{GLOBAL, HOSTS, LEADERS, Rack};
+use crossbeam_channel::{Sender, bounded};
+use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed};
 use embarcadero_broker::mirror;
 use embarcadero_broker::replica::format::Identity;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use embarcadero_broker::replica::store::StoreOptions;
-use embarcadero_broker::topics::{Topic, TopicTable};
+use embarcadero_broker::topics::TopicTable;
+use embarcadero_broker::worker::{Archive, IngestLimits, LeaderStages, Shared, Stages, Worker, WorkerSetup};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker};
-use embarcadero_cxl::layout::{IndexEntry, SessionState};
-use embarcadero_cxl::order_index::{OrderIndexReader, ReadError};
+use embarcadero_cxl::layout::{IndexEntry, SESSION_WINDOW};
+use embarcadero_cxl::order_index::OrderIndexReader;
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::session_table::{Session, read_session};
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
-use embarcadero_roce::psn::Psn;
-use embarcadero_sim::Simulated;
-use embarcadero_wire::{BatchHeader, BrokerId, ClientId, Term};
+use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
+use embarcadero_sim::{Power, Simulated};
+use embarcadero_wire::{BrokerId, ClientId, FRAME_BYTES, Term};
 use leader::Leader;
-use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-/// Bytes that a batch claims: 64 for its header, 4 for its length table, and the rest for one message.
-pub(crate) const BATCH_BYTES: u64 = 256;
-/// Most requests that a broker takes in a round.
+/// Bytes of the one message of a batch.
+const MESSAGE_BYTES: usize = 128;
+/// Most calls to the control service that a broker takes in a round.
 const REQUESTS: usize = 4;
-
-/// Connection of a client that publishes.
-struct Connection {
-    session: Session,
-    acks: AckQueue,
-}
+/// Most turns of the worker's loop in a round.
+const TURNS: u64 = 4;
+/// Number of batches that wait between the worker and the delegation.
+const LANDED_BATCHES: usize = 256;
+/// Silence after which a broker gives up what it reads. The clock of the leader, which takes the broker for dead after
+/// [`leader::BROKER_LEASE`], may run twice as fast.
+const OWN_LEASE: Duration = Duration::from_millis(18);
 
 /// Broker process.
 struct Process {
@@ -50,18 +52,14 @@ struct Process {
     mirror: Region<Simulated>,
     info: BrokerInfo,
     topics: Arc<TopicTable<Simulated>>,
-    landed: Sender<Landed<Simulated>>,
-    delegation: Delegation<Simulated>,
+    worker: Worker<Simulated, RackEndpoint, Clock>,
+    shared: Shared<Simulated>,
     replicator: Option<Replicator<Simulated>>,
-    connections: Vec<Connection>,
-    nic: Nic,
-    reader: OrderIndexReader<Simulated>,
-    pin: Option<usize>,
-    cursor: u64,
+    /// Channel by which the worker gets the leader's stages.
+    promote: Sender<LeaderStages<Simulated>>,
     leader: Option<Leader>,
     /// Leader and its heartbeat as last seen, and the number of looks since then that found no change.
     watched: ((Option<(BrokerId, Term)>, u64), u64),
-    draining: bool,
 }
 
 /// Host of the rack.
@@ -70,6 +68,7 @@ pub(crate) struct Machine {
     rack: Arc<Rack>,
     clock: Clock,
     disk: Disk,
+    power: Power,
     /// Caches of the region and of the mirror.
     fabrics: [Simulated; 2],
     process: Option<Process>,
@@ -77,17 +76,33 @@ pub(crate) struct Machine {
     down_for: Option<u64>,
 }
 
-/// Reads the content of a batch from its payload. Both of its ends name the client and the batch's number, and must agree.
-pub(crate) fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
-    let fabric = region.fabric();
-    let read = |at: u64| {
-        fabric.invalidate(RegionOffset(at), 16, Site::PayloadRead);
-        (fabric.load(RegionOffset(at)), fabric.load(RegionOffset(at + 8)))
-    };
-    let (first, last) = (read(entry.location), read(entry.location + BATCH_BYTES - 64));
-    assert_eq!(first, last, "the payload of {entry:?} is not one batch");
-    assert_eq!(ClientId(first.0), entry.client_id, "the payload of {entry:?} is another client's");
-    (client_of(ClientId(first.0)), first.1)
+/// Returns the message of a client's batch. Both of its ends name the client and the batch's number.
+pub(crate) fn message(client: ClientId, content: u64) -> [u8; MESSAGE_BYTES] {
+    let mut message = [0; MESSAGE_BYTES];
+    for at in [0, MESSAGE_BYTES - 16] {
+        message[at..at + 8].copy_from_slice(&client.0.to_le_bytes());
+        message[at + 8..at + 16].copy_from_slice(&content.to_le_bytes());
+    }
+    message
+}
+
+/// Returns the client's id and the batch's number that the body of a batch names. Both ends of its message must agree.
+pub(crate) fn content_in(body: &[u8]) -> (u64, u64) {
+    let word = |at: usize| u64::from_le_bytes(*body[at..].first_chunk().expect("the body has a whole message"));
+    let (first, last) = ((word(0), word(8)), (word(MESSAGE_BYTES - 16), word(MESSAGE_BYTES - 8)));
+    assert_eq!(first, last, "the body is not one batch");
+    first
+}
+
+/// Reads the content of a batch that is in the order.
+fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
+    let (fabric, mut body) = (region.fabric(), [0; MESSAGE_BYTES]);
+    let at = RegionOffset(entry.location + FRAME_BYTES as u64);
+    fabric.invalidate(at, MESSAGE_BYTES as u64, Site::PayloadRead);
+    fabric.read_bytes(at, &mut body);
+    let (client, content) = content_in(&body);
+    assert_eq!(ClientId(client), entry.client_id, "the payload of {entry:?} is another client's");
+    (client_of(entry.client_id), content)
 }
 
 impl Machine {
@@ -98,6 +113,7 @@ impl Machine {
             rack: Arc::clone(rack),
             clock: Clock::drifting(),
             disk: Disk::new(host as u32, &rack.history),
+            power: Power::default(),
             fabrics: rack.join(host),
             process: None,
             down_for: Some(down_for),
@@ -109,15 +125,13 @@ impl Machine {
         match &self.process {
             None => format!("host {}: down for {:?}", self.host, self.down_for),
             Some(process) => format!(
-                "host {}: incarnation {}, read {} of {}, {} landed, acks {:?}, replica failed {:?}, leader {:?}",
+                "host {}: incarnation {}, {} connections, {} landed, replica failed {:?}, leader {:?}",
                 self.host,
                 process.info.incarnation,
-                process.cursor,
-                process.reader.committed(),
-                process.landed.len(),
-                process.connections.iter().map(|at| &at.acks).collect::<Vec<_>>(),
+                process.shared.connections.load(Ordering::Relaxed),
+                process.shared.landed.len(),
                 process.replicator.as_ref().map(Replicator::has_failed),
-                process.leader.as_ref().map(|leader| (leader.term, leader.sequencer.stats())),
+                process.worker.stages().sequencer().map(|sequencer| sequencer.stats()),
             ),
         }
     }
@@ -139,7 +153,7 @@ impl Machine {
                 self.rack.history.count(|tally| &mut tally.disk_failures);
                 self.disk.fail();
             }
-            5 if self.host >= LEADERS => self.process.iter_mut().for_each(|process| process.draining = true),
+            5 if self.host >= LEADERS => self.process.iter().for_each(Process::drain),
             _ => {}
         }
         self.round();
@@ -182,8 +196,8 @@ impl Machine {
     }
 
     fn start(&mut self) {
-        let (host, rack, clock, disk, fabrics) = (self.host, &self.rack, self.clock, &self.disk, &self.fabrics);
-        match or_crash(host, || Process::start(host, rack, clock, disk, fabrics)) {
+        let Self { host, rack, clock, disk, power, fabrics, .. } = &*self;
+        match or_crash(*host, || Process::start(*host, rack, *clock, disk, power, fabrics)) {
             Some(process) => self.process = Some(process),
             None => self.crash(),
         }
@@ -192,7 +206,11 @@ impl Machine {
     fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.crashes);
         self.fabrics.iter().for_each(Simulated::crash);
+        if one_in(2) {
+            self.power.fail();
+        }
         self.process = None;
+        self.power = Power::default();
         self.disk.restart();
         self.rack.network.cut(self.host);
         self.fabrics = self.rack.join(self.host);
@@ -201,7 +219,14 @@ impl Machine {
 }
 
 impl Process {
-    fn start(host: usize, rack: &Arc<Rack>, clock: Clock, disk: &Disk, fabrics: &[Simulated; 2]) -> Self {
+    fn start(
+        host: usize,
+        rack: &Arc<Rack>,
+        clock: Clock,
+        disk: &Disk,
+        power: &Power,
+        fabrics: &[Simulated; 2],
+    ) -> Self {
         let id = BrokerId(host as u32);
         let [region, mirror] = fabrics.clone().map(|fabric| Region::open(fabric).expect("the superblock is visible"));
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
@@ -217,25 +242,40 @@ impl Process {
             disclaim(&region, id);
             None
         };
-        let (landed, queue) = unbounded();
-        let (acks, _) = bounded(1);
+        let (landed, queue) = bounded(LANDED_BATCHES);
+        let (acks, ordered) = bounded(SESSION_WINDOW as usize);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
         let mut delegation = Delegation::new(Arc::clone(&topics), queue, vec![acks], group).of_incarnation(incarnation);
         if host < LEADERS {
             delegation.reclaim_mirror(mirror.clone());
         }
-        let address = |port| std::net::SocketAddr::from(([10, 0, 0, host as u8], port));
         let info = BrokerInfo {
             id,
             incarnation,
-            data: address(1),
-            control: address(2),
+            data: address(host),
+            control: address(host),
             process_id: 3,
             running: true,
             lock_node: 1,
         };
         publish_broker(&region, &info);
-        let reader = OrderIndexReader::new(region.clone(), GLOBAL);
+        let (promote, promoted) = bounded(1);
+        let nic = || {
+            let nic = Nic::new(Port::of_host(host), &rack.network, Some(region.fabric().clone()));
+            (Arc::new(Mutex::new(nic)), clock)
+        };
+        let sockets = rack.transport.of_client(power, None).sockets.listen(address(host));
+        let endpoint = RackEndpoint { sockets, nic: rack.has_nics.then(nic) };
+        let shared = shared(Arc::clone(&topics), landed);
+        let setup = WorkerSetup {
+            index: 0,
+            endpoint,
+            ordered,
+            idle: Idle::new(PollPolicy::Busy, PollBounds::for_host(1, 1)),
+            core: None,
+            stages: Stages::new(delegation, promoted),
+        };
+        let worker = Worker::new(shared.clone(), setup, clock).expect("there is a descriptor");
         Self {
             host,
             rack: Arc::clone(rack),
@@ -244,177 +284,77 @@ impl Process {
             mirror,
             info,
             topics,
-            landed,
-            delegation,
+            worker,
+            shared,
             replicator,
-            connections: Vec::new(),
-            nic: Nic::default(),
-            reader,
-            pin: None,
-            cursor: 0,
+            promote,
             leader: None,
             watched: ((None, 0), 0),
-            draining: false,
         }
     }
 
-    /// Runs one turn of everything that a broker does. Returns false once it has left.
+    /// Begins to leave.
+    fn drain(&self) {
+        self.shared.draining.store(true, Ordering::Relaxed);
+    }
+
+    fn is_draining(&self) -> bool {
+        self.shared.draining.load(Ordering::Relaxed)
+    }
+
+    /// Runs some turns of everything that a broker does. Returns false once it has left.
     fn round(&mut self) -> bool {
         let now_us = self.clock.now_us();
-        self.delegation.beat();
-        self.delegation.maintain(now_us);
         for _ in 0..REQUESTS {
             match self.rack.network.take_request(self.host) {
-                Some(Request::Publish(batch)) => self.receive(&batch, None),
-                Some(Request::Connect { client, psn }) => self.connect(client, psn),
                 Some(Request::OpenSession { id, resume, attempt }) => self.ask(id, resume, attempt),
                 None => break,
             }
         }
-        for (at, batch) in self.nic.drive(self.host, now_us, self.region.fabric(), &self.rack.network) {
-            self.receive(&batch, Some(at));
+        for _ in 0..random(1..TURNS) {
+            self.worker.poll();
         }
-        self.delegation.poll(now_us, 8);
+        if let Some(sequencer) = self.worker.stages().sequencer() {
+            assert_eq!(sequencer.stats().damaged, 0, "the sequencer found damage");
+        }
         if let Some(replicator) = &mut self.replicator {
             replicator.maintain(now_us);
             replicator.poll();
         }
-        self.acknowledge();
-        self.deliver();
         self.lead(now_us);
-        if self.draining && self.connections.iter().all(|at| at.acks.is_empty()) && self.landed.is_empty() {
+        if self.shared.superseded.load(Ordering::Relaxed) {
+            return false;
+        }
+        let is_done = self.shared.connections.load(Ordering::Relaxed) == 0 && self.shared.landed.is_empty();
+        if self.is_draining() && is_done {
             publish_broker(&self.region, &BrokerInfo { running: false, ..self.info.clone() });
             return false;
         }
         true
     }
+}
 
-    /// Opens a window that a client's NIC may write to.
-    fn connect(&mut self, client: usize, psn: Psn) {
-        let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
-        if self.draining {
-            return;
-        }
-        let Ok(place) = topic.blog.reserve(WINDOW_BYTES) else { return };
-        let (window, before) = self.nic.accept(self.host, client, psn, place);
-        if let Some(before) = before {
-            topic.blog.settle(before);
-        }
-        self.rack.history.count(|tally| &mut tally.links);
-        self.rack.network.answer(client, Answer::Connected { host: self.host, window });
-    }
-
-    /// Receives a batch on the connection of its session, as a worker does. The first batch opens the connection. `written`
-    /// is the place where a NIC wrote the batch, if one did.
-    fn receive(&mut self, batch: &Batch, written: Option<RegionOffset>) {
-        let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
-        let session = batch.session;
-        let same = |at: &Connection| (at.session.client_id, at.session.epoch) == (session.client_id, session.epoch);
-        let at = match self.connections.iter().position(same) {
-            Some(at) => at,
-            None if self.draining => return,
-            None => match self.accept(&session, batch.resume_from) {
-                Some(at) => at,
-                None => return,
-            },
-        };
-        if self.connections[at].acks.is_full() {
-            return;
-        }
-        let place = match written {
-            Some(at) => {
-                topic.blog.share(at);
-                at
-            }
-            None => {
-                let Ok(place) = topic.blog.reserve(BATCH_BYTES) else { return };
-                self.region.fabric().write_bytes(place, &batch.encode());
-                place
-            }
-        };
-        let header = BatchHeader {
-            client_id: session.client_id,
-            sequence: batch.sequence,
-            session_epoch: session.epoch,
-            session_slot: session.slot,
-            topic: TOPIC.0,
-            topic_incarnation: TOPIC.1,
-            payload_bytes: (BATCH_BYTES - 68) as u32,
-            message_count: 1,
-            ..BatchHeader::zeroed()
-        };
-        self.connections[at].acks.expect(batch.sequence);
-        let landed =
-            Landed { topic, header, at: place, in_memory: written.is_some(), origin: Origin { worker: 0, token: 0 } };
-        self.landed.send(landed).expect("the delegation is there");
-    }
-
-    fn accept(&mut self, session: &Session, resume_from: u64) -> Option<usize> {
-        let found = read_session(&self.region, session.slot).ok()?;
-        let client = client_of(session.client_id);
-        let standing = found.used().filter(|found| {
-            (found.client_id, found.epoch, found.state) == (session.client_id, session.epoch, SessionState::Open)
-        });
-        let Some(standing) = standing else {
-            self.rack.network.answer(client, Answer::Fenced(session.client_id, session.epoch));
-            return None;
-        };
-        let mut acks = AckQueue::new(standing, GLOBAL);
-        let network = &self.rack.network;
-        let answer = |ack| network.answer(client, Answer::Ack(session.client_id, ack));
-        acks.replay(&self.region, resume_from, answer).ok()?;
-        self.connections.push(Connection { session: *session, acks });
-        Some(self.connections.len() - 1)
-    }
-
-    fn acknowledge(&mut self) {
-        let Self { rack, region, connections, info, .. } = self;
-        connections.retain_mut(|at| {
-            let id = at.session.client_id;
-            let client = client_of(id);
-            let polled = at.acks.poll(region, info.id, |ack| {
-                if rack.replicated {
-                    rack.history.must_be_durable(ack.first_offset, COPIES);
-                }
-                rack.network.answer(client, Answer::Ack(id, ack));
-            });
-            polled.expect("nothing is lost by retention");
-            match at.acks.status(region) {
-                SessionStatus::Open => true,
-                SessionStatus::Fenced(fenced) => {
-                    rack.network.answer(client, Answer::Fenced(id, fenced.session_epoch));
-                    false
-                }
-                SessionStatus::Damaged(damage) => panic!("{damage}"),
-            }
-        });
-    }
-
-    /// Reads on in the order, as the stage that delivers does.
-    fn deliver(&mut self) {
-        let Ok(Some(topic)) = self.topics.get(TOPIC.0, TOPIC.1) else { return };
-        let pin = *self.pin.get_or_insert_with(|| topic.pins.register());
-        let committed = self.reader.poll();
-        for _ in 0..4 {
-            if self.cursor >= committed || !self.deliver_one(&topic, pin) {
-                break;
-            }
-        }
-        topic.pins.clear(pin);
-    }
-
-    fn deliver_one(&mut self, topic: &Topic<Simulated>, pin: usize) -> bool {
-        if topic.pins.set(pin, self.cursor).is_err() {
-            return false;
-        }
-        let entry = match self.reader.read(self.cursor) {
-            Ok(entry) => entry,
-            Err(ReadError::NoLeader(_)) => return false,
-            Err(error) => panic!("a pinned entry is not readable: {error}"),
-        };
-        self.rack.history.read(self.cursor, (content_of(&self.region, &entry), entry.first_offset));
-        self.cursor += 1;
-        true
+/// Returns what the worker of a broker works with.
+fn shared(topics: Arc<TopicTable<Simulated>>, landed: Sender<Landed<Simulated>>) -> Shared<Simulated> {
+    Shared {
+        topics,
+        landed,
+        limits: IngestLimits {
+            max_batch_bytes: 1 << 16,
+            exhausted_wait: Duration::from_millis(50),
+            receive_patience: Duration::from_millis(50),
+            verify_body: one_in(2),
+        },
+        delivery_patience: Duration::from_millis(20),
+        opening: Duration::from_millis(100),
+        window_idle: Duration::from_millis(100),
+        archive: Archive::none(),
+        draining: Arc::default(),
+        connections: Arc::default(),
+        stop: Arc::default(),
+        superseded: Arc::default(),
+        lease: OWN_LEASE,
+        heartbeat: Duration::ZERO,
     }
 }
 

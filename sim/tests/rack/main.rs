@@ -23,8 +23,10 @@ mod disk;
 mod fate;
 mod history;
 mod host;
+mod link;
 mod network;
 mod nic;
+mod reader;
 
 use client::Client;
 use embarcadero_broker::replica::medium::Medium;
@@ -35,12 +37,16 @@ use embarcadero_cxl::order_index::StreamId;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Guard, Region};
 use embarcadero_sim::testbed::topic;
-use embarcadero_sim::{Mutation, Simulated, Turbulence, World, on_all_cores};
+use embarcadero_sim::{Mutation, Simulated, SimulatedTransport, Turbulence, Weather, World, on_all_cores};
+use embarcadero_transport::LinkOptions;
+use embarcadero_transport::tcp::SocketOptions;
 use embarcadero_wire::{Incarnation, Order, Stream, Term, TopicId};
 use fate::{one_in, random, tick};
 use history::{History, Tally};
 use host::Machine;
+use link::RackTransport;
 use network::Network;
+use reader::Reader;
 use shuttle::scheduler::RandomScheduler;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -59,6 +65,8 @@ pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
 /// Global order of the topic.
 pub const GLOBAL: StreamId = StreamId { topic: TOPIC.0, stream: Stream::GLOBAL };
 const CLIENTS: usize = 3;
+/// Number of subscribers.
+const READERS: usize = 2;
 /// Number of batches that each client publishes.
 const BATCHES: u64 = 40;
 /// Rounds of each host and client while faults happen.
@@ -68,8 +76,10 @@ const CALM_ROUNDS: usize = 4000;
 
 /// Parts that the hosts and clients of a schedule share, as real ones do.
 pub struct Rack {
-    /// Network between clients and hosts.
-    pub network: Network,
+    /// Control calls and packets that are under way.
+    pub network: Arc<Network>,
+    /// Connections between clients and hosts.
+    pub(crate) transport: RackTransport,
     /// Record of what happened, which judges.
     pub history: Arc<History>,
     /// True when the topic is replicated, and clients ask for level 2.
@@ -85,7 +95,6 @@ pub struct Rack {
     mirror: Arc<Mutex<World>>,
     /// Term of the candidate that was elected last; stands for etcd.
     elected: Mutex<Term>,
-    began: Instant,
 }
 
 impl Rack {
@@ -96,8 +105,13 @@ impl Rack {
         let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { u64::MAX / 2 };
         // Most groups of some racks are full.
         let group_batches = [2, 6, GROUP_BATCHES][random(0..3) as usize];
+        let network = Arc::new(Network::new(HOSTS, CLIENTS));
+        let weather: Arc<dyn Weather> = Arc::clone(&network) as _;
+        // Some connections hold little.
+        let room = [2, 64][random(0..2) as usize];
         Self {
-            network: Network::new(HOSTS, CLIENTS),
+            transport: RackTransport { sockets: SimulatedTransport::in_weather(room, weather), nic: None },
+            network,
             history: Arc::default(),
             replicated: one_in(2),
             has_nics: one_in(2),
@@ -106,7 +120,6 @@ impl Rack {
             world,
             mirror,
             elected: Mutex::new(Term::NONE),
-            began: Instant::now(),
         }
     }
 
@@ -138,11 +151,6 @@ impl Rack {
         *elected = elected.next();
         Some(*elected)
     }
-
-    /// Converts a host's time, in microseconds, to the type that the production code measures time with.
-    pub fn instant(&self, now_us: u64) -> Instant {
-        self.began + Duration::from_micros(now_us)
-    }
 }
 
 fn geometry(crowded: bool) -> Geometry {
@@ -155,6 +163,18 @@ fn geometry(crowded: bool) -> Geometry {
         segment_count: HOSTS as u32 * 12,
         role: RegionRole::Mirrored,
         ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
+    }
+}
+
+/// Returns the options of a client's connection.
+pub fn options() -> LinkOptions {
+    LinkOptions {
+        timeout: Duration::ZERO,
+        sockets: SocketOptions::default(),
+        batch_bytes: 1 << 10,
+        acknowledged: true,
+        ring_bytes: 0,
+        device: None,
     }
 }
 
@@ -209,8 +229,25 @@ fn schedule(removed: Option<Mutation>) {
             })
         })
         .collect();
+    let readers: Vec<_> = (0..READERS)
+        .map(|_| {
+            let mut reader = Reader::new(&rack);
+            shuttle::thread::spawn(move || {
+                for _ in 0..ROUNDS {
+                    tick();
+                    reader.round();
+                    if one_in(100) {
+                        reader.crash();
+                    }
+                    (0..random(0..200)).for_each(|_| shuttle::thread::yield_now());
+                }
+                reader
+            })
+        })
+        .collect();
     let mut machines: Vec<Machine> = machines.into_iter().map(|thread| thread.join().unwrap()).collect();
     let mut clients: Vec<Client> = clients.into_iter().map(|thread| thread.join().unwrap()).collect();
+    let mut readers: Vec<Reader> = readers.into_iter().map(|thread| thread.join().unwrap()).collect();
 
     // Faults stop: everything must come to its end.
     for world in [world, mirror] {
@@ -219,15 +256,21 @@ fn schedule(removed: Option<Mutation>) {
     rack.network.calm();
     machines.iter_mut().for_each(Machine::repair);
     let mut rounds = 0;
-    while !clients.iter().all(Client::is_done) {
+    let has_read_all = |readers: &[Reader]| {
+        let end = host::read_all(&rack).len() as u64;
+        readers.iter().all(|reader| reader.next() == end)
+    };
+    while !clients.iter().all(Client::is_done) || !has_read_all(&readers) {
         tick();
         machines.iter_mut().for_each(Machine::round);
         clients.iter_mut().for_each(Client::round);
+        readers.iter_mut().for_each(Reader::round);
         rounds += 1;
         if rounds > CALM_ROUNDS {
             let hosts: Vec<_> = machines.iter().map(Machine::state).collect();
             let clients: Vec<_> = clients.iter().map(Client::state).collect();
-            panic!("stuck:\n{}\n{}", hosts.join("\n"), clients.join("\n"));
+            let readers: Vec<_> = readers.iter().map(Reader::next).collect();
+            panic!("stuck:\n{}\n{}\nreaders at {readers:?}", hosts.join("\n"), clients.join("\n"));
         }
     }
     let order = host::read_all(&rack);

@@ -1,15 +1,14 @@
-//! The network between clients and brokers. Messages and packets are lost, repeated, and overtake each other. Packets are
-//! damaged too.
+//! The network between clients and brokers. Control calls and packets of NICs are lost, repeated, and overtake each other.
+//! Packets are damaged too. Connections of sockets are slow, and break.
 
+use super::CLIENTS;
 use super::fate::{one_in, random};
-use super::host::BATCH_BYTES;
-use super::nic::{Port, Window};
-use super::{CLIENTS, TOPIC};
-use embarcadero_cxl::layout::SessionState;
+use super::nic::Port;
 use embarcadero_cxl::session_table::Session;
 use embarcadero_roce::packet::SCRATCH_BYTES;
-use embarcadero_roce::psn::Psn;
-use embarcadero_wire::{Ack, ClientId, Epoch, SessionSlot};
+use embarcadero_sim::Weather;
+use embarcadero_wire::ClientId;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Returns the id of a client that has lost `lost` sessions: after each it goes on as another.
@@ -22,67 +21,9 @@ pub(crate) fn client_of(id: ClientId) -> usize {
     ((id.0 - 1) % CLIENTS as u64) as usize
 }
 
-/// Batch on its way to a broker.
-#[derive(Clone, Copy, Debug)]
-pub struct Batch {
-    /// Session that it was sent in.
-    pub session: Session,
-    /// Sequence in its session.
-    pub sequence: u64,
-    /// Number among the batches of its client, from 0, which is what it holds.
-    pub content: u64,
-    /// First sequence for which the client waits for an acknowledgement.
-    pub resume_from: u64,
-}
-
-impl Batch {
-    /// Place of the second copy of the batch's client and number, in words of 8 bytes.
-    const END: usize = (BATCH_BYTES as usize - 64) / 8;
-
-    /// Returns the bytes that a NIC writes for it.
-    pub fn encode(&self) -> Vec<u8> {
-        let Self { session, sequence, content, resume_from } = self;
-        let mut words = [0; BATCH_BYTES as usize / 8];
-        let (client, epoch, slot) = (session.client_id.0, session.epoch.0.into(), session.slot.0.into());
-        let header = [client, *content, epoch, slot, *sequence, *resume_from];
-        words[..header.len()].copy_from_slice(&header);
-        words[6] = session.ack_level.into();
-        words[Self::END..Self::END + 2].copy_from_slice(&header[..2]);
-        words.iter().flat_map(|word: &u64| word.to_le_bytes()).collect()
-    }
-
-    /// Reads a batch from the bytes that a NIC wrote.
-    pub fn decode(bytes: &[u8; BATCH_BYTES as usize]) -> Self {
-        let word = |index: usize| u64::from_le_bytes(bytes.as_chunks().0[index]);
-        assert_eq!((word(0), word(1)), (word(Self::END), word(Self::END + 1)), "half of a batch is complete");
-        let session = Session {
-            slot: SessionSlot(word(3) as u32),
-            client_id: ClientId(word(0)),
-            epoch: Epoch(word(2) as u32),
-            state: SessionState::Open,
-            topic: TOPIC.0,
-            topic_incarnation: TOPIC.1,
-            committed: 0,
-            ack_level: word(6) as u8,
-            first_epoch: Epoch(0),
-            first_sequence: 0,
-        };
-        Self { session, sequence: word(4), content: word(1), resume_from: word(5) }
-    }
-}
-
-/// Message to a broker.
+/// Call to the control service of a broker.
 #[derive(Clone, Copy, Debug)]
 pub enum Request {
-    /// Orders a batch.
-    Publish(Batch),
-    /// Opens a window that a client may write to.
-    Connect {
-        /// Client that asks.
-        client: usize,
-        /// Number of the client's first packet.
-        psn: Psn,
-    },
     /// Opens the next epoch of a client's session, if the broker leads.
     OpenSession {
         /// Id of the client that asks.
@@ -94,20 +35,9 @@ pub enum Request {
     },
 }
 
-/// Message to a client.
+/// Answer to a client's call.
 #[derive(Clone, Copy, Debug)]
 pub enum Answer {
-    /// A batch of the client that had this id is committed, and as durable as it has to be.
-    Ack(ClientId, Ack),
-    /// The client's session of this epoch has ended.
-    Fenced(ClientId, Epoch),
-    /// A window was opened.
-    Connected {
-        /// Host that opened it.
-        host: usize,
-        /// Memory that the client may write.
-        window: Window,
-    },
     /// A session was opened.
     Opened {
         /// Attempt that is answered.
@@ -127,7 +57,17 @@ pub struct Network {
     answers: Vec<Mutex<Wire<Answer>>>,
     /// Packets of RoCEv2 to each NIC, behind scratch bytes.
     packets: Vec<Mutex<Wire<Vec<u8>>>>,
-    calm: Mutex<bool>,
+    calm: AtomicBool,
+}
+
+impl Weather for Network {
+    fn delays(&self) -> bool {
+        !self.is_calm() && one_in(4)
+    }
+
+    fn breaks(&self) -> bool {
+        !self.is_calm() && one_in(300)
+    }
 }
 
 fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -166,22 +106,26 @@ impl Network {
             requests: (0..hosts).map(|_| Wire::new()).collect(),
             answers: (0..clients).map(|_| Wire::new()).collect(),
             packets: (0..hosts + clients).map(|_| Wire::new()).collect(),
-            calm: Mutex::new(false),
+            calm: AtomicBool::new(false),
         }
     }
 
     /// Ends all faults: nothing is lost any more, and everything comes in turn.
     pub fn calm(&self) {
-        *lock(&self.calm) = true;
+        self.calm.store(true, Ordering::Relaxed);
+    }
+
+    fn is_calm(&self) -> bool {
+        self.calm.load(Ordering::Relaxed)
     }
 
     pub fn request(&self, host: usize, request: Request) {
-        let calm = *lock(&self.calm);
+        let calm = self.is_calm();
         lock(&self.requests[host]).send(request, calm);
     }
 
     pub fn take_request(&self, host: usize) -> Option<Request> {
-        let calm = *lock(&self.calm);
+        let calm = self.is_calm();
         lock(&self.requests[host]).receive(calm)
     }
 
@@ -192,7 +136,7 @@ impl Network {
     }
 
     pub fn packet(&self, to: Port, mut packet: Vec<u8>) {
-        let calm = *lock(&self.calm);
+        let calm = self.is_calm();
         if !calm && one_in(64) {
             let at = random(SCRATCH_BYTES as u64..packet.len() as u64) as usize;
             packet[at] ^= 1 << random(0..8);
@@ -201,17 +145,17 @@ impl Network {
     }
 
     pub fn take_packet(&self, at: Port) -> Option<Vec<u8>> {
-        let calm = *lock(&self.calm);
+        let calm = self.is_calm();
         lock(&self.packets[at.0]).receive(calm)
     }
 
     pub fn answer(&self, client: usize, answer: Answer) {
-        let calm = *lock(&self.calm);
+        let calm = self.is_calm();
         lock(&self.answers[client]).send(answer, calm);
     }
 
     pub fn take_answer(&self, client: usize) -> Option<Answer> {
-        let calm = *lock(&self.calm);
+        let calm = self.is_calm();
         lock(&self.answers[client]).receive(calm)
     }
 }

@@ -1,6 +1,5 @@
 //! Leadership of a process on a host of the rack.
 
-use super::super::fate::random;
 use super::super::network::{Answer, client_of};
 use super::super::{LEADERS, TOPIC};
 use super::Process;
@@ -10,6 +9,7 @@ use embarcadero_broker::replica::completion::CompletionStage;
 use embarcadero_broker::sequencer::{
     Command, Memory, Predecessor, Sequencer, SessionError, SessionRequest, Takeover, TakeoverError,
 };
+use embarcadero_broker::worker::LeaderStages;
 use embarcadero_cxl::broker_table::{BrokerInfo, read_pulse};
 use embarcadero_cxl::layout::{LeaderArea, TopicState};
 use embarcadero_cxl::leadership::{
@@ -17,22 +17,22 @@ use embarcadero_cxl::leadership::{
 };
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::topic_table::read_topic_at;
-use embarcadero_sim::Simulated;
+use embarcadero_os::Clock;
 use embarcadero_wire::{ClientId, Term};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 /// Looks at a leader that does not move, after which another broker campaigns.
 const LEADER_PATIENCE: u64 = 12;
 /// Silence after which the leader takes a broker for dead, by the leader's clock.
-const BROKER_LEASE: Duration = Duration::from_millis(40);
+pub(super) const BROKER_LEASE: Duration = Duration::from_millis(40);
 
 /// State of a process that leads.
 pub(super) struct Leader {
-    pub(super) sequencer: Sequencer<Simulated>,
-    completion: CompletionStage<Simulated>,
+    /// Its stages hold the other end while they run.
+    stages: Weak<()>,
     liveness: Liveness,
-    pub(super) term: Term,
+    term: Term,
     shown: u64,
     commands: Sender<Command>,
     asked: Vec<Asked>,
@@ -55,15 +55,10 @@ impl Process {
     /// Leads, or watches the leader and takes over from it.
     pub(super) fn lead(&mut self, now_us: u64) {
         let Some(leader) = &mut self.leader else { return self.follow(now_us) };
-        if !leader.sequencer.leads() {
+        if leader.stages.strong_count() == 0 {
             self.leader = None;
             return;
         }
-        leader.sequencer.poll(now_us, random(1..6));
-        assert_eq!(leader.sequencer.stats().damaged, 0, "the sequencer found damage");
-        leader.sequencer.maintain(now_us);
-        leader.completion.maintain(leader.sequencer.awaited_topics());
-        leader.completion.poll(now_us);
         leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
             Ok(opened) => {
                 let session = match opened {
@@ -78,7 +73,7 @@ impl Process {
             }
             Err(error) => error.is_empty(),
         });
-        let live = leader.liveness.poll(&self.region, self.rack.instant(now_us)) | 1 << self.info.id.0;
+        let live = leader.liveness.poll(&self.region, self.clock.now().instant) | 1 << self.info.id.0;
         if live != leader.shown {
             leader.shown = live;
             let (term, BrokerInfo { id: broker, incarnation, .. }) = (leader.term, &self.info);
@@ -89,7 +84,7 @@ impl Process {
     }
 
     fn follow(&mut self, now_us: u64) {
-        if self.host >= LEADERS || self.draining {
+        if self.host >= LEADERS || self.is_draining() {
             return;
         }
         let elected = self.rack.elected();
@@ -142,8 +137,11 @@ impl Process {
             commands.send(Command::OpenTopic(self.rack.topic(), reply)).expect("the sequencer is there");
         }
         self.rack.history.count(|tally| &mut tally.takeovers);
+        let in_use = Arc::new(());
+        let stages = Arc::downgrade(&in_use);
         let completion = CompletionStage::new(region.clone(), area);
-        let liveness = Liveness::new(region, BROKER_LEASE, live, self.rack.instant(now_us));
-        self.leader = Some(Leader { sequencer, completion, liveness, term, shown: live, commands, asked: Vec::new() });
+        self.promote.try_send(LeaderStages { sequencer, completion, in_use }).expect("it led no more");
+        let liveness = Liveness::new(region, BROKER_LEASE, live, self.clock.now().instant);
+        self.leader = Some(Leader { stages, liveness, term, shown: live, commands, asked: Vec::new() });
     }
 }
