@@ -12,7 +12,7 @@ use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_cxl::broker_table::{BrokerInfo, read_broker, read_replica_state};
 use embarcadero_cxl::layout::ReplicaState;
 use embarcadero_cxl::leadership::{UnknownLeader, read_leader};
-use embarcadero_cxl::{Damage, Native, Region, Row};
+use embarcadero_cxl::{Damage, Fabric, Region, Row};
 use embarcadero_wire::{BrokerId, Incarnation, Stream, TopicId};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -63,7 +63,7 @@ impl fmt::Display for ReadFrom {
 }
 
 /// Streams on the disk of this broker's own replica, for readers in other threads.
-pub(crate) struct Catalog {
+pub struct Catalog {
     /// Files per stream: `None` for a stream without files. Streams that have not been looked for yet have no entry.
     streams: Mutex<BTreeMap<ArchiveKey, Option<Arc<StreamFiles>>>>,
     /// True while streams without an entry may still be on the disk.
@@ -73,7 +73,7 @@ pub(crate) struct Catalog {
 impl Catalog {
     /// Returns an empty catalog. `replicates` tells whether the broker has a disk that is still to be looked at.
     #[must_use]
-    pub(crate) fn new(replicates: bool) -> Self {
+    pub fn new(replicates: bool) -> Self {
         Self { streams: Mutex::default(), replicates: AtomicBool::new(replicates) }
     }
 
@@ -217,16 +217,11 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Returns the two ends: one to ask at, and one to answer with [`ArchiveReader::run`].
-    pub(crate) fn new(region: Region<Native>, caller: Caller, catalog: Arc<Catalog>) -> (Self, ArchiveReader) {
+    /// Returns the two ends: one to ask at, and one to answer with [`ArchiveReader::run`] or [`ArchiveReader::poll`].
+    #[must_use]
+    pub fn new<F: Fabric>(region: Region<F>, caller: Caller, catalog: Arc<Catalog>) -> (Self, ArchiveReader<F>) {
         let (requests, queue) = unbounded_channel();
         (Self { requests }, ArchiveReader { region, caller, catalog, clients: Arc::default(), queue })
-    }
-
-    /// Returns an archive of which nothing can be read.
-    #[must_use]
-    pub fn none() -> Self {
-        Self { requests: unbounded_channel().0 }
     }
 
     /// Asks for batches of a stream. The answer comes on the returned channel, which closes without one if the broker
@@ -243,8 +238,8 @@ impl Archive {
 type Clients = Arc<Mutex<HashMap<BrokerId, (Incarnation, ControlClient<Channel>)>>>;
 
 /// End of the archive that reads from disks and answers.
-pub(crate) struct ArchiveReader {
-    region: Region<Native>,
+pub struct ArchiveReader<F> {
+    region: Region<F>,
     /// This broker.
     caller: Caller,
     catalog: Arc<Catalog>,
@@ -252,9 +247,32 @@ pub(crate) struct ArchiveReader {
     queue: UnboundedReceiver<Request>,
 }
 
-impl ArchiveReader {
+/// Disk that may have what is asked for.
+enum Disk {
+    /// This broker's.
+    Own,
+    /// That of another broker.
+    Other(BrokerInfo),
+    /// One that cannot be asked.
+    Silent(DiskError),
+}
+
+impl<F: Fabric> ArchiveReader<F> {
+    /// Answers the questions that have come, from this broker's disk and from those of the brokers that `other` returns.
+    /// Waits for the disks.
+    pub fn poll(&mut self, mut other: impl FnMut(BrokerId) -> Option<Arc<Catalog>>) {
+        while let Ok(Request { key, from, reply }) = self.queue.try_recv() {
+            let answers = self.disks().into_iter().map(|disk| match disk {
+                Disk::Own => self.catalog.read(key, from, READ_BYTES),
+                Disk::Other(BrokerInfo { id, .. }) => other(id).ok_or(DiskError::Gone(id))?.read(key, from, READ_BYTES),
+                Disk::Silent(error) => Err(error),
+            });
+            let _ = reply.send(join(from, answers.collect()));
+        }
+    }
+
     /// Answers until every [`Archive`] is dropped.
-    pub(crate) async fn run(mut self) {
+    pub async fn run(mut self) {
         while let Some(Request { key, from, reply }) = self.queue.recv().await {
             let answers = self.ask_all(key, from);
             // The next request need not wait for these disks.
@@ -275,31 +293,40 @@ impl ArchiveReader {
         }
     }
 
-    /// Asks every broker whose disk may have the batches.
-    fn ask_all(&self, key: ArchiveKey, from: ReadFrom) -> JoinSet<DiskAnswer> {
-        let mut answers = JoinSet::new();
-        let catalog = Arc::clone(&self.catalog);
-        answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
+    /// Returns all disks that may have batches.
+    fn disks(&self) -> Vec<Disk> {
         let leader = match read_leader(&self.region) {
             Ok(leader) => leader,
-            Err(error) => {
-                answers.spawn(async move { Err(error.into()) });
-                return answers;
-            }
+            Err(error) => return vec![Disk::Own, Disk::Silent(error.into())],
         };
-        for id in self.region.geometry().brokers().filter(|id| *id != self.caller.broker) {
+        let others = self.region.geometry().brokers().filter(|id| *id != self.caller.broker).filter_map(|id| {
             let is_live = leader.broker_mask & 1 << id.0 != 0;
             let error = match read_broker(&self.region, id) {
-                Row::Used(info) if is_live => {
-                    answers.spawn(ask(Arc::clone(&self.clients), self.caller, info, key, from));
-                    continue;
-                }
-                Row::Used(BrokerInfo { running: false, .. }) | Row::Unused => continue,
+                Row::Used(info) if is_live => return Some(Disk::Other(info)),
+                Row::Used(BrokerInfo { running: false, .. }) | Row::Unused => return None,
                 Row::Used(_) | Row::Unsettled => self.absent(id, DiskError::Gone(id)),
                 Row::Damaged(damage) => self.absent(id, DiskError::Region { broker: id, damage }),
             };
-            if let Some(error) = error {
-                answers.spawn(async move { Err(error) });
+            error.map(Disk::Silent)
+        });
+        std::iter::once(Disk::Own).chain(others).collect()
+    }
+
+    /// Asks every broker whose disk may have the batches.
+    fn ask_all(&self, key: ArchiveKey, from: ReadFrom) -> JoinSet<DiskAnswer> {
+        let mut answers = JoinSet::new();
+        for disk in self.disks() {
+            match disk {
+                Disk::Own => {
+                    let catalog = Arc::clone(&self.catalog);
+                    answers.spawn_blocking(move || catalog.read(key, from, READ_BYTES));
+                }
+                Disk::Other(info) => {
+                    answers.spawn(ask(Arc::clone(&self.clients), self.caller, info, key, from));
+                }
+                Disk::Silent(error) => {
+                    answers.spawn(async move { Err(error) });
+                }
             }
         }
         answers

@@ -10,7 +10,7 @@ use tonic::Status;
 
 /// Broker as it names itself in its calls to other brokers. Nothing prints the key.
 #[derive(Clone, Copy)]
-pub(crate) struct Caller {
+pub struct Caller {
     /// Broker that calls.
     pub(crate) broker: BrokerId,
     /// Key that its row in the region has.
@@ -20,7 +20,7 @@ pub(crate) struct Caller {
 impl Caller {
     /// Draws the key of this process, and writes it into the region. Calls of earlier processes of this broker are
     /// refused from then on.
-    pub(crate) fn draw<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Self {
+    pub fn draw<F: Fabric>(region: &Region<F>, broker: BrokerId) -> Self {
         let call_key = rand::random::<u64>().max(1);
         publish_call_key(region, broker, call_key);
         Self { broker, call_key }

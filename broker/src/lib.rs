@@ -14,10 +14,10 @@
 #![forbid(unsafe_code)]
 
 pub mod ack;
-mod archive;
+pub mod archive;
 pub mod blog;
 mod broker;
-mod caller;
+pub mod caller;
 pub mod config;
 mod control;
 mod dead_broker;

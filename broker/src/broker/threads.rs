@@ -232,7 +232,7 @@ pub(super) fn spawn_replica(
 /// Tasks of the control thread.
 pub(super) struct ControlPlane {
     pub(super) service: ControlService,
-    pub(super) archive: ArchiveReader,
+    pub(super) archive: ArchiveReader<Native>,
     pub(super) candidate: Candidate,
     pub(super) leadership: Option<Leadership>,
     pub(super) exit: Exit,

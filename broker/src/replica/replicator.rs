@@ -174,7 +174,7 @@ impl<F: Fabric> Replicator<F> {
     }
 
     /// Returns the batches on this broker's disk, for others to read.
-    pub(crate) fn catalog(&self) -> &Arc<Catalog> {
+    pub fn catalog(&self) -> &Arc<Catalog> {
         &self.catalog
     }
 

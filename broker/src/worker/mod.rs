@@ -4,10 +4,10 @@ mod connections;
 mod stages;
 mod turn;
 
-pub use crate::archive::Archive;
 pub use crate::ingest::IngestLimits;
 pub use stages::{LeaderStages, Stages};
 
+use crate::archive::Archive;
 use crate::delegation::{Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{PublisherLanding, PublisherSession};

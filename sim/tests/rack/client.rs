@@ -102,6 +102,11 @@ impl Client {
     /// Crashes and starts again. It no longer knows of batches that were under way.
     pub(crate) fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.client_crashes);
+        self.give_up();
+    }
+
+    /// Forgets everything but its id and what it is to publish next.
+    fn give_up(&mut self) {
         if one_in(2) {
             self.power.fail();
         }
@@ -196,6 +201,10 @@ impl Client {
             && self.is_own(connection.session)
         {
             self.end_session();
+        }
+        if let Err(LinkError::Refused { code: Some(ErrorCode::NotReplicated), .. }) = polled {
+            self.give_up();
+            return;
         }
         if polled.is_err() || self.send_due(&mut connection).is_err() {
             self.rack.history.count(|tally| &mut tally.broken_links);

@@ -3,6 +3,7 @@
 
 use embarcadero_wire::{Order, UNKNOWN_OFFSET};
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Content of a batch: its client, and its number among the batches of that client, from 0.
@@ -26,13 +27,26 @@ pub struct Tally {
     pub lost_sessions: usize,
     pub links: usize,
     pub delivered: usize,
+    pub trimmed: usize,
+    pub skips: usize,
     pub broken_links: usize,
 }
 
 impl Tally {
-    fn all(&mut self) -> [&mut usize; 13] {
+    fn all(&mut self) -> [&mut usize; 15] {
         let Self { ordered, acknowledged, crashes, pauses, takeovers, departures, .. } = self;
-        let Self { disk_failures, client_crashes, epochs, lost_sessions, links, delivered, broken_links, .. } = self;
+        let Self {
+            disk_failures,
+            client_crashes,
+            epochs,
+            lost_sessions,
+            links,
+            delivered,
+            trimmed,
+            skips,
+            broken_links,
+            ..
+        } = self;
         [
             ordered,
             acknowledged,
@@ -46,6 +60,8 @@ impl Tally {
             lost_sessions,
             links,
             delivered,
+            trimmed,
+            skips,
             broken_links,
         ]
     }
@@ -68,6 +84,8 @@ pub struct History {
     acknowledged: Mutex<BTreeMap<Content, u64>>,
     /// Entry that readers saw at each position.
     order: Mutex<BTreeMap<u64, Seen>>,
+    /// Messages that readers were told are gone.
+    skipped: Mutex<Vec<Range<u64>>>,
     /// Hosts on whose disks each position was made durable.
     durable: Mutex<BTreeMap<u64, BTreeSet<u32>>>,
 }
@@ -113,29 +131,55 @@ impl History {
         assert!(disks >= copies, "position {position} is acknowledged and on {disks} disks of {copies}");
     }
 
-    /// Judges the whole order, which a reader has seen from end to end.
-    pub fn judge(&self, order: &[Seen], promised: Order) {
-        let mut places: BTreeMap<Content, u64> = BTreeMap::new();
-        for (position, seen) in (0..).zip(order) {
-            self.read(position, *seen);
-            let (content, offset) = *seen;
-            assert_eq!(offset, position, "offsets follow positions: batches have one message each");
-            let before = places.insert(content, offset);
-            assert!(before.is_none(), "{content:?} is in the order twice, at {before:?} and {offset}");
+    /// Records that a reader was told that messages are gone.
+    pub fn skipped(&self, offsets: Range<u64>) {
+        self.count(|tally| &mut tally.skips);
+        lock(&self.skipped).push(offsets);
+    }
+
+    /// Checks that what readers were told is gone was never acknowledged as durable.
+    pub fn must_not_skip_acknowledged(&self) {
+        let skipped = lock(&self.skipped);
+        for (content, told) in lock(&self.acknowledged).iter() {
+            assert!(!skipped.iter().any(|gone| gone.contains(told)), "{content:?} at {told} is gone from all disks");
         }
+    }
+
+    /// Judges the order, of which `kept` are the batches from position `trimmed` on. Readers have seen the others, or
+    /// retention was faster than they.
+    pub fn judge(&self, trimmed: u64, kept: &[Seen], promised: Order) {
+        for (position, seen) in (trimmed..).zip(kept) {
+            self.read(position, *seen);
+        }
+        let order = lock(&self.order);
+        let mut places: BTreeMap<Content, u64> = BTreeMap::new();
         let mut last: BTreeMap<usize, u64> = BTreeMap::new();
-        for ((client, content), _) in order {
-            let before = last.insert(*client, *content);
-            let in_turn = promised != Order::Strong || before.is_none_or(|before| before < *content);
-            assert!(in_turn, "client {client}: {content} after {before:?}");
+        for (position, (content, offset)) in order.iter() {
+            assert_eq!(offset, position, "offsets follow positions: batches have one message each");
+            let before = places.insert(*content, *offset);
+            assert!(before.is_none(), "{content:?} is in the order twice, at {before:?} and {offset}");
+            let before = last.insert(content.0, content.1);
+            let in_turn = promised != Order::Strong || before.is_none_or(|before| before < content.1);
+            assert!(in_turn, "client {}: {} after {before:?}", content.0, content.1);
         }
         let acknowledged = lock(&self.acknowledged);
         for (content, told) in acknowledged.iter() {
-            let place = places.get(content);
-            assert!(place.is_some(), "{content:?} was acknowledged and is not in the order");
-            assert!(*told == UNKNOWN_OFFSET || place == Some(told), "{content:?} was said to be at {told}: {place:?}");
+            match places.get(content) {
+                Some(place) => {
+                    assert!([*place, UNKNOWN_OFFSET].contains(told), "{content:?} was said to be at {told}: {place}");
+                }
+                None if *told == UNKNOWN_OFFSET => {
+                    assert!(trimmed > 0, "{content:?} was acknowledged and is not in the order");
+                }
+                None => {
+                    let is_gone = *told < trimmed && !order.contains_key(told);
+                    assert!(is_gone, "{content:?} was acknowledged at {told} and is not in the order");
+                }
+            }
         }
         let mut tally = lock(&self.tally);
-        (tally.ordered, tally.acknowledged) = (order.len(), acknowledged.len());
+        tally.trimmed = trimmed as usize;
+        tally.ordered = trimmed as usize + kept.len();
+        tally.acknowledged = acknowledged.len();
     }
 }

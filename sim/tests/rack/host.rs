@@ -5,11 +5,14 @@ mod leader;
 
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
+use super::history::Seen;
 use super::link::{RackEndpoint, address};
 use super::network::{Request, client_of};
 use super::nic::{Nic, Port};
 use super::{GLOBAL, HOSTS, LEADERS, Rack};
 use crossbeam_channel::{Sender, bounded};
+use embarcadero_broker::archive::{Archive, ArchiveReader, Catalog};
+use embarcadero_broker::caller::Caller;
 use embarcadero_broker::delegation::{Delegation, FlushGroup, Landed};
 use embarcadero_broker::mirror;
 use embarcadero_broker::replica::format::Identity;
@@ -17,10 +20,10 @@ use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::replicator::{ReplicaOptions, Replicator, disclaim};
 use embarcadero_broker::replica::store::StoreOptions;
 use embarcadero_broker::topics::TopicTable;
-use embarcadero_broker::worker::{Archive, IngestLimits, LeaderStages, Shared, Stages, Worker, WorkerSetup};
+use embarcadero_broker::worker::{IngestLimits, LeaderStages, Shared, Stages, Worker, WorkerSetup};
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker};
 use embarcadero_cxl::layout::{IndexEntry, SESSION_WINDOW};
-use embarcadero_cxl::order_index::OrderIndexReader;
+use embarcadero_cxl::order_index::{OrderIndexReader, read_extent};
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
@@ -55,6 +58,7 @@ struct Process {
     worker: Worker<Simulated, RackEndpoint, Clock>,
     shared: Shared<Simulated>,
     replicator: Option<Replicator<Simulated>>,
+    archive: ArchiveReader<Simulated>,
     /// Channel by which the worker gets the leader's stages.
     promote: Sender<LeaderStages<Simulated>>,
     leader: Option<Leader>,
@@ -185,6 +189,7 @@ impl Machine {
             Some(false) => {
                 self.rack.history.count(|tally| &mut tally.departures);
                 let leaving = self.process.take();
+                self.rack.set_catalog(self.host, None);
                 // It lets go of what it pinned, and may crash in the middle of that too.
                 match or_crash(self.host, || drop(leaving)) {
                     Some(()) => self.down_for = one_in(2).then(|| random(1..40)),
@@ -210,6 +215,7 @@ impl Machine {
             self.power.fail();
         }
         self.process = None;
+        self.rack.set_catalog(self.host, None);
         self.power = Power::default();
         self.disk.restart();
         self.rack.network.cut(self.host);
@@ -242,6 +248,10 @@ impl Process {
             disclaim(&region, id);
             None
         };
+        let catalog =
+            replicator.as_ref().map_or_else(|| Arc::new(Catalog::new(false)), |disk| Arc::clone(disk.catalog()));
+        rack.set_catalog(host, Some(Arc::clone(&catalog)));
+        let (archive, archive_reader) = Archive::new(region.clone(), Caller::draw(&region, id), catalog);
         let (landed, queue) = bounded(LANDED_BATCHES);
         let (acks, ordered) = bounded(SESSION_WINDOW as usize);
         let group = FlushGroup { batches: 3, bytes: u64::MAX };
@@ -266,7 +276,7 @@ impl Process {
         };
         let sockets = rack.transport.of_client(power, None).sockets.listen(address(host));
         let endpoint = RackEndpoint { sockets, nic: rack.has_nics.then(nic) };
-        let shared = shared(Arc::clone(&topics), landed);
+        let shared = shared(Arc::clone(&topics), landed, archive);
         let setup = WorkerSetup {
             index: 0,
             endpoint,
@@ -287,6 +297,7 @@ impl Process {
             worker,
             shared,
             replicator,
+            archive: archive_reader,
             promote,
             leader: None,
             watched: ((None, 0), 0),
@@ -321,6 +332,10 @@ impl Process {
             replicator.maintain(now_us);
             replicator.poll();
         }
+        let rack = &self.rack;
+        if !one_in(3) {
+            self.archive.poll(|broker| rack.catalog(broker));
+        }
         self.lead(now_us);
         if self.shared.superseded.load(Ordering::Relaxed) {
             return false;
@@ -335,7 +350,11 @@ impl Process {
 }
 
 /// Returns what the worker of a broker works with.
-fn shared(topics: Arc<TopicTable<Simulated>>, landed: Sender<Landed<Simulated>>) -> Shared<Simulated> {
+fn shared(
+    topics: Arc<TopicTable<Simulated>>,
+    landed: Sender<Landed<Simulated>>,
+    archive: Archive,
+) -> Shared<Simulated> {
     Shared {
         topics,
         landed,
@@ -348,7 +367,7 @@ fn shared(topics: Arc<TopicTable<Simulated>>, landed: Sender<Landed<Simulated>>)
         delivery_patience: Duration::from_millis(20),
         opening: Duration::from_millis(100),
         window_idle: Duration::from_millis(100),
-        archive: Archive::none(),
+        archive,
         draining: Arc::default(),
         connections: Arc::default(),
         stop: Arc::default(),
@@ -358,18 +377,18 @@ fn shared(topics: Arc<TopicTable<Simulated>>, landed: Sender<Landed<Simulated>>)
     }
 }
 
-/// Reads the whole order on a host with empty caches.
-pub(crate) fn read_all(rack: &Rack) -> Vec<((usize, u64), u64)> {
+/// Reads all of the order that is kept, on a host with empty caches. Returns it with the position of its first batch.
+pub(crate) fn read_all(rack: &Rack) -> (u64, Vec<Seen>) {
     let [fabric, _] = rack.join(HOSTS - 1);
     let region = Region::open(fabric).expect("the superblock is visible");
     let mut reader = OrderIndexReader::new(region.clone(), GLOBAL);
     let committed = reader.poll();
-    (0..committed)
-        .map(|position| {
-            let entry = reader.read(position).expect("nothing was trimmed");
-            (content_of(&region, &entry), entry.first_offset)
-        })
-        .collect()
+    let trimmed = read_extent(&region, GLOBAL).expect("there is a leader").trimmed;
+    let order = (trimmed..committed).map(|position| {
+        let entry = reader.read(position).expect("it was not trimmed");
+        (content_of(&region, &entry), entry.first_offset)
+    });
+    (trimmed, order.collect())
 }
 
 /// Reads the offset and the number of messages of each batch from the mirror.

@@ -29,6 +29,7 @@ mod nic;
 mod reader;
 
 use client::Client;
+use embarcadero_broker::archive::Catalog;
 use embarcadero_broker::replica::medium::Medium;
 use embarcadero_broker::replica::restore::Plan;
 use embarcadero_broker::sequencer::{GROUP_BATCHES, SequencerLimits};
@@ -40,7 +41,7 @@ use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Mutation, Simulated, SimulatedTransport, Turbulence, Weather, World, on_all_cores};
 use embarcadero_transport::LinkOptions;
 use embarcadero_transport::tcp::SocketOptions;
-use embarcadero_wire::{Incarnation, Order, Stream, Term, TopicId};
+use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, Term, TopicId};
 use fate::{one_in, random, tick};
 use history::{History, Tally};
 use host::Machine;
@@ -88,18 +89,23 @@ pub struct Rack {
     pub has_nics: bool,
     /// Order of the topic.
     pub order: Order,
+    /// Bytes of batches that the topic keeps; 0 for all.
+    pub retention_bytes: u64,
     /// Bounds by which leaders go.
     pub limits: SequencerLimits,
     world: Arc<Mutex<World>>,
     /// Memory of the mirror.
     mirror: Arc<Mutex<World>>,
+    /// Batches on the disk of each host whose process runs.
+    catalogs: Mutex<[Option<Arc<Catalog>>; HOSTS]>,
     /// Term of the candidate that was elected last; stands for etcd.
     elected: Mutex<Term>,
 }
 
 impl Rack {
-    /// Makes a rack. If it is `crowded`, there are more clients than session slots.
-    fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>, crowded: bool) -> Self {
+    /// Makes a rack. If it is `crowded`, there are more clients than session slots. If it is `small`, its memory is used again
+    /// and again.
+    fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>, crowded: bool, small: bool) -> Self {
         // Some gaps outlive their lease, some never do.
         let gap_us = [15_000, 60_000, u64::MAX / 2][random(0..3) as usize];
         let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { u64::MAX / 2 };
@@ -116,6 +122,8 @@ impl Rack {
             replicated: one_in(2),
             has_nics: one_in(2),
             order: if one_in(3) { Order::Total } else { Order::Strong },
+            retention_bytes: if small { random(4..16) << 10 } else { 0 },
+            catalogs: Mutex::default(),
             limits: SequencerLimits { group_batches, gap_us, idle_us },
             world,
             mirror,
@@ -133,8 +141,19 @@ impl Rack {
         TopicConfig {
             ack_level: 1 + u8::from(self.replicated),
             replication_factor: if self.replicated { COPIES as u8 + 1 } else { 1 },
+            retention_bytes: self.retention_bytes,
             ..topic(TOPIC, self.order)
         }
+    }
+
+    /// Sets what a host's process has on its disk; `None` when it ends.
+    pub fn set_catalog(&self, host: usize, catalog: Option<Arc<Catalog>>) {
+        self.catalogs.lock().unwrap_or_else(PoisonError::into_inner)[host] = catalog;
+    }
+
+    /// Reads what a broker has on its disk; `None` when the broker does not answer.
+    pub fn catalog(&self, broker: BrokerId) -> Option<Arc<Catalog>> {
+        self.catalogs.lock().unwrap_or_else(PoisonError::into_inner)[broker.0 as usize].clone()
     }
 
     /// Returns the term of the candidate that was elected last.
@@ -153,16 +172,17 @@ impl Rack {
     }
 }
 
-fn geometry(crowded: bool) -> Geometry {
+fn geometry(crowded: bool, small: bool) -> Geometry {
+    let (segment_bytes, segments) = if small { (4096, 12) } else { (1 << 20, 12) };
     Geometry {
         max_brokers: HOSTS as u32,
         max_leaders: LEADERS as u32,
         max_topics: 1,
         max_sessions: if crowded { CLIENTS as u32 - 1 } else { CLIENTS as u32 + 1 },
         batchlog_slots: 256,
-        segment_count: HOSTS as u32 * 12,
+        segment_count: HOSTS as u32 * segments,
         role: RegionRole::Mirrored,
-        ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
+        ..Geometry::with_segments_of(segment_bytes, AllocatorKind::Partitioned)
     }
 }
 
@@ -187,12 +207,13 @@ thread_local! {
 fn schedule(removed: Option<Mutation>) {
     fate::reset();
     let crowded = one_in(2);
-    let geometry = geometry(crowded);
+    let small = one_in(2);
+    let geometry = geometry(crowded, small);
     let of_mirror = geometry.of_mirror(64 << 20).unwrap();
     let [world, mirror] = [&geometry, &of_mirror].map(|geometry| {
         World::new(Layout::new(geometry).region_bytes, random(0..u64::MAX), Turbulence::ROUGH, removed)
     });
-    let rack = Arc::new(Rack::new(Arc::clone(&world), Arc::clone(&mirror), crowded));
+    let rack = Arc::new(Rack::new(Arc::clone(&world), Arc::clone(&mirror), crowded, small));
     for (fabric, geometry) in rack.join(0).into_iter().zip([&geometry, &of_mirror]) {
         Region::format(fabric, geometry, Uuid::from_u128(7), 0).unwrap();
     }
@@ -257,7 +278,8 @@ fn schedule(removed: Option<Mutation>) {
     machines.iter_mut().for_each(Machine::repair);
     let mut rounds = 0;
     let has_read_all = |readers: &[Reader]| {
-        let end = host::read_all(&rack).len() as u64;
+        let (trimmed, order) = host::read_all(&rack);
+        let end = trimmed + order.len() as u64;
         readers.iter().all(|reader| reader.next() == end)
     };
     while !clients.iter().all(Client::is_done) || !has_read_all(&readers) {
@@ -273,31 +295,33 @@ fn schedule(removed: Option<Mutation>) {
             panic!("stuck:\n{}\n{}\nreaders at {readers:?}", hosts.join("\n"), clients.join("\n"));
         }
     }
-    let order = host::read_all(&rack);
-    rack.history.judge(&order, rack.order);
+    let (trimmed, order) = host::read_all(&rack);
+    rack.history.judge(trimmed, &order, rack.order);
     let tally = rack.history.tally();
     let mirrored = host::read_mirror(&rack);
-    assert_eq!(
-        mirrored,
-        (0..mirrored.len() as u64).map(|offset| (offset, 1)).collect::<Vec<_>>(),
-        "the mirror has gaps"
-    );
-    assert_eq!(mirrored.len(), order.len(), "all is acknowledged, and not all is in the mirror");
+    let first = mirrored.first().map_or(trimmed, |(offset, _)| *offset);
+    let end = trimmed + order.len() as u64;
+    assert_eq!(mirrored, (first..end).map(|offset| (offset, 1)).collect::<Vec<_>>(), "the mirror has gaps");
+    assert!(first <= trimmed, "the mirror begins at {first}, and batches are kept from {trimmed} on");
     if rack.replicated {
-        must_be_rebuildable(&machines, tally.acknowledged);
+        rack.history.must_not_skip_acknowledged();
+        must_be_rebuildable(&machines, &rack, tally.acknowledged);
     }
     OUTCOME.set(Some(tally));
 }
 
 /// Checks that the disks alone hold everything that was acknowledged.
-fn must_be_rebuildable(machines: &[Machine], acknowledged: usize) {
+fn must_be_rebuildable(machines: &[Machine], rack: &Rack, acknowledged: usize) {
     let media = machines.iter().map(|machine| {
         let disk = machine.disk();
         disk.restart();
         Box::new(disk.clone()) as Box<dyn Medium>
     });
     let plan = Plan::read(media.collect(), None::<&Region<Simulated>>, None).expect("the disks can be read");
-    assert_eq!(plan.losses(), None);
+    // Retention may be ahead of the disks. What was acknowledged is there all the same.
+    if rack.retention_bytes == 0 {
+        assert_eq!(plan.losses(), None);
+    }
     let batches: u64 = plan.topics.iter().map(|topic| topic.size().0).sum();
     assert!(batches >= acknowledged as u64, "{acknowledged} batches were acknowledged, {batches} are on disks");
 }

@@ -6,8 +6,8 @@ use super::link::{RackTransport, address};
 use super::network::client_of;
 use super::{GLOBAL, HOSTS, Rack, TOPIC};
 use embarcadero_sim::{Power, SimulatedSubscriber};
-use embarcadero_transport::{Item, SubscriberLink, Transport};
-use embarcadero_wire::{BatchHeader, Deliver, Frame, StartKind, Subscribe};
+use embarcadero_transport::{Item, LinkError, SubscriberLink, Transport};
+use embarcadero_wire::{BatchHeader, Deliver, ErrorCode, Frame, StartKind, Subscribe};
 use std::sync::Arc;
 
 /// Most items that a reader takes in a round.
@@ -51,6 +51,16 @@ impl Reader {
                 Ok(Item::Frame(frame)) => panic!("{frame:?} came to a subscriber"),
                 Ok(Item::Batch(deliver, header, body)) => {
                     self.next = self.read(&deliver, &header, content_in(&link.bytes()[body]));
+                }
+                Err(LinkError::Refused {
+                    code: Some(ErrorCode::OffsetOutOfRange | ErrorCode::TooSlow),
+                    detail,
+                    ..
+                }) if detail > self.next => {
+                    assert!(self.rack.retention_bytes > 0, "{} is gone", self.next);
+                    self.rack.history.skipped(self.next..detail);
+                    self.next = detail;
+                    return;
                 }
                 Err(_) => return,
             }

@@ -1,8 +1,8 @@
 //! Numbers that a region is made with, and their bounds.
 
 use super::{
-    AllocatorKind, DEFAULT_LEADERS, Layout, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, RegionRole,
-    SEGMENT_BYTES,
+    AllocatorKind, DEFAULT_LEADERS, Layout, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, MIRROR_SEGMENT_BYTES,
+    RegionRole, SEGMENT_BYTES,
 };
 use embarcadero_wire::{BrokerId, OutOfBounds, SessionSlot, Stream, TopicId, within};
 use serde::{Deserialize, Serialize};
@@ -61,7 +61,7 @@ impl Geometry {
             max_topics: self.max_topics,
             max_sessions: self.max_sessions,
             batchlog_slots: 16,
-            segment_bytes: *SEGMENT_BYTES.start(),
+            segment_bytes: MIRROR_SEGMENT_BYTES,
             segment_count: 1,
             allocator: AllocatorKind::Partitioned,
             role: RegionRole::Mirror,
@@ -183,7 +183,7 @@ mod tests {
     fn bounds_are_named() {
         let error = Geometry::with_segments_of(3 << 20, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
         assert_eq!(error.to_string(), "segment_bytes is 3145728; it must be a power of two");
-        let error = Geometry::with_segments_of(4096, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
+        let error = Geometry::with_segments_of(2048, AllocatorKind::Bitmap).fit(1 << 30).unwrap_err();
         assert_eq!(error.key, "segment_bytes");
         assert!(Geometry::with_segments_of(1 << 20, AllocatorKind::Bitmap).fit(1 << 20).is_err());
     }

@@ -45,8 +45,10 @@ pub(crate) const MAX_SEGMENTS: u32 = 16384;
 pub(crate) const SEGMENTS_PER_WORD: u32 = u64::BITS;
 /// Batches of one session that may be in flight, and commit records that a session keeps.
 pub const SESSION_WINDOW: u64 = 128;
-/// Bytes of the smallest and of the largest segment.
-pub const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = 1 << 20..=16 << 30;
+/// Bytes of the smallest and of the largest segment. Small ones let a simulation use memory again and again.
+pub const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = AREA_ALIGN..=16 << 30;
+/// Bytes of a segment of a mirror.
+pub(crate) const MIRROR_SEGMENT_BYTES: u64 = 1 << 20;
 /// Most bytes of a topic name.
 pub const TOPIC_NAME_BYTES: usize = 64;
 /// Alignment of areas, bytes: a page.
