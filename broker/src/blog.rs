@@ -3,7 +3,7 @@
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
-use embarcadero_cxl::{Fabric, LINE_BYTES, RegionOffset, Row, Site};
+use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, RegionOffset, Row, Site};
 use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -176,6 +176,15 @@ impl<F: Fabric> Blog<F> {
         }
     }
 
+    /// Takes a segment from the pool, and leaves those that order indexes may need.
+    fn take_segment(&self) -> Result<u32, PoolError> {
+        let count = self.pool.count();
+        if count.is_short() && self.region.fabric().keeps(Guard::IndexReserve) {
+            return Err(PoolError::Exhausted { segments: count.all });
+        }
+        self.pool.allocate()
+    }
+
     /// Starts the next segment, unless another thread did so meanwhile.
     fn extend(&self, lines: u64) -> Result<(), PoolError> {
         let mut chain = self.chain();
@@ -183,7 +192,7 @@ impl<F: Fabric> Blog<F> {
         if segment != u32::MAX && position + lines <= self.lines_per_segment() {
             return Ok(());
         }
-        let next = match self.pool.allocate() {
+        let next = match self.take_segment() {
             Ok(next) => next,
             Err(error) => {
                 // Failed reservations moved the position; bring it back before it overflows into the segment number.

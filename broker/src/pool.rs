@@ -7,7 +7,9 @@ use embarcadero_cxl::broker_table::{BrokerInfo, read_broker};
 use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{latest_claimant, read_leader_at, with_leader};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::{
+    BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator, SegmentCount, free_segments,
+};
 use embarcadero_cxl::{Fabric, Native, Row};
 use embarcadero_wire::{Incarnation, Term};
 use std::io;
@@ -152,6 +154,13 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
         let Caller { broker, call_key } = self.caller;
         let request = ReleaseSegmentRequest { segment, broker: broker.0, call_key };
         self.call(async |client| client.release_segment(request).await.map(drop))
+    }
+
+    fn count(&self) -> SegmentCount {
+        self.with_own(PartitionAllocator::count).unwrap_or_else(|| SegmentCount {
+            free: free_segments(&self.region),
+            all: self.region.geometry().segment_count,
+        })
     }
 }
 

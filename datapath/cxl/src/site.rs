@@ -144,6 +144,8 @@ labels! {
         DecidedBeforeReuse,
         /// A broker reuses a segment only when nobody reads it.
         PinBeforeReuse,
+        /// Batches leave segments free that order indexes may need.
+        IndexReserve,
         /// A batch counts as durable only when enough replicas have it on disk.
         DiskBeforeAck,
         /// A replica checks after a copy whether the copied batches were trimmed meanwhile.

@@ -24,6 +24,7 @@ use embarcadero_broker::worker::{IngestLimits, LeaderStages, Shared, Stages, Wor
 use embarcadero_cxl::broker_table::{BrokerInfo, last_incarnation, publish_broker};
 use embarcadero_cxl::layout::{IndexEntry, SESSION_WINDOW};
 use embarcadero_cxl::order_index::{OrderIndexReader, read_extent};
+use embarcadero_cxl::owner::read_owner;
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
 use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
@@ -389,6 +390,16 @@ pub(crate) fn read_all(rack: &Rack) -> (u64, Vec<Seen>) {
         (content_of(&region, &entry), entry.first_offset)
     });
     (trimmed, order.collect())
+}
+
+/// Describes who has which segment, for a report.
+pub(crate) fn describe_memory(rack: &Rack) -> String {
+    let [fabric, _] = rack.join(HOSTS - 1);
+    let region = Region::open(fabric).expect("the superblock is visible");
+    let owners =
+        (0..region.geometry().segment_count).map(|segment| format!("{segment}: {:?}", read_owner(&region, segment)));
+    let extent = read_extent(&region, GLOBAL);
+    format!("{}, {extent:?}", owners.collect::<Vec<_>>().join(", "))
 }
 
 /// Reads the offset and the number of messages of each batch from the mirror.

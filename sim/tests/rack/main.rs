@@ -173,7 +173,7 @@ impl Rack {
 }
 
 fn geometry(crowded: bool, small: bool) -> Geometry {
-    let (segment_bytes, segments) = if small { (4096, 12) } else { (1 << 20, 12) };
+    let (segment_bytes, segments) = if small { (4096, random(5..9) as u32) } else { (1 << 20, 12) };
     Geometry {
         max_brokers: HOSTS as u32,
         max_leaders: LEADERS as u32,
@@ -292,7 +292,8 @@ fn schedule(removed: Option<Mutation>) {
             let hosts: Vec<_> = machines.iter().map(Machine::state).collect();
             let clients: Vec<_> = clients.iter().map(Client::state).collect();
             let readers: Vec<_> = readers.iter().map(Reader::next).collect();
-            panic!("stuck:\n{}\n{}\nreaders at {readers:?}", hosts.join("\n"), clients.join("\n"));
+            let memory = host::describe_memory(&rack);
+            panic!("stuck:\n{}\n{}\nreaders at {readers:?}\n{memory}", hosts.join("\n"), clients.join("\n"));
         }
     }
     let (trimmed, order) = host::read_all(&rack);

@@ -1,6 +1,6 @@
 //! One bitmap for all brokers, on a coherent fabric.
 
-use super::{PoolError, SegmentAllocator, valid_bits};
+use super::{PoolError, SegmentAllocator, SegmentCount, free_segments, valid_bits};
 use crate::fabric::CoherentFabric;
 use crate::layout::SEGMENTS_PER_WORD;
 use crate::region::Region;
@@ -60,5 +60,9 @@ impl<F: CoherentFabric> SegmentAllocator for BitmapAllocator<F> {
         let before =
             self.region.fabric().fetch_and(self.region.layout().bitmap_word(segment / SEGMENTS_PER_WORD), !bit);
         if before & bit == 0 { Err(PoolError::NotAllocated { segment }) } else { Ok(()) }
+    }
+
+    fn count(&self) -> SegmentCount {
+        SegmentCount { free: free_segments(&self.region), all: self.segments() }
     }
 }

@@ -66,6 +66,33 @@ pub enum PoolError {
     },
 }
 
+/// Segments of an allocator, as one process sees them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentCount {
+    /// Number of segments that are free.
+    pub free: u32,
+    /// Number of all segments.
+    pub all: u32,
+}
+
+impl SegmentCount {
+    /// Number of segments that batches leave free.
+    ///
+    /// An order index needs one when it has filled its last, and one after a takeover. It must not wait for memory that
+    /// batches hold: none of these is given back before the index has them and goes on.
+    #[must_use]
+    pub const fn index_reserve(self) -> u32 {
+        let share = self.all / 4;
+        if share < 2 { share } else { 2 }
+    }
+
+    /// Returns true when batches get no more segments.
+    #[must_use]
+    pub const fn is_short(self) -> bool {
+        self.free <= self.index_reserve()
+    }
+}
+
 /// Allocator of a region's segments. It is called once per segment, not per batch.
 pub trait SegmentAllocator: Send + Sync {
     /// Takes a free segment.
@@ -81,6 +108,9 @@ pub trait SegmentAllocator: Send + Sync {
     /// [`PoolError::NotAllocated`] when it was not taken from this allocator. Other errors when the leader gives out
     /// segments, and cannot be asked or does not answer.
     fn release(&self, segment: u32) -> Result<(), PoolError>;
+
+    /// Counts the segments that this allocator gives out.
+    fn count(&self) -> SegmentCount;
 }
 
 /// Bits of a bitmap word that stand for segments.

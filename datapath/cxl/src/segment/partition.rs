@@ -1,6 +1,6 @@
 //! One bitmap per writer, for memory without coherence.
 
-use super::{PoolError, SegmentAllocator, valid_bits};
+use super::{PoolError, SegmentAllocator, SegmentCount, valid_bits};
 use crate::fabric::{Fabric, RegionOffset, WORD_BYTES};
 use crate::layout::SEGMENTS_PER_WORD;
 use crate::region::Region;
@@ -76,5 +76,12 @@ impl<F: Fabric> SegmentAllocator for PartitionAllocator<F> {
             }
             _ => Err(PoolError::NotAllocated { segment }),
         }
+    }
+
+    fn count(&self) -> SegmentCount {
+        let bits = self.bits.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self.segments.len() as u32;
+        let free = |(word, value): (usize, &u64)| (!*value & valid_bits(all, word as u32)).count_ones();
+        SegmentCount { free: bits.iter().enumerate().map(free).sum(), all }
     }
 }
