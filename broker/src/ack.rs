@@ -312,7 +312,7 @@ mod tests {
     use embarcadero_cxl::layout::LeaderArea;
     use embarcadero_cxl::leadership::{activate_term, claim_term};
     use embarcadero_cxl::session_table::{Progress, SessionCommit, publish_commits, publish_session, store_progress};
-    use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, Term, TopicId};
+    use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, SessionToken, Term, TopicId};
 
     const AREA: LeaderArea = LeaderArea(BrokerId(0));
     const SLOT: SessionSlot = SessionSlot(0);
@@ -329,6 +329,7 @@ mod tests {
             ack_level: 1,
             first_epoch: Epoch(first_epoch),
             first_sequence,
+            token: SessionToken(1),
         }
     }
 

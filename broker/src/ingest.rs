@@ -82,11 +82,12 @@ impl<F: Fabric> PublisherSession<F> {
                 && session.topic == open.topic
                 && session.topic_incarnation == open.topic_incarnation
                 && session.state == SessionState::Open
+                && session.is_held_by(open.token)
         });
         let Some(session) = session else {
             topics.check_live(&topic)?;
             let text = format!(
-                "client {:#x} has no open session of epoch {} in slot {}",
+                "client {:#x} has no open session of epoch {} in slot {}, or its token is another",
                 open.client_id.0, open.session_epoch, open.session_slot
             );
             return refuse(ErrorCode::UnknownSession, text);
@@ -385,5 +386,74 @@ impl<F: Fabric> Landing for PublisherLanding<'_, F> {
         let topic = Arc::clone(&session.topic);
         let batch = Landed { topic, header, at, in_memory, origin: self.origin };
         session.complete(batch, self.topics.region().fabric())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::topics::tests::{region, topic};
+    use crossbeam_channel::unbounded;
+    use embarcadero_cxl::layout::LeaderArea;
+    use embarcadero_cxl::leadership::{activate_term, claim_term};
+    use embarcadero_cxl::segment::PartitionAllocator;
+    use embarcadero_cxl::session_table::{Session, publish_session};
+    use embarcadero_cxl::topic_table::publish_topic;
+    use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, SessionToken, Term, TopicId};
+
+    const LEADER: LeaderArea = LeaderArea(BrokerId(0));
+    const LIMITS: IngestLimits = IngestLimits {
+        max_batch_bytes: 4096,
+        exhausted_wait: Duration::ZERO,
+        receive_patience: Duration::ZERO,
+        verify_body: false,
+    };
+
+    #[test]
+    fn only_the_token_of_an_open_session_opens_it() {
+        let region = region();
+        claim_term(&region, LEADER, Term(1));
+        publish_topic(&region, LEADER, &topic(0));
+        let session = Session {
+            slot: SessionSlot(0),
+            client_id: ClientId(7),
+            epoch: Epoch(1),
+            state: SessionState::Open,
+            topic: TopicId(0),
+            topic_incarnation: Incarnation(1),
+            committed: 0,
+            ack_level: 1,
+            first_epoch: Epoch(1),
+            first_sequence: 0,
+            token: SessionToken(77),
+        };
+        publish_session(&region, LEADER, &session);
+        activate_term(&region, LEADER, Term(1));
+        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+        let topics = TopicTable::new(region.clone(), BrokerId(0), pool);
+        let refusal = |token| {
+            let open = OpenPublish {
+                client_id: session.client_id,
+                session_epoch: session.epoch,
+                session_slot: session.slot,
+                topic: session.topic,
+                topic_incarnation: session.topic_incarnation,
+                ack_level: 1,
+                token,
+                ..OpenPublish::blank()
+            };
+            match PublisherSession::open(&topics, open, LIMITS, unbounded().0, Instant::now()) {
+                Ok(_) => None,
+                Err(TransportError::Refused { code, .. }) => Some(code),
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert_eq!(refusal(SessionToken(77)), None);
+        for token in [SessionToken::NONE, SessionToken(76)] {
+            assert_eq!(refusal(token), Some(ErrorCode::UnknownSession));
+        }
+        // Nobody holds a session without a token.
+        publish_session(&region, LEADER, &Session { token: SessionToken::NONE, ..session });
+        assert_eq!(refusal(SessionToken::NONE), Some(ErrorCode::UnknownSession));
     }
 }

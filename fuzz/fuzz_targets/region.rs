@@ -12,7 +12,7 @@ use embarcadero_cxl::owner::read_owner;
 use embarcadero_cxl::session_table::{Session, publish_session, read_commit, read_progress, read_session};
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, publish_topic};
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionOffset};
-use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, Stream, Term, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, SessionToken, Stream, Term, TopicId};
 use libfuzzer_sys::fuzz_target;
 use std::cell::OnceCell;
 use uuid::Uuid;
@@ -68,6 +68,7 @@ fn pristine() -> Pristine {
         ack_level: 1,
         first_epoch: Epoch(1),
         first_sequence: 0,
+        token: SessionToken(1),
     };
     publish_session(&region, area, &session);
     activate_term(&region, area, Term(1));

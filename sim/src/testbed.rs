@@ -13,7 +13,7 @@ use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Mapping, Native, Region, RegionError};
-use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, Term, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, SessionToken, Term, TopicId};
 use std::sync::Arc;
 use uuid::Uuid;
 
@@ -51,6 +51,13 @@ pub enum TestbedError {
     /// The sequencer does not answer.
     #[error("the sequencer does not answer: {0}")]
     Silent(#[from] RecvError),
+}
+
+/// Returns the request of a client that opens a session at level 1, and whose sessions have one token.
+#[must_use]
+pub fn opening(topic: TopicId, client_id: ClientId) -> SessionRequest {
+    let token = SessionToken(client_id.0);
+    SessionRequest { topic, client_id, ack_level: 1, resume: false, token, new_token: token }
 }
 
 /// Makes a region for one topic and four brokers, with 64 segments of 16 MiB. `wrap` makes the fabric from its memory.
@@ -146,7 +153,7 @@ impl<F: Fabric> Testbed<F> {
         let mut opened = Vec::new();
         for client_id in (1..=u64::from(sessions)).map(ClientId) {
             let (reply, answer) = bounded(1);
-            let request = SessionRequest { topic: id, client_id, ack_level: 1, resume: false };
+            let request = opening(id, client_id);
             let _ = commands.send(Command::OpenSession { request, reply });
             sequencer.poll(0, 1);
             opened.push(answer.recv()??);

@@ -15,7 +15,7 @@ use bytemuck::Zeroable;
 use embarcadero_broker::sequencer::session::{Arrival, SessionOrder, Verdict};
 use embarcadero_cxl::layout::{BatchEntry, SessionState};
 use embarcadero_cxl::session_table::Session;
-use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, SessionToken, TopicId};
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -113,6 +113,7 @@ fn order(leader: &Leader, batchlog: &[Sent]) -> SessionOrder {
         ack_level: 1,
         first_epoch: Epoch(0),
         first_sequence: 0,
+        token: SessionToken(1),
     };
     let mut order = SessionOrder::new(session, Order::Strong, leader.expected, 0);
     for place in leader.held.values() {

@@ -22,6 +22,7 @@ from pyverbs.pd import PD
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import RecvWR, SGE, SendWR
 
+VERSION = 3
 PATIENCE = 300
 FRAMES = 64
 
@@ -40,7 +41,7 @@ def crc32c(data):
 def frame(kind, flags=0, **fields):
     """A frame of 64 bytes; a field is NAME=(offset, format, value)."""
     data = bytearray(64)
-    struct.pack_into("<4sBBH", data, 0, b"EMBF", kind, 2, flags)
+    struct.pack_into("<4sBBH", data, 0, b"EMBF", kind, VERSION, flags)
     for offset, form, value in fields.values():
         struct.pack_into("<" + form, data, offset, value)
     struct.pack_into("<I", data, 60, crc32c(data[:60]))
@@ -49,7 +50,7 @@ def frame(kind, flags=0, **fields):
 
 def check(data):
     magic, kind, version = struct.unpack_from("<4sBB", data)
-    assert (magic, version) == (b"EMBF", 2), data
+    assert (magic, version) == (b"EMBF", VERSION), data
     assert crc32c(data[:60]) == struct.unpack_from("<I", data, 60)[0], "checksum"
     return kind
 
@@ -76,7 +77,7 @@ def encode(**fields):
 
 
 def decode(data):
-    """Field number -> list of integers or bytes."""
+    """Field number -> list of integers or bytes. Integers are varints, or fixed64."""
     fields, at = {}, 0
 
     def number():
@@ -94,6 +95,8 @@ def decode(data):
         key = number()
         if key & 7 == 0:
             value = number()
+        elif key & 7 == 1:
+            value, at = struct.unpack_from("<Q", data, at)[0], at + 8
         else:
             length = number()
             value, at = data[at:at + length], at + length
@@ -150,6 +153,7 @@ def main():
         return fields.get(number, [0])[0]  # protobuf leaves out zeros
 
     slot, epoch, sequence = (first(session, number) for number in (2, 3, 4))
+    token = first(session, 7)
     topic_id, incarnation = first(topic, 1), first(topic, 2)
 
     # The batch: header, messages, zeros up to a multiple of 4, lengths.
@@ -193,7 +197,7 @@ def main():
     qp.to_rts(attr)
     sock.sendall(frame(1, client_id=(8, "Q", client_id), resume_from=(16, "Q", sequence), epoch=(24, "I", epoch),
                        slot=(28, "I", slot), topic=(32, "I", topic_id), topic_incarnation=(36, "I", incarnation),
-                       ack_level=(40, "I", 1)))
+                       ack_level=(40, "I", 1), token=(48, "Q", token)))
 
     # "I have a batch and no window": a WRITE of no bytes.
     nothing = SGE(outbox.buf, 0, outbox.lkey)

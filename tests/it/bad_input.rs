@@ -4,15 +4,16 @@ use crate::support::{Cluster, PATIENCE, eventually, message, refused};
 use embarcadero_client::{Client, ClientConfig, ClientError, Order, Start, TopicOptions};
 use embarcadero_control::v1::control_client::ControlClient;
 use embarcadero_control::v1::{
-    AllocateSegmentRequest, CreateTopicRequest, DescribeTopicRequest, ReadReplicaRequest, ReleaseSegmentRequest,
+    AllocateSegmentRequest, CloseSessionRequest, CreateTopicRequest, DescribeTopicRequest, OpenSessionRequest,
+    ReadReplicaRequest, ReleaseSegmentRequest,
 };
 use embarcadero_cxl::broker_table::read_call_key;
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::region::RegionFile;
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
-    BrokerId, ClientId, ErrorCode, FRAME_BYTES, Frame, Incarnation, OpenPublish, SessionSlot, Stream, Subscribe,
-    TopicId,
+    BatchHeader, BrokerId, ClientId, ErrorCode, FRAME_BYTES, Frame, Incarnation, OpenPublish, SessionSlot,
+    SessionToken, Stream, Subscribe, TopicId,
 };
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -221,6 +222,8 @@ fn wrong_openings_are_named() {
         refused(OpenPublish { session_slot: SessionSlot(u32::MAX), ..bench.open }.encode()).0,
         ErrorCode::UnknownSession
     );
+    let token = SessionToken(bench.open.token.0 ^ 1);
+    assert_eq!(refused(OpenPublish { token, ..bench.open }.encode()).0, ErrorCode::UnknownSession);
     assert_eq!(refused(OpenPublish { ack_level: 2, ..bench.open }.encode()).0, ErrorCode::AckLevel);
     let subscribe = Subscribe {
         topic: bench.open.topic,
@@ -231,6 +234,89 @@ fn wrong_openings_are_named() {
     assert_eq!(refused(Subscribe { stream: Stream::of(BrokerId(0)), ..subscribe }.encode()).0, ErrorCode::UnknownTopic);
     assert_eq!(refused(Subscribe { start_kind: 99, ..subscribe }.encode()).0, ErrorCode::BadFrame);
     assert_eq!(refused(Subscribe { start: 1 << 60, ..subscribe }.encode()).0, ErrorCode::OffsetOutOfRange);
+    bench.still_works();
+}
+
+/// Reads the header of the first batch of a topic, as every subscriber gets it.
+fn delivered_header(bench: &Bench) -> BatchHeader {
+    let mut stream = bench.connect();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    let OpenPublish { topic, topic_incarnation, .. } = bench.open;
+    let subscribe = Subscribe { topic, topic_incarnation, stream: Stream::GLOBAL, ..Subscribe::blank() };
+    stream.write_all(&subscribe.encode()).unwrap();
+    loop {
+        match frame(&mut stream) {
+            Frame::BatchHeader(header) => return header,
+            Frame::SubscribeReady(_) | Frame::Deliver(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Every subscriber learns client, epoch and slot of a session. Nobody can act in its name with them.
+#[test]
+fn a_subscriber_cannot_speak_for_a_publisher() {
+    let bench = bench();
+    let mut own = bench.connect();
+    own.set_read_timeout(Some(PATIENCE)).unwrap();
+    bench.publisher(&mut own);
+    own.write_all(&bench.batch(0)).unwrap();
+    let Frame::Ack(_) = frame(&mut own) else { panic!("batch 0 is not acknowledged") };
+
+    let BatchHeader { client_id, session_epoch, session_slot, topic, topic_incarnation, .. } = delivered_header(&bench);
+    let open = OpenPublish {
+        client_id,
+        session_epoch,
+        session_slot,
+        topic,
+        topic_incarnation,
+        ack_level: 1,
+        ..OpenPublish::blank()
+    };
+    assert_eq!(OpenPublish { token: bench.open.token, ..open }, bench.open, "the rest is all that it takes");
+    let control = bench.cluster.control();
+    for token in [SessionToken::NONE, SessionToken(1)] {
+        let mut stream = bench.connect();
+        stream.write_all(&OpenPublish { token, ..open }.encode()).unwrap();
+        assert_eq!(refusal(&answer(&mut stream)).0, ErrorCode::UnknownSession);
+        let close = CloseSessionRequest {
+            slot: session_slot.0,
+            client_id: client_id.0,
+            epoch: session_epoch.0,
+            token: token.0,
+        };
+        let closed = ask(control, async |control| control.close_session(close).await);
+        assert_eq!(closed.map_err(|status| status.code()), Err(Code::PermissionDenied));
+        let fence = OpenSessionRequest {
+            topic: "bad".to_owned(),
+            client_id: client_id.0,
+            ack_level: 1,
+            resume: false,
+            token: token.0,
+        };
+        let resume = OpenSessionRequest { resume: true, ..fence.clone() };
+        let fenced = ask(control, async |control| control.open_session(fence).await);
+        assert_eq!(fenced.map(|opened| opened.epoch).map_err(|status| status.code()), Err(Code::AlreadyExists));
+        let resumed = ask(control, async |control| control.open_session(resume).await).unwrap();
+        assert_eq!((resumed.epoch, resumed.slot, resumed.token), (0, 0, 0), "the brokers know no such client");
+    }
+    let report = bench.cluster.inspect().to_string();
+    assert!(!report.contains(&bench.open.token.0.to_string()), "the region's report tells a token");
+
+    // The publisher has noticed nothing, and its own token does all of it.
+    own.write_all(&bench.batch(1)).unwrap();
+    let Frame::Ack(ack) = frame(&mut own) else { panic!("batch 1 is not acknowledged") };
+    assert_eq!((ack.sequence, ack.first_offset), (1, 1));
+    let resume = OpenSessionRequest {
+        topic: "bad".to_owned(),
+        client_id: client_id.0,
+        ack_level: 1,
+        resume: true,
+        token: bench.open.token.0,
+    };
+    let resumed = ask(control, async |control| control.open_session(resume).await).unwrap();
+    assert_eq!((resumed.epoch, resumed.next_sequence), (session_epoch.0 + 1, 2));
+    assert!(matches!(frame(&mut own), Frame::Fenced(_)));
     bench.still_works();
 }
 

@@ -14,7 +14,7 @@ use embarcadero_verbs::{
     QueuePairOptions, RemoteRange, Request, Sending, Work, WorkError,
 };
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
-use embarcadero_wire::{ErrorCode, FRAME_BYTES, Frame, RdmaAccept, RdmaConnect, WindowGrant};
+use embarcadero_wire::{ErrorCode, FRAME_BYTES, Frame, RdmaAccept, RdmaConnect, SessionToken, WindowGrant};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
@@ -217,6 +217,7 @@ struct Offender {
     /// Frames that came from the broker.
     heard: Vec<Frame>,
     origin: BatchOrigin,
+    token: SessionToken,
     _publisher: Publisher,
 }
 
@@ -273,6 +274,7 @@ impl Offender {
             source,
             heard,
             origin,
+            token: open.token,
             _publisher: publisher,
         }
     }
@@ -447,8 +449,8 @@ fn drop_session(cluster: &Cluster, offender: &Offender) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut control = ControlClient::connect(format!("http://{}", cluster.control())).await.unwrap();
-        let client_id = offender.origin.client_id.0;
-        let request = OpenSessionRequest { topic: "t".to_owned(), client_id, ack_level: 1, resume: false };
+        let (client_id, token) = (offender.origin.client_id.0, offender.token.0);
+        let request = OpenSessionRequest { topic: "t".to_owned(), client_id, ack_level: 1, resume: false, token };
         control.open_session(request).await.unwrap();
     });
 }

@@ -19,7 +19,9 @@ use embarcadero_cxl::order_index::{StreamId, read_extent};
 use embarcadero_cxl::segment::{PoolError, free_segments};
 use embarcadero_cxl::topic_table::{TopicConfig, TopicRows, check_topic_name, read_topic};
 use embarcadero_cxl::{Damage, Native, Region, Row};
-use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, SessionToken, Stream, TopicId};
+use rand::TryRngCore;
+use rand::rngs::OsRng;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, Response, Status};
@@ -174,6 +176,13 @@ impl ControlService {
     }
 }
 
+/// Draws the token of a session that has none, from the system's generator.
+#[allow(clippy::result_large_err)] // tonic's own error type
+fn draw_token() -> Result<SessionToken, Status> {
+    let drawn = OsRng.try_next_u64().map_err(|error| Status::internal(format!("no token can be drawn: {error}")))?;
+    Ok(SessionToken(drawn.max(1)))
+}
+
 /// Returns the answer to a caller for whom the pool gives no segment, or takes none back.
 fn pool_status(error: &PoolError) -> Status {
     let text = error.to_string();
@@ -319,9 +328,15 @@ impl Control for ControlService {
                 request.ack_level, topic.name, topic.ack_level
             )));
         }
-        let proto::OpenSessionRequest { client_id, ack_level, resume, .. } = request;
-        let request =
-            SessionRequest { topic: topic.id, client_id: ClientId(client_id), ack_level: ack_level as u8, resume };
+        let proto::OpenSessionRequest { client_id, ack_level, resume, token, .. } = request;
+        let request = SessionRequest {
+            topic: topic.id,
+            client_id: ClientId(client_id),
+            ack_level: ack_level as u8,
+            resume,
+            token: SessionToken(token),
+            new_token: draw_token()?,
+        };
         let opened = self.ask(|reply| Command::OpenSession { request, reply }).await?;
         let session = match opened {
             Ok(session) => session,
@@ -334,6 +349,8 @@ impl Control for ControlService {
                 return Err(Status::data_loss(error.to_string()));
             }
             Err(error @ SessionError::TableFull(_)) => return Err(Status::resource_exhausted(error.to_string())),
+            Err(error @ SessionError::InUse(_)) => return Err(Status::already_exists(error.to_string())),
+            Err(error @ SessionError::NotHolder(_)) => return Err(Status::permission_denied(error.to_string())),
         };
         Ok(Response::new(proto::OpenSessionResponse {
             topic: Some(topic_to_proto(&topic)),
@@ -342,6 +359,7 @@ impl Control for ControlService {
             next_sequence: session.committed,
             window_batches: SESSION_WINDOW as u32,
             max_batch_bytes: self.max_batch_bytes.min(self.region.geometry().segment_bytes),
+            token: session.token.0,
         }))
     }
 
@@ -362,9 +380,11 @@ impl Control for ControlService {
         &self,
         request: Request<proto::CloseSessionRequest>,
     ) -> Result<Response<proto::CloseSessionResponse>, Status> {
-        let proto::CloseSessionRequest { slot, client_id, epoch } = request.into_inner();
+        let proto::CloseSessionRequest { slot, client_id, epoch, token } = request.into_inner();
         let (slot, client_id, epoch) = (SessionSlot(slot), ClientId(client_id), Epoch(epoch));
-        self.ask(|reply| Command::CloseSession { slot, client_id, epoch, reply }).await?;
+        let token = SessionToken(token);
+        let closed = self.ask(|reply| Command::CloseSession { slot, client_id, epoch, token, reply }).await?;
+        closed.map_err(|error| Status::permission_denied(error.to_string()))?;
         Ok(Response::new(proto::CloseSessionResponse {}))
     }
 

@@ -33,7 +33,7 @@ use embarcadero_cxl::session_table::{Session, publish_commits};
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Site};
 use embarcadero_os::Times;
-use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Term, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, SessionToken, Term, TopicId};
 use group::{Group, Stamp};
 use slots::Slot;
 use std::collections::BTreeMap;
@@ -68,8 +68,10 @@ pub enum Command {
         client_id: ClientId,
         /// Epoch.
         epoch: Epoch,
+        /// Token of the session.
+        token: SessionToken,
         /// Answer.
-        reply: Sender<()>,
+        reply: Sender<Result<(), SessionError>>,
     },
 }
 
@@ -256,10 +258,10 @@ impl<F: Fabric> Sequencer<F> {
                     let _ = reply.send(opened);
                 }
             }
-            Command::CloseSession { slot, client_id, epoch, reply } => {
-                self.close_session(slot, client_id, epoch);
+            Command::CloseSession { slot, client_id, epoch, token, reply } => {
+                let closed = self.close_session(slot, (client_id, epoch), token);
                 if self.leads() {
-                    let _ = reply.send(());
+                    let _ = reply.send(closed);
                 }
             }
         }

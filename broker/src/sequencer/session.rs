@@ -190,7 +190,7 @@ mod tests {
     use super::*;
     use bytemuck::Zeroable;
     use embarcadero_cxl::layout::SessionState;
-    use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, TopicId};
+    use embarcadero_wire::{ClientId, Epoch, Incarnation, SessionSlot, SessionToken, TopicId};
     use proptest::prelude::*;
 
     fn session(order: Order, expected: u64) -> SessionOrder {
@@ -205,6 +205,7 @@ mod tests {
             ack_level: 1,
             first_epoch: Epoch(1),
             first_sequence: 0,
+            token: SessionToken(1),
         };
         SessionOrder::new(identity, order, expected, 0)
     }

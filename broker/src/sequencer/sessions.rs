@@ -9,8 +9,9 @@ use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::session_table::{
     Commit, Progress, Session, commits_ahead, publish_session, read_commit_at, store_progress, verified_progress_at,
 };
+use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Damage, Fabric, Guard, Row, Site};
-use embarcadero_wire::{ClientId, Epoch, Order, SessionSlot, TopicId};
+use embarcadero_wire::{ClientId, Epoch, Order, SessionSlot, SessionToken, TopicId};
 
 /// Reason why a session cannot be opened.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,6 +28,12 @@ pub enum SessionError {
     /// The client asked to go on, and has no slot any more.
     #[error("client {:#x} has no session any more", .0.0)]
     Gone(ClientId),
+    /// Another client has this id, and its session is in use.
+    #[error("client {:#x} has a session already, and it is not idle; publish as another client", .0.0)]
+    InUse(ClientId),
+    /// Whoever asked is not the session's client.
+    #[error("the session of client {:#x} has another token", .0.0)]
+    NotHolder(ClientId),
     /// Every slot is in use.
     #[error("all {0} sessions of the region are in use; close some, or create the region with a larger max_sessions")]
     TableFull(u32),
@@ -44,33 +51,35 @@ pub struct SessionRequest {
     /// True to go on with the numbers of the client's session; nothing is opened if it has no slot any more. False for a
     /// client that knows of no batch that it sent.
     pub resume: bool,
+    /// Token that the client has of its session; [`SessionToken::NONE`] if it has none.
+    pub token: SessionToken,
+    /// Token that the session gets if it has none: drawn at random, and not [`SessionToken::NONE`].
+    pub new_token: SessionToken,
 }
 
 impl<F: Fabric> Sequencer<F> {
     /// Opens the next epoch of a client's session on a topic.
     pub(super) fn open_session(&mut self, request: &SessionRequest, now_us: u64) -> Result<Session, SessionError> {
-        let SessionRequest { topic, client_id, ack_level, resume } = *request;
+        let SessionRequest { topic, client_id, ack_level, resume, token, new_token } = *request;
         // A client names the slot: it may not exist. One whose row is damaged has no configuration.
         if let Some(damage) = self.damaged.get(topic.index()).copied().flatten() {
             return Err(SessionError::Damaged(topic, damage));
         }
         let config = self.configs.get(topic.index()).and_then(Clone::clone).ok_or(SessionError::UnknownTopic(topic))?;
-        let (slot, before, committed) = loop {
+        let (slot, before, own, committed) = loop {
             let (slot, before) = self.slot_for(&config, client_id, now_us)?;
-            if resume && before.is_none_or(|before| !before.belongs_to(&config, client_id)) {
-                return Err(SessionError::Gone(client_id));
-            }
+            let own = self.own_session(&config, before, request, now_us)?;
             if let Some(order) = &self.group.sessions[slot.index()] {
-                break (slot, before, order.expected());
+                break (slot, before, own, order.expected());
             }
             match verified_progress_at(&self.region, self.area, slot, before.as_ref()) {
-                Ok(committed) => break (slot, before, committed),
+                Ok(committed) => break (slot, before, own, committed),
                 Err(damage) => self.report_session(slot, damage),
             }
         };
         self.end_session(slot, SessionState::Fenced);
         let epoch = before.map_or(Epoch::default(), |before| before.epoch).next();
-        let resumed = before.filter(|_| resume);
+        let resumed = own.filter(|_| resume);
         let (first_epoch, first_sequence) = match resumed {
             Some(before) => (before.first_epoch, before.first_sequence),
             // No sequence of a slot repeats. Who had it before, this client too, may have committed batches ahead of a
@@ -95,8 +104,15 @@ impl<F: Fabric> Sequencer<F> {
             ack_level,
             first_epoch,
             first_sequence,
+            // It stays for as long as its client names it: an answer that is lost then changes nothing. A session that
+            // was restored has none until its client names the one that it had.
+            token: match own {
+                Some(own) if own.token != SessionToken::NONE => own.token,
+                Some(_) if token != SessionToken::NONE => token,
+                _ => new_token,
+            },
         };
-        if let Some(before) = before.filter(|before| !before.belongs_to(&config, client_id)) {
+        if let Some(before) = before.filter(|_| own.is_none()) {
             // A row that is found half written names its client: it never mixes two.
             self.show_session(&Session { state: SessionState::Free, client_id: ClientId::default(), ..before });
         }
@@ -106,6 +122,27 @@ impl<F: Fabric> Sequencer<F> {
         self.show_progress(slot, Progress { expected: session.committed, epoch });
         self.group.sessions[slot.index()] = Some(order);
         Ok(session)
+    }
+
+    /// Returns the session that a client goes on with, or whose place its next one takes. `before` is the last one in the
+    /// slot that it would get.
+    fn own_session(
+        &self,
+        topic: &TopicConfig,
+        before: Option<Session>,
+        request: &SessionRequest,
+        now_us: u64,
+    ) -> Result<Option<Session>, SessionError> {
+        let SessionRequest { client_id, resume, token, .. } = *request;
+        let named = before.filter(|before| before.belongs_to(topic, client_id));
+        let own = named.filter(|named| named.is_held_by(token) || named.token == SessionToken::NONE);
+        match named {
+            _ if own.is_some() => Ok(own),
+            // Its own, if it had one, is gone; who else has the id goes on.
+            _ if resume => Err(SessionError::Gone(client_id)),
+            Some(named) if !self.is_given_up(topic, &named, now_us) => Err(SessionError::InUse(client_id)),
+            _ => Ok(None),
+        }
     }
 
     /// Returns an open session with what its client has committed: everything below `session.committed`, and in total
@@ -127,13 +164,21 @@ impl<F: Fabric> Sequencer<F> {
         }
     }
 
-    /// Ends a session in order, if it is the one that is open.
-    pub(super) fn close_session(&mut self, slot: SessionSlot, client_id: ClientId, epoch: Epoch) {
+    /// Ends the session of a client and an epoch in order, if it is the one that is open.
+    pub(super) fn close_session(
+        &mut self,
+        slot: SessionSlot,
+        of: (ClientId, Epoch),
+        token: SessionToken,
+    ) -> Result<(), SessionError> {
         // A client wrote the slot: it may not exist.
-        let open = self.group.sessions.get(slot.index()).and_then(Option::as_ref);
-        if open.is_some_and(|order| (order.session.client_id, order.session.epoch) == (client_id, epoch)) {
-            self.end_session(slot, SessionState::Closed);
+        let open = self.group.sessions.get(slot.index()).and_then(Option::as_ref).map(|order| order.session);
+        let Some(session) = open.filter(|session| (session.client_id, session.epoch) == of) else { return Ok(()) };
+        if !session.is_held_by(token) {
+            return Err(SessionError::NotHolder(session.client_id));
         }
+        self.end_session(slot, SessionState::Closed);
+        Ok(())
     }
 
     /// Ends the session in a slot, if there is one. A batch that is not committed now will never be, under its epoch.

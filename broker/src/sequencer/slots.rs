@@ -60,18 +60,33 @@ impl<F: Fabric> Sequencer<F> {
             match session.state {
                 // A fenced client comes back for its slot, and has as much time as one that is idle.
                 SessionState::Open | SessionState::Fenced => {
-                    let (used, active_us) = self.use_of(&session);
-                    let patience_us =
-                        if used { self.limits.idle_us } else { self.limits.idle_us.min(self.limits.gap_us) };
-                    let first = idle.is_none_or(|(than, _)| (used, active_us) < than);
-                    if first && now_us.saturating_sub(active_us) > patience_us {
-                        idle = Some(((used, active_us), found));
+                    if let Some(used) = self.idle_use_of(&session, now_us)
+                        && idle.is_none_or(|(than, _)| used < than)
+                    {
+                        idle = Some((used, found));
                     }
                 }
                 SessionState::Free | SessionState::Closed => free = free.or(Some(found)),
             }
         }
         free.or(idle.map(|(_, found)| found)).ok_or(SessionError::TableFull(self.region.geometry().max_sessions))
+    }
+
+    /// Returns true if nobody holds a session any more, as far as the leader sees. Without a global order it sees no batches.
+    pub(super) fn is_given_up(&self, topic: &TopicConfig, session: &Session, now_us: u64) -> bool {
+        match session.state {
+            SessionState::Free | SessionState::Closed => true,
+            SessionState::Open | SessionState::Fenced => {
+                topic.order.is_global() && self.idle_use_of(session, now_us).is_some()
+            }
+        }
+    }
+
+    /// Returns the use of a session whose client has been silent for so long that others may have the slot.
+    fn idle_use_of(&self, session: &Session, now_us: u64) -> Option<(bool, u64)> {
+        let (used, active_us) = self.use_of(session);
+        let patience_us = if used { self.limits.idle_us } else { self.limits.idle_us.min(self.limits.gap_us) };
+        (now_us.saturating_sub(active_us) > patience_us).then_some((used, active_us))
     }
 
     /// Returns whether the client of a session may have committed batches, and the time at which it was active last.

@@ -19,7 +19,6 @@ use crate::background::Background;
 use crate::context::Context;
 use crate::error::ClientError;
 use crate::silence::Silence;
-use embarcadero_control::v1 as proto;
 use embarcadero_os::poller::wait_any;
 use embarcadero_wire::ClientId;
 use shared::{SealTrigger, SharedPublisher};
@@ -156,12 +155,7 @@ impl Publisher {
     /// Those of [`Publisher::flush`], or the leader does not answer.
     pub fn close(self) -> Result<(), ClientError> {
         self.flush()?;
-        let origin = self.shared.sender().session.origin;
-        let request = proto::CloseSessionRequest {
-            slot: origin.session_slot.0,
-            client_id: origin.client_id.0,
-            epoch: origin.session_epoch.0,
-        };
+        let request = self.shared.sender().session.closing();
         self.shared.context.control().leader(async |client| client.close_session(request).await).map(drop)
     }
 

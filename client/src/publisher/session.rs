@@ -2,16 +2,18 @@
 
 use super::in_flight::InFlightBatches;
 use crate::context::Context;
-use crate::error::ClientError;
+use crate::error::{ClientError, ControlCode};
 use crate::views::TopicView;
 use embarcadero_control::v1 as proto;
 use embarcadero_wire::batch::BatchOrigin;
-use embarcadero_wire::{ClientId, Epoch, OpenPublish, SessionSlot};
+use embarcadero_wire::{ClientId, Epoch, OpenPublish, SessionSlot, SessionToken};
 
 /// Session of a publisher, as the brokers know it.
 pub(super) struct Session {
     /// Header fields that all batches of the session share.
     pub(super) origin: BatchOrigin,
+    /// Secret by which the brokers know the session's client.
+    token: SessionToken,
     /// Acknowledgement level.
     pub(super) ack_level: u8,
     /// Difference between sequences on the wire and batch numbers: sequence = number + shift, wrapping.
@@ -23,20 +25,39 @@ pub(super) struct Session {
 }
 
 /// Chooses the id of a client.
-pub(super) fn new_client_id() -> ClientId {
+fn new_client_id() -> ClientId {
     ClientId(rand::random::<u64>().max(1))
 }
 
-/// Opens the next epoch of a client's session on a topic. With `resume` nothing is opened, and the answer's epoch is 0, if
-/// the brokers do not know the client any more.
+/// Ids that a new client tries.
+const IDS: usize = 3;
+
+/// Opens a session on a topic as a client with a new id.
 pub(super) fn open_session(
     context: &Context,
     topic: &str,
-    client_id: ClientId,
-    resume: bool,
+) -> Result<(ClientId, proto::OpenSessionResponse), ClientError> {
+    let request = proto::OpenSessionRequest {
+        topic: topic.to_owned(),
+        ack_level: context.config.ack_level.into(),
+        ..proto::OpenSessionRequest::default()
+    };
+    let mut tries = 1;
+    loop {
+        let client_id = new_client_id();
+        match ask(context, proto::OpenSessionRequest { client_id: client_id.0, ..request.clone() }) {
+            // This client's, whose answer was lost with a leader. Its token was lost, too.
+            Err(ClientError::Control { code: ControlCode::AlreadyExists, .. }) if tries < IDS => tries += 1,
+            opened => return opened.map(|opened| (client_id, opened)),
+        }
+    }
+}
+
+/// Asks the leader to open an epoch.
+pub(super) fn ask(
+    context: &Context,
+    request: proto::OpenSessionRequest,
 ) -> Result<proto::OpenSessionResponse, ClientError> {
-    let ack_level = context.config.ack_level.into();
-    let request = proto::OpenSessionRequest { topic: topic.to_owned(), client_id: client_id.0, ack_level, resume };
     context.control().leader(async |client| client.open_session(request.clone()).await)
 }
 
@@ -60,6 +81,7 @@ impl Session {
     ) -> Self {
         Self {
             origin: origin(opened, topic, client_id),
+            token: SessionToken(opened.token),
             ack_level,
             shift: opened.next_sequence,
             committed: 0,
@@ -89,6 +111,7 @@ impl Session {
             self.committed = self.committed.max(self.number(opened.next_sequence));
         }
         self.origin = origin(opened, topic, self.origin.client_id);
+        self.token = SessionToken(opened.token);
         Ok(())
     }
 
@@ -141,7 +164,31 @@ impl Session {
             topic,
             topic_incarnation,
             ack_level: self.ack_level.into(),
+            token: self.token,
             ..OpenPublish::blank()
+        }
+    }
+
+    /// Call that opens the session's next epoch. Nothing is opened, and the answer's epoch is 0, if the brokers do not know
+    /// the client any more.
+    pub(super) fn resumption(&self, topic: &TopicView) -> proto::OpenSessionRequest {
+        proto::OpenSessionRequest {
+            topic: topic.name.clone(),
+            client_id: self.origin.client_id.0,
+            ack_level: self.ack_level.into(),
+            resume: true,
+            token: self.token.0,
+        }
+    }
+
+    /// Call that closes the session.
+    pub(super) fn closing(&self) -> proto::CloseSessionRequest {
+        let BatchOrigin { client_id, session_epoch, session_slot, .. } = self.origin;
+        proto::CloseSessionRequest {
+            slot: session_slot.0,
+            client_id: client_id.0,
+            epoch: session_epoch.0,
+            token: self.token.0,
         }
     }
 }
@@ -154,7 +201,14 @@ mod tests {
     use embarcadero_wire::Order;
 
     fn opened(slot: u32, epoch: u32, next_sequence: u64) -> OpenSessionResponse {
-        OpenSessionResponse { slot, epoch, next_sequence, window_batches: 128, ..OpenSessionResponse::default() }
+        OpenSessionResponse {
+            slot,
+            epoch,
+            next_sequence,
+            window_batches: 128,
+            token: 70 + u64::from(epoch),
+            ..OpenSessionResponse::default()
+        }
     }
 
     /// Session that began at sequence 10, with three batches in flight: two of them sent, and batch 0 acknowledged.
@@ -181,6 +235,8 @@ mod tests {
         let (mut session, mut in_flight) = session(1);
         session.resumed(&opened(3, 2, 12), &TopicView::of_order(Order::Strong), &mut in_flight).unwrap();
         assert_eq!((session.committed, session.sequence(1)), (2, 11));
+        let tokens = [session.opening(0).token.0, session.closing().token];
+        assert_eq!((tokens, session.resumption(&TopicView::of_order(Order::Strong)).token), ([72; 2], 72));
         // The row may have moved, after a restore for example.
         session.resumed(&opened(4, 9, 13), &TopicView::of_order(Order::Strong), &mut in_flight).unwrap();
         assert_eq!((session.committed, session.sequence(1), session.origin.session_slot), (3, 11, SessionSlot(4)));

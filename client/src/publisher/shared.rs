@@ -3,7 +3,7 @@
 use super::buffers::Batch;
 use super::message::{MessageId, Status};
 use super::sender::{Sender, SenderOptions};
-use super::session::{Session, new_client_id, open_session};
+use super::session::{Session, ask, open_session};
 use crate::background::BackgroundTask;
 use crate::batching::{BatchSizer, BufferState, SealStats};
 use crate::context::Context;
@@ -68,8 +68,7 @@ pub(super) struct SharedPublisher {
 impl SharedPublisher {
     /// Opens a session and connects to the topic's brokers.
     pub(super) fn open(context: Arc<Context>, topic: &str) -> Result<Arc<Self>, ClientError> {
-        let client_id = new_client_id();
-        let opened = open_session(&context, topic, client_id, false)?;
+        let (client_id, opened) = open_session(&context, topic)?;
         let (topic, cluster) = context.topic(topic)?;
         let config = &context.config;
         let (least, most) = config.batch_bytes();
@@ -133,8 +132,8 @@ impl SharedPublisher {
 
     /// Opens the session's next epoch, and queues again the batches that did not commit under the last.
     fn reopen(&self) {
-        let client_id = self.sender().session.origin.client_id;
-        let opened = open_session(&self.context, &self.topic.name, client_id, true);
+        let request = self.sender().session.resumption(&self.topic);
+        let opened = ask(&self.context, request);
         let mut sender = self.sender();
         let Sender { session, in_flight, .. } = &mut *sender;
         let reopened = match &opened {
@@ -157,11 +156,10 @@ impl SharedPublisher {
 
     /// Opens a session as another client: the brokers do not know the last one any more, and nothing is in doubt.
     fn begin_anew(&self) {
-        let client_id = new_client_id();
-        let opened = open_session(&self.context, &self.topic.name, client_id, false);
+        let opened = open_session(&self.context, &self.topic.name);
         let mut sender = self.sender();
         match opened {
-            Ok(opened) => {
+            Ok((client_id, opened)) => {
                 let Sender { session, in_flight, .. } = &mut *sender;
                 session.begun_anew(&opened, &self.topic, client_id, in_flight);
                 sender.resubmit();

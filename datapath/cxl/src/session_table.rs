@@ -8,7 +8,7 @@ use crate::row::{Damage, Row};
 use crate::site::Site;
 use crate::topic_table::TopicConfig;
 use bytemuck::Zeroable;
-use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, SessionSlot, TopicId};
+use embarcadero_wire::{ClientId, Epoch, Incarnation, MAX_ACK_LEVEL, SessionSlot, SessionToken, TopicId};
 use serde::Serialize;
 use std::mem::{offset_of, size_of};
 use std::sync::atomic::{Ordering, fence};
@@ -40,6 +40,9 @@ pub struct Session {
     pub first_epoch: Epoch,
     /// Sequence of the client's first batch in the slot.
     pub first_sequence: u64,
+    /// Secret that the session's client knows. No report has it.
+    #[serde(skip)]
+    pub token: SessionToken,
 }
 
 impl Session {
@@ -47,6 +50,12 @@ impl Session {
     #[must_use]
     pub fn belongs_to(&self, topic: &TopicConfig, client_id: ClientId) -> bool {
         (self.topic, self.topic_incarnation, self.client_id) == (topic.id, topic.incarnation, client_id)
+    }
+
+    /// Returns true if whoever knows `token` may act as the session's client.
+    #[must_use]
+    pub fn is_held_by(&self, token: SessionToken) -> bool {
+        self.token == token && token != SessionToken::NONE
     }
 
     /// Returns true if a batch that was committed in this slot under `epoch` is one of this client's. Those of epochs after
@@ -105,6 +114,7 @@ pub fn publish_session<F: Fabric>(region: &Region<F>, area: LeaderArea, session:
         ack_level: session.ack_level.into(),
         first_epoch: session.first_epoch,
         first_sequence: session.first_sequence,
+        token: session.token,
         ..SessionLine::zeroed()
     };
     region.fabric().publish_versioned(region.layout().session(area, session.slot), &line, Site::SessionFlush);
@@ -162,6 +172,7 @@ pub fn read_session_at<F: Fabric>(region: &Region<F>, area: LeaderArea, slot: Se
                 .ok_or_else(|| damage("ack_level", line.ack_level))?,
             first_epoch: line.first_epoch,
             first_sequence: line.first_sequence,
+            token: line.token,
         })
     })
 }
@@ -375,7 +386,16 @@ mod tests {
             ack_level: 1,
             first_epoch: Epoch(2),
             first_sequence: 0,
+            token: SessionToken(4),
         }
+    }
+
+    #[test]
+    fn a_session_is_held_by_its_token_alone() {
+        let held = session(0);
+        assert!(held.is_held_by(SessionToken(4)) && !held.is_held_by(SessionToken(5)));
+        let nobodys = Session { token: SessionToken::NONE, ..held };
+        assert!(!nobodys.is_held_by(SessionToken::NONE));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::batch::BODY_CHECKSUM;
 use crate::digest::{DIGEST_SEED, digest, first_set, is_reserved, with_bytes};
-use crate::ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, TopicId};
+use crate::ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, SessionToken, Stream, TopicId};
 use crate::{codes, crc32c};
 use bytemuck::{Pod, Zeroable};
 use std::mem::{offset_of, size_of};
@@ -12,7 +12,7 @@ pub const FRAME_BYTES: usize = 64;
 /// First four bytes of every frame.
 pub const FRAME_MAGIC: u32 = u32::from_le_bytes(*b"EMBF");
 /// Version of the data protocol. Receivers refuse flags and fields that they do not know, so every addition changes it.
-pub const WIRE_VERSION: u8 = 2;
+pub const WIRE_VERSION: u8 = 3;
 /// Offset that is not known any more.
 pub const UNKNOWN_OFFSET: u64 = u64::MAX;
 /// Highest acknowledgement level: batches are durable.
@@ -222,7 +222,10 @@ frames! {
         topic: TopicId = 32,
         topic_incarnation: Incarnation = 36,
         ack_level: u32 = 40,
-        reserved: [u32; 4] = 44,
+        reserved: u32 = 44,
+        /// Token of the session, as the leader gave it to the client.
+        token: SessionToken = 48,
+        reserved_low: u32 = 56,
     }
     /// Broker to client: the session may publish. Acknowledgements of committed batches from `resume_from` on follow.
     2 PublishReady with 0 {

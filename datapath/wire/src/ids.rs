@@ -52,6 +52,22 @@ ids! {
     pub struct Stream(pub u32);
 }
 
+/// Secret of a session. Its client has it from the leader, and shows it to publish, to go on and to close. Nothing prints it.
+#[repr(transparent)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct SessionToken(pub u64);
+
+impl fmt::Debug for SessionToken {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(if *self == Self::NONE { "none" } else { "secret" })
+    }
+}
+
+impl SessionToken {
+    /// Token of a client that has none, and of a session that nobody holds.
+    pub const NONE: Self = Self(0);
+}
+
 impl TopicId {
     /// Index of the slot in a table.
     #[inline]
@@ -166,6 +182,11 @@ mod tests {
     fn a_stream_is_the_global_one_or_a_brokers() {
         assert_eq!(Stream::GLOBAL.broker(), None);
         assert_eq!(Stream::of(BrokerId(3)).broker(), Some(BrokerId(3)));
+    }
+
+    #[test]
+    fn a_token_is_never_printed() {
+        assert_eq!(format!("{:?} {:?}", SessionToken(77), SessionToken::NONE), "secret none");
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub use frame::{
     Position, PublishReady, RdmaAccept, RdmaConnect, StartKind, Subscribe, SubscribeReady, UNKNOWN_OFFSET,
     WIRE_VERSION, WindowGrant, WireError,
 };
-pub use ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, Term, TopicId};
+pub use ids::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, SessionToken, Stream, Term, TopicId};
 pub use order::Order;
 
 /// CRC32C (Castagnoli; RFC 3720, appendix B.4).

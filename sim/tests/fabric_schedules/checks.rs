@@ -38,10 +38,10 @@ pub(super) fn check_tables(
     publish_leader(&regions[leader], &LeaderInfo { term, broker, incarnation, broker_mask: 3, pinning_mask: 3 });
     publish_topic(&regions[leader], LeaderArea(broker), &TopicConfig { retention_ms: 77, ..config(Replication::None) });
     let (reply, answer) = bounded(1);
-    let Session { slot, client_id, epoch, .. } = sessions[1];
-    commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
+    let Session { slot, client_id, epoch, token, .. } = sessions[1];
+    commands.send(Command::CloseSession { slot, client_id, epoch, token, reply }).unwrap();
     sequencer.poll(1 << 40, 1);
-    answer.recv().unwrap();
+    answer.recv().unwrap().unwrap();
     let (mask, retention, _, session) = look();
     assert_eq!((mask, retention, session), (Ok(3), Some(77), Some(SessionState::Closed)), "tables are stale");
     assert_eq!(

@@ -49,7 +49,7 @@ use embarcadero_cxl::session_table::{Commit, Session, read_commit, read_progress
 use embarcadero_cxl::topic_table::{TopicConfig, publish_topic, read_topic};
 use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_os::buffer::Buffer;
-use embarcadero_sim::testbed::topic;
+use embarcadero_sim::testbed::{opening, topic};
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World, on_all_cores};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
 use embarcadero_wire::{
@@ -260,7 +260,7 @@ fn open_sessions(
     let answers = [ClientId(11), ClientId(22)].map(|client_id| {
         let (reply, answer) = bounded(1);
         let ack_level = config(replication).ack_level;
-        let request = SessionRequest { topic: TOPIC, client_id, ack_level, resume: false };
+        let request = SessionRequest { ack_level, ..opening(TOPIC, client_id) };
         commands.send(Command::OpenSession { request, reply }).unwrap();
         answer
     });

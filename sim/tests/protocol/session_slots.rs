@@ -3,7 +3,7 @@
 use bytemuck::Zeroable;
 use crossbeam_channel::{Sender, bounded, unbounded};
 use embarcadero_broker::sequencer::{
-    Command, GROUP_BATCHES, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
+    Command, GROUP_BATCHES, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, Takeover,
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
@@ -11,7 +11,7 @@ use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, Leade
 use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::session_table::{Session, read_session_at};
 use embarcadero_cxl::{Region, Site};
-use embarcadero_sim::testbed::topic;
+use embarcadero_sim::testbed::{opening, topic};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, Term, TopicId};
 use std::sync::{Arc, Mutex};
@@ -65,7 +65,7 @@ impl Bench {
     /// Opens a session of a client at time `now_us`.
     fn open(&mut self, client: u64, now_us: u64) -> Result<Session, SessionError> {
         let (reply, answer) = bounded(1);
-        let request = SessionRequest { topic: TOPIC, client_id: ClientId(client), ack_level: 1, resume: false };
+        let request = opening(TOPIC, ClientId(client));
         self.commands.send(Command::OpenSession { request, reply }).unwrap();
         self.sequencer.poll(now_us, 1);
         answer.recv().unwrap()

@@ -7,14 +7,18 @@ use embarcadero_broker::sequencer::{
 };
 use embarcadero_cxl::batchlog::{BatchlogWriter, Written};
 use embarcadero_cxl::broker_table::Pulse;
-use embarcadero_cxl::layout::{AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionRow};
+use embarcadero_cxl::layout::{
+    AllocatorKind, BatchEntry, Geometry, Layout, LeaderArea, SESSION_WINDOW, SessionRow, SessionState,
+};
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId};
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::session_table::Session;
-use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Site};
-use embarcadero_sim::testbed::topic;
+use embarcadero_cxl::session_table::{Session, publish_session, read_session_at};
+use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Row, Site};
+use embarcadero_sim::testbed::{opening, topic};
 use embarcadero_sim::{Mutation, Simulated, Turbulence, World};
-use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, SessionSlot, Stream, Term, TopicId};
+use embarcadero_wire::{
+    BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, SessionToken, Stream, Term, TopicId,
+};
 use std::sync::Arc;
 
 const AREAS: [LeaderArea; 2] = [LeaderArea(BrokerId(0)), LeaderArea(BrokerId(1))];
@@ -76,8 +80,11 @@ impl Rig {
     }
 
     fn ask(&mut self, client: u64, resume: bool) -> Result<Session, SessionError> {
+        self.request(SessionRequest { resume, ..opening(TOPIC, ClientId(client)) })
+    }
+
+    fn request(&mut self, request: SessionRequest) -> Result<Session, SessionError> {
         let (reply, answer) = bounded(1);
-        let request = SessionRequest { topic: TOPIC, client_id: ClientId(client), ack_level: 1, resume };
         self.commands.send(Command::OpenSession { request, reply }).unwrap();
         self.poll();
         answer.recv().unwrap()
@@ -91,12 +98,12 @@ impl Rig {
         self.ask(client, true).unwrap()
     }
 
-    fn close(&mut self, session: &Session) {
+    fn close(&mut self, session: &Session) -> Result<(), SessionError> {
         let (reply, closed) = bounded(1);
-        let Session { slot, client_id, epoch, .. } = *session;
-        self.commands.send(Command::CloseSession { slot, client_id, epoch, reply }).unwrap();
+        let Session { slot, client_id, epoch, token, .. } = *session;
+        self.commands.send(Command::CloseSession { slot, client_id, epoch, token, reply }).unwrap();
         self.poll();
-        closed.recv().unwrap();
+        closed.recv().unwrap()
     }
 
     /// Publishes batches of a session to the sequencer, which has not looked at them yet.
@@ -157,7 +164,7 @@ fn a_slot_that_went_to_another_client_is_not_resumed() {
     rig.now_us += 2000;
     let other = rig.open(2);
     assert_eq!((other.slot, other.first_epoch, other.first_sequence), (first.slot, other.epoch, 3));
-    rig.close(&other);
+    rig.close(&other).unwrap();
     assert!(matches!(rig.ask(1, true), Err(SessionError::Gone(ClientId(1)))));
     assert_eq!(rig.resume(2).first_epoch, other.epoch);
 }
@@ -211,8 +218,77 @@ fn a_client_that_forgot_everything_begins_behind_what_it_committed() {
     let first = rig.open(1);
     rig.send(&first, [0, 2]);
     rig.order();
-    let again = rig.open(1);
+    // It has no token any more, so that its session must be idle first.
+    let forgot =
+        SessionRequest { token: SessionToken::NONE, new_token: SessionToken(77), ..opening(TOPIC, ClientId(1)) };
+    assert_eq!(rig.request(forgot), Err(SessionError::InUse(ClientId(1))));
+    rig.now_us += 2000;
+    let again = rig.request(forgot).unwrap();
     assert_eq!((again.slot, again.committed, again.first_epoch), (first.slot, 3, again.epoch));
+    assert_eq!(again.token, SessionToken(77));
+    assert_eq!(rig.ask(1, true), Err(SessionError::Gone(ClientId(1))), "the client before is another");
+}
+
+/// Subscribers learn client, epoch and slot from every batch. That is not enough to fence a session, to go on with it, or to
+/// close it.
+#[test]
+fn whoever_does_not_know_the_token_changes_nothing() {
+    for order in [Order::Strong, Order::Total, Order::Broker] {
+        let mut rig = Rig::new(order, 2);
+        let session = rig.open(1);
+        rig.send(&session, [0]);
+        rig.order();
+        for token in [SessionToken::NONE, SessionToken(77)] {
+            let stranger = SessionRequest { token, new_token: SessionToken(78), ..opening(TOPIC, ClientId(1)) };
+            assert_eq!(rig.request(stranger), Err(SessionError::InUse(ClientId(1))));
+            let resume = SessionRequest { resume: true, ..stranger };
+            assert_eq!(rig.request(resume), Err(SessionError::Gone(ClientId(1))));
+            assert_eq!(rig.close(&Session { token, ..session }), Err(SessionError::NotHolder(ClientId(1))));
+        }
+        let row = |rig: &Rig| read_session_at(&rig.region, AREAS[0], session.slot);
+        assert_eq!(row(&rig), Row::Used(session), "{order:?}");
+        // Who knows it goes on, under the same token, and closes. Then the id is free.
+        let next = rig.resume(1);
+        assert_eq!((next.epoch, next.token), (session.epoch.next(), session.token));
+        rig.close(&next).unwrap();
+        let token = SessionToken(78);
+        let other = SessionRequest { token: SessionToken::NONE, new_token: token, ..opening(TOPIC, ClientId(1)) };
+        assert_eq!(rig.request(other).unwrap().token, token);
+    }
+}
+
+/// Without a global order the leader sees no batches: a session may be in use for ever.
+#[test]
+fn an_id_is_given_away_only_where_the_leader_sees_who_is_idle() {
+    for (order, given) in [(Order::Strong, true), (Order::None, false)] {
+        let mut rig = Rig::new(order, 2);
+        rig.open(1);
+        rig.now_us += 2000;
+        let forgot = SessionRequest { token: SessionToken::NONE, ..opening(TOPIC, ClientId(1)) };
+        assert_eq!(rig.request(forgot).is_ok(), given, "{order:?}");
+    }
+}
+
+/// Disks do not have tokens. A restored session takes the one that its client names, so that an answer may be lost.
+#[test]
+fn a_restored_session_goes_on_with_the_token_of_its_client() {
+    let mut rig = Rig::new(Order::Strong, 1);
+    let session = rig.open(1);
+    rig.send(&session, 0..3);
+    rig.order();
+    let restored = Session { token: SessionToken::NONE, state: SessionState::Fenced, committed: 3, ..session };
+    publish_session(&rig.region, AREAS[0], &restored);
+    rig.fail_over();
+    for epoch in [2, 3] {
+        let resumed = rig.resume(1);
+        assert_eq!((resumed.epoch.0, resumed.token, resumed.committed), (epoch, session.token, 3));
+    }
+    // A client that never had one gets a new one.
+    publish_session(&rig.region, AREAS[1], &Session { epoch: Epoch(3), ..restored });
+    (rig.commands, rig.sequencer) = lead(&rig.region, AREAS[0], Term(3));
+    let token = SessionToken(78);
+    let none = SessionRequest { token: SessionToken::NONE, new_token: token, ..opening(TOPIC, ClientId(1)) };
+    assert_eq!(rig.request(SessionRequest { resume: true, ..none }).unwrap().token, token);
 }
 
 /// No sequence of a slot names two batches, or an acknowledgement could be taken for another's.
@@ -222,7 +298,7 @@ fn a_client_begins_behind_what_others_committed_in_its_slot() {
     let first = rig.open(1);
     rig.send(&first, [0, 3, 7]);
     rig.order();
-    rig.close(&first);
+    rig.close(&first).unwrap();
     let other = rig.open(2);
     assert_eq!((other.committed, other.first_sequence), (8, 8));
     rig.send(&other, [8]);

@@ -2,7 +2,7 @@
 
 use crossbeam_channel::{Receiver, bounded, unbounded};
 use embarcadero_broker::sequencer::{
-    Command, GROUP_BATCHES, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, SessionRequest, Takeover,
+    Command, GROUP_BATCHES, Memory, Predecessor, Sequencer, SequencerLimits, SessionError, Takeover,
 };
 use embarcadero_cxl::Native;
 use embarcadero_cxl::Region;
@@ -14,7 +14,7 @@ use embarcadero_cxl::order_index::{OrderIndexReader, StreamId, read_directory};
 use embarcadero_cxl::segment::{PartitionAllocator, SegmentAllocator};
 use embarcadero_cxl::sequencer_half::read_consumed_at;
 use embarcadero_cxl::session_table::{Progress, read_session_at, store_progress};
-use embarcadero_sim::testbed::{TOPIC, Testbed, region};
+use embarcadero_sim::testbed::{TOPIC, Testbed, opening, region};
 use embarcadero_wire::{BrokerId, ClientId, Epoch, SessionSlot, Stream, Term};
 use std::sync::Arc;
 
@@ -175,7 +175,7 @@ fn a_session_whose_progress_is_damaged_does_not_go_on() {
     let mut successor = take_over_with(&region, AREAS[1], Term(2), Predecessor::Gone(Term(1)), queue);
     let mut open = |client_id| {
         let (reply, answer) = bounded(1);
-        let request = SessionRequest { topic: TOPIC.0, client_id, ack_level: 1, resume: false };
+        let request = opening(TOPIC.0, client_id);
         commands.send(Command::OpenSession { request, reply }).unwrap();
         successor.poll(0, 1);
         answer.recv().unwrap()

@@ -6,7 +6,7 @@ use embarcadero_cxl::topic_table::{publish_topic, read_topic_at, repair_torn_top
 use embarcadero_cxl::{Fabric, LINE_BYTES, Region, RegionOffset, Row, Site, Versioned};
 use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Simulated, Turbulence, World};
-use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, SessionSlot, SessionToken, TopicId};
 
 /// A leader died in the middle of a session's row or a topic's line. Its successor uses no epoch and no incarnation twice.
 #[test]
@@ -32,6 +32,7 @@ fn what_a_leader_was_changing_when_it_died_is_brought_to_an_end() {
         ack_level: 1,
         first_epoch: Epoch(2),
         first_sequence: 0,
+        token: SessionToken(9),
     };
     let topic = topic((TopicId(0), Incarnation(5)), Order::Strong);
     // The version of each versioned line is at the same place.

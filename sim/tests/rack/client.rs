@@ -11,7 +11,7 @@ use embarcadero_cxl::session_table::Session;
 use embarcadero_sim::Power;
 use embarcadero_transport::{LinkError, PublisherLink, SendBuffer, Transport};
 use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
-use embarcadero_wire::{ClientId, Epoch, ErrorCode, Frame, OpenPublish, UNKNOWN_OFFSET};
+use embarcadero_wire::{ClientId, Epoch, ErrorCode, Frame, OpenPublish, SessionToken, UNKNOWN_OFFSET};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
@@ -36,6 +36,8 @@ pub(crate) struct Client {
     power: Power,
     transport: RackTransport,
     session: Option<Session>,
+    /// Token of its last session.
+    token: SessionToken,
     /// Number of sessions that hosts have forgotten.
     lost: u64,
     /// True if it may have batches in the last session.
@@ -73,6 +75,7 @@ impl Client {
             power,
             transport,
             session: None,
+            token: SessionToken::NONE,
             lost: 0,
             resume: false,
             attempt: 0,
@@ -113,7 +116,7 @@ impl Client {
         self.connections = Default::default();
         (self.power, self.transport) = plug_in(self.id, &self.rack, self.clock);
         self.session = None;
-        self.resume = false;
+        (self.resume, self.token) = (false, SessionToken::NONE);
         self.under_way.clear();
         self.attempt += 1;
     }
@@ -154,8 +157,9 @@ impl Client {
         self.attempt += 1;
         // The leader is one of them.
         for host in 0..HOSTS {
-            let (id, resume, attempt) = (id_of(self.id, self.lost), self.resume, self.attempt);
-            self.rack.network.request(host, Request::OpenSession { id, resume, attempt });
+            let Self { resume, token, attempt, .. } = *self;
+            let id = id_of(self.id, self.lost);
+            self.rack.network.request(host, Request::OpenSession { id, resume, token, attempt });
         }
     }
 
@@ -173,6 +177,7 @@ impl Client {
                 topic: TOPIC.0,
                 topic_incarnation: TOPIC.1,
                 ack_level: session.ack_level.into(),
+                session_token: session.token,
                 ..OpenPublish::blank()
             };
             let link = self.transport.publish(address(self.broker), &super::options(), &open).ok();
@@ -269,18 +274,28 @@ impl Client {
         }
     }
 
+    /// Forgets its id. It asks for a session under another at once.
+    fn go_on_as_another(&mut self) {
+        (self.lost, self.resume, self.token, self.heard_us) = (self.lost + 1, false, SessionToken::NONE, 0);
+        self.attempt += 1;
+    }
+
     fn heed(&mut self, answer: Answer) {
         match answer {
             Answer::Opened { attempt, session: None } if attempt == self.attempt => {
                 // Nobody knows what became of the batches under way. An application would be told.
                 self.rack.history.count(|tally| &mut tally.lost_sessions);
                 self.under_way.clear();
-                (self.lost, self.resume, self.heard_us) = (self.lost + 1, false, 0);
-                self.attempt += 1;
+                self.go_on_as_another();
+            }
+            // Its own session before a crash, or one whose answer was lost. It asks again until that is idle, or gives up.
+            Answer::InUse { attempt } if attempt == self.attempt && !self.resume && one_in(2) => {
+                self.rack.history.count(|tally| &mut tally.ids_in_use);
+                self.go_on_as_another();
             }
             Answer::Opened { attempt, session: Some(session) } if attempt == self.attempt && self.session.is_none() => {
                 self.heard_us = self.clock.now_us();
-                self.session = Some(session);
+                (self.session, self.token) = (Some(session), session.token);
                 // What else comes of this attempt is old.
                 self.attempt += 1;
                 self.rack.history.count(|tally| &mut tally.epochs);

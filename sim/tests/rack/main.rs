@@ -108,7 +108,8 @@ impl Rack {
     fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>, crowded: bool, small: bool) -> Self {
         // Some gaps outlive their lease, some never do.
         let gap_us = [15_000, 60_000, u64::MAX / 2][random(0..3) as usize];
-        let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { u64::MAX / 2 };
+        // A client that crashed may wait until its session is idle.
+        let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { 60_000 };
         // Most groups of some racks are full.
         let group_batches = [2, 6, GROUP_BATCHES][random(0..3) as usize];
         let network = Arc::new(Network::new(HOSTS, CLIENTS));

@@ -5,6 +5,9 @@ pub(crate) mod verbs;
 pub(crate) mod wire;
 
 use embarcadero_client::{Client, ClientConfig, ClusterView, Publisher, Start, TopicView};
+use embarcadero_cxl::cache::FlushMethod;
+use embarcadero_cxl::region::RegionFile;
+use embarcadero_cxl::session_table::read_session;
 use embarcadero_wire::batch::BatchOrigin;
 use embarcadero_wire::{BrokerId, Epoch, OpenPublish, SessionSlot};
 use std::collections::BTreeMap;
@@ -272,7 +275,7 @@ impl Cluster {
         self.add(&arguments);
     }
 
-    /// Reads the numbers of a publisher's session from the region, to speak in its name.
+    /// Reads the numbers and the token of a publisher's session from the region, to speak in its name.
     pub(crate) fn session(&self, publisher: &Publisher, topic: &TopicView) -> (OpenPublish, BatchOrigin) {
         let client_id = publisher.client_id();
         let report = self.inspect();
@@ -285,6 +288,8 @@ impl Cluster {
             topic: topic.id,
             topic_incarnation: topic.incarnation,
         };
+        let file = RegionFile::open(&self.region, FlushMethod::None).unwrap();
+        let row = read_session(file.region(), origin.session_slot).unwrap().used().unwrap();
         let open = OpenPublish {
             client_id,
             session_epoch: origin.session_epoch,
@@ -292,6 +297,7 @@ impl Cluster {
             topic: topic.id,
             topic_incarnation: topic.incarnation,
             ack_level: 1,
+            token: row.token,
             ..OpenPublish::blank()
         };
         (open, origin)

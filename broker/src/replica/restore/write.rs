@@ -17,7 +17,7 @@ use embarcadero_cxl::topic_table::{TopicConfig, publish_topic};
 use embarcadero_cxl::{CoherentFabric, RegionOffset, Site};
 use embarcadero_wire::batch::MAX_BATCH_BYTES;
 use embarcadero_wire::{
-    BatchHeader, BrokerId, ClientId, Epoch, FRAME_BYTES, Frame, Order, SessionSlot, Term, WireError,
+    BatchHeader, BrokerId, ClientId, Epoch, FRAME_BYTES, Frame, Order, SessionSlot, SessionToken, Term, WireError,
 };
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -197,7 +197,10 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
 
     /// Writes the topic's sessions: first those of the mirror, then those that only batches tell of.
     fn write_sessions(&mut self, next_slot: &mut SessionSlot) -> Result<(), RestoreError> {
+        // Only the mirror has tokens: batches do not tell them.
+        let mut tokens = BTreeMap::new();
         for (session, expected) in &self.plan.sessions {
+            tokens.insert(session.client_id, session.token);
             // A client of level 2 was promised only what is on disks. It sends the rest again.
             if session.ack_level < 2 {
                 let ClientCommits { newest, .. } = self.commits.remove(&session.client_id).unwrap_or_default();
@@ -208,7 +211,8 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
         }
         for (client_id, ClientCommits { newest, .. }) in std::mem::take(&mut self.commits) {
             let slot = self.take_slot(next_slot)?;
-            self.write_session(&self.session_of(slot, client_id, &newest), &newest);
+            let token = tokens.get(&client_id).copied().unwrap_or(SessionToken::NONE);
+            self.write_session(&Session { token, ..self.session_of(slot, client_id, &newest) }, &newest);
         }
         Ok(())
     }
@@ -251,6 +255,7 @@ impl<'a, F: CoherentFabric> TopicWriter<'a, F> {
             ack_level,
             first_epoch: Epoch::default().next(),
             first_sequence: 0,
+            token: SessionToken::NONE,
         }
     }
 

@@ -30,7 +30,7 @@ pub use structures::{
 /// First eight bytes of a region.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
 /// Version of the layout. It changes with every structure, independent of the crate's version.
-pub const LAYOUT_VERSION: u32 = 5;
+pub const LAYOUT_VERSION: u32 = 6;
 /// Most brokers of a region.
 pub const MAX_BROKERS: u32 = 32;
 /// Brokers that can be the leader, unless a region is made for more: those with the lowest ids.

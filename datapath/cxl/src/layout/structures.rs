@@ -8,7 +8,8 @@ use super::{MAX_BROKERS, SESSION_WINDOW, TOPIC_NAME_BYTES};
 use crate::fabric::{LINE_BYTES, Line, Versioned};
 use bytemuck::{Pod, Zeroable};
 use embarcadero_wire::{
-    BrokerId, ClientId, DIGEST_SEED, Epoch, Incarnation, SessionSlot, Term, TopicId, digest, is_reserved, with_bytes,
+    BrokerId, ClientId, DIGEST_SEED, Epoch, Incarnation, SessionSlot, SessionToken, Term, TopicId, digest, is_reserved,
+    with_bytes,
 };
 use std::mem::{offset_of, size_of};
 
@@ -344,7 +345,8 @@ structures! {
         first_epoch: Epoch = 36,
         /// Sequence of the client's first batch: those below are of other clients.
         first_sequence: u64 = 40,
-        reserved: u64 = 48,
+        /// Secret that the session's client knows; 0 if nobody does.
+        token: SessionToken = 48,
         version: u64 = 56,
     }
 
