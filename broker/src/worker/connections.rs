@@ -60,6 +60,11 @@ impl<F: Fabric, L: Connection<F>> Client<F, L> {
         self.outbox.len() > OUTBOX_FRAMES
     }
 
+    /// Returns true when batches of the region wait to be sent to the peer, or are being sent.
+    pub(super) fn reads_region(&self) -> bool {
+        matches!(self.role, Role::Subscriber(_)) && self.outbox.lowest_position() != u64::MAX
+    }
+
     /// Returns true when the peer is a publisher whose batch waits for memory or for the Batchlog.
     pub(super) fn waits_for_room(&self) -> bool {
         matches!(&self.role, Role::Publisher(session) if self.waiting && !self.is_behind() && session.waits_for_room())

@@ -174,7 +174,7 @@ impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
     /// Runs one turn of the loop: receive, order, acknowledge, deliver. Returns true when anything moved.
     pub fn poll(&mut self) -> bool {
         let now = self.clock.now();
-        if now.instant.saturating_duration_since(self.maintained) >= self.shared.lease {
+        if self.has_stood_still(now) {
             self.stood_still(now);
         }
         let mut moved = self.accept(now);
@@ -212,6 +212,11 @@ impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
             self.disconnect(slot, &TransportError::Closed, now);
         }
         ready.hung_up
+    }
+
+    /// Returns true if this thread has not shown for a lease that it runs.
+    fn has_stood_still(&self, now: Now) -> bool {
+        now.instant.saturating_duration_since(self.maintained) >= self.shared.lease
     }
 
     /// Disconnects all subscribers after this thread stood still for a lease.

@@ -9,7 +9,7 @@ use embarcadero_os::{Clock, Now};
 use embarcadero_transport::{Connection, Endpoint, Outbox, Outgoing, TransportError};
 use embarcadero_wire::ErrorCode;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
     /// Acknowledges batches that the delegation put into the broker's own order. Returns true when there were any.
@@ -33,7 +33,12 @@ impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
     /// `check` also looks whether the session is still open and the topic still live.
     pub(super) fn turn(&mut self, slot: usize, check: bool, now: Now) -> bool {
         let Some(client) = self.connections.get(slot) else { return false };
-        let mut moved = match serve(&self.shared, client, check, now).and_then(|moved| Ok(moved | self.flush(slot)?)) {
+        let served = serve(&self.shared, client, check, now);
+        let sends_memory = self.shared.lease < Duration::MAX && client.reads_region();
+        if sends_memory && self.stood_still_since() {
+            return true;
+        }
+        let mut moved = match served.and_then(|moved| Ok(moved | self.flush(slot)?)) {
             Ok(moved) => moved,
             Err(error) => {
                 self.disconnect(slot, &error, now);
@@ -49,6 +54,17 @@ impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
             moved |= self.receive(slot, now);
         }
         moved | self.refuse_overdue(slot, now)
+    }
+
+    /// Looks at the clock again, right before memory of the region is sent. Disconnects all subscribers if this thread stood
+    /// still since their batches were pinned: the leader may have ignored the pins, and given the memory to others.
+    fn stood_still_since(&mut self) -> bool {
+        let now = self.clock.now();
+        let stood_still = self.has_stood_still(now);
+        if stood_still {
+            self.stood_still(now);
+        }
+        stood_still
     }
 
     /// Refuses a connection without an opening frame once its time is over. Returns true if it did, or the frame was
@@ -186,5 +202,166 @@ fn check_session<F: Fabric, L: Connection<F>>(
             Err(TransportError::refused(ErrorCode::UnknownSession, text))
         }
         SessionStatus::Damaged(damage) => Err(TransportError::refused(ErrorCode::Corrupt, damage.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Stages, WorkerSetup};
+    use super::*;
+    use crate::archive::{Archive, Catalog};
+    use crate::caller::Caller;
+    use crate::ingest::IngestLimits;
+    use crate::topics::TopicTable;
+    use crate::topics::tests::{region, topic};
+    use bytemuck::Zeroable;
+    use crossbeam_channel::unbounded;
+    use embarcadero_cxl::Region;
+    use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
+    use embarcadero_cxl::leadership::{activate_term, claim_term};
+    use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, StreamId};
+    use embarcadero_cxl::segment::PartitionAllocator;
+    use embarcadero_cxl::topic_table::publish_topic;
+    use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
+    use embarcadero_transport::SocketEndpoint;
+    use embarcadero_transport::tcp::SocketOptions;
+    use embarcadero_wire::{BrokerId, FRAME_BYTES, Frame, Incarnation, Stream, Subscribe, Term, TopicId};
+    use std::io::{Read, Write};
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicU32;
+
+    const LEADER: LeaderArea = LeaderArea(BrokerId(0));
+    const HOUR: Duration = Duration::from_secs(3600);
+    const BATCH_BYTES: u32 = 128;
+
+    /// Clock that stands until it was read some times, and then jumps ahead by an hour.
+    struct Jumping {
+        begun: Instant,
+        reads_left: Arc<AtomicU32>,
+    }
+
+    impl Clock for Jumping {
+        fn now(&self) -> Now {
+            let left = self.reads_left.load(Ordering::Relaxed);
+            self.reads_left.store(left.saturating_sub(1), Ordering::Relaxed);
+            Now { instant: if left > 0 { self.begun } else { self.begun + HOUR }, wall_us: 0 }
+        }
+    }
+
+    /// Worker of a broker whose leader writes one order, and a way to connect to the worker.
+    struct Bench {
+        worker: Worker<SocketEndpoint, Jumping>,
+        index: OrderIndexWriter<Native>,
+        region: Region<Native>,
+        listener: TcpListener,
+        reads_left: Arc<AtomicU32>,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let region = region();
+            claim_term(&region, LEADER, Term(1));
+            publish_topic(&region, LEADER, &topic(0));
+            activate_term(&region, LEADER, Term(1));
+            let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+            let id = StreamId { topic: TopicId(0), stream: Stream::GLOBAL };
+            let options = IndexOptions { id, incarnation: Incarnation(1), writer: LEADER, term: Term(1) };
+            let mut index = OrderIndexWriter::open(region.clone(), options, pool.clone()).unwrap();
+            index.publish_tail(Term(1));
+            let caller = Caller { broker: BrokerId(0), call_key: 1 };
+            let shared = Shared {
+                topics: Arc::new(TopicTable::new(region.clone(), BrokerId(0), pool)),
+                landed: unbounded().0,
+                limits: IngestLimits {
+                    max_batch_bytes: 4096,
+                    exhausted_wait: HOUR,
+                    receive_patience: HOUR,
+                    verify_body: false,
+                },
+                delivery_patience: HOUR,
+                opening: HOUR * 2,
+                window_idle: HOUR,
+                archive: Archive::new(region.clone(), caller, Arc::new(Catalog::new(false))).0,
+                draining: Arc::default(),
+                connections: Arc::default(),
+                stop: Arc::default(),
+                superseded: Arc::default(),
+                lease: HOUR,
+                heartbeat: HOUR,
+            };
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let accepting = listener.try_clone().unwrap();
+            accepting.set_nonblocking(true).unwrap();
+            let accepted = move || accepting.accept().ok().map(|(stream, _)| stream);
+            let setup = WorkerSetup {
+                index: 0,
+                endpoint: SocketEndpoint::new(accepted, SocketOptions::default(), None).unwrap(),
+                ordered: unbounded().1,
+                idle: Idle::new(PollPolicy::Yield, PollBounds::for_host(1, 1)),
+                core: None,
+                stages: Stages::default(),
+            };
+            let reads_left = Arc::new(AtomicU32::new(u32::MAX));
+            let clock = Jumping { begun: Instant::now(), reads_left: Arc::clone(&reads_left) };
+            let worker = Worker::new(shared, setup, clock).unwrap();
+            Self { worker, index, region, listener, reads_left }
+        }
+
+        /// One turn of the worker's loop.
+        fn step(&mut self) {
+            self.worker.connections.wait(Duration::ZERO, &mut self.worker.ready).unwrap();
+            self.worker.work();
+        }
+
+        /// Lets the worker run until the next frame is there. `None` once the broker has closed the connection.
+        fn next_frame(&mut self, stream: &mut TcpStream) -> Option<Frame> {
+            let mut bytes = [0; FRAME_BYTES];
+            stream.set_nonblocking(true).unwrap();
+            loop {
+                match stream.peek(&mut bytes) {
+                    Ok(0) => return None,
+                    Ok(FRAME_BYTES) => break,
+                    Ok(_) => {}
+                    Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+                }
+                self.step();
+            }
+            stream.read_exact(&mut bytes).unwrap();
+            Some(Frame::decode(&bytes).unwrap())
+        }
+
+        /// Connects a subscriber, which has what is there and waits for more.
+        fn subscribe(&mut self) -> TcpStream {
+            let mut stream = TcpStream::connect(self.listener.local_addr().unwrap()).unwrap();
+            let request = Subscribe { topic_incarnation: Incarnation(1), stream: Stream::GLOBAL, ..Subscribe::blank() };
+            stream.write_all(&request.encode()).unwrap();
+            assert!(matches!(self.next_frame(&mut stream), Some(Frame::SubscribeReady(_))));
+            stream
+        }
+
+        /// Puts a batch into the order.
+        fn order(&mut self) {
+            self.index.make_room().unwrap();
+            let location = self.region.layout().segment(1).0;
+            self.index.append(IndexEntry { location, bytes: BATCH_BYTES, message_count: 1, ..IndexEntry::zeroed() });
+            self.index.write_back_entries();
+            self.index.publish_tail(Term(1));
+        }
+    }
+
+    #[test]
+    fn a_batch_is_not_sent_after_a_pause_that_began_when_it_was_pinned() {
+        let mut bench = Bench::new();
+        let mut subscribers = [bench.subscribe(), bench.subscribe()];
+        bench.order();
+        // The clock is read when the turn begins, and before the batch is sent.
+        bench.reads_left.store(1, Ordering::Relaxed);
+        for subscriber in &mut subscribers {
+            assert_eq!(bench.next_frame(subscriber), None, "memory was sent that others may have");
+        }
+        // Whoever connects after the pause gets it.
+        let mut again = bench.subscribe();
+        assert!(matches!(bench.next_frame(&mut again), Some(Frame::Deliver(_))));
     }
 }
