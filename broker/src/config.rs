@@ -164,7 +164,7 @@ pub struct RdmaConfig {
     /// Mechanism that keeps a session inside its landing windows.
     pub isolation: Isolation,
     /// Bytes of a landing window, a multiple of 64, 4096 to 1 GiB. An active publisher holds two windows. A window takes
-    /// at most a quarter of a segment, and is larger where a publisher's batches need it.
+    /// at most a quarter of a segment. A publisher whose batches need larger ones holds one at a time.
     pub window_bytes: u64,
     /// Silence of a publisher after which its landing windows are taken back if they keep memory from being reused,
     /// milliseconds, 10 to 3,600,000.

@@ -4,7 +4,7 @@ use super::BrokerError;
 use crate::config::BrokerConfig;
 use embarcadero_cxl::region::RegionFile;
 use embarcadero_transport::TransportKind;
-use embarcadero_transport::rdma::RdmaDevice;
+use embarcadero_transport::rdma::{RdmaDevice, WindowBounds};
 use embarcadero_verbs::Context;
 use embarcadero_wire::OutOfBounds;
 use std::io;
@@ -33,8 +33,8 @@ pub(super) fn open(config: &BrokerConfig, file: &RegionFile) -> Result<Option<Ar
             Context::find(config.rdma.device.as_deref())
         }
     };
-    let window_bytes = config.rdma.window_bytes.min(region.geometry().segment_bytes / 4);
-    let device = RdmaDevice::open(region.fabric(), opened.map_err(unusable)?, config.rdma.isolation, window_bytes)
+    let bounds = WindowBounds::new(config.rdma.window_bytes, config.max_batch_bytes, region.geometry().segment_bytes);
+    let device = RdmaDevice::open(region.fabric(), opened.map_err(unusable)?, config.rdma.isolation, bounds)
         .map_err(unusable)?;
     if config.max_batch_bytes > device.max_message_bytes() {
         let bound = format!("at most {}, the largest message of {}", device.max_message_bytes(), device.device());

@@ -117,6 +117,19 @@ impl Context {
         }
     }
 
+    /// Most entries of a completion queue.
+    ///
+    /// # Errors
+    /// The error that the library reports.
+    pub fn max_completions(&self) -> io::Result<u32> {
+        match &self.device {
+            #[cfg(rdma)]
+            Device::Hardware(device) => device.max_completions(),
+            // Its queues grow.
+            Device::Software(_) => Ok(u32::MAX),
+        }
+    }
+
     /// Returns true when the device has type-2 memory windows.
     ///
     /// # Errors

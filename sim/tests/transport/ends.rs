@@ -5,7 +5,7 @@ use super::{BATCH_BYTES, until};
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::{Mapping, Native, RegionOffset};
 use embarcadero_sim::{Simulated, SimulatedEndpoint, SimulatedTransport, Turbulence, World};
-use embarcadero_transport::rdma::{RdmaClient, RdmaDevice};
+use embarcadero_transport::rdma::{RdmaClient, RdmaDevice, WindowBounds};
 use embarcadero_transport::tcp::{SocketOptions, listen};
 use embarcadero_transport::{
     Channel, Connection, Endpoint, Isolation, LinkOptions, Outbox, Received, Slots, SocketEndpoint, Sockets, Transport,
@@ -103,7 +103,8 @@ impl SocketEnds {
         let devices = device.map(|devices| {
             // Both ends are in this process, however slow it is: silence is no reason to give up.
             let [broker, client] = devices.map(|(context, port)| (context, LocalPort { retries: u8::MAX, ..port }));
-            let broker = RdmaDevice::open(&memory, broker, Isolation::Auto, 256 << 10).unwrap();
+            let bounds = WindowBounds::new(256 << 10, 4 << 20, 16 << 20);
+            let broker = RdmaDevice::open(&memory, broker, Isolation::Auto, bounds).unwrap();
             (broker, RdmaClient::new(client).unwrap())
         });
         let (broker, client) = devices.unzip();

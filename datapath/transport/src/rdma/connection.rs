@@ -2,7 +2,7 @@
 
 use super::arrivals::{Arrival, Arrivals};
 use super::chain::SendQueue;
-use super::device::{CONNECTIONS, RdmaDevice, RdmaQueue};
+use super::device::{RdmaDevice, RdmaQueue};
 use super::ring::{LEAST_BYTES, RingWriter};
 use super::windows::LandingWindows;
 use super::{SEND_DEPTH, WANTS_WINDOW, WINDOWS_PER_PUBLISHER, connecting_peer};
@@ -14,7 +14,6 @@ use embarcadero_verbs::{
     Completion, MemoryRegion, Outcome, PeerAddress, ProtectionDomain, QueuePair, QueuePairOptions, RemoteRange,
     Sending, Work, WorkError,
 };
-use embarcadero_wire::batch::ALIGN_BYTES;
 use embarcadero_wire::{ErrorCode, FRAME_BYTES, RdmaAccept, RdmaConnect};
 use std::collections::VecDeque;
 use std::io;
@@ -68,7 +67,7 @@ impl RdmaConnection {
         queue: &RdmaQueue,
         request: &RdmaConnect,
     ) -> Result<Self, TransportError> {
-        if Arc::strong_count(&queue.connections) > CONNECTIONS {
+        if !queue.has_room() {
             return Err(TransportError::refused(ErrorCode::Unavailable, "the broker has no room for a queue pair"));
         }
         let ring = match (request.ring_bytes, request.batch_bytes) {
@@ -84,7 +83,7 @@ impl RdmaConnection {
                 return Err(TransportError::refused(ErrorCode::BadFrame, text));
             }
         };
-        let window_bytes = device.window_bytes.max(u64::from(request.batch_bytes).next_multiple_of(ALIGN_BYTES));
+        let share = device.bounds.share_of(request.batch_bytes.into());
         let failed = |error: io::Error| TransportError::refused(ErrorCode::Unavailable, error.to_string());
         // With registrations, a publisher's keys must be of no use to other queue pairs.
         let own = !device.windows && ring.is_none();
@@ -107,7 +106,7 @@ impl RdmaConnection {
         side.push(Outgoing::frame(accept.encode()));
         let peer = match ring {
             Some(ring) => Peer::Subscriber(ring),
-            None => Peer::Publisher(LandingWindows::new(device, &domain, window_bytes)),
+            None => Peer::Publisher(LandingWindows::new(device, &domain, share)),
         };
         Ok(Self {
             peer,
@@ -116,7 +115,7 @@ impl RdmaConnection {
             domain,
             device: Arc::clone(device),
             closed: false,
-            arrived: Arrivals::new(WINDOWS_PER_PUBLISHER as u64 * window_bytes),
+            arrived: Arrivals::new(share.windows as u64 * share.window_bytes),
             sends: SendQueue::new(),
             posted_outgoing: VecDeque::new(),
             failure: None,

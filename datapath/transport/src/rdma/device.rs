@@ -1,5 +1,7 @@
 //! Broker's RDMA device, and the completion queue of each of its polling threads.
 
+use super::SEND_DEPTH;
+use super::windows::WindowBounds;
 use crate::config::Isolation;
 use embarcadero_cxl::{Fabric, Native, RegionOffset};
 use embarcadero_verbs::{
@@ -10,14 +12,18 @@ use std::io;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-/// Completions that one connection can have outstanding: one per [`super::SIGNAL_EVERY`] requests, and its deliveries.
-const COMPLETIONS: u32 = 16;
 /// Receives that the connections of one thread share. The NIC of a peer that finds none tries again.
 const RECEIVES: u32 = 1024;
-/// Entries of a thread's completion queue.
-const QUEUE: u32 = 16 << 10;
-/// Number of connections that a thread's completion queue has room for.
-pub(super) const CONNECTIONS: usize = ((QUEUE - RECEIVES) / COMPLETIONS) as usize;
+/// Most entries of a thread's completion queue.
+const QUEUE: u32 = 128 << 10;
+
+/// Number of connections that a completion queue of `entries` has room for.
+///
+/// A queue pair that fails completes all of its work, also what asked for no completion (IBTA 1.4, 10.3.1: error state). Those of a
+/// thread may fail together, and a queue that overruns is of no use any more.
+const fn connections(entries: u32) -> usize {
+    (entries.saturating_sub(RECEIVES) as u64 / SEND_DEPTH) as usize
+}
 
 /// Broker's RDMA device, with the region registered on it.
 pub struct RdmaDevice {
@@ -27,11 +33,11 @@ pub struct RdmaDevice {
     pub(super) region: MemoryRegion,
     memory: Native,
     pub(super) windows: bool,
-    pub(super) window_bytes: u64,
+    pub(super) bounds: WindowBounds,
 }
 
 impl RdmaDevice {
-    /// Registers the whole region on a device. Landing windows have at most `window_bytes`.
+    /// Registers the whole region on a device. `bounds` are those of landing windows.
     ///
     /// # Errors
     /// [`VerbsError`] when the region cannot be registered, or the trial of memory windows fails.
@@ -39,7 +45,7 @@ impl RdmaDevice {
         memory: &Native,
         (context, port): (Arc<Context>, LocalPort),
         isolation: Isolation,
-        window_bytes: u64,
+        bounds: WindowBounds,
     ) -> Result<Arc<Self>, VerbsError> {
         let domain = ProtectionDomain::new(&context).map_err(context.error("make a protection domain"))?;
         let whole = (memory, RegionOffset(0), memory.bytes());
@@ -51,7 +57,7 @@ impl RdmaDevice {
                 windows_are_enforced(&context, &port).map_err(context.error("try the memory windows"))?
             }
         };
-        Ok(Arc::new(Self { context, port, domain, region, memory: memory.clone(), windows, window_bytes }))
+        Ok(Arc::new(Self { context, port, domain, region, memory: memory.clone(), windows, bounds }))
     }
 
     /// Name of the device.
@@ -102,7 +108,10 @@ impl RdmaDevice {
 pub(crate) struct RdmaQueue {
     pub(super) queue: CompletionQueue,
     pub(super) receives: Arc<SharedReceiveQueue>,
+    /// Token of each connection.
     pub(super) connections: Arc<()>,
+    /// Most connections.
+    most: usize,
 }
 
 impl RdmaQueue {
@@ -111,11 +120,19 @@ impl RdmaQueue {
     /// # Errors
     /// [`VerbsError`] when the device has no room for them.
     pub(crate) fn new(host: &RdmaDevice) -> Result<Self, VerbsError> {
+        let entries =
+            host.context.max_completions().map_err(host.context.error("ask for the size of queues"))?.min(QUEUE);
         let queue =
-            CompletionQueue::new(&host.context, QUEUE).map_err(host.context.error("make a completion queue"))?;
+            CompletionQueue::new(&host.context, entries).map_err(host.context.error("make a completion queue"))?;
         let receives =
             SharedReceiveQueue::new(&host.domain, RECEIVES).map_err(host.context.error("make a receive queue"))?;
-        Ok(Self { queue, receives, connections: Arc::new(()) })
+        Ok(Self { queue, receives, connections: Arc::new(()), most: connections(entries) })
+    }
+
+    /// Returns true while one more connection cannot overrun the queue.
+    pub(super) fn has_room(&self) -> bool {
+        // One of the tokens is the queue's own.
+        Arc::strong_count(&self.connections) <= self.most
     }
 
     /// Takes completions and replaces the receives that they used. Returns the number of completions.
@@ -160,5 +177,20 @@ impl RemoteAccess {
             Self::Window(window) => window.remote(),
             Self::Registration(region) => region.remote(0, region.len() as u64),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_fail_together_do_not_overrun_the_completion_queue() {
+        // Queues of rxe have at most 32767 entries, those of mlx5 millions.
+        for entries in [0, RECEIVES, RECEIVES + SEND_DEPTH as u32, (32 << 10) - 1, QUEUE] {
+            let completions = connections(entries) as u64 * SEND_DEPTH + u64::from(RECEIVES);
+            assert!(completions <= u64::from(entries.max(RECEIVES)), "{entries}");
+        }
+        assert_eq!((connections(RECEIVES), connections((32 << 10) - 1), connections(QUEUE)), (0, 247, 1016));
     }
 }

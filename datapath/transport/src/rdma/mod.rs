@@ -25,6 +25,7 @@ pub use device::RdmaDevice;
 pub(crate) use device::RdmaQueue;
 pub(crate) use publisher::RdmaPublisher;
 pub(crate) use subscriber::RdmaSubscriber;
+pub use windows::WindowBounds;
 
 use embarcadero_verbs::PeerAddress;
 use embarcadero_wire::{RdmaAccept, RdmaConnect};
@@ -32,7 +33,7 @@ use embarcadero_wire::{RdmaAccept, RdmaConnect};
 /// Flag in the immediate data of a publisher that has a batch and no window for it. The other bits are the number of
 /// the first window that the publisher has not left.
 pub const WANTS_WINDOW: u32 = 1 << 31;
-/// Number of windows that a publisher holds at a time: one to write into, and the next.
+/// Most windows that a publisher holds at a time: one to write into, and the next.
 const WINDOWS_PER_PUBLISHER: usize = 2;
 /// Number of work requests that a connection may have under way.
 const SEND_DEPTH: u64 = 128;

@@ -7,9 +7,50 @@ use crate::connection::{Landing, TransportError, WindowPlacement};
 use crate::window::Window;
 use embarcadero_cxl::{Fabric, Native, RegionOffset};
 use embarcadero_verbs::{ProtectionDomain, RemoteRange, Work};
+use embarcadero_wire::batch::ALIGN_BYTES;
 use embarcadero_wire::{BatchHeader, ErrorCode, FRAME_BYTES, Frame, WindowGrant};
 use std::collections::VecDeque;
 use std::sync::Arc;
+
+/// Bounds of the memory that publishers hold as landing windows.
+#[derive(Clone, Copy, Debug)]
+pub struct WindowBounds {
+    /// Bytes of a window, unless the publisher's batches need more.
+    window_bytes: u64,
+    /// Bytes of the largest batch that the broker takes.
+    max_batch_bytes: u64,
+    /// Bytes of the largest window that is granted ahead of need.
+    ahead_bytes: u64,
+}
+
+/// Landing windows that one publisher may hold at a time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct WindowShare {
+    /// Bytes of each.
+    pub(super) window_bytes: u64,
+    /// Number of windows.
+    pub(super) windows: usize,
+}
+
+impl WindowBounds {
+    /// Bounds in a region with segments of `segment_bytes`. Windows have `window_bytes`, but at most a quarter of a segment.
+    /// Batches have at most `max_batch_bytes`, and fit into a segment.
+    #[must_use]
+    pub fn new(window_bytes: u64, max_batch_bytes: u64, segment_bytes: u64) -> Self {
+        let ahead_bytes = segment_bytes / 4;
+        let max_batch_bytes = max_batch_bytes.min(segment_bytes);
+        Self { window_bytes: window_bytes.min(ahead_bytes), max_batch_bytes, ahead_bytes }
+    }
+
+    /// Share of a publisher that says how large its batches get. Those that the broker refuses anyway need no window. What a
+    /// publisher holds without sending anything is at most half a segment, or one window for its largest batch.
+    pub(super) fn share_of(&self, batch_bytes: u64) -> WindowShare {
+        let largest = batch_bytes.min(self.max_batch_bytes).next_multiple_of(ALIGN_BYTES);
+        let window_bytes = self.window_bytes.max(largest);
+        let windows = if window_bytes <= self.ahead_bytes { WINDOWS_PER_PUBLISHER } else { 1 };
+        WindowShare { window_bytes, windows }
+    }
+}
 
 /// Landing window that is open to the publisher.
 struct OpenWindow {
@@ -26,8 +67,7 @@ pub(super) struct LandingWindows {
     windows: VecDeque<OpenWindow>,
     domain: Arc<ProtectionDomain>,
     device: Arc<RdmaDevice>,
-    /// Bytes of a window.
-    window_bytes: u64,
+    share: WindowShare,
     /// Number of the window that is granted next.
     next_number: u32,
     /// True while the publisher has a batch and no window for it.
@@ -35,13 +75,13 @@ pub(super) struct LandingWindows {
 }
 
 impl LandingWindows {
-    /// Publisher without windows, which is granted windows of `window_bytes`.
-    pub(super) fn new(device: &Arc<RdmaDevice>, domain: &Arc<ProtectionDomain>, window_bytes: u64) -> Self {
+    /// Publisher without windows, which is granted those of its `share`.
+    pub(super) fn new(device: &Arc<RdmaDevice>, domain: &Arc<ProtectionDomain>, share: WindowShare) -> Self {
         Self {
-            windows: VecDeque::with_capacity(WINDOWS_PER_PUBLISHER),
+            windows: VecDeque::with_capacity(share.windows),
             domain: Arc::clone(domain),
             device: Arc::clone(device),
-            window_bytes,
+            share,
             next_number: 0,
             wanted: false,
         }
@@ -59,7 +99,7 @@ impl LandingWindows {
 
     /// Returns true when the publisher is to get a window: it asked for its first, or has used one up since.
     pub(super) fn is_due(&self) -> bool {
-        (self.wanted || self.next_number > 0) && self.windows.len() < WINDOWS_PER_PUBLISHER
+        (self.wanted || self.next_number > 0) && self.windows.len() < self.share.windows
     }
 
     /// Records that the publisher has a batch and no window for it. It has left the windows before number `kept`.
@@ -126,7 +166,7 @@ impl LandingWindows {
     pub(super) fn grant_due(&mut self, landing: &mut impl Landing) -> Result<(), TransportError> {
         while self.is_due() {
             let starved = self.wanted && self.windows.is_empty();
-            let window = match landing.grant_window(self.window_bytes, starved) {
+            let window = match landing.grant_window(self.share.window_bytes, starved) {
                 WindowPlacement::Granted(window) => window,
                 WindowPlacement::Wait => return Ok(()),
                 WindowPlacement::Refuse(error) => return Err(error),
@@ -173,5 +213,30 @@ impl LandingWindows {
     /// Records that the first `count` window grants that were not sent have been posted.
     pub(super) fn announced(&mut self, count: usize) {
         self.windows.iter_mut().filter(|open| !open.announced).take(count).for_each(|open| open.announced = true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEGMENT_BYTES: u64 = 16 << 20;
+
+    #[test]
+    fn what_a_publisher_holds_before_it_sends_anything_is_bounded() {
+        let share = |window_bytes, max_batch_bytes, batch_bytes| {
+            let share = WindowBounds::new(window_bytes, max_batch_bytes, SEGMENT_BYTES).share_of(batch_bytes);
+            (share.window_bytes, share.windows)
+        };
+        assert_eq!(share(2 << 20, 8 << 20, 1 << 20), (2 << 20, 2));
+        assert_eq!(share(2 << 20, 8 << 20, 4 << 20), (4 << 20, 2), "a quarter of a segment");
+        assert_eq!(share(2 << 20, 8 << 20, (4 << 20) + 1), ((4 << 20) + ALIGN_BYTES, 1));
+        assert_eq!(share(1 << 30, 8 << 20, 1), (SEGMENT_BYTES / 4, 2));
+        // What the broker refuses needs no window.
+        assert_eq!(share(2 << 20, 1 << 20, SEGMENT_BYTES), (2 << 20, 2));
+        for batch_bytes in [8 << 20, SEGMENT_BYTES, u64::from(u32::MAX)] {
+            assert_eq!(share(2 << 20, 8 << 20, batch_bytes), (8 << 20, 1));
+            assert_eq!(share(2 << 20, 64 << 20, batch_bytes).0, batch_bytes.min(SEGMENT_BYTES));
+        }
     }
 }

@@ -238,6 +238,14 @@ impl Context {
         Ok(None)
     }
 
+    /// Most entries of a completion queue (`max_cqe`).
+    ///
+    /// # Errors
+    /// The error that the library reports.
+    pub(crate) fn max_completions(&self) -> io::Result<u32> {
+        Ok(self.device_attributes()?.max_cqe.max(0).cast_unsigned())
+    }
+
     /// Returns true when the device has type-2 memory windows.
     ///
     /// # Errors
