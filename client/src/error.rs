@@ -162,6 +162,9 @@ pub enum UnreadableBatch {
         /// Topic that the bytes name.
         topic: TopicId,
     },
+    /// The header is damaged: the bytes at its place are none.
+    #[error("no batch lies there: {0}")]
+    Header(#[from] WireError),
     /// The body is damaged.
     #[error(transparent)]
     Body(#[from] BodyError),

@@ -435,8 +435,8 @@ impl SubscriberLink for SimulatedSubscriber {
             Frame::ErrorFrame(error) => Err(refusal(&error, &rest)),
             Frame::Deliver(deliver) => {
                 self.batch = rest;
-                let header = decode_header(&self.batch)?;
-                Ok(Item::Batch(deliver, header, FRAME_BYTES..self.batch.len()))
+                let header = self.batch.first_chunk().ok_or(LinkError::Lost(io::ErrorKind::InvalidData.into()))?;
+                Ok(Item::Batch(deliver, decode_header(header), FRAME_BYTES..self.batch.len()))
             }
             frame => Ok(Item::Frame(frame)),
         }
@@ -459,10 +459,9 @@ impl SubscriberLink for SimulatedSubscriber {
     }
 }
 
-fn decode_header(batch: &[u8]) -> Result<BatchHeader, LinkError> {
-    let frame = batch.first_chunk().ok_or(LinkError::Lost(io::ErrorKind::InvalidData.into()))?;
+fn decode_header(frame: &[u8; FRAME_BYTES]) -> Result<BatchHeader, WireError> {
     match Frame::decode(frame)? {
         Frame::BatchHeader(header) => Ok(header),
-        other => Err(WireError::Kind { found: other.kind() }.into()),
+        other => Err(WireError::Kind { found: other.kind() }),
     }
 }

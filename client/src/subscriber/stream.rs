@@ -38,7 +38,7 @@ pub(super) struct Stream {
     /// Bytes that had come on this connection at the last look in vain.
     received_bytes: u64,
     /// First offset of a batch that was unreadable once. It is read again before it counts as damaged.
-    doubted: Option<u64>,
+    pub(super) doubted: Option<u64>,
     /// Offset after the last message, as the broker has answered.
     pub(super) end: Option<u64>,
 }

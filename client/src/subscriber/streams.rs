@@ -189,9 +189,15 @@ impl Streams {
                     }
                     return Ok(None);
                 }
-                Ok(Item::Batch(deliver, header, body)) => {
+                Ok(Item::Batch(deliver, Ok(header), body)) => {
                     stream.heard();
                     return Ok(Some(Delivery { stream: index, deliver, header, body }));
+                }
+                Ok(Item::Batch(deliver, Err(error), _)) => {
+                    stream.heard();
+                    stream.accept(&deliver)?;
+                    self.doubt(index, &deliver, error.into())?;
+                    return Ok(None);
                 }
                 Ok(Item::Frame(Frame::SubscribeReady(ready))) => {
                     stream.due.get_or_insert(ready.start_offset);
@@ -276,13 +282,20 @@ impl Streams {
                 stream.skip(deliver);
                 Ok(Some(taken))
             }
-            Err(reason) => {
-                stream.doubt(deliver, reason)?;
-                stream.drop_connection(RECONNECT);
-                self.find_broker(delivery.stream);
-                Ok(None)
-            }
+            Err(reason) => self.doubt(delivery.stream, deliver, reason).map(|()| None),
         }
+    }
+
+    /// Handles a batch that is due and cannot be read: its stream is connected again.
+    ///
+    /// # Errors
+    /// [`ClientError::Corrupt`] when it cannot be read the second time.
+    fn doubt(&mut self, index: usize, deliver: &Deliver, reason: UnreadableBatch) -> Result<(), ClientError> {
+        let stream = &mut self.streams[index];
+        stream.doubt(deliver, reason)?;
+        stream.drop_connection(RECONNECT);
+        self.find_broker(index);
+        Ok(())
     }
 }
 
@@ -290,8 +303,11 @@ impl Streams {
 mod tests {
     use super::*;
     use crate::config::ClientConfig;
-    use embarcadero_wire::{BrokerId, FRAME_BYTES, Incarnation, Order, Position, StartKind};
-    use std::io::Read;
+    use embarcadero_wire::batch::{BatchBuilder, BatchOrigin};
+    use embarcadero_wire::{
+        BrokerId, ClientId, Epoch, FRAME_BYTES, Incarnation, Order, Position, SessionSlot, StartKind, Subscribe,
+    };
+    use std::io::{Read, Write};
     use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 
     fn broker(id: u32) -> BrokerView {
@@ -401,6 +417,63 @@ mod tests {
         assert_eq!(stream.end, None, "that was the answer to the sign of life");
         stream.answer(&Position { next_offset: 9, ..Position::blank() });
         assert_eq!(stream.end, Some(9));
+    }
+
+    /// Sends what a broker does whose memory is damaged: the Deliver frame is that of the order, the rest is `batch`.
+    fn send(end: &mut TcpStream, first_offset: u64, batch: &[u8]) {
+        let (batch_bytes, message_count) = (batch.len() as u32, 1);
+        let (client_id, sequence, stream) = (ClientId(7), first_offset, wire::Stream::GLOBAL);
+        let deliver =
+            Deliver { first_offset, batch_bytes, message_count, client_id, sequence, stream, ..Deliver::blank() };
+        end.write_all(&deliver.encode()).unwrap();
+        end.write_all(batch).unwrap();
+    }
+
+    #[test]
+    fn a_batch_without_a_header_is_read_again_and_then_left_out() {
+        let topic = TopicView::of_order(Order::Strong);
+        let (listener, broker) = listener();
+        let mut streams = Streams::new(context(600_000), topic.clone(), vec![broker], Start::Earliest, None).unwrap();
+        let origin = BatchOrigin {
+            client_id: ClientId(7),
+            session_epoch: Epoch(1),
+            session_slot: SessionSlot(0),
+            topic: topic.id,
+            topic_incarnation: topic.incarnation,
+        };
+        let mut batch = BatchBuilder::new(4096);
+        batch.push(b"message");
+        batch.seal(&origin, 1, true);
+        let look = |streams: &mut Streams| loop {
+            match streams.look() {
+                Ok(None) if streams.streams[0].channel.is_some() => {}
+                other => return other.map(|found| found.map(|delivery| delivery.deliver.first_offset)),
+            }
+        };
+        // Another frame, and no frame at all.
+        for damaged in [Position::blank().encode(), [0x5a; FRAME_BYTES]] {
+            streams.streams[0].due = Some(0);
+            streams.streams[0].drop_connection(Duration::ZERO);
+            for attempt in 0..2 {
+                streams.connect_due();
+                let (mut end, _) = listener.accept().unwrap();
+                assert!(matches!(frame(&mut end), Frame::Subscribe(Subscribe { start: 0, .. })));
+                send(&mut end, 0, &[damaged, [0; FRAME_BYTES]].concat());
+                send(&mut end, 1, batch.bytes());
+                let found = look(&mut streams);
+                if attempt == 0 {
+                    assert!(matches!(found, Ok(None)), "{found:?}");
+                    streams.streams[0].drop_connection(Duration::ZERO);
+                    continue;
+                }
+                let Err(ClientError::Corrupt { offset, end: behind, source }) = found else { panic!("{found:?}") };
+                assert!(matches!(source, UnreadableBatch::Header(_)), "{source:?}");
+                assert_eq!((offset, behind), (0, 1));
+                // The stream of frames goes on behind it.
+                assert_eq!(look(&mut streams).unwrap(), Some(1));
+            }
+            streams.streams[0].doubted = None;
+        }
     }
 
     #[test]

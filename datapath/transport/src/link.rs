@@ -75,8 +75,9 @@ pub enum Item {
     Nothing,
     /// A control frame.
     Frame(Frame),
-    /// A batch: its delivery frame, its header, and the range of its body in [`SubscriberLink::bytes`].
-    Batch(Deliver, BatchHeader, Range<usize>),
+    /// A batch: its delivery frame, its header, and the range of its body in [`SubscriberLink::bytes`]. The header is an error
+    /// if the bytes there are none: the memory that the broker read them from is damaged, and the connection is sound.
+    Batch(Deliver, Result<BatchHeader, WireError>, Range<usize>),
 }
 
 /// Subscriber's end of a connection. Never blocks.

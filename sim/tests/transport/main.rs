@@ -300,7 +300,7 @@ fn take<E: Ends>(subscriber: &mut SubscriberOf<E>, due: u64) -> bool {
         Item::Frame(other) => panic!("{other:?}"),
         Item::Batch(deliver, header, body) => {
             let expected = batch(due, size(due));
-            assert_eq!((deliver.first_offset, header.sequence), (due, due));
+            assert_eq!((deliver.first_offset, header.unwrap().sequence), (due, due));
             assert!(
                 subscriber.bytes()[body] == expected.bytes()[FRAME_BYTES..],
                 "delivery {due} is not as it was sent"

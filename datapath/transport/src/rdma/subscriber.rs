@@ -66,7 +66,7 @@ impl RdmaSubscriber {
         let Frame::Deliver(deliver) = Frame::decode(frame)? else {
             return Err(WireError::Kind { found: frame[4] }.into());
         };
-        let header = decode_header(batch.first_chunk().ok_or_else(misplaced)?)?;
+        let header = decode_header(batch.first_chunk().ok_or_else(misplaced)?);
         Ok(Item::Batch(deliver, header, range.start + 2 * FRAME_BYTES..range.end))
     }
 

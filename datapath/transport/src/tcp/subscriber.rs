@@ -89,7 +89,7 @@ impl SubscriberLink for TcpSubscriber {
                 if !self.fill(FRAME_BYTES + bytes as usize, 0)? {
                     return Ok(Item::Nothing);
                 }
-                let header = decode_header(self.frame_at(FRAME_BYTES))?;
+                let header = decode_header(self.frame_at(FRAME_BYTES));
                 let body = self.start + 2 * FRAME_BYTES;
                 self.start += FRAME_BYTES + bytes as usize;
                 Ok(Item::Batch(deliver, header, body..self.start))
