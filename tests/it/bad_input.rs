@@ -320,6 +320,46 @@ fn a_subscriber_cannot_speak_for_a_publisher() {
     bench.still_works();
 }
 
+/// Batches that cannot be read are named and left out: one with a wrong checksum, which its client sent so, and one whose
+/// header memory has lost.
+#[test]
+fn what_cannot_be_read_is_named_and_the_rest_is_read() {
+    let bench = bench_with(&[("EMBARCADERO_BROKER_VERIFY_BODY", "false")]);
+    let payload = |sequence| format!("payload of batch {sequence}");
+    let mut stream = bench.connect();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    bench.publisher(&mut stream);
+    for sequence in 0..4 {
+        let mut builder = BatchBuilder::new(4096);
+        builder.push(payload(sequence).as_bytes());
+        builder.seal(&bench.origin, sequence, true);
+        let mut bytes = builder.bytes().to_vec();
+        bytes[FRAME_BYTES] ^= u8::from(sequence == 1);
+        stream.write_all(&bytes).unwrap();
+        let Frame::Ack(ack) = frame(&mut stream) else { panic!("batch {sequence} is not acknowledged") };
+        assert_eq!(ack.first_offset, sequence);
+    }
+    let region = OpenOptions::new().write(true).open(&bench.cluster.region).unwrap();
+    let bytes = fs::read(&bench.cluster.region).unwrap();
+    let lost = payload(2);
+    let body_at = bytes.windows(lost.len()).position(|window| window == lost.as_bytes()).unwrap();
+    region.write_all_at(&[0x5a; FRAME_BYTES], (body_at - FRAME_BYTES) as u64).unwrap();
+
+    for (command, out) in [("consume", format!("{}\n{}\n", payload(0), payload(3))), ("verify", String::new())] {
+        let output = bench.cluster.command(&[command, "bad"]).output().unwrap();
+        let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+        assert!(!output.status.success(), "{command} succeeds: {stdout}{stderr}");
+        if command == "consume" {
+            assert_eq!(stdout, out);
+            assert!(stderr.contains("the messages from offset 2 to 2 cannot be read"), "{stderr}");
+        } else {
+            assert!(stderr.contains("2 faults"), "{stderr}");
+        }
+        assert!(stderr.contains("the messages from offset 1 to 1 cannot be read"), "{stderr}");
+    }
+    bench.still_works();
+}
+
 #[test]
 fn a_connection_without_an_opening_frame_is_refused_in_time() {
     let bench = bench_with(&[("EMBARCADERO_BROKER_OPENING_MS", "2000")]);

@@ -1,9 +1,11 @@
 //! Promise: what was acknowledged is there, once and in order, whatever connection or process dies.
 
 use crate::support::{Cluster, PATIENCE, Proxy, assert_exactly_once, eventually, history, loopback, message};
-use embarcadero_client::{BrokerId, Client, ClientConfig, MessageId, Order, Publisher, Start, Status, TopicOptions};
+use embarcadero_client::{
+    BrokerId, Client, ClientConfig, ClientError, MessageId, Order, Publisher, Start, Status, TopicOptions,
+};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -175,9 +177,7 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
     while publisher.stats().sessions_reopened == 0 {
         match publisher.publish(&message(0, sent)) {
             Ok(_) => sent += 1,
-            Err(embarcadero_client::ClientError::BufferFull { .. }) => {
-                publisher.wait(Duration::from_millis(5)).unwrap()
-            }
+            Err(ClientError::BufferFull { .. }) => publisher.wait(Duration::from_millis(5)).unwrap(),
             Err(error) => panic!("{error}"),
         }
     }
@@ -190,6 +190,77 @@ fn a_dead_gap_fences_the_session_and_the_client_resubmits_the_rest() {
     assert!(publisher.stats().batches_resubmitted > 0);
     assert_exactly_once(&history(&client, "gap")[&0], sent + 500);
     cluster.assert_command(&["verify", "gap"]);
+}
+
+/// Starts a proxy in front of the broker at `back`. While its flag is set, it loses what is sent to the broker on the first
+/// connection, and forwards the answers. Returns the flag and the number of bytes that were lost.
+fn losing(front: TcpListener, back: SocketAddr) -> (Arc<AtomicBool>, Arc<AtomicU32>) {
+    let (flag, count) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
+    let (lose, lost) = (Arc::clone(&flag), Arc::clone(&count));
+    std::thread::spawn(move || {
+        for (index, stream) in front.incoming().enumerate() {
+            let Ok(mut stream) = stream else { continue };
+            let Ok(mut server) = TcpStream::connect(back) else { continue };
+            let (mut up, mut down) = (stream.try_clone().unwrap(), server.try_clone().unwrap());
+            let (lose, lost) = (Arc::clone(&lose), Arc::clone(&lost));
+            std::thread::spawn(move || {
+                let mut buffer = [0; 16 << 10];
+                while let Ok(read @ 1..) = up.read(&mut buffer) {
+                    if index == 0 && lose.load(Ordering::SeqCst) {
+                        lost.fetch_add(read as u32, Ordering::SeqCst);
+                    } else if server.write_all(&buffer[..read]).is_err() {
+                        return;
+                    }
+                }
+            });
+            std::thread::spawn(move || {
+                let _ = std::io::copy(&mut down, &mut stream);
+                let _ = stream.shutdown(Shutdown::Both);
+            });
+        }
+    });
+    (flag, count)
+}
+
+/// Nobody can tell whether what was sent and not acknowledged is in the log. The publisher neither loses it nor sends it
+/// again in silence.
+#[test]
+fn a_publisher_whose_slot_went_to_another_client_says_what_is_in_doubt() {
+    let front = TcpListener::bind("127.0.0.1:0").unwrap();
+    let back = loopback();
+    let advertised = front.local_addr().unwrap().to_string();
+    let (lose, lost) = losing(front, back);
+    let environment = [("EMBARCADERO_BROKER_SESSION_IDLE_MS", "100")];
+    let mut cluster = Cluster::start(0, &[REGION, &["--max-sessions", "1"]].concat(), &environment);
+    cluster.add(&["--data", &back.to_string(), "--advertise", &advertised]);
+    // It leaves no broker that is silent: only the end of its session ends it.
+    let config = ClientConfig { batch_size: Some(4096), progress_timeout_ms: 3_600_000, ..cluster.config() };
+    let client = Client::connect(config).unwrap();
+    client.create_topic("lent", TopicOptions::default()).unwrap();
+    let publisher = client.publisher("lent").unwrap();
+    let known = publisher.publish_wait(&message(0, 0)).unwrap();
+    publisher.flush().unwrap();
+    lose.store(true, Ordering::SeqCst);
+    // Nothing is in flight, so that it is sent at once.
+    let doubtful = publisher.publish_wait(&message(0, 1)).unwrap();
+    eventually("the batch is on its way", || lost.load(Ordering::SeqCst) > 64);
+
+    let other = cluster.client();
+    let mut lent = None;
+    eventually("another client gets the slot", || {
+        lent = other.publisher("lent").ok();
+        lent.is_some()
+    });
+    let lent = lent.unwrap();
+    lent.publish_wait(&message(1, 0)).unwrap();
+    lent.flush().unwrap();
+    let ended = publisher.flush();
+    assert!(matches!(ended, Err(ClientError::SessionLost { in_doubt: 1 })), "{ended:?}");
+    assert!(matches!(publisher.poll(known), Ok(Status::Acknowledged(_))));
+    assert!(matches!(publisher.poll(doubtful), Err(ClientError::SessionLost { in_doubt: 1 })));
+    let seen = history(&other, "lent");
+    assert_eq!(seen, [(0, vec![(0, 0)]), (1, vec![(0, 1)])].into());
+    cluster.assert_command(&["verify", "lent"]);
 }
 
 #[test]
