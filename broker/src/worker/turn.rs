@@ -57,7 +57,7 @@ impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
     }
 
     /// Looks at the clock again, right before memory of the region is sent. Disconnects all subscribers if this thread stood
-    /// still since their batches were pinned: the leader may have ignored the pins, and given the memory to others.
+    /// still since their batches were pinned. The leader may have ignored the pins, and given the memory to others.
     fn stood_still_since(&mut self) -> bool {
         let now = self.clock.now();
         let stood_still = self.has_stood_still(now);

@@ -76,7 +76,7 @@ pub enum Item {
     /// A control frame.
     Frame(Frame),
     /// A batch: its delivery frame, its header, and the range of its body in [`SubscriberLink::bytes`]. The header is an error
-    /// if the bytes there are none: the memory that the broker read them from is damaged, and the connection is sound.
+    /// if the bytes are none. The memory that the broker read is damaged then, and the connection is sound.
     Batch(Deliver, Result<BatchHeader, WireError>, Range<usize>),
 }
 

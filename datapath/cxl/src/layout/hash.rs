@@ -168,5 +168,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0x74e43facd2984df6";
+    const EXPECTED: &str = "0x76b65f5ebf9fbcbf";
 }
