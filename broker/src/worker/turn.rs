@@ -216,12 +216,12 @@ mod tests {
     use crate::topics::tests::{region, topic};
     use bytemuck::Zeroable;
     use crossbeam_channel::unbounded;
-    use embarcadero_cxl::Region;
     use embarcadero_cxl::layout::{IndexEntry, LeaderArea};
     use embarcadero_cxl::leadership::{activate_term, claim_term};
     use embarcadero_cxl::order_index::{IndexOptions, OrderIndexWriter, StreamId};
     use embarcadero_cxl::segment::PartitionAllocator;
     use embarcadero_cxl::topic_table::publish_topic;
+    use embarcadero_cxl::{Native, Region};
     use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
     use embarcadero_transport::SocketEndpoint;
     use embarcadero_transport::tcp::SocketOptions;
@@ -245,13 +245,13 @@ mod tests {
         fn now(&self) -> Now {
             let left = self.reads_left.load(Ordering::Relaxed);
             self.reads_left.store(left.saturating_sub(1), Ordering::Relaxed);
-            Now { instant: if left > 0 { self.begun } else { self.begun + HOUR }, wall_us: 0 }
+            Now { instant: if left > 0 { self.begun } else { self.begun + HOUR }, steady_us: 0, wall_us: 0 }
         }
     }
 
     /// Worker of a broker whose leader writes one order, and a way to connect to the worker.
     struct Bench {
-        worker: Worker<SocketEndpoint, Jumping>,
+        worker: Worker<Native, SocketEndpoint, Jumping>,
         index: OrderIndexWriter<Native>,
         region: Region<Native>,
         listener: TcpListener,
@@ -300,7 +300,7 @@ mod tests {
                 ordered: unbounded().1,
                 idle: Idle::new(PollPolicy::Yield, PollBounds::for_host(1, 1)),
                 core: None,
-                stages: Stages::default(),
+                stages: Stages::none(),
             };
             let reads_left = Arc::new(AtomicU32::new(u32::MAX));
             let clock = Jumping { begun: Instant::now(), reads_left: Arc::clone(&reads_left) };
@@ -311,7 +311,7 @@ mod tests {
         /// One turn of the worker's loop.
         fn step(&mut self) {
             self.worker.connections.wait(Duration::ZERO, &mut self.worker.ready).unwrap();
-            self.worker.work();
+            self.worker.poll();
         }
 
         /// Lets the worker run until the next frame is there. `None` once the broker has closed the connection.

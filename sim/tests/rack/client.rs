@@ -177,7 +177,7 @@ impl Client {
                 topic: TOPIC.0,
                 topic_incarnation: TOPIC.1,
                 ack_level: session.ack_level.into(),
-                session_token: session.token,
+                token: session.token,
                 ..OpenPublish::blank()
             };
             let link = self.transport.publish(address(self.broker), &super::options(), &open).ok();

@@ -25,6 +25,7 @@ pub struct Tally {
     pub client_crashes: usize,
     pub epochs: usize,
     pub lost_sessions: usize,
+    pub ids_in_use: usize,
     pub links: usize,
     pub delivered: usize,
     pub trimmed: usize,
@@ -33,13 +34,14 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn all(&mut self) -> [&mut usize; 15] {
+    fn all(&mut self) -> [&mut usize; 16] {
         let Self { ordered, acknowledged, crashes, pauses, takeovers, departures, .. } = self;
         let Self {
             disk_failures,
             client_crashes,
             epochs,
             lost_sessions,
+            ids_in_use,
             links,
             delivered,
             trimmed,
@@ -58,6 +60,7 @@ impl Tally {
             client_crashes,
             epochs,
             lost_sessions,
+            ids_in_use,
             links,
             delivered,
             trimmed,

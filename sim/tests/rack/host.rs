@@ -319,7 +319,7 @@ impl Process {
         let now_us = self.clock.now_us();
         for _ in 0..REQUESTS {
             match self.rack.network.take_request(self.host) {
-                Some(Request::OpenSession { id, resume, attempt }) => self.ask(id, resume, attempt),
+                Some(Request::OpenSession { id, resume, token, attempt }) => self.ask((id, token), resume, attempt),
                 None => break,
             }
         }

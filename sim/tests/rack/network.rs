@@ -7,7 +7,7 @@ use super::nic::Port;
 use embarcadero_cxl::session_table::Session;
 use embarcadero_roce::packet::SCRATCH_BYTES;
 use embarcadero_sim::Weather;
-use embarcadero_wire::ClientId;
+use embarcadero_wire::{ClientId, SessionToken};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +30,8 @@ pub enum Request {
         id: ClientId,
         /// True if it can only go on with the session that it had.
         resume: bool,
+        /// Token that the client has of its session.
+        token: SessionToken,
         /// Number that tells late answers from those that are waited for.
         attempt: u64,
     },
@@ -38,6 +40,11 @@ pub enum Request {
 /// Answer to a client's call.
 #[derive(Clone, Copy, Debug)]
 pub enum Answer {
+    /// Another client has the id, as far as the leader can tell.
+    InUse {
+        /// Attempt that is answered.
+        attempt: u64,
+    },
     /// A session was opened.
     Opened {
         /// Attempt that is answered.

@@ -50,6 +50,7 @@ impl Reader {
                 Ok(Item::Frame(Frame::SubscribeReady(ready))) => assert_eq!(ready.start_offset, self.next),
                 Ok(Item::Frame(frame)) => panic!("{frame:?} came to a subscriber"),
                 Ok(Item::Batch(deliver, header, body)) => {
+                    let header = header.expect("nothing damages batches");
                     self.next = self.read(&deliver, &header, content_in(&link.bytes()[body]));
                 }
                 Err(LinkError::Refused {

@@ -18,7 +18,7 @@ use embarcadero_cxl::leadership::{
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::topic_table::read_topic_at;
 use embarcadero_os::Clock;
-use embarcadero_wire::{ClientId, Term};
+use embarcadero_wire::{ClientId, SessionToken, Term};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -43,11 +43,13 @@ type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
 
 impl Process {
     /// Opens a session for a client, if this process leads.
-    pub(super) fn ask(&mut self, client_id: ClientId, resume: bool, attempt: u64) {
+    pub(super) fn ask(&mut self, (client_id, token): (ClientId, SessionToken), resume: bool, attempt: u64) {
         let Some(leader) = &mut self.leader else { return };
         let (reply, answer) = bounded(1);
         let ack_level = 1 + u8::from(self.rack.replicated);
-        let request = SessionRequest { topic: TOPIC.0, client_id, ack_level, resume };
+        // Each attempt has another number.
+        let new_token = SessionToken(client_id.0 << 32 | (attempt + 1));
+        let request = SessionRequest { topic: TOPIC.0, client_id, ack_level, resume, token, new_token };
         leader.commands.send(Command::OpenSession { request, reply }).expect("the sequencer is there");
         leader.asked.push((client_of(client_id), attempt, answer));
     }
@@ -61,14 +63,16 @@ impl Process {
         }
         leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
             Ok(opened) => {
-                let session = match opened {
-                    Ok(session) => Some(session),
-                    Err(SessionError::Gone(_)) => None,
+                let attempt = *attempt;
+                let answer = match opened {
+                    Ok(session) => Answer::Opened { attempt, session: Some(session) },
+                    Err(SessionError::Gone(_)) => Answer::Opened { attempt, session: None },
+                    Err(SessionError::InUse(_)) => Answer::InUse { attempt },
                     // The client asks again.
                     Err(SessionError::TableFull(_)) => return false,
                     Err(error) => panic!("{error}"),
                 };
-                self.rack.network.answer(*client, Answer::Opened { attempt: *attempt, session });
+                self.rack.network.answer(*client, answer);
                 false
             }
             Err(error) => error.is_empty(),
