@@ -3,7 +3,7 @@
 //!
 //! A short run by default; `EMBARCADERO_CHAOS_ROUNDS=200` for the long one, `EMBARCADERO_CHAOS_SEED` to choose another.
 
-use crate::support::{Cluster, Proxy, assert_exactly_once, eventually, history, loopback, message};
+use crate::support::{Cluster, Proxy, assert_exactly_once, environment, eventually, history, loopback, message};
 use embarcadero_client::{Client, ClientConfig, MessageId, Order, Publisher, Status, TopicOptions};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -20,10 +20,6 @@ const CLIENTS: u32 = 4;
 const EACH: u64 = 150;
 /// Number of the first client that is killed. The others have the numbers after it.
 const VICTIMS: u32 = 100;
-
-fn environment(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-}
 
 fn client(cluster: &Cluster) -> Client {
     let bootstrap = cluster.brokers.iter().map(|broker| broker.control.clone()).collect();

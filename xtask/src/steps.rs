@@ -8,7 +8,9 @@ use std::process::Command;
 /// Test programs that the lab runs in its guests.
 const LAB_TESTS: [&str; 3] = ["verbs", "transport", "it"];
 /// Programs that tests start, and fail without.
-const TEST_PROGRAMS: [&str; 3] = ["etcd", "kcat", "unshare"];
+const TEST_PROGRAMS: [&str; 4] = ["etcd", "kcat", "unshare", "protoc"];
+/// Modules of the system's Python that the client in `tests/interop` imports.
+const PYTHON_MODULES: &str = "grpc, google.protobuf";
 /// Fuzz targets; `fuzz/Cargo.toml` lists the same ones.
 const FUZZ_TARGETS: [&str; 7] = ["frame", "batch_view", "region", "config", "replica", "roce", "ethernet"];
 
@@ -77,9 +79,12 @@ pub(crate) fn prerequisites(stages: &mut Stages) -> Result<()> {
                 missing.push(program);
             }
         }
+        if !succeeds("/usr/bin/python3", ["-c", &format!("import {PYTHON_MODULES}")]) {
+            missing.push("Python's grpcio and protobuf");
+        }
         if !missing.is_empty() {
             bail!(
-                "this host lacks {}; `hw-setup/deps apply --purpose test` installs programs, and `cargo xtask check` does \
+                "this host lacks {}; `hw-setup/deps apply --purpose test` installs them, and `cargo xtask check` does \
                  without",
                 missing.join(", ")
             );

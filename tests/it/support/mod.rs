@@ -102,6 +102,11 @@ pub(crate) fn loopback() -> SocketAddr {
     address_at(Ipv4Addr::LOCALHOST.into())
 }
 
+/// Returns the number that the variable `name` has, else `default`.
+pub(crate) fn environment(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
 pub(crate) fn run(arguments: &[&str]) -> Output {
     Command::new(PROGRAM).args(arguments).stdin(Stdio::null()).output().unwrap()
 }
