@@ -46,7 +46,8 @@ class Wire:
     number: int
     broker: int
     link: Link
-    opened_at: float
+    # Time at which it came to owe an answer.
+    owes_since: float
     is_ready: bool = False
     # Number of batches that it carried so far.
     sent: int = 0
@@ -171,7 +172,7 @@ class Publisher:
             except Disconnected:
                 self._lost(wire)
             else:
-                since = max(wire.link.heard_at, wire.opened_at)
+                since = max(wire.link.heard_at, wire.owes_since)
                 patience = self._silence_s.get(wire.broker, SILENCE_S)
                 if wire.owes() and time.monotonic() - since > patience and self.journal.ack_level > 0:
                     self.journal.turn("silent")
@@ -261,8 +262,7 @@ class Publisher:
                 continue
             wire, entry = self._random.choice(wires), self._pending[sequence]
             if not wire.carries:
-                # From here on it owes an answer.
-                wire.opened_at = time.monotonic()
+                wire.owes_since = time.monotonic()
             self._unsent.remove(sequence)
             entry.sent.append((wire.number, wire.sent))
             wire.sent += 1
