@@ -58,7 +58,7 @@ pub(super) const fn recorded(site: Site) -> u64 {
 /// guards that others notice: the rack (`sim/tests/rack/main.rs`) and `sim/tests/protocol/sessions.rs`.
 pub(super) const fn recorded_guard(guard: Guard) -> Option<u64> {
     Some(match guard {
-        Guard::RecordOwner | Guard::AheadOfGap | Guard::GroupBound => return None,
+        Guard::RecordOwner | Guard::AheadOfGap | Guard::GroupBound | Guard::IndexReserve => return None,
         Guard::TermAfterRead => 407,
         Guard::ClaimBeforeCopy => 5,
         Guard::OwnSegment => 125,
