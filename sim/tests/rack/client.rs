@@ -263,7 +263,7 @@ impl Client {
                     if self.rack.replicated && ack.first_offset != UNKNOWN_OFFSET {
                         self.rack.history.must_be_durable(ack.first_offset, COPIES);
                     }
-                    self.rack.history.acknowledged(self.id, content, ack.first_offset);
+                    self.rack.history.acknowledged(of.0, content, ack.first_offset);
                 }
             }
             Frame::Fenced(fenced) if is_own && fenced.session_epoch == of.1 => {

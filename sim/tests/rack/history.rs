@@ -1,13 +1,13 @@
 //! Record of a schedule, kept apart from the code that it judges: what clients were told, what readers saw and what disks
 //! hold.
 
-use embarcadero_wire::{Order, UNKNOWN_OFFSET};
+use embarcadero_wire::{ClientId, Order, UNKNOWN_OFFSET};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Content of a batch: its client, and its number among the batches of that client, from 0.
-pub(crate) type Content = (usize, u64);
+/// Content of a batch: the id under which its client published it, and its number among the batches of that client, from 0.
+pub(crate) type Content = (ClientId, u64);
 
 /// Entry of the order as a reader saw it: the batch's content and its offset.
 pub(crate) type Seen = (Content, u64);
@@ -109,7 +109,7 @@ impl History {
     }
 
     /// Records that a client heard of a batch that it is in the order.
-    pub fn acknowledged(&self, client: usize, content: u64, first_offset: u64) {
+    pub fn acknowledged(&self, client: ClientId, content: u64, first_offset: u64) {
         let told = lock(&self.acknowledged).insert((client, content), first_offset);
         assert!(told.is_none(), "client {client} heard twice of batch {content}");
     }
@@ -156,7 +156,7 @@ impl History {
         }
         let order = lock(&self.order);
         let mut places: BTreeMap<Content, u64> = BTreeMap::new();
-        let mut last: BTreeMap<usize, u64> = BTreeMap::new();
+        let mut last: BTreeMap<ClientId, u64> = BTreeMap::new();
         for (position, (content, offset)) in order.iter() {
             assert_eq!(offset, position, "offsets follow positions: batches have one message each");
             let before = places.insert(*content, *offset);

@@ -5,9 +5,9 @@ mod leader;
 
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
-use super::history::Seen;
+use super::history::{Content, Seen};
 use super::link::{RackEndpoint, address};
-use super::network::{Request, client_of};
+use super::network::Request;
 use super::nic::{Nic, Port};
 use super::{GLOBAL, HOSTS, LEADERS, Rack};
 use crossbeam_channel::{Sender, bounded};
@@ -100,14 +100,14 @@ pub(crate) fn content_in(body: &[u8]) -> (u64, u64) {
 }
 
 /// Reads the content of a batch that is in the order.
-fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> (usize, u64) {
+fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> Content {
     let (fabric, mut body) = (region.fabric(), [0; MESSAGE_BYTES]);
     let at = RegionOffset(entry.location + FRAME_BYTES as u64);
     fabric.invalidate(at, MESSAGE_BYTES as u64, Site::PayloadRead);
     fabric.read_bytes(at, &mut body);
     let (client, content) = content_in(&body);
     assert_eq!(ClientId(client), entry.client_id, "the payload of {entry:?} is another client's");
-    (client_of(entry.client_id), content)
+    (entry.client_id, content)
 }
 
 impl Machine {

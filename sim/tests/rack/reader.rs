@@ -3,7 +3,6 @@
 use super::fate::{one_in, random};
 use super::host::content_in;
 use super::link::{RackTransport, address};
-use super::network::client_of;
 use super::{GLOBAL, HOSTS, Rack, TOPIC};
 use embarcadero_sim::{Power, SimulatedSubscriber};
 use embarcadero_transport::{Item, LinkError, SubscriberLink, Transport};
@@ -91,9 +90,8 @@ impl Reader {
         assert_eq!(deliver.first_offset, self.next, "a batch was left out, or came twice");
         assert_eq!((header.client_id, header.sequence), (deliver.client_id, deliver.sequence), "another batch came");
         assert_eq!(header.client_id.0, content.0, "another client's payload came");
-        let client = client_of(header.client_id);
         self.rack.history.count(|tally| &mut tally.delivered);
-        self.rack.history.read(deliver.first_offset, ((client, content.1), deliver.first_offset));
+        self.rack.history.read(deliver.first_offset, ((header.client_id, content.1), deliver.first_offset));
         deliver.first_offset + u64::from(deliver.message_count)
     }
 }
