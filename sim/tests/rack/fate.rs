@@ -53,17 +53,23 @@ pub(crate) fn tick() {
     TICKS.set(TICKS.get() + 1);
 }
 
-/// Clock of a host. It is wrong, and runs too fast or too slow.
+/// Clocks of a host. They are wrong, and run too fast or too slow. Somebody may set the wall clock, forward or back.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Clock {
     offset_us: u64,
     per_mille: u64,
+    /// Microseconds by which the wall clock is ahead before and after it is set, at most a day each.
+    ahead_us: [u64; 2],
+    /// Time at which the wall clock is set, microseconds.
+    set_at_us: u64,
 }
 
 impl Clock {
     /// Makes a clock that is up to a minute fast, and counts 0.7 to 1.5 seconds in a true second.
     pub(crate) fn drifting() -> Self {
-        Self { offset_us: random(0..60_000_000), per_mille: random(700..1500) }
+        let offset_us = random(0..60_000_000);
+        let ahead_us = [(); 2].map(|()| [0, random(0..86_400_000_000)][random(0..2) as usize]);
+        Self { offset_us, per_mille: random(700..1500), ahead_us, set_at_us: offset_us + random(0..60_000) }
     }
 
     /// Returns the time that it shows, in microseconds.
@@ -77,7 +83,8 @@ impl embarcadero_os::Clock for Clock {
         static BEGAN: OnceLock<Instant> = OnceLock::new();
         let steady_us = self.now_us();
         let instant = *BEGAN.get_or_init(Instant::now) + Duration::from_micros(steady_us);
-        Now { instant, steady_us, wall_us: EPOCH_US + steady_us }
+        let ahead_us = self.ahead_us[usize::from(steady_us > self.set_at_us)];
+        Now { instant, steady_us, wall_us: EPOCH_US + steady_us + ahead_us }
     }
 }
 

@@ -6,7 +6,7 @@ mod leader;
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
 use super::history::{Content, Seen};
-use super::link::{RackEndpoint, address};
+use super::link::{RackEndpoint, SharedNic, address};
 use super::network::Request;
 use super::nic::{Nic, Port};
 use super::{GLOBAL, HOSTS, LEADERS, Rack};
@@ -32,7 +32,7 @@ use embarcadero_sim::{Power, Simulated};
 use embarcadero_wire::{BrokerId, ClientId, FRAME_BYTES, Term};
 use leader::Leader;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bytes of the one message of a batch.
@@ -58,6 +58,7 @@ struct Process {
     topics: Arc<TopicTable<Simulated>>,
     worker: Worker<Simulated, RackEndpoint, Clock>,
     shared: Shared<Simulated>,
+    nic: Option<SharedNic>,
     replicator: Option<Replicator<Simulated>>,
     archive: ArchiveReader<Simulated>,
     /// Channel by which the worker gets the leader's stages.
@@ -77,6 +78,8 @@ pub(crate) struct Machine {
     /// Caches of the region and of the mirror.
     fabrics: [Simulated; 2],
     process: Option<Process>,
+    /// NIC of a process that is gone, which does not know it yet.
+    orphan: Option<Nic>,
     /// Rounds until its process starts again; `None` once it has left for good.
     down_for: Option<u64>,
 }
@@ -121,6 +124,7 @@ impl Machine {
             power: Power::default(),
             fabrics: rack.join(host),
             process: None,
+            orphan: None,
             down_for: Some(down_for),
         }
     }
@@ -177,7 +181,13 @@ impl Machine {
 
     pub(crate) fn round(&mut self) {
         let Some(process) = &mut self.process else {
-            self.rack.network.cut(self.host);
+            match &mut self.orphan {
+                Some(nic) => {
+                    nic.drive(self.clock.now_us());
+                    self.orphan.take_if(|_| one_in(8));
+                }
+                None => self.rack.network.cut(self.host),
+            }
             match &mut self.down_for {
                 Some(0) => self.start(),
                 Some(rounds) => *rounds -= 1,
@@ -202,6 +212,7 @@ impl Machine {
     }
 
     fn start(&mut self) {
+        self.orphan = None;
         let Self { host, rack, clock, disk, power, fabrics, .. } = &*self;
         match or_crash(*host, || Process::start(*host, rack, *clock, disk, power, fabrics)) {
             Some(process) => self.process = Some(process),
@@ -212,7 +223,10 @@ impl Machine {
     fn crash(&mut self) {
         self.rack.history.count(|tally| &mut tally.crashes);
         self.fabrics.iter().for_each(Simulated::crash);
-        if one_in(2) {
+        let nic = self.process.as_ref().and_then(|process| process.nic.as_ref());
+        let orphan = nic.map(|nic| nic.lock().unwrap_or_else(PoisonError::into_inner).leave());
+        let has_power = one_in(2);
+        if !has_power {
             self.power.fail();
         }
         self.process = None;
@@ -221,6 +235,8 @@ impl Machine {
         self.disk.restart();
         self.rack.network.cut(self.host);
         self.fabrics = self.rack.join(self.host);
+        // Without power the NIC is gone, too.
+        self.orphan = orphan.filter(|_| has_power).map(|nic| nic.on(&self.fabrics[0]));
         self.down_for = Some(random(0..30));
     }
 }
@@ -271,12 +287,10 @@ impl Process {
         };
         publish_broker(&region, &info);
         let (promote, promoted) = bounded(1);
-        let nic = || {
-            let nic = Nic::new(Port::of_host(host), &rack.network, Some(region.fabric().clone()));
-            (Arc::new(Mutex::new(nic)), clock)
-        };
+        let nic = || Arc::new(Mutex::new(Nic::new(Port::of_host(host), &rack.network, Some(region.fabric().clone()))));
+        let nic = rack.has_nics.then(nic);
         let sockets = rack.transport.of_client(power, None).sockets.listen(address(host));
-        let endpoint = RackEndpoint { sockets, nic: rack.has_nics.then(nic) };
+        let endpoint = RackEndpoint { sockets, nic: nic.clone().map(|nic| (nic, clock)) };
         let shared = shared(Arc::clone(&topics), landed, archive);
         let setup = WorkerSetup {
             index: 0,
@@ -297,6 +311,7 @@ impl Process {
             topics,
             worker,
             shared,
+            nic,
             replicator,
             archive: archive_reader,
             promote,

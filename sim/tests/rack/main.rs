@@ -91,6 +91,8 @@ pub struct Rack {
     pub order: Order,
     /// Bytes of batches that the topic keeps; 0 for all.
     pub retention_bytes: u64,
+    /// Milliseconds for which the topic keeps batches; 0 for ever.
+    pub retention_ms: u64,
     /// Bounds by which leaders go.
     pub limits: SequencerLimits,
     world: Arc<Mutex<World>>,
@@ -124,6 +126,7 @@ impl Rack {
             has_nics: one_in(2),
             order: if one_in(3) { Order::Total } else { Order::Strong },
             retention_bytes: if small { random(4..16) << 10 } else { 0 },
+            retention_ms: if small && one_in(3) { random(10..60) } else { 0 },
             catalogs: Mutex::default(),
             limits: SequencerLimits { group_batches, gap_us, idle_us },
             world,
@@ -143,6 +146,7 @@ impl Rack {
             ack_level: 1 + u8::from(self.replicated),
             replication_factor: if self.replicated { COPIES as u8 + 1 } else { 1 },
             retention_bytes: self.retention_bytes,
+            retention_ms: self.retention_ms,
             ..topic(TOPIC, self.order)
         }
     }

@@ -108,6 +108,16 @@ impl Nic {
         Self { port, network: Arc::clone(network), fabric, last_number: 0, pairs: BTreeMap::new() }
     }
 
+    /// Returns the NIC as it goes on once its process is gone, until somebody ends its queue pairs.
+    pub(crate) fn leave(&mut self) -> Self {
+        Self { pairs: std::mem::take(&mut self.pairs), ..Self::new(self.port, &self.network, None) }
+    }
+
+    /// Returns the NIC with another view of the region.
+    pub(crate) fn on(self, fabric: &Simulated) -> Self {
+        Self { fabric: Some(fabric.clone()), ..self }
+    }
+
     /// Chooses the end of a new queue pair.
     pub(crate) fn open(&mut self) -> PairEnd {
         self.last_number += 1;

@@ -19,13 +19,15 @@ pub(crate) struct Reader {
     link: Option<SimulatedSubscriber>,
     /// Offset of the next message.
     next: u64,
+    /// Time at which the last batch was ordered, by the leader's clock.
+    ordered_us: u64,
 }
 
 impl Reader {
     pub(crate) fn new(rack: &Arc<Rack>) -> Self {
         let power = Power::default();
         let transport = rack.transport.of_client(&power, None);
-        Self { rack: Arc::clone(rack), power, transport, link: None, next: 0 }
+        Self { rack: Arc::clone(rack), power, transport, link: None, next: 0, ordered_us: 0 }
     }
 
     /// Returns the offset up to which it has read.
@@ -38,7 +40,8 @@ impl Reader {
         if one_in(2) {
             self.power.fail();
         }
-        *self = Self { next: self.next, ..Self::new(&self.rack) };
+        let Self { next, ordered_us, .. } = *self;
+        *self = Self { next, ordered_us, ..Self::new(&self.rack) };
     }
 
     pub(crate) fn round(&mut self) {
@@ -50,6 +53,8 @@ impl Reader {
                 Ok(Item::Frame(frame)) => panic!("{frame:?} came to a subscriber"),
                 Ok(Item::Batch(deliver, header, body)) => {
                     let header = header.expect("nothing damages batches");
+                    assert!(deliver.ordered_us >= self.ordered_us, "time goes back at {}", self.next);
+                    self.ordered_us = deliver.ordered_us;
                     self.next = self.read(&deliver, &header, content_in(&link.bytes()[body]));
                 }
                 Err(LinkError::Refused {
