@@ -311,7 +311,9 @@ impl Layout {
     #[inline]
     #[must_use]
     pub(crate) const fn index_entry(&self, segment: u32, position: u64) -> RegionOffset {
-        self.segment(segment).add(position % self.entries_per_segment() * bytes_of::<IndexEntry>())
+        // A power of two: the geometry's bounds say so.
+        let entry = position & (self.entries_per_segment() - 1);
+        self.segment(segment).add(entry * bytes_of::<IndexEntry>())
     }
 
     /// Position of the reserved line of a broker's [`OffsetEntry`] in a topic.

@@ -100,6 +100,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// Gives every segment back: the topic is gone.
     pub fn abandon(&mut self) {
         self.trim(self.published);
+        self.room_until = 0;
         for segment in std::mem::take(&mut self.segments) {
             self.release(segment);
         }

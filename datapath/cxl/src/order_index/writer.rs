@@ -57,6 +57,8 @@ pub struct OrderIndexWriter<F> {
     pub(super) segments: VecDeque<IndexSegment>,
     /// True while the newest segment takes no more entries: an earlier leader may write into it.
     sealed: bool,
+    /// Position before which entries fit into the newest segment; 0 while there is none, or it is sealed.
+    pub(super) room_until: u64,
     /// Term under which the tail was last published.
     written_under: Term,
 }
@@ -113,6 +115,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         segments: VecDeque<IndexSegment>,
     ) -> Self {
         let IndexOptions { id, incarnation, writer, .. } = options;
+        let room_until = segments.back().map_or(0, |newest| room_until(&region, newest.ordinal));
         Self {
             tail_at: id.tail(&region, writer),
             region,
@@ -129,6 +132,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
             trimmed: tail.trimmed,
             segments,
             sealed: false,
+            room_until,
             written_under: tail.term,
         }
     }
@@ -177,6 +181,9 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let is_open =
             !self.next.is_multiple_of(self.region.layout().entries_per_segment()) && !self.segments.is_empty();
         self.sealed = is_open && self.region.fabric().keeps(Guard::OwnSegment);
+        if self.sealed {
+            self.room_until = 0;
+        }
         self.sealed
     }
 
@@ -259,8 +266,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// Returns true when one more entry fits.
     #[inline]
     pub fn has_room(&self) -> bool {
-        let ordinal = self.next / self.region.layout().entries_per_segment();
-        !self.sealed && self.segments.back().is_some_and(|newest| newest.ordinal == ordinal)
+        self.next < self.room_until
     }
 
     #[cold]
@@ -284,6 +290,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         fabric.flush(at, 8, Site::DirectoryFlush);
         fabric.fence(Site::DirectoryFlush);
         self.segments.push_back(IndexSegment { ordinal, segment, own: true });
+        self.room_until = room_until(&self.region, ordinal);
     }
 
     /// Writes the next entry with its offset and commit word, and returns the offset of the batch's first message.
@@ -293,8 +300,8 @@ impl<F: Fabric> OrderIndexWriter<F> {
     #[inline]
     pub fn append(&mut self, mut entry: IndexEntry) -> u64 {
         let layout = self.region.layout();
-        let (ordinal, segment) = self.segments.back().map_or((u64::MAX, 0), |last| (last.ordinal, last.segment));
-        assert!(!self.sealed && ordinal == self.next / layout.entries_per_segment(), "append without room");
+        assert!(self.has_room(), "append without room");
+        let Some(IndexSegment { segment, .. }) = self.segments.back().copied() else { unreachable!("there is room") };
         entry.first_offset = self.next_offset;
         entry.commit = commit_word(self.next);
         self.region.fabric().store_line(layout.index_entry(segment, self.next), &entry);
@@ -339,6 +346,11 @@ impl<F: Fabric> OrderIndexWriter<F> {
     pub fn fence(&self) {
         self.region.fabric().fence(Site::TailFlush);
     }
+}
+
+/// Returns the position after the last entry of an index's segment.
+fn room_until<F: Fabric>(region: &Region<F>, ordinal: u64) -> u64 {
+    (ordinal + 1) * region.layout().entries_per_segment()
 }
 
 /// Finds the segments of an index from its directory.
