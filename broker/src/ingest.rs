@@ -2,6 +2,7 @@
 
 use crate::ack::AckQueue;
 use crate::delegation::{Landed, Origin};
+use crate::session_board::SessionHold;
 use crate::topics::{Topic, TopicTable};
 use crossbeam_channel::Sender;
 use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
@@ -50,6 +51,8 @@ pub(crate) struct PublisherSession<F: Fabric> {
     waiting_since: Option<Instant>,
     /// True if what it waits for, or waited for last, is room: memory, or the Batchlog. False if it is its own window.
     waits_for_room: bool,
+    /// Connection, as the leader sees it.
+    hold: SessionHold,
 }
 
 impl<F: Fabric> PublisherSession<F> {
@@ -116,6 +119,7 @@ impl<F: Fabric> PublisherSession<F> {
             active_at: now,
             waiting_since: None,
             waits_for_room: false,
+            hold: topics.sessions().hold(open.session_slot),
         };
         Ok((session, ready))
     }
@@ -166,9 +170,10 @@ impl<F: Fabric> PublisherSession<F> {
         }
     }
 
-    /// Returns true if a batch that waits needs room that others may give: memory, or the Batchlog.
-    pub(crate) fn waits_for_room(&self) -> bool {
-        self.waits_for_room
+    /// Shows whether the publisher waits for room that others may give: memory, or the Batchlog. It does not while it is not
+    /// `listened` to.
+    pub(crate) fn show_wait(&mut self, listened: bool) {
+        self.hold.set_waiting(listened && self.waits_for_room);
     }
 
     /// Notes that the publisher waits no more.

@@ -34,6 +34,7 @@ mod pool;
 mod reclaim;
 pub mod replica;
 pub mod sequencer;
+pub mod session_board;
 mod takeover;
 pub mod topics;
 pub mod worker;

@@ -2,6 +2,7 @@
 
 use crate::blog::{Blog, BlogId};
 use crate::pins::PinBoard;
+use crate::session_board::SessionBoard;
 use embarcadero_cxl::batchlog::BatchlogWriter;
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::NoLeader;
@@ -107,13 +108,15 @@ pub struct TopicTable<F: Fabric> {
     broker: BrokerId,
     pool: Arc<dyn SegmentAllocator>,
     open: Mutex<Vec<Option<Arc<Topic<F>>>>>,
+    sessions: Arc<SessionBoard>,
 }
 
 impl<F: Fabric> TopicTable<F> {
     /// Returns a table in which no topic is open. Topics that open later take their segments from `pool`.
     pub fn new(region: Region<F>, broker: BrokerId, pool: Arc<dyn SegmentAllocator>) -> Self {
         let slots = region.geometry().max_topics as usize;
-        Self { region, broker, pool, open: Mutex::new(vec![None; slots]) }
+        let sessions = Arc::new(SessionBoard::new(region.geometry().max_sessions));
+        Self { region, broker, pool, open: Mutex::new(vec![None; slots]), sessions }
     }
 
     fn slots(&self) -> MutexGuard<'_, Vec<Option<Arc<Topic<F>>>>> {
@@ -133,6 +136,11 @@ impl<F: Fabric> TopicTable<F> {
     /// Allocator that gives this broker its segments.
     pub fn pool(&self) -> &Arc<dyn SegmentAllocator> {
         &self.pool
+    }
+
+    /// Connections that this broker has of each session.
+    pub fn sessions(&self) -> &Arc<SessionBoard> {
+        &self.sessions
     }
 
     /// Returns the topic in slot `id` if it is live and of this incarnation. Opens it first if need be.

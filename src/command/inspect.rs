@@ -11,10 +11,11 @@ use embarcadero_cxl::owner::{SegmentUse, read_owner};
 use embarcadero_cxl::replication::{Completion, Replication, read_completion_at, read_replicated};
 use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::sequencer_half::{Consumed, read_consumed_at};
+use embarcadero_cxl::session_connections::{Connected, ConnectionsReader};
 use embarcadero_cxl::session_table::{Progress, Session, read_progress_at, read_session_at};
 use embarcadero_cxl::topic_table::{TopicConfig, read_released, read_topic_at};
 use embarcadero_cxl::{Damage, Fabric, Native, Region, Row, Site, damaged_lines};
-use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Stream, TopicId};
+use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, SessionSlot, Stream, TopicId};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -51,6 +52,10 @@ struct BrokerReport {
     heartbeat: u64,
     batches_published: u64,
     replica: ReplicaState,
+    /// Session slots of which the broker has connections.
+    connected_sessions: Vec<SessionSlot>,
+    /// Session slots of which a batch waits for room there.
+    waiting_sessions: Vec<SessionSlot>,
 }
 
 #[derive(Serialize)]
@@ -200,7 +205,18 @@ impl Reader<'_> {
             self.damage.push(damage.to_string());
             ReplicaState::Failed
         });
-        Some(BrokerReport { info, heartbeat, batches_published, replica })
+        let mut connections = ConnectionsReader::new(self.region, 1 << broker.0);
+        let sessions = self.region.geometry().sessions().map(|slot| (slot, connections.of(slot)));
+        let connected: Vec<_> = sessions.filter(|(_, connected)| *connected != Connected::No).collect();
+        let waiting = connected.iter().filter(|(_, connected)| *connected == Connected::Waiting);
+        Some(BrokerReport {
+            info,
+            heartbeat,
+            batches_published,
+            replica,
+            waiting_sessions: waiting.map(|(slot, _)| *slot).collect(),
+            connected_sessions: connected.iter().map(|(slot, _)| *slot).collect(),
+        })
     }
 
     fn topic(&mut self, id: TopicId) -> Option<TopicReport> {

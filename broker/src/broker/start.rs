@@ -30,6 +30,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Runtime;
 
+/// Heartbeats without a connection after which a session counts as abandoned. A client that goes to another broker is there
+/// sooner.
+const ABANDONED_HEARTBEATS: u64 = 20;
+
 /// Checks that a region is the one that the configuration names.
 fn check_region(config: &BrokerConfig, region: &Region<Native>) -> Result<(), BrokerError> {
     if let Some(text) = &config.cxl.uuid {
@@ -232,6 +236,8 @@ impl CandidateParts {
             limits: SequencerLimits {
                 group_batches: GROUP_BATCHES,
                 gap_us: config.gap_lease_ms * 1000,
+                excuse_us: config.exhausted_wait_ms * 1000,
+                abandoned_us: config.heartbeat_ms * ABANDONED_HEARTBEATS * 1000,
                 idle_us: config.session_idle_ms * 1000,
             },
             broker_lease: Duration::from_millis(config.broker_lease_ms),

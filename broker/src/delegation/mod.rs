@@ -11,6 +11,7 @@ use embarcadero_cxl::broker_table::{Pulse, last_incarnation};
 use embarcadero_cxl::layout::TopicState;
 use embarcadero_cxl::leadership::read_leader;
 use embarcadero_cxl::segment::{PartitionAllocator, PoolError};
+use embarcadero_cxl::session_connections::ConnectionsWriter;
 use embarcadero_cxl::topic_table::{publish_released, read_topic};
 use embarcadero_cxl::{Damage, Fabric, Region, RegionOffset, Row, Site};
 use embarcadero_os::Times;
@@ -91,6 +92,7 @@ pub struct Delegation<F: Fabric> {
     stalled: Option<Landed<F>>,
     acks: Vec<Sender<OrderedLocally>>,
     pulse: Pulse<F>,
+    connections: ConnectionsWriter<F>,
     group: FlushGroup,
     /// Incarnation of this process; `None` where no other process can have this broker's id.
     incarnation: Option<Incarnation>,
@@ -112,6 +114,7 @@ impl<F: Fabric> Delegation<F> {
     ) -> Self {
         let slots = topics.region().geometry().max_topics;
         let pulse = Pulse::new(topics.region().clone(), topics.broker());
+        let connections = ConnectionsWriter::new(topics.region().clone(), topics.broker());
         let orphaned = OrphanedSegments::new(topics.region().clone(), topics.broker(), Arc::clone(topics.pool()));
         Self {
             logs: (0..slots).map(|_| None).collect(),
@@ -120,6 +123,7 @@ impl<F: Fabric> Delegation<F> {
             stalled: None,
             acks,
             pulse,
+            connections,
             group,
             incarnation: None,
             superseded: false,
@@ -235,10 +239,16 @@ impl<F: Fabric> Delegation<F> {
         }
     }
 
-    /// Applies retention, gives segments back, and opens and closes topics. Call it every few milliseconds.
+    /// Shows the connections of sessions, applies retention, gives segments back, and opens and closes topics. Call it every
+    /// few milliseconds.
     pub fn maintain(&mut self, now: impl Into<Times>) {
         if self.superseded {
             return;
+        }
+        // What a dead broker showed does not count.
+        if !self.dead {
+            let sessions = self.topics.sessions();
+            self.connections.publish(|slot| sessions.connected(slot));
         }
         let now = now.into();
         let region = self.topics.region().clone();
@@ -295,11 +305,6 @@ impl<F: Fabric> Delegation<F> {
                 publish_released(&region, id, self.topics.broker(), config.incarnation);
             }
         }
-    }
-
-    /// Announces that batches wait for room at this broker, so that the leader fences no session for a gap meanwhile.
-    pub(crate) fn stalled(&mut self) {
-        self.pulse.stall();
     }
 
     /// Closes a deleted topic once no connection holds it, and announces that this broker holds nothing of it.

@@ -1,4 +1,4 @@
-//! Maintenance: leases, retention, reclaiming and deletion.
+//! Maintenance: retention, reclaiming and deletion.
 
 use super::Sequencer;
 use super::topic::TopicOrder;
@@ -16,9 +16,10 @@ impl<F: Fabric> Sequencer<F> {
     pub fn maintain(&mut self, now: impl Into<Times>) {
         let now = now.into();
         self.now_us = now.steady_us;
-        let live = read_leader_at(&self.region, self.area).used().map_or(u64::MAX, |leader| leader.pinning_mask);
-        let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| live & (1 << id.0) != 0).collect();
-        self.expire_gaps(now.steady_us);
+        let said = read_leader_at(&self.region, self.area).used();
+        let (live, pinning) = said.map_or((u64::MAX, u64::MAX), |said| (said.broker_mask, said.pinning_mask));
+        let brokers: Vec<BrokerId> = self.region.geometry().brokers().filter(|id| pinning & (1 << id.0) != 0).collect();
+        self.fence_gaps(live, now.steady_us);
         let awaited = self.awaited_topics();
         for topic in self.topics.iter_mut().flatten() {
             let config = &topic.config;

@@ -7,8 +7,9 @@
 //! - `group`: batches are judged and get their places, a group at a time.
 //! - `topic`: one topic's order, and its copy in the mirror.
 //! - `sessions`, `topics`: what the control plane asks for. `slots`: the session slots.
-//! - `maintenance`: leases, retention, reclaiming, deletion.
+//! - `maintenance`: retention, reclaiming, deletion. `gaps`: the leases of gaps.
 
+mod gaps;
 mod group;
 mod maintenance;
 mod recover;
@@ -82,6 +83,10 @@ pub struct SequencerLimits {
     pub group_batches: u64,
     /// Longest time that a gap may last before its session is fenced.
     pub gap_us: u64,
+    /// Longest time for which a session that waits for room is excused beyond `gap_us`.
+    pub excuse_us: u64,
+    /// Time without a connection after which a session with a gap counts as abandoned. It is fenced when memory is short.
+    pub abandoned_us: u64,
     /// Time without batches after which a session's slot may go to another client. If its client never committed a batch,
     /// `gap_us` are enough.
     pub idle_us: u64,
@@ -89,7 +94,13 @@ pub struct SequencerLimits {
 
 impl SequencerLimits {
     /// Limits for tests and benches: no lease ends.
-    pub const LASTING: Self = Self { group_batches: GROUP_BATCHES, gap_us: u64::MAX / 2, idle_us: u64::MAX / 2 };
+    pub const LASTING: Self = Self {
+        group_batches: GROUP_BATCHES,
+        gap_us: u64::MAX / 2,
+        excuse_us: 0,
+        abandoned_us: u64::MAX / 2,
+        idle_us: u64::MAX / 2,
+    };
 }
 
 /// Counters of a sequencer.
@@ -133,8 +144,6 @@ pub struct Sequencer<F: Fabric> {
     group: Group,
     /// Batches published by each broker, as last seen.
     pulses: Vec<u64>,
-    /// Stall counter of each broker, as last seen.
-    stalls: Vec<u64>,
     /// Index of the broker whose Batchlogs are read first in the next turn. All get their turn, even if one could fill
     /// the budget.
     first: usize,

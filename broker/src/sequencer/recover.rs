@@ -95,7 +95,6 @@ impl<F: Fabric> Sequencer<F> {
             closing: Vec::new(),
             group: Group::new(geometry.max_sessions, limits.group_batches),
             pulses: geometry.brokers().map(|_| 0).collect(),
-            stalls: geometry.brokers().map(|_| 0).collect(),
             first: area.0.index(),
         };
         let TopicRows { live, damaged } = TopicRows::read(&sequencer.region, area);

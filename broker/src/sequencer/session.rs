@@ -5,7 +5,9 @@
 
 // [[DEVIATION_008]] The paper's sequencer skips a gap that does not close.
 
+use super::SequencerLimits;
 use embarcadero_cxl::layout::{BatchEntry, SESSION_WINDOW};
+use embarcadero_cxl::session_connections::Connected;
 use embarcadero_cxl::session_table::Session;
 use embarcadero_wire::{BrokerId, Order};
 
@@ -50,6 +52,10 @@ pub struct SessionOrder {
     gap_since_us: u64,
     /// Time of the last arrival, microseconds.
     pub(crate) active_us: u64,
+    /// Time at which the session was last seen to wait for room, microseconds.
+    waited_us: u64,
+    /// Time since which no broker was seen to have a connection of the session, microseconds; `None` while one has.
+    alone_since_us: Option<u64>,
 }
 
 impl SessionOrder {
@@ -65,6 +71,8 @@ impl SessionOrder {
             committed: vec![0; SESSION_WINDOW as usize].into_boxed_slice(),
             gap_since_us: now_us,
             active_us: now_us,
+            waited_us: 0,
+            alone_since_us: None,
         }
     }
 
@@ -88,11 +96,10 @@ impl SessionOrder {
         self.expected > self.session.first_sequence || self.committed.iter().any(|tag| *tag > self.expected)
     }
 
-    /// Returns true while batches wait for a gap to close.
-    #[inline]
+    /// Returns true while batches wait for one that is missing. A batch that is due may wait, too: for room in the order.
     #[must_use]
     pub(crate) fn has_gap(&self) -> bool {
-        self.held_count > 0
+        self.held_count > 0 && self.held[Self::place(self.expected)].is_none()
     }
 
     /// Number of batches that wait.
@@ -101,15 +108,41 @@ impl SessionOrder {
         self.held_count
     }
 
-    /// Time from which the lease of the present gap runs, microseconds.
-    #[must_use]
-    pub(crate) fn gap_since_us(&self) -> u64 {
-        self.gap_since_us
+    /// Notes which connections the session is seen to have while it has a gap.
+    pub(crate) fn note_connections(&mut self, connected: Connected, now_us: u64) {
+        match connected {
+            Connected::No => {
+                self.alone_since_us.get_or_insert(now_us);
+            }
+            Connected::Open => self.alone_since_us = None,
+            Connected::Waiting => {
+                self.alone_since_us = None;
+                self.waited_us = now_us;
+            }
+        }
     }
 
-    /// Starts the lease of the gap again: the gap is not the client's fault.
-    pub(crate) fn restart_gap_timer(&mut self, now_us: u64) {
-        self.gap_since_us = now_us;
+    /// Returns true once the lease of the present gap is over. It runs from when the session last waited for room, and yet
+    /// not longer than `gap_us` and `excuse_us` together.
+    #[must_use]
+    pub(crate) fn is_overdue(&self, limits: &SequencerLimits, now_us: u64) -> bool {
+        let lasted_us = now_us.saturating_sub(self.gap_since_us);
+        let unexcused_us = now_us.saturating_sub(self.gap_since_us.max(self.waited_us));
+        unexcused_us > limits.gap_us || lasted_us > limits.gap_us.saturating_add(limits.excuse_us)
+    }
+
+    /// Returns true once no broker has had a connection of the session for `abandoned_us` of the present gap. A client
+    /// without acknowledgements may leave in order, and what it sent counts.
+    #[must_use]
+    pub(crate) fn is_abandoned(&self, limits: &SequencerLimits, now_us: u64) -> bool {
+        let alone = |since: u64| now_us.saturating_sub(since.max(self.gap_since_us)) > limits.abandoned_us;
+        self.session.ack_level > 0 && self.alone_since_us.is_some_and(alone)
+    }
+
+    /// Returns the brokers that received batches which wait here, one bit each.
+    #[must_use]
+    pub(crate) fn holders(&self) -> u64 {
+        self.held.iter().flatten().fold(0, |mask, held| mask | 1 << held.broker.0)
     }
 
     #[inline]

@@ -1,11 +1,8 @@
 //! Sessions: opening, closing and fencing them.
 
 use super::session::SessionOrder;
-use super::topic::TopicOrder;
 use super::{Group, Sequencer};
-use embarcadero_cxl::broker_table::read_stalls;
 use embarcadero_cxl::layout::{SESSION_WINDOW, SessionState};
-use embarcadero_cxl::segment::free_segments;
 use embarcadero_cxl::session_table::{
     Commit, Progress, Session, commits_ahead, publish_session, read_commit_at, store_progress, verified_progress_at,
 };
@@ -208,33 +205,6 @@ impl<F: Fabric> Sequencer<F> {
         }
         store_progress(&self.region, self.area, slot, progress);
         self.region.fabric().fence(Site::RecordFlush);
-    }
-
-    /// Fences the sessions whose gap has lasted too long.
-    pub(super) fn expire_gaps(&mut self, now_us: u64) {
-        // A broker that has no room leaves batches unread, perhaps the one that is missing: no lease runs then.
-        let is_starved = self.group.starved || self.topics.iter().flatten().any(TopicOrder::is_starved);
-        let mut stalled = is_starved || free_segments(&self.region) == 0;
-        for (broker, seen) in self.region.geometry().brokers().zip(&mut self.stalls) {
-            let stalls = read_stalls(&self.region, broker);
-            stalled |= *seen != stalls;
-            *seen = stalls;
-        }
-        if self.group.held == 0 {
-            return;
-        }
-        let mut expired = Vec::new();
-        for (slot, order) in self.region.geometry().sessions().zip(&mut self.group.sessions) {
-            let Some(order) = order.as_mut().filter(|order| order.has_gap()) else { continue };
-            if stalled {
-                order.restart_gap_timer(now_us);
-            } else if now_us.saturating_sub(order.gap_since_us()) > self.limits.gap_us {
-                expired.push(slot);
-            }
-        }
-        for slot in expired {
-            self.end_session(slot, SessionState::Fenced);
-        }
     }
 }
 

@@ -113,11 +113,6 @@ impl<F: Fabric> TopicOrder<F> {
         self.index.fence();
     }
 
-    /// Returns true while batches wait because the order has no room.
-    pub(super) fn is_starved(&self) -> bool {
-        self.starved
-    }
-
     /// Makes sure that one more entry fits, in both regions. Returns false, and logs why, when a pool gives no segment.
     #[inline]
     pub(super) fn make_room(&mut self) -> bool {

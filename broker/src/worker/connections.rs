@@ -65,9 +65,12 @@ impl<F: Fabric, L: Connection<F>> Client<F, L> {
         matches!(self.role, Role::Subscriber(_)) && self.outbox.lowest_position() != u64::MAX
     }
 
-    /// Returns true when the peer is a publisher whose batch waits for memory or for the Batchlog.
-    pub(super) fn waits_for_room(&self) -> bool {
-        matches!(&self.role, Role::Publisher(session) if self.waiting && !self.is_behind() && session.waits_for_room())
+    /// Shows whether the peer is a publisher whose batch waits for memory or for the Batchlog.
+    pub(super) fn show_wait(&mut self) {
+        let is_behind = self.is_behind();
+        if let Role::Publisher(session) = &mut self.role {
+            session.show_wait(!is_behind);
+        }
     }
 
     /// Returns true when the peer has sent no opening frame in time.
@@ -183,9 +186,9 @@ impl<F: Fabric, L: Connection<F>> Connections<F, L> {
         (client.token == token).then_some(slot)
     }
 
-    /// Returns all connections.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Client<F, L>> {
-        self.clients.iter().flatten()
+    /// Shows which publishers wait for memory or for the Batchlog.
+    pub(super) fn show_waits(&mut self) {
+        self.clients.iter_mut().flatten().for_each(Client::show_wait);
     }
 
     /// Stops or resumes listening to a peer. While it is not listened to, only its hang-up is watched for.

@@ -12,7 +12,7 @@ use crate::delegation::{Landed, OrderedLocally, Origin};
 use crate::delivery::SubscriberSession;
 use crate::ingest::{PublisherLanding, PublisherSession};
 use crate::topics::TopicTable;
-use connections::{Client, Connections, Role};
+use connections::{Connections, Role};
 use crossbeam_channel::{Receiver, Sender};
 use embarcadero_cxl::Fabric;
 use embarcadero_os::idle::{Idle, Step};
@@ -232,10 +232,10 @@ impl<F: Fabric, E: Endpoint<F>, C: Clock> Worker<F, E, C> {
         self.maintained = now.instant;
     }
 
-    /// Runs the stages' maintenance, and stops the broker once a later process has its id.
+    /// Shows who waits, runs the stages' maintenance, and stops the broker once a later process has its id.
     fn maintain(&mut self, now: Now) {
-        let stalled = self.connections.iter().any(Client::waits_for_room);
-        if self.stages.maintain(now.times(), stalled).is_err() {
+        self.connections.show_waits();
+        if self.stages.maintain(now.times()).is_err() {
             tracing::error!("another process has this broker's id: it was taken for dead, and stops");
             self.shared.superseded.store(true, Ordering::Relaxed);
             self.shared.stop.store(true, Ordering::Relaxed);

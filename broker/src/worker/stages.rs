@@ -65,19 +65,16 @@ impl<F: Fabric> Stages<F> {
         moved
     }
 
-    /// Moves the heartbeat, and runs what is due every few milliseconds. `stalled` says that publishers wait for room.
+    /// Moves the heartbeat, and runs what is due every few milliseconds.
     ///
     /// # Errors
     /// [`Superseded`], when the broker must stop.
-    pub(super) fn maintain(&mut self, now: Times, stalled: bool) -> Result<(), Superseded> {
+    pub(super) fn maintain(&mut self, now: Times) -> Result<(), Superseded> {
         if let Some(delegation) = &mut self.delegation {
             if delegation.is_superseded() {
                 return Err(Superseded);
             }
             delegation.beat();
-            if stalled {
-                delegation.stalled();
-            }
             delegation.maintain(now);
         }
         if self.leader.as_ref().is_some_and(|leader| !leader.sequencer.leads()) {

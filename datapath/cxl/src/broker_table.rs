@@ -15,7 +15,6 @@ const INCARNATION: u64 = offset_of!(BrokerLine, incarnation) as u64;
 const LOCK_NODE: u64 = offset_of!(BrokerLine, lock_node) as u64;
 const HEARTBEAT: u64 = offset_of!(PulseLine, heartbeat) as u64;
 const PUBLISHED: u64 = offset_of!(PulseLine, batches_published) as u64;
-const STALLS: u64 = offset_of!(PulseLine, stalls) as u64;
 const REPLICA: u64 = offset_of!(PulseLine, replica) as u64;
 const CALL_KEY: u64 = offset_of!(PulseLine, call_key) as u64;
 
@@ -145,7 +144,6 @@ pub struct Pulse<F> {
     at: RegionOffset,
     heartbeat: u64,
     published: u64,
-    stalls: u64,
 }
 
 impl<F: Fabric> Pulse<F> {
@@ -154,8 +152,8 @@ impl<F: Fabric> Pulse<F> {
         let at = region.layout().pulse(broker);
         let fabric = region.fabric();
         let heartbeat = fabric.observe(at.add(HEARTBEAT), Site::PulseRead);
-        let (published, stalls) = (fabric.load(at.add(PUBLISHED)), fabric.load(at.add(STALLS)));
-        Self { region, at, heartbeat, published, stalls }
+        let published = fabric.load(at.add(PUBLISHED));
+        Self { region, at, heartbeat, published }
     }
 
     /// Shows that this broker is alive.
@@ -169,12 +167,6 @@ impl<F: Fabric> Pulse<F> {
     pub fn announce(&mut self, batches: u64) {
         self.published += batches;
         self.write(PUBLISHED, self.published);
-    }
-
-    /// Shows that this broker leaves batches unread for want of room.
-    pub fn stall(&mut self) {
-        self.stalls += 1;
-        self.write(STALLS, self.stalls);
     }
 
     #[inline]
@@ -192,9 +184,4 @@ pub fn read_pulse<F: Fabric>(region: &Region<F>, broker: BrokerId) -> (u64, u64)
     let (fabric, at) = (region.fabric(), region.layout().pulse(broker));
     let heartbeat = fabric.observe(at.add(HEARTBEAT), Site::PulseRead);
     (heartbeat, fabric.load(at.add(PUBLISHED)))
-}
-
-/// Reads how often a broker left batches unread for want of room.
-pub fn read_stalls<F: Fabric>(region: &Region<F>, broker: BrokerId) -> u64 {
-    region.fabric().observe(region.layout().pulse(broker).add(STALLS), Site::PulseRead)
 }

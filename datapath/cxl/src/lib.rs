@@ -27,6 +27,7 @@ mod reserved;
 mod row;
 pub mod segment;
 pub mod sequencer_half;
+pub mod session_connections;
 pub mod session_table;
 mod site;
 pub mod takeover;

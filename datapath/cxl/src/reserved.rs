@@ -10,17 +10,19 @@ use crate::layout::{
 };
 use crate::region::Region;
 use crate::row::Damage;
+use crate::session_connections::damaged_words;
 use crate::site::Site;
 use embarcadero_wire::BrokerId;
 
 /// Reads every line whose readers look at single words, and returns what is damaged. Reserved bytes must be zero, and
-/// flags 0 or 1.
+/// flags 0 or 1. Sessions that wait have connections.
 pub fn damaged_lines<F: Fabric>(region: &Region<F>) -> Vec<Damage> {
     let (layout, geometry) = (region.layout(), region.geometry());
     let mut check = Check { region, damage: Vec::new() };
     check.line::<ElectionLine>(layout.election(), Site::TermRead);
     for broker in geometry.brokers() {
         check.line::<PulseLine>(layout.pulse(broker), Site::PulseRead);
+        check.damage.extend(damaged_words(region, broker));
         for topic in geometry.topics() {
             check.line::<BrokerHalf>(layout.broker_half(topic, broker), Site::BatchlogHeadRead);
             check.line::<PinLine>(layout.pin(topic, broker), Site::PinRead);
@@ -95,6 +97,8 @@ mod tests {
         let places = [
             (layout.election().add(offset_of!(ElectionLine, reserved) as u64), "ElectionLine"),
             (layout.pulse(broker).add(offset_of!(PulseLine, reserved) as u64), "PulseLine"),
+            // A slot that the region does not have.
+            (layout.connections_word(broker, 0), "connections of sessions"),
             (layout.broker_half(topic, broker).add(offset_of!(BrokerHalf, reserved) as u64), "BrokerHalf"),
             (layout.pin(topic, broker).add(offset_of!(PinLine, reserved) as u64), "PinLine"),
             (layout.broker_half(topic, broker).add(offset_of!(OffsetEntry, reserved) as u64), "OffsetEntry"),

@@ -39,9 +39,9 @@ labels! {
         BrokerSlotFlush,
         /// Row of the broker table, by any reader.
         BrokerSlotRead,
-        /// Counters of a broker.
+        /// Counters of a broker, and its connections of sessions.
         PulseFlush,
-        /// Counters of a broker, by the leader.
+        /// Counters of a broker, and its connections of sessions, by the leader.
         PulseRead,
         /// Configuration and name of a topic, by the leader.
         TopicFlush,

@@ -35,7 +35,7 @@ fn lead(region: &Region<Simulated>, term: u64, now_us: u64) -> (Sender<Command>,
     let (commands, queue) = unbounded();
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BROKER));
     let memory = Memory { region: region.clone(), pool, mirror: None };
-    let limits = SequencerLimits { group_batches: GROUP_BATCHES, gap_us: GAP_US, idle_us: IDLE_US };
+    let limits = SequencerLimits { gap_us: GAP_US, idle_us: IDLE_US, ..SequencerLimits::LASTING };
     let before = Predecessor::Gone(Term(term - 1));
     let takeover = Takeover { memory, area: AREA, term: Term(term), before, limits, commands: queue };
     (commands, Sequencer::recover(takeover, now_us).unwrap())

@@ -41,7 +41,7 @@ fn lead(region: &Region<Simulated>, area: LeaderArea, term: Term) -> (Sender<Com
     let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), area.0));
     let memory = Memory { region: region.clone(), pool, mirror: None };
     let before = Predecessor::Gone(Term(term.0 - 1));
-    let limits = SequencerLimits { group_batches: GROUP, gap_us: u64::MAX / 2, idle_us: 1000 };
+    let limits = SequencerLimits { group_batches: GROUP, idle_us: 1000, ..SequencerLimits::LASTING };
     let takeover = Takeover { memory, area, term, before, limits, commands: queue };
     (commands, Sequencer::recover(takeover, 0).unwrap())
 }

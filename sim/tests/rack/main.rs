@@ -110,6 +110,7 @@ impl Rack {
     fn new(world: Arc<Mutex<World>>, mirror: Arc<Mutex<World>>, crowded: bool, small: bool) -> Self {
         // Some gaps outlive their lease, some never do.
         let gap_us = [15_000, 60_000, u64::MAX / 2][random(0..3) as usize];
+        let (excuse_us, abandoned_us) = (random(0..40_000), random(2000..20_000));
         // A client that crashed may wait until its session is idle.
         let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { 60_000 };
         // Most groups of some racks are full.
@@ -128,7 +129,7 @@ impl Rack {
             retention_bytes: if small { random(4..16) << 10 } else { 0 },
             retention_ms: if small && one_in(3) { random(10..60) } else { 0 },
             catalogs: Mutex::default(),
-            limits: SequencerLimits { group_batches, gap_us, idle_us },
+            limits: SequencerLimits { group_batches, gap_us, excuse_us, abandoned_us, idle_us },
             world,
             mirror,
             elected: Mutex::new(Term::NONE),

@@ -2,7 +2,7 @@
 
 use super::{
     AREA_ALIGN, BatchEntry, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, Geometry, IndexEntry, LeaderTopic,
-    OffsetEntry, OwnerLine, SESSION_WINDOW, SequencerHalf, SessionRow, Tinode,
+    OffsetEntry, OwnerLine, SESSION_WINDOW, SESSIONS_PER_WORD, SequencerHalf, SessionRow, Tinode,
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, WORD_BYTES};
 use crate::replication::Replication;
@@ -26,6 +26,8 @@ pub struct Layout {
     pub control: u64,
     /// Broker table: a [`BrokerSlot`] per broker.
     pub brokers: u64,
+    /// Connections of sessions: a run of words per broker, see [`crate::session_connections`].
+    pub connections: u64,
     /// Segment bitmap: one run of words (allocators `bitmap` and `leader`), or one run of lines per broker
     /// (`partitioned`).
     pub bitmap: u64,
@@ -98,7 +100,8 @@ impl Layout {
         let pairs = topics * brokers;
         let control = AREA_ALIGN;
         let broker_table = up(control + bytes_of::<ControlBlock>());
-        let bitmap = up(broker_table + brokers * bytes_of::<BrokerSlot>());
+        let connections = up(broker_table + brokers * bytes_of::<BrokerSlot>());
+        let bitmap = up(connections + brokers * Self::connections_bytes(geometry));
         let shared = segments.div_ceil(SEGMENTS_PER_LINE) * LINE_BYTES;
         let partitions = brokers * Self::partition_bytes(geometry);
         let owners = up(bitmap + if partitions > shared { partitions } else { shared });
@@ -116,6 +119,7 @@ impl Layout {
         Self {
             control,
             brokers: broker_table,
+            connections,
             bitmap,
             owners,
             tinodes,
@@ -127,6 +131,12 @@ impl Layout {
             region_bytes: pool + segments * geometry.segment_bytes,
             geometry: *geometry,
         }
+    }
+
+    /// Bytes of one broker's connections of sessions: whole pairs of lines, which CPUs prefetch together.
+    #[must_use]
+    pub(crate) const fn connections_bytes(geometry: &Geometry) -> u64 {
+        (geometry.max_sessions.div_ceil(SESSIONS_PER_WORD) as u64 * WORD_BYTES).next_multiple_of(2 * LINE_BYTES)
     }
 
     /// Bytes of one broker's partition of the bitmap: whole lines, so that no two brokers share one.
@@ -169,6 +179,13 @@ impl Layout {
     #[must_use]
     pub(crate) const fn pulse(&self, broker: BrokerId) -> RegionOffset {
         self.broker(broker).add(offset_of!(BrokerSlot, pulse) as u64)
+    }
+
+    /// Position of a word of a broker's connections of sessions.
+    #[must_use]
+    pub(crate) const fn connections_word(&self, broker: BrokerId, word: u32) -> RegionOffset {
+        let own = self.connections + broker.0 as u64 * Self::connections_bytes(&self.geometry);
+        RegionOffset(own + word as u64 * WORD_BYTES)
     }
 
     /// Position of the [`super::BrokerHalf`] of a broker in a topic.
@@ -369,8 +386,8 @@ mod tests {
                 let layout = Layout::new(&geometry);
                 prop_assert!(layout.region_bytes <= region);
                 let areas = [
-                    bytes_of::<Superblock>(), layout.control, layout.brokers, layout.bitmap, layout.owners, layout.tinodes,
-                    layout.batchlogs, layout.directories, layout.leaders, layout.segments,
+                    bytes_of::<Superblock>(), layout.control, layout.brokers, layout.connections, layout.bitmap, layout.owners,
+                    layout.tinodes, layout.batchlogs, layout.directories, layout.leaders, layout.segments,
                 ];
                 prop_assert!(areas.windows(2).all(|pair| pair[0] < pair[1]));
                 prop_assert!(geometry.directory_slots() >= u64::from(geometry.segment_count));

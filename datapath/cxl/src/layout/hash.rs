@@ -6,7 +6,7 @@ use super::geometry::Geometry;
 use super::structures::STRUCTURES_DIGEST;
 use super::{
     AREA_ALIGN, LAYOUT_VERSION, MAGIC, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, SEGMENTS_PER_WORD,
-    SESSION_WINDOW, commit_word, directory_word, lap_of, pin_word,
+    SESSION_WINDOW, SESSIONS_PER_WORD, commit_word, directory_word, lap_of, pin_word,
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, Versioned};
 use crate::replication::Replication;
@@ -47,6 +47,7 @@ pub const LAYOUT_HASH: u64 = {
             MAX_SEGMENTS as u64,
             SESSION_WINDOW,
             SEGMENTS_PER_WORD as u64,
+            SESSIONS_PER_WORD as u64,
         ],
     );
     // Batches lie in segments as they travel.
@@ -84,6 +85,7 @@ const fn areas(hash: u64, geometry: &Geometry) -> u64 {
     let Layout {
         control,
         brokers,
+        connections,
         bitmap,
         owners,
         tinodes,
@@ -98,10 +100,23 @@ const fn areas(hash: u64, geometry: &Geometry) -> u64 {
     let hash = each(
         hash,
         "areas",
-        &[control, brokers, bitmap, owners, tinodes, batchlogs, directories, leaders, segments, region_bytes],
+        &[
+            control,
+            brokers,
+            connections,
+            bitmap,
+            owners,
+            tinodes,
+            batchlogs,
+            directories,
+            leaders,
+            segments,
+            region_bytes,
+        ],
     );
     let parts = &[leader.halves, leader.completion, leader.sessions, leader.directories, leader.bytes];
-    let sizes = &[Layout::partition_bytes(geometry), Layout::directory_bytes(geometry)];
+    let sizes =
+        &[Layout::connections_bytes(geometry), Layout::partition_bytes(geometry), Layout::directory_bytes(geometry)];
     places(each(each(hash, "leader area", parts), "sizes", sizes), geometry)
 }
 
@@ -112,6 +127,7 @@ const fn places(hash: u64, geometry: &Geometry) -> u64 {
     let of_broker = [
         layout.broker(broker),
         layout.pulse(broker),
+        layout.connections_word(broker, 9),
         layout.broker_half(topic, broker),
         layout.pin(topic, broker),
         layout.broker_tail(topic, broker),

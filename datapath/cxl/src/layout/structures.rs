@@ -166,13 +166,11 @@ structures! {
     line PulseLine: 64 {
         heartbeat: u64 = 0,
         batches_published: u64 = 8,
-        /// Grows while the broker leaves batches unread for want of room.
-        stalls: u64 = 16,
         /// State of the broker's replica: a [`super::ReplicaState`].
-        replica: u64 = 24,
+        replica: u64 = 16,
         /// Secret by which the broker's calls to other brokers are known: who maps the region can read it.
-        call_key: u64 = 32,
-        reserved: [u64; 3] = 40,
+        call_key: u64 = 24,
+        reserved: [u64; 4] = 32,
     }
 
     /// Row of the broker table.

@@ -121,18 +121,27 @@ const fn valid_bits(segments: u32, word: u32) -> u64 {
 
 /// Counts the segments that are free.
 pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
+    let geometry = region.geometry();
+    match geometry.allocator {
+        AllocatorKind::Bitmap | AllocatorKind::Leader => free_segments_of(region, BrokerId(0)),
+        AllocatorKind::Partitioned => geometry.brokers().map(|broker| free_segments_of(region, broker)).sum(),
+    }
+}
+
+/// Counts the free segments that a broker may take.
+pub fn free_segments_of<F: Fabric>(region: &Region<F>, broker: BrokerId) -> u32 {
     let (geometry, layout) = (region.geometry(), region.layout());
     let free = |count: u32, word_at: &dyn Fn(u32) -> RegionOffset| -> u32 {
         let words = 0..count.div_ceil(SEGMENTS_PER_WORD);
         let zeros = |word| !region.fabric().observe(word_at(word), Site::BitmapRead) & valid_bits(count, word);
         words.map(|word| zeros(word).count_ones()).sum()
     };
-    if geometry.allocator != AllocatorKind::Partitioned {
-        return free(geometry.segment_count, &|word| layout.bitmap_word(word));
+    match geometry.allocator {
+        AllocatorKind::Bitmap | AllocatorKind::Leader => free(geometry.segment_count, &|word| layout.bitmap_word(word)),
+        AllocatorKind::Partitioned => {
+            free(geometry.partition(broker).len() as u32, &|word| layout.partition_word(broker, word))
+        }
     }
-    let partition =
-        |broker: BrokerId| free(geometry.partition(broker).len() as u32, &|word| layout.partition_word(broker, word));
-    geometry.brokers().map(partition).sum()
 }
 
 /// Returns the segments that are in use, where one bitmap has all of them: not with
