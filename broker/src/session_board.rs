@@ -8,7 +8,7 @@ use embarcadero_wire::SessionSlot;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Number of one connection that waits, in a slot's word. The lower half counts connections.
+/// One connection that waits, in the word of a slot. The lower half of the word counts all connections.
 const WAITING: u64 = 1 << 32;
 
 /// Connections of each session at this broker, by session slot.
@@ -77,9 +77,10 @@ mod tests {
         let (board, slot) = (Arc::new(SessionBoard::new(2)), SessionSlot(1));
         let [mut first, mut second] = [board.hold(slot), board.hold(slot)];
         assert_eq!(board.connected(slot), Connected::Open);
-        for waits in [true, true] {
-            first.set_waiting(waits);
-            second.set_waiting(waits);
+        // To say it twice changes nothing.
+        for _ in 0..2 {
+            first.set_waiting(true);
+            second.set_waiting(true);
         }
         second.set_waiting(false);
         assert_eq!(board.connected(slot), Connected::Waiting);

@@ -355,3 +355,28 @@ fn batches_that_never_come_keep_no_memory() {
         honest.join().unwrap();
     });
 }
+
+/// A publisher dies and leaves a gap behind, whose lease lasts for longer than the test. What it sent comes free before others
+/// have waited for memory too long.
+#[test]
+fn a_gap_that_a_dead_publisher_left_keeps_no_memory() {
+    let cluster = Cluster::start(1, SMALL, &[("EMBARCADERO_BROKER_GAP_LEASE_MS", "3600000")]);
+    let client = small(&cluster);
+    let options = TopicOptions { retention_bytes: 4 << 20, ..TopicOptions::default() };
+    let topic = client.create_topic("gap", options).unwrap();
+    let opened = client.publisher("gap").unwrap();
+    let (open, origin) = cluster.session(&opened, &topic);
+    drop(opened);
+    let mut stream = TcpStream::connect(cluster.brokers[0].data).unwrap();
+    stream.write_all(&open.encode()).unwrap();
+    let mut ready = [0; FRAME_BYTES];
+    stream.read_exact(&mut ready).unwrap();
+    let Ok(Frame::PublishReady(ready)) = Frame::decode(&ready) else { panic!("the session is open") };
+    let mut builder = BatchBuilder::new(4096);
+    builder.push(b"ahead of a gap");
+    builder.seal(&origin, ready.committed + 1, false);
+    stream.write_all(builder.bytes()).unwrap();
+    drop(stream);
+    let pool = client.cluster().unwrap().segments_total << 20;
+    fill(&client, "gap", 4 * pool).unwrap();
+}

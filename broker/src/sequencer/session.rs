@@ -304,6 +304,18 @@ mod tests {
     }
 
     #[test]
+    fn a_batch_that_is_due_and_waits_for_room_is_no_gap() {
+        let mut state = session(Order::Strong, 0);
+        assert_eq!(state.judge(&arrival(1), 0), Verdict::Held);
+        assert!(state.has_gap());
+        state.committed(0, 0);
+        let due = state.next_held().unwrap();
+        state.hold_again(due);
+        assert!(!state.has_gap());
+        assert_eq!((state.held_count(), state.holders()), (1, 0b1));
+    }
+
+    #[test]
     fn a_sequence_beyond_the_window_is_not_held() {
         let mut state = session(Order::Strong, 10);
         assert_eq!(state.judge(&arrival(10 + SESSION_WINDOW), 0), Verdict::OutOfWindow);

@@ -145,3 +145,47 @@ pub(crate) fn damaged_words<F: Fabric>(region: &Region<F>, broker: BrokerId) -> 
         is_damaged.then_some(Damage { structure: "connections of sessions", at, what: "a word", value })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::FlushMethod;
+    use crate::layout::{AllocatorKind, Geometry};
+    use crate::{Mapping, Native};
+    use uuid::Uuid;
+
+    #[test]
+    fn every_slot_has_bits_of_its_own() {
+        // More than two lines of slots.
+        let geometry = Geometry {
+            max_brokers: 3,
+            max_leaders: 1,
+            max_topics: 1,
+            max_sessions: 600,
+            ..Geometry::with_segments_of(1 << 20, AllocatorKind::Bitmap)
+        };
+        let mapping = Mapping::anonymous(Layout::new(&geometry).region_bytes).unwrap();
+        let native = Native::new(mapping, FlushMethod::None).unwrap();
+        let region = Region::format(native, &geometry, Uuid::nil(), 0).unwrap();
+        let open = |slot: SessionSlot| if slot.0.is_multiple_of(3) { Connected::Open } else { Connected::No };
+        let waiting = |slot: SessionSlot| if slot.0.is_multiple_of(5) { Connected::Waiting } else { Connected::No };
+        ConnectionsWriter::new(region.clone(), BrokerId(0)).publish(open);
+        let mut second = ConnectionsWriter::new(region.clone(), BrokerId(2));
+        second.publish(waiting);
+        let seen = |brokers| -> Vec<Connected> {
+            let mut reader = ConnectionsReader::new(&region, brokers);
+            geometry.sessions().map(|slot| reader.of(slot)).collect()
+        };
+        let expected = |of: fn(Connected, Connected) -> Connected| -> Vec<Connected> {
+            geometry.sessions().map(|slot| of(open(slot), waiting(slot))).collect()
+        };
+        assert_eq!(seen(0b001), expected(|first, _| first));
+        assert_eq!(seen(0b100), expected(|_, second| second));
+        assert_eq!(seen(0b010), expected(|_, _| Connected::No));
+        let both = expected(|first, second| if second == Connected::No { first } else { second });
+        assert_eq!(seen(0b111), both);
+        assert!(geometry.brokers().all(|broker| damaged_words(&region, broker).next().is_none()));
+        second.publish(|_| Connected::No);
+        assert_eq!(seen(0b111), expected(|first, _| first));
+    }
+}

@@ -3,6 +3,7 @@
 
 mod batchlog;
 mod full_fences;
+mod gaps;
 mod own_streams;
 mod reclaim;
 mod replica_store;
