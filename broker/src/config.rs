@@ -286,8 +286,8 @@ pub struct BrokerConfig {
     pub verify_body: bool,
     /// Batches and bytes after which received batches are written back to the region.
     pub flush_group: FlushGroup,
-    /// Longest time that a gap in a session may last before the session is fenced, milliseconds, 10 to 3,600,000. While a
-    /// batch of the session waits for room, the gap may last up to `exhausted_wait_ms` longer.
+    /// Longest time that a gap in a session may last before the session is fenced, milliseconds, 10 to 3,600,000. While
+    /// a batch of the session waits for room, the gap may last up to `exhausted_wait_ms` longer.
     pub gap_lease_ms: u64,
     /// Time without batches after which a session's slot may go to another client, milliseconds, 100 to 86,400,000. If
     /// the client never committed a batch, `gap_lease_ms` are enough.

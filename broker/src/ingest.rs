@@ -170,8 +170,8 @@ impl<F: Fabric> PublisherSession<F> {
         }
     }
 
-    /// Shows whether the publisher waits for room that others may give: memory, or the Batchlog. It does not while it is not
-    /// `listened` to.
+    /// Shows whether the publisher waits for room that others may give: memory, or the Batchlog. It does not while it is
+    /// not `listened` to.
     pub(crate) fn show_wait(&mut self, listened: bool) {
         self.hold.set_waiting(listened && self.waits_for_room);
     }

@@ -356,8 +356,8 @@ fn batches_that_never_come_keep_no_memory() {
     });
 }
 
-/// A publisher dies and leaves a gap behind, whose lease lasts for longer than the test. What it sent comes free before others
-/// have waited for memory too long.
+/// A publisher dies and leaves a gap behind, whose lease lasts for longer than the test. What it sent comes free before
+/// others have waited for memory too long.
 #[test]
 fn a_gap_that_a_dead_publisher_left_keeps_no_memory() {
     let cluster = Cluster::start(1, SMALL, &[("EMBARCADERO_BROKER_GAP_LEASE_MS", "3600000")]);

@@ -30,8 +30,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Runtime;
 
-/// Heartbeats without a connection after which a session counts as abandoned. A client that goes to another broker is there
-/// sooner.
+/// Heartbeats without a connection after which a session counts as abandoned. A client that goes to another broker is
+/// there sooner.
 const ABANDONED_HEARTBEATS: u64 = 20;
 
 /// Checks that a region is the one that the configuration names.

@@ -239,8 +239,8 @@ impl<F: Fabric> Delegation<F> {
         }
     }
 
-    /// Shows the connections of sessions, applies retention, gives segments back, and opens and closes topics. Call it every
-    /// few milliseconds.
+    /// Shows the connections of sessions, applies retention, gives segments back, and opens and closes topics. Call it
+    /// every few milliseconds.
     pub fn maintain(&mut self, now: impl Into<Times>) {
         if self.superseded {
             return;

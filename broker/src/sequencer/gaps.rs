@@ -19,8 +19,8 @@ use embarcadero_cxl::{Fabric, Region};
 use embarcadero_wire::BrokerId;
 
 impl<F: Fabric> Sequencer<F> {
-    /// Fences the sessions whose gap has lasted too long, or is in others' way. `live` has the brokers that are alive, one
-    /// bit each.
+    /// Fences the sessions whose gap has lasted too long, or is in others' way. `live` has the brokers that are alive,
+    /// one bit each.
     pub(super) fn fence_gaps(&mut self, live: u64, now_us: u64) {
         if self.group.held == 0 {
             return;
@@ -53,8 +53,8 @@ struct Memory<'a, F> {
 }
 
 impl<F: Fabric> Memory<'_, F> {
-    /// Returns true if one of the brokers of the mask `holders` has no memory for batches of the topic: no segment is free,
-    /// or its Batchlog is full.
+    /// Returns true if one of the brokers of the mask `holders` has no room for batches of the topic. It finds no free
+    /// segment, or its Batchlog is full.
     fn is_short(&mut self, holders: u64, topic: Option<&TopicOrder<F>>) -> bool {
         let mut brokers = self.region.geometry().brokers().filter(|broker| holders & 1 << broker.0 != 0);
         brokers.any(|broker| {

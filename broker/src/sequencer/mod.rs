@@ -85,7 +85,7 @@ pub struct SequencerLimits {
     pub gap_us: u64,
     /// Longest time for which a session that waits for room is excused beyond `gap_us`.
     pub excuse_us: u64,
-    /// Time without a connection after which a session with a gap counts as abandoned. It is fenced when memory is short.
+    /// Time without a connection after which a session with a gap counts as abandoned, and is fenced if memory is short.
     pub abandoned_us: u64,
     /// Time without batches after which a session's slot may go to another client. If its client never committed a batch,
     /// `gap_us` are enough.

@@ -96,7 +96,7 @@ impl SessionOrder {
         self.expected > self.session.first_sequence || self.committed.iter().any(|tag| *tag > self.expected)
     }
 
-    /// Returns true while batches wait for one that is missing. A batch that is due may wait, too: for room in the order.
+    /// Returns true while batches wait for one that is missing. One that is due may wait, too: for room in the order.
     #[must_use]
     pub(crate) fn has_gap(&self) -> bool {
         self.held_count > 0 && self.held[Self::place(self.expected)].is_none()
@@ -122,8 +122,8 @@ impl SessionOrder {
         }
     }
 
-    /// Returns true once the lease of the present gap is over. It runs from when the session last waited for room, and yet
-    /// not longer than `gap_us` and `excuse_us` together.
+    /// Returns true once the lease of the present gap is over. It runs from when the session last waited for room, and
+    /// yet not longer than `gap_us` and `excuse_us` together.
     #[must_use]
     pub(crate) fn is_overdue(&self, limits: &SequencerLimits, now_us: u64) -> bool {
         let lasted_us = now_us.saturating_sub(self.gap_since_us);

@@ -213,7 +213,7 @@ impl<F: Fabric> BatchlogReader<F> {
         Ok((self.head - self.next).min(limit))
     }
 
-    /// Returns true when the broker has no slot for another entry until some of these are taken. Reads the head from memory.
+    /// Returns true when the broker has no slot for another entry until some are taken. Reads the head from memory.
     pub fn is_full(&self) -> bool {
         let head = self.region.fabric().observe(self.half.add(HEAD), Site::BatchlogHeadRead);
         head.saturating_sub(self.next) >= self.ring.slots

@@ -1,8 +1,8 @@
 //! Connections of sessions: which sessions have connections at a broker, and which of these wait for room.
 //!
-//! Each broker has two bits per session slot. A word has both bits of 32 slots: the lower half tells of connections, the
-//! upper half of those that wait. So nobody sees one bit without the other. Bits go back and forth: a reader that looks
-//! late decides late, and [`Connected`] says what it may decide.
+//! Each broker has two bits per session slot. A word has both bits of 32 slots: the lower half tells of connections,
+//! the upper half of those that wait. So nobody sees one bit without the other. Bits go back and forth. An old one makes the
+//! leader decide for a while as it would have decided before, and leases bound that while.
 
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset, WORD_BYTES};
 use crate::layout::{Layout, SESSIONS_PER_WORD};
@@ -57,8 +57,8 @@ pub struct ConnectionsWriter<F> {
 }
 
 impl<F: Fabric> ConnectionsWriter<F> {
-    /// Returns a writer that has published nothing. Until it does, the region shows what an earlier process of the broker
-    /// published.
+    /// Returns a writer that has published nothing. Until it does, the region shows what an earlier process of the
+    /// broker published.
     pub fn new(region: Region<F>, broker: BrokerId) -> Self {
         Self { region, broker, shown: Vec::new() }
     }

@@ -213,8 +213,8 @@ impl<F: Fabric> Rig<F> {
         session
     }
 
-    /// Publishes another client's batches to the second broker until it has no memory for more. Returns the client's session,
-    /// and the number of its next batch.
+    /// Publishes another client's batches to the second broker until it has no memory for more. Returns the client's
+    /// session, and the number of its next batch.
     fn fill(&mut self) -> (Session, u64) {
         let other = self.open(99);
         let mut next = 0;
@@ -265,8 +265,8 @@ impl<F: Fabric> Rig<F> {
     }
 }
 
-/// A publisher leaves a gap behind, and what it holds fills the pool. Returns the time until there is memory again, from when
-/// the publisher `leaves`, or does not.
+/// Runs a publisher that has a gap while the pool gets full, and then `leaves` or stays. Returns the time from then until
+/// there is memory again.
 fn time_until_a_full_pool_has_room<F: Fabric>(mut rig: Rig<F>, leaves: bool) -> u64 {
     let session = rig.gap(1);
     let connection = rig.hosts[FAR].connect(&session);

@@ -43,8 +43,8 @@ pub(crate) const MAX_SESSIONS: u32 = 4096;
 pub(crate) const MAX_SEGMENTS: u32 = 16384;
 /// Segments of one word of a bitmap: segment `n` is bit `n % 64` of word `n / 64`.
 pub(crate) const SEGMENTS_PER_WORD: u32 = u64::BITS;
-/// Session slots of one word of a broker's connections of sessions: slot `n` has bits `n % 32` and `32 + n % 32` of word
-/// `n / 32`.
+/// Session slots of one word of a broker's connections of sessions: slot `n` has bits `n % 32` and `32 + n % 32` of
+/// word `n / 32`.
 pub(crate) const SESSIONS_PER_WORD: u32 = u64::BITS / 2;
 /// Batches of one session that may be in flight, and commit records that a session keeps.
 pub const SESSION_WINDOW: u64 = 128;
