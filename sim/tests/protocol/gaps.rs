@@ -12,7 +12,7 @@ use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionState};
 use embarcadero_cxl::leadership::{LeaderInfo, publish_leader};
 use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, SegmentAllocator, free_segments_of};
-use embarcadero_cxl::session_connections::{Connected, ConnectionsReader};
+use embarcadero_cxl::session_connections::{Connected, ConnectionsReader, ConnectionsWriter};
 use embarcadero_cxl::session_table::{Session, read_session_at};
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Mapping, Native, Region};
@@ -415,6 +415,22 @@ fn a_client_that_goes_to_another_broker_keeps_its_session() {
     let _after = rig.hosts[NEAR].connect(&session);
     rig.run_for(GAP_US / 2);
     assert!(rig.is_open(&session));
+}
+
+/// Nothing else that the broker does has to bring it to memory.
+#[test]
+fn what_a_broker_shows_of_its_connections_is_in_memory() {
+    let rig = strong();
+    let slots = rig.regions[NEAR].geometry().sessions();
+    let shown = |region: &Region<Simulated>| {
+        let mut reader = ConnectionsReader::new(region, 1 << BROKERS[FAR].0);
+        slots.clone().map(|slot| reader.of(slot)).collect::<Vec<_>>()
+    };
+    let mut writer = ConnectionsWriter::new(rig.regions[FAR].clone(), BROKERS[FAR]);
+    for connected in [Connected::Open, Connected::Waiting, Connected::No] {
+        writer.publish(|slot| if slot.0 == 2 { connected } else { Connected::No });
+        assert_eq!(shown(&rig.regions[NEAR]), [Connected::No, Connected::No, connected, Connected::No]);
+    }
 }
 
 /// A broker dies and starts again on another host, which has read its lines before.
