@@ -8,7 +8,7 @@ use embarcadero_cxl::layout::{AllocatorKind, LeaderArea};
 use embarcadero_cxl::leadership::{latest_claimant, read_leader_at, with_leader};
 use embarcadero_cxl::region::Region;
 use embarcadero_cxl::segment::{
-    BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator, SegmentCount, free_segments,
+    BitmapAllocator, PartitionAllocator, PoolError, SegmentAllocator, SegmentCount, segments_of,
 };
 use embarcadero_cxl::{Fabric, Native, Row};
 use embarcadero_wire::{Incarnation, Term};
@@ -157,10 +157,7 @@ impl<F: Fabric> SegmentAllocator for LeaderAllocator<F> {
     }
 
     fn count(&self) -> SegmentCount {
-        self.with_own(PartitionAllocator::count).unwrap_or_else(|| SegmentCount {
-            free: free_segments(&self.region),
-            all: self.region.geometry().segment_count,
-        })
+        self.with_own(PartitionAllocator::count).unwrap_or_else(|| segments_of(&self.region, self.caller.broker))
     }
 }
 

@@ -13,7 +13,7 @@
 use super::Sequencer;
 use super::topic::TopicOrder;
 use embarcadero_cxl::layout::SessionState;
-use embarcadero_cxl::segment::free_segments_of;
+use embarcadero_cxl::segment::segments_of;
 use embarcadero_cxl::session_connections::ConnectionsReader;
 use embarcadero_cxl::{Fabric, Region};
 use embarcadero_wire::BrokerId;
@@ -48,13 +48,13 @@ impl<F: Fabric> Sequencer<F> {
 /// Memory that batches lie in, as one look finds it.
 struct Memory<'a, F> {
     region: &'a Region<F>,
-    /// True where a broker finds no free segment; `None` before the look at it. By broker id.
+    /// True where a broker finds no segment for batches; `None` before the look at it. By broker id.
     exhausted: Vec<Option<bool>>,
 }
 
 impl<F: Fabric> Memory<'_, F> {
-    /// Returns true if one of the brokers of the mask `holders` has no room for batches of the topic. It finds no free
-    /// segment, or its Batchlog is full.
+    /// Returns true if one of the brokers of the mask `holders` has no room for batches of the topic. It finds no segment
+    /// for them, or its Batchlog is full.
     fn is_short(&mut self, holders: u64, topic: Option<&TopicOrder<F>>) -> bool {
         let mut brokers = self.region.geometry().brokers().filter(|broker| holders & 1 << broker.0 != 0);
         brokers.any(|broker| {
@@ -64,6 +64,6 @@ impl<F: Fabric> Memory<'_, F> {
     }
 
     fn is_exhausted(&mut self, broker: BrokerId) -> bool {
-        *self.exhausted[broker.index()].get_or_insert_with(|| free_segments_of(self.region, broker) == 0)
+        *self.exhausted[broker.index()].get_or_insert_with(|| segments_of(self.region, broker).is_short())
     }
 }

@@ -11,12 +11,12 @@ use embarcadero_broker::topics::TopicTable;
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, LeaderArea, SessionState};
 use embarcadero_cxl::leadership::{LeaderInfo, publish_leader};
-use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, SegmentAllocator, free_segments_of};
+use embarcadero_cxl::segment::{BitmapAllocator, PartitionAllocator, SegmentAllocator, segments_of};
 use embarcadero_cxl::session_connections::{Connected, ConnectionsReader, ConnectionsWriter};
 use embarcadero_cxl::session_table::{Session, read_session_at};
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Mapping, Native, Region};
-use embarcadero_sim::testbed::{TOPIC, topic};
+use embarcadero_sim::testbed::{TOPIC, opening, topic};
 use embarcadero_sim::{Simulated, Turbulence, World};
 use embarcadero_wire::{BatchHeader, BrokerId, ClientId, Incarnation, Order, Term};
 use std::sync::{Arc, Mutex};
@@ -171,7 +171,7 @@ impl<F: Fabric> Rig<F> {
     /// Opens a session of a client that wants acknowledgements of a level.
     fn open_at(&mut self, client: u64, ack_level: u8) -> Session {
         let (reply, answer) = bounded(1);
-        let request = SessionRequest { topic: TOPIC.0, client_id: ClientId(client), ack_level, resume: false };
+        let request = SessionRequest { ack_level, ..opening(TOPIC.0, ClientId(client)) };
         self.commands.send(Command::OpenSession { request, reply }).unwrap();
         self.order();
         answer.recv().unwrap().unwrap()
@@ -225,7 +225,7 @@ impl<F: Fabric> Rig<F> {
             }
             self.maintain();
         }
-        assert_eq!(free_segments_of(&self.regions[NEAR], BROKERS[FAR]), 0);
+        assert!(segments_of(&self.regions[NEAR], BROKERS[FAR]).is_short());
         (other, next)
     }
 

@@ -184,5 +184,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0x76b65f5ebf9fbcbf";
+    const EXPECTED: &str = "0xab1ff03acd1033e8";
 }

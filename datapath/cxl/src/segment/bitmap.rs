@@ -1,9 +1,10 @@
 //! One bitmap for all brokers, on a coherent fabric.
 
-use super::{PoolError, SegmentAllocator, SegmentCount, free_segments, valid_bits};
+use super::{PoolError, SegmentAllocator, SegmentCount, segments_of, valid_bits};
 use crate::fabric::CoherentFabric;
 use crate::layout::SEGMENTS_PER_WORD;
 use crate::region::Region;
+use embarcadero_wire::BrokerId;
 use std::cell::Cell;
 
 /// Allocator over one bitmap that every broker changes atomically.
@@ -63,6 +64,6 @@ impl<F: CoherentFabric> SegmentAllocator for BitmapAllocator<F> {
     }
 
     fn count(&self) -> SegmentCount {
-        SegmentCount { free: free_segments(&self.region), all: self.segments() }
+        segments_of(&self.region, BrokerId(0))
     }
 }

@@ -123,23 +123,25 @@ const fn valid_bits(segments: u32, word: u32) -> u64 {
 pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
     let geometry = region.geometry();
     match geometry.allocator {
-        AllocatorKind::Bitmap | AllocatorKind::Leader => free_segments_of(region, BrokerId(0)),
-        AllocatorKind::Partitioned => geometry.brokers().map(|broker| free_segments_of(region, broker)).sum(),
+        AllocatorKind::Bitmap | AllocatorKind::Leader => segments_of(region, BrokerId(0)).free,
+        AllocatorKind::Partitioned => geometry.brokers().map(|broker| segments_of(region, broker).free).sum(),
     }
 }
 
-/// Counts the free segments that a broker may take.
-pub fn free_segments_of<F: Fabric>(region: &Region<F>, broker: BrokerId) -> u32 {
+/// Counts the segments that a broker may take.
+pub fn segments_of<F: Fabric>(region: &Region<F>, broker: BrokerId) -> SegmentCount {
     let (geometry, layout) = (region.geometry(), region.layout());
-    let free = |count: u32, word_at: &dyn Fn(u32) -> RegionOffset| -> u32 {
-        let words = 0..count.div_ceil(SEGMENTS_PER_WORD);
-        let zeros = |word| !region.fabric().observe(word_at(word), Site::BitmapRead) & valid_bits(count, word);
-        words.map(|word| zeros(word).count_ones()).sum()
+    let count = |all: u32, word_at: &dyn Fn(u32) -> RegionOffset| {
+        let words = 0..all.div_ceil(SEGMENTS_PER_WORD);
+        let zeros = |word| !region.fabric().observe(word_at(word), Site::BitmapRead) & valid_bits(all, word);
+        SegmentCount { free: words.map(|word| zeros(word).count_ones()).sum(), all }
     };
     match geometry.allocator {
-        AllocatorKind::Bitmap | AllocatorKind::Leader => free(geometry.segment_count, &|word| layout.bitmap_word(word)),
+        AllocatorKind::Bitmap | AllocatorKind::Leader => {
+            count(geometry.segment_count, &|word| layout.bitmap_word(word))
+        }
         AllocatorKind::Partitioned => {
-            free(geometry.partition(broker).len() as u32, &|word| layout.partition_word(broker, word))
+            count(geometry.partition(broker).len() as u32, &|word| layout.partition_word(broker, word))
         }
     }
 }
