@@ -7,13 +7,18 @@
 //! - A flush that no fence follows completes at a random moment.
 //! - A flush that is fenced completes before any later store or flush of the host does, but maybe after later loads. A full
 //!   fence completes it at once.
+//! - A line that is invalidated is written back first if it is dirty, as `clflushopt` does.
 //! - A write-back moves a whole line. Two hosts that write one line therefore destroy each other's words, as in real memory.
 //! - A crashed host loses its cache.
+//!
+//! A host may have several processes, which share its cache. Fences are those of a process. One that is killed leaves what
+//! it stored in the cache of its host.
 
 use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, RegionOffset, Site};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const WORDS: usize = 8;
@@ -57,14 +62,79 @@ struct CachedLine {
     dirty: bool,
 }
 
+/// Process of a host. Its fences order its own flushes.
+#[derive(Default)]
+struct Process {
+    /// Lines that are flushed and not fenced, as they were when flushed.
+    pending: BTreeMap<u64, LineWords>,
+    /// Lines that are flushed and fenced. They reach memory, all at once, before any other line of this process does.
+    fenced: BTreeMap<u64, LineWords>,
+    /// True once it was killed, or its host crashed. Whatever its code still does reaches nobody.
+    dead: bool,
+}
+
+impl Process {
+    /// Completes the fenced flushes.
+    fn settle(&mut self, memory: &mut [LineWords]) {
+        for (line, words) in std::mem::take(&mut self.fenced) {
+            write_memory(memory, line, words);
+        }
+    }
+
+    /// Returns a line that was flushed and may not be in memory yet.
+    fn in_flight(&self, line: u64) -> Option<&LineWords> {
+        self.pending.get(&line).or_else(|| self.fenced.get(&line))
+    }
+}
+
 #[derive(Default)]
 struct Host {
     cache: BTreeMap<u64, CachedLine>,
-    /// Lines that are flushed and not fenced, as they were when flushed.
-    pending: BTreeMap<u64, LineWords>,
-    /// Lines that are flushed and fenced. They reach memory, all at once, before any other line of this host does.
-    fenced: BTreeMap<u64, LineWords>,
-    crashed: bool,
+    processes: Vec<Process>,
+}
+
+impl Host {
+    /// Completes the fenced flushes of all processes.
+    fn settle(&mut self, memory: &mut [LineWords]) {
+        self.processes.iter_mut().for_each(|process| process.settle(memory));
+    }
+
+    /// Returns a line that some process flushed and that may not be in memory yet.
+    fn in_flight(&self, line: u64) -> Option<&LineWords> {
+        self.processes.iter().find_map(|process| process.in_flight(line))
+    }
+
+    /// Completes the flushes of lines by processes other than `own`. So a line is under way for one process at a time.
+    fn complete_others(&mut self, memory: &mut [LineWords], own: usize, lines: &Range<u64>) {
+        for process in self.processes.iter_mut().enumerate().filter(|(other, _)| *other != own).map(|(_, other)| other)
+        {
+            let pending: Vec<u64> = process.pending.range(lines.clone()).map(|(line, _)| *line).collect();
+            if !pending.is_empty() || process.fenced.range(lines.clone()).next().is_some() {
+                process.settle(memory);
+            }
+            for line in pending {
+                if let Some(words) = process.pending.remove(&line) {
+                    write_memory(memory, line, words);
+                }
+            }
+        }
+    }
+
+    /// Drops a line from the cache. It is written back if it is dirty, or was flushed and is not in memory yet.
+    fn evict(&mut self, memory: &mut [LineWords], line: u64) {
+        let flushed = self.processes.iter_mut().find_map(|process| process.pending.remove(&line));
+        let dirty = self.cache.remove(&line).filter(|cached| cached.dirty).map(|cached| cached.words);
+        if let Some(words) = dirty.or(flushed) {
+            self.settle(memory);
+            write_memory(memory, line, words);
+        }
+    }
+}
+
+fn write_memory(memory: &mut [LineWords], line: u64, words: LineWords) {
+    if let Some(slot) = memory.get_mut(line as usize) {
+        *slot = words;
+    }
 }
 
 /// Memory that all simulated hosts share, and their caches.
@@ -95,7 +165,7 @@ impl World {
     pub fn set_turbulence(&mut self, turbulence: Turbulence) {
         self.turbulence = turbulence;
         let Self { memory, hosts, .. } = self;
-        hosts.iter_mut().for_each(|host| Self::settle(memory, host));
+        hosts.iter_mut().for_each(|host| host.settle(memory));
     }
 
     /// Returns how often the hosts passed a site.
@@ -104,54 +174,27 @@ impl World {
         self.visits.get(&(site as u8)).copied().unwrap_or(0)
     }
 
-    fn write_memory(memory: &mut [LineWords], line: u64, words: LineWords) {
-        if let Some(slot) = memory.get_mut(line as usize) {
-            *slot = words;
-        }
-    }
-
-    /// Completes the fenced flushes of a host.
-    fn settle(memory: &mut [LineWords], host: &mut Host) {
-        for (line, words) in std::mem::take(&mut host.fenced) {
-            Self::write_memory(memory, line, words);
-        }
-    }
-
-    fn weather(&mut self, host: usize) {
+    fn weather(&mut self, Place { host, process }: Place) {
         let Self { memory, hosts, rng, turbulence, .. } = self;
         let Some(host) = hosts.get_mut(host) else { return };
-        if turbulence.drain > 0.0 && !host.fenced.is_empty() && rng.random_bool(turbulence.drain) {
-            Self::settle(memory, host);
+        let Some(process) = host.processes.get_mut(process) else { return };
+        if turbulence.drain > 0.0 && !process.fenced.is_empty() && rng.random_bool(turbulence.drain) {
+            process.settle(memory);
         }
-        if turbulence.drain > 0.0 && !host.pending.is_empty() && rng.random_bool(turbulence.drain) {
-            let pick = rng.random_range(0..host.pending.len());
-            if let Some(line) = host.pending.keys().nth(pick).copied()
-                && let Some(words) = host.pending.remove(&line)
+        if turbulence.drain > 0.0 && !process.pending.is_empty() && rng.random_bool(turbulence.drain) {
+            let pick = rng.random_range(0..process.pending.len());
+            if let Some(line) = process.pending.keys().nth(pick).copied()
+                && let Some(words) = process.pending.remove(&line)
             {
-                Self::settle(memory, host);
-                Self::write_memory(memory, line, words);
+                process.settle(memory);
+                write_memory(memory, line, words);
             }
         }
         if turbulence.evict > 0.0 && !host.cache.is_empty() && rng.random_bool(turbulence.evict) {
             let pick = rng.random_range(0..host.cache.len());
             if let Some(line) = host.cache.keys().nth(pick).copied() {
-                Self::evict(memory, host, line);
+                host.evict(memory, line);
             }
-        }
-    }
-
-    fn evict(memory: &mut [LineWords], host: &mut Host, line: u64) {
-        let flushed = host.pending.remove(&line);
-        if let Some(cached) = host.cache.remove(&line)
-            && cached.dirty
-        {
-            Self::settle(memory, host);
-            Self::write_memory(memory, line, cached.words);
-            return;
-        }
-        if let Some(words) = flushed {
-            Self::settle(memory, host);
-            Self::write_memory(memory, line, words);
         }
     }
 
@@ -161,14 +204,13 @@ impl World {
         if !host.cache.contains_key(&line) {
             let fetch = |line: u64| memory.get(line as usize).map(|words| CachedLine { words: *words, dirty: false });
             let mut fetched = fetch(line)?;
-            if let Some(own) = host.pending.get(&line).or_else(|| host.fenced.get(&line)) {
+            if let Some(own) = host.in_flight(line) {
                 fetched.words = *own;
             }
             if turbulence.prefetch > 0.0
                 && rng.random_bool(turbulence.prefetch)
                 && !host.cache.contains_key(&(line + 1))
-                && !host.pending.contains_key(&(line + 1))
-                && !host.fenced.contains_key(&(line + 1))
+                && host.in_flight(line + 1).is_none()
                 && let Some(next) = fetch(line + 1)
             {
                 host.cache.insert(line + 1, next);
@@ -178,16 +220,20 @@ impl World {
         host.cache.get_mut(&line)
     }
 
-    fn fence(&mut self, host: usize, full: bool) {
+    fn fence(&mut self, Place { host, process }: Place, full: bool) {
         let Self { memory, hosts, rng, turbulence, .. } = self;
-        let Some(host) = hosts.get_mut(host) else { return };
-        if host.crashed {
+        let Some(process) = hosts.get_mut(host).and_then(|host| host.processes.get_mut(process)) else { return };
+        if process.dead {
             return;
         }
-        host.fenced.append(&mut host.pending);
+        process.fenced.append(&mut process.pending);
         if full || turbulence.delay == 0.0 || !rng.random_bool(turbulence.delay) {
-            Self::settle(memory, host);
+            process.settle(memory);
         }
+    }
+
+    fn is_dead(&self, Place { host, process }: Place) -> bool {
+        self.hosts.get(host).and_then(|host| host.processes.get(process)).is_none_or(|process| process.dead)
     }
 
     fn passes(&mut self, site: Site) -> bool {
@@ -196,53 +242,86 @@ impl World {
     }
 }
 
-/// View that one host has of a [`World`]. Other hosts may run before each of its operations.
+/// Process of a world: the index of its host, and its own among those of the host.
+#[derive(Clone, Copy)]
+struct Place {
+    host: usize,
+    process: usize,
+}
+
+/// View that one process has of a [`World`]. Others may run before each of its operations.
 #[derive(Clone)]
 pub struct Simulated {
     world: Arc<Mutex<World>>,
-    host: usize,
+    place: Place,
     bytes: u64,
     interleave: fn(),
 }
 
 impl Simulated {
-    /// Adds a host to the world. `interleave` is called before every operation: a deterministic scheduler may switch to
-    /// another host there.
+    /// Adds a host with one process to the world. `interleave` is called before every operation: a deterministic scheduler
+    /// may switch to another process there.
     #[must_use]
     pub fn join(world: &Arc<Mutex<World>>, interleave: fn()) -> Self {
         let mut inner = lock(world);
-        inner.hosts.push(Host::default());
+        inner.hosts.push(Host { processes: vec![Process::default()], ..Host::default() });
         let host = inner.hosts.len() - 1;
         let bytes = inner.memory.len() as u64 * LINE_BYTES;
         drop(inner);
-        Self { world: Arc::clone(world), host, bytes, interleave }
+        Self { world: Arc::clone(world), place: Place { host, process: 0 }, bytes, interleave }
     }
 
-    /// Stops the host for good. Its cache is lost, and unfenced flushes complete or not by chance. Whatever its code still
-    /// does reaches nobody.
+    /// Adds a process to this one's host, which must not have crashed. Both share the host's cache.
+    #[must_use]
+    pub fn beside(&self, interleave: fn()) -> Self {
+        let mut world = lock(&self.world);
+        let host = &mut world.hosts[self.place.host];
+        let process = host.processes.len();
+        host.processes.push(Process::default());
+        drop(world);
+        Self { place: Place { process, ..self.place }, interleave, ..self.clone() }
+    }
+
+    /// Stops the host for good. Its cache is lost, and unfenced flushes complete or not by chance. Whatever the code of its
+    /// processes still does reaches nobody.
     pub fn crash(&self) {
         let mut world = lock(&self.world);
         let World { memory, hosts, rng, .. } = &mut *world;
-        if let Some(host) = hosts.get_mut(self.host) {
-            World::settle(memory, host);
-            for (line, words) in std::mem::take(&mut host.pending) {
+        let Some(host) = hosts.get_mut(self.place.host) else { return };
+        for process in &mut host.processes {
+            process.settle(memory);
+            for (line, words) in std::mem::take(&mut process.pending) {
                 if rng.random_bool(0.5) {
-                    World::write_memory(memory, line, words);
+                    write_memory(memory, line, words);
                 }
             }
-            host.cache.clear();
-            host.crashed = true;
+            process.dead = true;
         }
+        host.cache.clear();
+    }
+
+    /// Kills the process. The cache of its host lives on: what the process stored is written back when the line is evicted,
+    /// or flushed by another process. Unfenced flushes are as if they had not begun.
+    pub fn kill(&self) {
+        let mut world = lock(&self.world);
+        let World { memory, hosts, .. } = &mut *world;
+        let Some(Host { cache, processes }) = hosts.get_mut(self.place.host) else { return };
+        let Some(process) = processes.get_mut(self.place.process) else { return };
+        process.settle(memory);
+        for (line, words) in std::mem::take(&mut process.pending) {
+            cache.entry(line).or_insert(CachedLine { words, dirty: true }).dirty = true;
+        }
+        process.dead = true;
     }
 
     /// Begins an operation: something may happen by chance, and then other hosts may run.
     fn enter(&self) -> MutexGuard<'_, World> {
-        lock(&self.world).weather(self.host);
+        lock(&self.world).weather(self.place);
         (self.interleave)();
         lock(&self.world)
     }
 
-    fn lines(at: RegionOffset, len: u64) -> std::ops::Range<u64> {
+    fn lines(at: RegionOffset, len: u64) -> Range<u64> {
         at.0 / LINE_BYTES..(at.0 + len).div_ceil(LINE_BYTES)
     }
 }
@@ -260,17 +339,17 @@ impl Fabric for Simulated {
         assert!(at.0 + 8 <= self.bytes && at.0.is_multiple_of(8), "load at {at:?}");
         let mut world = self.enter();
         let word = (at.0 % LINE_BYTES / 8) as usize;
-        world.line_of(self.host, at.0 / LINE_BYTES).map_or(0, |line| line.words[word])
+        world.line_of(self.place.host, at.0 / LINE_BYTES).map_or(0, |line| line.words[word])
     }
 
     fn store(&self, at: RegionOffset, value: u64) {
         assert!(at.0 + 8 <= self.bytes && at.0.is_multiple_of(8), "store at {at:?}");
         let mut world = self.enter();
-        if world.hosts.get(self.host).is_none_or(|host| host.crashed) {
+        if world.is_dead(self.place) {
             return;
         }
         let word = (at.0 % LINE_BYTES / 8) as usize;
-        if let Some(line) = world.line_of(self.host, at.0 / LINE_BYTES) {
+        if let Some(line) = world.line_of(self.place.host, at.0 / LINE_BYTES) {
             line.words[word] = value;
             line.dirty = true;
         }
@@ -281,14 +360,17 @@ impl Fabric for Simulated {
         if !world.passes(site) {
             return;
         }
-        let Some(host) = world.hosts.get_mut(self.host) else { return };
-        if host.crashed {
+        if world.is_dead(self.place) {
             return;
         }
-        for (line, cached) in host.cache.range_mut(Self::lines(at, len)) {
+        let World { memory, hosts, .. } = &mut *world;
+        let (host, lines) = (&mut hosts[self.place.host], Self::lines(at, len));
+        host.complete_others(memory, self.place.process, &lines);
+        let pending = &mut host.processes[self.place.process].pending;
+        for (line, cached) in host.cache.range_mut(lines) {
             if cached.dirty {
                 cached.dirty = false;
-                host.pending.insert(*line, cached.words);
+                pending.insert(*line, cached.words);
             }
         }
     }
@@ -296,7 +378,7 @@ impl Fabric for Simulated {
     fn fence(&self, site: Site) {
         let mut world = self.enter();
         if world.passes(site) {
-            world.fence(self.host, false);
+            world.fence(self.place, false);
         }
     }
 
@@ -304,7 +386,7 @@ impl Fabric for Simulated {
         let mut world = self.enter();
         if world.passes(site) {
             let full = world.removed != Some(Mutation::FullFence(site));
-            world.fence(self.host, full);
+            world.fence(self.place, full);
         }
     }
 
@@ -313,34 +395,35 @@ impl Fabric for Simulated {
         if !world.passes(site) {
             return;
         }
+        let is_dead = world.is_dead(self.place);
         let World { memory, hosts, .. } = &mut *world;
-        let Some(host) = hosts.get_mut(self.host) else { return };
-        let lines = Self::lines(at, len);
-        let cached: Vec<u64> = host.cache.range(lines.clone()).map(|(line, _)| *line).collect();
-        let pending: Vec<u64> = host.pending.range(lines).map(|(line, _)| *line).collect();
-        for line in cached.into_iter().chain(pending) {
-            if host.crashed {
-                host.cache.remove(&line);
-            } else {
-                // A reader drops lines that it does not write; a writer that forgot to flush is caught here.
-                let dirty = host.cache.get(&line).is_some_and(|cached| cached.dirty);
-                assert!(!dirty, "{site:?} drops line {line:#x} that this host wrote and did not flush");
-                World::evict(memory, host, line);
-            }
+        let (host, lines) = (&mut hosts[self.place.host], Self::lines(at, len));
+        if host.processes.iter().all(|process| process.dead) {
+            // Its code goes on for a moment, and reads what there is.
+            host.cache.retain(|line, cached| cached.dirty || !lines.contains(line));
+            return;
         }
+        if is_dead {
+            return;
+        }
+        let cached = host.cache.range(lines.clone()).map(|(line, _)| *line);
+        let pending =
+            host.processes.iter().flat_map(|process| process.pending.range(lines.clone()).map(|(line, _)| *line));
+        let all: Vec<u64> = cached.chain(pending).collect();
+        all.into_iter().for_each(|line| host.evict(memory, line));
     }
 
     /// Copies bytes out of the region. Lines that are not cached stay so.
     fn read_bytes(&self, at: RegionOffset, into: &mut [u8]) {
         assert!(at.0 + into.len() as u64 <= self.bytes, "read at {at:?}");
         let world = self.enter();
-        let Some(host) = world.hosts.get(self.host) else { return };
+        let Some(host) = world.hosts.get(self.place.host) else { return };
         let mut read = 0;
         while read < into.len() {
             let position = at.0 + read as u64;
             let (line, within) = (position / LINE_BYTES, (position % LINE_BYTES) as usize);
             let cached = host.cache.get(&line).map(|cached| &cached.words);
-            let own = cached.or_else(|| host.pending.get(&line)).or_else(|| host.fenced.get(&line));
+            let own = cached.or_else(|| host.in_flight(line));
             let words = own.or_else(|| world.memory.get(line as usize));
             let bytes: &[u8] = words.map_or(&[], |words| bytemuck::bytes_of(words));
             let count = (LINE_BYTES as usize - within).min(into.len() - read);
