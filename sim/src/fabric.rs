@@ -7,7 +7,8 @@
 //! - A flush that no fence follows completes at a random moment.
 //! - A flush that is fenced completes before any later store or flush of the host does, but maybe after later loads. A full
 //!   fence completes it at once.
-//! - A line that is invalidated is written back first if it is dirty, as `clflushopt` does.
+//! - A line that is invalidated is written back first if it is dirty, as `clflushopt` does. A process that invalidates what it
+//!   stored itself forgot to flush it, which is an error of the code under test.
 //! - A write-back moves a whole line. Two hosts that write one line therefore destroy each other's words, as in real memory.
 //! - A crashed host loses its cache.
 //!
@@ -59,7 +60,8 @@ pub enum Mutation {
 
 struct CachedLine {
     words: LineWords,
-    dirty: bool,
+    /// Process that stored last, if the line is dirty.
+    dirtied_by: Option<usize>,
 }
 
 /// Process of a host. Its fences order its own flushes.
@@ -123,7 +125,7 @@ impl Host {
     /// Drops a line from the cache. It is written back if it is dirty, or was flushed and is not in memory yet.
     fn evict(&mut self, memory: &mut [LineWords], line: u64) {
         let flushed = self.processes.iter_mut().find_map(|process| process.pending.remove(&line));
-        let dirty = self.cache.remove(&line).filter(|cached| cached.dirty).map(|cached| cached.words);
+        let dirty = self.cache.remove(&line).filter(|cached| cached.dirtied_by.is_some()).map(|cached| cached.words);
         if let Some(words) = dirty.or(flushed) {
             self.settle(memory);
             write_memory(memory, line, words);
@@ -202,7 +204,8 @@ impl World {
         let Self { memory, hosts, rng, turbulence, .. } = self;
         let host = hosts.get_mut(host)?;
         if !host.cache.contains_key(&line) {
-            let fetch = |line: u64| memory.get(line as usize).map(|words| CachedLine { words: *words, dirty: false });
+            let fetch =
+                |line: u64| memory.get(line as usize).map(|words| CachedLine { words: *words, dirtied_by: None });
             let mut fetched = fetch(line)?;
             if let Some(own) = host.in_flight(line) {
                 fetched.words = *own;
@@ -306,10 +309,11 @@ impl Simulated {
         let mut world = lock(&self.world);
         let World { memory, hosts, .. } = &mut *world;
         let Some(Host { cache, processes }) = hosts.get_mut(self.place.host) else { return };
-        let Some(process) = processes.get_mut(self.place.process) else { return };
+        let own = self.place.process;
+        let Some(process) = processes.get_mut(own) else { return };
         process.settle(memory);
         for (line, words) in std::mem::take(&mut process.pending) {
-            cache.entry(line).or_insert(CachedLine { words, dirty: true }).dirty = true;
+            cache.entry(line).or_insert(CachedLine { words, dirtied_by: None }).dirtied_by.get_or_insert(own);
         }
         process.dead = true;
     }
@@ -351,7 +355,7 @@ impl Fabric for Simulated {
         let word = (at.0 % LINE_BYTES / 8) as usize;
         if let Some(line) = world.line_of(self.place.host, at.0 / LINE_BYTES) {
             line.words[word] = value;
-            line.dirty = true;
+            line.dirtied_by = Some(self.place.process);
         }
     }
 
@@ -368,8 +372,7 @@ impl Fabric for Simulated {
         host.complete_others(memory, self.place.process, &lines);
         let pending = &mut host.processes[self.place.process].pending;
         for (line, cached) in host.cache.range_mut(lines) {
-            if cached.dirty {
-                cached.dirty = false;
+            if cached.dirtied_by.take().is_some() {
                 pending.insert(*line, cached.words);
             }
         }
@@ -400,12 +403,16 @@ impl Fabric for Simulated {
         let (host, lines) = (&mut hosts[self.place.host], Self::lines(at, len));
         if host.processes.iter().all(|process| process.dead) {
             // Its code goes on for a moment, and reads what there is.
-            host.cache.retain(|line, cached| cached.dirty || !lines.contains(line));
+            host.cache.retain(|line, cached| cached.dirtied_by.is_some() || !lines.contains(line));
             return;
         }
         if is_dead {
             return;
         }
+        let own = Some(self.place.process);
+        let mut changed = host.cache.range(lines.clone()).filter(|(_, cached)| cached.dirtied_by == own);
+        let forgotten = changed.next().map(|(line, _)| *line);
+        assert_eq!(forgotten, None, "{site:?} drops a line that this process stored to and did not flush");
         let cached = host.cache.range(lines.clone()).map(|(line, _)| *line);
         let pending =
             host.processes.iter().flat_map(|process| process.pending.range(lines.clone()).map(|(line, _)| *line));
