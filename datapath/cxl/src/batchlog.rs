@@ -18,7 +18,9 @@ const CONSUMED: u64 = offset_of!(SequencerHalf, consumed_through) as u64;
 /// Reads the index below which Batchlog slots may be reused, from one leader's area.
 fn consumed_through<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: TopicId, broker: BrokerId) -> u64 {
     let half = region.layout().sequencer_half(area, topic, broker);
-    region.fabric().observe(half.add(CONSUMED), Site::ConsumedRead)
+    let consumed = region.fabric().observe(half.add(CONSUMED), Site::ConsumedRead);
+    region.fabric().ensure_in_memory(half, Site::ConsumedFlush);
+    consumed
 }
 
 /// Calls `each` with the position and the bytes of the slots of entries `from..to`, at most one whole ring. Slots that
@@ -205,6 +207,9 @@ impl<F: Fabric> BatchlogReader<F> {
             let head = fabric.observe(at, Site::BatchlogHeadRead);
             if head < self.next || head - self.next > self.ring.slots {
                 return Err(Damage { structure: "BrokerHalf", at, what: "batchlog_head", value: head });
+            }
+            if head > self.next {
+                fabric.ensure_in_memory(at, Site::BatchlogHeadFlush);
             }
             self.head = head;
             // This host may have cached lines of the ring from an earlier lap.

@@ -55,8 +55,8 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     /// Needed where two hosts each store a word and then load the other's, and at least one must see the other.
     fn full_fence(&self, site: Site);
 
-    /// Drops this host's copies of the lines, so that the next load comes from memory. Only for lines that this host
-    /// does not write. It does not wait for this host's own flushes.
+    /// Drops this host's copies of the lines, so that the next load comes from memory. What this host changed in them is
+    /// written back first. It does not wait for this host's own flushes.
     fn invalidate(&self, at: RegionOffset, len: u64, site: Site);
 
     /// Copies bytes out of the region, possibly stale.
@@ -91,6 +91,22 @@ pub trait Fabric: Clone + Send + Sync + 'static {
     fn observe(&self, at: RegionOffset, site: Site) -> u64 {
         self.invalidate(at, 8, site);
         self.load(at)
+    }
+
+    /// Waits until the line at `at` is in memory, at least as this host just read it.
+    ///
+    /// A thread or process of the same host may write the line. The read then found its store in the cache that both share,
+    /// maybe before the writer's own flush. If the writer stops there, or the host is lost, other hosts never see the store.
+    /// So a reader calls this before it acts on what it read, and before it checks that the leader still leads.
+    ///
+    /// It costs the flush of one line and a full fence, and nothing on coherent memory. Source of the rule: Izraelevitz et
+    /// al., "Linearizability of persistent memory objects under a full-system-crash failure model", DISC 2016.
+    #[inline]
+    fn ensure_in_memory(&self, at: RegionOffset, site: Site) {
+        if !self.is_coherent() && self.keeps(Guard::MemoryBeforeAct) {
+            self.flush(at, WORD_BYTES, site);
+            self.full_fence(site);
+        }
     }
 
     /// Reads the eight words of a line, the last first.

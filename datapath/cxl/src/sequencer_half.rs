@@ -63,5 +63,6 @@ pub fn read_consumed_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: 
     let decided_through = fabric.load(at.add(DECIDED));
     let ordered_offset = fabric.load(at.add(ORDERED_OFFSET));
     let ordered = fabric.load(at.add(ORDERED));
+    fabric.ensure_in_memory(at, Site::ConsumedFlush);
     Consumed { ordered, ordered_offset, consumed_through, decided_through }
 }

@@ -120,6 +120,8 @@ labels! {
     pub enum Guard {
         /// A reader checks after its read that the leader it read from still leads.
         TermAfterRead,
+        /// A process acts on what another thread or process of its host wrote only once that is in memory.
+        MemoryBeforeAct,
         /// A successor claims its term before it copies what its predecessor left.
         ClaimBeforeCopy,
         /// A successor does not write into the open segment of its predecessor's order index.

@@ -130,7 +130,12 @@ pub fn read_topic_at<F: Fabric>(region: &Region<F>, area: LeaderArea, topic: Top
     let name_at = layout.topic_name(area, topic);
     let name = |_: &TopicLine| fabric.observe_words::<NameLine>(name_at, Site::TopicRead);
     let at = layout.topic(area, topic);
-    fabric.observe_versioned(at, Site::TopicRead, name).decode(|(line, name)| {
+    let row = fabric.observe_versioned(at, Site::TopicRead, name);
+    if matches!(&row, Row::Used((line, _)) if line.state != TopicState::Live.code()) {
+        // Brokers give back what they hold of the topic.
+        fabric.ensure_in_memory(at, Site::TopicFlush);
+    }
+    row.decode(|(line, name)| {
         let damage = |what, value| Damage { structure: "TopicLine", at, what, value };
         let (bytes, padding) = name
             .name

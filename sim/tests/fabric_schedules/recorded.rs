@@ -55,10 +55,12 @@ pub(super) const fn recorded(site: Site) -> u64 {
 }
 
 /// Returns a seed under which some schedule fails without `guard`. Clients of schedules keep their sessions, so `None` for
-/// guards that others notice: the rack (`sim/tests/rack/main.rs`) and `sim/tests/protocol/sessions.rs`.
+/// guards that others notice: the rack (`sim/tests/rack/main.rs`) and `sim/tests/protocol/sessions.rs`. No two processes of
+/// schedules share a host, and none moves: `sim/tests/protocol/shared_caches.rs` and `sim/tests/protocol/moved_ids.rs`.
 pub(super) const fn recorded_guard(guard: Guard) -> Option<u64> {
     Some(match guard {
         Guard::RecordOwner | Guard::AheadOfGap | Guard::GroupBound | Guard::IndexReserve => return None,
+        Guard::MemoryBeforeAct => return None,
         Guard::TermAfterRead => 407,
         Guard::ClaimBeforeCopy => 5,
         Guard::OwnSegment => 125,

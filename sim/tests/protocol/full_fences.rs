@@ -54,9 +54,9 @@ fn interleave() {
     }
 }
 
-/// Makes a region as three hosts see it.
-pub(super) fn hosts(removed: Option<Mutation>) -> (Arc<Mutex<World>>, [Region<Simulated>; 3]) {
-    let geometry = Geometry {
+/// Returns the geometry of a small region for two brokers, which can both lead.
+pub(super) fn geometry() -> Geometry {
+    Geometry {
         max_brokers: 2,
         max_leaders: 2,
         max_topics: 1,
@@ -64,7 +64,12 @@ pub(super) fn hosts(removed: Option<Mutation>) -> (Arc<Mutex<World>>, [Region<Si
         batchlog_slots: 16,
         segment_count: 4,
         ..Geometry::with_segments_of(1 << 20, AllocatorKind::Partitioned)
-    };
+    }
+}
+
+/// Makes a region as three hosts see it.
+pub(super) fn hosts(removed: Option<Mutation>) -> (Arc<Mutex<World>>, [Region<Simulated>; 3]) {
+    let geometry = geometry();
     let bytes = Layout::new(&geometry).region_bytes;
     let world = World::new(bytes, thread_rng().r#gen(), Turbulence::CALM, removed);
     let first = Region::format(Simulated::join(&world, interleave), &geometry, Uuid::nil(), 0).unwrap();

@@ -11,5 +11,6 @@ mod retention;
 mod session_slots;
 mod sessions;
 mod superseded;
+mod shared_caches;
 mod takeover;
 mod torn_rows;

@@ -156,6 +156,7 @@ pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: Strea
         base: tail.base,
         trimmed: tail.trimmed,
         committed: tail.committed,
+    region.fabric().ensure_in_memory(at, Site::TailFlush);
         earliest_offset: tail.trimmed_offset,
         next_offset: tail.next_offset,
         bytes: tail.bytes,
@@ -181,6 +182,7 @@ pub fn read_directory<F: Fabric>(
         None if value == 0 => Ok(None),
         Some((found, segment))
             if segment < region.geometry().segment_count
+    region.fabric().ensure_in_memory(at, Site::DirectoryFlush);
                 && found.abs_diff(ordinal).is_multiple_of(region.geometry().directory_slots()) =>
         {
             Ok((found == ordinal).then_some(segment))

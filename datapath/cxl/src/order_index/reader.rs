@@ -86,9 +86,16 @@ impl<F: Fabric> OrderIndexReader<F> {
     /// leader.
     #[inline]
     pub fn poll(&mut self) -> u64 {
-        let Self { region, id, .. } = self;
-        // SYNC: pairs with `OrderIndexWriter::publish_tail`.
-        let read = |area| region.fabric().observe(id.tail(region, area).add(COMMITTED), Site::TailRead);
+        let Self { region, id, committed: known, .. } = self;
+        let read = |area| {
+            let at = id.tail(region, area).add(COMMITTED);
+            // SYNC: pairs with `OrderIndexWriter::publish_tail`.
+            let committed = region.fabric().observe(at, Site::TailRead);
+            if committed != *known {
+                region.fabric().ensure_in_memory(at, Site::TailFlush);
+            }
+            committed
+        };
         self.committed = id.observe(region, read).unwrap_or(self.committed);
         self.committed
     }
