@@ -2,7 +2,7 @@
 
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::{PoolError, SegmentAllocator};
+use embarcadero_cxl::segment::{PoolError, SegmentAllocator, flush_left_behind};
 use embarcadero_cxl::{Fabric, Guard, LINE_BYTES, RegionOffset, Row, Site};
 use embarcadero_wire::{BrokerId, Incarnation, TopicId};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -84,6 +84,7 @@ impl<F: Fabric> Blog<F> {
                 Row::Used(SegmentUse::Blog { topic, incarnation, broker, ordinal: place })
                     if (BlogId { topic, incarnation, broker }) == id =>
                 {
+                    flush_left_behind(&region, segment);
                     retired.push(Retired { segment, batches_below: batches });
                     ordinal = ordinal.max(place + 1);
                 }

@@ -8,7 +8,7 @@ use embarcadero_cxl::order_index::{
 };
 use embarcadero_cxl::owner::{SegmentUse, publish_owner, read_owner};
 use embarcadero_cxl::region::Region;
-use embarcadero_cxl::segment::SegmentAllocator;
+use embarcadero_cxl::segment::{SegmentAllocator, flush_left_behind};
 use embarcadero_cxl::sequencer_half::read_consumed_at;
 use embarcadero_cxl::topic_table::read_topic_at;
 use embarcadero_cxl::{Damage, Fabric, Guard, RegionOffset, Row, Site};
@@ -237,6 +237,7 @@ impl<F: Fabric> OrphanedSegments<F> {
         };
         found.retain_mut(|left| match is_needed(left) {
             Ok(false) if read_owner(region, left.segment) == Row::Used(left.owner) => {
+                flush_left_behind(region, left.segment);
                 publish_owner(region, left.segment, SegmentUse::Free);
                 if let Err(error) = pool.release(left.segment) {
                     tracing::error!(segment = left.segment, %error, "an orphaned segment could not be returned");

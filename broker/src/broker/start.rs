@@ -22,7 +22,7 @@ use embarcadero_cxl::layout::RegionRole;
 use embarcadero_cxl::leadership::latest_claim;
 use embarcadero_cxl::region::{BrokerLock, RegionFile};
 use embarcadero_cxl::segment::SegmentAllocator;
-use embarcadero_cxl::{Native, Region, damaged_lines};
+use embarcadero_cxl::{Native, Region, damaged_lines, refresh_own_lines};
 use embarcadero_transport::tcp::listen;
 use embarcadero_wire::OutOfBounds;
 use std::net::TcpListener;
@@ -175,6 +175,9 @@ impl Prepared {
         // An earlier process of this broker that only stood still stops writing when it sees this. So it comes before
         // any read of what that process wrote.
         publish_broker(&region, &BrokerInfo { running: false, ..self.info.clone() });
+        for region in std::iter::once(&region).chain(self.mirror.as_ref().map(RegionFile::region)) {
+            refresh_own_lines(region, self.info.id);
+        }
         Broker {
             info: self.info.clone(),
             region,

@@ -20,6 +20,7 @@ mod native;
 mod numa;
 mod offset;
 pub mod order_index;
+mod own_lines;
 pub mod owner;
 pub mod region;
 pub mod replication;
@@ -35,6 +36,7 @@ pub mod topic_table;
 
 pub use fabric::{CoherentFabric, Fabric, LINE_BYTES, Line, RegionOffset, Versioned};
 pub use native::{Mapping, Native};
+pub use own_lines::refresh_own_lines;
 pub use region::{Region, RegionError};
 pub use reserved::damaged_lines;
 pub use row::{Damage, Row};

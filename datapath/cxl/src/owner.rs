@@ -1,6 +1,6 @@
 //! Holders of segments.
 
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, LINE_BYTES};
 use crate::layout::{OwnerLine, SegmentKind};
 use crate::region::Region;
 use crate::row::{Damage, Row};
@@ -43,6 +43,8 @@ pub enum SegmentUse {
 
 /// Records the holder of a segment, for inspection and for the holder's next incarnation. Only the holder may.
 pub fn publish_owner<F: Fabric>(region: &Region<F>, segment: u32, owner: SegmentUse) {
+    // The holder before may be on another host. The version goes on from what it wrote.
+    region.fabric().invalidate(region.layout().owner(segment), LINE_BYTES, Site::OwnerRead);
     let line = match owner {
         SegmentUse::Free => OwnerLine { kind: SegmentKind::Free.code(), ..OwnerLine::zeroed() },
         SegmentUse::Blog { topic, incarnation, broker, ordinal } => OwnerLine {

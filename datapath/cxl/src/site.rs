@@ -122,6 +122,8 @@ labels! {
         TermAfterRead,
         /// A process acts on what another thread or process of its host wrote only once that is in memory.
         MemoryBeforeAct,
+        /// A process drops what its host cached of the lines that its broker writes, when it starts and when it takes over.
+        FreshOwnLines,
         /// A successor claims its term before it copies what its predecessor left.
         ClaimBeforeCopy,
         /// A successor does not write into the open segment of its predecessor's order index.

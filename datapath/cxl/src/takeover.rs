@@ -8,6 +8,7 @@ use crate::fabric::{Fabric, LINE_BYTES, RegionOffset, Versioned};
 use crate::layout::{LeaderArea, NameLine, SessionLine, SessionRow, TailLine, TopicLine};
 use crate::leadership::{last_active, read_terms};
 use crate::order_index::{StreamId, read_extent_at};
+use crate::own_lines::refresh_leader_area;
 use crate::region::Region;
 use crate::row::Row;
 use crate::site::Site;
@@ -37,6 +38,7 @@ pub struct PredecessorState {
 /// [`crate::leadership::claim_term`] and before [`crate::leadership::activate_term`].
 pub fn copy_predecessor<F: Fabric>(region: &Region<F>, area: LeaderArea) -> PredecessorState {
     let (layout, geometry) = (region.layout(), region.geometry());
+    refresh_leader_area(region, area);
     let Some((from, term)) = last_active(region) else {
         return PredecessorState { begun: vec![0; geometry.max_topics as usize], from: None, contested: false };
     };

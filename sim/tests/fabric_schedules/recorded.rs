@@ -60,7 +60,7 @@ pub(super) const fn recorded(site: Site) -> u64 {
 pub(super) const fn recorded_guard(guard: Guard) -> Option<u64> {
     Some(match guard {
         Guard::RecordOwner | Guard::AheadOfGap | Guard::GroupBound | Guard::IndexReserve => return None,
-        Guard::MemoryBeforeAct => return None,
+        Guard::MemoryBeforeAct | Guard::FreshOwnLines => return None,
         Guard::TermAfterRead => 407,
         Guard::ClaimBeforeCopy => 5,
         Guard::OwnSegment => 125,

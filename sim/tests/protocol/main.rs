@@ -4,13 +4,14 @@
 mod batchlog;
 mod full_fences;
 mod gaps;
+mod moved_ids;
 mod own_streams;
 mod reclaim;
 mod replica_store;
 mod retention;
 mod session_slots;
 mod sessions;
-mod superseded;
 mod shared_caches;
+mod superseded;
 mod takeover;
 mod torn_rows;

@@ -1,7 +1,7 @@
 //! Areas of a region, and the position of everything in them.
 
 use super::{
-    AREA_ALIGN, BatchEntry, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, Geometry, IndexEntry, LeaderTopic,
+    AREA_ALIGN, AllocatorKind, BatchEntry, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, Geometry, IndexEntry, LeaderTopic,
     OffsetEntry, OwnerLine, SESSION_WINDOW, SESSIONS_PER_WORD, SequencerHalf, SessionRow, Tinode,
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, WORD_BYTES};
@@ -345,6 +345,29 @@ impl Layout {
         self.leader_topic(area, topic).add(offset_of!(LeaderTopic, reserved) as u64)
     }
 
+    /// Position and bytes of everything outside the segments that one broker alone writes. Owner entries are not among it:
+    /// they go with their segment.
+    #[must_use]
+    pub(crate) fn written_by(&self, broker: BrokerId) -> Vec<(RegionOffset, u64)> {
+        let geometry = &self.geometry;
+        let mut own = vec![(self.broker(broker), bytes_of::<BrokerSlot>())];
+        if geometry.allocator == AllocatorKind::Partitioned {
+            own.push((self.partition_word(broker, 0), Self::partition_bytes(geometry)));
+        }
+        for topic in geometry.topics() {
+            let ring = self.batchlog(topic, broker);
+            own.push((self.offset_entry(topic, broker), bytes_of::<OffsetEntry>()));
+            own.push((ring.slot(0), ring.slots * bytes_of::<BatchEntry>()));
+            own.push((self.broker_directory(topic, broker, 0), Self::directory_bytes(geometry)));
+        }
+        if broker.0 < geometry.max_leaders {
+            let area = LeaderArea(broker);
+            own.extend([(self.terms(area), LINE_BYTES), (self.control_line(area), LINE_BYTES)]);
+            own.push((self.leader_area(area), self.leader.bytes));
+        }
+        own
+    }
+
     /// Distance of the word of segment `ordinal` from the start of its directory.
     const fn directory_slot(&self, ordinal: u64) -> u64 {
         ordinal % self.geometry.directory_slots() * WORD_BYTES
@@ -371,7 +394,7 @@ impl Layout {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{AllocatorKind, Superblock};
+    use super::super::Superblock;
     use super::*;
     use proptest::prelude::*;
 

@@ -141,9 +141,10 @@ impl<F: Fabric> OrderIndexWriter<F> {
     /// the entries. `trimmed_offset` is the offset of the first one, or of the next entry if none is kept.
     fn take_stock(&mut self, trimmed_offset: u64) -> Result<(), Damage> {
         let per_segment = self.region.layout().entries_per_segment();
-        for foreign in self.segments.iter().filter(|segment| !segment.own) {
-            let used = (self.next - foreign.ordinal * per_segment).min(per_segment);
-            let base = self.region.layout().segment(foreign.segment);
+        // Own ones too: this broker may have run on another host when it wrote them.
+        for IndexSegment { ordinal, segment, .. } in &self.segments {
+            let used = (self.next - ordinal * per_segment).min(per_segment);
+            let base = self.region.layout().segment(*segment);
             self.region.fabric().invalidate(base, used * LINE_BYTES, Site::IndexEntryRead);
         }
         for position in self.trimmed..self.next {

@@ -119,6 +119,17 @@ const fn valid_bits(segments: u32, word: u32) -> u64 {
     if left >= SEGMENTS_PER_WORD { u64::MAX } else { (1 << left) - 1 }
 }
 
+/// Writes back what an earlier process of this host may have left of a segment in the host's caches when it was killed.
+/// Call it before the segment is given back, where another host can get it: with [`AllocatorKind::Leader`].
+pub fn flush_left_behind<F: Fabric>(region: &Region<F>, segment: u32) {
+    let (geometry, fabric) = (region.geometry(), region.fabric());
+    if geometry.allocator == AllocatorKind::Leader && !fabric.is_coherent() {
+        fabric.flush(region.layout().segment(segment), geometry.segment_bytes, Site::PayloadFlush);
+        // SYNC: before the segment can have another holder; pairs with that holder's first store.
+        fabric.fence(Site::PayloadFlush);
+    }
+}
+
 /// Counts the segments that are free.
 pub fn free_segments<F: Fabric>(region: &Region<F>) -> u32 {
     let geometry = region.geometry();
