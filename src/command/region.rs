@@ -5,10 +5,12 @@ use crate::settings::parse_bytes;
 use anyhow::Result;
 use clap::{Subcommand, ValueEnum};
 use embarcadero_broker::replica::restore::{Plan, RestoreError, find_media};
+use embarcadero_cxl::LINE_BYTES;
 use embarcadero_cxl::cache::FlushMethod;
 use embarcadero_cxl::layout::{AllocatorKind, DEFAULT_LEADERS, Geometry, RegionRole};
-use embarcadero_cxl::region::{Creation, RegionFile};
+use embarcadero_cxl::region::{Creation, Flushed, RegionError, RegionFile};
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Allocator {
@@ -107,6 +109,13 @@ pub enum RegionCommand {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Write what this host's caches hold of a region back to memory, and drop it from them, before a broker id moves to
+    /// another host.
+    Flush {
+        /// Path of the region, or of its mirror. It may be in use.
+        #[arg(long, default_value = "/dev/shm/embarcadero")]
+        path: PathBuf,
+    },
     /// Destroy a region.
     Destroy {
         /// Path of the region.
@@ -180,6 +189,14 @@ pub fn run(command: RegionCommand) -> Result<()> {
             let plan = Plan::read(find_media(&from)?, mirror.as_ref().map(RegionFile::region), uuid)?;
             restore(&path, &plan, RestoreOptions { accept_loss, dry_run })
         }
+        RegionCommand::Flush { path } => {
+            let file = RegionFile::open(&path, FlushMethod::None)?;
+            let begun = Instant::now();
+            let Flushed { bytes, method } = file.flush_out()?;
+            let (lines, seconds) = (bytes / LINE_BYTES, begun.elapsed().as_secs_f64());
+            println!("flushed {lines} lines ({bytes} bytes) of {} by {method} in {seconds:.3} s", path.display());
+            Ok(())
+        }
         RegionCommand::Destroy { path, force } => {
             RegionFile::open(&path, FlushMethod::None)?.destroy(force)?;
             println!("destroyed {}", path.display());
@@ -224,6 +241,11 @@ fn restore(path: &Path, plan: &Plan, options: RestoreOptions) -> Result<()> {
         .with_style(indicatif::ProgressStyle::with_template("{bar:40} {bytes} of {total_bytes} ({bytes_per_sec})")?);
     plan.write(file.region(), |bytes| bar.inc(bytes))?;
     bar.finish();
+    // Brokers of other hosts read it too. A CPU that cannot flush shares no memory that needs it.
+    match file.flush_out() {
+        Ok(_) | Err(RegionError::NoFlush) => {}
+        Err(error) => return Err(error.into()),
+    }
     println!("restored to {}", path.display());
     Ok(())
 }

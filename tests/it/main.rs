@@ -13,6 +13,7 @@ mod dpdk;
 mod elastic;
 mod failover;
 mod faults;
+mod flush;
 mod interop;
 mod lab;
 mod limits;

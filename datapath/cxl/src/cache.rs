@@ -108,6 +108,13 @@ impl FlushSupport {
     }
 
     /// Checks that the CPU has every instruction that `method` needs.
+    /// Returns the best method that drops lines, if there is one.
+    #[must_use]
+    pub(crate) fn dropping(&self) -> Option<FlushMethod> {
+        let methods = [(self.clflushopt, FlushMethod::Clflushopt), (self.clflush, FlushMethod::Clflush)];
+        methods.into_iter().find_map(|(has, method)| has.then_some(method))
+    }
+
     ///
     /// # Errors
     /// [`UnsupportedFlush`] when one is missing.

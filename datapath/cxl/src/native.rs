@@ -142,6 +142,16 @@ impl Native {
     fn word(&self, at: RegionOffset) -> &AtomicU64 {
         let from = self.address(at, 8);
         assert!(at.0.is_multiple_of(8), "{at:?} is not aligned to 8");
+    /// Writes back what this host's caches changed in a range, and drops the range from them, also where the mapping has no
+    /// flush method. It is complete when this returns. Returns the method; `None` if this CPU has none.
+    pub fn flush_out(&self, at: RegionOffset, len: u64) -> Option<FlushMethod> {
+        let method = FlushSupport::detect().dropping()?;
+        // SAFETY: `for_lines` passes lines of the mapping; the CPU has the instruction.
+        self.for_lines(at, len, |line| unsafe { cache::drop_line(method, line) });
+        cache::full_fence(method);
+        Some(method)
+    }
+
         // SAFETY: in bounds, aligned, alive as long as `self`, and only ever accessed atomically.
         unsafe { AtomicU64::from_ptr(from.cast()) }
     }

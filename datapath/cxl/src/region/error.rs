@@ -131,6 +131,9 @@ pub enum RegionError {
         "{} is a file on fsdax, whose pages the kernel does not pin for a NIC; put the region on a device-dax node, tmpfs or hugetlbfs", .0.display()
     )]
     FsDax(PathBuf),
+    /// The CPU can flush no line.
+    #[error("this CPU has neither clflushopt nor clflush: it cannot flush its caches")]
+    NoFlush,
     /// The flush method is not available.
     #[error(transparent)]
     Flush(#[from] UnsupportedFlush),

@@ -9,6 +9,7 @@ use crate::site::Site;
 use embarcadero_wire::{BrokerId, DIGEST_SEED, digest};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,15 @@ pub struct RegionFile {
     file: File,
     path: PathBuf,
     region: Region<Native>,
+}
+
+/// Outcome of [`RegionFile::flush_out`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flushed {
+    /// Bytes of the lines that were flushed.
+    pub bytes: u64,
+    /// Instruction that flushed them.
+    pub method: FlushMethod,
 }
 
 /// Claim on a broker id. The kernel ends it with the process.
@@ -200,6 +210,24 @@ impl RegionFile {
         }
     }
 
+    /// Writes every line of the region that this host's caches changed back to memory, and drops the region from the
+    /// caches. Brokers may use it meanwhile. Parts of a file that have no memory are left out.
+    ///
+    /// # Errors
+    /// [`RegionError::NoFlush`], or [`RegionError::Io`].
+    pub fn flush_out(&self) -> Result<Flushed, RegionError> {
+        let io = |source| RegionError::Io { action: "find the memory of", path: self.path.clone(), source };
+        let native = self.region.fabric();
+        let (mut at, mut bytes, mut method) = (0, 0, None);
+        while let Some(data) = data_from(&self.file, at, native.bytes()).map_err(io)? {
+            let len = data.end - data.start;
+            method = Some(native.flush_out(RegionOffset(data.start), len).ok_or(RegionError::NoFlush)?);
+            (at, bytes) = (data.end, bytes + len);
+        }
+        // A region has at least its superblock.
+        method.map(|method| Flushed { bytes, method }).ok_or(RegionError::NoFlush)
+    }
+
     fn lock_error(&self, source: io::Error) -> RegionError {
         RegionError::Io { action: "lock", path: self.path.clone(), source }
     }
@@ -219,6 +247,8 @@ impl RegionFile {
             }
         }
         superblock::erase(self.region.fabric());
+        // Other hosts see it too. A CPU that cannot flush shares no memory that needs it.
+        let _ = self.region.fabric().flush_out(RegionOffset(0), superblock::BYTES);
         let device = self.file.metadata().is_ok_and(|meta| meta.file_type().is_char_device());
         if device {
             return Ok(());
@@ -286,7 +316,12 @@ impl Place<'_> {
         let created_ms = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_millis() as u64);
-        Region::format(native, geometry, creation.uuid.unwrap_or_else(Uuid::new_v4), created_ms)
+        let region = Region::format(native, geometry, creation.uuid.unwrap_or_else(Uuid::new_v4), created_ms)?;
+        if device {
+            // Other hosts see it too, whatever the method. A CPU that cannot flush shares no memory that needs it.
+            let _ = region.fabric().flush_out(RegionOffset(0), region.layout().segments);
+        }
+        Ok(region)
     }
 
     /// Takes the pages of the mapping from a NUMA node.
@@ -316,6 +351,28 @@ fn device_bytes(file: &File) -> io::Result<u64> {
     let text = std::fs::read_to_string(&path)
         .map_err(|error| io::Error::new(error.kind(), format!("{path}: {error} (is this a dax device?)")))?;
     text.trim().parse().map_err(|_| io::Error::new(io::ErrorKind::InvalidData, format!("{path}: {text:?}")))
+}
+
+/// Finds the first range of a file at or after `at` that has memory, in the first `bytes` of it. Source: lseek(2),
+/// `SEEK_DATA` and `SEEK_HOLE`. All of a device has memory.
+fn data_from(file: &File, at: u64, bytes: u64) -> io::Result<Option<Range<u64>>> {
+    if at >= bytes {
+        return Ok(None);
+    }
+    if !file.metadata()?.is_file() {
+        return Ok(Some(at..bytes));
+    }
+    let seek = |from: u64, whence| {
+        // SAFETY: the descriptor is open; nobody reads or writes at its offset.
+        let found = unsafe { libc::lseek(file.as_raw_fd(), from.cast_signed(), whence) };
+        u64::try_from(found).map_err(|_| io::Error::last_os_error())
+    };
+    match seek(at, libc::SEEK_DATA) {
+        Ok(start) if start < bytes => Ok(Some(start..seek(start, libc::SEEK_HOLE)?.min(bytes))),
+        Err(error) if error.raw_os_error() != Some(libc::ENXIO) => Err(error),
+        // Beyond the last data.
+        Ok(_) | Err(_) => Ok(None),
+    }
 }
 
 /// Bytes of the file system's pages: huge on hugetlbfs, whose files must be a multiple of them.

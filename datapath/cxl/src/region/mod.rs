@@ -5,7 +5,7 @@ mod file;
 mod superblock;
 
 pub use error::RegionError;
-pub use file::{BrokerLock, Creation, RegionFile};
+pub use file::{BrokerLock, Creation, Flushed, RegionFile};
 
 use crate::fabric::Fabric;
 use crate::layout::{Geometry, Layout, RegionRole};
