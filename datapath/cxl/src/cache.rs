@@ -1,7 +1,8 @@
 //! Cache control instructions, chosen at run time.
 //!
 //! Source: Intel 64 and IA-32 Architectures Software Developer's Manual (SDM), volume 2, sections CLFLUSH, CLFLUSHOPT,
-//! CLWB, MOVDIR64B, MOVNTDQ, SFENCE and MFENCE. Which fence orders what is in the section of each instruction.
+//! CLWB, MOVDIR64B, MOVNTDQ, SFENCE and MFENCE. Which fence orders what is in the section of each instruction. AMD64
+//! Architecture Programmer's Manual (APM), volume 3, has the same sections.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -107,7 +108,6 @@ impl FlushSupport {
         }
     }
 
-    /// Checks that the CPU has every instruction that `method` needs.
     /// Returns the best method that drops lines, if there is one.
     #[must_use]
     pub(crate) fn dropping(&self) -> Option<FlushMethod> {
@@ -115,6 +115,7 @@ impl FlushSupport {
         methods.into_iter().find_map(|(has, method)| has.then_some(method))
     }
 
+    /// Checks that the CPU has every instruction that `method` needs.
     ///
     /// # Errors
     /// [`UnsupportedFlush`] when one is missing.
@@ -177,13 +178,20 @@ pub(super) unsafe fn drop_line(method: FlushMethod, line: *const u8) {
 }
 
 /// Orders earlier flushes and stores before later stores.
+///
+/// `sfence` orders `clwb` and `clflushopt`. On AMD it does not order `clflush`, which only `mfence` does. Source: AMD64
+/// Architecture Programmer's Manual, volume 3, CLFLUSH. Intel's manual says that `clflush` is ordered by any fence.
 #[inline]
 pub(super) fn store_fence(method: FlushMethod) {
     #[cfg(target_arch = "x86_64")]
-    if method != FlushMethod::None {
-        // SAFETY: SSE is part of x86_64.
-        unsafe { core::arch::x86_64::_mm_sfence() };
-        return;
+    match method {
+        FlushMethod::None => {}
+        FlushMethod::Clflush => return full_fence(method),
+        FlushMethod::Clwb | FlushMethod::Clflushopt | FlushMethod::Movdir64b => {
+            // SAFETY: SSE is part of x86_64.
+            unsafe { core::arch::x86_64::_mm_sfence() };
+            return;
+        }
     }
     let _ = method;
     std::sync::atomic::fence(std::sync::atomic::Ordering::Release);

@@ -130,6 +130,10 @@ impl Native {
             self.write_bytes(at, edge);
             if !edge.is_empty() {
                 self.flush(at, edge.len() as u64, Site::PayloadFlush);
+                if self.method == FlushMethod::Clflush {
+                    // The fence that follows orders the other methods only.
+                    cache::store_fence(self.method);
+                }
             }
         }
         let to = self.address(at.add(start.len() as u64), size_of_val(lines) as u64);
@@ -138,10 +142,6 @@ impl Native {
         unsafe { cache::store_lines(to, lines) };
     }
 
-    #[inline]
-    fn word(&self, at: RegionOffset) -> &AtomicU64 {
-        let from = self.address(at, 8);
-        assert!(at.0.is_multiple_of(8), "{at:?} is not aligned to 8");
     /// Writes back what this host's caches changed in a range, and drops the range from them, also where the mapping has no
     /// flush method. It is complete when this returns. Returns the method; `None` if this CPU has none.
     pub fn flush_out(&self, at: RegionOffset, len: u64) -> Option<FlushMethod> {
@@ -152,6 +152,10 @@ impl Native {
         Some(method)
     }
 
+    #[inline]
+    fn word(&self, at: RegionOffset) -> &AtomicU64 {
+        let from = self.address(at, 8);
+        assert!(at.0.is_multiple_of(8), "{at:?} is not aligned to 8");
         // SAFETY: in bounds, aligned, alive as long as `self`, and only ever accessed atomically.
         unsafe { AtomicU64::from_ptr(from.cast()) }
     }
