@@ -82,6 +82,8 @@ struct OffsetEntryReport {
     released_incarnation: Incarnation,
     /// Position below which the entries of the stream by which this broker acknowledges are on enough disks, or lost.
     durable_through: u64,
+    /// Positions between which retention took entries that were on no disk.
+    lost_from: u64,
     lost_through: u64,
     /// Position up to which this broker, as a replica, has the batches of each source broker.
     replicated: BTreeMap<BrokerId, u64>,
@@ -282,7 +284,8 @@ impl Reader<'_> {
                 return None;
             }
         };
-        let Completion { durable_through, lost_through, .. } = read_completion_at(region, area, topic, broker);
+        let Completion { durable_through, lost_from, lost_through, .. } =
+            read_completion_at(region, area, topic, broker);
         let progress = |source| {
             let position = read_replicated(region, Replication { topic, replica: broker, source });
             (position > 0).then_some((source, position))
@@ -314,6 +317,7 @@ impl Reader<'_> {
             delivering_from: (pinned < u64::MAX).then_some(pinned),
             released_incarnation,
             durable_through,
+            lost_from,
             lost_through,
             replicated: region.geometry().brokers().filter_map(progress).collect(),
             own_index,

@@ -94,12 +94,13 @@ impl<F: Fabric> CompletionStage<F> {
         let shown = read_completion_at(region, area, topic, stream.broker().unwrap_or(BrokerId(0)));
         let awaited = self.awaited & 1 << topic.0 != 0;
         // No count shows more than there is. A damaged line is written anew.
-        let Completion { durable_through, lost_through, .. } = shown;
+        let Completion { durable_through, lost_from, lost_through, .. } = shown;
         if durable_through.max(lost_through) > extent.committed {
             tracing::error!(slot = %topic, durable_through, lost_through, "a damaged completion is counted anew");
         }
         let [shown_through, lost_through] =
             [durable_through, lost_through].map(|position| if position > extent.committed { 0 } else { position });
+        let lost_from = lost_from.min(lost_through);
         if shown_through >= extent.committed && shown.awaited == awaited {
             return false;
         }
@@ -133,11 +134,14 @@ impl<F: Fabric> CompletionStage<F> {
             .min()
             .unwrap_or(0);
         let through = if region.fabric().keeps(Guard::DiskBeforeAck) { through } else { extent.committed };
-        let now = Completion {
-            durable_through: through.min(extent.committed).max(shown_through),
-            lost_through: if trimmed > shown_through { trimmed } else { lost_through },
-            awaited,
+        // What was shown as durable is on disks, whatever is trimmed now. Of two losses, all between them counts as lost.
+        let (lost_from, lost_through) = match (trimmed > shown_through, lost_through) {
+            (true, 0) => (shown_through, trimmed),
+            (true, _) => (lost_from.min(shown_through), trimmed),
+            (false, _) => (lost_from, lost_through),
         };
+        let durable_through = through.min(extent.committed).max(shown_through);
+        let now = Completion { durable_through, lost_from, lost_through, awaited };
         if now == shown {
             return false;
         }
@@ -171,6 +175,7 @@ mod tests {
     use super::*;
     use crate::topics::tests::{region, topic};
     use bytemuck::Zeroable;
+    use embarcadero_cxl::Native;
     use embarcadero_cxl::broker_table::{BrokerInfo, publish_broker};
     use embarcadero_cxl::layout::IndexEntry;
     use embarcadero_cxl::leadership::{activate_term, claim_term};
@@ -189,50 +194,93 @@ mod tests {
         assert_eq!(copied(&mut [5, 9], 3), 0);
     }
 
+    /// Topic with one copy on a disk, and three batches in its order.
+    struct Bed {
+        region: Region<Native>,
+        index: OrderIndexWriter<Native>,
+        stage: CompletionStage<Native>,
+    }
+
+    const AREA: LeaderArea = LeaderArea(BrokerId(0));
+    const TERM: Term = Term(1);
+    const ID: StreamId = StreamId { topic: TopicId(0), stream: Stream::GLOBAL };
+    const OF: Replication = Replication { topic: TopicId(0), replica: BrokerId(0), source: BrokerId(0) };
+
+    impl Bed {
+        fn new() -> Self {
+            let (region, incarnation) = (region(), Incarnation(1));
+            claim_term(&region, AREA, TERM);
+            publish_topic(&region, AREA, &TopicConfig { replication_factor: 2, ..topic(0) });
+            activate_term(&region, AREA, TERM);
+            let address = "127.0.0.1:1".parse().unwrap();
+            let own = BrokerInfo {
+                id: BrokerId(0),
+                incarnation,
+                data: address,
+                control: address,
+                process_id: 1,
+                running: true,
+                lock_node: 1,
+            };
+            publish_broker(&region, &own);
+            let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
+            let options = IndexOptions { id: ID, incarnation, writer: AREA, term: TERM };
+            let index = OrderIndexWriter::open(region.clone(), options, pool).unwrap();
+            let mut stage = CompletionStage::new(region.clone(), AREA);
+            stage.maintain(1);
+            let mut bed = Self { region, index, stage };
+            bed.append_three();
+            bed
+        }
+
+        fn append_three(&mut self) {
+            for _ in 0..3 {
+                self.index.make_room().unwrap();
+                self.index.append(IndexEntry { message_count: 1, ..IndexEntry::zeroed() });
+            }
+            self.index.write_back_entries();
+            self.index.publish_tail(TERM);
+        }
+
+        /// Counts for the `round`th time, from 1 on. Returns what is shown then.
+        fn count(&mut self, round: u64) -> Completion {
+            self.stage.poll(round * PERIOD_US);
+            read_completion_at(&self.region, AREA, ID.topic, BrokerId(0))
+        }
+    }
+
     #[test]
     fn what_is_beyond_the_tail_counts_for_no_batch() {
-        let (region, area) = (region(), LeaderArea(BrokerId(0)));
-        let id = StreamId { topic: TopicId(0), stream: Stream::GLOBAL };
-        let (term, incarnation) = (Term(1), Incarnation(1));
-        claim_term(&region, area, term);
-        publish_topic(&region, area, &TopicConfig { replication_factor: 2, ..topic(0) });
-        activate_term(&region, area, term);
-        let address = "127.0.0.1:1".parse().unwrap();
-        let own = BrokerInfo {
-            id: BrokerId(0),
-            incarnation,
-            data: address,
-            control: address,
-            process_id: 1,
-            running: true,
-            lock_node: 1,
-        };
-        publish_broker(&region, &own);
-        let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), BrokerId(0)));
-        let options = IndexOptions { id, incarnation, writer: area, term };
-        let mut index = OrderIndexWriter::open(region.clone(), options, pool).unwrap();
-        for _ in 0..3 {
-            index.make_room().unwrap();
-            index.append(IndexEntry { message_count: 1, ..IndexEntry::zeroed() });
-        }
-        index.write_back_entries();
-        index.publish_tail(term);
-        let mut stage = CompletionStage::new(region.clone(), area);
-        stage.maintain(1);
-        let of = Replication { topic: id.topic, replica: BrokerId(0), source: BrokerId(0) };
+        let mut bed = Bed::new();
+        let region = bed.region.clone();
         for (round, (position, durable)) in [(4, 0), (u64::MAX, 0), (2, 2), (3, 3)].into_iter().enumerate() {
-            publish_replicated(&region, of, position);
-            stage.poll((round as u64 + 1) * PERIOD_US);
-            assert_eq!(read_completion_at(&region, area, id.topic, BrokerId(0)).durable_through, durable);
+            publish_replicated(&region, OF, position);
+            assert_eq!(bed.count(round as u64 + 1).durable_through, durable);
         }
         // A damaged line is counted anew.
         let shown = |completion: Completion| (completion.durable_through, completion.lost_through);
         for (round, damaged) in [(u64::MAX, 0), (3, u64::MAX)].into_iter().enumerate() {
             let (durable_through, lost_through) = damaged;
-            let damaged = Completion { durable_through, lost_through, awaited: false };
-            publish_completion(&region, area, id.topic, BrokerId(0), damaged);
-            stage.poll((round as u64 + 9) * PERIOD_US);
-            assert_eq!(shown(read_completion_at(&region, area, id.topic, BrokerId(0))), (3, 0));
+            let damaged = Completion { durable_through, lost_from: 0, lost_through, awaited: false };
+            publish_completion(&region, AREA, ID.topic, BrokerId(0), damaged);
+            assert_eq!(shown(bed.count(round as u64 + 9)), (3, 0));
         }
+    }
+
+    #[test]
+    fn what_is_on_disks_stays_durable_when_retention_takes_what_is_not() {
+        let mut bed = Bed::new();
+        publish_replicated(&bed.region, OF, 3);
+        let lost = |completion: Completion| [0, 2, 3, 4, 5].map(|position| completion.is_lost(position));
+        assert_eq!(lost(bed.count(1)), [false; 5], "all is durable");
+        bed.append_three();
+        bed.index.trim_below(5);
+        assert_eq!(lost(bed.count(2)), [false, false, true, true, false]);
+        // A second loss: nobody knows any more what lay between the two.
+        publish_replicated(&bed.region, OF, 6);
+        assert_eq!(lost(bed.count(3)), [false, false, true, true, false]);
+        bed.append_three();
+        bed.index.trim_below(8);
+        assert_eq!(lost(bed.count(4)), [false, false, true, true, true]);
     }
 }

@@ -43,14 +43,27 @@ pub fn read_replicated<F: Fabric>(region: &Region<F>, of: Replication) -> u64 {
 pub struct Completion {
     /// Entries below this position are durable, unless they are lost.
     pub durable_through: u64,
-    /// Entries below this position that were not durable when retention trimmed them are on no disk.
+    /// First entry that was not durable when retention trimmed it.
+    pub lost_from: u64,
+    /// Entries from `lost_from` on and below this position may be on no disk. All that were trimmed before they were durable
+    /// are among them, and so is what became durable between two such losses.
     pub lost_through: u64,
     /// True while sessions wait for batches to be durable.
     pub awaited: bool,
 }
 
+impl Completion {
+    /// Returns true if the entry at a position may be on no disk, because retention took it.
+    #[inline]
+    #[must_use]
+    pub fn is_lost(&self, position: u64) -> bool {
+        (self.lost_from..self.lost_through).contains(&position)
+    }
+}
+
 const DURABLE: u64 = offset_of!(CompletionLine, durable_through) as u64;
 const LOST: u64 = offset_of!(CompletionLine, lost_through) as u64;
+const LOST_FROM: u64 = offset_of!(CompletionLine, lost_from) as u64;
 const AWAITED: u64 = offset_of!(CompletionLine, awaited) as u64;
 
 /// Writes a line of the completion vector. Only the leader may; positions only grow.
@@ -65,6 +78,7 @@ pub fn publish_completion<F: Fabric>(
     let fabric = region.fabric();
     // SYNC: what is lost is stored before the position that passes it; pairs with `read_completion_at`.
     fabric.store(at.add(AWAITED), completion.awaited.into());
+    fabric.store(at.add(LOST_FROM), completion.lost_from);
     fabric.store(at.add(LOST), completion.lost_through);
     fabric.store(at.add(DURABLE), completion.durable_through);
     fabric.flush(at, LINE_BYTES, Site::CompletionFlush);
@@ -96,5 +110,9 @@ pub fn read_completion_at<F: Fabric>(
     // SYNC: the durable word is loaded first; pairs with `publish_completion`.
     let fabric = region.fabric();
     let durable_through = fabric.observe(at.add(DURABLE), Site::CompletionRead);
-    Completion { durable_through, lost_through: fabric.load(at.add(LOST)), awaited: fabric.load(at.add(AWAITED)) != 0 }
+    let lost_through = fabric.load(at.add(LOST));
+    let lost_from = fabric.load(at.add(LOST_FROM));
+    // A damaged bound must not make a lost batch a durable one.
+    let lost_from = if lost_from > lost_through { 0 } else { lost_from };
+    Completion { durable_through, lost_from, lost_through, awaited: fabric.load(at.add(AWAITED)) != 0 }
 }

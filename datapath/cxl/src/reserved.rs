@@ -56,8 +56,14 @@ impl<F: Fabric> Check<'_, F> {
     }
 
     fn completion(&mut self, at: RegionOffset) {
-        if let Some(CompletionLine { awaited: value @ 2.., .. }) = self.line(at, Site::CompletionRead) {
-            self.damage.push(Damage { structure: "CompletionLine", at, what: "awaited", value });
+        let Some(line) = self.line::<CompletionLine>(at, Site::CompletionRead) else { return };
+        for (what, value, is_damaged) in [
+            ("awaited", line.awaited, line.awaited > 1),
+            ("lost_from", line.lost_from, line.lost_from > line.lost_through),
+        ] {
+            if is_damaged {
+                self.damage.push(Damage { structure: "CompletionLine", at, what, value });
+            }
         }
     }
 
@@ -90,7 +96,7 @@ mod tests {
         Pulse::new(region.clone(), broker).beat();
         publish_replica_state(&region, broker, ReplicaState::Running);
         Pin::new(region.clone(), StreamId { topic, stream: Stream::GLOBAL }, broker);
-        let completion = Completion { durable_through: 7, lost_through: 5, awaited: true };
+        let completion = Completion { durable_through: 7, lost_from: 3, lost_through: 5, awaited: true };
         publish_completion(&region, area, topic, broker, completion);
         assert_eq!(damaged_lines(&region), []);
         let layout = region.layout();

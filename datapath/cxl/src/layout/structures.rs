@@ -321,11 +321,13 @@ structures! {
     line CompletionLine: 64 {
         /// Entries below this position are on as many disks as the topic asks for, unless they are lost.
         durable_through: u64 = 0,
-        /// Entries below this position that were not durable by then are on no disk: retention took them.
+        /// Entries from `lost_from` on and below this position may be on no disk: retention took them.
         lost_through: u64 = 8,
         /// 1 while sessions wait for batches to be durable; retention waits too then, and where it is damaged.
         awaited: u64 = 16,
-        reserved: [u64; 5] = 24,
+        /// First entry that retention took before it was durable.
+        lost_from: u64 = 24,
+        reserved: [u64; 4] = 32,
     }
 
     /// Identity and state of a session. Written by a leader.
