@@ -398,6 +398,19 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    #[test]
+    fn a_commit_word_is_that_of_one_position_and_stream() {
+        use super::super::{commit_key, commit_word};
+        let region = uuid::Uuid::from_u128(7);
+        let key = commit_key(region, TopicId(0), 1);
+        assert_ne!(key, commit_key(region, TopicId(1), 0));
+        assert_ne!(key, commit_key(uuid::Uuid::from_u128(7 << 64), TopicId(0), 1));
+        let word = |position| commit_word(key, position);
+        assert_ne!(word(5), word(5 + (1 << 32)));
+        // Memory that was never written shows no entry.
+        assert_ne!(commit_word(0, 0), 0);
+    }
+
     proptest! {
         #[test]
         fn areas_follow_each_other_and_fit(

@@ -6,7 +6,7 @@ use super::geometry::Geometry;
 use super::structures::STRUCTURES_DIGEST;
 use super::{
     AREA_ALIGN, LAYOUT_VERSION, MAGIC, MAX_BROKERS, MAX_SEGMENTS, MAX_SESSIONS, MAX_TOPICS, SEGMENTS_PER_WORD,
-    SESSION_WINDOW, SESSIONS_PER_WORD, commit_word, directory_word, lap_of, pin_word,
+    SESSION_WINDOW, SESSIONS_PER_WORD, commit_key, commit_word, directory_word, lap_of, pin_word,
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, Versioned};
 use crate::replication::Replication;
@@ -15,6 +15,7 @@ use embarcadero_wire::{
     BatchHeader, BrokerId, DIGEST_SEED, FRAME_BYTES, FRAME_MAGIC, Order, SessionSlot, Stream, TopicId, WIRE_VERSION,
     digest,
 };
+use uuid::Uuid;
 
 /// Digest of the structures, of the codes and words in them, of every constant, and of where everything lies.
 pub const LAYOUT_HASH: u64 = {
@@ -53,7 +54,9 @@ pub const LAYOUT_HASH: u64 = {
     // Batches lie in segments as they travel.
     let batches = [WIRE_VERSION as u64, FRAME_MAGIC as u64, FRAME_BYTES as u64, ALIGN_BYTES, BatchHeader::DIGEST];
     hash = each(hash, "batches", &batches);
-    hash = each(hash, "words", &[lap_of(1000, 16), commit_word(1000) as u64, directory_word(1000, 7), pin_word(1000)]);
+    let key = commit_key(Uuid::from_u64_pair(7, 11), TopicId(3), 2);
+    let words = [lap_of(1000, 16), commit_word(key, 1000) as u64, directory_word(1000, 7), pin_word(1000)];
+    hash = each(hash, "words", &words);
     // Two geometries whose numbers all differ: one of whole gigabytes, one of odd counts.
     hash = areas(hash, &Geometry::with_segments_of(1 << 30, AllocatorKind::Bitmap));
     areas(

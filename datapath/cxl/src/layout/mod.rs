@@ -27,6 +27,9 @@ pub use structures::{
     TailLine, TermLine, Tinode, TopicLine,
 };
 
+use embarcadero_wire::{DIGEST_SEED, TopicId, digest};
+use uuid::Uuid;
+
 /// First eight bytes of a region.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"EMBARCDR");
 /// Version of the layout. It changes with every structure, independent of the crate's version.
@@ -64,11 +67,26 @@ pub(crate) const fn lap_of(index: u64, slots: u64) -> u64 {
     index / slots + 1
 }
 
-/// Word in [`IndexEntry::commit`] of the entry at `position`.
+/// Number that tells the entries of one stream of one region from all others. `stream` is a
+/// [`Geometry::stream_number`].
+#[must_use]
+pub(crate) const fn commit_key(region: Uuid, topic: TopicId, stream: u32) -> u64 {
+    let (high, low) = region.as_u64_pair();
+    let region = digest(digest(DIGEST_SEED, "region", high), "region", low);
+    digest(digest(region, "topic", topic.0 as u64), "stream", stream as u64)
+}
+
+/// Word in [`IndexEntry::commit`] of the entry at `position` of the stream with this key. It is never 0.
+///
+/// Positions of a stream never repeat. So an entry that another topic, an earlier region or the stream itself left in
+/// reused memory does not match, except by a chance of 2^-32. Source of the mixing: Knuth, "The Art of Computer
+/// Programming", volume 3, section 6.4, multiplicative hashing.
 #[inline]
 #[must_use]
-pub(crate) const fn commit_word(position: u64) -> u32 {
-    (position + 1) as u32
+pub(crate) const fn commit_word(key: u64, position: u64) -> u32 {
+    const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+    let word = ((key ^ position).wrapping_mul(GOLDEN) >> 32) as u32;
+    if word == 0 { 1 } else { word }
 }
 
 /// Word of an order index's directory: the segment that holds the entries of `ordinal`.

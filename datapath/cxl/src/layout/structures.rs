@@ -313,7 +313,7 @@ structures! {
         broker: u8 = 56,
         replicas: u8 = 57,
         reserved: u16 = 58,
-        /// Low half of the entry's position plus one. A torn or foreign line does not match.
+        /// Digest of the region, the stream and the position of the entry. A foreign line does not match.
         commit: u32 = 60,
     }
 

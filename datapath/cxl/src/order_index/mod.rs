@@ -17,7 +17,7 @@ pub use trim::Retention;
 pub use writer::{IndexOptions, OrderIndexWriter};
 
 use crate::fabric::{Fabric, RegionOffset};
-use crate::layout::{LeaderArea, TailLine, directory_entry};
+use crate::layout::{LeaderArea, TailLine, commit_key, directory_entry};
 use crate::leadership::{NoLeader, with_leader};
 use crate::region::Region;
 use crate::row::Damage;
@@ -51,6 +51,11 @@ impl StreamId {
             None => region.layout().global_directory(area, self.topic, ordinal),
             Some(broker) => region.layout().broker_directory(self.topic, broker, ordinal),
         }
+    }
+
+    /// Number that tells the stream's entries from all others.
+    fn commit_key<F: Fabric>(self, region: &Region<F>) -> u64 {
+        commit_key(region.uuid(), self.topic, region.geometry().stream_number(self.stream))
     }
 
     /// Reads from the stream: through the leader for a global order, directly for a broker's own.
@@ -151,12 +156,12 @@ pub fn read_extent<F: Fabric>(region: &Region<F>, id: StreamId) -> Result<Extent
 pub fn read_extent_at<F: Fabric>(region: &Region<F>, area: LeaderArea, id: StreamId) -> Extent {
     let at = id.tail(region, area);
     let tail: TailLine = region.fabric().observe_words(at, Site::TailRead);
+    region.fabric().ensure_in_memory(at, Site::TailFlush);
     Extent {
         incarnation: Incarnation::from_word(tail.incarnation).unwrap_or(DAMAGED),
         base: tail.base,
         trimmed: tail.trimmed,
         committed: tail.committed,
-    region.fabric().ensure_in_memory(at, Site::TailFlush);
         earliest_offset: tail.trimmed_offset,
         next_offset: tail.next_offset,
         bytes: tail.bytes,
@@ -177,12 +182,12 @@ pub fn read_directory<F: Fabric>(
 ) -> Result<Option<u32>, Damage> {
     let at = id.directory_word(region, area, ordinal);
     let value = region.fabric().observe(at, Site::DirectoryRead);
+    region.fabric().ensure_in_memory(at, Site::DirectoryFlush);
     let damage = Damage { structure: "directory", at, what: "a segment", value };
     match directory_entry(value) {
         None if value == 0 => Ok(None),
         Some((found, segment))
             if segment < region.geometry().segment_count
-    region.fabric().ensure_in_memory(at, Site::DirectoryFlush);
                 && found.abs_diff(ordinal).is_multiple_of(region.geometry().directory_slots()) =>
         {
             Ok((found == ordinal).then_some(segment))
@@ -257,6 +262,34 @@ mod tests {
         for (position, what) in [(1, "broker"), (2, "location"), (3, "location")] {
             let read = reader.read(position);
             assert!(matches!(read, Err(ReadError::Corrupt { damage, .. }) if damage.what == what), "{read:?}");
+        }
+    }
+
+    /// A line that another stream, or another region in the same memory, left at the place of an entry.
+    #[test]
+    fn an_entry_of_another_stream_or_region_is_corrupt() {
+        let (region, other) = (region(8, AllocatorKind::Partitioned), region(8, AllocatorKind::Partitioned));
+        let ids = [0, 1].map(|broker| StreamId { topic: TopicId(0), stream: Stream::of(BrokerId(broker)) });
+        let write = |region: &Region<Native>, id: StreamId| {
+            let writer = LeaderArea(id.stream.broker().unwrap());
+            let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), writer.0));
+            let options = IndexOptions { id, incarnation: Incarnation(1), writer, term: Term::NONE };
+            let mut index = OrderIndexWriter::open(region.clone(), options, pool).unwrap();
+            index.make_room().unwrap();
+            let location = region.layout().segments;
+            index.append(IndexEntry { location, bytes: 64, message_count: 1, ..IndexEntry::zeroed() });
+            index.write_back_entries();
+            index.publish_tail(Term::NONE);
+            index.entry_at(0).unwrap()
+        };
+        let (at, beside, elsewhere) = (write(&region, ids[0]), write(&region, ids[1]), write(&other, ids[0]));
+        let mut reader = OrderIndexReader::new(region.clone(), ids[0]);
+        reader.poll();
+        assert!(reader.read(0).is_ok());
+        for foreign in [region.fabric().load_words(beside), other.fabric().load_words(elsewhere)] {
+            region.fabric().store_words(at, &foreign);
+            let read = reader.read(0);
+            assert!(matches!(read, Err(ReadError::Corrupt { damage, .. }) if damage.what == "commit"), "{read:?}");
         }
     }
 

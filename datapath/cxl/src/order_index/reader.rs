@@ -59,6 +59,7 @@ pub struct OrderIndexReader<F> {
     brokers: u32,
     /// Bounds of the memory that batches may lie in.
     batches: Range<u64>,
+    commit_key: u64,
 }
 
 impl<F: Fabric> OrderIndexReader<F> {
@@ -70,7 +71,8 @@ impl<F: Fabric> OrderIndexReader<F> {
             RegionRole::Mirror => (MAX_BROKERS, 0..u64::MAX),
             RegionRole::Single | RegionRole::Mirrored => (geometry.max_brokers, layout.segments..layout.region_bytes),
         };
-        Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, found: None, brokers, batches }
+        let commit_key = id.commit_key(&region);
+        Self { region, id, committed: 0, fresh_from: 0, fresh_to: 0, found: None, brokers, batches, commit_key }
     }
 
     /// Reads how far the index reaches, which must be at least as far as an extent that was read before.
@@ -130,7 +132,7 @@ impl<F: Fabric> OrderIndexReader<F> {
         }
         let entry: IndexEntry =
             self.region.fabric().load_line(at).map_err(|damage| ReadError::Corrupt { position, damage })?;
-        if entry.commit != commit_word(position) {
+        if entry.commit != commit_word(self.commit_key, position) {
             return Err(self.corrupt(position, "commit", entry.commit.into()));
         }
         if u32::from(entry.broker) >= self.brokers {

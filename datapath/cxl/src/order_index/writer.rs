@@ -53,6 +53,7 @@ pub struct OrderIndexWriter<F> {
     damage: Option<Damage>,
     pub(super) kept_bytes: u64,
     pub(super) trimmed: u64,
+    pub(super) commit_key: u64,
     /// Segments in use, oldest first.
     pub(super) segments: VecDeque<IndexSegment>,
     /// True while the newest segment takes no more entries: an earlier leader may write into it.
@@ -118,6 +119,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         let room_until = segments.back().map_or(0, |newest| room_until(&region, newest.ordinal));
         Self {
             tail_at: id.tail(&region, writer),
+            commit_key: id.commit_key(&region),
             region,
             id,
             writer,
@@ -304,7 +306,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
         assert!(self.has_room(), "append without room");
         let Some(IndexSegment { segment, .. }) = self.segments.back().copied() else { unreachable!("there is room") };
         entry.first_offset = self.next_offset;
-        entry.commit = commit_word(self.next);
+        entry.commit = commit_word(self.commit_key, self.next);
         self.region.fabric().store_line(layout.index_entry(segment, self.next), &entry);
         self.next += 1;
         self.next_offset += u64::from(entry.message_count);

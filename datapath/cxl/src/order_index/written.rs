@@ -5,7 +5,6 @@ use super::{StreamId, read_directory};
 use crate::fabric::{Fabric, LINE_BYTES, RegionOffset};
 use crate::layout::{IndexEntry, commit_word};
 use crate::owner::{SegmentUse, read_owner};
-use crate::region::Region;
 use crate::row::{Damage, Row};
 use crate::site::Site;
 
@@ -14,7 +13,7 @@ impl<F: Fabric> OrderIndexWriter<F> {
     pub(super) fn read_entry(&self, position: u64) -> Result<IndexEntry, Damage> {
         let tail =
             Damage { structure: "TailLine", at: self.tail_at, what: "a position without a segment", value: position };
-        load_entry(&self.region, self.entry_at(position).ok_or(tail)?, position)
+        self.load_entry(self.entry_at(position).ok_or(tail)?, position)
     }
 
     /// Position in the region of an entry, if its segment is in use.
@@ -68,20 +67,20 @@ impl<F: Fabric> OrderIndexWriter<F> {
         }
         let at = layout.index_entry(segment, position);
         self.region.fabric().invalidate(at, LINE_BYTES, Site::IndexEntryRead);
-        match load_entry(&self.region, at, position) {
+        match self.load_entry(at, position) {
             Ok(entry) => Ok(Some(entry)),
             Err(damage) if has_it() => Err(damage),
             Err(_) => Ok(None),
         }
     }
-}
 
-/// Reads the entry of a position.
-fn load_entry<F: Fabric>(region: &Region<F>, at: RegionOffset, position: u64) -> Result<IndexEntry, Damage> {
-    let entry: IndexEntry = region.fabric().load_line(at)?;
-    if entry.commit == commit_word(position) {
-        Ok(entry)
-    } else {
-        Err(Damage { structure: "IndexEntry", at, what: "commit", value: entry.commit.into() })
+    /// Reads the entry of a position, which lies at `at`.
+    fn load_entry(&self, at: RegionOffset, position: u64) -> Result<IndexEntry, Damage> {
+        let entry: IndexEntry = self.region.fabric().load_line(at)?;
+        if entry.commit == commit_word(self.commit_key, position) {
+            Ok(entry)
+        } else {
+            Err(Damage { structure: "IndexEntry", at, what: "commit", value: entry.commit.into() })
+        }
     }
 }
