@@ -18,6 +18,7 @@ pub struct Tally {
     pub ordered: usize,
     pub acknowledged: usize,
     pub crashes: usize,
+    pub kills: usize,
     pub pauses: usize,
     pub takeovers: usize,
     pub departures: usize,
@@ -34,8 +35,8 @@ pub struct Tally {
 }
 
 impl Tally {
-    fn all(&mut self) -> [&mut usize; 16] {
-        let Self { ordered, acknowledged, crashes, pauses, takeovers, departures, .. } = self;
+    fn all(&mut self) -> [&mut usize; 17] {
+        let Self { ordered, acknowledged, crashes, kills, pauses, takeovers, departures, .. } = self;
         let Self {
             disk_failures,
             client_crashes,
@@ -53,6 +54,7 @@ impl Tally {
             ordered,
             acknowledged,
             crashes,
+            kills,
             pauses,
             takeovers,
             departures,

@@ -26,7 +26,7 @@ use embarcadero_cxl::layout::{IndexEntry, SESSION_WINDOW};
 use embarcadero_cxl::order_index::{OrderIndexReader, read_extent};
 use embarcadero_cxl::owner::read_owner;
 use embarcadero_cxl::segment::PartitionAllocator;
-use embarcadero_cxl::{Fabric, Region, RegionOffset, Site};
+use embarcadero_cxl::{Fabric, Region, RegionOffset, Site, refresh_own_lines};
 use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
 use embarcadero_sim::{Power, Simulated};
 use embarcadero_wire::{BrokerId, ClientId, FRAME_BYTES, Term};
@@ -220,23 +220,31 @@ impl Machine {
         }
     }
 
+    /// Ends the process in the middle of anything, and the host with it unless hosts live on.
     fn crash(&mut self) {
-        self.rack.history.count(|tally| &mut tally.crashes);
-        self.fabrics.iter().for_each(Simulated::crash);
-        let nic = self.process.as_ref().and_then(|process| process.nic.as_ref());
-        let orphan = nic.map(|nic| nic.lock().unwrap_or_else(PoisonError::into_inner).leave());
-        let has_power = one_in(2);
-        if !has_power {
+        let lives_on = self.rack.hosts_live_on;
+        if lives_on {
+            self.rack.history.count(|tally| &mut tally.kills);
+            self.fabrics.iter().for_each(Simulated::kill);
+        } else {
+            self.rack.history.count(|tally| &mut tally.crashes);
+            self.fabrics.iter().for_each(Simulated::crash);
             self.power.fail();
         }
+        let nic = self.process.as_ref().and_then(|process| process.nic.as_ref());
+        let nic = nic.map(|nic| nic.lock().unwrap_or_else(PoisonError::into_inner).leave());
         self.process = None;
         self.rack.set_catalog(self.host, None);
         self.power = Power::default();
-        self.disk.restart();
         self.rack.network.cut(self.host);
-        self.fabrics = self.rack.join(self.host);
-        // Without power the NIC is gone, too.
-        self.orphan = orphan.filter(|_| has_power).map(|nic| nic.on(&self.fabrics[0]));
+        if lives_on {
+            self.fabrics = self.rack.join_beside(self.host, &self.fabrics);
+            self.disk.repair();
+            self.orphan = nic.map(|nic| nic.on(&self.fabrics[0]));
+        } else {
+            self.fabrics = self.rack.join(self.host);
+            self.disk.restart();
+        }
         self.down_for = Some(random(0..30));
     }
 }
@@ -252,6 +260,7 @@ impl Process {
     ) -> Self {
         let id = BrokerId(host as u32);
         let [region, mirror] = fabrics.clone().map(|fabric| Region::open(fabric).expect("the superblock is visible"));
+        [&region, &mirror].into_iter().for_each(|region| refresh_own_lines(region, id));
         let pool = Arc::new(PartitionAllocator::of_broker(region.clone(), id));
         let topics = Arc::new(TopicTable::new(region.clone(), id, pool));
         let incarnation = last_incarnation(&region, id).next();

@@ -3,7 +3,8 @@
 //! It has hosts without coherence among them, their disks, a network, NICs (the production engine of RoCEv2), clients that
 //! retry, and clocks that are wrong. The following goes wrong:
 //!
-//! - Hosts crash in the middle of anything, stand still, come late and leave.
+//! - Hosts crash in the middle of anything, stand still, come late and leave. In half of the seeds only their processes die,
+//!   and what these had in their caches is written back later.
 //! - Disks fail, are slow, and tear writes.
 //! - The network loses, repeats, reorders and damages.
 //! - Clients crash.
@@ -87,6 +88,8 @@ pub struct Rack {
     pub replicated: bool,
     /// True when clients and hosts have NICs, which carry batches by the RoCEv2 engine.
     pub has_nics: bool,
+    /// True when hosts do not crash, only their processes. The host's caches live on, and the next process has them.
+    pub hosts_live_on: bool,
     /// Order of the topic.
     pub order: Order,
     /// Bytes of batches that the topic keeps; 0 for all.
@@ -125,6 +128,7 @@ impl Rack {
             history: Arc::default(),
             replicated: one_in(2),
             has_nics: one_in(2),
+            hosts_live_on: one_in(2),
             order: if one_in(3) { Order::Total } else { Order::Strong },
             retention_bytes: if small { random(4..16) << 10 } else { 0 },
             retention_ms: if small && one_in(3) { random(10..60) } else { 0 },
@@ -139,6 +143,11 @@ impl Rack {
     /// Makes the caches of a host that starts: of the region and of the mirror.
     pub fn join(&self, host: usize) -> [Simulated; 2] {
         [&self.world, &self.mirror].map(|world| Simulated::join(world, fate::STEPS[host]))
+    }
+
+    /// Makes another process of a host that has these caches.
+    pub fn join_beside(&self, host: usize, caches: &[Simulated; 2]) -> [Simulated; 2] {
+        caches.each_ref().map(|cache| cache.beside(fate::STEPS[host]))
     }
 
     /// Returns the topic that all clients publish to.

@@ -1,8 +1,9 @@
 //! Areas of a region, and the position of everything in them.
 
 use super::{
-    AREA_ALIGN, AllocatorKind, BatchEntry, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, Geometry, IndexEntry, LeaderTopic,
-    OffsetEntry, OwnerLine, SESSION_WINDOW, SESSIONS_PER_WORD, SequencerHalf, SessionRow, Tinode,
+    AREA_ALIGN, AllocatorKind, BatchEntry, BrokerSlot, CommitRecord, CompletionLine, ControlBlock, Geometry,
+    IndexEntry, LeaderTopic, OffsetEntry, OwnerLine, SESSION_WINDOW, SESSIONS_PER_WORD, SequencerHalf, SessionRow,
+    Tinode,
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, WORD_BYTES};
 use crate::replication::Replication;
