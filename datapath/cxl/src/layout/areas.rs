@@ -352,6 +352,7 @@ impl Layout {
     pub(crate) fn written_by(&self, broker: BrokerId) -> Vec<(RegionOffset, u64)> {
         let geometry = &self.geometry;
         let mut own = vec![(self.broker(broker), bytes_of::<BrokerSlot>())];
+        own.push((self.connections_word(broker, 0), Self::connections_bytes(geometry)));
         if geometry.allocator == AllocatorKind::Partitioned {
             own.push((self.partition_word(broker, 0), Self::partition_bytes(geometry)));
         }

@@ -187,5 +187,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0xab1ff03acd1033e8";
+    const EXPECTED: &str = "0xda3fb87ff4e9b970";
 }
