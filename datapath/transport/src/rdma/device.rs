@@ -19,8 +19,8 @@ const QUEUE: u32 = 128 << 10;
 
 /// Number of connections that a completion queue of `entries` has room for.
 ///
-/// A queue pair that fails completes all of its work, also what asked for no completion (IBTA 1.4, 10.3.1: error state). Those of a
-/// thread may fail together, and a queue that overruns is of no use any more.
+/// A queue pair that fails completes all of its work, also what asked for no completion (IBTA 1.4, 10.3.1: error state).
+/// Those of a thread may fail together, and a queue that overruns is of no use any more.
 const fn connections(entries: u32) -> usize {
     (entries.saturating_sub(RECEIVES) as u64 / SEND_DEPTH) as usize
 }
