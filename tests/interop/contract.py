@@ -1,10 +1,11 @@
 #!/usr/bin/python3
 """Holds a cluster to statements of docs/reference/protocol.md that a history does not reach.
 
-    contract.py --control ADDRESS,ADDRESS,... [--gap]
+    contract.py --control ADDRESS,ADDRESS,... [--short SETTING]
 
-The cluster has two brokers or more. Prints the name of each check before it begins; fails at the first that does not
-hold. With `--gap` there is one check: that a gap ends an epoch. It wants a short `gap_lease_ms`, all others a long one.
+The cluster has two brokers or more, whose `gap_lease_ms` and `session_idle_ms` are long. With `--short`, the named one
+is short, and the checks are those of what ends after it. Prints the name of each check before it begins; fails at the
+first that does not hold.
 """
 
 from __future__ import annotations
@@ -16,22 +17,47 @@ import random
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import Callable
+
+import grpc
 
 import frames
 from control import Control, Session
 from frames import Frame, encode_batch
 from link import Disconnected, Link, Refused, open_publish, origin_of, subscribe
 
-CHECKS: list[Callable[["Cluster"], None]] = []
+Check = Callable[["Cluster"], None]
+# Checks by the setting that they want to be short.
+CHECKS: dict[str | None, list[Check]] = {None: [], "gap_lease_ms": [], "session_idle_ms": []}
 # Wait for an answer that only a broken broker does not give.
 PATIENCE_S = 240.0
+# Times that an answer may be lost, and the token of a session with it.
+ATTEMPTS = 5
+# Time between two attempts to open an id that is held.
+AGAIN_S = 0.05
 
 
-def check(function: Callable[["Cluster"], None]) -> Callable[["Cluster"], None]:
+def check(function: Check) -> Check:
     """Adds a check to those that run."""
-    CHECKS.append(function)
+    CHECKS[None].append(function)
     return function
+
+
+def check_of(short: str) -> Callable[[Check], Check]:
+    """Adds a check to those of a setting that is short."""
+    def add(function: Check) -> Check:
+        CHECKS[short].append(function)
+        return function
+    return add
+
+
+def attempt(opening: Callable[[], Session | None]) -> Session:
+    """Opens a session under an id that nobody holds, unless an answer was lost. Begins anew then."""
+    for _ in range(ATTEMPTS):
+        if session := opening():
+            return session
+    raise AssertionError("somebody holds the id")
 
 
 class Talk:
@@ -83,11 +109,28 @@ class Cluster:
 
     def open(self, order: str, level: int = 1) -> Session:
         """Opens the session of a new client."""
-        return self.control.open_session(f"contract-{order}", self._random.randrange(1, 1 << 64), level, resume=False)
+        name = f"contract-{order}"
+        return attempt(lambda: self.control.open_session(name, self._random.randrange(1, 1 << 64), level))
 
-    def reopen(self, session: Session) -> Session:
-        """Opens the next epoch of a session."""
-        return self.control.open_session(session.topic.name, session.client_id, session.ack_level, resume=True)
+    def open_anew(self, session: Session) -> Session | None:
+        """Opens a session's id without `resume`. None if somebody else holds it."""
+        return self.control.open_session(session.topic.name, session.client_id, session.ack_level, session.token)
+
+    def await_open(self, session: Session) -> Session:
+        """Opens a session's id without `resume`, once nobody holds it."""
+        until = time.monotonic() + PATIENCE_S
+        while (opened := self.open_anew(session)) is None:
+            assert time.monotonic() < until, "the id is held for ever"
+            time.sleep(AGAIN_S)
+        return opened
+
+    def close_status(self, session: Session) -> grpc.StatusCode:
+        """Closes a session, and returns the status of the answer."""
+        try:
+            self.control.close_session(session)
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
 
     def talk(self, opening: bytes, broker: int | None = None) -> Talk:
         return Talk(self.brokers[min(self.brokers) if broker is None else broker], opening)
@@ -100,9 +143,9 @@ class Cluster:
         assert ready.window_batches == session.window_batches
         return talk
 
-    def refused(self, opening: bytes, code: int) -> Refused:
+    def refused(self, opening: bytes, code: int, broker: int | None = None) -> Refused:
         """Sends what has to be refused with `code`."""
-        refused = self.talk(opening).refusal()
+        refused = self.talk(opening, broker).refusal()
         assert refused.code == code, refused
         return refused
 
@@ -120,6 +163,19 @@ def raw_batch(session: Session, body: bytes, payload_bytes: int, count: int) -> 
                          **fields) + body
 
 
+def publish(talk: Talk, session: Session, sequence: int) -> Frame:
+    """Publishes a batch, and returns its Ack. The session is not fenced before."""
+    talk.send(batch(session, sequence))
+    ack = talk.expect(frames.ACK)
+    assert ack.sequence == sequence, ack
+    return ack
+
+
+def strangers(session: Session) -> list[Session]:
+    """A session as those name it who know all but its token: without one, and with another."""
+    return [replace(session, token=token) for token in (0, session.token ^ 1 or 2)]
+
+
 # --- Frames -----------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +187,7 @@ def frames_that_a_receiver_must_refuse(cluster: Cluster) -> None:
         damaged = bytearray(whole)
         damaged[at] ^= 1
         cluster.refused(bytes(damaged), frames.BAD_FRAME)
-    for at, value in ((4, 77), (6, 1), (50, 1)):  # kind, flags, a reserved byte
+    for at, value in ((4, 77), (6, 1), (44, 1), (56, 1)):  # kind, flags, reserved bytes
         sealed = bytearray(whole)
         sealed[at] = value
         sealed[60:] = frames.crc32c(sealed[:60]).to_bytes(4, "little")
@@ -177,8 +233,8 @@ def empty_messages_are_messages(cluster: Cluster) -> None:
 
 @check
 def an_unknown_client_is_gone(cluster: Cluster) -> None:
-    gone = cluster.control.open_session("contract-strong", 12345, 1, resume=True)
-    assert gone.is_gone
+    session = cluster.open("strong")
+    assert cluster.control.resume_session(replace(session, client_id=session.client_id ^ 1 or 2)).is_gone
 
 
 @check
@@ -186,7 +242,7 @@ def an_epoch_ends_with_fenced_and_unknown_session(cluster: Cluster) -> None:
     for order in cluster.topics:
         session = cluster.open(order)
         talk = cluster.publisher(session)
-        following = cluster.reopen(session)
+        following = cluster.control.resume_session(session)
         assert following.epoch > session.epoch
         fenced = talk.expect(frames.FENCED)
         assert fenced.session_epoch == session.epoch and fenced.committed == session.next_sequence
@@ -195,21 +251,23 @@ def an_epoch_ends_with_fenced_and_unknown_session(cluster: Cluster) -> None:
 
 
 @check
-def close_session_answers_anybody(cluster: Cluster) -> None:
+def close_session_is_ok_if_no_such_session_is_open(cluster: Cluster) -> None:
     session = cluster.open("strong")
-    stranger = Session(session.topic, session.client_id + 1, 1, 4096, session.epoch, 0, 128, 0)
-    cluster.control.close_session(stranger)
     talk = cluster.publisher(session)
+    for changed in ({"client_id": session.client_id ^ 1 or 2}, {"epoch": session.epoch + 1}, {"slot": 1 << 31}):
+        cluster.control.close_session(replace(session, token=0, **changed))
+    publish(talk, session, session.next_sequence)
     cluster.control.close_session(session)
     talk.expect(frames.FENCED)
     cluster.refused(open_publish(session, 0), frames.UNKNOWN_SESSION)
+    for each in (session, *strangers(session)):
+        cluster.control.close_session(each)
 
 
 @check
 def another_level_than_the_sessions_is_refused(cluster: Cluster) -> None:
     session = cluster.open("strong")
-    opening = frames.encode(frames.OPEN_PUBLISH, ack_level=0, **origin_of(session).fields())
-    assert cluster.talk(opening).refusal().code == frames.ACK_LEVEL
+    cluster.refused(open_publish(replace(session, ack_level=0), 0), frames.ACK_LEVEL)
 
 
 @check
@@ -243,6 +301,7 @@ def the_last_128_acks_are_repeated(cluster: Cluster) -> None:
                 assert (ack.sequence, ack.first_offset, ack.committed) == (sequence, told[sequence], end), ack
 
 
+@check_of("gap_lease_ms")
 def a_gap_fences_order_strong_and_the_rest_goes_on(cluster: Cluster) -> None:
     session = cluster.open("strong")
     first = session.next_sequence
@@ -251,7 +310,7 @@ def a_gap_fences_order_strong_and_the_rest_goes_on(cluster: Cluster) -> None:
     assert talk.expect(frames.ACK).sequence == first
     assert talk.expect(frames.FENCED).committed == first + 1
     assert talk.refusal().code == frames.UNKNOWN_SESSION
-    following = cluster.reopen(session)
+    following = cluster.control.resume_session(session)
     assert following.next_sequence == first + 1
     talk = cluster.publisher(following)
     talk.send(batch(following, first + 1) + batch(following, first + 2))
@@ -266,7 +325,7 @@ def order_total_acknowledges_ahead_of_a_gap_and_remembers_it(cluster: Cluster) -
     talk.send(batch(session, first + 1))
     ahead = talk.expect(frames.ACK)
     assert (ahead.sequence, ahead.committed) == (first + 1, first)
-    following = cluster.reopen(session)
+    following = cluster.control.resume_session(session)
     assert following.next_sequence == first
     talk = cluster.publisher(following)
     repeated = talk.expect(frames.ACK)
@@ -303,8 +362,138 @@ def without_resume_numbers_begin_behind_all_batches(cluster: Cluster) -> None:
     talk = cluster.publisher(session)
     talk.send(batch(session, first) + batch(session, first + 5))
     assert [talk.expect(frames.ACK).sequence for _ in range(2)] == [first, first + 5]
-    following = cluster.control.open_session("contract-total", session.client_id, 1, resume=False)
+    following = cluster.open_anew(session)
     assert following.next_sequence == first + 6
+
+
+# --- Tokens -----------------------------------------------------------------------------------------------------------
+
+
+@check
+def open_publish_needs_the_token(cluster: Cluster) -> None:
+    for order in cluster.topics:
+        session = cluster.open(order)
+        talk = cluster.publisher(session)
+        for stranger, broker in itertools.product(strangers(session), cluster.brokers):
+            cluster.refused(open_publish(stranger, 0), frames.UNKNOWN_SESSION, broker)
+        publish(talk, session, session.next_sequence)
+
+
+@check
+def close_session_needs_the_token(cluster: Cluster) -> None:
+    for order in cluster.topics:
+        session = cluster.open(order)
+        talk = cluster.publisher(session)
+        for stranger in strangers(session):
+            assert cluster.close_status(stranger) == grpc.StatusCode.PERMISSION_DENIED
+        publish(talk, session, session.next_sequence)
+        assert cluster.close_status(session) == grpc.StatusCode.OK
+        talk.expect(frames.FENCED)
+
+
+@check
+def resume_needs_the_token(cluster: Cluster) -> None:
+    for order in cluster.topics:
+        session = cluster.open(order)
+        talk = cluster.publisher(session)
+        for stranger in strangers(session):
+            gone = cluster.control.resume_session(stranger)
+            assert gone.is_gone and gone.token != session.token
+        publish(talk, session, session.next_sequence)
+
+
+@check
+def an_id_is_its_holders(cluster: Cluster) -> None:
+    for order in cluster.topics:
+        session = cluster.open(order)
+        talk = cluster.publisher(session)
+        for turn in range(2):  # before and after the first batch
+            assert [cluster.open_anew(stranger) for stranger in strangers(session)] == [None, None]
+            publish(talk, session, session.next_sequence + turn)
+
+
+@check
+def a_token_stays_the_same_in_all_epochs(cluster: Cluster) -> None:
+    tokens = set()
+    for order in cluster.topics:
+        session = cluster.open(order)
+        tokens.add(session.token)
+        for reopen in (cluster.control.resume_session, cluster.open_anew, cluster.control.resume_session):
+            following = reopen(session)
+            assert following.epoch > session.epoch and following.token == session.token
+            # As a client would ask to whom the answer did not come.
+            again = reopen(session)
+            assert again.epoch > following.epoch and again.token == session.token
+            publish(cluster.publisher(again), again, again.next_sequence)
+    assert len(tokens) == len(cluster.topics) and 0 not in tokens
+
+
+def check_new_holder(cluster: Cluster, before: Session, session: Session) -> None:
+    """Checks that a session which was opened anew without the token is another client's."""
+    assert session.epoch > before.epoch and session.token not in (0, before.token)
+    assert cluster.control.resume_session(replace(session, token=before.token)).is_gone
+    cluster.refused(open_publish(replace(session, token=before.token), 0), frames.UNKNOWN_SESSION)
+    publish(cluster.publisher(session), session, session.next_sequence)
+
+
+@check
+def a_closed_id_is_opened_anew_without_the_token(cluster: Cluster) -> None:
+    for order in cluster.topics:
+        def opening() -> Session | None:
+            nonlocal before
+            before = cluster.open(order)
+            publish(cluster.publisher(before), before, before.next_sequence)
+            cluster.control.close_session(before)
+            return cluster.open_anew(replace(before, token=0))
+        before = None
+        session = attempt(opening)
+        assert session.next_sequence == before.next_sequence + (order in ("strong", "total"))
+        check_new_holder(cluster, before, session)
+
+
+@check
+def nothing_that_others_read_has_a_token(cluster: Cluster) -> None:
+    session = cluster.open("strong")
+    offset = publish(cluster.publisher(session), session, session.next_sequence).first_offset
+    reader = cluster.talk(subscribe(session.topic, frames.GLOBAL, frames.AT_OFFSET, offset))
+    reader.expect(frames.SUBSCRIBE_READY)
+    deliver, data = reader.next()
+    described = [cluster.control.metadata(), cluster.control.describe(session.topic.name)]
+    for text in (frames.encode(deliver.kind, **deliver.fields), data, *map(str, described)):
+        secret = str(session.token) if isinstance(text, str) else session.token.to_bytes(8, "little")
+        assert secret not in text
+
+
+@check_of("gap_lease_ms")
+def a_client_without_a_batch_holds_its_id_for_gap_lease_ms(cluster: Cluster) -> None:
+    held = [cluster.open(order) for order in cluster.topics]
+    for session in held:
+        publish(cluster.publisher(session), session, session.next_sequence)
+    for order in ("strong", "total"):
+        session = cluster.open(order)
+        talk = cluster.publisher(session)
+        following = cluster.await_open(replace(session, token=0))
+        talk.expect(frames.FENCED)
+        assert talk.refusal().code == frames.UNKNOWN_SESSION
+        check_new_holder(cluster, session, following)
+    # Those have been idle for longer.
+    assert [cluster.open_anew(stranger) for session in held for stranger in strangers(session)] == [None] * 8
+
+
+@check_of("session_idle_ms")
+def an_idle_client_holds_its_id_for_session_idle_ms(cluster: Cluster) -> None:
+    held = [cluster.open(order) for order in ("none", "broker")]
+    for order in ("strong", "total"):
+        session = cluster.open(order)
+        talk = cluster.publisher(session)
+        publish(talk, session, session.next_sequence)
+        following = cluster.await_open(replace(session, token=0))
+        talk.expect(frames.FENCED)
+        assert talk.refusal().code == frames.UNKNOWN_SESSION
+        assert following.next_sequence == session.next_sequence + 1
+        check_new_holder(cluster, session, following)
+    # Those have been idle for longer.
+    assert [cluster.open_anew(stranger) for session in held for stranger in strangers(session)] == [None] * 4
 
 
 # --- Subscriptions ----------------------------------------------------------------------------------------------------
@@ -345,7 +534,7 @@ def a_brokers_own_stream_is_served_by_that_broker(cluster: Cluster) -> None:
 @check
 def sessions_of_a_deleted_topic_hear_so(cluster: Cluster) -> None:
     topic = cluster.control.create_topic("contract-deleted", "strong")
-    session = cluster.control.open_session(topic.name, 77, 1, resume=False)
+    session = cluster.open("deleted")
     talk = cluster.publisher(session)
     reader = cluster.talk(subscribe(topic, frames.GLOBAL, frames.EARLIEST))
     reader.expect(frames.SUBSCRIBE_READY)
@@ -359,10 +548,10 @@ def sessions_of_a_deleted_topic_hear_so(cluster: Cluster) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--control", required=True)
-    parser.add_argument("--gap", action="store_true")
+    parser.add_argument("--short", choices=[setting for setting in CHECKS if setting])
     arguments = parser.parse_args()
     cluster = Cluster(arguments.control.split(","))
-    for each in [a_gap_fences_order_strong_and_the_rest_goes_on] if arguments.gap else CHECKS:
+    for each in CHECKS[arguments.short]:
         print(f"{each.__name__} ...", flush=True)
         each(cluster)
     print("ok", flush=True)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,10 +63,12 @@ class Session:
     next_sequence: int
     window_batches: int
     max_batch_bytes: int
+    # Secret by which the brokers know the client.
+    token: int = field(repr=False)
 
     @property
     def is_gone(self) -> bool:
-        """True if the brokers do not know the client any more."""
+        """True if the brokers do not know the client any more, or not by this token."""
         return self.epoch == 0
 
 
@@ -169,14 +171,32 @@ class Control:
         """A topic and the bounds of its streams."""
         return self.anywhere("DescribeTopic", pb.DescribeTopicRequest(name=name), pb.TopicDescription)
 
-    def open_session(self, topic: str, client_id: int, ack_level: int, resume: bool) -> Session:
-        """Opens the next epoch of a client's session."""
-        request = pb.OpenSessionRequest(topic=topic, client_id=client_id, ack_level=ack_level, resume=resume)
+    def open_session(self, topic: str, client_id: int, ack_level: int, token: int = 0) -> Session | None:
+        """Opens the next epoch of a client that knows of no batch that it sent. `token` is 0 if it has none.
+
+        None if somebody else holds the id. That may be this client, if an answer was lost, and the token with it.
+        """
+        request = pb.OpenSessionRequest(topic=topic, client_id=client_id, ack_level=ack_level, token=token)
+        try:
+            return self._open(request)
+        except grpc.RpcError as error:
+            if error.code() != grpc.StatusCode.ALREADY_EXISTS:
+                raise
+            return None
+
+    def resume_session(self, session: Session) -> Session:
+        """Opens the next epoch of a session that is to go on."""
+        request = pb.OpenSessionRequest(topic=session.topic.name, client_id=session.client_id,
+                                        ack_level=session.ack_level, resume=True, token=session.token)
+        return self._open(request)
+
+    def _open(self, request: Any) -> Session:
         answer = self.leader("OpenSession", request, pb.OpenSessionResponse)
-        return Session(answer.topic, client_id, ack_level, answer.slot, answer.epoch, answer.next_sequence,
-                       answer.window_batches, answer.max_batch_bytes)
+        return Session(answer.topic, request.client_id, request.ack_level, answer.slot, answer.epoch,
+                       answer.next_sequence, answer.window_batches, answer.max_batch_bytes, answer.token)
 
     def close_session(self, session: Session) -> None:
         """Ends a session in order."""
-        request = pb.CloseSessionRequest(slot=session.slot, client_id=session.client_id, epoch=session.epoch)
+        request = pb.CloseSessionRequest(slot=session.slot, client_id=session.client_id, epoch=session.epoch,
+                                         token=session.token)
         self.leader("CloseSession", request, pb.CloseSessionResponse)

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, field
 
 MAGIC = b"EMBF"
-VERSION = 2
+VERSION = 3
 FRAME_BYTES = 64
 # An offset that is not known any more.
 UNKNOWN_OFFSET = (1 << 64) - 1
@@ -27,7 +27,7 @@ AT_OFFSET, EARLIEST, LATEST, AT_TIME = range(4)
 # Fields of each kind, and their offsets.
 FIELDS: dict[int, dict[str, int]] = {
     OPEN_PUBLISH: {"client_id": 8, "resume_from": 16, "session_epoch": 24, "session_slot": 28, "topic": 32,
-                   "topic_incarnation": 36, "ack_level": 40},
+                   "topic_incarnation": 36, "ack_level": 40, "token": 48},
     PUBLISH_READY: {"committed": 8, "max_batch_bytes": 16, "window_batches": 24, "broker": 28},
     BATCH_HEADER: {"client_id": 8, "sequence": 16, "session_epoch": 24, "payload_bytes": 28, "message_count": 32,
                    "body_checksum": 36, "topic": 40, "topic_incarnation": 44, "session_slot": 48},
@@ -46,7 +46,7 @@ FIELDS: dict[int, dict[str, int]] = {
 }
 # Fields of 8 bytes. `gid` has 16, `batch_bytes` and all others have 4.
 WIDE = {"client_id", "sequence", "resume_from", "committed", "max_batch_bytes", "first_offset", "start",
-        "start_offset", "next_offset", "ordered_us", "detail", "address", "ring_address"}
+        "start_offset", "next_offset", "ordered_us", "detail", "address", "ring_address", "token"}
 
 
 class Malformed(Exception):

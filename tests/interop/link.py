@@ -116,7 +116,7 @@ def origin_of(session: Session) -> Origin:
 def open_publish(session: Session, resume_from: int) -> bytes:
     """The opening frame of a publisher."""
     return frames.encode(frames.OPEN_PUBLISH, resume_from=resume_from, ack_level=session.ack_level,
-                         **origin_of(session).fields())
+                         token=session.token, **origin_of(session).fields())
 
 
 def subscribe(topic: object, stream: int, start_kind: int, start: int = 0) -> bytes:

@@ -86,10 +86,19 @@ class Publisher:
 
     def _begin_client(self) -> None:
         """Begins as a new client. Nobody knows what became of batches without an Ack."""
-        client_id = self._random.randrange(1, 1 << 64)
-        self._session = self._control.open_session(self._topic, client_id, self.journal.ack_level, resume=False)
+        session = None
+        while session is None:
+            session = self._open(self._random.randrange(1, 1 << 64))
+        self._session = session
         self._pending, self._unsent, self._acked, self._withheld = {}, set(), {}, None
         self._next = self._session.next_sequence
+
+    def _open(self, client_id: int, token: int = 0) -> Session | None:
+        """Opens an epoch of a client that knows of no batch. None if somebody holds the id."""
+        session = self._control.open_session(self._topic, client_id, self.journal.ack_level, token)
+        if session is None:
+            self.journal.turn("held")
+        return session
 
     @property
     def _is_global(self) -> bool:
@@ -99,19 +108,23 @@ class Publisher:
         """Lowest sequence without an Ack."""
         return min(self._pending, default=self._next)
 
-    def _reopen(self, why: str) -> None:
+    def reopen(self, why: str) -> None:
         """Opens the next epoch and goes on, as far as the brokers still know this client."""
         self.journal.turn(why)
         for wire in list(self._wires.values()):
             self._drop(wire)
-        client_id, level = self._session.client_id, self.journal.ack_level
-        if level == 0:
+        if self.journal.ack_level == 0:
             # It cannot know what came: it goes on with new batches.
-            self._session = self._control.open_session(self._topic, client_id, level, resume=False)
+            session = self._open(self._session.client_id, self._session.token)
+            if session is None:
+                # Its session was gone. An answer with the token of the next one was lost.
+                self._begin_client()
+                return
+            self._session = session
             self._pending, self._unsent, self._withheld = {}, set(), None
             self._next = self._session.next_sequence if self._is_global else self._next
             return
-        session = self._control.open_session(self._topic, client_id, level, resume=True)
+        session = self._control.resume_session(self._session)
         outcome = fate(session, self._lowest())
         if outcome == "lost":
             self.journal.violations.append(
@@ -182,7 +195,7 @@ class Publisher:
     def _refused(self, wire: Wire, refused: Refused) -> None:
         if refused.code == frames.UNKNOWN_SESSION:
             if self._wires.get(wire.broker) is wire:
-                self._reopen("ended")
+                self.reopen("ended")
         elif refused.code in TRANSIENT:
             self.journal.turn("refused")
             self._lost(wire)
@@ -194,7 +207,7 @@ class Publisher:
         self.journal.turn("disconnected")
         self._drop(wire)
         if self.journal.ack_level == 0:
-            self._reopen("reopened")
+            self.reopen("reopened")
 
     # --- Frames -------------------------------------------------------------------------------------------------------
 
@@ -287,7 +300,7 @@ class Publisher:
                 wire.link.send(batch[:self._random.randrange(1, len(batch))])
             self._lost(wire)
         elif chance < 0.015:
-            self._reopen("reopened")
+            self.reopen("reopened")
         elif chance < 0.02 and self._withheld is None and self._unsent and self.journal.ack_level > 0:
             self._withheld = min(self._unsent)
             self.journal.turn("withheld")

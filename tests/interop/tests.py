@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import copy
+import threading
 import unittest
 from types import SimpleNamespace
 
+import grpc
+
 import frames
 from checker import History, judge
-from control import GLOBAL_ORDERS, STRONG, Session, pb
+from control import GLOBAL_ORDERS, STRONG, Control, Session, pb
 from frames import GLOBAL, Malformed, Origin
 from journal import Delivered, Entry, Journal, Reading, make_messages
-from publisher import fate
+from link import open_publish
+from publisher import Publisher, fate
 
 ORIGIN = Origin(client_id=7, session_epoch=1, session_slot=2, topic=3, topic_incarnation=4)
 
@@ -43,7 +47,7 @@ class Frames(unittest.TestCase):
 
 class Fate(unittest.TestCase):
     def session(self, epoch: int, next_sequence: int, order: int) -> Session:
-        return Session(SimpleNamespace(order=order), 7, 1, 0, epoch, next_sequence, 128, 0)
+        return Session(SimpleNamespace(order=order), 7, 1, 0, epoch, next_sequence, 128, 0, 77)
 
     def test_resume_goes_on_or_not(self) -> None:
         for order in GLOBAL_ORDERS:
@@ -52,6 +56,78 @@ class Fate(unittest.TestCase):
             for next_sequence in (5, 6):
                 self.assertEqual(fate(self.session(2, next_sequence, order), 5), "goes on")
         self.assertEqual(fate(self.session(2, 0, pb.ORDER_BROKER), 5), "goes on")
+
+
+class Answer(grpc.RpcError):
+    """A status that a leader answers."""
+
+    def __init__(self, status: grpc.StatusCode) -> None:
+        super().__init__(status)
+        self._status = status
+
+    def code(self) -> grpc.StatusCode:
+        return self._status
+
+
+class Leader(Control):
+    """A leader that answers what it is told to, and keeps the requests."""
+
+    def __init__(self, *answers: object) -> None:
+        super().__init__([], threading.Event())
+        self._answers, self.requests = list(answers), []
+
+    def leader(self, method: str, request: object, response: object) -> object:
+        self.requests.append(request)
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def opened(epoch: int, token: int) -> object:
+    return pb.OpenSessionResponse(topic=pb.Topic(id=3, name="t", order=STRONG), epoch=epoch, token=token,
+                                  window_batches=128)
+
+
+HELD = Answer(grpc.StatusCode.ALREADY_EXISTS)
+
+
+class Tokens(unittest.TestCase):
+    def test_frames_and_calls_name_the_token(self) -> None:
+        leader = Leader(opened(1, 1 << 63), opened(2, 1 << 63), pb.CloseSessionResponse())
+        session = leader.open_session("t", 7, 1)
+        self.assertEqual(frames.decode(open_publish(session, 0)).token, 1 << 63)
+        leader.close_session(leader.resume_session(session))
+        first, resumed, closed = leader.requests
+        self.assertEqual((first.resume, first.token), (False, 0))
+        self.assertEqual((resumed.resume, resumed.token, resumed.client_id, resumed.topic), (True, 1 << 63, 7, "t"))
+        self.assertEqual((closed.token, closed.client_id, closed.epoch), (1 << 63, 7, 2))
+
+    def test_another_status_than_already_exists_is_an_error(self) -> None:
+        with self.assertRaises(Answer):
+            Leader(Answer(grpc.StatusCode.INVALID_ARGUMENT)).open_session("t", 7, 1)
+
+    def test_a_client_whose_id_is_held_chooses_another(self) -> None:
+        leader = Leader(HELD, HELD, opened(1, 5))
+        publisher = Publisher(leader, "t", Journal("p", 1), "seed")
+        self.assertEqual(len({request.client_id for request in leader.requests}), 3)
+        self.assertEqual({(request.resume, request.token) for request in leader.requests}, {(False, 0)})
+        self.assertEqual(publisher.journal.turns, {"held": 2})
+
+    def test_a_session_goes_on_with_its_token(self) -> None:
+        for level, resume in ((0, False), (1, True)):
+            leader = Leader(opened(1, 5), opened(2, 5))
+            Publisher(leader, "t", Journal("p", level), "seed").reopen("reopened")
+            first, following = leader.requests
+            self.assertEqual((following.client_id, following.token, following.resume), (first.client_id, 5, resume))
+
+    def test_a_client_at_level_0_whose_id_is_held_chooses_another(self) -> None:
+        leader = Leader(opened(1, 5), HELD, opened(1, 6))
+        Publisher(leader, "t", Journal("p", 0), "seed").reopen("reopened")
+        first, refused, anew = leader.requests
+        self.assertEqual((refused.client_id, refused.token), (first.client_id, 5))
+        self.assertNotEqual(anew.client_id, first.client_id)
+        self.assertEqual(anew.token, 0)
 
 
 def history(order: str) -> History:

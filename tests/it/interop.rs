@@ -110,9 +110,15 @@ fn the_second_client_and_its_judge_are_sound() {
     assert!(python("tests").status().unwrap().success());
 }
 
-/// Starts two brokers whose sessions are fenced once a gap has lasted for `gap_lease_ms`, and holds them to the document.
-fn keeps_the_contract(gap_lease_ms: &str, arguments: &[&str]) {
-    let cluster = Cluster::start(2, REGION, &[("EMBARCADERO_BROKER_GAP_LEASE_MS", gap_lease_ms)]);
+/// Longest `gap_lease_ms` and `session_idle_ms` of these tests, which no busy machine reaches, and the shortest.
+const LONG_MS: &str = "3600000";
+const SHORT_MS: &str = "300";
+
+/// Starts two brokers with these leases, and holds them to the document.
+fn keeps_the_contract(gap_lease_ms: &str, session_idle_ms: &str, arguments: &[&str]) {
+    let settings =
+        [("EMBARCADERO_BROKER_GAP_LEASE_MS", gap_lease_ms), ("EMBARCADERO_BROKER_SESSION_IDLE_MS", session_idle_ms)];
+    let cluster = Cluster::start(2, REGION, &settings);
     let checked = python("contract").args(["--control", &endpoints(&cluster)]).args(arguments).output().unwrap();
     let (said, errors) = (String::from_utf8_lossy(&checked.stdout), String::from_utf8_lossy(&checked.stderr));
     assert!(checked.status.success() && said.trim_end().ends_with("ok"), "{said}{errors}");
@@ -120,13 +126,17 @@ fn keeps_the_contract(gap_lease_ms: &str, arguments: &[&str]) {
 
 #[test]
 fn brokers_keep_what_the_document_says() {
-    // No gap of a busy machine lasts as long.
-    keeps_the_contract("600000", &[]);
+    keeps_the_contract(LONG_MS, LONG_MS, &[]);
 }
 
 #[test]
-fn a_gap_ends_an_epoch_as_the_document_says() {
-    keeps_the_contract("300", &["--gap"]);
+fn gaps_and_clients_without_a_batch_end_as_the_document_says() {
+    keeps_the_contract(SHORT_MS, LONG_MS, &["--short", "gap_lease_ms"]);
+}
+
+#[test]
+fn idle_clients_end_as_the_document_says() {
+    keeps_the_contract(LONG_MS, SHORT_MS, &["--short", "session_idle_ms"]);
 }
 
 /// Second client, which publishes and reads until it is told that all is calm. It is killed when dropped.
@@ -170,7 +180,8 @@ impl History {
         lines.filter(|line| !line.starts_with("acks ")).map(|line| line + "\n").collect()
     }
 
-    /// Tells it that all is calm, and returns its verdict: violations, how often what happened, and `ok` if all was right.
+    /// Tells it that all is calm, and returns its verdict: violations, how often what happened, and `ok` if all was
+    /// right.
     fn verdict(mut self) -> String {
         self.child.stdin.take().unwrap().write_all(b"calm\n").unwrap();
         self.rest()
