@@ -3,6 +3,7 @@
 use crate::background::Background;
 use crate::config::ClientConfig;
 use crate::context::Context;
+use crate::environment::Environment;
 use crate::error::ClientError;
 use crate::publisher::Publisher;
 use crate::subscriber::{Start, Subscriber};
@@ -61,8 +62,11 @@ impl Client {
             retention_bytes: options.retention_bytes,
             retention_ms: options.retention_ms,
         };
-        let topic = self.context.control().leader(async |client| client.create_topic(request.clone()).await)?;
-        TopicView::from_proto(topic)
+        let topic = self.context.control().leader(move |mut client| {
+            let request = request.clone();
+            async move { client.create_topic(request).await }
+        });
+        TopicView::from_proto(topic.join()?)
     }
 
     /// Deletes a topic and everything in it.
@@ -71,7 +75,11 @@ impl Client {
     /// The topic does not exist, or brokers do not release it.
     pub fn delete_topic(&self, name: &str) -> Result<(), ClientError> {
         let request = proto::DeleteTopicRequest { name: name.to_owned() };
-        self.context.control().leader(async |client| client.delete_topic(request.clone()).await).map(drop)
+        let deleted = self.context.control().leader(move |mut client| {
+            let request = request.clone();
+            async move { client.delete_topic(request).await }
+        });
+        deleted.join().map(drop)
     }
 
     /// Asks for a topic's properties and for the bounds of its streams.
@@ -80,7 +88,11 @@ impl Client {
     /// The topic does not exist.
     pub fn describe_topic(&self, name: &str) -> Result<(TopicView, Vec<StreamView>), ClientError> {
         let request = proto::DescribeTopicRequest { name: name.to_owned() };
-        let answer = self.context.control().leader(async |client| client.describe_topic(request.clone()).await)?;
+        let answer = self.context.control().leader(move |mut client| {
+            let request = request.clone();
+            async move { client.describe_topic(request).await }
+        });
+        let answer = answer.join()?;
         let topic = answer.topic.ok_or_else(|| ClientError::Incompatible("the answer names no topic".to_owned()))?;
         let streams = answer.streams.into_iter().map(|stream| StreamView {
             broker: Stream(stream.broker).broker(),

@@ -59,16 +59,27 @@
 
 mod background;
 mod batching;
+mod call;
 mod client;
 mod config;
 mod context;
 mod control;
+mod environment;
 mod error;
 mod nic;
 mod publisher;
 mod silence;
 mod subscriber;
 mod views;
+
+/// Publishers as values that are polled, for simulators. They are the ones that [`Publisher`] drives. No promise is made
+/// about their interface.
+#[doc(hidden)]
+pub mod polled {
+    pub use crate::call::{Call, Reply};
+    pub use crate::environment::{Control, Environment};
+    pub use crate::publisher::{Flush, PolledPublisher, Progress, PublisherOpening};
+}
 
 /// Compiles the programs of the README.
 #[cfg(doctest)]

@@ -1,6 +1,6 @@
 //! Cluster, brokers, topics and streams as clients see them.
 
-use crate::error::ClientError;
+use crate::error::{ClientError, ControlCode};
 use embarcadero_control::v1 as proto;
 use embarcadero_wire::{BrokerId, Incarnation, Order, TopicId};
 use serde::Serialize;
@@ -148,6 +148,23 @@ impl TopicView {
 }
 
 impl ClusterView {
+    /// Topic of a name.
+    ///
+    /// # Errors
+    /// There is none, or none can be read.
+    pub(crate) fn topic(&self, name: &str) -> Result<TopicView, ClientError> {
+        let topic = self.topics.iter().find(|topic| topic.name == name).cloned();
+        topic.ok_or_else(|| {
+            let (code, message) = if self.damaged_topics.is_empty() {
+                (ControlCode::NotFound, format!("topic {name:?} does not exist"))
+            } else {
+                let damaged = self.damaged_topics.join("; ");
+                (ControlCode::DataLoss, format!("topic {name:?} is not among the topics that can be read: {damaged}"))
+            };
+            ClientError::Control { code, message, source: None }
+        })
+    }
+
     pub(crate) fn from_proto(answer: proto::MetadataResponse) -> Result<Self, ClientError> {
         let brokers = answer.brokers.into_iter().map(|broker| {
             let data = broker.data_endpoint.parse().map_err(|error| {

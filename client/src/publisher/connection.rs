@@ -1,6 +1,6 @@
 //! Publisher's connection to one broker.
 
-use crate::context::PublisherEnd;
+use crate::environment::{Environment, PublisherEnd};
 use crate::error::ClientError;
 use crate::views::BrokerView;
 use std::collections::VecDeque;
@@ -12,24 +12,24 @@ pub(super) const RETRY_MIN: Duration = Duration::from_millis(50);
 pub(super) const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// State of a connection.
-pub(super) enum ConnectionState {
+pub(super) enum ConnectionState<L> {
     Down {
         retry_at: Instant,
         wait: Duration,
     },
-    /// The background thread is connecting.
+    /// An attempt to connect is under way.
     Connecting,
     Up {
-        channel: PublisherEnd,
+        channel: L,
         /// True once the broker takes batches.
         ready: bool,
     },
 }
 
 /// Publisher's connection to a broker, and the batches on it.
-pub(super) struct BrokerConnection {
+pub(super) struct BrokerConnection<E: Environment> {
     pub(super) broker: BrokerView,
-    pub(super) state: ConnectionState,
+    pub(super) state: ConnectionState<PublisherEnd<E>>,
     /// Numbers of the batches to write.
     pub(super) queue: VecDeque<u64>,
     /// Bytes of the first batch in `queue` that are written.
@@ -51,7 +51,7 @@ pub(super) struct ConnectAttempt {
     number: u64,
 }
 
-impl BrokerConnection {
+impl<E: Environment> BrokerConnection<E> {
     /// State without a connection; an attempt is due at once.
     pub(super) fn new(broker: BrokerView, now: Instant) -> Self {
         let state = ConnectionState::Down { retry_at: now, wait: Duration::ZERO };
@@ -73,7 +73,8 @@ impl BrokerConnection {
     pub(super) fn end_attempt(
         &mut self,
         attempt: &ConnectAttempt,
-        result: Result<PublisherEnd, ClientError>,
+        result: Result<PublisherEnd<E>, ClientError>,
+        now: Instant,
     ) -> Option<ClientError> {
         if self.attempt != attempt.number {
             return None;
@@ -84,15 +85,15 @@ impl BrokerConnection {
                 None
             }
             Err(error) => {
-                self.drop_channel((attempt.wait * 2).clamp(RETRY_MIN, RETRY_MAX));
+                self.drop_channel((attempt.wait * 2).clamp(RETRY_MIN, RETRY_MAX), now);
                 Some(error)
             }
         }
     }
 
     /// Drops the connection and forgets the batches on it. The next attempt is due after `wait`.
-    pub(super) fn drop_channel(&mut self, wait: Duration) {
-        self.state = ConnectionState::Down { retry_at: Instant::now() + wait, wait };
+    pub(super) fn drop_channel(&mut self, wait: Duration, now: Instant) {
+        self.state = ConnectionState::Down { retry_at: now + wait, wait };
         self.attempt += 1;
         self.queue.clear();
         self.written_bytes = 0;
@@ -100,7 +101,7 @@ impl BrokerConnection {
     }
 
     /// Open channel to the broker, if there is one.
-    pub(super) fn channel_mut(&mut self) -> Option<&mut PublisherEnd> {
+    pub(super) fn channel_mut(&mut self) -> Option<&mut PublisherEnd<E>> {
         match &mut self.state {
             ConnectionState::Up { channel, .. } => Some(channel),
             ConnectionState::Down { .. } | ConnectionState::Connecting => None,

@@ -2,23 +2,18 @@
 
 use super::connection::{BrokerConnection, ConnectionState};
 use super::sender::Sender;
+use crate::environment::Environment;
 use embarcadero_transport::{LinkError, PublisherLink};
 use embarcadero_wire::batch::BatchOrigin;
 use embarcadero_wire::{Ack, Frame, UNKNOWN_OFFSET, WireError};
 use std::io;
-use std::time::Instant;
 
 /// Number of batches that wait in one connection before another is chosen.
 const QUEUED_PER_CONNECTION: usize = 2;
 
-impl Sender {
+impl<E: Environment> Sender<E> {
     /// Moves bytes and takes acknowledgements. Returns true when anything moved.
     pub(super) fn drive(&mut self) -> bool {
-        self.drive_at(Instant::now)
-    }
-
-    /// Does the work of [`Sender::drive`], with `clock` as the source of the time.
-    fn drive_at(&mut self, clock: impl Fn() -> Instant) -> bool {
         let first = self.in_flight.first();
         let mut moved = false;
         for index in 0..self.connections.len() {
@@ -29,7 +24,7 @@ impl Sender {
             moved |= self.write(index);
         }
         self.retire();
-        self.driven_at = clock();
+        self.driven_at = self.now();
         if self.in_flight.first() != first || self.in_flight.is_empty() {
             self.silence.restart(self.driven_at);
         } else {
@@ -58,12 +53,12 @@ impl Sender {
                 self.connections[index].set_ready();
                 self.trouble = None;
             }
-            Frame::Ack(ack) => self.acknowledge(ack),
+            Frame::Ack(ack) if ack.session_epoch == self.session.origin.session_epoch => self.acknowledge(ack),
             Frame::Fenced(fenced) if fenced.session_epoch == self.session.origin.session_epoch => {
                 self.session_ended = true;
             }
             // Of an epoch that this publisher has left.
-            Frame::Fenced(_) => {}
+            Frame::Ack(_) | Frame::Fenced(_) => {}
             other => return Err(WireError::Kind { found: other.kind() }.into()),
         }
         Ok(())
@@ -180,23 +175,25 @@ impl Sender {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sender::SenderOptions;
     use super::super::session::Session;
     use super::*;
+    use crate::config::ClientConfig;
+    use crate::environment::publish;
+    use crate::environment::testing::TestEnvironment;
     use crate::error::{ClientError, ControlCode};
+    use crate::silence::SILENCE_PART;
     use crate::views::{BrokerView, TopicView};
     use embarcadero_control::v1::OpenSessionResponse;
-    use embarcadero_transport::tcp::SocketOptions;
-    use embarcadero_transport::{LinkOptions, Sockets, Transport};
-    use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, PublishReady};
+    use embarcadero_wire::{BrokerId, ClientId, Epoch, Incarnation, Order, PublishReady};
     use std::io::Write;
     use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+    use std::sync::Arc;
     use std::time::Duration;
 
     const SILENCE: Duration = Duration::from_secs(8);
     const HOUR: Duration = Duration::from_secs(3600);
 
-    fn sender(broker: SocketAddr) -> Sender {
+    fn sender(broker: SocketAddr) -> Sender<TestEnvironment> {
         let topic = TopicView::of_order(Order::Strong);
         let opened = OpenSessionResponse { epoch: 1, window_batches: 64, ..OpenSessionResponse::default() };
         let session = Session::new(&opened, &topic, ClientId(1), 1);
@@ -207,24 +204,22 @@ mod tests {
             control: String::new(),
             leader: true,
         };
-        let options = SenderOptions { buffers: 4, buffer_bytes: 16 << 10, checksum: false, silence: SILENCE };
-        Sender::new(session, vec![broker], &options, Instant::now())
+        let config = ClientConfig {
+            batch_size: Some(4096),
+            buffer_bytes: 16 << 10,
+            batch_checksum: false,
+            progress_timeout_ms: (SILENCE * SILENCE_PART).as_millis() as u64,
+            ..ClientConfig::default()
+        };
+        Sender::new(Arc::new(TestEnvironment::new(config)), topic, session, vec![broker])
     }
 
     /// Sender with one batch on its connection, and the socket of the broker.
-    fn sender_with_a_batch() -> (Sender, TcpStream) {
+    fn sender_with_a_batch() -> (Sender<TestEnvironment>, TcpStream) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let mut sender = sender(listener.local_addr().unwrap());
-        let options = LinkOptions {
-            timeout: Duration::from_secs(60),
-            sockets: SocketOptions::default(),
-            batch_bytes: 4096,
-            acknowledged: true,
-            ring_bytes: 0,
-            device: None,
-        };
-        let attempts = sender.begin_attempts(Instant::now());
-        let channel = Sockets.publish(attempts[0].broker.data, &options, &sender.opening()).unwrap();
+        let attempts = sender.begin_attempts(sender.now());
+        let channel = publish(&*sender.environment, attempts[0].broker.data, &sender.opening()).unwrap();
         sender.end_attempt(&attempts[0], Ok(channel));
         let (mut broker, _) = listener.accept().unwrap();
         broker.write_all(&PublishReady::blank().encode()).unwrap();
@@ -240,13 +235,13 @@ mod tests {
     #[test]
     fn a_publisher_that_did_not_run_calls_no_broker_silent() {
         let (mut sender, mut broker) = sender_with_a_batch();
-        let ack = Ack { sequence: 0, first_offset: 7, committed: 1, ..Ack::blank() };
+        let ack = Ack { session_epoch: Epoch(1), first_offset: 7, committed: 1, ..Ack::blank() };
         broker.write_all(&ack.encode()).unwrap();
-        let later = Instant::now() + HOUR;
-        sender.drive_at(|| later);
+        sender.environment.clock.advance(HOUR);
+        sender.drive();
         sender.drop_silent_connections();
         while !sender.in_flight.is_empty() {
-            sender.drive_at(|| later);
+            sender.drive();
         }
         assert_eq!((sender.stats.batches_acknowledged, sender.stats.connections_lost), (1, 0));
     }
@@ -254,9 +249,9 @@ mod tests {
     #[test]
     fn a_broker_that_says_nothing_while_it_is_listened_to_is_left() {
         let (mut sender, _broker) = sender_with_a_batch();
-        let begun = Instant::now();
-        for second in 1..=2 * SILENCE.as_secs() as u32 {
-            sender.drive_at(|| begun + Duration::from_secs(1) * second);
+        for _ in 0..2 * SILENCE.as_secs() {
+            sender.environment.clock.advance(Duration::from_secs(1));
+            sender.drive();
             sender.drop_silent_connections();
         }
         assert_eq!((sender.stats.connections_lost, sender.stats.batches_resubmitted), (1, 1));
@@ -264,7 +259,7 @@ mod tests {
     }
 
     /// Drives a sender until it has left its broker.
-    fn drive_until_left(sender: &mut Sender) {
+    fn drive_until_left(sender: &mut Sender<TestEnvironment>) {
         while sender.stats.connections_lost == 0 {
             sender.drive();
         }
@@ -301,10 +296,10 @@ mod tests {
     fn only_a_permanent_error_of_the_control_plane_ends_a_publisher() {
         let refused =
             |code: tonic::Code| ClientError::Control { code: code.into(), message: format!("{code:?}"), source: None };
-        let begun = Instant::now();
         for code in (0..17).map(tonic::Code::from_i32) {
             let mut sender = sender(SocketAddr::from((Ipv4Addr::LOCALHOST, 1)));
             sender.session_ended = true;
+            let begun = sender.now();
             assert!(sender.is_due_to_reopen(begun + HOUR));
             sender.reopening_failed(refused(code), begun);
             let permanent =

@@ -1,43 +1,58 @@
 //! Publisher: fills batches, stripes them over brokers, and keeps each until it is acknowledged.
 //!
 //! `publish`, `poll` and `flush` move bytes themselves, so an active application needs no hand-over to another thread.
-//! The client's background thread steps in when the application does not call. It also does what blocks: connecting,
-//! and opening sessions.
+//! The client's background thread gives the publisher a turn when the application does not call. It also does what blocks:
+//! connecting.
+//!
+//! [`Publisher`] only adds waiting to [`PolledPublisher`], which has everything else and also runs in a simulator.
 
 mod buffers;
 mod connection;
 mod drive;
 mod in_flight;
 mod message;
+mod opening;
+mod polled;
+mod progress;
 mod sender;
 mod session;
-mod shared;
+mod upkeep;
 
 pub use message::{MessageId, PublisherStats, Status};
+pub use opening::PublisherOpening;
+pub use polled::PolledPublisher;
+pub use progress::{Flush, Progress};
 
 use crate::background::Background;
 use crate::context::Context;
 use crate::error::ClientError;
-use crate::silence::Silence;
 use embarcadero_os::poller::wait_any;
 use embarcadero_wire::ClientId;
-use shared::{SealTrigger, SharedPublisher};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+/// Longest wait of a call that waits for acknowledgements, before it looks again.
+const LOOK_PERIOD: Duration = Duration::from_millis(1);
 
 /// Publisher to one topic, under one session. Threads may share it; the messages of each thread keep their order.
 pub struct Publisher {
-    shared: Arc<SharedPublisher>,
+    polled: Arc<PolledPublisher<Context>>,
     _background: Arc<Background>,
 }
 
 impl Publisher {
     pub(crate) fn open(context: Arc<Context>, topic: &str, background: Arc<Background>) -> Result<Self, ClientError> {
-        let shared = SharedPublisher::open(context, topic)?;
-        let task: Weak<SharedPublisher> = Arc::downgrade(&shared);
+        let mut opening = PublisherOpening::begin(context, topic);
+        let polled = loop {
+            match opening.turn() {
+                Some(opened) => break Arc::new(opened?),
+                None => opening.wait(),
+            }
+        };
+        let task: Weak<PolledPublisher<Context>> = Arc::downgrade(&polled);
         background.add(task);
-        Ok(Self { shared, _background: background })
+        Ok(Self { polled, _background: background })
     }
 
     /// Copies a message into the open batch. Never blocks on the network.
@@ -49,7 +64,7 @@ impl Publisher {
     /// - The error that ended the publisher.
     #[inline]
     pub fn publish(&self, message: &[u8]) -> Result<MessageId, ClientError> {
-        self.shared.publish(message.len(), |batch| batch.push(message))
+        self.polled.publish(message)
     }
 
     /// Publishes a message of `bytes` bytes that `fill` writes in place, without a copy. Never blocks on the network.
@@ -58,7 +73,7 @@ impl Publisher {
     /// Those of [`Publisher::publish`].
     #[inline]
     pub fn publish_with(&self, bytes: usize, fill: impl FnOnce(&mut [u8])) -> Result<MessageId, ClientError> {
-        self.shared.publish(bytes, |batch| batch.push_with(bytes, fill))
+        self.polled.add(bytes, |batch| batch.push_with(bytes, fill))
     }
 
     /// Publishes like [`Publisher::publish`], but blocks while the buffer is full, or while 16 batches wait for the
@@ -71,13 +86,15 @@ impl Publisher {
         // The clock is read only once there is something to wait for.
         let mut progress = None;
         loop {
-            if !self.shared.has_backlog.load(Ordering::Relaxed) {
+            if !self.polled.has_backlog.load(Ordering::Relaxed) {
                 match self.publish(message) {
                     Err(ClientError::BufferFull { .. }) => {}
                     result => return result,
                 }
             }
-            progress.get_or_insert_with(|| Progress::new(self)).wait(self)?;
+            let progress = progress.get_or_insert_with(|| Progress::new(&self.polled));
+            self.wait(LOOK_PERIOD)?;
+            progress.look(&self.polled)?;
         }
     }
 
@@ -87,13 +104,13 @@ impl Publisher {
     /// The error that ended the publisher.
     pub fn wait(&self, timeout: Duration) -> Result<(), ClientError> {
         let sockets = {
-            let mut sender = self.shared.sender();
+            let mut sender = self.polled.sender();
             // Connections are told to show what comes once nothing has come.
-            if self.shared.drive(&mut sender) {
+            if self.polled.drive(&mut sender) {
                 return Ok(());
             }
             sender.arm();
-            if self.shared.drive(&mut sender) {
+            if self.polled.drive(&mut sender) {
                 return Ok(());
             }
             if let Some(error) = &sender.fatal {
@@ -102,7 +119,7 @@ impl Publisher {
             sender.descriptors()
         };
         if sockets.is_empty() {
-            std::thread::sleep(timeout.min(Duration::from_millis(1)));
+            std::thread::sleep(timeout.min(LOOK_PERIOD));
             return Ok(());
         }
         wait_any(&sockets, timeout).map_err(ClientError::io("wait for brokers"))
@@ -113,7 +130,7 @@ impl Publisher {
     /// # Errors
     /// [`ClientError::UnknownId`], or the error that ended the publisher.
     pub fn poll(&self, id: MessageId) -> Result<Status, ClientError> {
-        self.shared.status(id)
+        self.polled.status(id)
     }
 
     /// Polls several messages. Returns `Ok(())` when all are acknowledged, and otherwise the first that is not.
@@ -135,18 +152,11 @@ impl Publisher {
     /// # Errors
     /// The error that ended the publisher, or [`ClientError::TimedOut`] when acknowledgements stop coming.
     pub fn flush(&self) -> Result<(), ClientError> {
-        let mut progress = Progress::new(self);
-        self.shared.seal_open(SealTrigger::Flushed);
-        loop {
-            {
-                let mut sender = self.shared.sender();
-                self.shared.drive(&mut sender);
-                if sender.in_flight.is_empty() {
-                    return Ok(());
-                }
-            }
-            progress.wait(self)?;
+        let mut flush = Flush::begin(&self.polled);
+        while !flush.turn(&self.polled)? {
+            self.wait(LOOK_PERIOD)?;
         }
+        Ok(())
     }
 
     /// Flushes, and closes the session.
@@ -155,49 +165,18 @@ impl Publisher {
     /// Those of [`Publisher::flush`], or the leader does not answer.
     pub fn close(self) -> Result<(), ClientError> {
         self.flush()?;
-        let request = self.shared.sender().session.closing();
-        self.shared.context.control().leader(async |client| client.close_session(request).await).map(drop)
+        self.polled.close().join().map(drop)
     }
 
     /// Id of this publisher, which batches and deliveries carry. It changes if the brokers forget an idle session.
     #[must_use]
     pub fn client_id(&self) -> ClientId {
-        self.shared.sender().session.origin.client_id
+        self.polled.client_id()
     }
 
     /// Counters since the publisher was opened.
     #[must_use]
     pub fn stats(&self) -> PublisherStats {
-        self.shared.sender().stats
-    }
-}
-
-/// Watch over acknowledgements, which notices when they stop coming.
-struct Progress {
-    acknowledged: u64,
-    silence: Silence,
-}
-
-impl Progress {
-    fn new(publisher: &Publisher) -> Self {
-        let acknowledged = publisher.shared.acknowledged.load(Ordering::Acquire);
-        let limit = publisher.shared.context.config.progress_timeout();
-        Self { acknowledged, silence: Silence::new(limit, Instant::now()) }
-    }
-
-    fn wait(&mut self, publisher: &Publisher) -> Result<(), ClientError> {
-        publisher.wait(Duration::from_millis(1))?;
-        let acknowledged = publisher.shared.acknowledged.load(Ordering::Acquire);
-        if acknowledged != self.acknowledged {
-            self.acknowledged = acknowledged;
-            self.silence.restart(Instant::now());
-            return Ok(());
-        }
-        self.silence.look(Instant::now());
-        if self.silence.is_too_long() {
-            let cause = publisher.shared.sender().trouble.clone();
-            return Err(ClientError::timed_out(publisher.shared.context.config.progress_timeout(), cause));
-        }
-        Ok(())
+        self.polled.stats()
     }
 }

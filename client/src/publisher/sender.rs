@@ -5,33 +5,26 @@ use super::connection::{BrokerConnection, ConnectAttempt, RETRY_MAX, RETRY_MIN};
 use super::in_flight::InFlightBatches;
 use super::message::PublisherStats;
 use super::session::Session;
+use super::upkeep::Calls;
 use crate::batching::BUFFERED_BATCHES;
-use crate::context::PublisherEnd;
+use crate::environment::{Environment, PublisherEnd};
 use crate::error::ClientError;
-use crate::silence::Silence;
-use crate::views::BrokerView;
+use crate::silence::{SILENCE_PART, Silence};
+use crate::views::{BrokerView, TopicView};
+use embarcadero_os::Clock;
 use embarcadero_transport::{LinkError, PublisherLink};
 use embarcadero_wire::{ErrorCode, Frame, OpenPublish};
 use std::io;
 use std::os::fd::RawFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Settings of a sender.
-pub(super) struct SenderOptions {
-    /// Number of buffers that are expected at most.
-    pub(super) buffers: usize,
-    /// Most bytes of all buffers.
-    pub(super) buffer_bytes: usize,
-    /// True to give each batch a checksum over its body.
-    pub(super) checksum: bool,
-    /// Time without an acknowledgement after which brokers count as silent.
-    pub(super) silence: Duration,
-}
-
-/// Sending half of a publisher. `drive.rs` has the part that moves bytes.
-pub(super) struct Sender {
+/// Sending half of a publisher. `drive.rs` has the part that moves bytes, and `upkeep.rs` the calls to the control plane.
+pub(super) struct Sender<E: Environment> {
+    pub(super) environment: Arc<E>,
+    pub(super) topic: TopicView,
     pub(super) session: Session,
-    pub(super) connections: Vec<BrokerConnection>,
+    pub(super) connections: Vec<BrokerConnection<E>>,
     /// Index of the connection that is offered the next batch.
     pub(super) next_connection: usize,
     pub(super) in_flight: InFlightBatches,
@@ -51,6 +44,8 @@ pub(super) struct Sender {
     pub(super) stats: PublisherStats,
     /// Time of the last [`Sender::drive`].
     pub(super) driven_at: Instant,
+    /// Calls to the control plane that are under way.
+    pub(super) calls: Calls,
     /// Time at which the list of brokers was last asked for.
     pub(super) refreshed_at: Instant,
     /// Silence of the brokers since the first batch in flight was given to a connection.
@@ -59,16 +54,21 @@ pub(super) struct Sender {
     pub(super) frames: Vec<Frame>,
 }
 
-impl Sender {
+impl<E: Environment> Sender<E> {
     /// Sender before the first message, with `brokers` to connect to.
-    pub(super) fn new(session: Session, brokers: Vec<BrokerView>, options: &SenderOptions, now: Instant) -> Self {
+    pub(super) fn new(environment: Arc<E>, topic: TopicView, session: Session, brokers: Vec<BrokerView>) -> Self {
+        let now = environment.clock().instant();
+        let config = environment.config();
+        // More are never held at once.
+        let buffers = config.buffer_bytes / config.batch_bytes().0;
         Self {
+            topic,
             next_connection: session.origin.client_id.0 as usize,
             session,
             connections: brokers.into_iter().map(|broker| BrokerConnection::new(broker, now)).collect(),
-            in_flight: InFlightBatches::new(options.buffers),
-            buffers: Buffers::new(options.buffers, options.buffer_bytes),
-            checksum: options.checksum,
+            in_flight: InFlightBatches::new(buffers),
+            buffers: Buffers::new(buffers, config.buffer_bytes),
+            checksum: config.batch_checksum,
             session_ended: false,
             reopen_at: now,
             reopen_wait: Duration::ZERO,
@@ -76,10 +76,18 @@ impl Sender {
             trouble: None,
             stats: PublisherStats::default(),
             driven_at: now,
+            calls: Calls::default(),
             refreshed_at: now,
-            silence: Silence::new(options.silence, now),
+            silence: Silence::new(config.progress_timeout() / SILENCE_PART, now),
             frames: Vec::with_capacity(64),
+            environment,
         }
+    }
+
+    /// Time now.
+    #[inline]
+    pub(super) fn now(&self) -> Instant {
+        self.environment.clock().instant()
     }
 
     /// Opening frame of a connection that is made now.
@@ -100,8 +108,9 @@ impl Sender {
         self.session_ended = false;
         self.reopen_wait = Duration::ZERO;
         self.trouble = None;
+        let now = self.now();
         for connection in &mut self.connections {
-            connection.drop_channel(Duration::ZERO);
+            connection.drop_channel(Duration::ZERO, now);
         }
         // Each new connection begins with the acks of what is committed: only the rest is sent again.
         self.requeue(|_| true, self.session.committed);
@@ -134,21 +143,23 @@ impl Sender {
     }
 
     /// Takes the result of an attempt to connect.
-    pub(super) fn end_attempt(&mut self, attempt: &ConnectAttempt, result: Result<PublisherEnd, ClientError>) {
+    pub(super) fn end_attempt(&mut self, attempt: &ConnectAttempt, result: Result<PublisherEnd<E>, ClientError>) {
+        let now = self.now();
         if let Some(connection) = self.connections.get_mut(attempt.index)
-            && let Some(error) = connection.end_attempt(attempt, result)
+            && let Some(error) = connection.end_attempt(attempt, result, now)
         {
             self.trouble = Some(error);
         }
     }
 
-    /// Takes the current list of brokers: new addresses of known ones, and new brokers up to `limit` in all (0: no limit).
-    pub(super) fn update_brokers(&mut self, brokers: Vec<BrokerView>, limit: usize) {
+    /// Takes the current list of brokers: new addresses of known ones, and new brokers as far as the configuration allows.
+    pub(super) fn update_brokers(&mut self, brokers: Vec<BrokerView>) {
+        let (limit, now) = (self.environment.config().max_brokers, self.now());
         for broker in brokers {
             let room = limit == 0 || self.connections.len() < limit;
             match self.connections.iter_mut().find(|connection| connection.broker.id == broker.id) {
                 Some(connection) => connection.broker = broker,
-                None if room => self.connections.push(BrokerConnection::new(broker, Instant::now())),
+                None if room => self.connections.push(BrokerConnection::new(broker, now)),
                 None => {}
             }
         }
@@ -165,7 +176,8 @@ impl Sender {
     /// Drops a connection, and queues the batches on it again. The next attempt is due after `wait`.
     pub(super) fn drop_connection(&mut self, index: usize, wait: Duration) {
         self.stats.connections_lost += 1;
-        self.connections[index].drop_channel(wait);
+        let now = self.now();
+        self.connections[index].drop_channel(wait, now);
         // Also what is committed: its ack was lost with the connection, and a duplicate is acknowledged again.
         self.requeue(|lost| lost == index, 0);
     }
@@ -206,7 +218,7 @@ impl Sender {
         if !self.silence.is_too_long() {
             return;
         }
-        self.silence.restart(Instant::now());
+        self.silence.restart(self.now());
         for index in 0..self.connections.len() {
             if self.connections[index].is_ready() && self.in_flight.are_on(index) {
                 self.drop_connection(index, RETRY_MIN);

@@ -1,8 +1,8 @@
-//! Session of a publisher, and the call that opens it.
+//! Session of a publisher, and the request that opens it.
 
 use super::in_flight::InFlightBatches;
-use crate::context::Context;
-use crate::error::{ClientError, ControlCode};
+use crate::environment::Environment;
+use crate::error::ClientError;
 use crate::views::TopicView;
 use embarcadero_control::v1 as proto;
 use embarcadero_wire::batch::BatchOrigin;
@@ -25,40 +25,14 @@ pub(super) struct Session {
 }
 
 /// Chooses the id of a client.
-fn new_client_id() -> ClientId {
-    ClientId(rand::random::<u64>().max(1))
+pub(super) fn new_client_id<E: Environment>(environment: &E) -> ClientId {
+    ClientId(environment.random().max(1))
 }
 
-/// Ids that a new client tries.
-const IDS: usize = 3;
-
-/// Opens a session on a topic as a client with a new id.
-pub(super) fn open_session(
-    context: &Context,
-    topic: &str,
-) -> Result<(ClientId, proto::OpenSessionResponse), ClientError> {
-    let request = proto::OpenSessionRequest {
-        topic: topic.to_owned(),
-        ack_level: context.config.ack_level.into(),
-        ..proto::OpenSessionRequest::default()
-    };
-    let mut tries = 1;
-    loop {
-        let client_id = new_client_id();
-        match ask(context, proto::OpenSessionRequest { client_id: client_id.0, ..request.clone() }) {
-            // This client's, whose answer was lost with a leader. Its token was lost, too.
-            Err(ClientError::Control { code: ControlCode::AlreadyExists, .. }) if tries < IDS => tries += 1,
-            opened => return opened.map(|opened| (client_id, opened)),
-        }
-    }
-}
-
-/// Asks the leader to open an epoch.
-pub(super) fn ask(
-    context: &Context,
-    request: proto::OpenSessionRequest,
-) -> Result<proto::OpenSessionResponse, ClientError> {
-    context.control().leader(async |client| client.open_session(request.clone()).await)
+/// Request that opens a session on a topic as a new client.
+pub(super) fn opening(topic: &str, client_id: ClientId, ack_level: u8) -> proto::OpenSessionRequest {
+    let (topic, client_id, ack_level) = (topic.to_owned(), client_id.0, ack_level.into());
+    proto::OpenSessionRequest { topic, client_id, ack_level, ..proto::OpenSessionRequest::default() }
 }
 
 fn origin(opened: &proto::OpenSessionResponse, topic: &TopicView, client_id: ClientId) -> BatchOrigin {
@@ -169,19 +143,14 @@ impl Session {
         }
     }
 
-    /// Call that opens the session's next epoch. Nothing is opened, and the answer's epoch is 0, if the brokers do not know
-    /// the client any more.
+    /// Request that opens the session's next epoch. Nothing is opened, and the answer's epoch is 0, if the brokers do not
+    /// know the client any more.
     pub(super) fn resumption(&self, topic: &TopicView) -> proto::OpenSessionRequest {
-        proto::OpenSessionRequest {
-            topic: topic.name.clone(),
-            client_id: self.origin.client_id.0,
-            ack_level: self.ack_level.into(),
-            resume: true,
-            token: self.token.0,
-        }
+        let request = opening(&topic.name, self.origin.client_id, self.ack_level);
+        proto::OpenSessionRequest { resume: true, token: self.token.0, ..request }
     }
 
-    /// Call that closes the session.
+    /// Request that closes the session.
     pub(super) fn closing(&self) -> proto::CloseSessionRequest {
         let BatchOrigin { client_id, session_epoch, session_slot, .. } = self.origin;
         proto::CloseSessionRequest {

@@ -2,7 +2,8 @@
 
 use super::message::Start;
 use super::streams::Delivery;
-use crate::context::{Context, SubscriberEnd};
+use crate::context::Context;
+use crate::environment::{SubscriberEnd, subscribe};
 use crate::error::{ClientError, UnreadableBatch};
 use crate::silence::Silence;
 use crate::views::{BrokerView, TopicView};
@@ -15,7 +16,7 @@ pub(super) struct Stream {
     pub(super) id: wire::Stream,
     /// Broker that serves the stream.
     pub(super) broker: BrokerView,
-    pub(super) channel: Option<SubscriberEnd>,
+    pub(super) channel: Option<SubscriberEnd<Context>>,
     /// Offset that is due next; `None` until the broker has told where the stream starts.
     pub(super) due: Option<u64>,
     /// Position that was asked for.
@@ -92,7 +93,7 @@ impl Stream {
 
     /// Connects and subscribes.
     pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> Result<(), ClientError> {
-        self.channel = Some(context.subscribe(self.broker.data, &self.request(topic))?);
+        self.channel = Some(subscribe(context, self.broker.data, &self.request(topic))?);
         (self.asked, self.answered, self.end_asked) = (0, 0, None);
         (self.has_news, self.received_bytes) = (true, 0);
         Ok(())

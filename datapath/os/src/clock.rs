@@ -43,6 +43,12 @@ impl From<u64> for Times {
 pub trait Clock: Send {
     /// Returns the time now.
     fn now(&self) -> Now;
+
+    /// Returns the time now by the monotonic clock alone.
+    #[inline]
+    fn instant(&self) -> Instant {
+        self.now().instant
+    }
 }
 
 /// Clocks of this host.
@@ -58,5 +64,10 @@ impl Clock for SystemClock {
         let steady_us = instant.saturating_duration_since(*ORIGIN.get_or_init(|| instant)).as_micros() as u64;
         let wall_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros() as u64);
         Now { instant, steady_us, wall_us }
+    }
+
+    #[inline]
+    fn instant(&self) -> Instant {
+        Instant::now()
     }
 }

@@ -1,18 +1,22 @@
-//! State of a publisher that the application's threads share with the client's background thread.
+//! Publisher that is polled: no call blocks, and nothing happens between calls.
+//!
+//! Its state is under locks, so that an application's threads can share it with the client's background thread.
 
 use super::buffers::Batch;
-use super::message::{MessageId, Status};
-use super::sender::{Sender, SenderOptions};
-use super::session::{Session, ask, open_session};
+use super::message::{MessageId, PublisherStats, Status};
+use super::sender::Sender;
+use super::session::Session;
 use crate::background::BackgroundTask;
 use crate::batching::{BatchSizer, BufferState, SealStats};
+use crate::call::Call;
 use crate::context::Context;
+use crate::environment::{Control, Environment, publish};
 use crate::error::ClientError;
 use crate::nic::loaded_batch_bytes;
-use crate::silence::SILENCE_PART;
-use crate::views::TopicView;
-use embarcadero_wire::OutOfBounds;
+use crate::views::ClusterView;
+use embarcadero_control::v1 as proto;
 use embarcadero_wire::batch::largest_message;
+use embarcadero_wire::{ClientId, OutOfBounds};
 use spin::mutex::SpinMutex;
 use spin::relax::Yield;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -21,9 +25,7 @@ use std::time::{Duration, Instant};
 
 /// Number of messages after which `publish` retries the writes for which a socket had no room.
 const DRIVE_EVERY: u32 = 128;
-/// Time after which the publisher asks for the list of brokers again.
-const REFRESH: Duration = Duration::from_secs(1);
-/// Time without a call of the application after which the background thread drives the publisher.
+/// Time without a call of the application after which a turn drives the publisher.
 const IDLE: Duration = Duration::from_micros(500);
 
 /// Open batch: the one that is being filled.
@@ -50,14 +52,13 @@ pub(super) enum SealTrigger {
     Flushed,
 }
 
-/// Shared state of one publisher.
-pub(super) struct SharedPublisher {
-    pub(super) context: Arc<Context>,
-    topic: TopicView,
+/// Publisher that is polled. [`PolledPublisher::turn`] does what no call of the application does.
+pub struct PolledPublisher<E: Environment> {
+    pub(super) environment: Arc<E>,
     /// Open batch under a lock that is taken once per message. A plain store releases the lock: an atomic read-modify-write
     /// would wait until the message's bytes have left the store buffer.
     open: SpinMutex<OpenBatch, Yield>,
-    sender: Mutex<Sender>,
+    sender: Mutex<Sender<E>>,
     in_flight: AtomicUsize,
     /// True while [`crate::batching::BUFFERED_BATCHES`] batches or more wait for connections.
     pub(super) has_backlog: AtomicBool,
@@ -65,12 +66,17 @@ pub(super) struct SharedPublisher {
     pub(super) acknowledged: AtomicU64,
 }
 
-impl SharedPublisher {
-    /// Opens a session and connects to the topic's brokers.
-    pub(super) fn open(context: Arc<Context>, topic: &str) -> Result<Arc<Self>, ClientError> {
-        let (client_id, opened) = open_session(&context, topic)?;
-        let (topic, cluster) = context.topic(topic)?;
-        let config = &context.config;
+impl<E: Environment> PolledPublisher<E> {
+    /// Publisher of a session that is open, not connected yet.
+    pub(super) fn new(
+        environment: Arc<E>,
+        topic: &str,
+        client_id: ClientId,
+        opened: &proto::OpenSessionResponse,
+        cluster: ClusterView,
+    ) -> Result<Self, ClientError> {
+        let topic = cluster.topic(topic)?;
+        let config = environment.config();
         let (least, most) = config.batch_bytes();
         if least as u64 > opened.max_batch_bytes {
             let key = if config.batch_size.is_some() { "batch_size" } else { "batch_size_min" };
@@ -87,29 +93,24 @@ impl SharedPublisher {
             brokers.rotate_left(start);
             brokers.truncate(config.max_brokers);
         }
-        let now = Instant::now();
-        let options = SenderOptions {
-            buffers: config.buffer_bytes / least,
-            buffer_bytes: config.buffer_bytes,
-            checksum: config.batch_checksum,
-            silence: config.progress_timeout() / SILENCE_PART,
-        };
-        let session = Session::new(&opened, &topic, client_id, config.ack_level);
-        let shared = Arc::new(Self {
-            topic,
-            open: SpinMutex::new(OpenBatch { batch: None, number: 0, streaming: false, sealed_at: now, sizer }),
-            sender: Mutex::new(Sender::new(session, brokers, &options, now)),
+        let session = Session::new(opened, &topic, client_id, config.ack_level);
+        let sender = Sender::new(Arc::clone(&environment), topic, session, brokers);
+        let sealed_at = sender.driven_at;
+        Ok(Self {
+            open: SpinMutex::new(OpenBatch { batch: None, number: 0, streaming: false, sealed_at, sizer }),
+            sender: Mutex::new(sender),
             in_flight: AtomicUsize::new(0),
             has_backlog: AtomicBool::new(false),
             acknowledged: AtomicU64::new(0),
-            context,
-        });
-        shared.connect_due();
-        shared.require_connection()?;
-        Ok(shared)
+            environment,
+        })
     }
 
-    fn require_connection(&self) -> Result<(), ClientError> {
+    /// Checks that there is a connection.
+    ///
+    /// # Errors
+    /// There is none. The cause is that of the last attempt.
+    pub(super) fn require_connection(&self) -> Result<(), ClientError> {
         let sender = self.sender();
         if sender.connections.iter().any(|connection| connection.is_up()) {
             return Ok(());
@@ -126,80 +127,31 @@ impl SharedPublisher {
     }
 
     /// Locks the sending half.
-    pub(super) fn sender(&self) -> MutexGuard<'_, Sender> {
+    pub(super) fn sender(&self) -> MutexGuard<'_, Sender<E>> {
         self.sender.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Opens the session's next epoch, and queues again the batches that did not commit under the last.
-    fn reopen(&self) {
-        let request = self.sender().session.resumption(&self.topic);
-        let opened = ask(&self.context, request);
-        let mut sender = self.sender();
-        let Sender { session, in_flight, .. } = &mut *sender;
-        let reopened = match &opened {
-            Ok(opened) if opened.epoch > 0 => session.resumed(opened, &self.topic, in_flight),
-            Ok(_) => {
-                if let Err(error) = session.lost(&self.topic, in_flight) {
-                    Err(error)
-                } else {
-                    drop(sender);
-                    return self.begin_anew();
-                }
-            }
-            Err(error) => return sender.reopening_failed(error.clone(), Instant::now()),
-        };
-        match reopened {
-            Ok(()) => sender.resubmit(),
-            Err(error) => sender.fatal = Some(error),
-        }
-    }
-
-    /// Opens a session as another client: the brokers do not know the last one any more, and nothing is in doubt.
-    fn begin_anew(&self) {
-        let opened = open_session(&self.context, &self.topic.name);
-        let mut sender = self.sender();
-        match opened {
-            Ok((client_id, opened)) => {
-                let Sender { session, in_flight, .. } = &mut *sender;
-                session.begun_anew(&opened, &self.topic, client_id, in_flight);
-                sender.resubmit();
-            }
-            Err(error) => sender.reopening_failed(error, Instant::now()),
-        }
-    }
-
-    /// Makes the connections that are due. Blocks for as long as connecting does.
-    fn connect_due(&self) {
+    /// Makes the connections that are due. Blocks for as long as connecting does, and holds no lock meanwhile.
+    pub(super) fn connect_due(&self) {
         let (attempts, opening) = {
             let mut sender = self.sender();
-            (sender.begin_attempts(Instant::now()), sender.opening())
+            let now = sender.now();
+            (sender.begin_attempts(now), sender.opening())
         };
         if attempts.is_empty() {
             return;
         }
         let mut failed = false;
         for attempt in attempts {
-            let result = self.context.publish(attempt.broker.data, &opening);
+            let result = publish(&*self.environment, attempt.broker.data, &opening);
             failed |= result.is_err();
             self.sender().end_attempt(&attempt, result);
         }
         if failed {
-            self.refresh_brokers();
+            let mut sender = self.sender();
+            let now = sender.now();
+            sender.ask_for_brokers(now);
         }
-    }
-
-    /// Asks for the list of brokers once it is old: brokers come and go while connections last.
-    fn refresh_if_due(&self) {
-        let due = |sender: &Sender| sender.fatal.is_none() && sender.refreshed_at.elapsed() > REFRESH;
-        if due(&self.sender()) {
-            self.refresh_brokers();
-        }
-    }
-
-    fn refresh_brokers(&self) {
-        self.sender().refreshed_at = Instant::now();
-        let Ok(cluster) = self.context.cluster() else { return };
-        self.sender().update_brokers(cluster.brokers, self.context.config.max_brokers);
     }
 
     /// Seals the open batch if the trigger or the policy says so.
@@ -226,7 +178,7 @@ impl SharedPublisher {
         let mut sender = self.sender();
         sender.push(batch);
         self.in_flight.store(sender.in_flight.len(), Ordering::Relaxed);
-        let offered_at = Instant::now();
+        let offered_at = sender.now();
         self.drive(&mut sender);
         open.sizer.record_seal(SealStats {
             full: open.streaming,
@@ -238,7 +190,7 @@ impl SharedPublisher {
     }
 
     /// Moves bytes and takes acknowledgements. Returns true when anything moved.
-    pub(super) fn drive(&self, sender: &mut Sender) -> bool {
+    pub(super) fn drive(&self, sender: &mut Sender<E>) -> bool {
         let moved = sender.drive();
         self.in_flight.store(sender.in_flight.len(), Ordering::Relaxed);
         self.has_backlog.store(sender.has_backlog(), Ordering::Relaxed);
@@ -246,9 +198,18 @@ impl SharedPublisher {
         moved
     }
 
+    /// Copies a message into the open batch.
+    ///
+    /// # Errors
+    /// Those of [`crate::Publisher::publish`].
+    #[inline]
+    pub fn publish(&self, message: &[u8]) -> Result<MessageId, ClientError> {
+        self.add(message.len(), |batch| batch.push(message))
+    }
+
     /// Adds a message of `bytes` that `push` writes into the open batch.
     #[inline]
-    pub(super) fn publish(&self, bytes: usize, push: impl FnOnce(&mut Batch)) -> Result<MessageId, ClientError> {
+    pub(super) fn add(&self, bytes: usize, push: impl FnOnce(&mut Batch)) -> Result<MessageId, ClientError> {
         let mut open = self.open.lock();
         let number = open.number;
         let id = match &mut open.batch {
@@ -295,11 +256,14 @@ impl SharedPublisher {
             return Ok(batch);
         }
         self.drive(&mut sender);
-        sender.buffers.get(size)?.ok_or(ClientError::BufferFull { bytes: self.context.config.buffer_bytes })
+        sender.buffers.get(size)?.ok_or(ClientError::BufferFull { bytes: self.environment.config().buffer_bytes })
     }
 
     /// Status of a message. Moves bytes.
-    pub(super) fn status(&self, id: MessageId) -> Result<Status, ClientError> {
+    ///
+    /// # Errors
+    /// Those of [`crate::Publisher::poll`].
+    pub fn status(&self, id: MessageId) -> Result<Status, ClientError> {
         let mut sender = self.sender();
         self.drive(&mut sender);
         match (sender.in_flight.status(id), &sender.fatal) {
@@ -317,19 +281,20 @@ impl SharedPublisher {
         // Another thread may have sealed it since we looked.
         if id.batch < open.number { Ok(Status::Pending) } else { Err(ClientError::UnknownId { batch: id.batch }) }
     }
-}
 
-impl BackgroundTask for SharedPublisher {
-    fn run_once(&self) -> bool {
-        let (reopen, idle) = {
-            let Ok(sender) = self.sender.try_lock() else { return true };
-            (sender.is_due_to_reopen(Instant::now()), sender.driven_at.elapsed() > IDLE)
+    /// Does what is due and no call of the application does: opens the session's next epoch, connects, asks for brokers,
+    /// and leaves those that are silent. Moves bytes too, once the application has not called for a while.
+    ///
+    /// Returns true while something is under way, so that the next turn is due soon. Blocks only while the transport
+    /// connects.
+    pub fn turn(&self) -> bool {
+        let idle = {
+            let Ok(mut sender) = self.sender.try_lock() else { return true };
+            let now = sender.now();
+            sender.keep_up(now);
+            now.saturating_duration_since(sender.driven_at) > IDLE
         };
-        if reopen {
-            self.reopen();
-        }
         self.connect_due();
-        self.refresh_if_due();
         if idle {
             self.seal_open(SealTrigger::Awaited);
         }
@@ -338,7 +303,30 @@ impl BackgroundTask for SharedPublisher {
             self.drive(&mut sender);
         }
         sender.drop_silent_connections();
+        let calls = sender.calls.are_under_way();
         drop(sender);
-        self.in_flight.load(Ordering::Relaxed) > 0 || self.open.lock().batch.is_some()
+        calls || self.in_flight.load(Ordering::Relaxed) > 0 || self.open.lock().batch.is_some()
+    }
+
+    /// Begins to close the session.
+    pub fn close(&self) -> Call<proto::CloseSessionResponse> {
+        let request = self.sender().session.closing();
+        self.environment.control().close_session(request)
+    }
+
+    /// Id of the client that it publishes as now.
+    pub fn client_id(&self) -> ClientId {
+        self.sender().session.origin.client_id
+    }
+
+    /// Counters since it was opened.
+    pub fn stats(&self) -> PublisherStats {
+        self.sender().stats
+    }
+}
+
+impl BackgroundTask for PolledPublisher<Context> {
+    fn run_once(&self) -> bool {
+        self.turn()
     }
 }
