@@ -116,6 +116,6 @@ impl Client {
     /// # Errors
     /// The topic does not exist, or no broker can be reached.
     pub fn subscriber(&self, topic: &str, start: Start) -> Result<Subscriber, ClientError> {
-        Subscriber::open(Arc::clone(&self.context), topic, start, Arc::clone(&self.background))
+        Subscriber::open(Arc::clone(&self.context), topic, start)
     }
 }

@@ -5,7 +5,7 @@ use crate::control::GrpcControl;
 use crate::environment::{Control, Environment};
 use crate::error::ClientError;
 use crate::nic;
-use crate::views::{ClusterView, TopicView};
+use crate::views::ClusterView;
 use embarcadero_os::SystemClock;
 use embarcadero_transport::rdma::RdmaClient;
 use embarcadero_transport::tcp::SocketOptions;
@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Configuration, control plane and RDMA device of a client.
 pub(crate) struct Context {
-    pub(crate) config: ClientConfig,
+    config: ClientConfig,
     control: GrpcControl,
     device: Mutex<Option<Arc<RdmaClient>>>,
 }
@@ -37,12 +37,6 @@ impl Context {
             Some(device) => Ok(Arc::clone(device)),
             None => Ok(Arc::clone(device.insert(nic::open(&self.config)?))),
         }
-    }
-
-    /// Asks for a topic and the state of the cluster. Blocks until a broker has answered.
-    pub(crate) fn topic(&self, name: &str) -> Result<(TopicView, ClusterView), ClientError> {
-        let cluster = self.cluster()?;
-        Ok((cluster.topic(name)?, cluster))
     }
 
     /// Asks for the state of the cluster. Blocks until a broker has answered.

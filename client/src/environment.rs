@@ -84,6 +84,11 @@ pub(crate) fn subscribe<E: Environment>(
     environment.transport().subscribe(broker, &environment.link_options()?, request).map_err(not_connected)
 }
 
+/// Chooses one of `count` things, at least one, at random.
+pub(crate) fn pick<E: Environment>(environment: &E, count: usize) -> usize {
+    (environment.random() % count as u64) as usize
+}
+
 #[cfg(test)]
 pub(crate) mod testing {
     //! Environment for tests, over real sockets.

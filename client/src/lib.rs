@@ -72,13 +72,14 @@ mod silence;
 mod subscriber;
 mod views;
 
-/// Publishers as values that are polled, for simulators. They are the ones that [`Publisher`] drives. No promise is made
-/// about their interface.
+/// Publishers and subscribers as values that are polled, for simulators. They are the ones that [`Publisher`] and
+/// [`Subscriber`] drive. No promise is made about their interface.
 #[doc(hidden)]
 pub mod polled {
     pub use crate::call::{Call, Reply};
     pub use crate::environment::{Control, Environment};
     pub use crate::publisher::{Flush, PolledPublisher, Progress, PublisherOpening};
+    pub use crate::subscriber::{Drain, Drained, PolledSubscriber};
 }
 
 /// Compiles the programs of the README.

@@ -2,8 +2,7 @@
 
 use super::message::Start;
 use super::streams::Delivery;
-use crate::context::Context;
-use crate::environment::{SubscriberEnd, subscribe};
+use crate::environment::{Environment, SubscriberEnd, subscribe};
 use crate::error::{ClientError, UnreadableBatch};
 use crate::silence::Silence;
 use crate::views::{BrokerView, TopicView};
@@ -12,11 +11,13 @@ use embarcadero_wire::{self as wire, BatchHeader, Deliver, Position, StartKind, 
 use std::time::{Duration, Instant};
 
 /// Stream of a topic, connected or not.
-pub(super) struct Stream {
+pub(super) struct Stream<E: Environment> {
     pub(super) id: wire::Stream,
     /// Broker that serves the stream.
     pub(super) broker: BrokerView,
-    pub(super) channel: Option<SubscriberEnd<Context>>,
+    /// True after the connection to it failed, until the brokers are known among which another is chosen.
+    pub(super) wants_broker: bool,
+    pub(super) channel: Option<SubscriberEnd<E>>,
     /// Offset that is due next; `None` until the broker has told where the stream starts.
     pub(super) due: Option<u64>,
     /// Position that was asked for.
@@ -44,14 +45,13 @@ pub(super) struct Stream {
     pub(super) end: Option<u64>,
 }
 
-impl Stream {
-    /// Stream that is not connected yet; an attempt is due at once. A connection is given up after `silence` without
-    /// anything.
-    pub(super) fn new(id: wire::Stream, broker: BrokerView, start: Start, silence: Duration) -> Self {
-        let now = Instant::now();
+impl<E: Environment> Stream<E> {
+    /// Stream that is not connected yet; an attempt is due at once. A connection is given up once its silence is too long.
+    pub(super) fn new(id: wire::Stream, broker: BrokerView, start: Start, silence: Silence, now: Instant) -> Self {
         Self {
             id,
             broker,
+            wants_broker: false,
             channel: None,
             due: None,
             start,
@@ -59,7 +59,7 @@ impl Stream {
             asked: 0,
             answered: 0,
             end_asked: None,
-            silence: Silence::new(silence, now),
+            silence,
             has_news: true,
             is_sounded: false,
             received_bytes: 0,
@@ -70,7 +70,7 @@ impl Stream {
 
     /// Returns true when an attempt to connect is due.
     pub(super) fn is_due_to_connect(&self, now: Instant) -> bool {
-        self.channel.is_none() && self.retry_at <= now
+        self.channel.is_none() && !self.wants_broker && self.retry_at <= now
     }
 
     /// Subscription that continues the stream: at the due offset, or at the position that was asked for.
@@ -91,9 +91,9 @@ impl Stream {
         }
     }
 
-    /// Connects and subscribes.
-    pub(super) fn connect(&mut self, context: &Context, topic: &TopicView) -> Result<(), ClientError> {
-        self.channel = Some(subscribe(context, self.broker.data, &self.request(topic))?);
+    /// Connects and subscribes. Blocks for as long as connecting does.
+    pub(super) fn connect(&mut self, environment: &E, topic: &TopicView) -> Result<(), ClientError> {
+        self.channel = Some(subscribe(environment, self.broker.data, &self.request(topic))?);
         (self.asked, self.answered, self.end_asked) = (0, 0, None);
         (self.has_news, self.received_bytes) = (true, 0);
         Ok(())
@@ -141,14 +141,14 @@ impl Stream {
     }
 
     /// Drops the connection. The next attempt is due after `wait`.
-    pub(super) fn drop_connection(&mut self, wait: Duration) {
+    pub(super) fn drop_connection(&mut self, wait: Duration, now: Instant) {
         self.channel = None;
-        self.retry_at = Instant::now() + wait;
+        self.retry_at = now + wait;
     }
 
     /// Moves the stream to another position.
-    pub(super) fn seek(&mut self, to: Start) {
-        self.drop_connection(Duration::ZERO);
+    pub(super) fn seek(&mut self, to: Start, now: Instant) {
+        self.drop_connection(Duration::ZERO, now);
         (self.due, self.start) = (None, to);
     }
 
