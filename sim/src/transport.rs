@@ -213,6 +213,12 @@ impl<F> SimulatedTransport<F> {
         SimulatedEndpoint { network: self.clone(), at }
     }
 
+    /// Ends listening at an address. Who connects to it from now on is refused, and who was not accepted yet finds the
+    /// connection closed.
+    pub fn close(&self, at: SocketAddr) {
+        lock(&self.listening).remove(&at);
+    }
+
     fn connect(&self, to: SocketAddr, opening: [u8; FRAME_BYTES]) -> io::Result<End> {
         let pipe = || Pipe { under_way: VecDeque::new(), room: self.room, closed: false, silent_for: None };
         let [one, other] = [pipe(), pipe()].map(|pipe| Arc::new(Mutex::new(pipe)));

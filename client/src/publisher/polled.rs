@@ -160,6 +160,8 @@ impl<E: Environment> PolledPublisher<E> {
         self.seal(&mut open, trigger);
     }
 
+    // What is done once per batch stays out of the code that publishes a message.
+    #[inline(never)]
     fn seal(&self, open: &mut OpenBatch, trigger: SealTrigger) {
         let Some(batch) = open.batch.as_ref().filter(|batch| !batch.is_empty()) else { return };
         let state = BufferState {
@@ -190,6 +192,7 @@ impl<E: Environment> PolledPublisher<E> {
     }
 
     /// Moves bytes and takes acknowledgements. Returns true when anything moved.
+    #[inline(never)]
     pub(super) fn drive(&self, sender: &mut Sender<E>) -> bool {
         let moved = sender.drive();
         self.in_flight.store(sender.in_flight.len(), Ordering::Relaxed);

@@ -74,11 +74,11 @@ impl Subscriber {
             return Ok(());
         }
         let watched: Vec<_> = self.polled.descriptors().map(|descriptor| (descriptor, false)).collect();
-        if self.polled.is_disconnected() {
-            std::thread::sleep(timeout.min(MISSING_PERIOD));
-        }
-        if !watched.is_empty() {
-            wait_any(&watched, timeout.min(LOOK_PERIOD)).map_err(ClientError::io("wait for brokers"))?;
+        let limit = timeout.min(if self.polled.is_disconnected() { MISSING_PERIOD } else { LOOK_PERIOD });
+        if watched.is_empty() {
+            std::thread::sleep(limit);
+        } else {
+            wait_any(&watched, limit).map_err(ClientError::io("wait for brokers"))?;
         }
         Ok(())
     }

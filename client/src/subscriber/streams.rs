@@ -78,7 +78,7 @@ impl<E: Environment> Streams<E> {
             let chosen = brokers.swap_remove(pick(&*environment, brokers.len()));
             brokers = vec![chosen];
         }
-        let Now { instant, wall_us: asked_us } = environment.clock().now();
+        let Now { instant, wall_us: asked_us, .. } = environment.clock().now();
         let mut streams = Self {
             environment,
             topic,
