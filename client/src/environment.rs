@@ -117,7 +117,8 @@ pub(crate) mod testing {
     impl Clock for TestClock {
         fn now(&self) -> Now {
             let passed_us = self.passed_us.load(Ordering::Relaxed);
-            Now { instant: self.begun + Duration::from_micros(passed_us), wall_us: passed_us }
+            let instant = self.begun + Duration::from_micros(passed_us);
+            Now { instant, steady_us: passed_us, wall_us: passed_us }
         }
     }
 

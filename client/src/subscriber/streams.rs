@@ -491,7 +491,7 @@ mod tests {
     fn a_batch_without_a_header_is_read_again_and_then_left_out() {
         let topic = TopicView::of_order(Order::Strong);
         let (listener, broker) = listener();
-        let mut streams = Streams::new(context(600_000), topic.clone(), vec![broker], Start::Earliest, None).unwrap();
+        let mut streams = Streams::new(context(600_000), topic.clone(), vec![broker], Start::Earliest).unwrap();
         let origin = BatchOrigin {
             client_id: ClientId(7),
             session_epoch: Epoch(1),
@@ -502,7 +502,7 @@ mod tests {
         let mut batch = BatchBuilder::new(4096);
         batch.push(b"message");
         batch.seal(&origin, 1, true);
-        let look = |streams: &mut Streams| loop {
+        let look = |streams: &mut Streams<Context>| loop {
             match streams.look() {
                 Ok(None) if streams.streams[0].channel.is_some() => {}
                 other => return other.map(|found| found.map(|delivery| delivery.deliver.first_offset)),
@@ -511,7 +511,8 @@ mod tests {
         // Another frame, and no frame at all.
         for damaged in [Position::blank().encode(), [0x5a; FRAME_BYTES]] {
             streams.streams[0].due = Some(0);
-            streams.streams[0].drop_connection(Duration::ZERO);
+            let now = streams.now();
+            streams.streams[0].drop_connection(Duration::ZERO, now);
             for attempt in 0..2 {
                 streams.connect_due();
                 let (mut end, _) = listener.accept().unwrap();
@@ -521,7 +522,7 @@ mod tests {
                 let found = look(&mut streams);
                 if attempt == 0 {
                     assert!(matches!(found, Ok(None)), "{found:?}");
-                    streams.streams[0].drop_connection(Duration::ZERO);
+                    streams.streams[0].drop_connection(Duration::ZERO, now);
                     continue;
                 }
                 let Err(ClientError::Corrupt { offset, end: behind, source }) = found else { panic!("{found:?}") };

@@ -85,7 +85,8 @@ impl SteppedClock {
 impl Clock for SteppedClock {
     fn now(&self) -> Now {
         let passed_ms = self.passed_ms();
-        Now { instant: self.begun + Duration::from_millis(passed_ms), wall_us: passed_ms * 1000 }
+        let (instant, us) = (self.begun + Duration::from_millis(passed_ms), passed_ms * 1000);
+        Now { instant, steady_us: us, wall_us: us }
     }
 }
 
