@@ -19,7 +19,7 @@ pub mod blog;
 mod broker;
 pub mod caller;
 pub mod config;
-mod control;
+pub mod control;
 mod dead_broker;
 pub mod delegation;
 mod delivery;

@@ -25,7 +25,8 @@ use rand::rngs::OsRng;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 use tonic::{Code, Request, Response, Status};
-use topic::{requested_topic, topic_to_proto};
+use topic::requested_topic;
+pub use topic::topic_to_proto;
 
 /// Longest time that the sequencer may take to answer, and brokers to let go of a topic.
 const ANSWER: Duration = Duration::from_secs(30);

@@ -20,7 +20,7 @@ fn order_to_proto(order: Order) -> proto::Order {
 }
 
 /// Describes a topic to clients.
-pub(super) fn topic_to_proto(topic: &TopicConfig) -> proto::Topic {
+pub fn topic_to_proto(topic: &TopicConfig) -> proto::Topic {
     proto::Topic {
         id: topic.id.0,
         incarnation: topic.incarnation.0,

@@ -70,19 +70,19 @@ impl Liveness {
 
 /// Brokers that the leader takes for alive.
 #[derive(Debug, Default)]
-pub(crate) struct LiveBrokers {
+pub struct LiveBrokers {
     /// Brokers whose row is whole.
-    pub(crate) brokers: Vec<BrokerInfo>,
+    pub brokers: Vec<BrokerInfo>,
     /// Leader, if one is known.
-    pub(crate) leader: Option<BrokerId>,
+    pub leader: Option<BrokerId>,
     /// Damage of the leader's statement and of brokers' rows.
-    pub(crate) damaged: Vec<Damage>,
+    pub damaged: Vec<Damage>,
 }
 
 impl LiveBrokers {
     /// Reads the leader's statement, and the rows of the brokers that it names. Where the statement is damaged, every
     /// broker that says that it runs counts.
-    pub(crate) fn read<F: Fabric>(region: &Region<F>) -> Self {
+    pub fn read<F: Fabric>(region: &Region<F>) -> Self {
         let mut live = Self::default();
         let (mask, certain) = match read_leader(region) {
             Ok(leader) => {

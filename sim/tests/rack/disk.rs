@@ -2,12 +2,13 @@
 
 use super::fate::{STEPS, one_in, random};
 use super::history::History;
-use embarcadero_broker::replica::format::parse_group;
+use embarcadero_broker::replica::format::{Record, parse_group};
 use embarcadero_broker::replica::medium::{Medium, MediumFile};
 use embarcadero_broker::replica::store::scan;
 use embarcadero_os::buffer::Buffer;
 use embarcadero_sim::{Fault, SimulatedMedium};
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Disk of a host. Clones share it.
@@ -67,8 +68,13 @@ impl Medium for Disk {
 struct Handle {
     disk: Disk,
     file: Box<dyn MediumFile>,
-    /// Positions in the order whose batches are written and not yet durable.
+    /// Offsets of messages that are written and not yet durable.
     written: Vec<u64>,
+}
+
+/// Offsets of a batch's messages.
+fn offsets(record: &Record) -> Range<u64> {
+    record.first_offset..record.first_offset + u64::from(record.message_count)
 }
 
 impl MediumFile for Handle {
@@ -80,7 +86,7 @@ impl MediumFile for Handle {
         self.file.write(at, from)?;
         // The first block of a file is no group.
         if let Ok((_, records)) = parse_group(from) {
-            self.written.extend(records.iter().map(|record| record.position));
+            self.written.extend(records.iter().flat_map(offsets));
         }
         Ok(())
     }
@@ -103,7 +109,7 @@ impl MediumFile for Handle {
         // What a crash left of what was not durable is so now.
         let batches =
             scan(&self.disk.files).and_then(|found| found.batches(&self.disk.files)).map_err(io::Error::other)?;
-        self.disk.history.synced(self.disk.host, batches.iter().map(|batch| batch.record.position));
+        self.disk.history.synced(self.disk.host, batches.iter().flat_map(|batch| offsets(&batch.record)));
         Ok(())
     }
 

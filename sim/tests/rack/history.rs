@@ -1,16 +1,18 @@
 //! Record of a schedule, kept apart from the code that it judges: what clients were told, what readers saw and what disks
 //! hold.
 
-use embarcadero_wire::{ClientId, Order, UNKNOWN_OFFSET};
+use embarcadero_client::PublisherStats;
+use embarcadero_wire::Order;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Content of a batch: the id under which its client published it, and its number among the batches of that client, from 0.
-pub(crate) type Content = (ClientId, u64);
+/// Publisher of an application, counted among all that the rack ever has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Instance(pub u64);
 
-/// Entry of the order as a reader saw it: the batch's content and its offset.
-pub(crate) type Seen = (Content, u64);
+/// Content of a message: its publisher, and its number among the messages of the application, from 0.
+pub(crate) type Content = (Instance, u64);
 
 /// Counts of what happened. A rack in which something never happens tests too little.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,32 +26,22 @@ pub struct Tally {
     pub departures: usize,
     pub disk_failures: usize,
     pub client_crashes: usize,
-    pub epochs: usize,
+    pub publishers: usize,
     pub lost_sessions: usize,
-    pub ids_in_use: usize,
-    pub links: usize,
+    pub closed: usize,
+    pub reopened: usize,
+    pub resubmitted: usize,
+    pub broken_links: usize,
     pub delivered: usize,
     pub trimmed: usize,
     pub skips: usize,
-    pub broken_links: usize,
 }
 
 impl Tally {
-    fn all(&mut self) -> [&mut usize; 17] {
+    fn all(&mut self) -> [&mut usize; 18] {
         let Self { ordered, acknowledged, crashes, kills, pauses, takeovers, departures, .. } = self;
-        let Self {
-            disk_failures,
-            client_crashes,
-            epochs,
-            lost_sessions,
-            ids_in_use,
-            links,
-            delivered,
-            trimmed,
-            skips,
-            broken_links,
-            ..
-        } = self;
+        let Self { disk_failures, client_crashes, publishers, lost_sessions, closed, reopened, .. } = self;
+        let Self { resubmitted, broken_links, delivered, trimmed, skips, .. } = self;
         [
             ordered,
             acknowledged,
@@ -60,14 +52,15 @@ impl Tally {
             departures,
             disk_failures,
             client_crashes,
-            epochs,
+            publishers,
             lost_sessions,
-            ids_in_use,
-            links,
+            closed,
+            reopened,
+            resubmitted,
+            broken_links,
             delivered,
             trimmed,
             skips,
-            broken_links,
         ]
     }
 
@@ -85,13 +78,13 @@ impl Tally {
 #[derive(Default)]
 pub struct History {
     tally: Mutex<Tally>,
-    /// Offset of each batch as its client was told it.
-    acknowledged: Mutex<BTreeMap<Content, u64>>,
-    /// Entry that readers saw at each position.
-    order: Mutex<BTreeMap<u64, Seen>>,
+    /// Offset of each message as its application was told it, if that is known.
+    acknowledged: Mutex<BTreeMap<Content, Option<u64>>>,
+    /// Message that readers saw at each offset.
+    order: Mutex<BTreeMap<u64, Content>>,
     /// Messages that readers were told are gone.
     skipped: Mutex<Vec<Range<u64>>>,
-    /// Hosts on whose disks each position was made durable.
+    /// Hosts on whose disks each message was made durable.
     durable: Mutex<BTreeMap<u64, BTreeSet<u32>>>,
 }
 
@@ -105,35 +98,43 @@ impl History {
         *what(&mut lock(&self.tally)) += 1;
     }
 
+    /// Adds what a publisher went through.
+    pub fn note(&self, stats: PublisherStats) {
+        let mut tally = lock(&self.tally);
+        tally.reopened += stats.sessions_reopened as usize;
+        tally.resubmitted += stats.batches_resubmitted as usize;
+        tally.broken_links += stats.connections_lost as usize;
+    }
+
     /// Returns the counts.
     pub fn tally(&self) -> Tally {
         *lock(&self.tally)
     }
 
-    /// Records that a client heard of a batch that it is in the order.
-    pub fn acknowledged(&self, client: ClientId, content: u64, first_offset: u64) {
-        let told = lock(&self.acknowledged).insert((client, content), first_offset);
-        assert!(told.is_none(), "client {client} heard twice of batch {content}");
+    /// Records that an application heard of a message that it is in the order.
+    pub(crate) fn acknowledged(&self, content: Content, offset: Option<u64>) {
+        let told = lock(&self.acknowledged).insert(content, offset);
+        assert!(told.is_none(), "{content:?} was acknowledged twice");
     }
 
-    /// Records that a reader saw an entry. All readers must see the same.
-    pub fn read(&self, position: u64, seen: Seen) {
-        let agreed = *lock(&self.order).entry(position).or_insert(seen);
-        assert_eq!(agreed, seen, "readers disagree at position {position}");
+    /// Records that a reader saw a message. All readers must see the same.
+    pub(crate) fn read(&self, offset: u64, content: Content) {
+        let agreed = *lock(&self.order).entry(offset).or_insert(content);
+        assert_eq!(agreed, content, "readers disagree at offset {offset}");
     }
 
-    /// Records that a disk made positions durable.
-    pub fn synced(&self, disk: u32, positions: impl Iterator<Item = u64>) {
+    /// Records that a disk made messages durable.
+    pub fn synced(&self, disk: u32, offsets: impl Iterator<Item = u64>) {
         let mut durable = lock(&self.durable);
-        for position in positions {
-            durable.entry(position).or_default().insert(disk);
+        for offset in offsets {
+            durable.entry(offset).or_default().insert(disk);
         }
     }
 
-    /// Checks that a position is durable on `copies` disks, as a broker acknowledges it at level 2.
-    pub fn must_be_durable(&self, position: u64, copies: usize) {
-        let disks = lock(&self.durable).get(&position).map_or(0, BTreeSet::len);
-        assert!(disks >= copies, "position {position} is acknowledged and on {disks} disks of {copies}");
+    /// Checks that a message is durable on `copies` disks, as a broker acknowledges it at level 2.
+    pub fn must_be_durable(&self, offset: u64, copies: usize) {
+        let disks = lock(&self.durable).get(&offset).map_or(0, BTreeSet::len);
+        assert!(disks >= copies, "offset {offset} is acknowledged and on {disks} disks of {copies}");
     }
 
     /// Records that a reader was told that messages are gone.
@@ -146,41 +147,38 @@ impl History {
     pub fn must_not_skip_acknowledged(&self) {
         let skipped = lock(&self.skipped);
         for (content, told) in lock(&self.acknowledged).iter() {
-            assert!(!skipped.iter().any(|gone| gone.contains(told)), "{content:?} at {told} is gone from all disks");
+            let is_gone = told.is_some_and(|offset| skipped.iter().any(|gone| gone.contains(&offset)));
+            assert!(!is_gone, "{content:?} at {told:?} is gone from all disks");
         }
     }
 
-    /// Judges the order, of which `kept` are the batches from position `trimmed` on. Readers have seen the others, or
+    /// Judges the order, of which `kept` are the messages from offset `trimmed` on. Readers have seen the others, or
     /// retention was faster than they.
-    pub fn judge(&self, trimmed: u64, kept: &[Seen], promised: Order) {
-        for (position, seen) in (trimmed..).zip(kept) {
-            self.read(position, *seen);
+    pub(crate) fn judge(&self, trimmed: u64, kept: &[Content], promised: Order) {
+        for (offset, content) in (trimmed..).zip(kept) {
+            self.read(offset, *content);
         }
         let order = lock(&self.order);
         let mut places: BTreeMap<Content, u64> = BTreeMap::new();
-        let mut last: BTreeMap<ClientId, u64> = BTreeMap::new();
-        for (position, (content, offset)) in order.iter() {
-            assert_eq!(offset, position, "offsets follow positions: batches have one message each");
+        let mut last: BTreeMap<Instance, u64> = BTreeMap::new();
+        for (offset, content) in order.iter() {
             let before = places.insert(*content, *offset);
             assert!(before.is_none(), "{content:?} is in the order twice, at {before:?} and {offset}");
             let before = last.insert(content.0, content.1);
             let in_turn = promised != Order::Strong || before.is_none_or(|before| before < content.1);
-            assert!(in_turn, "client {}: {} after {before:?}", content.0, content.1);
+            assert!(in_turn, "{:?}: {} after {before:?}", content.0, content.1);
         }
         let acknowledged = lock(&self.acknowledged);
         for (content, told) in acknowledged.iter() {
-            match places.get(content) {
-                Some(place) => {
-                    assert!([*place, UNKNOWN_OFFSET].contains(told), "{content:?} was said to be at {told}: {place}");
-                }
-                None if *told == UNKNOWN_OFFSET => {
-                    assert!(trimmed > 0, "{content:?} was acknowledged and is not in the order");
-                }
-                None => {
-                    let is_gone = *told < trimmed && !order.contains_key(told);
-                    assert!(is_gone, "{content:?} was acknowledged at {told} and is not in the order");
-                }
-            }
+            let place = places.get(content);
+            let holds = match (place, told) {
+                (Some(place), Some(told)) => place == told,
+                (Some(_), None) => true,
+                // Retention took it before a reader came.
+                (None, Some(told)) => *told < trimmed && !order.contains_key(told),
+                (None, None) => trimmed > 0,
+            };
+            assert!(holds, "{content:?} was acknowledged at {told:?} and is at {place:?}");
         }
         let mut tally = lock(&self.tally);
         tally.trimmed = trimmed as usize;

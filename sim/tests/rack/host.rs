@@ -5,9 +5,8 @@ mod leader;
 
 use super::disk::Disk;
 use super::fate::{Clock, doom, halt, one_in, or_crash, random, spare};
-use super::history::{Content, Seen};
+use super::history::{Content, Instance};
 use super::link::{RackEndpoint, SharedNic, address};
-use super::network::Request;
 use super::nic::{Nic, Port};
 use super::{GLOBAL, HOSTS, LEADERS, Rack};
 use crossbeam_channel::{Sender, bounded};
@@ -29,13 +28,14 @@ use embarcadero_cxl::segment::PartitionAllocator;
 use embarcadero_cxl::{Fabric, Region, RegionOffset, Site, refresh_own_lines};
 use embarcadero_os::idle::{Idle, PollBounds, PollPolicy};
 use embarcadero_sim::{Power, Simulated};
-use embarcadero_wire::{BrokerId, ClientId, FRAME_BYTES, Term};
+use embarcadero_wire::batch::BatchView;
+use embarcadero_wire::{BrokerId, Frame, Term};
 use leader::Leader;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Bytes of the one message of a batch.
+/// Bytes of a message.
 const MESSAGE_BYTES: usize = 128;
 /// Most calls to the control service that a broker takes in a round.
 const REQUESTS: usize = 4;
@@ -84,33 +84,35 @@ pub(crate) struct Machine {
     down_for: Option<u64>,
 }
 
-/// Returns the message of a client's batch. Both of its ends name the client and the batch's number.
-pub(crate) fn message(client: ClientId, content: u64) -> [u8; MESSAGE_BYTES] {
+/// Returns a message. Both of its ends name its content.
+pub(crate) fn message(instance: Instance, content: u64) -> [u8; MESSAGE_BYTES] {
     let mut message = [0; MESSAGE_BYTES];
     for at in [0, MESSAGE_BYTES - 16] {
-        message[at..at + 8].copy_from_slice(&client.0.to_le_bytes());
+        message[at..at + 8].copy_from_slice(&instance.0.to_le_bytes());
         message[at + 8..at + 16].copy_from_slice(&content.to_le_bytes());
     }
     message
 }
 
-/// Returns the client's id and the batch's number that the body of a batch names. Both ends of its message must agree.
-pub(crate) fn content_in(body: &[u8]) -> (u64, u64) {
-    let word = |at: usize| u64::from_le_bytes(*body[at..].first_chunk().expect("the body has a whole message"));
+/// Returns the content that a message names. Both of its ends must agree.
+pub(crate) fn content_in(message: &[u8]) -> Content {
+    assert_eq!(message.len(), MESSAGE_BYTES, "nobody published that");
+    let word = |at: usize| u64::from_le_bytes(*message[at..].first_chunk().expect("the message is long enough"));
     let (first, last) = ((word(0), word(8)), (word(MESSAGE_BYTES - 16), word(MESSAGE_BYTES - 8)));
-    assert_eq!(first, last, "the body is not one batch");
-    first
+    assert_eq!(first, last, "the message is not one");
+    (Instance(first.0), first.1)
 }
 
-/// Reads the content of a batch that is in the order.
-fn content_of(region: &Region<Simulated>, entry: &IndexEntry) -> Content {
-    let (fabric, mut body) = (region.fabric(), [0; MESSAGE_BYTES]);
-    let at = RegionOffset(entry.location + FRAME_BYTES as u64);
-    fabric.invalidate(at, MESSAGE_BYTES as u64, Site::PayloadRead);
-    fabric.read_bytes(at, &mut body);
-    let (client, content) = content_in(&body);
-    assert_eq!(ClientId(client), entry.client_id, "the payload of {entry:?} is another client's");
-    (entry.client_id, content)
+/// Reads the contents of a batch that is in the order.
+fn contents_of(region: &Region<Simulated>, entry: &IndexEntry) -> Vec<Content> {
+    let (fabric, mut batch) = (region.fabric(), vec![0; entry.bytes as usize]);
+    fabric.invalidate(RegionOffset(entry.location), entry.bytes.into(), Site::PayloadRead);
+    fabric.read_bytes(RegionOffset(entry.location), &mut batch);
+    let (header, body) = batch.split_first_chunk().expect("a batch has a header");
+    let Ok(Frame::BatchHeader(header)) = Frame::decode(header) else { panic!("{entry:?} is no batch") };
+    assert_eq!((header.client_id, header.sequence), (entry.client_id, entry.sequence), "{entry:?} is another batch");
+    let view = BatchView::parse(&header, body).expect("the body fits its header");
+    view.messages().map(content_in).collect()
 }
 
 impl Machine {
@@ -343,7 +345,7 @@ impl Process {
         let now_us = self.clock.now_us();
         for _ in 0..REQUESTS {
             match self.rack.network.take_request(self.host) {
-                Some(Request::OpenSession { id, resume, token, attempt }) => self.ask((id, token), resume, attempt),
+                Some(request) => self.take_call(request),
                 None => break,
             }
         }
@@ -402,18 +404,22 @@ fn shared(
     }
 }
 
-/// Reads all of the order that is kept, on a host with empty caches. Returns it with the position of its first batch.
-pub(crate) fn read_all(rack: &Rack) -> (u64, Vec<Seen>) {
+/// Reads all of the order that is kept, on a host with empty caches. Returns it with the offset of its first message.
+pub(crate) fn read_all(rack: &Rack) -> (u64, Vec<Content>) {
     let [fabric, _] = rack.join(HOSTS - 1);
     let region = Region::open(fabric).expect("the superblock is visible");
     let mut reader = OrderIndexReader::new(region.clone(), GLOBAL);
     let committed = reader.poll();
-    let trimmed = read_extent(&region, GLOBAL).expect("there is a leader").trimmed;
-    let order = (trimmed..committed).map(|position| {
+    let extent = read_extent(&region, GLOBAL).expect("there is a leader");
+    let mut messages = Vec::new();
+    for position in extent.trimmed..committed {
         let entry = reader.read(position).expect("it was not trimmed");
-        (content_of(&region, &entry), entry.first_offset)
-    });
-    (trimmed, order.collect())
+        let contents = contents_of(&region, &entry);
+        assert_eq!(contents.len(), entry.message_count as usize);
+        assert_eq!(entry.first_offset, extent.earliest_offset + messages.len() as u64, "offsets are not in line");
+        messages.extend(contents);
+    }
+    (extent.earliest_offset, messages)
 }
 
 /// Describes who has which segment, for a report.

@@ -21,6 +21,7 @@
 
 mod client;
 mod disk;
+mod environment;
 mod fate;
 mod history;
 mod host;
@@ -32,7 +33,7 @@ mod reader;
 use client::Client;
 use embarcadero_broker::archive::Catalog;
 use embarcadero_broker::replica::medium::Medium;
-use embarcadero_broker::replica::restore::Plan;
+use embarcadero_broker::replica::restore::{Plan, TopicPlan};
 use embarcadero_broker::sequencer::{GROUP_BATCHES, SequencerLimits};
 use embarcadero_cxl::layout::{AllocatorKind, Geometry, Layout, RegionRole};
 use embarcadero_cxl::order_index::StreamId;
@@ -40,8 +41,6 @@ use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Guard, Region};
 use embarcadero_sim::testbed::topic;
 use embarcadero_sim::{Mutation, Simulated, SimulatedTransport, Turbulence, Weather, World, on_all_cores};
-use embarcadero_transport::LinkOptions;
-use embarcadero_transport::tcp::SocketOptions;
 use embarcadero_wire::{BrokerId, Incarnation, Order, Stream, Term, TopicId};
 use fate::{one_in, random, tick};
 use history::{History, Tally};
@@ -53,7 +52,7 @@ use shuttle::scheduler::RandomScheduler;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use uuid::Uuid;
 
 /// Number of hosts, each with a broker.
@@ -66,11 +65,16 @@ pub const COPIES: usize = 2;
 pub const TOPIC: (TopicId, Incarnation) = (TopicId(0), Incarnation(1));
 /// Global order of the topic.
 pub const GLOBAL: StreamId = StreamId { topic: TOPIC.0, stream: Stream::GLOBAL };
-const CLIENTS: usize = 3;
+/// Number of applications that publish.
+pub const CLIENTS: usize = 3;
 /// Number of subscribers.
 const READERS: usize = 2;
-/// Number of batches that each client publishes.
-const BATCHES: u64 = 40;
+/// Number of messages that each client publishes.
+const MESSAGES: u64 = 60;
+/// Bytes of a batch's buffer, which has room for some messages.
+pub const BATCH_BYTES: usize = 1024;
+/// Name of the topic.
+pub const TOPIC_NAME: &str = "testbed";
 /// Rounds of each host and client while faults happen.
 const ROUNDS: usize = 120;
 /// Rounds without faults after which everything must be done.
@@ -118,7 +122,7 @@ impl Rack {
         let idle_us = if crowded { [5000, 40_000][random(0..2) as usize] } else { 60_000 };
         // Most groups of some racks are full.
         let group_batches = [2, 6, GROUP_BATCHES][random(0..3) as usize];
-        let network = Arc::new(Network::new(HOSTS, CLIENTS));
+        let network = Arc::new(Network::new(HOSTS, CLIENTS + READERS));
         let weather: Arc<dyn Weather> = Arc::clone(&network) as _;
         // Some connections hold little.
         let room = [2, 64][random(0..2) as usize];
@@ -201,18 +205,6 @@ fn geometry(crowded: bool, small: bool) -> Geometry {
     }
 }
 
-/// Returns the options of a client's connection.
-pub fn options() -> LinkOptions {
-    LinkOptions {
-        timeout: Duration::ZERO,
-        sockets: SocketOptions::default(),
-        batch_bytes: 1 << 10,
-        acknowledged: true,
-        ring_bytes: 0,
-        device: None,
-    }
-}
-
 thread_local! {
     /// Counts of what happened in the last schedule.
     static OUTCOME: Cell<Option<Tally>> = const { Cell::new(None) };
@@ -235,7 +227,7 @@ fn schedule(removed: Option<Mutation>) {
     // The last host joins later.
     let late = |host: usize| if host + 1 == HOSTS { random(1..ROUNDS as u64) } else { 0 };
     let machines: Vec<Machine> = (0..HOSTS).map(|host| Machine::new(host, &rack, late(host))).collect();
-    let clients: Vec<Client> = (0..CLIENTS).map(|id| Client::new(id, &rack, BATCHES)).collect();
+    let clients: Vec<Client> = (0..CLIENTS).map(|id| Client::new(id, &rack, MESSAGES)).collect();
 
     let machines: Vec<_> = machines
         .into_iter()
@@ -266,8 +258,8 @@ fn schedule(removed: Option<Mutation>) {
         })
         .collect();
     let readers: Vec<_> = (0..READERS)
-        .map(|_| {
-            let mut reader = Reader::new(&rack);
+        .map(|number| {
+            let mut reader = Reader::new(number, &rack);
             shuttle::thread::spawn(move || {
                 for _ in 0..ROUNDS {
                     tick();
@@ -316,9 +308,12 @@ fn schedule(removed: Option<Mutation>) {
     let tally = rack.history.tally();
     let mirrored = host::read_mirror(&rack);
     let first = mirrored.first().map_or(trimmed, |(offset, _)| *offset);
-    let end = trimmed + order.len() as u64;
-    assert_eq!(mirrored, (first..end).map(|offset| (offset, 1)).collect::<Vec<_>>(), "the mirror has gaps");
-    assert!(first <= trimmed, "the mirror begins at {first}, and batches are kept from {trimmed} on");
+    let end = mirrored.iter().fold(first, |due, (offset, count)| {
+        assert_eq!(*offset, due, "the mirror has a gap");
+        due + u64::from(*count)
+    });
+    assert_eq!(end, trimmed + order.len() as u64, "the mirror does not have all");
+    assert!(first <= trimmed, "the mirror begins at {first}, and messages are kept from {trimmed} on");
     if rack.replicated {
         rack.history.must_not_skip_acknowledged();
         must_be_rebuildable(&machines, &rack, tally.acknowledged);
@@ -338,8 +333,8 @@ fn must_be_rebuildable(machines: &[Machine], rack: &Rack, acknowledged: usize) {
     if rack.retention_bytes == 0 {
         assert_eq!(plan.losses(), None);
     }
-    let batches: u64 = plan.topics.iter().map(|topic| topic.size().0).sum();
-    assert!(batches >= acknowledged as u64, "{acknowledged} batches were acknowledged, {batches} are on disks");
+    let messages: u64 = plan.topics.iter().map(TopicPlan::messages).sum();
+    assert!(messages >= acknowledged as u64, "{acknowledged} messages were acknowledged, {messages} are on disks");
 }
 
 fn run(seed: u64, schedules: usize, removed: Option<Mutation>) {

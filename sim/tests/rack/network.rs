@@ -1,64 +1,58 @@
 //! The network between clients and brokers. Control calls and packets of NICs are lost, repeated, and overtake each other.
 //! Packets are damaged too. Connections of sockets are slow, and break.
 
-use super::CLIENTS;
 use super::fate::{one_in, random};
 use super::nic::Port;
-use embarcadero_cxl::session_table::Session;
+use embarcadero_control::v1 as proto;
 use embarcadero_roce::packet::SCRATCH_BYTES;
 use embarcadero_sim::Weather;
-use embarcadero_wire::{ClientId, SessionToken};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Returns the id of a client that has lost `lost` sessions: after each it goes on as another.
-pub(crate) fn id_of(client: usize, lost: u64) -> ClientId {
-    ClientId(1 + client as u64 + lost * CLIENTS as u64)
-}
-
-/// Returns the client that has, or had, an id.
-pub(crate) fn client_of(id: ClientId) -> usize {
-    ((id.0 - 1) % CLIENTS as u64) as usize
-}
-
 /// Call to the control service of a broker.
-#[derive(Clone, Copy, Debug)]
-pub enum Request {
+#[derive(Clone, Debug)]
+pub enum Call {
+    /// Asks for brokers and topics.
+    Cluster,
     /// Opens the next epoch of a client's session, if the broker leads.
-    OpenSession {
-        /// Id of the client that asks.
-        id: ClientId,
-        /// True if it can only go on with the session that it had.
-        resume: bool,
-        /// Token that the client has of its session.
-        token: SessionToken,
-        /// Number that tells late answers from those that are waited for.
-        attempt: u64,
-    },
+    Open(proto::OpenSessionRequest),
+    /// Closes a session, if the broker leads.
+    Close(proto::CloseSessionRequest),
 }
 
-/// Answer to a client's call.
-#[derive(Clone, Copy, Debug)]
-pub enum Answer {
+/// Call, the client that calls, and the number that tells its answer from others.
+#[derive(Clone, Debug)]
+pub struct Request {
+    pub client: usize,
+    pub number: u64,
+    pub call: Call,
+}
+
+/// Outcome of a call.
+#[derive(Clone, Debug)]
+pub enum Outcome {
+    /// Brokers and topics.
+    Cluster(proto::MetadataResponse),
+    /// A session was opened, or is gone.
+    Opened(proto::OpenSessionResponse),
     /// Another client has the id, as far as the leader can tell.
-    InUse {
-        /// Attempt that is answered.
-        attempt: u64,
-    },
-    /// A session was opened.
-    Opened {
-        /// Attempt that is answered.
-        attempt: u64,
-        /// Session as the session table has it; `None` if the client's session is gone.
-        session: Option<Session>,
-    },
+    InUse,
+    /// The session is closed.
+    Closed,
+}
+
+/// Answer to a call.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub number: u64,
+    pub outcome: Outcome,
 }
 
 struct Wire<T> {
     under_way: Vec<T>,
 }
 
-/// Messages and packets that are under way.
+/// Calls and packets that are under way.
 pub struct Network {
     requests: Vec<Mutex<Wire<Request>>>,
     answers: Vec<Mutex<Wire<Answer>>>,
@@ -127,13 +121,11 @@ impl Network {
     }
 
     pub fn request(&self, host: usize, request: Request) {
-        let calm = self.is_calm();
-        lock(&self.requests[host]).send(request, calm);
+        lock(&self.requests[host]).send(request, self.is_calm());
     }
 
     pub fn take_request(&self, host: usize) -> Option<Request> {
-        let calm = self.is_calm();
-        lock(&self.requests[host]).receive(calm)
+        lock(&self.requests[host]).receive(self.is_calm())
     }
 
     /// Drops everything that is under way to a host.
@@ -142,27 +134,28 @@ impl Network {
         lock(&self.packets[Port::of_host(host).0]).under_way.clear();
     }
 
+    /// Drops the answers that are under way to a client.
+    pub fn hang_up(&self, client: usize) {
+        lock(&self.answers[client]).under_way.clear();
+    }
+
     pub fn packet(&self, to: Port, mut packet: Vec<u8>) {
-        let calm = self.is_calm();
-        if !calm && one_in(64) {
+        if !self.is_calm() && one_in(64) {
             let at = random(SCRATCH_BYTES as u64..packet.len() as u64) as usize;
             packet[at] ^= 1 << random(0..8);
         }
-        lock(&self.packets[to.0]).send(packet, calm);
+        lock(&self.packets[to.0]).send(packet, self.is_calm());
     }
 
     pub fn take_packet(&self, at: Port) -> Option<Vec<u8>> {
-        let calm = self.is_calm();
-        lock(&self.packets[at.0]).receive(calm)
+        lock(&self.packets[at.0]).receive(self.is_calm())
     }
 
     pub fn answer(&self, client: usize, answer: Answer) {
-        let calm = self.is_calm();
-        lock(&self.answers[client]).send(answer, calm);
+        lock(&self.answers[client]).send(answer, self.is_calm());
     }
 
     pub fn take_answer(&self, client: usize) -> Option<Answer> {
-        let calm = self.is_calm();
-        lock(&self.answers[client]).receive(calm)
+        lock(&self.answers[client]).receive(self.is_calm())
     }
 }

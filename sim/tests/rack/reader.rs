@@ -1,22 +1,31 @@
-//! A subscriber, which reads the order through the brokers' deliveries. When it loses its connection it goes on elsewhere.
+//! An application that reads the order through the production subscriber.
 
-use super::fate::{one_in, random};
+use super::environment::ClientHost;
+use super::fate::{Clock, one_in};
 use super::host::content_in;
-use super::link::{RackTransport, address};
-use super::{GLOBAL, HOSTS, Rack, TOPIC};
-use embarcadero_sim::{Power, SimulatedSubscriber};
-use embarcadero_transport::{Item, LinkError, SubscriberLink, Transport};
-use embarcadero_wire::{BatchHeader, Deliver, ErrorCode, Frame, StartKind, Subscribe};
+use super::{CLIENTS, Rack, TOPIC_NAME};
+use embarcadero_client::polled::{Call, Control, Environment, PolledSubscriber};
+use embarcadero_client::{ClientError, Start};
+use embarcadero_control::v1 as proto;
+use embarcadero_sim::Power;
 use std::sync::Arc;
 
-/// Most items that a reader takes in a round.
-const ITEMS: usize = 8;
+/// Most batches that a reader takes in a round.
+const BATCHES: usize = 8;
+
+enum Subscriber {
+    /// Nobody has said yet which brokers there are.
+    Asking(Call<proto::MetadataResponse>),
+    Open(PolledSubscriber<ClientHost>),
+}
 
 pub(crate) struct Reader {
+    id: usize,
     rack: Arc<Rack>,
+    clock: Clock,
     power: Power,
-    transport: RackTransport,
-    link: Option<SimulatedSubscriber>,
+    host: Arc<ClientHost>,
+    subscriber: Subscriber,
     /// Offset of the next message.
     next: u64,
     /// Time at which the last batch was ordered, by the leader's clock.
@@ -24,10 +33,11 @@ pub(crate) struct Reader {
 }
 
 impl Reader {
-    pub(crate) fn new(rack: &Arc<Rack>) -> Self {
-        let power = Power::default();
-        let transport = rack.transport.of_client(&power, None);
-        Self { rack: Arc::clone(rack), power, transport, link: None, next: 0, ordered_us: 0 }
+    pub(crate) fn new(number: usize, rack: &Arc<Rack>) -> Self {
+        let (id, clock, power) = (CLIENTS + number, Clock::of_client(), Power::default());
+        let host = ClientHost::start(id, rack, clock, &power);
+        let subscriber = Subscriber::Asking(host.control().cluster());
+        Self { id, rack: Arc::clone(rack), clock, power, host, subscriber, next: 0, ordered_us: 0 }
     }
 
     /// Returns the offset up to which it has read.
@@ -40,63 +50,58 @@ impl Reader {
         if one_in(2) {
             self.power.fail();
         }
-        let Self { next, ordered_us, .. } = *self;
-        *self = Self { next, ordered_us, ..Self::new(&self.rack) };
+        self.power = Power::default();
+        self.host = ClientHost::start(self.id, &self.rack, self.clock, &self.power);
+        self.subscribe();
+    }
+
+    fn subscribe(&mut self) {
+        self.subscriber = Subscriber::Asking(self.host.control().cluster());
     }
 
     pub(crate) fn round(&mut self) {
-        let Some(mut link) = self.link.take() else { return self.connect() };
-        for _ in 0..ITEMS {
-            match link.take() {
-                Ok(Item::Nothing) => break,
-                Ok(Item::Frame(Frame::SubscribeReady(ready))) => assert_eq!(ready.start_offset, self.next),
-                Ok(Item::Frame(frame)) => panic!("{frame:?} came to a subscriber"),
-                Ok(Item::Batch(deliver, header, body)) => {
-                    let header = header.expect("nothing damages batches");
-                    assert!(deliver.ordered_us >= self.ordered_us, "time goes back at {}", self.next);
-                    self.ordered_us = deliver.ordered_us;
-                    self.next = self.read(&deliver, &header, content_in(&link.bytes()[body]));
+        self.host.lines().turn();
+        let read = match &mut self.subscriber {
+            Subscriber::Asking(call) => match call.look() {
+                None => return,
+                Some(Ok(cluster)) => {
+                    PolledSubscriber::new(Arc::clone(&self.host), TOPIC_NAME, Start::Offset(self.next), cluster)
+                        .map(|subscriber| self.subscriber = Subscriber::Open(subscriber))
                 }
-                Err(LinkError::Refused {
-                    code: Some(ErrorCode::OffsetOutOfRange | ErrorCode::TooSlow),
-                    detail,
-                    ..
-                }) if detail > self.next => {
-                    assert!(self.rack.retention_bytes > 0, "{} is gone", self.next);
-                    self.rack.history.skipped(self.next..detail);
-                    self.next = detail;
-                    return;
-                }
-                Err(_) => return,
+                Some(Err(error)) => Err(error),
+            },
+            Subscriber::Open(_) => self.read(),
+        };
+        match read {
+            Ok(()) => {}
+            Err(ClientError::OffsetOutOfRange { earliest, .. }) if earliest > self.next => {
+                assert!(self.rack.retention_bytes > 0, "{} is gone", self.next);
+                self.rack.history.skipped(self.next..earliest);
+                self.next = earliest;
+                self.subscribe();
+            }
+            Err(ClientError::Control { .. } | ClientError::Unreachable { .. }) => self.subscribe(),
+            Err(error) => panic!("reader {}: {error} ({error:?})", self.id),
+        }
+    }
+
+    /// Reads what has come.
+    fn read(&mut self) -> Result<(), ClientError> {
+        let Subscriber::Open(subscriber) = &mut self.subscriber else { return Ok(()) };
+        for _ in 0..BATCHES {
+            if !subscriber.look()? {
+                break;
+            }
+            let Some(batch) = subscriber.take_batch() else { break };
+            assert_eq!(batch.first_offset, self.next, "a message was left out, or came twice");
+            assert!(batch.ordered_us >= self.ordered_us, "time goes back at {}", self.next);
+            self.ordered_us = batch.ordered_us;
+            self.rack.history.count(|tally| &mut tally.delivered);
+            for message in batch.messages() {
+                self.rack.history.read(message.offset, content_in(message.payload));
+                self.next = message.offset + 1;
             }
         }
-        if !one_in(400) {
-            self.link = Some(link);
-        }
-    }
-
-    fn connect(&mut self) {
-        if one_in(4) {
-            let request = Subscribe {
-                start: self.next,
-                start_kind: StartKind::Offset as u32,
-                topic: TOPIC.0,
-                topic_incarnation: TOPIC.1,
-                stream: GLOBAL.stream,
-                ..Subscribe::blank()
-            };
-            let host = random(0..HOSTS as u64) as usize;
-            self.link = self.transport.subscribe(address(host), &super::options(), &request).ok();
-        }
-    }
-
-    /// Records a batch. Returns the offset after it.
-    fn read(&self, deliver: &Deliver, header: &BatchHeader, content: (u64, u64)) -> u64 {
-        assert_eq!(deliver.first_offset, self.next, "a batch was left out, or came twice");
-        assert_eq!((header.client_id, header.sequence), (deliver.client_id, deliver.sequence), "another batch came");
-        assert_eq!(header.client_id.0, content.0, "another client's payload came");
-        self.rack.history.count(|tally| &mut tally.delivered);
-        self.rack.history.read(deliver.first_offset, ((header.client_id, content.1), deliver.first_offset));
-        deliver.first_offset + u64::from(deliver.message_count)
+        Ok(())
     }
 }

@@ -97,6 +97,13 @@ impl TopicPlan {
         batches.fold((0, 0), |(count, bytes), batch| (count + 1, bytes + u64::from(batch.record().bytes)))
     }
 
+    /// Returns the number of messages.
+    #[must_use]
+    pub fn messages(&self) -> u64 {
+        let batches = self.streams.iter().flat_map(StreamPlan::batches);
+        batches.map(|batch| u64::from(batch.record().message_count)).sum()
+    }
+
     /// Describes the offsets that are lost, one line for each range.
     pub(super) fn losses(&self) -> impl Iterator<Item = String> {
         self.lost.iter().map(|(stream, offsets)| {

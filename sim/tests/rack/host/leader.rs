@@ -1,24 +1,27 @@
 //! Leadership of a process on a host of the rack.
 
-use super::super::network::{Answer, client_of};
-use super::super::{LEADERS, TOPIC};
+use super::super::fate::random;
+use super::super::network::{Answer, Call, Outcome, Request};
+use super::super::{BATCH_BYTES, LEADERS, TOPIC};
 use super::Process;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use embarcadero_broker::membership::Liveness;
+use embarcadero_broker::control::topic_to_proto;
+use embarcadero_broker::membership::{LiveBrokers, Liveness};
 use embarcadero_broker::replica::completion::CompletionStage;
 use embarcadero_broker::sequencer::{
     Command, Memory, Predecessor, Sequencer, SessionError, SessionRequest, Takeover, TakeoverError,
 };
 use embarcadero_broker::worker::LeaderStages;
+use embarcadero_control::v1 as proto;
 use embarcadero_cxl::broker_table::{BrokerInfo, read_pulse};
-use embarcadero_cxl::layout::{LeaderArea, TopicState};
+use embarcadero_cxl::layout::{LeaderArea, SESSION_WINDOW, TopicState};
 use embarcadero_cxl::leadership::{
-    LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at,
+    LeaderInfo, last_active, latest_claim, latest_claimant, publish_leader, read_leader_at, with_leader,
 };
 use embarcadero_cxl::session_table::Session;
-use embarcadero_cxl::topic_table::read_topic_at;
+use embarcadero_cxl::topic_table::{TopicRows, read_topic_at};
 use embarcadero_os::Clock;
-use embarcadero_wire::{ClientId, SessionToken, Term};
+use embarcadero_wire::{ClientId, Epoch, SessionSlot, SessionToken, Term};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -38,20 +41,63 @@ pub(super) struct Leader {
     asked: Vec<Asked>,
 }
 
-/// Client that asked for a session, the number of its attempt, and the channel of the answer.
+/// Client that asked for a session, the number of its call, and the channel of the answer.
 type Asked = (usize, u64, Receiver<Result<Session, SessionError>>);
 
 impl Process {
-    /// Opens a session for a client, if this process leads.
-    pub(super) fn ask(&mut self, (client_id, token): (ClientId, SessionToken), resume: bool, attempt: u64) {
-        let Some(leader) = &mut self.leader else { return };
-        let (reply, answer) = bounded(1);
-        let ack_level = 1 + u8::from(self.rack.replicated);
-        // Each attempt has another number.
-        let new_token = SessionToken(client_id.0 << 32 | (attempt + 1));
-        let request = SessionRequest { topic: TOPIC.0, client_id, ack_level, resume, token, new_token };
-        leader.commands.send(Command::OpenSession { request, reply }).expect("the sequencer is there");
-        leader.asked.push((client_of(client_id), attempt, answer));
+    /// Takes a call to the control service.
+    pub(super) fn take_call(&mut self, Request { client, number, call }: Request) {
+        match (call, &mut self.leader) {
+            (Call::Cluster, _) => {
+                if let Some(cluster) = self.cluster() {
+                    self.rack.network.answer(client, Answer { number, outcome: Outcome::Cluster(cluster) });
+                }
+            }
+            (Call::Open(request), Some(leader)) => {
+                let (reply, answer) = bounded(1);
+                let request = SessionRequest {
+                    topic: TOPIC.0,
+                    client_id: ClientId(request.client_id),
+                    ack_level: request.ack_level as u8,
+                    resume: request.resume,
+                    token: SessionToken(request.token),
+                    new_token: SessionToken(random(1..u64::MAX)),
+                };
+                leader.commands.send(Command::OpenSession { request, reply }).expect("the sequencer is there");
+                leader.asked.push((client, number, answer));
+            }
+            (Call::Close(request), Some(leader)) => {
+                let (reply, _) = bounded(1);
+                let command = Command::CloseSession {
+                    slot: SessionSlot(request.slot),
+                    client_id: ClientId(request.client_id),
+                    epoch: Epoch(request.epoch),
+                    token: SessionToken(request.token),
+                    reply,
+                };
+                leader.commands.send(command).expect("the sequencer is there");
+                self.rack.network.answer(client, Answer { number, outcome: Outcome::Closed });
+            }
+            // The leader has the call, too.
+            (Call::Open(_) | Call::Close(_), None) => {}
+        }
+    }
+
+    /// Returns what this broker says of the cluster, once the topic exists and somebody leads.
+    fn cluster(&self) -> Option<proto::MetadataResponse> {
+        let LiveBrokers { brokers, leader, .. } = LiveBrokers::read(&self.region);
+        let topics = with_leader(&self.region, |area| TopicRows::read(&self.region, area)).ok()?.live;
+        let brokers = brokers.into_iter().map(|broker| proto::Broker {
+            id: broker.id.0,
+            incarnation: broker.incarnation.0,
+            data_endpoint: broker.data.to_string(),
+            control_endpoint: broker.control.to_string(),
+            leader: Some(broker.id) == leader,
+        });
+        let topics = topics.iter().map(topic_to_proto);
+        let (brokers, topics) = (brokers.collect::<Vec<_>>(), topics.collect::<Vec<_>>());
+        let is_ready = !brokers.is_empty() && !topics.is_empty();
+        is_ready.then(|| proto::MetadataResponse { brokers, topics, ..proto::MetadataResponse::default() })
     }
 
     /// Leads, or watches the leader and takes over from it.
@@ -61,18 +107,28 @@ impl Process {
             self.leader = None;
             return;
         }
-        leader.asked.retain(|(client, attempt, answer)| match answer.try_recv() {
+        let topic = topic_to_proto(&self.rack.topic());
+        leader.asked.retain(|(client, number, answer)| match answer.try_recv() {
             Ok(opened) => {
-                let attempt = *attempt;
-                let answer = match opened {
-                    Ok(session) => Answer::Opened { attempt, session: Some(session) },
-                    Err(SessionError::Gone(_)) => Answer::Opened { attempt, session: None },
-                    Err(SessionError::InUse(_)) => Answer::InUse { attempt },
+                let outcome = match opened {
+                    Ok(session) => Outcome::Opened(proto::OpenSessionResponse {
+                        topic: Some(topic.clone()),
+                        slot: session.slot.0,
+                        epoch: session.epoch.0,
+                        next_sequence: session.committed,
+                        window_batches: SESSION_WINDOW as u32,
+                        max_batch_bytes: BATCH_BYTES as u64,
+                        token: session.token.0,
+                    }),
+                    Err(SessionError::Gone(_)) => {
+                        Outcome::Opened(proto::OpenSessionResponse { topic: Some(topic.clone()), ..Default::default() })
+                    }
+                    Err(SessionError::InUse(_)) => Outcome::InUse,
                     // The client asks again.
                     Err(SessionError::TableFull(_)) => return false,
                     Err(error) => panic!("{error}"),
                 };
-                self.rack.network.answer(*client, answer);
+                self.rack.network.answer(*client, Answer { number: *number, outcome });
                 false
             }
             Err(error) => error.is_empty(),
