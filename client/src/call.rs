@@ -9,7 +9,7 @@ type Answer<R> = Result<R, ClientError>;
 /// Call that is under way.
 #[derive(Debug)]
 pub struct Call<R> {
-    /// Where the answer comes. It is only reached by a unique reference: the lock makes a call `Sync`.
+    /// Receiver of the answer. Only unique references reach it: the lock makes a call `Sync`.
     answers: Mutex<Receiver<Answer<R>>>,
     /// Answer that has come, and that nobody has looked for since.
     answer: Option<Answer<R>>,

@@ -81,7 +81,7 @@ enum Role {
         /// Index of the next entry to deliver.
         next: usize,
     },
-    /// It was refused: what is left to send is sent.
+    /// Refused: what is left to send is sent.
     Refused,
 }
 

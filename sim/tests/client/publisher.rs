@@ -254,7 +254,7 @@ fn a_session_that_is_refused_for_good_ends_the_publisher() {
     assert_eq!(rig.brokers.asked_to_open, asked);
 }
 
-/// At acknowledgement level 0 a lost batch is lost. The session goes on with what was not sent.
+/// Lost batches stay lost at acknowledgement level 0. The session goes on with what was not sent.
 #[test]
 fn without_acks_a_publisher_goes_on_behind_what_was_lost() {
     let mut lost = 0;

@@ -14,7 +14,7 @@ const MESSAGES: u64 = 400;
 /// Number of storms.
 const SEEDS: u64 = 300;
 
-/// What a storm left behind.
+/// State that a storm left behind.
 #[derive(Debug, PartialEq, Eq)]
 struct Outcome {
     /// Client, epoch, sequence and number of messages of each batch, in order.
@@ -156,7 +156,7 @@ fn everything_is_ordered_acknowledged_and_read_once() {
     assert!(least > SEEDS, "too little went wrong: {all:?}");
 }
 
-/// Neither a clock, nor a thread, nor chance of this host decides anything.
+/// No clock, no thread and no chance of this host decides anything.
 #[test]
 fn a_seed_decides_everything() {
     for seed in 0..10 {
@@ -165,7 +165,7 @@ fn a_seed_decides_everything() {
     assert_ne!(storm(0).batches, storm(1).batches);
 }
 
-/// A publisher and a subscriber are told apart from those of another seed by their ids and brokers alone.
+/// Ids of clients and choices of brokers come from the seed too.
 #[test]
 fn ids_and_brokers_are_chosen_by_the_seed() {
     let ids: Vec<_> = (0..4).map(|seed| Rig::new(1, Order::Strong, seed).publisher().publisher.client_id()).collect();
