@@ -151,7 +151,7 @@ impl ClusterView {
     /// Topic of a name.
     ///
     /// # Errors
-    /// There is none, or none can be read.
+    /// No topic has the name, or none with it can be read.
     pub(crate) fn topic(&self, name: &str) -> Result<TopicView, ClientError> {
         let topic = self.topics.iter().find(|topic| topic.name == name).cloned();
         topic.ok_or_else(|| {

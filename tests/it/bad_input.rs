@@ -320,8 +320,8 @@ fn a_subscriber_cannot_speak_for_a_publisher() {
     bench.still_works();
 }
 
-/// Batches that cannot be read are named and left out: one with a wrong checksum, which its client sent so, and one whose
-/// header memory has lost.
+/// Batches that cannot be read are named and left out. One has a wrong checksum, which its client sent so. Memory has lost
+/// the header of the other.
 #[test]
 fn what_cannot_be_read_is_named_and_the_rest_is_read() {
     let bench = bench_with(&[("EMBARCADERO_BROKER_VERIFY_BODY", "false")]);

@@ -137,7 +137,7 @@ impl<F: Fabric> Sequencer<F> {
             _ if own.is_some() => Ok(own),
             // Its own, if it had one, is gone; who else has the id goes on.
             _ if resume => Err(SessionError::Gone(client_id)),
-            Some(named) if !self.is_given_up(topic, &named, now_us) => Err(SessionError::InUse(client_id)),
+            Some(named) if !self.is_given_up(&named, now_us) => Err(SessionError::InUse(client_id)),
             _ => Ok(None),
         }
     }

@@ -2,6 +2,8 @@
 
 use super::{Sequencer, SessionError};
 use embarcadero_cxl::layout::SessionState;
+use embarcadero_cxl::leadership::read_leader_at;
+use embarcadero_cxl::session_connections::{Connected, ConnectionsReader};
 use embarcadero_cxl::session_table::Session;
 use embarcadero_cxl::topic_table::TopicConfig;
 use embarcadero_cxl::{Fabric, Row};
@@ -72,13 +74,11 @@ impl<F: Fabric> Sequencer<F> {
         free.or(idle.map(|(_, found)| found)).ok_or(SessionError::TableFull(self.region.geometry().max_sessions))
     }
 
-    /// Returns true if nobody holds a session any more, as far as the leader sees. Without a global order it sees no batches.
-    pub(super) fn is_given_up(&self, topic: &TopicConfig, session: &Session, now_us: u64) -> bool {
+    /// Returns true if nobody holds a session any more, as far as the leader sees.
+    pub(super) fn is_given_up(&self, session: &Session, now_us: u64) -> bool {
         match session.state {
             SessionState::Free | SessionState::Closed => true,
-            SessionState::Open | SessionState::Fenced => {
-                topic.order.is_global() && self.idle_use_of(session, now_us).is_some()
-            }
+            SessionState::Open | SessionState::Fenced => self.idle_use_of(session, now_us).is_some(),
         }
     }
 
@@ -86,16 +86,27 @@ impl<F: Fabric> Sequencer<F> {
     fn idle_use_of(&self, session: &Session, now_us: u64) -> Option<(bool, u64)> {
         let (used, active_us) = self.use_of(session);
         let patience_us = if used { self.limits.idle_us } else { self.limits.idle_us.min(self.limits.gap_us) };
-        (now_us.saturating_sub(active_us) > patience_us).then_some((used, active_us))
+        let is_idle =
+            now_us.saturating_sub(active_us) > patience_us && (self.sees(session) || !self.is_held(session.slot));
+        is_idle.then_some((used, active_us))
+    }
+
+    /// Returns true if a live broker has a connection of the session in a slot.
+    fn is_held(&self, slot: SessionSlot) -> bool {
+        let live = read_leader_at(&self.region, self.area).used().map_or(u64::MAX, |said| said.broker_mask);
+        ConnectionsReader::new(&self.region, live).of(slot) != Connected::No
+    }
+
+    /// Returns true if the leader sees the batches of a session. Without a global order it sees none.
+    fn sees(&self, session: &Session) -> bool {
+        let config = self.configs.get(session.topic.index()).and_then(Option::as_ref);
+        config.is_some_and(|config| config.incarnation == session.topic_incarnation && config.order.is_global())
     }
 
     /// Returns whether the client of a session may have committed batches, and the time at which it was active last.
     fn use_of(&self, session: &Session) -> (bool, u64) {
         let slot = &self.slots[session.slot.index()];
-        let config = self.configs.get(session.topic.index()).and_then(Option::as_ref);
-        // Without a global order batches do not come here.
-        let seen =
-            config.is_some_and(|config| config.incarnation == session.topic_incarnation && config.order.is_global());
+        let seen = self.sees(session);
         match &self.group.sessions[session.slot.index()] {
             Some(order) => (!seen || order.has_committed(), order.active_us),
             None => (!seen || slot.used, slot.ended_us),

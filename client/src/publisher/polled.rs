@@ -109,7 +109,7 @@ impl<E: Environment> PolledPublisher<E> {
     /// Checks that there is a connection.
     ///
     /// # Errors
-    /// There is none. The cause is that of the last attempt.
+    /// None of them is up. The cause is that of the last attempt.
     pub(super) fn require_connection(&self) -> Result<(), ClientError> {
         let sender = self.sender();
         if sender.connections.iter().any(|connection| connection.is_up()) {
@@ -285,7 +285,7 @@ impl<E: Environment> PolledPublisher<E> {
         if id.batch < open.number { Ok(Status::Pending) } else { Err(ClientError::UnknownId { batch: id.batch }) }
     }
 
-    /// Does what is due and no call of the application does: opens the session's next epoch, connects, asks for brokers,
+    /// Does what is due and no call of the application does. Opens the session's next epoch, connects, asks for brokers,
     /// and leaves those that are silent. Moves bytes too, once the application has not called for a while.
     ///
     /// Returns true while something is under way, so that the next turn is due soon. Blocks only while the transport

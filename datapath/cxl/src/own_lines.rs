@@ -26,8 +26,8 @@ pub fn refresh_own_lines<F: Fabric>(region: &Region<F>, broker: BrokerId) {
 
 /// Drops what this host's caches have of a leader's area, as its broker takes over.
 ///
-/// An earlier process of the broker may have stood still on another host until a moment ago, and may have led on after this
-/// process started and read the area. Call it after the claim, before anything is written into the area.
+/// An earlier process of the broker may have stood still on another host until a moment ago. It may have led on after
+/// this process started and read the area. Call it after the claim, before anything is written into the area.
 pub(crate) fn refresh_leader_area<F: Fabric>(region: &Region<F>, area: LeaderArea) {
     let fabric = region.fabric();
     if !fabric.is_coherent() && fabric.keeps(Guard::FreshOwnLines) {

@@ -55,8 +55,8 @@ fn commit(region: &Region<Simulated>, sequence: u64) {
     region.fabric().fence(Site::RecordFlush);
 }
 
-/// A host that has a line of a leader's area in its cache becomes that leader's. Returns whether what the leader wrote into
-/// the line on its old host is still there, once it has written another part of the line on the new one. The leader may
+/// A host that has a line of a leader's area in its cache becomes that leader's. Then the leader writes another part of
+/// the line there. Returns whether what it wrote into the line on its old host is still there. The leader may
 /// have led on after the new process `started` and read the line.
 fn a_part_of_a_line_is_written(started: bool, removed: Option<Mutation>) -> bool {
     let [old, new, far] = hosts(&geometry(), removed);
@@ -153,8 +153,8 @@ fn the_old_host_of_a_killed_broker_is_flushed_before_its_id_moves() {
     assert!(!the_id_of_a_killed_broker_moves(false));
 }
 
-/// A broker is killed in the middle of a batch and starts again on its host. What it left there is written over no batch of
-/// the host that gets the segment next, whether the topic is still there or was deleted meanwhile.
+/// A broker is killed in the middle of a batch and starts again on its host. Another host gets the segment next. What was
+/// left is written over none of its batches, whether the topic is still there or was deleted meanwhile.
 #[test]
 fn what_a_killed_broker_left_is_not_written_over_another_hosts() {
     for state in [TopicState::Live, TopicState::Free] {

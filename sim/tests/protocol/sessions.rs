@@ -12,6 +12,7 @@ use embarcadero_cxl::layout::{
 };
 use embarcadero_cxl::order_index::{OrderIndexReader, StreamId};
 use embarcadero_cxl::segment::PartitionAllocator;
+use embarcadero_cxl::session_connections::{Connected, ConnectionsWriter};
 use embarcadero_cxl::session_table::{Session, publish_session, read_session_at};
 use embarcadero_cxl::{Fabric, Guard, Region, RegionOffset, Row, Site};
 use embarcadero_sim::testbed::{opening, topic};
@@ -257,15 +258,22 @@ fn whoever_does_not_know_the_token_changes_nothing() {
     }
 }
 
-/// Without a global order the leader sees no batches: a session may be in use for ever.
+/// The leader sees which sessions are idle. Without a global order it sees no batches, and looks at connections instead.
 #[test]
-fn an_id_is_given_away_only_where_the_leader_sees_who_is_idle() {
-    for (order, given) in [(Order::Strong, true), (Order::None, false)] {
+fn an_id_is_given_away_once_its_session_is_idle() {
+    let cases = [
+        (Order::Strong, Connected::Open, true),
+        (Order::None, Connected::Open, false),
+        (Order::None, Connected::No, true),
+    ];
+    for (order, connected, given) in cases {
         let mut rig = Rig::new(order, 2);
-        rig.open(1);
+        let session = rig.open(1);
+        let mut connections = ConnectionsWriter::new(rig.region.clone(), BrokerId(0));
+        connections.publish(|slot| if slot == session.slot { connected } else { Connected::No });
         rig.now_us += 2000;
         let forgot = SessionRequest { token: SessionToken::NONE, ..opening(TOPIC, ClientId(1)) };
-        assert_eq!(rig.request(forgot).is_ok(), given, "{order:?}");
+        assert_eq!(rig.request(forgot).is_ok(), given, "{order:?}, {connected:?}");
     }
 }
 

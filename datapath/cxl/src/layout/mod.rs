@@ -78,8 +78,8 @@ pub(crate) const fn commit_key(region: Uuid, topic: TopicId, stream: u32) -> u64
 
 /// Word in [`IndexEntry::commit`] of the entry at `position` of the stream with this key. It is never 0.
 ///
-/// Positions of a stream never repeat. So an entry that another topic, an earlier region or the stream itself left in
-/// reused memory does not match, except by a chance of 2^-32. Source of the mixing: Knuth, "The Art of Computer
+/// Positions of a stream never repeat. Entries that others, or the stream itself, left in reused memory do not match,
+/// except by a chance of 2^-32. Source of the mixing: Knuth, "The Art of Computer
 /// Programming", volume 3, section 6.4, multiplicative hashing.
 #[inline]
 #[must_use]

@@ -32,7 +32,7 @@ pub(super) const BROKER_LEASE: Duration = Duration::from_millis(40);
 
 /// State of a process that leads.
 pub(super) struct Leader {
-    /// Its stages hold the other end while they run.
+    /// Token of its stages, which hold the other end while they run.
     stages: Weak<()>,
     liveness: Liveness,
     term: Term,
