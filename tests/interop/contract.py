@@ -483,6 +483,7 @@ def a_client_without_a_batch_holds_its_id_for_gap_lease_ms(cluster: Cluster) -> 
 @check_of("session_idle_ms")
 def an_idle_client_holds_its_id_for_session_idle_ms(cluster: Cluster) -> None:
     held = [cluster.open(order) for order in ("none", "broker")]
+    holding = [cluster.publisher(session) for session in held]
     for order in ("strong", "total"):
         session = cluster.open(order)
         talk = cluster.publisher(session)
@@ -492,8 +493,11 @@ def an_idle_client_holds_its_id_for_session_idle_ms(cluster: Cluster) -> None:
         assert talk.refusal().code == frames.UNKNOWN_SESSION
         assert following.next_sequence == session.next_sequence + 1
         check_new_holder(cluster, session, following)
-    # Those have been idle for longer.
+    # Those have been idle for longer, and have connections.
     assert [cluster.open_anew(stranger) for session in held for stranger in strangers(session)] == [None] * 4
+    for session, talk in zip(held, holding):
+        talk.close()
+        cluster.await_open(replace(session, token=0))
 
 
 # --- Subscriptions ----------------------------------------------------------------------------------------------------

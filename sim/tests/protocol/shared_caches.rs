@@ -37,9 +37,12 @@ const SLOTS: u64 = 16;
 /// Fences that are not full let all later loads pass.
 const DELAYED: Turbulence = Turbulence { delay: 1.0, ..Turbulence::CALM };
 
+/// Something that happens once.
+type Event = Box<dyn FnOnce()>;
+
 thread_local! {
     /// Operations of the reader until the writer shows something new, and what shows it.
-    static SHOW: RefCell<Option<(u32, Box<dyn FnOnce()>)>> = const { RefCell::new(None) };
+    static SHOW: RefCell<Option<(u32, Event)>> = const { RefCell::new(None) };
     /// Operations of the writer until it stops; `None` for never.
     static LIFE: Cell<Option<u32>> = const { Cell::new(None) };
 }

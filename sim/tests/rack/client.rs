@@ -18,8 +18,14 @@ const WINDOW: usize = 8;
 
 /// Publisher of an application, or the opening of one.
 enum Publisher {
-    Opening(PublisherOpening<ClientHost>),
-    Open(PolledPublisher<ClientHost>),
+    Opening(Box<PublisherOpening<ClientHost>>),
+    Open(Box<PolledPublisher<ClientHost>>),
+}
+
+impl Publisher {
+    fn opening(host: &Arc<ClientHost>) -> Self {
+        Self::Opening(Box::new(PublisherOpening::begin(Arc::clone(host), TOPIC_NAME)))
+    }
 }
 
 pub(crate) struct Client {
@@ -45,7 +51,7 @@ impl Client {
     pub(crate) fn new(id: usize, rack: &Arc<Rack>, messages: u64) -> Self {
         let (clock, power) = (Clock::of_client(), Power::default());
         let host = ClientHost::start(id, rack, clock, &power);
-        let publisher = Publisher::Opening(PublisherOpening::begin(Arc::clone(&host), TOPIC_NAME));
+        let publisher = Publisher::opening(&host);
         let (rack, under_way) = (Arc::clone(rack), VecDeque::new());
         Self { id, rack, clock, power, host, publisher, leaving: false, lives: 0, under_way, next: 0, end: messages }
     }
@@ -88,7 +94,7 @@ impl Client {
         self.leaving = false;
         self.lives += 1;
         self.under_way.clear();
-        self.publisher = Publisher::Opening(PublisherOpening::begin(Arc::clone(&self.host), TOPIC_NAME));
+        self.publisher = Publisher::opening(&self.host);
     }
 
     pub(crate) fn round(&mut self) {
@@ -98,7 +104,7 @@ impl Client {
                 None => {}
                 Some(Ok(publisher)) => {
                     self.rack.history.count(|tally| &mut tally.publishers);
-                    self.publisher = Publisher::Open(publisher);
+                    self.publisher = Publisher::Open(Box::new(publisher));
                 }
                 Some(Err(error)) => self.end(&error),
             },

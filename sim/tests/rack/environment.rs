@@ -80,9 +80,13 @@ impl Lines {
             }
         }
         let now = self.clock.now_us();
-        for (_, (waiting, _)) in self.waiting().extract_if(.., |_, (_, since)| now.saturating_sub(*since) > PATIENCE_US)
-        {
-            waiting.fail(ClientError::Unreachable { reason: "no answer".to_owned(), source: None });
+        let is_late = |since: u64| now.saturating_sub(since) > PATIENCE_US;
+        let mut waiting = self.waiting();
+        while let Some(number) = waiting.iter().find_map(|(number, (_, since))| is_late(*since).then_some(*number)) {
+            let call = waiting.remove(&number);
+            call.into_iter().for_each(|(call, _)| {
+                call.fail(ClientError::Unreachable { reason: "no answer".to_owned(), source: None });
+            });
         }
     }
 }

@@ -284,8 +284,10 @@ impl BrokerQueue {
                 return Ok(if self.grant(landing)? { Received::Nothing } else { Received::Waiting });
             };
             // The publisher has gone on to this window.
-            while let Some((_, old)) = self.windows.pop_front_if(|(of, _)| *of != number) {
-                lock(&self.nic).revoke(self.number, old.at());
+            while self.windows.front().is_some_and(|(of, _)| *of != number) {
+                if let Some((_, old)) = self.windows.pop_front() {
+                    lock(&self.nic).revoke(self.number, old.at());
+                }
             }
             let Some((_, window)) = self.windows.front_mut() else { panic!("window {number} was not granted") };
             let at = window.next();

@@ -16,7 +16,7 @@ const BATCHES: usize = 8;
 enum Subscriber {
     /// Nobody has said yet which brokers there are.
     Asking(Call<proto::MetadataResponse>),
-    Open(PolledSubscriber<ClientHost>),
+    Open(Box<PolledSubscriber<ClientHost>>),
 }
 
 pub(crate) struct Reader {
@@ -66,7 +66,7 @@ impl Reader {
                 None => return,
                 Some(Ok(cluster)) => {
                     PolledSubscriber::new(Arc::clone(&self.host), TOPIC_NAME, Start::Offset(self.next), cluster)
-                        .map(|subscriber| self.subscriber = Subscriber::Open(subscriber))
+                        .map(|subscriber| self.subscriber = Subscriber::Open(Box::new(subscriber)))
                 }
                 Some(Err(error)) => Err(error),
             },
