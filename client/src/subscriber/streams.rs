@@ -514,6 +514,8 @@ mod tests {
             let now = streams.now();
             streams.streams[0].drop_connection(Duration::ZERO, now);
             for attempt in 0..2 {
+                // Nobody tells of other brokers.
+                streams.streams[0].wants_broker = false;
                 streams.connect_due();
                 let (mut end, _) = listener.accept().unwrap();
                 assert!(matches!(frame(&mut end), Frame::Subscribe(Subscribe { start: 0, .. })));
