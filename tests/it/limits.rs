@@ -268,7 +268,8 @@ fn a_leader_that_stands_still_is_replaced_though_the_pool_is_full() {
     client.create_topic("full", TopicOptions::default()).unwrap();
     let free = || cluster.inspect()["segments"]["free"].as_u64().unwrap();
     let total = free();
-    eventually("the pool is full", || fill(&client, "full", 1 << 30).is_err() && free() == 0);
+    // Batches leave two segments for order indexes.
+    eventually("the pool is full", || fill(&client, "full", 1 << 30).is_err() && free() <= 2);
     let stopped = cluster.leader();
     let stopped = &cluster.brokers[stopped];
     stopped.signal("-STOP");
@@ -277,7 +278,7 @@ fn a_leader_that_stands_still_is_replaced_though_the_pool_is_full() {
     let client = Client::connect(ClientConfig { bootstrap: vec![other.control.clone()], ..cluster.config() }).unwrap();
     std::thread::scope(|scope| {
         let deletes = scope.spawn(|| client.delete_topic("full"));
-        eventually("memory comes back", || free() > 0);
+        eventually("memory comes back", || free() > 2);
         stopped.signal("-CONT");
         deletes.join().unwrap().unwrap();
     });
