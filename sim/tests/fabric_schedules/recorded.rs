@@ -55,7 +55,7 @@ pub(super) const fn recorded(site: Site) -> u64 {
 }
 
 /// Returns a seed under which some schedule fails without `guard`. Clients of schedules keep their sessions, so `None` for
-/// guards that others notice: the rack (`sim/tests/rack/main.rs`) and `sim/tests/protocol/sessions.rs`. No two processes of
+/// guards that tests in `sim/tests/protocol` notice. No two processes of
 /// schedules share a host, and none moves: `sim/tests/protocol/shared_caches.rs` and `sim/tests/protocol/moved_ids.rs`. A
 /// reader's first look at another leader is hardly ever at a tail: `sim/tests/protocol/full_fences.rs`.
 pub(super) const fn recorded_guard(guard: Guard) -> Option<u64> {

@@ -4,6 +4,7 @@
 mod batchlog;
 mod full_fences;
 mod gaps;
+mod index_reserve;
 mod moved_ids;
 mod own_streams;
 mod reclaim;
