@@ -14,11 +14,14 @@
 #![forbid(unsafe_code)]
 
 pub mod ack;
+#[doc(hidden)] // for simulators, without a promise
 pub mod archive;
 pub mod blog;
 mod broker;
+#[doc(hidden)] // for simulators, without a promise
 pub mod caller;
 pub mod config;
+#[doc(hidden)] // for simulators, without a promise
 pub mod control;
 mod dead_broker;
 pub mod delegation;
@@ -37,6 +40,7 @@ pub mod sequencer;
 pub mod session_board;
 mod takeover;
 pub mod topics;
+#[doc(hidden)] // for simulators, without a promise
 pub mod worker;
 
 pub use broker::{Broker, BrokerError};

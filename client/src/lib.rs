@@ -96,7 +96,7 @@ pub use client::Client;
 pub use config::{ClientConfig, RdmaConfig};
 pub use embarcadero_transport::TransportKind;
 pub use embarcadero_wire::{BrokerId, ClientId, Incarnation, Order, OutOfBounds, TopicId};
-pub use error::{Cause, ClientError, ControlCode};
+pub use error::{Cause, ClientError, ControlCode, UnreadableBatch};
 pub use publisher::{MessageId, Publisher, PublisherStats, Status};
 pub use subscriber::{Batch, Message, Start, Subscriber};
 pub use views::{BrokerView, ClusterView, StreamView, TopicOptions, TopicView};

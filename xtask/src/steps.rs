@@ -108,7 +108,7 @@ pub(crate) fn test(stages: &mut Stages) -> Result<()> {
     })?;
     stages.run("simulators", |stages| {
         let mut tests = stages.cargo_workspace("test");
-        let programs = ["fabric_schedules", "rack", "bitmap_schedules", "session_model", "allocations"];
+        let programs = ["client", "fabric_schedules", "rack", "bitmap_schedules", "session_model", "allocations"];
         tests.args(programs.iter().flat_map(|program| ["--test", program]));
         tests.envs(stages.budget.variables()).args(["--", "--nocapture"]);
         if stages.budget.mutation == 0 {
@@ -304,9 +304,10 @@ pub(crate) fn lab(stages: &mut Stages) -> Result<()> {
 
 /// Runs the stages of `cargo xtask long`.
 pub(crate) fn long(stages: &mut Stages) -> Result<()> {
-    stages.run("chaos", |stages| {
+    stages.run("chaos, and histories of a second client", |stages| {
         let mut tests = stages.cargo_workspace("test");
-        ran(execute(tests.args(["--test", "it", "--", "--nocapture", "chaos::"]).envs(stages.budget.variables())))
+        let only = ["--test", "it", "--", "--nocapture", "chaos::", "interop::"];
+        ran(execute(tests.args(only).envs(stages.budget.variables())))
     })?;
     for (name, program) in [("the rack", "rack"), ("schedules", "fabric_schedules")] {
         stages.run(name, |stages| {

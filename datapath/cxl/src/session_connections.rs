@@ -29,7 +29,7 @@ pub enum Connected {
 
 impl Connected {
     /// Bits of slot 0 in a word.
-    const fn bits(self) -> u64 {
+    pub(crate) const fn bits(self) -> u64 {
         match self {
             Self::No => 0,
             Self::Open => 1,

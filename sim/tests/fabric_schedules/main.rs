@@ -77,9 +77,9 @@ const BATCH_BYTES: u64 = 340 << 10;
 const RETAINED: u64 = 6;
 /// Most batches of a session that its client has under way. They must fit into one broker's segments.
 const CLIENT_WINDOW: u64 = 5;
-/// Number of segments: nine for each broker. One or two of the nine are for the index, the rest for batches that are held,
-/// kept, or half reclaimed.
-const SEGMENTS: u32 = 27;
+/// Number of segments: eleven for each broker. Batches leave two of the eleven for the index. The rest is for batches that are
+/// held, kept, or half reclaimed.
+const SEGMENTS: u32 = 33;
 /// Rounds of each host in turbulence.
 const ROUNDS: usize = 60;
 /// Switches between hosts for which the first leader stands still, now and then.

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::fabric::{LINE_BYTES, RegionOffset, Versioned};
 use crate::replication::Replication;
+use crate::session_connections::Connected;
 use embarcadero_wire::batch::ALIGN_BYTES;
 use embarcadero_wire::{
     BatchHeader, BrokerId, DIGEST_SEED, FRAME_BYTES, FRAME_MAGIC, Order, SessionSlot, Stream, TopicId, WIRE_VERSION,
@@ -56,6 +57,8 @@ pub const LAYOUT_HASH: u64 = {
     hash = each(hash, "batches", &batches);
     let key = commit_key(Uuid::from_u64_pair(7, 11), TopicId(3), 2);
     let words = [lap_of(1000, 16), commit_word(key, 1000) as u64, directory_word(1000, 7), pin_word(1000)];
+    let connected = [Connected::No.bits(), Connected::Open.bits(), Connected::Waiting.bits()];
+    hash = each(hash, "connections", &connected);
     hash = each(hash, "words", &words);
     // Two geometries whose numbers all differ: one of whole gigabytes, one of odd counts.
     hash = areas(hash, &Geometry::with_segments_of(1 << 30, AllocatorKind::Bitmap));
@@ -187,5 +190,5 @@ mod tests {
         assert_eq!(format!("{LAYOUT_HASH:#018x}"), EXPECTED);
     }
 
-    const EXPECTED: &str = "0xda3fb87ff4e9b970";
+    const EXPECTED: &str = "0x52a0e4d67edeb037";
 }
